@@ -1,0 +1,134 @@
+"""What every few-shot datamodule shares: the shape of an episode, the loaders, and normalisation on the device."""
+
+from abc import abstractmethod
+from typing import Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Rotations, TaskSampler
+from lightning_maml.episodes import Episodes
+
+_STREAMS = {"train": 0, "val": 1, "test": 2}
+
+
+class EpisodicDataModule(LightningDataModule):
+    """Base of the few-shot datamodules; a subclass gives :meth:`class_images` and, where there are files, ``prepare_data``.
+
+    Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]`` in 0 .. 1. Episodes depend on the seed, the epoch
+    and their number alone: not on the number of workers, nor on how many processes share them.
+
+    Args:
+        ways: Classes per training episode.
+        shots: Support images per class.
+        queries: Query images per class.
+        test_ways: Classes per validation and test episode; by default as in training.
+        test_shots: Support images per class there; by default as in training.
+        test_queries: Query images per class there; by default as in training.
+        meta_batch_size: Tasks per optimizer step and process.
+        train_batches: Meta-batches per epoch and process.
+        val_tasks: Validation tasks over all processes, the same ones each time.
+        test_tasks: Test tasks over all processes, the same ones each time.
+        rotations: ``"classes"``: each class turned by 0, 90, 180 and 270 degrees makes four; ``"augment"``: each class of an episode is
+            turned at random; ``"none"``.
+        seed: Of the episodes.
+        num_workers: Loader processes; drawing an episode takes well under a millisecond, so 0 is mostly right.
+
+    Raises:
+        ValueError: If a number is out of range; in ``setup``, if a split cannot serve the episodes asked for.
+    """
+
+    def __init__(
+        self,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 1,
+        test_ways: int | None = None,
+        test_shots: int | None = None,
+        test_queries: int | None = None,
+        meta_batch_size: int = 32,
+        train_batches: int = 500,
+        val_tasks: int = 200,
+        test_tasks: int = 600,
+        rotations: Rotations = "none",
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.ways, self.shots, self.queries = ways, shots, queries
+        self.test_ways = ways if test_ways is None else test_ways
+        self.test_shots = shots if test_shots is None else test_shots
+        self.test_queries = queries if test_queries is None else test_queries
+        self.meta_batch_size = meta_batch_size
+        self.train_batches, self.val_tasks, self.test_tasks = train_batches, val_tasks, test_tasks
+        self.rotations: Rotations = rotations
+        self.seed = seed
+        self.num_workers = num_workers
+        self._check_arguments()
+        self._datasets: dict[str, EpisodeDataset] = {}
+
+    @abstractmethod
+    def class_images(self, split: str) -> ClassImages:
+        """Return the images of ``"train"``, ``"val"`` or ``"test"``, uint8 with 255 standing for 1."""
+
+    def setup(self, stage: str) -> None:
+        """Read the splits that ``stage`` needs and check that they can serve its episodes."""
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}[stage]:
+            if split not in self._datasets:
+                self._datasets[split] = self._dataset(split)
+
+    def train_dataloader(self) -> DataLoader[Episodes]:
+        """Return fresh episodes in every epoch."""
+        return self._loader("train", self.train_batches * self.meta_batch_size * self._replicas()[0], fresh=True)
+
+    def val_dataloader(self) -> DataLoader[Episodes]:
+        """Return the validation episodes."""
+        return self._loader("val", self.val_tasks)
+
+    def test_dataloader(self) -> DataLoader[Episodes]:
+        """Return the test episodes."""
+        return self._loader("test", self.test_tasks)
+
+    def predict_dataloader(self) -> DataLoader[Episodes]:
+        """Return the test episodes."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: Episodes, dataloader_idx: int) -> Episodes:
+        """Turn uint8 images into floats in 0 .. 1, on the device."""
+        return batch._replace(support_x=batch.support_x.float() / 255, query_x=batch.query_x.float() / 255)
+
+    def _dataset(self, split: str) -> EpisodeDataset:
+        train = split == "train"
+        return EpisodeDataset(
+            self.class_images(split),
+            ways=self.ways if train else self.test_ways,
+            shots=self.shots if train else self.test_shots,
+            queries=self.queries if train else self.test_queries,
+            rotations=self.rotations,
+            seed=(self.seed, _STREAMS[split]),
+            split=split,
+        )
+
+    def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[Episodes]:
+        replicas, rank = self._replicas()
+        sampler: Any = TaskSampler(tasks, fresh=fresh, num_replicas=replicas, rank=rank)
+        return DataLoader(
+            self._datasets[split],
+            batch_size=self.meta_batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _replicas(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _check_arguments(self) -> None:
+        least = dict.fromkeys(("shots", "queries", "test_shots", "test_queries"), 1)
+        least |= dict.fromkeys(("meta_batch_size", "train_batches", "val_tasks", "test_tasks"), 1)
+        least |= {"ways": 2, "test_ways": 2, "seed": 0, "num_workers": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"Expected `{name}` to be at least {bound} but got {getattr(self, name)}.")
+        if self.rotations not in ("none", "classes", "augment"):
+            raise ValueError(f"Expected `rotations` to be 'none', 'classes' or 'augment' but got {self.rotations!r}.")

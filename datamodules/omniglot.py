@@ -1,0 +1,260 @@
+"""Omniglot: 1623 handwritten characters of 50 alphabets, drawn by 20 people each (Lake et al. 2015)."""
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from lightning_maml.datamodules.episodic import EpisodicDataModule
+from lightning_maml.datamodules.sampler import ClassImages, Rotations
+
+CHARACTERS = {"images_background": 964, "images_evaluation": 659}
+"""The two official folders and how many characters each holds."""
+
+DRAWINGS = 20
+"""Images per character."""
+
+VINYALS_TEST = (
+    *("Kannada", "Keble", "Malayalam", "Manipuri", "Mongolian", "Old_Church_Slavonic_(Cyrillic)", "Oriya", "Sylheti"),
+    *("Syriac_(Serto)", "Tengwar", "Tibetan", "ULOG"),
+    *(f"Gurmukhi/character{number}" for number in (42, 43, 44, 45)),
+)
+VINYALS_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
+"""Alphabets, and four characters, of Vinyals et al. 2016 as published by Snell et al. 2017; all others are for training."""
+
+_CACHE_VERSION = 1
+
+
+class OmniglotDataModule(EpisodicDataModule):
+    """Few-shot episodes of Omniglot, 28 x 28, ink = 1 on paper = 0.
+
+    The images are read once from the official folder tree (``images_background`` and ``images_evaluation``, looked for in ``root`` and
+    three levels below), or downloaded there by torchvision, and kept as one uint8 array in ``root/omniglot_28.npz``. While that file
+    is whole nothing else is read.
+
+    Args:
+        root: Folder of the data.
+        ways: Classes per training episode.
+        shots: Support images per class.
+        queries: Query images per class.
+        test_ways: Classes per validation and test episode; by default as in training.
+        test_shots: Support images per class there; by default as in training.
+        test_queries: Query images per class there; by default as in training.
+        meta_batch_size: Tasks per optimizer step and process.
+        split: ``"random"``: 1100 / 100 / 423 characters, drawn by ``split_seed`` (the MAML paper's sizes); ``"vinyals"``: 1028 / 172 / 423
+            by alphabet (Vinyals et al. 2016); ``"lake"``: tests on the 659 characters of the evaluation set, trains on 864 of the
+            background set and validates on its other 100, drawn by ``split_seed``.
+        split_seed: Of the splits that are drawn.
+        rotations: ``"classes"``: each character turned by 0, 90, 180 and 270 degrees makes four classes; ``"augment"``: each class of
+            an episode is turned at random; ``"none"``. In all splits.
+        download: Download into ``root`` when neither the cache nor the folder tree is there.
+        train_batches: Meta-batches per epoch and process.
+        val_tasks: Validation tasks over all processes, the same ones each time.
+        test_tasks: Test tasks over all processes, the same ones each time.
+        seed: Of the episodes.
+        num_workers: Loader processes.
+
+    Raises:
+        ValueError: If an argument is out of range, or a split cannot serve the episodes.
+        FileNotFoundError: If the data are not there and cannot be downloaded, or are only half there.
+        OSError: If an image cannot be read; the message names it.
+    """
+
+    image_size = 28
+
+    def __init__(
+        self,
+        root: str = "data",
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 1,
+        test_ways: int | None = None,
+        test_shots: int | None = None,
+        test_queries: int | None = None,
+        meta_batch_size: int = 32,
+        split: Literal["random", "vinyals", "lake"] = "random",
+        split_seed: int = 0,
+        rotations: Rotations = "classes",
+        download: bool = True,
+        train_batches: int = 500,
+        val_tasks: int = 200,
+        test_tasks: int = 600,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            test_ways=test_ways,
+            test_shots=test_shots,
+            test_queries=test_queries,
+            meta_batch_size=meta_batch_size,
+            train_batches=train_batches,
+            val_tasks=val_tasks,
+            test_tasks=test_tasks,
+            rotations=rotations,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        if split not in ("random", "vinyals", "lake"):
+            raise ValueError(f"Expected `split` to be 'random', 'vinyals' or 'lake' but got {split!r}.")
+        self.root = Path(root).expanduser()
+        self.split, self.split_seed = split, split_seed
+        self._download = download
+        self._cache: tuple[torch.Tensor, list[str]] | None = None
+
+    @property
+    def cache_file(self) -> Path:
+        """Where the decoded images are kept."""
+        return self.root / f"omniglot_{self.image_size}.npz"
+
+    def prepare_data(self) -> None:
+        """Download and decode the images, unless a whole cache is there."""
+        if _read_cache(self.cache_file) is None:
+            tree = find_tree(self.root)
+            if not tree and self._download:
+                self._download_tree()
+                tree = find_tree(self.root)
+            _write_cache(self.cache_file, *decode_tree(tree, self.root, self.image_size))
+
+    def class_images(self, split: str) -> ClassImages:
+        """Return the characters of a split."""
+        if self._cache is None:
+            self._cache = _read_cache(self.cache_file)
+        if self._cache is None:
+            raise FileNotFoundError(f"Expected {self.cache_file} to hold the decoded images but found none; call `prepare_data()` first.")
+        images, names = self._cache
+        classes = split_characters(names, self.split, self.split_seed)[split]
+        return ClassImages(images, [np.arange(number * DRAWINGS, (number + 1) * DRAWINGS) for number in classes])
+
+    def _download_tree(self) -> None:
+        try:
+            for background in (True, False):
+                torchvision.datasets.Omniglot(str(self.root), background=background, download=True)
+        except Exception as error:  # torchvision lets through whatever the network, the server or the archive raised
+            raise FileNotFoundError(f"{_nothing_found(self.root)} The download failed: {error}") from error
+
+
+def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[int]]:
+    """Return the class numbers of each split.
+
+    Args:
+        names: ``folder/Alphabet/characterNN`` of every class.
+        split: ``"random"``, ``"vinyals"`` or ``"lake"``.
+        seed: Of the drawn splits.
+    """
+    order = np.random.RandomState(seed).permutation(len(names)).tolist()
+    if split == "random":
+        return {"train": order[:1100], "val": order[1100:1200], "test": order[1200:]}
+    if split == "lake":
+        background = [number for number in order if names[number].startswith("images_background/")]
+        test = [number for number, name in enumerate(names) if name.startswith("images_evaluation/")]
+        return {"train": background[100:], "val": background[:100], "test": test}
+
+    def belongs(name: str, part: tuple[str, ...]) -> bool:
+        _, alphabet, character = name.split("/")
+        return alphabet in part or f"{alphabet}/{character}" in part
+
+    val = [number for number, name in enumerate(names) if belongs(name, VINYALS_VAL)]
+    test = [number for number, name in enumerate(names) if belongs(name, VINYALS_TEST)]
+    return {"train": sorted({*range(len(names))} - {*val, *test}), "val": val, "test": test}
+
+
+def find_tree(root: Path) -> dict[str, Path]:
+    """Return where the official folders lie, in ``root`` or up to three levels below it."""
+    found = {}
+    for name in CHARACTERS:
+        places = [folder for levels in range(4) for folder in sorted(root.glob("*/" * levels + name)) if any(folder.glob("*/character*"))]
+        if places:
+            found[name] = places[0]
+    return found
+
+
+def decode_tree(tree: dict[str, Path], root: Path, image_size: int) -> tuple[np.ndarray, list[str]]:
+    """Read every image of the official tree.
+
+    Returns:
+        The images ``[classes * 20, 1, image_size, image_size]``, uint8 with ink = 255, and the class names
+        ``folder/Alphabet/characterNN``, sorted.
+
+    Raises:
+        FileNotFoundError: If a folder is missing or holds too few characters or images.
+        OSError: If an image cannot be read.
+    """
+    files = [file for name, count in CHARACTERS.items() for file in _files(tree, root, name, count)]
+    images = np.empty((len(files), 1, image_size, image_size), np.uint8)
+    for row, (_, file) in enumerate(tqdm(files, desc="Decoding Omniglot once", unit="image")):
+        images[row, 0] = _decode(file, image_size)
+    return images, [name for name, _ in files[::DRAWINGS]]
+
+
+def _files(tree: dict[str, Path], root: Path, name: str, count: int) -> Iterator[tuple[str, Path]]:
+    if name not in tree:
+        raise FileNotFoundError(_nothing_found(root) if not tree else f"Expected {name} beside {[*tree.values()]} but found none; {_CURE}")
+    characters = sorted(tree[name].glob("*/character*"))
+    if len(characters) != count:
+        raise FileNotFoundError(f"Expected {tree[name]} to hold {count} characters but got {len(characters)}: half extracted? {_CURE}")
+    for character in characters:
+        drawings = sorted(character.glob("*.png"))
+        if len(drawings) != DRAWINGS:
+            raise FileNotFoundError(f"Expected {character} to hold {DRAWINGS} images but got {len(drawings)}: half extracted? {_CURE}")
+        for drawing in drawings:
+            yield f"{name}/{character.parent.name}/{character.name}", drawing
+
+
+_CURE = (
+    "unpack images_background.zip and images_evaluation.zip, from the folder python/ of github.com/brendenlake/omniglot, into `root`, "
+    "or set download=True where there is a network."
+)
+
+
+def _nothing_found(root: Path) -> str:
+    return f"Expected the folders {' and '.join(CHARACTERS)} in {root} or up to three levels below but found neither; {_CURE}"
+
+
+def _decode(file: Path, image_size: int) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            small = image.convert("L").resize((image_size, image_size), Image.Resampling.LANCZOS)
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        raise OSError(f"Expected {file} to be an image but it cannot be read ({error}); extract the archive anew.") from error
+    return 255 - np.asarray(small)
+
+
+def _write_cache(file: Path, images: np.ndarray, names: list[str]) -> None:
+    """Write the cache beside its place and move it there when it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as part:
+        try:
+            np.savez(part, version=_CACHE_VERSION, images=images, names=np.array(names))
+            part.flush()
+            os.fsync(part.fileno())
+            os.replace(part.name, file)
+        except BaseException:
+            Path(part.name).unlink(missing_ok=True)
+            raise
+
+
+def _read_cache(file: Path) -> tuple[torch.Tensor, list[str]] | None:
+    """Return the cached images and class names, or None where there is no cache that is whole and of this version.
+
+    Every member of the archive is read to its end, which checks its CRC-32.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as cache:
+            content: dict[str, Any] = {name: cache[name] for name in ("version", "images", "names")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    images, names = content["images"], content["names"].tolist()
+    if content["version"] != _CACHE_VERSION or images.dtype != np.uint8 or len(names) != sum(CHARACTERS.values()):
+        return None
+    return torch.from_numpy(images), names

@@ -1,0 +1,14 @@
+"""Gradient-based meta-learning for PyTorch Lightning: multi-step MAML, FO-MAML and HF-MAML for few-shot classification."""
+
+from lightning_maml.adapt import AdaptationCurve as AdaptationCurve
+from lightning_maml.adapt import adaptation_curve as adaptation_curve
+from lightning_maml.backbones import MLP as MLP
+from lightning_maml.backbones import Conv4 as Conv4
+from lightning_maml.episodes import Episodes as Episodes
+from lightning_maml.meta_gradient import MetaGradient as MetaGradient
+from lightning_maml.meta_gradient import meta_gradient as meta_gradient
+from lightning_maml.module import FOMAML as FOMAML
+from lightning_maml.module import HFMAML as HFMAML
+from lightning_maml.module import MAML as MAML
+
+__version__ = "0.1.0"

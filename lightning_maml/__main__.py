@@ -1,0 +1,6 @@
+"""``python -m lightning_maml`` is the command ``lightning-maml``."""
+
+from lightning_maml.cli import main
+
+if __name__ == "__main__":
+    main()

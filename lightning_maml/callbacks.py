@@ -1,0 +1,109 @@
+"""Pictures of what a run does, written beside its logs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_maml.episodes import Episodes
+from lightning_maml.metrics import Estimate
+from lightning_maml.module import MAML
+
+
+class EpisodePictures(Callback):
+    """Draws, at the end of a test, one episode and the adaptation curve.
+
+    ``episode.png`` shows the support set and the query set of the first test task with the predicted classes before and after
+    adaptation; ``adaptation.png`` the accuracy over all test tasks after 0 .. K steps with its 95 % confidence interval. They are written
+    to the logger's folder, or to the trainer's ``default_root_dir`` without one. For :class:`MAML` and its variants, on images.
+
+    Args:
+        max_classes: Classes of the episode that are drawn.
+        max_images: Support and query images per class that are drawn.
+    """
+
+    def __init__(self, max_classes: int = 5, max_images: int = 5) -> None:
+        if max_classes < 1 or max_images < 1:
+            raise ValueError(f"Expected `max_classes` and `max_images` to be at least 1 but got {max_classes} and {max_images}.")
+        self._max_classes, self._max_images = max_classes, max_images
+        self._episode: Episodes | None = None
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Episodes, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the first task."""
+        if batch_idx == 0 and dataloader_idx == 0:
+            self._episode = Episodes(*(tensor[:1] for tensor in batch))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw and save both pictures."""
+        if not isinstance(pl_module, MAML) or self._episode is None or pl_module.adaptation is None or not trainer.is_global_zero:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        curve = draw_adaptation(pl_module.adaptation, "loss" if self._episode.query_y.is_floating_point() else "accuracy")
+        _save(curve, folder / "adaptation.png")
+        if self._episode.query_x.ndim == 5 and not self._episode.query_y.is_floating_point():
+            outputs_per_step: Tensor = pl_module.evaluate(self._episode).aux[0]
+            task = Episodes(*(tensor[0].cpu() for tensor in self._episode))
+            picture = draw_episode(task, outputs_per_step.argmax(-1).cpu(), self._max_classes, self._max_images)
+            _save(picture, folder / "episode.png")
+        self._episode = None
+
+
+def draw_episode(task: Episodes, predictions: Tensor, max_classes: int, max_images: int) -> Figure:
+    """Draw one task: a row per class with its support images, then its query images with what they were taken for.
+
+    Args:
+        task: One task, ``Episodes`` without the leading ``T``, on the CPU; images in 0 .. 1.
+        predictions: Predicted classes of the query images after 0 .. K steps, ``[K + 1, Q]``.
+        max_classes: Rows at most.
+        max_images: Support and query images per row at most.
+    """
+    classes = min(int(task.support_y.max()) + 1, max_classes)
+    rows = [
+        [(task.support_y == c).nonzero().flatten()[:max_images], (task.query_y == c).nonzero().flatten()[:max_images]]
+        for c in range(classes)
+    ]
+    shots, queries = (max(len(row[part]) for row in rows) for part in (0, 1))
+    figure = Figure(figsize=(1.15 * (shots + queries) + 1.2, 1.35 * classes + 0.9), layout="constrained")
+    axes = figure.subplots(classes, shots + queries, squeeze=False)
+    for c, (support, query) in enumerate(rows):
+        for column in range(shots + queries):
+            axes[c, column].axis("off")
+        for column, index in enumerate(support):
+            _show(axes[c, column], task.support_x[index], f"class {c}")
+        for column, index in enumerate(query, start=shots):
+            before, after = int(predictions[0, index]), int(predictions[-1, index])
+            _show(axes[c, column], task.query_x[index], f"{before} \N{RIGHTWARDS ARROW} {after}", "tab:green" if after == c else "tab:red")
+    figure.suptitle(
+        f"left: support set; right: query set,\npredicted before \N{RIGHTWARDS ARROW} after {len(predictions) - 1} steps", fontsize=10
+    )
+    return figure
+
+
+def draw_adaptation(adaptation: Estimate, figure_name: str) -> Figure:
+    """Draw the mean figure over tasks after 0 .. K steps with its 95 % confidence interval."""
+    figure = Figure(figsize=(4.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    mean, ci95 = adaptation.mean.cpu(), adaptation.ci95.cpu().nan_to_num()
+    steps = range(len(mean))
+    axes.plot(steps, mean, marker="o")
+    axes.fill_between(steps, mean - ci95, mean + ci95, alpha=0.25)
+    axes.set(xlabel="adaptation steps", ylabel=f"query {figure_name}", title=f"{adaptation.tasks} test tasks", xticks=list(steps))
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _show(axes: Axes, image: Tensor, title: str, color: str = "black") -> None:
+    pixels = (image if len(image) == 3 else 1 - image.expand(3, -1, -1)).permute(1, 2, 0)  # grey images are ink on paper
+    axes.imshow(torch.clamp(pixels, 0, 1))
+    axes.set_title(title, fontsize=9, color=color)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    figure.savefig(file)

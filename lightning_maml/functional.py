@@ -1,0 +1,19 @@
+"""Parameters as ``dict[str, Tensor]``, and the few vector operations that the algorithms are written in."""
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""A point w in parameter space, or a direction v: one tensor per parameter name."""
+
+
+def axpy(a: float | Tensor, x: Params, y: Params) -> Params:
+    """Return ``a x + y``."""
+    return {name: y[name] + a * x[name] for name in y}
+
+
+def norm(x: Params) -> Tensor:
+    """Return the 2-norm of ``x`` as one long vector, a scalar tensor."""
+    norms: list[Tensor] = [torch.linalg.vector_norm(tensor) for tensor in x.values()]
+    size: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return size

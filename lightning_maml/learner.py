@@ -1,0 +1,116 @@
+"""A network as a pure function of its trainable parameters, with a stated batch-norm policy."""
+
+import copy
+import threading
+from collections.abc import Iterator
+from itertools import chain
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_maml.functional import Params
+
+BatchNormPolicy = Literal["batch", "support", "running"]
+
+
+class Learner:
+    """Calls ``network`` with given values for its trainable parameters, from any number of threads, without changing it.
+
+    Each thread works on a structural copy of the network: its own module objects over the same tensors. Frozen parameters and
+    buffers are used as they are.
+
+    Args:
+        network: Any module; its training mode (dropout) is kept.
+        batch_norm: Which statistics its batch-norm layers normalise by. ``"batch"``: those of the batch at hand, the query set's own
+            on the query set (transductive, as in the MAML papers). ``"support"``: those of the support set, on both sets. ``"running"``:
+            the running averages in evaluation mode, and the batch's in training mode.
+        vectorised: Write batch norm in primitives that ``vmap`` can differentiate twice.
+
+    Raises:
+        ValueError: If ``network`` has no trainable parameter, or its batch norm has no running averages and ``"running"`` needs them.
+    """
+
+    def __init__(self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False) -> None:
+        self.params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        if not self.params:
+            raise ValueError("Expected `network` to have trainable parameters but all of them are frozen, or there are none.")
+        self._network = network
+        self._batch_norm = batch_norm
+        self._vectorised = vectorised
+        self._own = threading.local()
+        norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
+        self.uses_support_statistics = batch_norm == "support" and bool(norms)
+        if batch_norm == "running":
+            _check_running_averages(network, norms)
+
+    def __call__(self, params: Params, x: Tensor, *, statistics_of: Tensor | None = None) -> Tensor:
+        """Return the network's outputs for ``x``, ``[B, ...]``.
+
+        Args:
+            params: Values for the trainable parameters.
+            x: Inputs of one task, ``[B, ...]``.
+            statistics_of: Inputs that run along to give the batch-norm statistics in place of ``x``'s own.
+        """
+        network = self._copy_of_this_thread()
+        context = 0 if statistics_of is None else len(statistics_of)
+        for module in network.modules():
+            if isinstance(module, _TaskNorm):
+                module.context = context
+        inputs = x if statistics_of is None else torch.cat([statistics_of, x])
+        outputs: Tensor = torch.func.functional_call(network, params, (inputs,))
+        return outputs[context:]
+
+    def _copy_of_this_thread(self) -> nn.Module:
+        if not hasattr(self._own, "network"):
+            network = _structural_copy(self._network)
+            if self._batch_norm != "running" or network.training:
+                network = _with_task_norms(network, fused=not self._vectorised)
+            self._own.network = network
+        own: nn.Module = self._own.network
+        return own
+
+
+class _TaskNorm(nn.Module):
+    """Batch norm by the statistics of the batch at hand, or of its first ``context`` rows. Keeps no running averages."""
+
+    def __init__(self, norm: _BatchNorm, fused: bool) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.context = 0
+        self._fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._fused and not self.context:
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        rows = x[: self.context] if self.context else x
+        variance, mean = torch.var_mean(rows, [0, *range(2, x.ndim)], correction=0, keepdim=True)
+        y = (x - mean) * torch.rsqrt(variance + self.eps)
+        if self.weight is None:
+            return y
+        per_channel = (-1, *[1] * (x.ndim - 2))
+        return y * self.weight.view(per_channel) + self.bias.view(per_channel)
+
+
+def _structural_copy(network: nn.Module) -> nn.Module:
+    tensors: Iterator[Tensor] = chain(network.parameters(), network.buffers())
+    return copy.deepcopy(network, memo={id(tensor): tensor for tensor in tensors})
+
+
+def _with_task_norms(network: nn.Module, fused: bool) -> nn.Module:
+    if isinstance(network, _BatchNorm):
+        return _TaskNorm(network, fused)
+    for name, child in network.named_children():
+        setattr(network, name, _with_task_norms(child, fused))
+    return network
+
+
+def _check_running_averages(network: nn.Module, norms: list[str]) -> None:
+    without = [name for name in norms if network.get_submodule(name).running_mean is None]
+    if without:
+        raise ValueError(
+            f"Expected the batch-norm layers to keep running averages for `batch_norm='running'` but {without} do not; "
+            "build them with track_running_stats=True, or use 'batch' or 'support'."
+        )

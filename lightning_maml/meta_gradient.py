@@ -1,0 +1,102 @@
+"""The meta-gradient: the gradient of the query loss after N inner steps, pulled back to the meta-parameters one step at a time."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_maml.adapt import Loss, QueryLoss, cat_chunks, check_inner_loop, inner_path, task_losses
+from lightning_maml.curvature import CurvatureName, HessianVectorProduct, exact, hessian_vector_product
+from lightning_maml.episodes import Episodes, check_episodes
+from lightning_maml.functional import Params, axpy
+from lightning_maml.objective import AutogradObjective, FunctionalObjective, Objective
+from lightning_maml.task_map import TaskExecution, map_tasks
+
+
+class MetaGradient(NamedTuple):
+    """The meta-gradient of a meta-batch.
+
+    Attributes:
+        grad: Mean over the tasks, shaped like the parameters.
+        query_loss: Query loss of each task after adaptation, ``[T]``.
+        aux: What the loss function gave beside the query loss, each tensor ``[T, ...]``; empty without ``has_aux``.
+    """
+
+    grad: Params
+    query_loss: Tensor
+    aux: Any
+
+
+def pull_back(
+    support: Sequence[Objective], query: Objective, w: Params, inner_lr: float, product: HessianVectorProduct | None
+) -> MetaGradient:
+    """Return one task's meta-gradient.
+
+    ``v = grad q(w_N)``, then ``v <- v - alpha H_j v`` for ``j = N-1 .. 0``: the product of Ji et al. 2022, eqs. 7 and 12, applied
+    from its last factor to its first. One step is Algorithms 1-3 of Fallah et al. 2020; without curvature (``product`` None)
+    ``v`` stays as it is (eq. 8). Memory: the N + 1 points of the path and one step's graph.
+    """
+    path = inner_path(support, w, inner_lr, keep_last_graph=product is exact)
+    query_loss, aux, v = query.value_and_gradient(path.pop())
+    if product is not None:
+        for objective, w_j in zip(reversed(support), reversed(path), strict=True):
+            v = axpy(-inner_lr, product(objective, w_j, v), v)
+    return MetaGradient(v, query_loss, aux)
+
+
+def meta_gradient(
+    loss: Loss,
+    params: Params,
+    episodes: Episodes,
+    *,
+    inner_lr: float,
+    steps: int,
+    curvature: CurvatureName = "exact",
+    probe_radius: float | None = None,
+    query_loss: QueryLoss | None = None,
+    has_aux: bool = False,
+    tasks: TaskExecution = "loop",
+    chunk_size: int | None = None,
+) -> MetaGradient:
+    """Return the mean over tasks of the gradient of ``w -> q(w_N(w))``, finite-sum case (Ji et al. 2022, Algorithm 2).
+
+    Args:
+        loss: ``loss(params, x, y)``, the mean loss of one task's batch as a scalar tensor.
+        params: The meta-parameters by name. They are not changed, and need not require gradients.
+        episodes: The meta-batch of T tasks.
+        inner_lr: alpha, the rate of the inner steps.
+        steps: N >= 0, the number of inner steps; 0 gives the ordinary gradient of the query loss.
+        curvature: ``"exact"`` (MAML), ``"none"`` (FO-MAML) or ``"finite_difference"`` (HF-MAML).
+        probe_radius: See :func:`lightning_maml.curvature.finite_difference`; only with that curvature.
+        query_loss: ``query_loss(params, task)``, where the query loss is not ``loss(params, task.query_x, task.query_y)``.
+        has_aux: The losses return ``(loss, aux)``; the query's aux is returned.
+        tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`. ``"threads"`` needs a ``loss`` that several threads
+            may call at once, which one through ``functional_call`` on a shared module is not.
+        chunk_size: Tasks vectorised at once by ``"vmap"``.
+
+    Returns:
+        The meta-gradient, the query losses ``[T]`` and aux, all detached.
+
+    Raises:
+        ValueError: If an argument is out of range, or the tensors of ``episodes`` do not fit each other.
+    """
+    check_inner_loop(inner_lr, steps)
+    check_episodes(episodes)
+    product = hessian_vector_product(curvature, probe_radius)
+    objective = FunctionalObjective if tasks == "vmap" or torch.is_inference_mode_enabled() else AutogradObjective
+    params = {name: tensor.detach() for name, tensor in params.items()}
+
+    def of_one_task(task: Episodes) -> MetaGradient:
+        support, query = task_losses(loss, task, query_loss, has_aux)
+        return pull_back([objective(support) for _ in range(steps)], objective(query), params, inner_lr, product)
+
+    total: Params = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
+    rest = []
+    for chunk in map_tasks(of_one_task, episodes, tasks=tasks, chunk_size=chunk_size):
+        for name, tensor in chunk.grad.items():
+            total[name] += tensor.sum(0)
+        rest.append(chunk[1:])
+    query_losses, aux = cat_chunks(rest)
+    count = len(query_losses)
+    return MetaGradient({name: tensor / count for name, tensor in total.items()}, query_losses, aux)

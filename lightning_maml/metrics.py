@@ -1,0 +1,46 @@
+"""Means over tasks with their confidence intervals."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+
+class Estimate(NamedTuple):
+    """A mean over tasks.
+
+    Attributes:
+        mean: ``[...]``.
+        ci95: Half-width of its 95 % confidence interval, 1.96 standard errors; nan for a single task.
+        tasks: How many tasks it is over.
+    """
+
+    mean: Tensor
+    ci95: Tensor
+    tasks: int
+
+
+class TaskMean(Metric):
+    """Mean and 95 % confidence interval of any per-task figure over all tasks of all processes."""
+
+    is_differentiable = False
+    full_state_update = False
+    per_task: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("per_task", default=[], dist_reduce_fx="cat")
+
+    def update(self, per_task: Tensor) -> None:
+        """Add the figures of some tasks, ``[T, ...]``."""
+        self.per_task.append(per_task.detach())
+
+    def compute(self) -> Estimate:
+        """Return the estimate over all tasks seen, shaped ``[...]``."""
+        values = dim_zero_cat(self.per_task).double()
+        tasks = len(values)
+        mean = values.mean(0)
+        error = values.std(0, correction=1) / tasks**0.5 if tasks > 1 else torch.full_like(mean, torch.nan)
+        return Estimate(mean.float(), (1.96 * error).float(), tasks)

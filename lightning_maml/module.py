@@ -1,0 +1,344 @@
+"""The Lightning modules: MAML and its first-order and Hessian-free variants. The mathematics is in meta_gradient.py."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_maml.adapt import AdaptationCurve, adaptation_curve, check_inner_loop
+from lightning_maml.curvature import CurvatureName, hessian_vector_product
+from lightning_maml.episodes import Episodes, check_episodes
+from lightning_maml.functional import Params
+from lightning_maml.learner import BatchNormPolicy, Learner
+from lightning_maml.meta_gradient import MetaGradient, meta_gradient
+from lightning_maml.metrics import Estimate, TaskMean
+from lightning_maml.task_map import TaskExecution
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""Outputs ``[B, ...]`` and labels or targets ``[B, ...]`` to their mean loss."""
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+_PLAIN_HYPERPARAMETERS = ("inner_lr", "train_steps", "test_steps", "batch_norm", "tasks", "chunk_size")
+
+_KINKS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Threshold),
+    *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
+
+
+class MAML(LightningModule):
+    """Model-agnostic meta-learning by the exact meta-gradient of N inner steps (Ji et al. 2022, Algorithm 2; N = 1: Fallah et al. 2020, Algorithm 1).
+
+    Batches are :class:`lightning_maml.Episodes`. Every optimizer, scheduler, clipping and accumulation setting of Lightning applies to the
+    meta-parameters. Logged: ``train/``, ``val/`` and ``test/`` ``loss`` and, for classification, ``accuracy`` on the query sets after
+    adaptation, and both ``_before`` it (in training on the steps that are logged). ``test`` adds ``accuracy_ci95``, the half-width of the
+    95 % confidence interval over the tasks, and ``accuracy_step_0 .. K``.
+
+    Args:
+        network: The network to meta-train, any module; its frozen parameters stay as they are.
+        inner_lr: alpha, the rate of the inner steps. The loss is a mean over the support set: a rate published for a summed loss counts
+            ``ways`` times as much here.
+        train_steps: N, inner steps in training.
+        test_steps: K, inner steps in validation, test and prediction; by default N.
+        loss: Outputs and labels to their mean loss.
+        batch_norm: ``"batch"``: the statistics of the batch at hand (transductive on the query set, as in the MAML papers);
+            ``"support"``: of the support set only; ``"running"``: batch statistics in training, running averages in evaluation.
+        optimizer: From parameters to the meta-optimizer; by default Adam with its rate of 1e-3.
+        lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
+        tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: vectorised; ``"auto"``: threads on the CPU
+            (a loop where dropout is active), vmap elsewhere.
+        chunk_size: Tasks vectorised at once by ``"vmap"``; all of them by default.
+
+    Raises:
+        ValueError: If an argument is out of range; in a step, if the network's outputs do not fit the episode's labels.
+        FloatingPointError: In training, if the query loss or the meta-gradient is not finite; the parameters are then untouched.
+    """
+
+    curvature: ClassVar[CurvatureName] = "exact"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inner_lr: float = 0.4,
+        train_steps: int = 1,
+        test_steps: int | None = None,
+        loss: LossFunction = F.cross_entropy,
+        batch_norm: BatchNormPolicy = "batch",
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_inner_loop(inner_lr, train_steps)
+        check_inner_loop(inner_lr, train_steps if test_steps is None else test_steps)
+        if batch_norm not in ("batch", "support", "running"):
+            raise ValueError(f"Expected `batch_norm` to be 'batch', 'support' or 'running' but got {batch_norm!r}.")
+        if tasks not in ("auto", "loop", "threads", "vmap"):
+            raise ValueError(f"Expected `tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got {tasks!r}.")
+        Learner(network, batch_norm)  # refuses a network that the policy does not fit
+        self.save_hyperparameters(*_PLAIN_HYPERPARAMETERS)
+        self.network = network
+        self.inner_lr, self.train_steps = inner_lr, train_steps
+        self.test_steps = train_steps if test_steps is None else test_steps
+        self.loss = loss
+        self.batch_norm: BatchNormPolicy = batch_norm
+        self.probe_radius: float | None = None
+        self.adaptation: Estimate | None = None
+        """Accuracy (for regression: loss) on the last test's tasks after 0 .. K steps, ``[K + 1]``."""
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._tasks, self._chunk_size = tasks, chunk_size
+        self._test_figures = TaskMean()
+
+    def configure_optimizers(self) -> Any:
+        """Build the meta-optimizer and its scheduler."""
+        optimizer = self._optimizer(self.parameters())
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of the network as it is, without adaptation."""
+        outputs: Tensor = self.network(x)
+        return outputs
+
+    def training_step(self, batch: Episodes, batch_idx: int) -> Tensor:
+        """Return the query loss, as a scalar whose backward pass deposits the meta-gradient."""
+        learner = self._learner()
+        self._check(learner, batch)
+        result = self._meta_gradient(learner, batch)
+        self._stop_unless_finite(result)
+        figures = {"loss": result.query_loss, **_accuracies("accuracy", result.aux, batch)}
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            figures |= _figures(self._adapt(learner, batch, 0), batch, ends=("before",))
+        self._log_means("train", figures, on_step=True)
+        self._update_running_averages(batch)
+        return _surrogate(learner.params, result)
+
+    def validation_step(self, batch: Episodes, batch_idx: int) -> None:
+        """Log loss and accuracy before and after adaptation."""
+        curve = self.evaluate(batch)
+        self._log_means("val", _figures(curve, batch, ends=("before", "after")), on_step=False)
+
+    def test_step(self, batch: Episodes, batch_idx: int) -> None:
+        """Collect loss and accuracy after 0 .. K steps."""
+        curve = self.evaluate(batch)
+        figures = [curve.loss, *_accuracies("accuracy", curve.aux, batch).values()]
+        self._test_figures.update(torch.stack(figures, -1))
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over all test tasks with their confidence intervals."""
+        estimate: Estimate = self._test_figures.compute()
+        self._test_figures.reset()
+        for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
+            mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
+            self.adaptation = Estimate(mean, ci95, estimate.tasks)
+            self.log_dict({f"test/{name}": mean[-1], f"test/{name}_ci95": ci95[-1], f"test/{name}_before": mean[0]})
+        self.log_dict({f"test/{name}_step_{step}": value for step, value in enumerate(mean)})
+
+    def predict_step(self, batch: Episodes, batch_idx: int) -> Tensor:
+        """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
+        outputs: Tensor = self.evaluate(batch).aux[:, -1]
+        return outputs
+
+    def evaluate(self, episodes: Episodes) -> AdaptationCurve:
+        """Adapt to each task in ``test_steps`` steps.
+
+        Returns:
+            The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K steps.
+        """
+        learner = self._learner()
+        self._check(learner, episodes)
+        return self._adapt(learner, episodes, self.test_steps)
+
+    def _meta_gradient(self, learner: Learner, episodes: Episodes) -> MetaGradient:
+        return meta_gradient(
+            self._task_loss(learner),
+            learner.params,
+            episodes,
+            inner_lr=self.inner_lr,
+            steps=self.train_steps,
+            curvature=self.curvature,
+            probe_radius=self.probe_radius,
+            query_loss=self._query_loss(learner),
+            has_aux=True,
+            tasks=self._task_execution(),
+            chunk_size=self._chunk_size,
+        )
+
+    def _adapt(self, learner: Learner, episodes: Episodes, steps: int) -> AdaptationCurve:
+        return adaptation_curve(
+            self._task_loss(learner),
+            learner.params,
+            episodes,
+            inner_lr=self.inner_lr,
+            steps=steps,
+            query_loss=self._query_loss(learner),
+            has_aux=True,
+            tasks=self._task_execution(),
+            chunk_size=self._chunk_size,
+        )
+
+    def _learner(self) -> Learner:
+        return Learner(self.network, self.batch_norm, vectorised=self._task_execution() == "vmap")
+
+    def _task_execution(self) -> TaskExecution:
+        if self._tasks != "auto":
+            return self._tasks
+        if self.device.type != "cpu":
+            return "vmap"
+        dropout = any(isinstance(module, _DropoutNd) and module.training for module in self.network.modules())
+        return "loop" if dropout or torch.get_num_threads() == 1 else "threads"
+
+    def _task_loss(self, learner: Learner) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        def loss(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = learner(params, x)
+            return self.loss(outputs, y), outputs
+
+        return loss
+
+    def _query_loss(self, learner: Learner) -> Callable[[Params, Episodes], tuple[Tensor, Tensor]] | None:
+        if not learner.uses_support_statistics:
+            return None
+
+        def query_loss(params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
+            outputs = learner(params, task.query_x, statistics_of=task.support_x)
+            return self.loss(outputs, task.query_y), outputs
+
+        return query_loss
+
+    def _check(self, learner: Learner, episodes: Episodes) -> None:
+        """Refuse episodes whose labels do not fit the network's outputs, before a loss function meets them."""
+        check_episodes(episodes)
+        if episodes.support_y.is_floating_point():
+            return
+        with torch.no_grad():
+            outputs = learner(learner.params, episodes.support_x[0])
+        ways = int(episodes.support_y.max()) + 1
+        if outputs.shape[1] != ways:
+            raise ValueError(
+                f"Expected `network` to have {ways} outputs, one per way of the episode, but got {outputs.shape[1]}; "
+                "give the network's head as many outputs as the datamodule has ways."
+            )
+        low, high = int(episodes.query_y.min()), int(episodes.query_y.max())
+        if int(episodes.support_y.min()) < 0 or low < 0 or high >= ways:
+            raise ValueError(f"Expected labels from 0 to {ways - 1}, those of the support set, but got {low} to {high}.")
+
+    def _stop_unless_finite(self, result: MetaGradient) -> None:
+        finite = result.query_loss.isfinite()
+        where = f"at step {self.global_step} (inner_lr={self.inner_lr}, train_steps={self.train_steps}); lower inner_lr or check the data."
+        if not finite.all():
+            tasks = (~finite).nonzero().flatten().tolist()
+            raise FloatingPointError(f"Expected a finite query loss but got {result.query_loss[tasks].tolist()} in tasks {tasks} {where}")
+        broken = [name for name, gradient in result.grad.items() if not gradient.isfinite().all()]
+        if broken:
+            raise FloatingPointError(f"Expected a finite meta-gradient but it is not finite in {broken} {where}")
+
+    def _update_running_averages(self, episodes: Episodes) -> None:
+        """Let the network's own batch norm see the meta-batch once, at the parameters before adaptation."""
+        if self.batch_norm == "running":
+            with torch.no_grad():
+                self.network(torch.cat([episodes.support_x.flatten(0, 1), episodes.query_x.flatten(0, 1)]))
+
+    def _log_means(self, stage: str, figures: dict[str, Tensor], on_step: bool) -> None:
+        means = {f"{stage}/{name}": value.mean() for name, value in figures.items()}
+        tasks = len(figures["loss"])
+        self.log_dict(means, on_step=on_step, on_epoch=not on_step, prog_bar=True, batch_size=tasks, sync_dist=not on_step)
+
+
+class FOMAML(MAML):
+    """First-order MAML: the gradient after adaptation, without curvature (Fallah et al. 2020, Algorithm 2). Arguments as :class:`MAML`.
+
+    Cheapest, but it stops at a distance of the order of alpha L sigma from where the meta-objective is stationary (Theorem 4.15).
+    """
+
+    curvature = "none"
+
+
+class HFMAML(MAML):
+    """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
+
+    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network: with ReLU or max-pooling it does
+    worse than :class:`FOMAML`, so it warns about them. Use GELU, softplus or SiLU with strides or average pooling.
+
+    Args:
+        network: As in :class:`MAML`, as are all arguments but the last.
+        inner_lr: alpha.
+        train_steps: N.
+        test_steps: K.
+        loss: Outputs and labels to their mean loss.
+        batch_norm: Which statistics batch norm uses.
+        optimizer: From parameters to the meta-optimizer.
+        lr_scheduler: From the optimizer to its scheduler.
+        tasks: How tasks are run.
+        chunk_size: Tasks vectorised at once.
+        probe_radius: h, how far from the inner point the two gradients are taken, in units of the parameters; by default the cube root of the
+            machine epsilon (4.9e-3 in float32).
+    """
+
+    curvature = "finite_difference"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inner_lr: float = 0.4,
+        train_steps: int = 1,
+        test_steps: int | None = None,
+        loss: LossFunction = F.cross_entropy,
+        batch_norm: BatchNormPolicy = "batch",
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
+        chunk_size: int | None = None,
+        probe_radius: float | None = None,
+    ) -> None:
+        super().__init__(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size)
+        hessian_vector_product(self.curvature, probe_radius)  # refuses a radius that is not positive
+        self.save_hyperparameters(*_PLAIN_HYPERPARAMETERS, "probe_radius")
+        self.probe_radius = probe_radius
+        kinks = [f"{name} ({type(module).__name__})" for name, module in network.named_modules() if isinstance(module, _KINKS)]
+        if kinks:
+            warnings.warn(
+                f"HFMAML needs a twice differentiable network but got kinks in {', '.join(kinks)}: its finite differences are then worse than "
+                "no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
+                stacklevel=2,
+            )
+
+
+def _surrogate(params: Params, result: MetaGradient) -> Tensor:
+    """Return a scalar with the value of the mean query loss and the meta-gradient as its gradient.
+
+    So Lightning's own backward pass deposits the meta-gradient, and all that hangs on it (all-reduce, scaling, clipping, accumulation) works.
+    """
+    inner = torch.stack([(p * result.grad[name]).sum() for name, p in params.items()]).sum()
+    return inner - inner.detach() + result.query_loss.mean()
+
+
+def _figures(curve: AdaptationCurve, episodes: Episodes, ends: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return loss and accuracy ``[T]`` at the ends of the adaptation that are asked for."""
+    figures = {"loss": curve.loss, **_accuracies("accuracy", curve.aux, episodes)}
+    before = {f"{name}_before": values[:, 0] for name, values in figures.items()} if "before" in ends else {}
+    after = {name: values[:, -1] for name, values in figures.items()} if "after" in ends else {}
+    return after | before
+
+
+def _accuracies(name: str, outputs: Tensor, episodes: Episodes) -> dict[str, Tensor]:
+    """Return the share of query labels that ``outputs`` ``[T, ..., Q, ways]`` get right, ``[T, ...]``; nothing for regression."""
+    labels = episodes.query_y
+    if labels.is_floating_point():
+        return {}
+    labels = labels.view(len(labels), *[1] * (outputs.ndim - 3), -1)
+    return {name: (outputs.argmax(-1) == labels).float().mean(-1)}

@@ -1,0 +1,131 @@
+"""The loss of one batch as a function of the parameters alone, with its first and second derivatives.
+
+There are two ways to differentiate, with the same interface: :class:`AutogradObjective` is the faster one where tasks are looped
+over, :class:`FunctionalObjective` also works under ``vmap`` and in inference mode.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_maml.functional import Params
+
+BatchLoss = Callable[[Params], tuple[Tensor, Any]]
+"""Parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the network's outputs, or ``()``)."""
+
+
+class Objective(ABC):
+    """The loss of one batch. Every evaluation draws the same random numbers (dropout masks) as the first one did."""
+
+    def __init__(self, loss: BatchLoss) -> None:
+        self._loss = loss
+        self._random_state: tuple[Tensor, Tensor | None] | None = None
+
+    @abstractmethod
+    def value_and_gradient(self, w: Params) -> tuple[Tensor, Any, Params]:
+        """Return the loss at ``w``, what the loss function gave beside it, and the gradient, all without a graph."""
+
+    @abstractmethod
+    def gradient(self, w: Params, *, keep_graph: bool = False) -> Params:
+        """Return the gradient at ``w``; with ``keep_graph`` a Hessian-vector product at this same ``w`` may reuse the work."""
+
+    @abstractmethod
+    def hessian_vector_product(self, w: Params, v: Params) -> Params:
+        """Return the Hessian at ``w`` times ``v``."""
+
+    @contextmanager
+    def _same_randomness(self, w: Params) -> Iterator[None]:
+        device = next(iter(w.values())).device
+        if self._random_state is None:
+            self._random_state = _random_state(device)
+            yield
+            return
+        now = _random_state(device)
+        _set_random_state(self._random_state, device)
+        try:
+            yield
+        finally:
+            _set_random_state(now, device)
+
+
+class AutogradObjective(Objective):
+    """Differentiates by ``torch.autograd``, reverse over reverse."""
+
+    def __init__(self, loss: BatchLoss) -> None:
+        super().__init__(loss)
+        self._kept: tuple[Params, Params, tuple[Tensor, ...]] | None = None
+
+    @override
+    def value_and_gradient(self, w: Params) -> tuple[Tensor, Any, Params]:
+        leaves, value, aux = self._evaluate(w)
+        gradient = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+        aux = torch.utils._pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
+        return value.detach(), aux, dict(zip(w, gradient, strict=True))
+
+    @override
+    def gradient(self, w: Params, *, keep_graph: bool = False) -> Params:
+        if not keep_graph:
+            return self.value_and_gradient(w)[2]
+        leaves, gradient = self._differentiable_gradient(w)
+        self._kept = (w, leaves, gradient)
+        return {name: tensor.detach() for name, tensor in zip(w, gradient, strict=True)}
+
+    @override
+    def hessian_vector_product(self, w: Params, v: Params) -> Params:
+        if self._kept is not None and self._kept[0] is w:
+            _, leaves, gradient = self._kept
+            self._kept = None
+        else:
+            leaves, gradient = self._differentiable_gradient(w)
+        curved = [(g, v[name]) for name, g in zip(w, gradient, strict=True) if g.requires_grad]
+        if not curved:  # the loss is linear in the parameters
+            return {name: torch.zeros_like(tensor) for name, tensor in w.items()}
+        outputs, cotangents = zip(*curved, strict=True)
+        product = torch.autograd.grad(outputs, list(leaves.values()), cotangents, materialize_grads=True)
+        return dict(zip(w, product, strict=True))
+
+    def _differentiable_gradient(self, w: Params) -> tuple[Params, tuple[Tensor, ...]]:
+        leaves, value, _ = self._evaluate(w)
+        return leaves, torch.autograd.grad(value, list(leaves.values()), create_graph=True, materialize_grads=True)
+
+    def _evaluate(self, w: Params) -> tuple[Params, Tensor, Any]:
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
+        with torch.enable_grad(), self._same_randomness(w):
+            value, aux = self._loss(leaves)
+        return leaves, value, aux
+
+
+class FunctionalObjective(Objective):
+    """Differentiates by ``torch.func``, which composes with ``vmap`` and needs no grad mode."""
+
+    @override
+    def value_and_gradient(self, w: Params) -> tuple[Tensor, Any, Params]:
+        with self._same_randomness(w):
+            gradient, (value, aux) = torch.func.grad_and_value(self._loss, has_aux=True)(w)
+        return value, aux, gradient
+
+    @override
+    def gradient(self, w: Params, *, keep_graph: bool = False) -> Params:
+        return self.value_and_gradient(w)[2]
+
+    @override
+    def hessian_vector_product(self, w: Params, v: Params) -> Params:
+        with self._same_randomness(w):
+            pull_back = torch.func.vjp(lambda w: torch.func.grad(self._loss, has_aux=True)(w)[0], w)[1]
+        product: Params = pull_back(v)[0]
+        return product
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
