@@ -1,6 +1,5 @@
 """What every few-shot datamodule shares: the shape of an episode, the loaders, and normalisation on the device."""
 
-from abc import abstractmethod
 from typing import Any
 
 from lightning import LightningDataModule
@@ -67,9 +66,9 @@ class EpisodicDataModule(LightningDataModule):
         self._check_arguments()
         self._datasets: dict[str, EpisodeDataset] = {}
 
-    @abstractmethod
     def class_images(self, split: str) -> ClassImages:
         """Return the images of ``"train"``, ``"val"`` or ``"test"``, uint8 with 255 standing for 1."""
+        raise NotImplementedError(f"{type(self).__name__} must define class_images(split).")
 
     def setup(self, stage: str) -> None:
         """Read the splits that ``stage`` needs and check that they can serve its episodes."""

@@ -1,9 +1,10 @@
 """The command ``lightning-maml``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -25,11 +26,12 @@ class _CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def run(args: ArgsType = None) -> LightningCLI:
+def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningCLI:
     """Run ``lightning-maml fit | validate | test | predict``.
 
     Args:
         args: The command line, by default the process's own.
+        callbacks: Added to those of the config.
 
     Returns:
         The finished command with its ``trainer``, ``model`` and ``datamodule``.
@@ -41,6 +43,7 @@ def run(args: ArgsType = None) -> LightningCLI:
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
+        trainer_defaults={"callbacks": list(callbacks)},
         args=args,
     )
 

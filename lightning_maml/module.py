@@ -21,8 +21,8 @@ from lightning_maml.meta_gradient import MetaGradient, meta_gradient
 from lightning_maml.metrics import Estimate, TaskMean
 from lightning_maml.task_map import TaskExecution
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""Outputs ``[B, ...]`` and labels or targets ``[B, ...]`` to their mean loss."""
+LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
+"""Outputs ``[B, ...]`` and labels or targets ``[B, ...]`` to their mean loss. Modules are named so that YAML may give their ``init_args``."""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]

@@ -1,5 +1,8 @@
 """The meta-gradient against autograd through the unrolled loop, central differences and first principles, in float64."""
 
+import weakref
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,7 +70,7 @@ def test_finite_difference_converges_at_second_order_in_the_radius(name: str, st
         return relative_error(actual.grad, expected)
 
     errors = [error(radius) for radius in (4e-2, 2e-2, 1e-2)]
-    orders = [torch.tensor(a / b).log2() for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [torch.tensor(a / b).log2() for a, b in pairwise(errors)]
     assert all(1.9 < order < 2.1 for order in orders), errors
 
 
@@ -176,6 +179,42 @@ def test_works_without_grad_mode(mode, tasks: str) -> None:
         here = Episodes(*(tensor.clone() for tensor in episodes))
         actual = meta_gradient(lambda w, x, y: F.cross_entropy(learner(w, x), y), learner.params, here, inner_lr=RATE, steps=2, tasks=tasks)
     assert relative_error(actual.grad, expected) < 1e-12
+
+
+class SavedForBackward(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that graphs hold at once."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        super().__init__(self.pack, lambda holder: holder[0])
+
+    def pack(self, tensor: Tensor) -> list[Tensor]:
+        class Holder(list):
+            pass
+
+        size = tensor.numel() * tensor.element_size()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        holder = Holder([tensor])
+        weakref.finalize(holder, self.free, size)
+        return holder
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+def test_the_graphs_of_exact_curvature_do_not_grow_with_the_steps() -> None:
+    network, episodes = build("conv_batch_norm"), make_episodes(tasks=1)
+    peaks = {}
+    for steps in (1, 10):
+        ours, oracle = SavedForBackward(), SavedForBackward()
+        with ours:
+            meta_gradient(plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=steps)
+        with oracle:
+            autograd_meta_gradient(network, episodes, steps)
+        peaks[steps] = (ours.peak, oracle.peak)
+    assert peaks[10][1] > 4 * peaks[1][1], "the unrolled loop keeps every step's graph"
+    assert peaks[10][0] == peaks[1][0], "the recursion keeps one"
 
 
 def test_unused_parameters_get_a_zero_meta_gradient() -> None:

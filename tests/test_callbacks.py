@@ -1,0 +1,57 @@
+"""Pictures: what they show is what the model predicted, and they are left out where there is nothing to show."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from networks import build, make_episodes
+from torch.utils.data import DataLoader
+
+from lightning_maml import MAML, MLP, Episodes
+from lightning_maml.callbacks import EpisodePictures, draw_adaptation, draw_episode
+from lightning_maml.metrics import Estimate
+
+
+def test_an_episode_shows_every_class_with_its_predictions_before_and_after() -> None:
+    task = Episodes(*(tensor[0] for tensor in make_episodes(tasks=1, shots=2, queries=3)))
+    before, after = torch.zeros(9, dtype=torch.long), task.query_y.clone()
+    after[-1] = 0
+    figure = draw_episode(task, torch.stack([before, after]), max_classes=5, max_images=5)
+    titles = [(axes.get_title(), axes.title.get_color()) for axes in figure.axes]
+    assert len(figure.axes) == 3 * (2 + 3)
+    assert titles[:5] == [("class 0", "black")] * 2 + [("0 → 0", "tab:green")] * 3
+    assert titles[-1] == ("0 → 0", "tab:red")
+    small = draw_episode(task, torch.stack([before, after]), max_classes=2, max_images=1)
+    assert len(small.axes) == 2 * (1 + 1)
+
+
+def test_the_adaptation_curve_shows_means_and_intervals() -> None:
+    figure = draw_adaptation(Estimate(torch.tensor([0.2, 0.8, 0.9]), torch.tensor([0.02, 0.01, 0.01]), 600), "accuracy")
+    axes = figure.axes[0]
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([0.2, 0.8, 0.9])
+    assert axes.get_title() == "600 test tasks"
+
+
+def run_test(module: MAML, episodes: Episodes, folder: Path) -> list[str]:
+    episodes = episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())
+    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu"}
+    Trainer(default_root_dir=folder, callbacks=[EpisodePictures()], **quiet).test(
+        module, DataLoader([episodes], batch_size=None), verbose=False
+    )
+    return sorted(file.name for file in folder.glob("*.png"))
+
+
+def test_pictures_are_written_where_there_is_something_to_show(tmp_path: Path) -> None:
+    assert run_test(MAML(build("mlp").float(), test_steps=2), make_episodes(), tmp_path / "images") == ["adaptation.png", "episode.png"]
+    vectors = make_episodes()
+    vectors = vectors._replace(support_x=vectors.support_x.flatten(2), query_x=vectors.query_x.flatten(2))
+    assert run_test(MAML(MLP(64, 3), test_steps=2), vectors, tmp_path / "vectors") == ["adaptation.png"]
+    targets = Episodes(vectors.support_x, vectors.support_x[:, :, :1], vectors.query_x, vectors.query_x[:, :, :1])
+    targets = Episodes(*(tensor.float() for tensor in targets))
+    assert run_test(MAML(MLP(64, 1), loss=torch.nn.MSELoss(), test_steps=2), targets, tmp_path / "targets") == ["adaptation.png"]
+
+
+def test_sizes_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="`max_classes` and `max_images` to be at least 1 but got 0 and 5"):
+        EpisodePictures(max_classes=0)

@@ -1,0 +1,146 @@
+"""The command, run as users run it: every shipped config, checkpoints, logs and pictures."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_maml import FOMAML, HFMAML, MAML
+from lightning_maml.cli import main, run
+from lightning_maml.datamodules import omniglot
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+SMALL = [
+    *("--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+    *("--data.train_batches=3", "--data.val_tasks=4", "--data.test_tasks=20"),
+]
+
+
+@pytest.fixture(scope="session")
+def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of Omniglot's size, filled with noise."""
+    root = tmp_path_factory.mktemp("omniglot")
+    names = [f"{folder}/alphabet/character{number:04d}" for folder, count in omniglot.CHARACTERS.items() for number in range(count)]
+    images = np.random.RandomState(0).randint(0, 256, (len(names) * omniglot.DRAWINGS, 1, 28, 28)).astype(np.uint8)
+    omniglot._write_cache(root / "omniglot_28.npz", images, names)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-maml"])
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def config(name: str) -> str:
+    return f"--config={CONFIGS / name}.yaml"
+
+
+def test_all_promised_configs_are_there() -> None:
+    settings = ["glyphs", *(f"omniglot_{ways}w{shots}s" for ways in (5, 20) for shots in (1, 5))]
+    assert sorted(f"{setting}_{algorithm}" for setting in settings for algorithm in ("maml", "fomaml", "hfmaml")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_config_runs(name: str, in_tmp_path: Path, omniglot_root: Path) -> None:
+    root = [f"--data.root={omniglot_root}"] if name.startswith("omniglot") else []
+    cli = run(["fit", config(name), *root, "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
+    assert type(cli.model) is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML}[name.rsplit("_", 1)[1]]
+    assert cli.trainer.global_step == 1
+
+
+def test_fit_then_test_leaves_logs_checkpoints_and_pictures(in_tmp_path: Path) -> None:
+    cli = run(["fit", config("glyphs_hfmaml"), *SMALL, "--trainer.log_every_n_steps=1"])
+    folder = Path(cli.trainer.log_dir)
+    assert folder == Path("runs/glyphs_hfmaml/version_0")
+    assert {file.name for file in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (folder / "csv" / "metrics.csv").read_text().count("\n") > 3
+    assert list(folder.glob("events.out.tfevents.*"))
+    tested = run(["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}", *SMALL])
+    pictures = Path(tested.trainer.log_dir)
+    for name in ("episode.png", "adaptation.png"):
+        with Image.open(pictures / name) as picture:
+            assert picture.size[0] > 200
+            assert len(picture.convert("RGB").getcolors(1_000_000)) > 10, "not blank"
+    tested.trainer.validate(tested.model, tested.datamodule, verbose=False)
+    saved = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], tensor) for name, tensor in tested.model.state_dict().items())
+
+
+def test_the_command_line_decides_over_the_checkpoint(in_tmp_path: Path) -> None:
+    cli = run(["fit", config("glyphs_maml"), *SMALL])
+    checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
+    arguments = [config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}", "--model.test_steps=7", "--model.batch_norm=support"]
+    tested = run(["test", *arguments])
+    assert (tested.model.test_steps, tested.model.batch_norm) == (7, "support")
+    assert "test/accuracy_step_7" in tested.trainer.callback_metrics
+
+
+def test_predict_returns_outputs_for_every_query(in_tmp_path: Path) -> None:
+    cli = run(["predict", config("glyphs_fomaml"), *SMALL])
+    predictions = cli.trainer.predict(cli.model, cli.datamodule)
+    assert sum(len(prediction) for prediction in predictions) == 20
+    assert predictions[0].shape[1:] == (5, 5)
+
+
+def test_swapping_the_class_is_the_whole_change(in_tmp_path: Path) -> None:
+    cli = run(["fit", config("glyphs_maml"), "--model=HFMAML", "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
+    assert type(cli.model) is HFMAML
+    assert cli.model.network.head.in_features == 32
+    assert cli.model.test_steps == 3
+
+
+def test_optimizer_and_scheduler_can_be_given_on_the_command_line(in_tmp_path: Path) -> None:
+    arguments = ["--optimizer=SGD", "--optimizer.lr=0.5", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"]
+    cli = run(["fit", config("glyphs_maml"), *SMALL, *arguments])
+    assert type(cli.trainer.optimizers[0]) is torch.optim.SGD
+    assert cli.trainer.optimizers[0].defaults["lr"] == 0.5
+
+
+def test_another_loss_is_named_in_yaml(in_tmp_path: Path) -> None:
+    loss = "{class_path: torch.nn.CrossEntropyLoss, init_args: {label_smoothing: 0.1}}"
+    cli = run(["fit", config("glyphs_maml"), f"--model.loss={loss}", "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
+    assert cli.model.loss.label_smoothing == 0.1
+
+
+def printed_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments, "--print_config"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["glyphs_maml", "omniglot_20w1s_hfmaml"])
+def test_print_config_round_trips(name: str, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = printed_config([config(name)], capsys)
+    Path("printed.yaml").write_text(printed)
+    assert yaml.safe_load(printed_config(["--config=printed.yaml"], capsys)) == yaml.safe_load(printed)
+    assert yaml.safe_load(printed)["model"]["init_args"]["inner_lr"] == 0.4
+
+
+@pytest.mark.parametrize("command", [["lightning-maml"], [sys.executable, "-m", "lightning_maml"]], ids=["script", "module"])
+def test_the_command_exits_as_it_should(command: list[str], in_tmp_path: Path) -> None:
+    if command == ["lightning-maml"]:
+        command = [str(Path(sys.executable).parent / "lightning-maml")]
+    arguments = ["fit", config("glyphs_fomaml"), "--trainer.fast_dev_run=1"]
+    assert subprocess.run([*command, *arguments], capture_output=True, check=False).returncode == 0
+    refused = subprocess.run([*command, *arguments, "--model.inner_rate=1"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "inner_rate" in refused.stderr
+
+
+def test_a_typo_in_a_datamodule_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", config("glyphs_maml"), "--data.quries=3"])
+    assert "quries" in capsys.readouterr().err

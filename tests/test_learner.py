@@ -1,0 +1,101 @@
+"""A network as a pure function: its batch-norm policies against torch's own layers, and that it is left alone."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import build, make_episodes
+from torch import nn
+
+from lightning_maml.learner import Learner
+
+
+def image_batch(seed: int) -> torch.Tensor:
+    return torch.rand(7, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("vectorised", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_statistics_are_those_of_torch_in_training_mode(training: bool, vectorised: bool) -> None:
+    network = build("conv_batch_norm").train(training)
+    actual = Learner(network, "batch", vectorised=vectorised)(dict(network.named_parameters()), image_batch(0))
+    torch.testing.assert_close(actual, build("conv_batch_norm").train()(image_batch(0)))
+
+
+@pytest.mark.parametrize("vectorised", [False, True])
+def test_support_statistics_normalise_the_query_set(vectorised: bool) -> None:
+    network = build("conv_batch_norm")
+    support, query = image_batch(0), image_batch(1)
+    learner = Learner(network, "support", vectorised=vectorised)
+    assert learner.uses_support_statistics
+
+    reference = build("conv_batch_norm")
+    reference[1].momentum = 1.0  # running averages become the last batch's statistics
+    reference.train()(support)
+    features = reference[0](support).detach()
+    reference[1].running_var.copy_(features.var((0, 2, 3), correction=0))
+    torch.testing.assert_close(learner(learner.params, query, statistics_of=support), reference.eval()(query))
+    torch.testing.assert_close(learner(learner.params, support), build("conv_batch_norm").train()(support))
+
+
+def test_running_averages_are_used_in_evaluation_only() -> None:
+    network = build("conv_batch_norm")
+    network.train()(image_batch(0))
+    learner = Learner(network.eval(), "running")
+    torch.testing.assert_close(learner(learner.params, image_batch(1)), network(image_batch(1)))
+    learner = Learner(network.train(), "running")
+    torch.testing.assert_close(learner(learner.params, image_batch(1)), build("conv_batch_norm").train()(image_batch(1)))
+
+
+def test_running_policy_refuses_layers_without_running_averages() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False))
+    with pytest.raises(ValueError, match=r"keep running averages for `batch_norm='running'` but \['1'\] do not"):
+        Learner(network, "running")
+
+
+@pytest.mark.parametrize("policy", ["batch", "support", "running"])
+def test_the_network_is_left_as_it_was(policy: str) -> None:
+    network = build("conv_batch_norm").train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    modules = list(network.modules())
+    learner = Learner(network, policy)
+    learner({name: 2 * p for name, p in learner.params.items()}, image_batch(0), statistics_of=image_batch(1))
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert modules == list(network.modules())
+
+
+def test_threads_do_not_see_each_others_parameters() -> None:
+    network = build("mlp")
+    learner = Learner(network)
+    x = make_episodes().support_x[0]
+    scaled = [{name: scale * p for name, p in learner.params.items()} for scale in range(8)]
+    expected = [torch.func.functional_call(network, w, (x,)) for w in scaled]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            for actual, wanted in zip(pool.map(lambda w: learner(w, x), scaled), expected, strict=True):
+                assert torch.equal(actual, wanted)
+
+
+def test_frozen_parameters_are_used_but_not_given() -> None:
+    network = build("mlp")
+    network[1].weight.requires_grad_(False)
+    learner = Learner(network)
+    assert set(learner.params) == {"1.bias", "3.weight", "3.bias"}
+    x = make_episodes().support_x[0]
+    assert torch.equal(learner(learner.params, x), network(x))
+
+
+def test_shared_parameters_stay_shared() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    network[2].weight = network[0].weight
+    learner = Learner(network)
+    doubled = {name: 2 * p for name, p in learner.params.items()}
+    x = torch.rand(3, 4, dtype=torch.float64)
+    weight, first, last = doubled["0.weight"], doubled["0.bias"], doubled["2.bias"]
+    torch.testing.assert_close(learner(doubled, x), F.linear(F.linear(x, weight, first).tanh(), weight, last))
+
+
+def test_a_network_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="trainable parameters but all of them are frozen"):
+        Learner(build("mlp").requires_grad_(False))

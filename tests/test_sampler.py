@@ -1,0 +1,124 @@
+"""Episodes: disjoint, unbiased, reproducible, and shared out among workers and processes without overlap."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, TaskSampler
+
+
+def numbered_images(classes: int = 12, per_class: int = 10) -> ClassImages:
+    """Every image says which it is: pixel 0 its class, pixel 1 its number, pixel 2 a corner that rotations move."""
+    images = torch.zeros(classes * per_class, 1, 3, 3, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(classes).repeat_interleave(per_class) + 100
+    images[:, 0, 1, 1] = torch.arange(per_class).repeat(classes)
+    return ClassImages(images, list(np.arange(classes * per_class).reshape(classes, per_class)))
+
+
+def dataset(seed: int = 0, rotations: str = "none", **shape: int) -> EpisodeDataset:
+    shape = {"ways": 5, "shots": 2, "queries": 3} | shape
+    return EpisodeDataset(numbered_images(), **shape, rotations=rotations, seed=(seed, 0), split="train")
+
+
+def class_of(x: torch.Tensor) -> torch.Tensor:
+    return x.amax((1, 2, 3)).long() - 100
+
+
+def test_an_episode_has_its_shape_and_one_class_per_label() -> None:
+    task = dataset()[0, 0]
+    assert task.support_x.shape == (10, 1, 3, 3)
+    assert task.query_x.shape == (15, 1, 3, 3)
+    assert task.support_y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert task.query_y.bincount().tolist() == [3] * 5
+    support, query = class_of(task.support_x), class_of(task.query_x)
+    assert len(set(support.tolist())) == 5
+    for label in range(5):
+        assert set(support[task.support_y == label].tolist()) == set(query[task.query_y == label].tolist())
+
+
+def test_support_and_query_are_disjoint() -> None:
+    for number in range(50):
+        task = dataset(shots=5, queries=5)[0, number]
+        numbers = [{(int(c), int(n)) for c, n in zip(class_of(x), x[:, 0, 1, 1], strict=True)} for x in (task.support_x, task.query_x)]
+        assert len(numbers[0]) == len(numbers[1]) == 25
+        assert not numbers[0] & numbers[1]
+
+
+def test_labels_tell_nothing_about_classes() -> None:
+    """Over many episodes every class gets every label equally often (chi-squared at a level of 1e-6, fixed seed)."""
+    counts = torch.zeros(12, 5)
+    episodes = dataset(shots=1, queries=1)
+    for number in range(6000):
+        task = episodes[0, number]
+        counts[class_of(task.support_x), task.support_y] += 1
+    expected = counts.sum() / counts.numel()
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < 130, "59 degrees of freedom"
+
+
+def test_a_task_is_a_function_of_seed_epoch_and_number() -> None:
+    assert all(torch.equal(a, b) for a, b in zip(dataset()[3, 7], dataset()[3, 7], strict=True))
+    for other in (dataset()[3, 8], dataset()[4, 7], dataset(seed=1)[3, 7]):
+        assert not torch.equal(other.support_x, dataset()[3, 7].support_x)
+
+
+def batches(workers: int, epoch: int = 0, replicas: int = 1, rank: int = 0, batch_size: int = 4) -> list[torch.Tensor]:
+    sampler = TaskSampler(24, fresh=True, num_replicas=replicas, rank=rank)
+    sampler.set_epoch(epoch)
+    return [batch.support_x for batch in DataLoader(dataset(), batch_size=batch_size, sampler=sampler, num_workers=workers)]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_change_the_episodes(workers: int) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(batches(0), batches(workers), strict=True))
+
+
+def test_epochs_differ_in_training_and_not_in_evaluation() -> None:
+    assert not torch.equal(batches(0, epoch=0)[0], batches(0, epoch=1)[0])
+    sampler = TaskSampler(3, fresh=False)
+    sampler.set_epoch(5)
+    assert list(sampler) == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_processes_share_a_steps_tasks_without_overlap() -> None:
+    alone = batches(0, batch_size=4)
+    shared = [batches(0, replicas=2, rank=rank, batch_size=2) for rank in range(2)]
+    assert len(alone) == len(shared[0]) == len(shared[1])
+    for step, whole in enumerate(alone):
+        assert torch.equal(whole[0::2], shared[0][step])
+        assert torch.equal(whole[1::2], shared[1][step])
+
+
+def test_an_uneven_number_of_tasks_is_shared_out_once() -> None:
+    samplers = [TaskSampler(7, fresh=False, num_replicas=3, rank=rank) for rank in range(3)]
+    assert [len(sampler) for sampler in samplers] == [3, 2, 2]
+    assert sorted(number for sampler in samplers for _, number in sampler) == list(range(7))
+
+
+def test_rotated_classes_are_four_times_as_many_and_turned_alike() -> None:
+    episodes = dataset(rotations="classes", ways=48, shots=1, queries=1)
+    task = episodes[0, 0]
+    corners = [tuple(x[0].ge(100).nonzero()[0].tolist()) for x in task.support_x]
+    assert len(set(zip(corners, class_of(task.support_x).tolist(), strict=True))) == 48
+    assert corners == [tuple(x[0].ge(100).nonzero()[0].tolist()) for x in task.query_x]
+
+
+def test_augmenting_rotations_differ_between_the_classes_of_an_episode() -> None:
+    task = dataset(rotations="augment", ways=12)[0, 0]
+    corners = {label: {tuple(x[0].ge(100).nonzero()[0].tolist()) for x in task.query_x[task.query_y == label]} for label in range(12)}
+    assert all(len(turns) == 1 for turns in corners.values()), "one rotation per class"
+    assert len({turns.copy().pop() for turns in corners.values()}) > 1, "not one rotation per task"
+    assert len(set(class_of(task.support_x).tolist())) == 12, "a character is drawn once per task"
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"ways": 13}, "`ways` to be at most 12, the classes in split 'train', but got 13"),
+        ({"shots": 6, "queries": 5}, r"at most 10, the images of the smallest of the 12 classes in split 'train', but got 6 \+ 5"),
+    ],
+)
+def test_episodes_that_the_split_cannot_serve_are_refused(shape: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataset(**shape)
