@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_maml.episodes import Episodes, check_episodes
-from lightning_maml.functional import Params, axpy
-from lightning_maml.objective import BatchLoss, FunctionalObjective, Objective
+from lightning_maml.functional import Params, axpy, differentiable
+from lightning_maml.objective import AutogradObjective, BatchLoss, FunctionalObjective, Objective
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 Loss = Callable[[Params, Tensor, Tensor], Any]
@@ -65,18 +65,26 @@ def adaptation_curve(
     """
     check_inner_loop(inner_lr, steps)
     check_episodes(episodes)
-    params = {name: tensor.detach() for name, tensor in params.items()}
+    objective = objective_for(tasks)
 
-    def judge(task: Episodes) -> AdaptationCurve:
-        support, query = task_losses(loss, task, query_loss, has_aux)
-        path = inner_path([FunctionalObjective(support) for _ in range(steps)], params, inner_lr)
-        losses, aux = zip(*(query(w) for w in path), strict=True)
-        return AdaptationCurve(torch.stack(losses), tree_map(lambda *leaves: torch.stack(leaves), *aux))
+    with torch.inference_mode(False), torch.no_grad():
+        episodes = Episodes(*map(differentiable, episodes))
+        params = {name: differentiable(tensor) for name, tensor in params.items()}
 
-    with torch.no_grad():
+        def judge(task: Episodes) -> AdaptationCurve:
+            support, query = task_losses(loss, task, query_loss, has_aux)
+            path = inner_path([objective(support) for _ in range(steps)], params, inner_lr)
+            losses, aux = zip(*(query(w) for w in path), strict=True)
+            return AdaptationCurve(torch.stack(losses), tree_map(lambda *leaves: torch.stack(leaves), *aux))
+
         chunks = list(map_tasks(judge, episodes, tasks=tasks, chunk_size=chunk_size))
     curve: AdaptationCurve = cat_chunks(chunks)
     return curve
+
+
+def objective_for(tasks: TaskExecution) -> type[Objective]:
+    """Return the way to differentiate: under ``vmap`` only ``torch.func`` works, elsewhere autograd is faster."""
+    return FunctionalObjective if tasks == "vmap" else AutogradObjective
 
 
 def task_losses(loss: Loss, task: Episodes, query_loss: QueryLoss | None, has_aux: bool) -> tuple[BatchLoss, BatchLoss]:

@@ -7,6 +7,11 @@ Params = dict[str, Tensor]
 """A point w in parameter space, or a direction v: one tensor per parameter name."""
 
 
+def differentiable(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` without its graph, and as a copy if it was made in inference mode, which rules out differentiating."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
 def axpy(a: float | Tensor, x: Params, y: Params) -> Params:
     """Return ``a x + y``."""
     return {name: y[name] + a * x[name] for name in y}

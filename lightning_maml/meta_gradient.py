@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_maml.adapt import Loss, QueryLoss, cat_chunks, check_inner_loop, inner_path, task_losses
+from lightning_maml.adapt import Loss, QueryLoss, cat_chunks, check_inner_loop, inner_path, objective_for, task_losses
 from lightning_maml.curvature import CurvatureName, HessianVectorProduct, exact, hessian_vector_product
 from lightning_maml.episodes import Episodes, check_episodes
-from lightning_maml.functional import Params, axpy
-from lightning_maml.objective import AutogradObjective, FunctionalObjective, Objective
+from lightning_maml.functional import Params, axpy, differentiable
+from lightning_maml.objective import Objective
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 
@@ -84,19 +84,22 @@ def meta_gradient(
     check_inner_loop(inner_lr, steps)
     check_episodes(episodes)
     product = hessian_vector_product(curvature, probe_radius)
-    objective = FunctionalObjective if tasks == "vmap" or torch.is_inference_mode_enabled() else AutogradObjective
-    params = {name: tensor.detach() for name, tensor in params.items()}
+    objective = objective_for(tasks)
 
-    def of_one_task(task: Episodes) -> MetaGradient:
-        support, query = task_losses(loss, task, query_loss, has_aux)
-        return pull_back([objective(support) for _ in range(steps)], objective(query), params, inner_lr, product)
+    with torch.inference_mode(False):
+        episodes = Episodes(*map(differentiable, episodes))
+        params = {name: differentiable(tensor) for name, tensor in params.items()}
 
-    total: Params = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
-    rest = []
-    for chunk in map_tasks(of_one_task, episodes, tasks=tasks, chunk_size=chunk_size):
-        for name, tensor in chunk.grad.items():
-            total[name] += tensor.sum(0)
-        rest.append(chunk[1:])
+        def of_one_task(task: Episodes) -> MetaGradient:
+            support, query = task_losses(loss, task, query_loss, has_aux)
+            return pull_back([objective(support) for _ in range(steps)], objective(query), params, inner_lr, product)
+
+        total: Params = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
+        rest = []
+        for chunk in map_tasks(of_one_task, episodes, tasks=tasks, chunk_size=chunk_size):
+            for name, tensor in chunk.grad.items():
+                total[name] += tensor.sum(0)
+            rest.append(chunk[1:])
     query_losses, aux = cat_chunks(rest)
     count = len(query_losses)
     return MetaGradient({name: tensor / count for name, tensor in total.items()}, query_losses, aux)

@@ -1,7 +1,8 @@
 """The loss of one batch as a function of the parameters alone, with its first and second derivatives.
 
 There are two ways to differentiate, with the same interface: :class:`AutogradObjective` is the faster one where tasks are looped
-over, :class:`FunctionalObjective` also works under ``vmap`` and in inference mode.
+over, :class:`FunctionalObjective` also works under ``vmap``. Neither works in inference mode (on torch 2.6 ``torch.func.grad`` silently
+returns zeros there), so callers leave it first.
 """
 
 from abc import ABC, abstractmethod
@@ -101,7 +102,7 @@ class AutogradObjective(Objective):
 
 
 class FunctionalObjective(Objective):
-    """Differentiates by ``torch.func``, which composes with ``vmap`` and needs no grad mode."""
+    """Differentiates by ``torch.func``, which composes with ``vmap``."""
 
     @override
     def value_and_gradient(self, w: Params) -> tuple[Tensor, Any, Params]:

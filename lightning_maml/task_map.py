@@ -58,11 +58,11 @@ def _in_threads(function: Callable[[Episodes], Any], episodes: Episodes) -> Iter
     works on the results meanwhile, and its idle helper threads would spin on the cores that the tasks need.
     """
     device = episodes.support_x.device.type
-    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    grad = torch.is_grad_enabled()
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def run(task: Episodes) -> Any:
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast):
+        with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast):
             return function(task)
 
     random_state = torch.get_rng_state()
