@@ -70,11 +70,10 @@ class EpisodicDataModule(LightningDataModule):
         """Return the images of ``"train"``, ``"val"`` or ``"test"``, uint8 with 255 standing for 1."""
         raise NotImplementedError(f"{type(self).__name__} must define class_images(split).")
 
-    def setup(self, stage: str) -> None:
-        """Read the splits that ``stage`` needs and check that they can serve its episodes."""
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}[stage]:
-            if split not in self._datasets:
-                self._datasets[split] = self._dataset(split)
+    def setup(self, stage: str | None = None) -> None:
+        """Read the splits that ``stage`` needs, all of them for None, and check that they can serve its episodes."""
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}.get(stage or "", _STREAMS):
+            self._dataset(split)
 
     def train_dataloader(self) -> DataLoader[Episodes]:
         """Return fresh episodes in every epoch."""
@@ -93,26 +92,31 @@ class EpisodicDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def on_after_batch_transfer(self, batch: Episodes, dataloader_idx: int) -> Episodes:
-        """Turn uint8 images into floats in 0 .. 1, on the device."""
-        return batch._replace(support_x=batch.support_x.float() / 255, query_x=batch.query_x.float() / 255)
+        """Turn uint8 images into floats in 0 .. 1, on the device and of the trainer's precision."""
+        images = {"support_x": batch.support_x.float() / 255, "query_x": batch.query_x.float() / 255}
+        if self.trainer is not None:
+            images = self.trainer.precision_plugin.convert_input(images)
+        return batch._replace(**images)
 
     def _dataset(self, split: str) -> EpisodeDataset:
-        train = split == "train"
-        return EpisodeDataset(
-            self.class_images(split),
-            ways=self.ways if train else self.test_ways,
-            shots=self.shots if train else self.test_shots,
-            queries=self.queries if train else self.test_queries,
-            rotations=self.rotations,
-            seed=(self.seed, _STREAMS[split]),
-            split=split,
-        )
+        if split not in self._datasets:
+            train = split == "train"
+            self._datasets[split] = EpisodeDataset(
+                self.class_images(split),
+                ways=self.ways if train else self.test_ways,
+                shots=self.shots if train else self.test_shots,
+                queries=self.queries if train else self.test_queries,
+                rotations=self.rotations,
+                seed=(self.seed, _STREAMS[split]),
+                split=split,
+            )
+        return self._datasets[split]
 
     def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[Episodes]:
         replicas, rank = self._replicas()
         sampler: Any = TaskSampler(tasks, fresh=fresh, num_replicas=replicas, rank=rank)
         return DataLoader(
-            self._datasets[split],
+            self._dataset(split),
             batch_size=self.meta_batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
@@ -129,5 +133,7 @@ class EpisodicDataModule(LightningDataModule):
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"Expected `{name}` to be at least {bound} but got {getattr(self, name)}.")
+        if self.seed >= 2**32:
+            raise ValueError(f"Expected `seed` to be below 2**32 but got {self.seed}.")
         if self.rotations not in ("none", "classes", "augment"):
             raise ValueError(f"Expected `rotations` to be 'none', 'classes' or 'augment' but got {self.rotations!r}.")

@@ -1,16 +1,15 @@
 """Omniglot: 1623 handwritten characters of 50 alphabets, drawn by 20 people each (Lake et al. 2015)."""
 
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from lightning_maml.datamodules.episodic import EpisodicDataModule
@@ -119,17 +118,17 @@ class OmniglotDataModule(EpisodicDataModule):
 
     def prepare_data(self) -> None:
         """Download and decode the images, unless a whole cache is there."""
-        if _read_cache(self.cache_file) is None:
+        if _read_cache(self.cache_file, self.image_size) is None:
             tree = find_tree(self.root)
-            if not tree and self._download:
+            if len(tree) < len(CHARACTERS) and self._download:
                 self._download_tree()
                 tree = find_tree(self.root)
-            _write_cache(self.cache_file, *decode_tree(tree, self.root, self.image_size))
+            _build_cache(self.cache_file, tree, self.root, self.image_size)
 
     def class_images(self, split: str) -> ClassImages:
         """Return the characters of a split."""
         if self._cache is None:
-            self._cache = _read_cache(self.cache_file)
+            self._cache = _read_cache(self.cache_file, self.image_size)
         if self._cache is None:
             raise FileNotFoundError(f"Expected {self.cache_file} to hold the decoded images but found none; call `prepare_data()` first.")
         images, names = self._cache
@@ -170,12 +169,15 @@ def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[
 
 
 def find_tree(root: Path) -> dict[str, Path]:
-    """Return where the official folders lie, in ``root`` or up to three levels below it."""
+    """Return where the official folders lie, in ``root`` or up to three levels below it; whole ones before others."""
     found = {}
-    for name in CHARACTERS:
-        places = [folder for levels in range(4) for folder in sorted(root.glob("*/" * levels + name)) if any(folder.glob("*/character*"))]
-        if places:
-            found[name] = places[0]
+    for name, count in CHARACTERS.items():
+        places = [place for levels in range(4) for place in sorted(root.glob("*/" * levels + name)) if "__MACOSX" not in place.parts]
+        characters = {place: len(_characters(place)) for place in places}
+        whole = [place for place in places if characters[place] == count]
+        part = [place for place in places if characters[place]]
+        if whole or part:
+            found[name] = (whole or part)[0]
     return found
 
 
@@ -200,21 +202,26 @@ def decode_tree(tree: dict[str, Path], root: Path, image_size: int) -> tuple[np.
 def _files(tree: dict[str, Path], root: Path, name: str, count: int) -> Iterator[tuple[str, Path]]:
     if name not in tree:
         raise FileNotFoundError(_nothing_found(root) if not tree else f"Expected {name} beside {[*tree.values()]} but found none; {_CURE}")
-    characters = sorted(tree[name].glob("*/character*"))
+    characters = _characters(tree[name])
     if len(characters) != count:
-        raise FileNotFoundError(f"Expected {tree[name]} to hold {count} characters but got {len(characters)}: half extracted? {_CURE}")
+        raise FileNotFoundError(f"Expected {tree[name]} to hold {count} characters but got {len(characters)}; {_HALF}")
     for character in characters:
-        drawings = sorted(character.glob("*.png"))
+        drawings = sorted(character.glob("[0-9]*.png"))
         if len(drawings) != DRAWINGS:
-            raise FileNotFoundError(f"Expected {character} to hold {DRAWINGS} images but got {len(drawings)}: half extracted? {_CURE}")
+            raise FileNotFoundError(f"Expected {character} to hold {DRAWINGS} images but got {len(drawings)}; {_HALF}")
         for drawing in drawings:
             yield f"{name}/{character.parent.name}/{character.name}", drawing
+
+
+def _characters(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/character[0-9]*"))
 
 
 _CURE = (
     "unpack images_background.zip and images_evaluation.zip, from the folder python/ of github.com/brendenlake/omniglot, into `root`, "
     "or set download=True where there is a network."
 )
+_HALF = "it is half extracted: delete it and unpack its archive again."
 
 
 def _nothing_found(root: Path) -> str:
@@ -224,37 +231,58 @@ def _nothing_found(root: Path) -> str:
 def _decode(file: Path, image_size: int) -> np.ndarray:
     try:
         with Image.open(file) as image:
+            image.verify()  # its checksums, which decoding alone does not look at
+        with Image.open(file) as image:
             small = image.convert("L").resize((image_size, image_size), Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
-        raise OSError(f"Expected {file} to be an image but it cannot be read ({error}); extract the archive anew.") from error
+    except Exception as error:  # a damaged file makes Pillow raise OSError, SyntaxError, ValueError and others
+        raise OSError(f"Expected {file} to be an image but it cannot be read ({error}); unpack its archive again.") from error
     return 255 - np.asarray(small)
 
 
-def _write_cache(file: Path, images: np.ndarray, names: list[str]) -> None:
-    """Write the cache beside its place and move it there when it is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as part:
-        try:
-            np.savez(part, version=_CACHE_VERSION, images=images, names=np.array(names))
-            part.flush()
-            os.fsync(part.fileno())
-            os.replace(part.name, file)
-        except BaseException:
-            Path(part.name).unlink(missing_ok=True)
-            raise
-
-
-def _read_cache(file: Path) -> tuple[torch.Tensor, list[str]] | None:
-    """Return the cached images and class names, or None where there is no cache that is whole and of this version.
-
-    Every member of the archive is read to its end, which checks its CRC-32.
-    """
+def _build_cache(file: Path, tree: dict[str, Path], root: Path, image_size: int) -> None:
+    """Decode the tree into a file beside the cache's place, and move it there when it is whole."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
+        with _writable(part) as stream:
+            images, names = decode_tree(tree, root, image_size)
+            _save(stream, images, names)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _save(stream: BinaryIO, images: np.ndarray, names: list[str]) -> None:
+    try:
+        np.savez(stream, version=_CACHE_VERSION, images=images, names=np.array(names))
+        stream.flush()
+        os.fsync(stream.fileno())
+    except OSError as error:
+        raise OSError(f"Expected room for {images.nbytes / 1e6:.0f} MB beside {stream.name} but could not write them ({error}).") from error
+
+
+def _writable(part: Path) -> BinaryIO:
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        return part.open("wb")
+    except OSError as error:
+        raise OSError(
+            f"Expected to write into {part.parent} but could not ({error}); choose a writable `root`, with links to the data."
+        ) from error
+
+
+def _read_cache(file: Path, image_size: int) -> tuple[torch.Tensor, list[str]] | None:
+    """Return the cached images and class names, or None where there is no cache that is whole and of this version."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:  # a member whose CRC-32 is wrong; numpy alone need not read to where that shows
+                return None
         with np.load(file, allow_pickle=False) as cache:
-            content: dict[str, Any] = {name: cache[name] for name in ("version", "images", "names")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            version, images, names = int(cache["version"]), cache["images"], cache["names"].tolist()
+    except Exception:  # noqa: BLE001  numpy and zipfile raise some ten kinds of errors on damaged files; any of them means: not whole
         return None
-    images, names = content["images"], content["names"].tolist()
-    if content["version"] != _CACHE_VERSION or images.dtype != np.uint8 or len(names) != sum(CHARACTERS.values()):
+    classes = sum(CHARACTERS.values())
+    if version != _CACHE_VERSION or len(names) != classes or images.dtype != np.uint8:
+        return None
+    if images.shape != (classes * DRAWINGS, 1, image_size, image_size):
         return None
     return torch.from_numpy(images), names

@@ -57,12 +57,12 @@ class EpisodeDataset(Dataset[Episodes]):
         self._seed = seed
         self._classes = len(data.members) * (4 if rotations == "classes" else 1)
         if ways > self._classes:
-            raise ValueError(f"Expected `ways` to be at most {self._classes}, the classes in split {split!r}, but got {ways}.")
+            raise ValueError(f"Expected the ways of split {split!r} to be at most {self._classes}, its classes, but got {ways}.")
         fewest = min(map(len, data.members))
         if shots + queries > fewest:
             raise ValueError(
-                f"Expected `shots` + `queries` to be at most {fewest}, the images of the smallest of the {self._classes} classes in "
-                f"split {split!r}, but got {shots} + {queries}."
+                f"Expected shots + queries of split {split!r} to be at most {fewest}, the images of the smallest of its "
+                f"{self._classes} classes, but got {shots} + {queries}."
             )
 
     def __getitem__(self, key: TaskKey) -> Episodes:

@@ -41,9 +41,9 @@ class EpisodePictures(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and save both pictures."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked for by every process: they agree on it together
         if not isinstance(pl_module, MAML) or self._episode is None or pl_module.adaptation is None or not trainer.is_global_zero:
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         curve = draw_adaptation(pl_module.adaptation, "loss" if self._episode.query_y.is_floating_point() else "accuracy")
         _save(curve, folder / "adaptation.png")

@@ -1,12 +1,15 @@
 """The command ``lightning-maml``."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 import lightning_maml.callbacks  # noqa: F401  so that configs may name its classes without their module
 from lightning_maml.datamodules import EpisodicDataModule
@@ -15,7 +18,16 @@ from lightning_maml.module import MAML
 
 class _CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: what config and command line say counts, also for ``test --ckpt_path``, and not what the checkpoint was made with."""
+        """Let config and command line decide, and not the checkpoint; say so where they differ."""
+        command = self.config[self.config.subcommand]
+        if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
+            saved = torch.load(command.ckpt_path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+            given = command.model.init_args
+            differing = [f"{name}={value} ({given[name]} now)" for name, value in saved.items() if name in given and given[name] != value]
+            if differing:
+                rank_zero_warn(
+                    f"The checkpoint was trained with other arguments than those given now, which count: {', '.join(differing)}."
+                )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard and CSV, in ``default_root_dir/version_N`` (by default of ``runs``), unless the config names loggers."""
@@ -49,5 +61,14 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
 
 
 def main(args: ArgsType = None) -> None:
-    """Be the command ``lightning-maml``."""
-    run(args)
+    """Be the command ``lightning-maml``: what a user can cause ends it with one sentence, anything else with its traceback."""
+    try:
+        run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        causes: list[BaseException] = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        sentences = [str(cause) for cause in causes if str(cause).startswith("Expected ")]
+        if not sentences:
+            raise
+        sys.exit(f"lightning-maml: {sentences[-1]}")

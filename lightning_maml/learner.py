@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterator
+from fractions import Fraction
 from itertools import chain
 from typing import Literal
 
@@ -19,14 +19,14 @@ BatchNormPolicy = Literal["batch", "support", "running"]
 class Learner:
     """Calls ``network`` with given values for its trainable parameters, from any number of threads, without changing it.
 
-    Each thread works on a structural copy of the network: its own module objects over the same tensors. Frozen parameters and
-    buffers are used as they are.
+    Each thread works on a structural copy of the network: its own module objects over the same tensors. Frozen parameters are used as
+    they are; every call starts from the network's buffers as they are, and what it writes to them is not kept.
 
     Args:
         network: Any module; its training mode (dropout) is kept.
         batch_norm: Which statistics its batch-norm layers normalise by. ``"batch"``: those of the batch at hand, the query set's own
             on the query set (transductive, as in the MAML papers). ``"support"``: those of the support set, on both sets. ``"running"``:
-            the running averages in evaluation mode, and the batch's in training mode.
+            the running averages in the layers that are in evaluation mode, and the batch's in those in training mode.
         vectorised: Write batch norm in primitives that ``vmap`` can differentiate twice.
 
     Raises:
@@ -56,36 +56,43 @@ class Learner:
         """
         network = self._copy_of_this_thread()
         context = 0 if statistics_of is None else len(statistics_of)
+        inputs = x if statistics_of is None else torch.cat([statistics_of, x])
         for module in network.modules():
             if isinstance(module, _TaskNorm):
-                module.context = context
-        inputs = x if statistics_of is None else torch.cat([statistics_of, x])
-        outputs: Tensor = torch.func.functional_call(network, params, (inputs,))
+                module.context = Fraction(context, len(inputs))
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        outputs: Tensor = torch.func.functional_call(network, {**buffers, **params}, (inputs,))
         return outputs[context:]
 
     def _copy_of_this_thread(self) -> nn.Module:
         if not hasattr(self._own, "network"):
-            network = _structural_copy(self._network)
-            if self._batch_norm != "running" or network.training:
-                network = _with_task_norms(network, fused=not self._vectorised)
-            self._own.network = network
+            self._own.network = self._with_task_norms(_structural_copy(self._network))
         own: nn.Module = self._own.network
         return own
 
+    def _with_task_norms(self, network: nn.Module) -> nn.Module:
+        if isinstance(network, _BatchNorm):
+            use_running_averages = self._batch_norm == "running" and not network.training
+            return network if use_running_averages else _TaskNorm(network, fused=not self._vectorised)
+        for name, child in network._modules.items():  # unlike named_children(), a module that stands twice comes twice
+            if child is not None:
+                setattr(network, name, self._with_task_norms(child))
+        return network
+
 
 class _TaskNorm(nn.Module):
-    """Batch norm by the statistics of the batch at hand, or of its first ``context`` rows. Keeps no running averages."""
+    """Batch norm by the statistics of the batch at hand, or of its first part, ``context``. Keeps no running averages."""
 
     def __init__(self, norm: _BatchNorm, fused: bool) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        self.context = 0
+        self.context = Fraction(0)
         self._fused = fused
 
     def forward(self, x: Tensor) -> Tensor:
         if self._fused and not self.context:
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        rows = x[: self.context] if self.context else x
+        rows = x[: int(self.context * len(x))] if self.context else x
         variance, mean = torch.var_mean(rows, [0, *range(2, x.ndim)], correction=0, keepdim=True)
         y = (x - mean) * torch.rsqrt(variance + self.eps)
         if self.weight is None:
@@ -95,16 +102,8 @@ class _TaskNorm(nn.Module):
 
 
 def _structural_copy(network: nn.Module) -> nn.Module:
-    tensors: Iterator[Tensor] = chain(network.parameters(), network.buffers())
-    return copy.deepcopy(network, memo={id(tensor): tensor for tensor in tensors})
-
-
-def _with_task_norms(network: nn.Module, fused: bool) -> nn.Module:
-    if isinstance(network, _BatchNorm):
-        return _TaskNorm(network, fused)
-    for name, child in network.named_children():
-        setattr(network, name, _with_task_norms(child, fused))
-    return network
+    attributes = (value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return copy.deepcopy(network, memo={id(tensor): tensor for tensor in chain(network.parameters(), network.buffers(), attributes)})
 
 
 def _check_running_averages(network: nn.Module, norms: list[str]) -> None:

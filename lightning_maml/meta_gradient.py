@@ -1,10 +1,12 @@
 """The meta-gradient: the gradient of the query loss after N inner steps, pulled back to the meta-parameters one step at a time."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_maml.adapt import Loss, QueryLoss, cat_chunks, check_inner_loop, inner_path, objective_for, task_losses
 from lightning_maml.curvature import CurvatureName, HessianVectorProduct, exact, hessian_vector_product
@@ -86,7 +88,9 @@ def meta_gradient(
     product = hessian_vector_product(curvature, probe_radius)
     objective = objective_for(tasks)
 
-    with torch.inference_mode(False):
+    # The fused attention kernels have no second derivative.
+    attention = sdpa_kernel(SDPBackend.MATH) if curvature == "exact" else nullcontext()
+    with torch.inference_mode(False), attention:
         episodes = Episodes(*map(differentiable, episodes))
         params = {name: differentiable(tensor) for name, tensor in params.items()}
 

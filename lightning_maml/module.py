@@ -15,11 +15,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, check_inner_loop
 from lightning_maml.curvature import CurvatureName, hessian_vector_product
 from lightning_maml.episodes import Episodes, check_episodes
-from lightning_maml.functional import Params
+from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient
 from lightning_maml.metrics import Estimate, TaskMean
-from lightning_maml.task_map import TaskExecution
+from lightning_maml.task_map import TaskExecution, check_chunk_size
 
 LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
 """Outputs ``[B, ...]`` and labels or targets ``[B, ...]`` to their mean loss. Modules are named so that YAML may give their ``init_args``."""
@@ -30,7 +30,7 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 _PLAIN_HYPERPARAMETERS = ("inner_lr", "train_steps", "test_steps", "batch_norm", "tasks", "chunk_size")
 
 _KINKS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Threshold),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.SELU, nn.Threshold),
     *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
@@ -87,6 +87,7 @@ class MAML(LightningModule):
             raise ValueError(f"Expected `batch_norm` to be 'batch', 'support' or 'running' but got {batch_norm!r}.")
         if tasks not in ("auto", "loop", "threads", "vmap"):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got {tasks!r}.")
+        check_chunk_size(chunk_size)
         Learner(network, batch_norm)  # refuses a network that the policy does not fit
         self.save_hyperparameters(*_PLAIN_HYPERPARAMETERS)
         self.network = network
@@ -122,7 +123,8 @@ class MAML(LightningModule):
         result = self._meta_gradient(learner, batch)
         self._stop_unless_finite(result)
         figures = {"loss": result.query_loss, **_accuracies("accuracy", result.aux, batch)}
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
             figures |= _figures(self._adapt(learner, batch, 0), batch, ends=("before",))
         self._log_means("train", figures, on_step=True)
         self._update_running_averages(batch)
@@ -133,6 +135,10 @@ class MAML(LightningModule):
         curve = self.evaluate(batch)
         self._log_means("val", _figures(curve, batch, ends=("before", "after")), on_step=False)
 
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted test left."""
+        self._test_figures.reset()
+
     def test_step(self, batch: Episodes, batch_idx: int) -> None:
         """Collect loss and accuracy after 0 .. K steps."""
         curve = self.evaluate(batch)
@@ -142,7 +148,6 @@ class MAML(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the means over all test tasks with their confidence intervals."""
         estimate: Estimate = self._test_figures.compute()
-        self._test_figures.reset()
         for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
             mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
             self.adaptation = Estimate(mean, ci95, estimate.tasks)
@@ -225,13 +230,18 @@ class MAML(LightningModule):
         check_episodes(episodes)
         if episodes.support_y.is_floating_point():
             return
-        with torch.no_grad():
-            outputs = learner(learner.params, episodes.support_x[0])
+        with torch.inference_mode(False), torch.no_grad():
+            outputs = learner(learner.params, differentiable(episodes.support_x[0]))
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(
+                f"Expected `network` to return one tensor of logits [examples, ways] but got {got}; wrap it in a module that does."
+            )
         ways = int(episodes.support_y.max()) + 1
         if outputs.shape[1] != ways:
             raise ValueError(
                 f"Expected `network` to have {ways} outputs, one per way of the episode, but got {outputs.shape[1]}; "
-                "give the network's head as many outputs as the datamodule has ways."
+                "give its head as many outputs as the datamodule has `ways`, and leave `test_ways` the same, because a head has one width."
             )
         low, high = int(episodes.query_y.min()), int(episodes.query_y.max())
         if int(episodes.support_y.min()) < 0 or low < 0 or high >= ways:
@@ -254,9 +264,16 @@ class MAML(LightningModule):
                 self.network(torch.cat([episodes.support_x.flatten(0, 1), episodes.query_x.flatten(0, 1)]))
 
     def _log_means(self, stage: str, figures: dict[str, Tensor], on_step: bool) -> None:
-        means = {f"{stage}/{name}": value.mean() for name, value in figures.items()}
-        tasks = len(figures["loss"])
-        self.log_dict(means, on_step=on_step, on_epoch=not on_step, prog_bar=True, batch_size=tasks, sync_dist=not on_step)
+        for name, values in figures.items():
+            self.log(
+                f"{stage}/{name}",
+                values.mean(),
+                on_step=on_step,
+                on_epoch=not on_step,
+                prog_bar=name in ("loss", "accuracy"),
+                batch_size=len(values),
+                sync_dist=not on_step,
+            )
 
 
 class FOMAML(MAML):
@@ -309,13 +326,17 @@ class HFMAML(MAML):
         hessian_vector_product(self.curvature, probe_radius)  # refuses a radius that is not positive
         self.save_hyperparameters(*_PLAIN_HYPERPARAMETERS, "probe_radius")
         self.probe_radius = probe_radius
-        kinks = [f"{name} ({type(module).__name__})" for name, module in network.named_modules() if isinstance(module, _KINKS)]
+        kinks = [f"{name} ({type(module).__name__})" for name, module in network.named_modules() if _has_kinks(module)]
         if kinks:
             warnings.warn(
                 f"HFMAML needs a twice differentiable network but got kinks in {', '.join(kinks)}: its finite differences are then worse than "
                 "no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
                 stacklevel=2,
             )
+
+
+def _has_kinks(module: nn.Module) -> bool:
+    return isinstance(module, _KINKS) or (isinstance(module, nn.ELU) and module.alpha != 1)
 
 
 def _surrogate(params: Params, result: MetaGradient) -> Tensor:

@@ -29,8 +29,7 @@ def map_tasks(
         ValueError: If ``tasks`` is none of the three, or ``chunk_size`` is not positive.
         RuntimeError: If ``function`` drew random numbers in threads.
     """
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"Expected `chunk_size` to be at least 1 but got {chunk_size}.")
+    check_chunk_size(chunk_size)
     if tasks == "loop":
         yield from map(_as_chunk, map(function, _each(episodes)))
     elif tasks == "threads":
@@ -41,6 +40,16 @@ def map_tasks(
             yield torch.func.vmap(function, randomness="different")(Episodes(*chunk))
     else:
         raise ValueError(f"Expected `tasks` to be 'loop', 'threads' or 'vmap' but got {tasks!r}.")
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Check the number of tasks vectorised at once.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"Expected `chunk_size` to be at least 1 but got {chunk_size}.")
 
 
 def _each(episodes: Episodes) -> Iterator[Episodes]:

@@ -87,6 +87,26 @@ def test_the_command_line_decides_over_the_checkpoint(in_tmp_path: Path) -> None
     assert "test/accuracy_step_7" in tested.trainer.callback_metrics
 
 
+def test_a_checkpoint_trained_with_other_arguments_is_pointed_out(in_tmp_path: Path) -> None:
+    cli = run(["fit", config("glyphs_maml"), *SMALL, "--model.inner_lr=0.123"])
+    checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
+    with pytest.warns(UserWarning, match=r"trained with other arguments than those given now, which count: inner_lr=0.123 \(0.4 now\)"):
+        run(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--model.inner_lr=-1", "Expected `inner_lr` to be a finite number of at least 0 but got -1.0."),
+        ("--data.ways=500", "Expected the ways of split 'train' to be at most 400, its classes, but got 500."),
+    ],
+)
+def test_what_a_user_can_cause_ends_with_one_sentence(argument: str, sentence: str, in_tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", config("glyphs_maml"), argument])
+    assert stop.value.code == f"lightning-maml: {sentence}"
+
+
 def test_predict_returns_outputs_for_every_query(in_tmp_path: Path) -> None:
     cli = run(["predict", config("glyphs_fomaml"), *SMALL])
     predictions = cli.trainer.predict(cli.model, cli.datamodule)

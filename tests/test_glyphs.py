@@ -21,6 +21,13 @@ def test_every_split_has_its_own_characters_of_twenty_drawings() -> None:
     assert 0.03 < ink.quantile(0.01) < ink.quantile(0.99) < 0.35
 
 
+def test_loaders_work_before_setup_too() -> None:
+    module = GlyphsDataModule(val_tasks=4, meta_batch_size=4)
+    assert len(list(module.val_dataloader())) == 1
+    module.setup()
+    assert len(module.train_dataloader()) == 200
+
+
 def test_test_episodes_may_have_another_shape() -> None:
     module = GlyphsDataModule(ways=5, shots=1, queries=2, test_ways=3, test_shots=4, test_queries=5, meta_batch_size=2, train_batches=1)
     module.setup("fit")
@@ -37,6 +44,7 @@ def test_test_episodes_may_have_another_shape() -> None:
         ({"meta_batch_size": 0}, "`meta_batch_size` to be at least 1 but got 0"),
         ({"num_workers": -1}, "`num_workers` to be at least 0 but got -1"),
         ({"seed": -1}, "`seed` to be at least 0 but got -1"),
+        ({"seed": 2**32}, r"`seed` to be below 2\*\*32 but got 4294967296"),
         ({"glyph_seed": -1}, "`glyph_seed` to be at least 0 but got -1"),
         ({"rotations": "all"}, "`rotations` to be 'none', 'classes' or 'augment' but got 'all'"),
     ],
@@ -47,5 +55,5 @@ def test_arguments_out_of_range_are_refused(arguments: dict, message: str) -> No
 
 
 def test_episodes_the_split_cannot_serve_are_refused_before_training() -> None:
-    with pytest.raises(ValueError, match="`ways` to be at most 50, the classes in split 'val', but got 51"):
+    with pytest.raises(ValueError, match="the ways of split 'val' to be at most 50, its classes, but got 51"):
         GlyphsDataModule(test_ways=51).setup("fit")

@@ -99,3 +99,64 @@ def test_shared_parameters_stay_shared() -> None:
 def test_a_network_without_trainable_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="trainable parameters but all of them are frozen"):
         Learner(build("mlp").requires_grad_(False))
+
+
+def test_batch_norm_that_sees_folded_rows_still_uses_the_support_part() -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, 3, 4]: three rows per example
+            return self.norm(x.flatten(0, 1)).unflatten(0, (-1, 3)).flatten(1)
+
+    support, query = (torch.rand(n, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 7))
+    learner = Learner(Folded(), "support")
+    rows = support.flatten(0, 1)
+    expected = (query - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(learner(learner.params, query, statistics_of=support), expected.flatten(1))
+
+
+def test_a_batch_norm_layer_that_stands_twice_is_replaced_twice() -> None:
+    norm = nn.BatchNorm1d(4)
+    network = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm).double().eval()
+    x = torch.rand(6, 4, dtype=torch.float64)
+    learner = Learner(network)
+    torch.testing.assert_close(learner(learner.params, x), network.train()(x))
+
+
+def test_running_policy_keeps_to_the_mode_of_each_layer() -> None:
+    network = build("conv_batch_norm").train()
+    network(image_batch(0))
+    network[1].eval()  # a frozen backbone's
+    learner = Learner(network, "running")
+    torch.testing.assert_close(learner(learner.params, image_batch(1)), network(image_batch(1)))
+
+
+def test_every_call_starts_from_the_networks_buffers() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)).double().train()
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    learner = Learner(network)
+    x = torch.rand(6, 4, dtype=torch.float64)
+    assert torch.equal(learner(learner.params, x), learner(learner.params, x))
+    assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
+
+
+def test_plain_tensor_attributes_are_shared_and_not_copied() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.scale = torch.linspace(1, 2, 3)
+            self.last: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = self.layer(x)  # has a graph, which deepcopy refuses
+            return self.last * self.scale
+
+    network = Keeps()
+    x = torch.rand(2, 4)
+    expected = network(x)
+    learner = Learner(network)
+    torch.testing.assert_close(learner(learner.params, x), expected)

@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from networks import WAYS, build, conv_batch_norm, flat, make_episodes, relative_error
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, meta_gradient
+from lightning_maml.callbacks import EpisodePictures
+from lightning_maml.datamodules import GlyphsDataModule
 from lightning_maml.functional import Params
 from lightning_maml.learner import Learner
 
@@ -212,6 +215,7 @@ def test_labels_outside_the_head(tmp_path: Path, label: int) -> None:
         ({"train_steps": -1}, "`steps` to be at least 0 but got -1"),
         ({"test_steps": -2}, "`steps` to be at least 0 but got -2"),
         ({"batch_norm": "none"}, "`batch_norm` to be 'batch', 'support' or 'running' but got 'none'"),
+        ({"chunk_size": 0}, "`chunk_size` to be at least 1 but got 0"),
         ({"tasks": "fast"}, "`tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got 'fast'"),
     ],
 )
@@ -234,6 +238,72 @@ def test_hf_maml_warns_about_kinks_by_name_and_not_about_smooth_networks() -> No
         warnings.simplefilter("error")
         HFMAML(Conv4(1, 3, 16, activation="gelu", downsample="avg"))
         MAML(Conv4(1, 3, 16, downsample="max"))
+
+
+@pytest.mark.parametrize(("layer", "warns"), [(nn.SELU(), True), (nn.ELU(2.0), True), (nn.ELU(), False), (nn.CELU(2.0), False)])
+def test_kinks_depend_on_an_elus_alpha(layer: nn.Module, warns: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        HFMAML(nn.Sequential(nn.Linear(2, 2), layer))
+    assert bool(caught) is warns
+
+
+def test_a_network_that_returns_no_tensor_of_logits_is_refused(tmp_path: Path) -> None:
+    class Two(MLP):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), x
+
+    with pytest.raises(ValueError, match="one tensor of logits"):
+        trainer(tmp_path).fit(MAML(Two(64, 3)), loader())
+
+
+def test_tensors_that_a_network_keeps_as_plain_attributes_do_not_stop_a_test(tmp_path: Path) -> None:
+    class Grid(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            self.grid = torch.linspace(0, 1, 3)  # made in inference mode by the first pass of a test
+            return super().forward(x) * self.grid
+
+    for tasks in ("loop", "threads", "vmap"):
+        trainer(tmp_path).test(MAML(Grid(64, 3), tasks=tasks), loader(), verbose=False)
+
+
+def test_an_interrupted_test_leaves_nothing_in_the_next(tmp_path: Path) -> None:
+    class Interrupt(Callback):
+        def on_test_batch_end(self, *_) -> None:
+            raise RuntimeError("interrupted")
+
+    module = MAML(build("mlp").float())
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer(tmp_path, callbacks=[Interrupt()]).test(module, loader(), verbose=False)
+    trainer(tmp_path).test(module, loader(), verbose=False)
+    assert module.adaptation.tasks == 6
+
+
+def test_logging_can_be_switched_off(tmp_path: Path) -> None:
+    trainer(tmp_path, log_every_n_steps=0).fit(MAML(MLP(64, 3)), loader())
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_datamodules_follow_the_trainers_precision(tmp_path: Path, precision: str) -> None:
+    data = GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=1, val_tasks=2)
+    module = MAML(Conv4(1, 3, 28, channels=2), inner_lr=0.1)
+    trainer(tmp_path, precision=precision).fit(module, data)
+    assert module.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}[precision]
+
+
+def test_two_processes_test_every_task_once(tmp_path: Path) -> None:
+    results = []
+    for devices in (1, 2):
+        torch.manual_seed(0)
+        module = MAML(Conv4(1, 3, 28, channels=2, activation="gelu"), inner_lr=0.5, test_steps=2)
+        data = GlyphsDataModule(ways=3, meta_batch_size=4, test_tasks=21)
+        folder = tmp_path / str(devices)
+        arguments = {"devices": devices, "strategy": "ddp_spawn" if devices > 1 else "auto", "callbacks": [EpisodePictures()]}
+        run = trainer(folder, **arguments, logger=CSVLogger(folder))
+        run.test(module, data, verbose=False)
+        results.append({name: value.item() for name, value in run.callback_metrics.items()})
+        assert len(list(folder.rglob("*.png"))) == 2
+    assert results[1] == pytest.approx(results[0], abs=1e-6)
 
 
 def test_running_averages_follow_training_and_serve_evaluation(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -116,9 +117,70 @@ def test_no_half_cache_is_left_when_the_disk_is_full(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"Expected room for 0 MB beside .* could not write them .*No space left"):
         lake(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(COUNTS)
+
+
+@pytest.mark.usefixtures("small")
+def test_no_flipped_bit_of_the_cache_gets_through(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    module = lake(tmp_path)
+    whole = module.class_images("test").images.clone()
+    content = module.cache_file.read_bytes()
+    headers = [content.find(name) for name in (b"version.npy", b"images.npy", b"names.npy")]
+    positions = {place + offset for place in headers for offset in range(-30, 140)} | {*range(len(content) - 400, len(content))}
+    positions |= set(np.random.RandomState(0).randint(0, len(content), 200).tolist())
+    for position in sorted(positions):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        module.cache_file.write_bytes(damaged)
+        read = omniglot._read_cache(module.cache_file, 28)
+        assert read is None or torch.equal(read[0][-80:], whole[-80:]), position
+
+
+@pytest.mark.usefixtures("small")
+def test_a_cache_of_another_shape_is_not_trusted(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    module = lake(tmp_path)
+    names = [f"images_background/a/character{number:02d}" for number in range(10)]
+    for images in (np.zeros((3, 1, 28, 28), np.uint8), np.zeros((200, 1, 14, 14), np.uint8), np.zeros((200, 1, 28, 28))):
+        np.savez(module.cache_file, version=1, images=images, names=np.array(names))
+        assert omniglot._read_cache(module.cache_file, 28) is None
+    np.savez(module.cache_file, version=np.ones(2), images=np.zeros((200, 1, 28, 28), np.uint8), names=np.array(names))
+    assert omniglot._read_cache(module.cache_file, 28) is None
+
+
+@pytest.mark.usefixtures("small")
+def test_the_cache_can_be_read_by_others(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    umask = os.umask(0o022)
+    try:
+        assert lake(tmp_path).cache_file.stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(umask)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_archivers_and_desktops_leave_in_the_tree_is_passed_over(tmp_path: Path) -> None:
+    write_tree(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "__MACOSX")
+    half = tmp_path / "images_background"
+    shutil.copytree(tmp_path / "whole" / "images_background" / "b_alphabet_0", half / "b_alphabet_0")
+    first = tmp_path / "whole" / "images_background" / "b_alphabet_0" / "character01"
+    for name in ("._0001_01.png", ".DS_Store"):
+        (first / name).write_bytes(b"not an image")
+    (first.parent / ".DS_Store").write_bytes(b"")
+    assert omniglot.find_tree(tmp_path) == {name: tmp_path / "whole" / name for name in COUNTS}
+    assert len(lake(tmp_path).class_images("test").members) == 4
+
+
+@pytest.mark.usefixtures("small")
+def test_a_half_tree_is_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(write_tree(tmp_path) / "images_evaluation")
+    monkeypatch.setattr(OmniglotDataModule, "_download_tree", lambda self: write_tree(self.root / "omniglot-py"))
+    lake(tmp_path, download=True)
+    assert set(omniglot.find_tree(tmp_path)) == set(COUNTS)
 
 
 @pytest.mark.usefixtures("small")
@@ -126,10 +188,10 @@ def test_no_half_cache_is_left_when_the_disk_is_full(tmp_path: Path, monkeypatch
     ("damage", "message"),
     [
         (lambda root: shutil.rmtree(root / "images_evaluation"), "Expected images_evaluation beside .* but found none; unpack"),
-        (lambda root: shutil.rmtree(root / "images_background" / "b_alphabet_0"), "to hold 6 characters but got 4: half extracted"),
+        (lambda root: shutil.rmtree(root / "images_background" / "b_alphabet_0"), "to hold 6 characters but got 4; it is half extracted"),
         (
             lambda root: (root / "images_background" / "b_alphabet_0" / "character01" / "0001_05.png").unlink(),
-            "character01 to hold 20 images but got 19: half extracted",
+            "character01 to hold 20 images but got 19; it is half extracted",
         ),
         (
             lambda root: [shutil.rmtree(path) for path in root.iterdir()],
@@ -166,11 +228,29 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
+def test_no_flipped_bit_of_an_image_gets_through(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    file = tmp_path / "images_background" / "b_alphabet_0" / "character01" / "0001_05.png"
+    content = file.read_bytes()
+    whole = omniglot._decode(file, 28)
+    refused = 0
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        file.write_bytes(damaged)
+        try:
+            assert np.array_equal(omniglot._decode(file, 28), whole), position
+        except OSError as error:
+            refused += "0001_05.png" in str(error)
+    assert refused > 0.9 * len(content)
+
+
+@pytest.mark.usefixtures("small")
 def test_episodes_the_split_cannot_serve(tmp_path: Path) -> None:
     write_tree(tmp_path)
-    with pytest.raises(ValueError, match="`ways` to be at most 16, the classes in split 'test', but got 17"):
+    with pytest.raises(ValueError, match="the ways of split 'test' to be at most 16, its classes, but got 17"):
         lake(tmp_path, test_ways=17).setup("test")
-    with pytest.raises(ValueError, match="at most 20, the images of the smallest"):
+    with pytest.raises(ValueError, match="split 'test' to be at most 20, the images of the smallest of its 16 classes, but got 19 \\+ 2"):
         lake(tmp_path, test_shots=19).setup("test")
 
 
