@@ -16,8 +16,8 @@ DRAWINGS = 20
 _STROKES = 3
 _POINTS = 24  # per stroke
 _INK_RADIUS = 0.022  # of a pen, in image widths
-_WOBBLE = 0.02  # standard deviation of a drawing's control points, in image widths
-_TURN, _STRETCH, _SHIFT = 0.1, 0.08, 0.06  # standard deviations of a drawing's slant (radians), size (logarithm) and place
+_WOBBLE = 0.015  # standard deviation of a drawing's control points, in image widths
+_TURN, _STRETCH, _SHIFT = 0.1, 0.08, 0.08  # standard deviations of a drawing's slant (radians), size (logarithm) and place
 
 
 class GlyphsDataModule(EpisodicDataModule):
