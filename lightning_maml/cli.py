@@ -18,7 +18,10 @@ from lightning_maml.module import MAML
 
 class _CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
-        """Let config and command line decide, and not the checkpoint; say so where they differ."""
+        """Do nothing: config and command line decide, and not what the checkpoint was trained with, as Lightning 2.6 has it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Say so where a checkpoint was trained with other arguments than those given now."""
         command = self.config[self.config.subcommand]
         if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
             saved = torch.load(command.ckpt_path, weights_only=True, map_location="cpu").get("hyper_parameters", {})

@@ -28,7 +28,8 @@ def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("omniglot")
     names = [f"{folder}/alphabet/character{number:04d}" for folder, count in omniglot.CHARACTERS.items() for number in range(count)]
     images = np.random.RandomState(0).randint(0, 256, (len(names) * omniglot.DRAWINGS, 1, 28, 28)).astype(np.uint8)
-    omniglot._write_cache(root / "omniglot_28.npz", images, names)
+    with (root / "omniglot_28.npz").open("wb") as stream:
+        omniglot._save(stream, images, names)
     return root
 
 
@@ -164,3 +165,13 @@ def test_a_typo_in_a_datamodule_argument_is_refused(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main(["fit", config("glyphs_maml"), "--data.quries=3"])
     assert "quries" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_on_glyphs_visibly_matters(in_tmp_path: Path) -> None:
+    cli = run(["fit", config("glyphs_maml"), "--trainer.enable_progress_bar=false"])
+    cli.trainer.test(cli.model, cli.datamodule, ckpt_path="best", verbose=False)
+    trained = float(cli.trainer.callback_metrics["test/accuracy"])
+    untrained = run(["test", config("glyphs_maml"), "--trainer.enable_progress_bar=false"]).trainer.callback_metrics["test/accuracy"]
+    assert trained > 0.9
+    assert untrained < 0.55
