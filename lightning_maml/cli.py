@@ -1,6 +1,7 @@
 """The command ``lightning-maml``."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lightning_maml.module import MAML
 
 class _CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: config and command line decide, and not what the checkpoint was trained with, as Lightning 2.6 has it."""
+        """Do not merge the checkpoint's arguments into the config, where Lightning would: what is typed now decides."""
 
     def before_instantiate_classes(self) -> None:
         """Say so where a checkpoint was trained with other arguments than those given now."""
@@ -37,7 +38,8 @@ class _CLI(LightningCLI):
         if self._get(self.config_init, "trainer.logger") is None:
             folder = Path(self._get(self.config_init, "trainer.default_root_dir") or "runs")
             tensorboard = TensorBoardLogger(folder, name="")
-            kwargs["logger"] = [tensorboard, CSVLogger(tensorboard.log_dir, name="", version="csv")]
+            kwargs["logger"] = [tensorboard, CSVLogger(folder, name="", version=tensorboard.version)]
+            warnings.filterwarnings("ignore", "Experiment logs directory")  # that the two share it is meant
         return super().instantiate_trainer(**kwargs)
 
 

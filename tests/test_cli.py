@@ -66,7 +66,7 @@ def test_fit_then_test_leaves_logs_checkpoints_and_pictures(in_tmp_path: Path) -
     folder = Path(cli.trainer.log_dir)
     assert folder == Path("runs/glyphs_hfmaml/version_0")
     assert {file.name for file in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    assert (folder / "csv" / "metrics.csv").read_text().count("\n") > 3
+    assert (folder / "metrics.csv").read_text().count("\n") > 3
     assert list(folder.glob("events.out.tfevents.*"))
     tested = run(["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}", *SMALL])
     pictures = Path(tested.trainer.log_dir)
