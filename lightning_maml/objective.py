@@ -29,7 +29,7 @@ class Objective(ABC):
 
     @abstractmethod
     def value_and_gradient(self, w: Params) -> tuple[Tensor, Any, Params]:
-        """Return the loss at ``w``, what the loss function gave beside it, and the gradient, all without a graph."""
+        """Return the loss at ``w`` (which has no graph), what the loss function gave beside it, and the gradient, all without a graph."""
 
     @abstractmethod
     def gradient(self, w: Params, *, keep_graph: bool = False) -> Params:

@@ -79,7 +79,12 @@ def test_fit_validate_test_and_predict(tmp_path: Path, algorithm: type[MAML]) ->
     names = {"loss", "accuracy", "loss_before", "accuracy_before"}
     assert {f"{stage}/{name}" for stage in ("train", "val") for name in names} <= set(run.callback_metrics)
     run.validate(module, loader(), verbose=False)
+    validated = dict(run.callback_metrics)
     run.test(module, loader(), verbose=False)
+    for name in names:
+        torch.testing.assert_close(validated[f"val/{name}"], run.callback_metrics[f"test/{name}"])
+    assert run.callback_metrics["test/loss_before"] != run.callback_metrics["test/loss"]
+    assert run.callback_metrics["test/accuracy_before"] == run.callback_metrics["test/accuracy_step_0"]
     assert {"test/accuracy_ci95", *(f"test/accuracy_step_{k}" for k in range(4))} <= set(run.callback_metrics)
     predictions = run.predict(module, loader())
     assert [prediction.shape for prediction in predictions] == [(3, 9, WAYS)] * 2
