@@ -54,7 +54,7 @@ class OmniglotDataModule(EpisodicDataModule):
         split_seed: Of the splits that are drawn.
         rotations: ``"classes"``: each character turned by 0, 90, 180 and 270 degrees makes four classes; ``"augment"``: each class of
             an episode is turned at random; ``"none"``. In all splits.
-        download: Download into ``root`` when neither the cache nor the folder tree is there.
+        download: Download into ``root`` when the cache is not there and not both folders are.
         train_batches: Meta-batches per epoch and process.
         val_tasks: Validation tasks over all processes, the same ones each time.
         test_tasks: Test tasks over all processes, the same ones each time.
@@ -123,7 +123,7 @@ class OmniglotDataModule(EpisodicDataModule):
             if len(tree) < len(CHARACTERS) and self._download:
                 self._download_tree()
                 tree = find_tree(self.root)
-            _build_cache(self.cache_file, tree, self.root, self.image_size)
+            _build_cache(self.cache_file, list_files(tree, self.root), self.image_size)
 
     def class_images(self, split: str) -> ClassImages:
         """Return the characters of a split."""
@@ -140,7 +140,7 @@ class OmniglotDataModule(EpisodicDataModule):
             for background in (True, False):
                 torchvision.datasets.Omniglot(str(self.root), background=background, download=True)
         except Exception as error:  # torchvision lets through whatever the network, the server or the archive raised
-            raise FileNotFoundError(f"{_nothing_found(self.root)} The download failed: {error}") from error
+            raise FileNotFoundError(f"{_not_found(self.root, find_tree(self.root))} The download failed: {error}") from error
 
 
 def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[int]]:
@@ -181,30 +181,21 @@ def find_tree(root: Path) -> dict[str, Path]:
     return found
 
 
-def decode_tree(tree: dict[str, Path], root: Path, image_size: int) -> tuple[np.ndarray, list[str]]:
-    """Read every image of the official tree.
-
-    Returns:
-        The images ``[classes * 20, 1, image_size, image_size]``, uint8 with ink = 255, and the class names
-        ``folder/Alphabet/characterNN``, sorted.
+def list_files(tree: dict[str, Path], root: Path) -> list[tuple[str, Path]]:
+    """Return the class name ``folder/Alphabet/characterNN`` and the path of every image, sorted.
 
     Raises:
         FileNotFoundError: If a folder is missing or holds too few characters or images.
-        OSError: If an image cannot be read.
     """
-    files = [file for name, count in CHARACTERS.items() for file in _files(tree, root, name, count)]
-    images = np.empty((len(files), 1, image_size, image_size), np.uint8)
-    for row, (_, file) in enumerate(tqdm(files, desc="Decoding Omniglot once", unit="image")):
-        images[row, 0] = _decode(file, image_size)
-    return images, [name for name, _ in files[::DRAWINGS]]
+    if len(tree) < len(CHARACTERS):
+        raise FileNotFoundError(_not_found(root, tree))
+    return [file for name, count in CHARACTERS.items() for file in _files(tree[name], name, count)]
 
 
-def _files(tree: dict[str, Path], root: Path, name: str, count: int) -> Iterator[tuple[str, Path]]:
-    if name not in tree:
-        raise FileNotFoundError(_nothing_found(root) if not tree else f"Expected {name} beside {[*tree.values()]} but found none; {_CURE}")
-    characters = _characters(tree[name])
+def _files(folder: Path, name: str, count: int) -> Iterator[tuple[str, Path]]:
+    characters = _characters(folder)
     if len(characters) != count:
-        raise FileNotFoundError(f"Expected {tree[name]} to hold {count} characters but got {len(characters)}; {_HALF}")
+        raise FileNotFoundError(f"Expected {folder} to hold {count} characters but got {len(characters)}; {_HALF}")
     for character in characters:
         drawings = sorted(character.glob("[0-9]*.png"))
         if len(drawings) != DRAWINGS:
@@ -224,8 +215,24 @@ _CURE = (
 _HALF = "it is half extracted: delete it and unpack its archive again."
 
 
-def _nothing_found(root: Path) -> str:
-    return f"Expected the folders {' and '.join(CHARACTERS)} in {root} or up to three levels below but found neither; {_CURE}"
+def _not_found(root: Path, tree: dict[str, Path]) -> str:
+    found = ", ".join(map(str, tree.values())) or "neither"
+    return f"Expected the folders {' and '.join(CHARACTERS)} in {root} or up to three levels below but found {found}; {_CURE}"
+
+
+def decode_files(files: list[tuple[str, Path]], image_size: int) -> tuple[np.ndarray, list[str]]:
+    """Read every image.
+
+    Returns:
+        The images ``[classes * 20, 1, image_size, image_size]``, uint8 with ink = 255, and the class names.
+
+    Raises:
+        OSError: If an image cannot be read; the message names it.
+    """
+    images = np.empty((len(files), 1, image_size, image_size), np.uint8)
+    for row, (_, file) in enumerate(tqdm(files, desc="Decoding Omniglot once", unit="image")):
+        images[row, 0] = _decode(file, image_size)
+    return images, [name for name, _ in files[::DRAWINGS]]
 
 
 def _decode(file: Path, image_size: int) -> np.ndarray:
@@ -239,12 +246,12 @@ def _decode(file: Path, image_size: int) -> np.ndarray:
     return 255 - np.asarray(small)
 
 
-def _build_cache(file: Path, tree: dict[str, Path], root: Path, image_size: int) -> None:
-    """Decode the tree into a file beside the cache's place, and move it there when it is whole."""
+def _build_cache(file: Path, files: list[tuple[str, Path]], image_size: int) -> None:
+    """Decode the images into a file beside the cache's place, and move it there when it is whole."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with _writable(part) as stream:
-            images, names = decode_tree(tree, root, image_size)
+            images, names = decode_files(files, image_size)
             _save(stream, images, names)
         part.replace(file)
     finally:

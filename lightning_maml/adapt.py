@@ -32,7 +32,7 @@ class AdaptationCurve(NamedTuple):
 
 
 def inner_path(support: Sequence[Objective], w: Params, inner_lr: float, *, keep_last_graph: bool = False) -> list[Params]:
-    """Return ``w_0 .. w_N`` with ``w_{j+1} = w_j - alpha grad l(w_j; S_j)`` (Ji et al. 2022, eqs. 5 and 8; Fallah et al. 2020, eq. 4).
+    """Return ``w_0 .. w_N`` with ``w_{j+1} = w_j - alpha grad l(w_j; S_j)`` (Ji et al. 2022, eqs. 9 and 11; Fallah et al. 2020, eq. 4).
 
     Args:
         support: One objective per step; in the finite-sum case all of the same support set.
@@ -106,7 +106,7 @@ def cat_chunks(chunks: Sequence[Any]) -> Any:
     return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *chunks)
 
 
-def check_inner_loop(inner_lr: float, steps: int) -> None:
+def check_inner_loop(inner_lr: float, steps: int, name: str = "steps") -> None:
     """Check the inner rate and the number of steps.
 
     Raises:
@@ -115,4 +115,4 @@ def check_inner_loop(inner_lr: float, steps: int) -> None:
     if not 0 <= inner_lr < float("inf"):
         raise ValueError(f"Expected `inner_lr` to be a finite number of at least 0 but got {inner_lr}.")
     if steps < 0:
-        raise ValueError(f"Expected `steps` to be at least 0 but got {steps}.")
+        raise ValueError(f"Expected `{name}` to be at least 0 but got {steps}.")

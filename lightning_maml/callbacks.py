@@ -100,7 +100,10 @@ def draw_adaptation(adaptation: Estimate, figure_name: str) -> Figure:
 
 
 def _show(axes: Axes, image: Tensor, title: str, color: str = "black") -> None:
-    pixels = (image if len(image) == 3 else 1 - image.expand(3, -1, -1)).permute(1, 2, 0)  # grey images are ink on paper
+    image = image.float()
+    if len(image) != 3:  # one channel is ink on paper; others have no colours of their own
+        image = 1 - image.mean(0).expand(3, -1, -1)
+    pixels = image.permute(1, 2, 0)
     axes.imshow(torch.clamp(pixels, 0, 1))
     axes.set_title(title, fontsize=9, color=color)
 

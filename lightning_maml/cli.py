@@ -1,5 +1,6 @@
 """The command ``lightning-maml``."""
 
+import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,7 +26,11 @@ class _CLI(LightningCLI):
         """Say so where a checkpoint was trained with other arguments than those given now."""
         command = self.config[self.config.subcommand]
         if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
-            saved = torch.load(command.ckpt_path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+            try:
+                saved = torch.load(command.ckpt_path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ValueError(f"Expected {command.ckpt_path} to be a whole checkpoint but it cannot be read: {reason}") from error
             given = command.model.init_args
             differing = [f"{name}={value} ({given[name]} now)" for name, value in saved.items() if name in given and given[name] != value]
             if differing:
@@ -69,7 +74,7 @@ def main(args: ArgsType = None) -> None:
     """Be the command ``lightning-maml``: what a user can cause ends it with one sentence, anything else with its traceback."""
     try:
         run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         causes: list[BaseException] = [error]
         while cause := causes[-1].__cause__ or causes[-1].__context__:
             causes.append(cause)

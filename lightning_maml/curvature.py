@@ -24,11 +24,11 @@ def exact(objective: Objective, w: Params, v: Params) -> Params:
 
 
 def finite_difference(objective: Objective, w: Params, v: Params, *, probe_radius: float | None = None) -> Params:
-    """HF-MAML: a central difference of gradients along ``v`` (Fallah et al. 2020, eqs. 9-11; its multi-step form is math.md 3.6).
+    """HF-MAML: a central difference of gradients along ``v`` (Fallah et al. 2020, eqs. 9-11; here at each of N steps).
 
     ``H v = [grad l(w + delta v) - grad l(w - delta v)] / (2 delta)`` with ``delta = h / |v|``: the two points lie at the probing
     radius ``h`` from ``w`` whatever the scale of the loss. Both use the same batch and the same random numbers. The paper's own
-    ``delta`` (Theorem 4.17) fixes a radius that does not shrink with the error wanted, and is not used (erratum E1).
+    ``delta`` (Theorem 4.17) fixes a radius that does not shrink with the error wanted, so that the bias stays, and is not used.
 
     Args:
         objective: The batch whose Hessian is meant.

@@ -30,7 +30,8 @@ class Learner:
         vectorised: Write batch norm in primitives that ``vmap`` can differentiate twice.
 
     Raises:
-        ValueError: If ``network`` has no trainable parameter, or its batch norm has no running averages and ``"running"`` needs them.
+        ValueError: If ``network`` has no trainable parameter, or the policy does not fit its batch norm: no running averages for
+            ``"running"``, or a class with a forward pass of its own for ``"support"``.
     """
 
     def __init__(self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False) -> None:
@@ -45,6 +46,8 @@ class Learner:
         self.uses_support_statistics = batch_norm == "support" and bool(norms)
         if batch_norm == "running":
             _check_running_averages(network, norms)
+        if batch_norm == "support":
+            _check_own_forward(network, norms)
 
     def __call__(self, params: Params, x: Tensor, *, statistics_of: Tensor | None = None) -> Tensor:
         """Return the network's outputs for ``x``, ``[B, ...]``.
@@ -57,48 +60,48 @@ class Learner:
         network = self._copy_of_this_thread()
         context = 0 if statistics_of is None else len(statistics_of)
         inputs = x if statistics_of is None else torch.cat([statistics_of, x])
-        for module in network.modules():
-            if isinstance(module, _TaskNorm):
-                module.context = Fraction(context, len(inputs))
+        for norm in self._own.norms:
+            norm.context = Fraction(context, len(inputs))
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         outputs: Tensor = torch.func.functional_call(network, {**buffers, **params}, (inputs,))
         return outputs[context:]
 
     def _copy_of_this_thread(self) -> nn.Module:
         if not hasattr(self._own, "network"):
-            self._own.network = self._with_task_norms(_structural_copy(self._network))
+            self._own.network = _structural_copy(self._network)
+            self._own.norms = []
+            for module in self._own.network.modules():
+                if isinstance(module, _BatchNorm) and not (self._batch_norm == "running" and not module.training):
+                    self._take_statistics_of_the_batch(module)
         own: nn.Module = self._own.network
         return own
 
-    def _with_task_norms(self, network: nn.Module) -> nn.Module:
-        if isinstance(network, _BatchNorm):
-            use_running_averages = self._batch_norm == "running" and not network.training
-            return network if use_running_averages else _TaskNorm(network, fused=not self._vectorised)
-        for name, child in network._modules.items():  # unlike named_children(), a module that stands twice comes twice
-            if child is not None:
-                setattr(network, name, self._with_task_norms(child))
-        return network
+    def _take_statistics_of_the_batch(self, norm: _BatchNorm) -> None:
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+        norm.track_running_stats = False
+        if not _has_own_forward(norm):
+            norm.forward = _TaskNorm(norm, fused=not self._vectorised)  # type: ignore[method-assign, assignment]
+            self._own.norms.append(norm.forward)
 
 
-class _TaskNorm(nn.Module):
-    """Batch norm by the statistics of the batch at hand, or of its first part, ``context``. Keeps no running averages."""
+class _TaskNorm:
+    """The forward pass of ``norm`` by the statistics of the batch at hand, or of its first part, ``context``."""
 
     def __init__(self, norm: _BatchNorm, fused: bool) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.context = Fraction(0)
-        self._fused = fused
+        self._norm, self._fused = norm, fused
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias, eps = self._norm.weight, self._norm.bias, self._norm.eps
         if self._fused and not self.context:
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
         rows = x[: int(self.context * len(x))] if self.context else x
         variance, mean = torch.var_mean(rows, [0, *range(2, x.ndim)], correction=0, keepdim=True)
-        y = (x - mean) * torch.rsqrt(variance + self.eps)
-        if self.weight is None:
+        y = (x - mean) * torch.rsqrt(variance + eps)
+        if weight is None:
             return y
         per_channel = (-1, *[1] * (x.ndim - 2))
-        return y * self.weight.view(per_channel) + self.bias.view(per_channel)
+        return y * weight.view(per_channel) + bias.view(per_channel)
 
 
 def _structural_copy(network: nn.Module) -> nn.Module:
@@ -112,4 +115,17 @@ def _check_running_averages(network: nn.Module, norms: list[str]) -> None:
         raise ValueError(
             f"Expected the batch-norm layers to keep running averages for `batch_norm='running'` but {without} do not; "
             "build them with track_running_stats=True, or use 'batch' or 'support'."
+        )
+
+
+def _has_own_forward(norm: nn.Module) -> bool:
+    return type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _check_own_forward(network: nn.Module, norms: list[str]) -> None:
+    own = [name for name in norms if _has_own_forward(network.get_submodule(name))]
+    if own:
+        raise ValueError(
+            f"Expected plain batch-norm layers for `batch_norm='support'` but {own} have a forward pass of their own; "
+            "use 'batch' or 'running'."
         )

@@ -39,7 +39,7 @@ class TaskMean(Metric):
 
     def compute(self) -> Estimate:
         """Return the estimate over all tasks seen, shaped ``[...]``."""
-        values = dim_zero_cat(self.per_task).double()
+        values = dim_zero_cat(self.per_task).cpu().double()  # not every device has float64
         tasks = len(values)
         mean = values.mean(0)
         error = values.std(0, correction=1) / tasks**0.5 if tasks > 1 else torch.full_like(mean, torch.nan)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -81,8 +82,8 @@ class MAML(LightningModule):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_inner_loop(inner_lr, train_steps)
-        check_inner_loop(inner_lr, train_steps if test_steps is None else test_steps)
+        check_inner_loop(inner_lr, train_steps, "train_steps")
+        check_inner_loop(inner_lr, train_steps if test_steps is None else test_steps, "test_steps")
         if batch_norm not in ("batch", "support", "running"):
             raise ValueError(f"Expected `batch_norm` to be 'batch', 'support' or 'running' but got {batch_norm!r}.")
         if tasks not in ("auto", "loop", "threads", "vmap"):
@@ -205,8 +206,8 @@ class MAML(LightningModule):
             return self._tasks
         if self.device.type != "cpu":
             return "vmap"
-        dropout = any(isinstance(module, _DropoutNd) and module.training for module in self.network.modules())
-        return "loop" if dropout or torch.get_num_threads() == 1 else "threads"
+        random = any(module.training and _draws_random_numbers(module) for module in self.network.modules())
+        return "loop" if random or torch.get_num_threads() == 1 else "threads"
 
     def _task_loss(self, learner: Learner) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:
         def loss(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,9 +244,10 @@ class MAML(LightningModule):
                 f"Expected `network` to have {ways} outputs, one per way of the episode, but got {outputs.shape[1]}; "
                 "give its head as many outputs as the datamodule has `ways`, and leave `test_ways` the same, because a head has one width."
             )
-        low, high = int(episodes.query_y.min()), int(episodes.query_y.max())
-        if int(episodes.support_y.min()) < 0 or low < 0 or high >= ways:
-            raise ValueError(f"Expected labels from 0 to {ways - 1}, those of the support set, but got {low} to {high}.")
+        labels = torch.cat([episodes.support_y, episodes.query_y], 1)
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= ways:
+            raise ValueError(f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to {high}.")
 
     def _stop_unless_finite(self, result: MetaGradient) -> None:
         finite = result.query_loss.isfinite()
@@ -259,7 +261,7 @@ class MAML(LightningModule):
 
     def _update_running_averages(self, episodes: Episodes) -> None:
         """Let the network's own batch norm see the meta-batch once, at the parameters before adaptation."""
-        if self.batch_norm == "running":
+        if self.batch_norm == "running" and any(isinstance(module, _BatchNorm) for module in self.network.modules()):
             with torch.no_grad():
                 self.network(torch.cat([episodes.support_x.flatten(0, 1), episodes.query_x.flatten(0, 1)]))
 
@@ -279,7 +281,7 @@ class MAML(LightningModule):
 class FOMAML(MAML):
     """First-order MAML: the gradient after adaptation, without curvature (Fallah et al. 2020, Algorithm 2). Arguments as :class:`MAML`.
 
-    Cheapest, but it stops at a distance of the order of alpha L sigma from where the meta-objective is stationary (Theorem 4.15).
+    Cheapest, but the meta-objective's gradient need not fall below the order of alpha L sigma (Theorem 4.15).
     """
 
     curvature = "none"
@@ -333,6 +335,11 @@ class HFMAML(MAML):
                 "no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
                 stacklevel=2,
             )
+
+
+def _draws_random_numbers(module: nn.Module) -> bool:
+    inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
+    return inside or isinstance(module, (_DropoutNd, nn.RReLU))
 
 
 def _has_kinks(module: nn.Module) -> bool:

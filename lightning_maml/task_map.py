@@ -30,6 +30,7 @@ def map_tasks(
         RuntimeError: If ``function`` drew random numbers in threads.
     """
     check_chunk_size(chunk_size)
+    function = _in_the_callers_modes(function, episodes.support_x.device.type)
     if tasks == "loop":
         yield from map(_as_chunk, map(function, _each(episodes)))
     elif tasks == "threads":
@@ -60,26 +61,33 @@ def _as_chunk(result: Any) -> Any:
     return tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result)
 
 
-def _in_threads(function: Callable[[Episodes], Any], episodes: Episodes) -> Iterator[Any]:
-    """Run one task per core.
+def _in_the_callers_modes(function: Callable[[Episodes], Any], device: str) -> Callable[[Episodes], Any]:
+    """Return ``function`` under the caller's grad mode and autocast, which threads do not inherit.
 
-    Threads start with torch's default modes, so they are given the caller's. The caller's own thread is held to one core as well: it
-    works on the results meanwhile, and its idle helper threads would spin on the cores that the tasks need.
+    Autocast goes without its cache, which would keep every inner step's parameters until the caller leaves it.
     """
-    device = episodes.support_x.device.type
     grad = torch.is_grad_enabled()
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def run(task: Episodes) -> Any:
-        with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast):
+        with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):
             return function(task)
 
+    return run
+
+
+def _in_threads(function: Callable[[Episodes], Any], episodes: Episodes) -> Iterator[Any]:
+    """Run one task per core.
+
+    The caller's own thread is held to one core as well: it works on the results meanwhile, and its idle helper threads would spin on
+    the cores that the tasks need.
+    """
     random_state = torch.get_rng_state()
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(run, _each(episodes))
+            yield from pool.map(function, _each(episodes))
     finally:
         torch.set_num_threads(cores)
     if not torch.equal(random_state, torch.get_rng_state()):

@@ -95,6 +95,14 @@ def test_a_checkpoint_trained_with_other_arguments_is_pointed_out(in_tmp_path: P
         run(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])
 
 
+def test_a_checkpoint_that_cannot_be_read_is_named(in_tmp_path: Path) -> None:
+    cli = run(["fit", config("glyphs_maml"), *SMALL])
+    checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    with pytest.raises(SystemExit, match=r"lightning-maml: Expected .*last.ckpt to be a whole checkpoint but it cannot be read"):
+        main(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])
+
+
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [

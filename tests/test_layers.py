@@ -15,7 +15,8 @@ def imports(file: Path) -> set[str]:
     nodes = ast.walk(ast.parse(file.read_text()))
     found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     nodes = ast.walk(ast.parse(file.read_text()))
-    return found | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return found | {node.module or "" for node in froms} | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
 
 
 def test_every_file_has_its_place_in_the_order() -> None:
@@ -39,4 +40,4 @@ def test_the_algorithm_imports_no_lightning() -> None:
 def test_datamodules_import_only_episodes_and_each_other() -> None:
     for file in (PACKAGE / "datamodules").glob("*.py"):
         own = {module for module in imports(file) if module.startswith("lightning_maml")}
-        assert all(module == "lightning_maml.episodes" or module.startswith("lightning_maml.datamodules") for module in own), file
+        assert all(module.startswith(("lightning_maml.episodes", "lightning_maml.datamodules")) for module in own), file

@@ -160,3 +160,28 @@ def test_plain_tensor_attributes_are_shared_and_not_copied() -> None:
     expected = network(x)
     learner = Learner(network)
     torch.testing.assert_close(learner(learner.params, x), expected)
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).tanh()
+
+
+def test_a_batch_norm_class_with_its_own_forward_pass_keeps_it() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), NormAndActivation(4)).double()
+    expected = network.train()(image_batch(0))
+    before = network[1].running_mean.clone()
+    learner = Learner(network.eval())
+    torch.testing.assert_close(learner(learner.params, image_batch(0)), expected)
+    assert torch.equal(network[1].running_mean, before)
+    with pytest.raises(
+        ValueError, match=r"plain batch-norm layers for `batch_norm='support'` but \['1'\] have a forward pass of their own"
+    ):
+        Learner(network, "support")
+
+
+def test_hooks_on_batch_norm_still_run() -> None:
+    network = build("conv_batch_norm")
+    network[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    learner = Learner(network)
+    torch.testing.assert_close(learner(learner.params, image_batch(0)), network.train()(image_batch(0)))

@@ -236,6 +236,25 @@ def test_the_graphs_of_exact_curvature_do_not_grow_with_the_steps() -> None:
     assert peaks[10][0] == peaks[1][0], "the recursion keeps one"
 
 
+@pytest.mark.parametrize("tasks", ["loop", "threads"])
+def test_autocast_keeps_no_copies_of_the_inner_steps_parameters(tasks: str) -> None:
+    network, episodes = build("mlp").float(), make_episodes()
+    episodes = episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())
+    learner = Learner(network)
+    seen: list[weakref.ref[Tensor]] = []
+
+    def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+        seen.append(weakref.ref(params["1.weight"]))
+        outputs = learner(params, x)
+        assert outputs.dtype == torch.bfloat16
+        return F.cross_entropy(outputs, y)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        meta_gradient(loss, learner.params, episodes, inner_lr=RATE, steps=4, curvature="none", tasks=tasks)
+        assert len(seen) == 15
+        assert not any(reference() is not None for reference in seen)
+
+
 def test_unused_parameters_get_a_zero_meta_gradient() -> None:
     network, episodes = build("mlp"), make_episodes()
     w = leaves(network) | {"unused": torch.ones(2, dtype=torch.float64)}

@@ -209,7 +209,7 @@ def test_a_network_whose_width_is_not_the_number_of_ways(tmp_path: Path, stage: 
 def test_labels_outside_the_head(tmp_path: Path, label: int) -> None:
     episodes = single(make_episodes())
     episodes.query_y[0, 0] = label
-    with pytest.raises(ValueError, match="labels from 0 to 2, those of the support set, but got"):
+    with pytest.raises(ValueError, match=f"labels from 0 to 2, the outputs of `network`, but got {min(label, 0)} to {max(label, 2)}"):
         trainer(tmp_path).fit(MAML(MLP(64, 3)), DataLoader([episodes], batch_size=None))
 
 
@@ -217,8 +217,8 @@ def test_labels_outside_the_head(tmp_path: Path, label: int) -> None:
     ("arguments", "message"),
     [
         ({"inner_lr": -1.0}, "`inner_lr`"),
-        ({"train_steps": -1}, "`steps` to be at least 0 but got -1"),
-        ({"test_steps": -2}, "`steps` to be at least 0 but got -2"),
+        ({"train_steps": -1}, "`train_steps` to be at least 0 but got -1"),
+        ({"test_steps": -2}, "`test_steps` to be at least 0 but got -2"),
         ({"batch_norm": "none"}, "`batch_norm` to be 'batch', 'support' or 'running' but got 'none'"),
         ({"chunk_size": 0}, "`chunk_size` to be at least 1 but got 0"),
         ({"tasks": "fast"}, "`tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got 'fast'"),
@@ -290,9 +290,11 @@ def test_logging_can_be_switched_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_datamodules_follow_the_trainers_precision(tmp_path: Path, precision: str) -> None:
-    data = GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=1, val_tasks=2)
+    data = GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=1, val_tasks=2, test_tasks=2)
     module = MAML(Conv4(1, 3, 28, channels=2), inner_lr=0.1)
-    trainer(tmp_path, precision=precision).fit(module, data)
+    run = trainer(tmp_path, precision=precision, callbacks=[EpisodePictures()])
+    run.fit(module, data)
+    run.test(module, data, verbose=False)
     assert module.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}[precision]
 
 
@@ -376,6 +378,20 @@ def test_clipping_bounds_the_meta_gradient(tmp_path: Path) -> None:
     arguments = {"precision": "64-true", "gradient_clip_val": 1e-3}
     trainer(tmp_path, **arguments).fit(MAML(network, optimizer=sgd()), DataLoader([make_episodes()], batch_size=None))
     assert float((flat(parameters(network)) - flat(before)).norm()) == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_dropout_inside_other_modules_is_found_by_auto(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+            self.head = nn.Linear(64, WAYS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1, 2)
+            return self.head(self.attention(x, x, x, need_weights=False)[0].flatten(1))
+
+    trainer(tmp_path).fit(MAML(Attention()), loader(), loader())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
