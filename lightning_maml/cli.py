@@ -28,7 +28,7 @@ class _CLI(LightningCLI):
         if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
             try:
                 saved = torch.load(command.ckpt_path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ValueError(f"Expected {command.ckpt_path} to be a whole checkpoint but it cannot be read: {reason}") from error
             given = command.model.init_args
