@@ -1,6 +1,7 @@
 """Omniglot: 1623 handwritten characters of 50 alphabets, drawn by 20 people each (Lake et al. 2015)."""
 
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -278,18 +279,25 @@ def _writable(part: Path) -> BinaryIO:
 
 
 def _read_cache(file: Path, image_size: int) -> tuple[torch.Tensor, list[str]] | None:
-    """Return the cached images and class names, or None where there is no cache that is whole and of this version."""
+    """Return the cached images and class names, or None, with a warning where a file is there but is not to be trusted."""
+    if not file.exists():
+        return None
     try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip() is not None:  # a member whose CRC-32 is wrong; numpy alone need not read to where that shows
-                return None
-        with np.load(file, allow_pickle=False) as cache:
-            version, images, names = int(cache["version"]), cache["images"], cache["names"].tolist()
-    except Exception:  # noqa: BLE001  numpy and zipfile raise some ten kinds of errors on damaged files; any of them means: not whole
+        return _whole_cache(file, image_size)
+    except Exception as error:  # noqa: BLE001  zipfile and numpy raise some ten kinds on damaged files; all mean this, and the warning says which
+        warnings.warn(f"{file} is damaged or not of this version and is not used ({type(error).__name__}: {error}).", stacklevel=2)
         return None
+
+
+def _whole_cache(file: Path, image_size: int) -> tuple[torch.Tensor, list[str]]:
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()  # checks every CRC-32; numpy alone need not read to where that shows
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")
+    with np.load(file, allow_pickle=False) as cache:
+        version, images, names = int(cache["version"]), cache["images"], cache["names"].tolist()
     classes = sum(CHARACTERS.values())
-    if version != _CACHE_VERSION or len(names) != classes or images.dtype != np.uint8:
-        return None
-    if images.shape != (classes * DRAWINGS, 1, image_size, image_size):
-        return None
+    expected = (_CACHE_VERSION, classes, np.uint8, (classes * DRAWINGS, 1, image_size, image_size))
+    if (version, len(names), images.dtype, images.shape) != expected:
+        raise ValueError(f"version {version}, {len(names)} classes, {images.dtype} {images.shape}")
     return torch.from_numpy(images), names

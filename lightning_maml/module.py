@@ -123,10 +123,10 @@ class MAML(LightningModule):
         self._check(learner, batch)
         result = self._meta_gradient(learner, batch)
         self._stop_unless_finite(result)
-        figures = {"loss": result.query_loss, **_accuracies("accuracy", result.aux, batch)}
+        figures = {"loss": result.query_loss, **_accuracies(result.aux, batch)}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            figures |= _figures(self._adapt(learner, batch, 0), batch, ends=("before",))
+            figures = _figures(self._adapt(learner, batch, 0), batch) | figures
         self._log_means("train", figures, on_step=True)
         self._update_running_averages(batch)
         return _surrogate(learner.params, result)
@@ -134,7 +134,7 @@ class MAML(LightningModule):
     def validation_step(self, batch: Episodes, batch_idx: int) -> None:
         """Log loss and accuracy before and after adaptation."""
         curve = self.evaluate(batch)
-        self._log_means("val", _figures(curve, batch, ends=("before", "after")), on_step=False)
+        self._log_means("val", _figures(curve, batch), on_step=False)
 
     def on_test_epoch_start(self) -> None:
         """Forget what an interrupted test left."""
@@ -143,7 +143,7 @@ class MAML(LightningModule):
     def test_step(self, batch: Episodes, batch_idx: int) -> None:
         """Collect loss and accuracy after 0 .. K steps."""
         curve = self.evaluate(batch)
-        figures = [curve.loss, *_accuracies("accuracy", curve.aux, batch).values()]
+        figures = [curve.loss, *_accuracies(curve.aux, batch).values()]
         self._test_figures.update(torch.stack(figures, -1))
 
     def on_test_epoch_end(self) -> None:
@@ -355,18 +355,17 @@ def _surrogate(params: Params, result: MetaGradient) -> Tensor:
     return inner - inner.detach() + result.query_loss.mean()
 
 
-def _figures(curve: AdaptationCurve, episodes: Episodes, ends: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return loss and accuracy ``[T]`` at the ends of the adaptation that are asked for."""
-    figures = {"loss": curve.loss, **_accuracies("accuracy", curve.aux, episodes)}
-    before = {f"{name}_before": values[:, 0] for name, values in figures.items()} if "before" in ends else {}
-    after = {name: values[:, -1] for name, values in figures.items()} if "after" in ends else {}
-    return after | before
+def _figures(curve: AdaptationCurve, episodes: Episodes) -> dict[str, Tensor]:
+    """Return loss and accuracy after adaptation and, as ``_before``, without it, each ``[T]``."""
+    figures = {"loss": curve.loss, **_accuracies(curve.aux, episodes)}
+    before = {f"{name}_before": values[:, 0] for name, values in figures.items()}
+    return {name: values[:, -1] for name, values in figures.items()} | before
 
 
-def _accuracies(name: str, outputs: Tensor, episodes: Episodes) -> dict[str, Tensor]:
-    """Return the share of query labels that ``outputs`` ``[T, ..., Q, ways]`` get right, ``[T, ...]``; nothing for regression."""
+def _accuracies(outputs: Tensor, episodes: Episodes) -> dict[str, Tensor]:
+    """Return as ``accuracy`` the share of query labels that ``outputs`` ``[T, ..., Q, ways]`` get right, ``[T, ...]``; nothing for regression."""
     labels = episodes.query_y
     if labels.is_floating_point():
         return {}
     labels = labels.view(len(labels), *[1] * (outputs.ndim - 3), -1)
-    return {name: (outputs.argmax(-1) == labels).float().mean(-1)}
+    return {"accuracy": (outputs.argmax(-1) == labels).float().mean(-1)}
