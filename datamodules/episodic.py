@@ -1,20 +1,25 @@
 """What every few-shot datamodule shares: the shape of an episode, the loaders, and normalisation on the device."""
 
-from typing import Any
+from typing import Any, Literal
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Rotations, TaskSampler
-from lightning_maml.episodes import Episodes
+from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resampling, Rotations, TaskSampler
+from lightning_maml.episodes import AnyEpisodes
+
+Regime = Literal["finite_sum", "resampling"]
+Purpose = Literal["stepsize", "stationarity", "measure"]
 
 _STREAMS = {"train": 0, "val": 1, "test": 2}
+_PURPOSES: dict[Purpose, int] = {"stepsize": 1, "stationarity": 2, "measure": 3}
 
 
 class EpisodicDataModule(LightningDataModule):
     """Base of the few-shot datamodules; a subclass gives :meth:`class_images` and, where there are files, ``prepare_data``.
 
-    Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]`` in 0 .. 1. Episodes depend on the seed, the epoch
+    Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]`` in 0 .. 1; in training with
+    ``regime="resampling"`` they are :class:`lightning_maml.ResampledEpisodes`, with images ``[T, N, S, C, H, W]``. Episodes depend on the seed, the epoch
     and their number alone: not on the number of workers, nor on how many processes share them.
 
     Args:
@@ -30,6 +35,11 @@ class EpisodicDataModule(LightningDataModule):
         test_tasks: Test tasks over all processes, the same ones each time.
         rotations: ``"classes"``: each class turned by 0, 90, 180 and 270 degrees makes four; ``"augment"``: each class of an episode is
             turned at random; ``"none"``.
+        regime: ``"finite_sum"``: a training task owns one support set and one query set (Ji et al. 2022, Algorithm 2);
+            ``"resampling"``: it draws a fresh support batch and an independent Hessian batch for each inner step (Algorithm 1).
+            Validation and test tasks always own one support set and one query set.
+        train_steps: N, for which training draws batches with ``regime="resampling"``: the model's ``train_steps``.
+        hessian_shots: Images per class of a Hessian batch, with that regime; by default as many as ``shots``. 0 does for FO-MAML.
         seed: Of the episodes.
         num_workers: Loader processes; drawing an episode takes well under a millisecond, so 0 is mostly right.
 
@@ -50,6 +60,9 @@ class EpisodicDataModule(LightningDataModule):
         val_tasks: int = 200,
         test_tasks: int = 600,
         rotations: Rotations = "none",
+        regime: Regime = "finite_sum",
+        train_steps: int = 1,
+        hessian_shots: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -61,6 +74,9 @@ class EpisodicDataModule(LightningDataModule):
         self.meta_batch_size = meta_batch_size
         self.train_batches, self.val_tasks, self.test_tasks = train_batches, val_tasks, test_tasks
         self.rotations: Rotations = rotations
+        self.regime: Regime = regime
+        self.train_steps = train_steps
+        self.hessian_shots = shots if hessian_shots is None else hessian_shots
         self.seed = seed
         self.num_workers = num_workers
         self._check_arguments()
@@ -75,25 +91,40 @@ class EpisodicDataModule(LightningDataModule):
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}.get(stage or "", _STREAMS):
             self._dataset(split)
 
-    def train_dataloader(self) -> DataLoader[Episodes]:
+    def train_dataloader(self) -> DataLoader[AnyEpisodes]:
         """Return fresh episodes in every epoch."""
         return self._loader("train", self.train_batches * self.meta_batch_size * self._replicas()[0], fresh=True)
 
-    def val_dataloader(self) -> DataLoader[Episodes]:
+    def val_dataloader(self) -> DataLoader[AnyEpisodes]:
         """Return the validation episodes."""
         return self._loader("val", self.val_tasks)
 
-    def test_dataloader(self) -> DataLoader[Episodes]:
+    def test_dataloader(self) -> DataLoader[AnyEpisodes]:
         """Return the test episodes."""
         return self._loader("test", self.test_tasks)
 
-    def predict_dataloader(self) -> DataLoader[Episodes]:
+    def predict_dataloader(self) -> DataLoader[AnyEpisodes]:
         """Return the test episodes."""
         return self.test_dataloader()
 
-    def on_after_batch_transfer(self, batch: Episodes, dataloader_idx: int) -> Episodes:
+    def independent_episodes(self, purpose: Purpose, draw: int, tasks: int) -> AnyEpisodes:
+        """Draw training tasks, independent of those that are trained on and of those for other purposes, as uint8 on the CPU.
+
+        Args:
+            purpose: What they are for.
+            draw: A number, for other tasks each time.
+            tasks: How many for this process; other processes get other ones.
+        """
+        replicas, rank = self._replicas()
+        dataset = self._dataset("train")
+        episodes: AnyEpisodes = default_collate(
+            [dataset[draw, number, _PURPOSES[purpose]] for number in range(rank, tasks * replicas, replicas)]
+        )
+        return episodes
+
+    def on_after_batch_transfer(self, batch: AnyEpisodes, dataloader_idx: int) -> AnyEpisodes:
         """Turn uint8 images into floats in 0 .. 1, on the device and of the trainer's precision."""
-        images = {"support_x": batch.support_x.float() / 255, "query_x": batch.query_x.float() / 255}
+        images = {name: tensor.float() / 255 for name, tensor in batch._asdict().items() if name.endswith("_x")}
         if self.trainer is not None:
             images = self.trainer.precision_plugin.convert_input(images)
         return batch._replace(**images)
@@ -106,13 +137,14 @@ class EpisodicDataModule(LightningDataModule):
                 ways=self.ways if train else self.test_ways,
                 shots=self.shots if train else self.test_shots,
                 queries=self.queries if train else self.test_queries,
+                resampling=Resampling(self.train_steps, self.hessian_shots) if train and self.regime == "resampling" else None,
                 rotations=self.rotations,
                 seed=(self.seed, _STREAMS[split]),
                 split=split,
             )
         return self._datasets[split]
 
-    def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[Episodes]:
+    def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[AnyEpisodes]:
         replicas, rank = self._replicas()
         sampler: Any = TaskSampler(tasks, fresh=fresh, num_replicas=replicas, rank=rank)
         return DataLoader(
@@ -128,8 +160,8 @@ class EpisodicDataModule(LightningDataModule):
 
     def _check_arguments(self) -> None:
         least = dict.fromkeys(("shots", "queries", "test_shots", "test_queries"), 1)
-        least |= dict.fromkeys(("meta_batch_size", "train_batches", "val_tasks", "test_tasks"), 1)
-        least |= {"ways": 2, "test_ways": 2, "seed": 0, "num_workers": 0}
+        least |= dict.fromkeys(("meta_batch_size", "train_batches", "val_tasks", "test_tasks", "train_steps"), 1)
+        least |= {"ways": 2, "test_ways": 2, "hessian_shots": 0, "seed": 0, "num_workers": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"Expected `{name}` to be at least {bound} but got {getattr(self, name)}.")
@@ -137,3 +169,5 @@ class EpisodicDataModule(LightningDataModule):
             raise ValueError(f"Expected `seed` to be below 2**32 but got {self.seed}.")
         if self.rotations not in ("none", "classes", "augment"):
             raise ValueError(f"Expected `rotations` to be 'none', 'classes' or 'augment' but got {self.rotations!r}.")
+        if self.regime not in ("finite_sum", "resampling"):
+            raise ValueError(f"Expected `regime` to be 'finite_sum' or 'resampling' but got {self.regime!r}.")

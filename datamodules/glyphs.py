@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_maml.datamodules.episodic import EpisodicDataModule
+from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
 from lightning_maml.datamodules.sampler import ClassImages, Rotations
 
 CLASSES = {"train": 400, "val": 50, "test": 100}
@@ -38,6 +38,9 @@ class GlyphsDataModule(EpisodicDataModule):
         val_tasks: Validation tasks over all processes, the same ones each time.
         test_tasks: Test tasks over all processes, the same ones each time.
         rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
+        regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
+        train_steps: N, the model's, for which ``"resampling"`` draws batches.
+        hessian_shots: Images per class of its Hessian batches; by default as many as ``shots``.
         glyph_seed: Of the characters and their drawings.
         seed: Of the episodes.
         num_workers: Loader processes.
@@ -61,6 +64,9 @@ class GlyphsDataModule(EpisodicDataModule):
         val_tasks: int = 200,
         test_tasks: int = 600,
         rotations: Rotations = "none",
+        regime: Regime = "finite_sum",
+        train_steps: int = 1,
+        hessian_shots: int | None = None,
         glyph_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
@@ -77,6 +83,9 @@ class GlyphsDataModule(EpisodicDataModule):
             val_tasks=val_tasks,
             test_tasks=test_tasks,
             rotations=rotations,
+            regime=regime,
+            train_steps=train_steps,
+            hessian_shots=hessian_shots,
             seed=seed,
             num_workers=num_workers,
         )

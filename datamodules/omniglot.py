@@ -13,7 +13,7 @@ import torchvision
 from PIL import Image
 from tqdm import tqdm
 
-from lightning_maml.datamodules.episodic import EpisodicDataModule
+from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
 from lightning_maml.datamodules.sampler import ClassImages, Rotations
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -59,6 +59,9 @@ class OmniglotDataModule(EpisodicDataModule):
         train_batches: Meta-batches per epoch and process.
         val_tasks: Validation tasks over all processes, the same ones each time.
         test_tasks: Test tasks over all processes, the same ones each time.
+        regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
+        train_steps: N, the model's, for which ``"resampling"`` draws batches.
+        hessian_shots: Images per class of its Hessian batches; by default as many as ``shots``.
         seed: Of the episodes.
         num_workers: Loader processes.
 
@@ -87,6 +90,9 @@ class OmniglotDataModule(EpisodicDataModule):
         train_batches: int = 500,
         val_tasks: int = 200,
         test_tasks: int = 600,
+        regime: Regime = "finite_sum",
+        train_steps: int = 1,
+        hessian_shots: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -102,6 +108,9 @@ class OmniglotDataModule(EpisodicDataModule):
             val_tasks=val_tasks,
             test_tasks=test_tasks,
             rotations=rotations,
+            regime=regime,
+            train_steps=train_steps,
+            hessian_shots=hessian_shots,
             seed=seed,
             num_workers=num_workers,
         )

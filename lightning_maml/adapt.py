@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_maml.episodes import Episodes, check_episodes
+from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable
 from lightning_maml.objective import AutogradObjective, BatchLoss, FunctionalObjective, Objective
 from lightning_maml.task_map import TaskExecution, map_tasks
@@ -15,8 +15,28 @@ from lightning_maml.task_map import TaskExecution, map_tasks
 Loss = Callable[[Params, Tensor, Tensor], Any]
 """``loss(params, x, y)`` of one task's batch: a scalar, or with ``has_aux`` the scalar and anything else worth keeping."""
 
-QueryLoss = Callable[[Params, Episodes], Any]
+QueryLoss = Callable[[Params, Any], Any]
 """``query_loss(params, task)`` for a query loss that also looks at the support set (batch statistics, say)."""
+
+Sample = Callable[[Params, Tensor, Tensor], tuple[Any, Any]]
+"""``sample(params, x, y)``: what ``loss`` gets in place of ``x`` and ``y``, where data depend on the parameters they are drawn at."""
+
+LossAt = Callable[[Params], BatchLoss]
+"""The loss of a batch that is drawn at the given parameters (without ``sample``, of a batch that is there already)."""
+
+
+class TaskLosses(NamedTuple):
+    """One task's batches, each as its loss.
+
+    Attributes:
+        support: S_0 .. S_{N-1}; in the finite-sum case N times the support set.
+        hessian: D_0 .. D_{N-1}, or None in the finite-sum case: what S_j gave at its point is used again.
+        query: T.
+    """
+
+    support: list[LossAt]
+    hessian: list[LossAt] | None
+    query: LossAt
 
 
 class AdaptationCurve(NamedTuple):
@@ -31,51 +51,61 @@ class AdaptationCurve(NamedTuple):
     aux: Any
 
 
-def inner_path(support: Sequence[Objective], w: Params, inner_lr: float, *, keep_last_graph: bool = False) -> list[Params]:
-    """Return ``w_0 .. w_N`` with ``w_{j+1} = w_j - alpha grad l(w_j; S_j)`` (Ji et al. 2022, eqs. 9 and 11; Fallah et al. 2020, eq. 4).
+def inner_path(
+    support: Sequence[LossAt], objective: type[Objective], w: Params, inner_lr: float, *, keep_last_graph: bool = False
+) -> tuple[list[Params], list[Objective]]:
+    """Return ``w_0 .. w_N`` with ``w_{j+1} = w_j - alpha grad l(w_j; S_j)``, and the objectives descended on.
+
+    Ji et al. 2022, eqs. 6 (fresh S_j), 9 and 11 (always the support set); Fallah et al. 2020, eq. 4 (one step).
 
     Args:
-        support: One objective per step; in the finite-sum case all of the same support set.
+        support: One batch per step.
+        objective: How to differentiate.
         w: The meta-parameters ``w_0``.
         inner_lr: alpha.
         keep_last_graph: Keep the last gradient's graph for a Hessian-vector product at ``w_{N-1}``.
     """
-    path = [w]
-    for j, objective in enumerate(support):
-        gradient = objective.gradient(path[j], keep_graph=keep_last_graph and j == len(support) - 1)
+    path, objectives = [w], []
+    for j, loss_at in enumerate(support):
+        objectives.append(objective(loss_at(path[j])))
+        gradient = objectives[j].gradient(path[j], keep_graph=keep_last_graph and j == len(support) - 1)
         path.append(axpy(-inner_lr, gradient, path[j]))
-    return path
+    return path, objectives
 
 
 def adaptation_curve(
     loss: Loss,
     params: Params,
-    episodes: Episodes,
+    episodes: AnyEpisodes,
     *,
     inner_lr: float,
     steps: int,
     query_loss: QueryLoss | None = None,
     has_aux: bool = False,
+    sample: Sample | None = None,
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
 ) -> AdaptationCurve:
     """Adapt to each task and judge every point ``w_0 .. w_N`` of the way on its query set.
 
-    Works in any grad mode, inference mode included. The arguments are those of :func:`lightning_maml.meta_gradient`.
+    Works in any grad mode, inference mode included. The arguments are those of :func:`lightning_maml.meta_gradient`; of
+    ``ResampledEpisodes`` the first ``steps`` support batches are used.
     """
     check_inner_loop(inner_lr, steps)
     check_episodes(episodes)
+    if isinstance(episodes, ResampledEpisodes) and steps > episodes.support_x.shape[1]:
+        raise ValueError(f"Expected `steps` to be at most {episodes.support_x.shape[1]}, the support batches of a task, but got {steps}.")
     objective = objective_for(tasks)
 
     with torch.inference_mode(False), torch.no_grad():
-        episodes = Episodes(*map(differentiable, episodes))
+        episodes = type(episodes)(*map(differentiable, episodes))
         params = {name: differentiable(tensor) for name, tensor in params.items()}
 
-        def judge(task: Episodes) -> AdaptationCurve:
-            support, query = task_losses(loss, task, query_loss, has_aux)
-            path = inner_path([objective(support) for _ in range(steps)], params, inner_lr)
-            losses, aux = zip(*(query(w) for w in path), strict=True)
-            return AdaptationCurve(torch.stack(losses), tree_map(lambda *leaves: torch.stack(leaves), *aux))
+        def judge(task: AnyEpisodes) -> AdaptationCurve:
+            losses = task_losses(loss, task, steps, query_loss, has_aux, sample)
+            path, _ = inner_path(losses.support, objective, params, inner_lr)
+            values, aux = zip(*(losses.query(w)(w) for w in path), strict=True)
+            return AdaptationCurve(torch.stack(values), tree_map(lambda *leaves: torch.stack(leaves), *aux))
 
         chunks = list(map_tasks(judge, episodes, tasks=tasks, chunk_size=chunk_size))
     curve: AdaptationCurve = cat_chunks(chunks)
@@ -87,18 +117,31 @@ def objective_for(tasks: TaskExecution) -> type[Objective]:
     return FunctionalObjective if tasks == "vmap" else AutogradObjective
 
 
-def task_losses(loss: Loss, task: Episodes, query_loss: QueryLoss | None, has_aux: bool) -> tuple[BatchLoss, BatchLoss]:
-    """Return one task's support loss and query loss as functions of the parameters alone."""
+def task_losses(
+    loss: Loss, task: AnyEpisodes, steps: int, query_loss: QueryLoss | None, has_aux: bool, sample: Sample | None
+) -> TaskLosses:
+    """Return one task's losses as functions of the parameters alone."""
 
-    def support(w: Params) -> tuple[Tensor, Any]:
-        value = loss(w, task.support_x, task.support_y)
-        return (value[0], ()) if has_aux else (value, ())
+    def batch(x: Tensor, y: Tensor, value_of: Callable[[Params, Any, Any], Any], keep_aux: bool = False) -> LossAt:
+        def drawn_at(w: Params) -> BatchLoss:
+            drawn = (x, y) if sample is None else sample(w, x, y)
 
-    def query(w: Params) -> tuple[Tensor, Any]:
-        value = loss(w, task.query_x, task.query_y) if query_loss is None else query_loss(w, task)
-        return value if has_aux else (value, ())
+            def batch_loss(params: Params) -> tuple[Tensor, Any]:
+                value = value_of(params, *drawn)
+                return (value if keep_aux else (value[0], ())) if has_aux else (value, ())
 
-    return support, query
+            return batch_loss
+
+        return drawn_at
+
+    def of_query(params: Params, x: Any, y: Any) -> Any:
+        return loss(params, x, y) if query_loss is None else query_loss(params, task._replace(query_x=x, query_y=y))
+
+    query = batch(task.query_x, task.query_y, of_query, keep_aux=True)
+    if isinstance(task, ResampledEpisodes):
+        support = [batch(task.support_x[j], task.support_y[j], loss) for j in range(steps)]
+        return TaskLosses(support, [batch(task.hessian_x[j], task.hessian_y[j], loss) for j in range(steps)], query)
+    return TaskLosses([batch(task.support_x, task.support_y, loss)] * steps, None, query)
 
 
 def cat_chunks(chunks: Sequence[Any]) -> Any:

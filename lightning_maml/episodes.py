@@ -1,4 +1,4 @@
-"""What a meta-batch is: T few-shot tasks, each with a support set and a query set."""
+"""What a meta-batch is: T few-shot tasks, each with its support, query and, in the resampling case, Hessian batches."""
 
 from typing import NamedTuple
 
@@ -24,16 +24,52 @@ class Episodes(NamedTuple):
     query_y: Tensor
 
 
-def check_episodes(episodes: Episodes) -> None:
-    """Check that the four tensors of a meta-batch agree on its tasks and examples.
+class ResampledEpisodes(NamedTuple):
+    """A meta-batch of T tasks in the resampling case (Ji et al. 2022, Algorithm 1): fresh samples for every use.
+
+    Step j descends on its own support batch S_j, and its factor in the meta-gradient is taken on a Hessian batch D_j, independent of all
+    others, which may well be smaller. With N = 1 these are D_in, D_h and, as the query batch, D_o of Fallah et al. 2020, Algorithms 1-3.
+
+    Attributes:
+        support_x: S_0 .. S_{N-1}, ``[T, N, S, ...]``.
+        support_y: Their labels or targets, ``[T, N, S]`` or ``[T, N, S, ...]``.
+        hessian_x: D_0 .. D_{N-1}, ``[T, N, D, ...]``; D may be 0 where no curvature is taken (FO-MAML).
+        hessian_y: Their labels or targets, ``[T, N, D]`` or ``[T, N, D, ...]``.
+        query_x: The batch on which the adapted parameters are judged, ``[T, Q, ...]``.
+        query_y: Its labels or targets, ``[T, Q]`` or ``[T, Q, ...]``.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    hessian_x: Tensor
+    hessian_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+
+AnyEpisodes = Episodes | ResampledEpisodes
+"""A meta-batch of either case."""
+
+
+def support_set(task: AnyEpisodes) -> tuple[Tensor, Tensor]:
+    """Return the inputs and labels of one task's support set; where there is one per step, of the first step's."""
+    return (task.support_x, task.support_y) if isinstance(task, Episodes) else (task.support_x[0], task.support_y[0])
+
+
+def check_episodes(episodes: AnyEpisodes) -> None:
+    """Check that the tensors of a meta-batch agree on its tasks, steps and examples.
 
     Raises:
-        ValueError: If a tensor lacks its task or example dimension, or if their sizes disagree.
+        ValueError: If a tensor lacks its task, step or example dimension, or if their sizes disagree.
     """
+    resampled = isinstance(episodes, ResampledEpisodes)
+    dimensions = {name: ["tasks", "examples"] for name in episodes._fields}
+    if resampled:
+        dimensions |= {name: ["tasks", "inner steps", "examples"] for name in episodes._fields if not name.startswith("query")}
     for name, tensor in episodes._asdict().items():
-        if tensor.ndim < 2:
+        if tensor.ndim < len(dimensions[name]):
             raise ValueError(
-                f"Expected `{name}` to have at least the dimensions [tasks, examples] but got shape {list(tensor.shape)}; "
+                f"Expected `{name}` to have at least the dimensions [{', '.join(dimensions[name])}] but got shape {list(tensor.shape)}; "
                 "add a leading dimension for a single task."
             )
     if len({len(tensor) for tensor in episodes}) > 1:
@@ -41,8 +77,10 @@ def check_episodes(episodes: Episodes) -> None:
         raise ValueError(f"Expected all tensors of `episodes` to hold the same number of tasks but got {sizes}.")
     if len(episodes.support_x) == 0:
         raise ValueError("Expected `episodes` to hold at least one task but got none.")
-    for kind, x, y in (("support", *episodes[:2]), ("query", *episodes[2:])):
-        if x.shape[1] != y.shape[1]:
-            raise ValueError(
-                f"Expected `{kind}_x` and `{kind}_y` to hold the same number of examples but got {x.shape[1]} and {y.shape[1]}."
-            )
+    if resampled and len({tensor.shape[1] for tensor in episodes[:4]}) > 1:
+        sizes = {name: tensor.shape[1] for name, tensor in zip(episodes._fields[:4], episodes, strict=False)}
+        raise ValueError(f"Expected support and Hessian batches for the same number of inner steps but got {sizes}.")
+    for x, y in zip(episodes._fields[::2], episodes._fields[1::2], strict=True):
+        of_x, of_y = (getattr(episodes, name).shape[len(dimensions[name]) - 1] for name in (x, y))
+        if of_x != of_y:
+            raise ValueError(f"Expected `{x}` and `{y}` to hold the same number of examples but got {of_x} and {of_y}.")

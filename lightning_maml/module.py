@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, check_inner_loop
 from lightning_maml.curvature import CurvatureName, hessian_vector_product
-from lightning_maml.episodes import Episodes, check_episodes
+from lightning_maml.episodes import AnyEpisodes, check_episodes, support_set
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient
@@ -41,8 +41,9 @@ _KINKS = (
 class MAML(LightningModule):
     """Model-agnostic meta-learning by the exact meta-gradient of N inner steps (Ji et al. 2022, Algorithm 2; N = 1: Fallah et al. 2020, Algorithm 1).
 
-    Batches are :class:`lightning_maml.Episodes`. Every optimizer, scheduler, clipping and accumulation setting of Lightning applies to the
-    meta-parameters. Logged: ``train/``, ``val/`` and ``test/`` ``loss`` and, for classification, ``accuracy`` on the query sets after
+    Batches are :class:`lightning_maml.Episodes` or, with fresh samples for every inner step and for the curvature (Ji et al. 2022,
+    Algorithm 1), :class:`lightning_maml.ResampledEpisodes`. Every optimizer, scheduler, clipping and accumulation setting of Lightning
+    applies to the meta-parameters. Logged: ``train/``, ``val/`` and ``test/`` ``loss`` and, for classification, ``accuracy`` on the query sets after
     adaptation, and both ``_before`` it (in training on the steps that are logged). ``test`` adds ``accuracy_ci95``, the half-width of the
     95 % confidence interval over the tasks, and ``accuracy_step_0 .. K``.
 
@@ -117,7 +118,7 @@ class MAML(LightningModule):
         outputs: Tensor = self.network(x)
         return outputs
 
-    def training_step(self, batch: Episodes, batch_idx: int) -> Tensor:
+    def training_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor:
         """Return the query loss, as a scalar whose backward pass deposits the meta-gradient."""
         learner = self._learner()
         self._check(learner, batch)
@@ -131,7 +132,7 @@ class MAML(LightningModule):
         self._update_running_averages(batch)
         return _surrogate(learner.params, result)
 
-    def validation_step(self, batch: Episodes, batch_idx: int) -> None:
+    def validation_step(self, batch: AnyEpisodes, batch_idx: int) -> None:
         """Log loss and accuracy before and after adaptation."""
         curve = self.evaluate(batch)
         self._log_means("val", _figures(curve, batch), on_step=False)
@@ -140,7 +141,7 @@ class MAML(LightningModule):
         """Forget what an interrupted test left."""
         self._test_figures.reset()
 
-    def test_step(self, batch: Episodes, batch_idx: int) -> None:
+    def test_step(self, batch: AnyEpisodes, batch_idx: int) -> None:
         """Collect loss and accuracy after 0 .. K steps."""
         curve = self.evaluate(batch)
         figures = [curve.loss, *_accuracies(curve.aux, batch).values()]
@@ -155,12 +156,12 @@ class MAML(LightningModule):
             self.log_dict({f"test/{name}": mean[-1], f"test/{name}_ci95": ci95[-1], f"test/{name}_before": mean[0]})
         self.log_dict({f"test/{name}_step_{step}": value for step, value in enumerate(mean)})
 
-    def predict_step(self, batch: Episodes, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor:
         """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
         outputs: Tensor = self.evaluate(batch).aux[:, -1]
         return outputs
 
-    def evaluate(self, episodes: Episodes) -> AdaptationCurve:
+    def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
         """Adapt to each task in ``test_steps`` steps.
 
         Returns:
@@ -170,7 +171,7 @@ class MAML(LightningModule):
         self._check(learner, episodes)
         return self._adapt(learner, episodes, self.test_steps)
 
-    def _meta_gradient(self, learner: Learner, episodes: Episodes) -> MetaGradient:
+    def _meta_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
         return meta_gradient(
             self._task_loss(learner),
             learner.params,
@@ -185,7 +186,7 @@ class MAML(LightningModule):
             chunk_size=self._chunk_size,
         )
 
-    def _adapt(self, learner: Learner, episodes: Episodes, steps: int) -> AdaptationCurve:
+    def _adapt(self, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
         return adaptation_curve(
             self._task_loss(learner),
             learner.params,
@@ -216,23 +217,24 @@ class MAML(LightningModule):
 
         return loss
 
-    def _query_loss(self, learner: Learner) -> Callable[[Params, Episodes], tuple[Tensor, Tensor]] | None:
+    def _query_loss(self, learner: Learner) -> Callable[[Params, AnyEpisodes], tuple[Tensor, Tensor]] | None:
         if not learner.uses_support_statistics:
             return None
 
-        def query_loss(params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
-            outputs = learner(params, task.query_x, statistics_of=task.support_x)
+        def query_loss(params: Params, task: AnyEpisodes) -> tuple[Tensor, Tensor]:
+            outputs = learner(params, task.query_x, statistics_of=support_set(task)[0])
             return self.loss(outputs, task.query_y), outputs
 
         return query_loss
 
-    def _check(self, learner: Learner, episodes: Episodes) -> None:
+    def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse episodes whose labels do not fit the network's outputs, before a loss function meets them."""
         check_episodes(episodes)
         if episodes.support_y.is_floating_point():
             return
         with torch.inference_mode(False), torch.no_grad():
-            outputs = learner(learner.params, differentiable(episodes.support_x[0]))
+            first = type(episodes)(*(tensor[0] for tensor in episodes))
+            outputs = learner(learner.params, differentiable(support_set(first)[0]))
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
             got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(
@@ -244,7 +246,7 @@ class MAML(LightningModule):
                 f"Expected `network` to have {ways} outputs, one per way of the episode, but got {outputs.shape[1]}; "
                 "give its head as many outputs as the datamodule has `ways`, and leave `test_ways` the same, because a head has one width."
             )
-        labels = torch.cat([episodes.support_y, episodes.query_y], 1)
+        labels = torch.cat([y.flatten() for y in episodes[1::2]])
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= ways:
             raise ValueError(f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to {high}.")
@@ -259,11 +261,12 @@ class MAML(LightningModule):
         if broken:
             raise FloatingPointError(f"Expected a finite meta-gradient but it is not finite in {broken} {where}")
 
-    def _update_running_averages(self, episodes: Episodes) -> None:
+    def _update_running_averages(self, episodes: AnyEpisodes) -> None:
         """Let the network's own batch norm see the meta-batch once, at the parameters before adaptation."""
         if self.batch_norm == "running" and any(isinstance(module, _BatchNorm) for module in self.network.modules()):
             with torch.no_grad():
-                self.network(torch.cat([episodes.support_x.flatten(0, 1), episodes.query_x.flatten(0, 1)]))
+                images = episodes.query_x.shape[2:]
+                self.network(torch.cat([x.reshape(-1, *images) for x in (episodes.support_x, episodes.query_x)]))
 
     def _log_means(self, stage: str, figures: dict[str, Tensor], on_step: bool) -> None:
         for name, values in figures.items():
@@ -355,14 +358,14 @@ def _surrogate(params: Params, result: MetaGradient) -> Tensor:
     return inner - inner.detach() + result.query_loss.mean()
 
 
-def _figures(curve: AdaptationCurve, episodes: Episodes) -> dict[str, Tensor]:
+def _figures(curve: AdaptationCurve, episodes: AnyEpisodes) -> dict[str, Tensor]:
     """Return loss and accuracy after adaptation and, as ``_before``, without it, each ``[T]``."""
     figures = {"loss": curve.loss, **_accuracies(curve.aux, episodes)}
     before = {f"{name}_before": values[:, 0] for name, values in figures.items()}
     return {name: values[:, -1] for name, values in figures.items()} | before
 
 
-def _accuracies(outputs: Tensor, episodes: Episodes) -> dict[str, Tensor]:
+def _accuracies(outputs: Tensor, episodes: AnyEpisodes) -> dict[str, Tensor]:
     """Return as ``accuracy`` the share of query labels that ``outputs`` ``[T, ..., Q, ways]`` get right, ``[T, ...]``; nothing for regression."""
     labels = episodes.query_y
     if labels.is_floating_point():

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_maml.episodes import Episodes
+from lightning_maml.episodes import AnyEpisodes
 
 TaskExecution = Literal["loop", "threads", "vmap"]
 
 
 def map_tasks(
-    function: Callable[[Episodes], Any], episodes: Episodes, *, tasks: TaskExecution, chunk_size: int | None = None
+    function: Callable[[Any], Any], episodes: AnyEpisodes, *, tasks: TaskExecution, chunk_size: int | None = None
 ) -> Iterator[Any]:
     """Yield ``function``'s results for all tasks in their order, a chunk of tasks at a time with a leading task dimension.
 
     Args:
-        function: Takes one task (``Episodes`` without the leading ``T``) and returns tensors in tuples and dicts.
+        function: Takes one task (the same type as ``episodes`` without the leading ``T``) and returns tensors in tuples and dicts.
         episodes: The meta-batch.
         tasks: ``"loop"``; ``"threads"``: one task per CPU core, each on one core, so ``function`` must be safe to call from
             several threads and must not draw random numbers; ``"vmap"``: ``torch.func.vmap`` over chunks.
@@ -38,7 +38,7 @@ def map_tasks(
     elif tasks == "vmap":
         size = chunk_size or len(episodes.support_x)
         for chunk in zip(*(torch.split(tensor, size) for tensor in episodes), strict=True):
-            yield torch.func.vmap(function, randomness="different")(Episodes(*chunk))
+            yield torch.func.vmap(function, randomness="different")(type(episodes)(*chunk))
     else:
         raise ValueError(f"Expected `tasks` to be 'loop', 'threads' or 'vmap' but got {tasks!r}.")
 
@@ -53,15 +53,15 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"Expected `chunk_size` to be at least 1 but got {chunk_size}.")
 
 
-def _each(episodes: Episodes) -> Iterator[Episodes]:
-    return (Episodes(*task) for task in zip(*episodes, strict=True))
+def _each(episodes: AnyEpisodes) -> Iterator[AnyEpisodes]:
+    return (type(episodes)(*task) for task in zip(*episodes, strict=True))
 
 
 def _as_chunk(result: Any) -> Any:
     return tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result)
 
 
-def _in_the_callers_modes(function: Callable[[Episodes], Any], device: str) -> Callable[[Episodes], Any]:
+def _in_the_callers_modes(function: Callable[[Any], Any], device: str) -> Callable[[Any], Any]:
     """Return ``function`` under the caller's grad mode and autocast, which threads do not inherit.
 
     Autocast goes without its cache, which would keep every inner step's parameters until the caller leaves it.
@@ -69,14 +69,14 @@ def _in_the_callers_modes(function: Callable[[Episodes], Any], device: str) -> C
     grad = torch.is_grad_enabled()
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    def run(task: Episodes) -> Any:
+    def run(task: AnyEpisodes) -> Any:
         with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):
             return function(task)
 
     return run
 
 
-def _in_threads(function: Callable[[Episodes], Any], episodes: Episodes) -> Iterator[Any]:
+def _in_threads(function: Callable[[Any], Any], episodes: AnyEpisodes) -> Iterator[Any]:
     """Run one task per core.
 
     The caller's own thread is held to one core as well: it works on the results meanwhile, and its idle helper threads would spin on
