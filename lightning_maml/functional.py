@@ -22,3 +22,14 @@ def norm(x: Params) -> Tensor:
     norms: list[Tensor] = [torch.linalg.vector_norm(tensor) for tensor in x.values()]
     size: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return size
+
+
+def dot(x: Params, y: Params) -> Tensor:
+    """Return the inner product of ``x`` and ``y`` as long vectors, a scalar tensor."""
+    product: Tensor = torch.stack([(x[name] * y[name]).sum() for name in x]).sum()
+    return product
+
+
+def scaled(a: float | Tensor, x: Params) -> Params:
+    """Return ``a x``."""
+    return {name: a * tensor for name, tensor in x.items()}

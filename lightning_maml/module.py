@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, check_inner_loop
 from lightning_maml.curvature import CurvatureName, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, check_episodes, support_set
-from lightning_maml.functional import Params, differentiable
+from lightning_maml.functional import Params, differentiable, dot
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient
 from lightning_maml.metrics import Estimate, TaskMean
@@ -354,7 +354,7 @@ def _surrogate(params: Params, result: MetaGradient) -> Tensor:
 
     So Lightning's own backward pass deposits the meta-gradient, and all that hangs on it (all-reduce, scaling, clipping, accumulation) works.
     """
-    inner = torch.stack([(p * result.grad[name]).sum() for name, p in params.items()]).sum()
+    inner = dot(params, result.grad)
     return inner - inner.detach() + result.query_loss.mean()
 
 

@@ -83,12 +83,12 @@ class AutogradObjective(Objective):
             self._kept = None
         else:
             leaves, gradient = self._differentiable_gradient(w)
-        curved = [(g, v[name]) for name, g in zip(w, gradient, strict=True) if g.requires_grad]
-        if not curved:  # the loss is linear in the parameters
-            return {name: torch.zeros_like(tensor) for name, tensor in w.items()}
-        outputs, cotangents = zip(*curved, strict=True)
-        product = torch.autograd.grad(outputs, list(leaves.values()), cotangents, materialize_grads=True)
-        return dict(zip(w, product, strict=True))
+        return _pull_back_gradient(leaves, gradient, v)
+
+    def hessian(self, w: Params) -> Callable[[Params], Params]:
+        """Return the product with the Hessian at ``w`` as a function that keeps the gradient's graph, for many products at one point."""
+        leaves, gradient = self._differentiable_gradient(w)
+        return lambda v: _pull_back_gradient(leaves, gradient, v, retain_graph=True)
 
     def _differentiable_gradient(self, w: Params) -> tuple[Params, tuple[Tensor, ...]]:
         leaves, value, _ = self._evaluate(w)
@@ -120,6 +120,15 @@ class FunctionalObjective(Objective):
             pull_back = torch.func.vjp(lambda w: torch.func.grad(self._loss, has_aux=True)(w)[0], w)[1]
         product: Params = pull_back(v)[0]
         return product
+
+
+def _pull_back_gradient(leaves: Params, gradient: tuple[Tensor, ...], v: Params, retain_graph: bool = False) -> Params:
+    curved = [(g, v[name]) for name, g in zip(leaves, gradient, strict=True) if g.requires_grad]
+    if not curved:  # the loss is linear in the parameters
+        return {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
+    outputs, cotangents = zip(*curved, strict=True)
+    product = torch.autograd.grad(outputs, list(leaves.values()), cotangents, retain_graph=retain_graph, materialize_grads=True)
+    return dict(zip(leaves, product, strict=True))
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

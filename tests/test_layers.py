@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 ORDER = [
     *("episodes", "functional", "metrics", "backbones", "objective", "learner", "curvature", "task_map", "adapt", "meta_gradient"),
+    *("theory", "measure"),
     *("module", "callbacks", "cli", "__main__"),
 ]
 WITHOUT_LIGHTNING = ORDER[: ORDER.index("module")]

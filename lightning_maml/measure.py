@@ -1,0 +1,305 @@
+"""The constants of the theory, measured on a model and its tasks: L, rho, sigma, sigma-tilde, sigma_H, b.
+
+L, rho and sigma_H are suprema, and what is measured at some points in some directions is a lower bound of them. Over training they move,
+so measure again, and allow a factor of 1.5 to 2.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_maml.adapt import Loss, QueryLoss, check_inner_loop, inner_path, objective_for, task_losses
+from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
+from lightning_maml.functional import Params, axpy, differentiable, dot, norm, scaled
+from lightning_maml.objective import AutogradObjective, BatchLoss
+from lightning_maml.task_map import TaskExecution, map_tasks
+
+PlainLoss = Callable[[Params], Tensor]
+"""Parameters to the loss of a fixed batch, a scalar."""
+
+_HESSIAN_PRODUCT = 2
+"""Gradient evaluations that one Hessian-vector product counts as."""
+
+
+class Measured(NamedTuple):
+    """A constant and what it cost.
+
+    Attributes:
+        value: The constant.
+        gradient_evaluations: Gradients of one batch that were taken for it; a Hessian-vector product counts as two.
+        direction: The unit vector that attains it.
+    """
+
+    value: float
+    gradient_evaluations: int
+    direction: Params
+
+
+def smoothness(loss: PlainLoss, w: Params, *, tolerance: float = 1e-3, iterations: int = 50, seed: int = 0) -> Measured:
+    """Return the spectral norm of the Hessian at ``w``, the local L, by Lanczos' method on Hessian-vector products.
+
+    That is power iteration with a memory: it needs fewer products, and does not settle on the second eigenvalue where two are close.
+
+    Args:
+        loss: The function.
+        w: Where.
+        tolerance: Stop when the residual ``|H v - lambda v|`` is below this fraction of ``|lambda|``, which bounds the error of ``lambda``.
+        iterations: Products at most, and copies of the parameters that are kept.
+        seed: Of the first direction.
+    """
+    hessian = _objective(loss).hessian(w)
+    basis, matrix = [_random_direction(w, seed)], torch.zeros(iterations + 1, iterations + 1, dtype=torch.float64)
+    for k in range(1, iterations + 1):
+        product = hessian(basis[-1])
+        for q in (*basis, *basis):  # twice, to stay orthogonal in spite of rounding
+            overlap = float(dot(q, product))
+            product = axpy(-overlap, q, product)
+            matrix[k - 1, k - 1] += overlap if q is basis[-1] else 0.0
+        rest = float(norm(product))
+        if not math.isfinite(rest):
+            return Measured(math.nan, 1 + k * _HESSIAN_PRODUCT, basis[0])
+        values, vectors = torch.linalg.eigh(matrix[:k, :k])
+        leading = int(values.abs().argmax())
+        if k == iterations or rest * abs(float(vectors[-1, leading])) <= tolerance * abs(float(values[leading])):
+            break
+        matrix[k, k - 1] = matrix[k - 1, k] = rest
+        basis.append(scaled(1 / rest, product))
+    direction = scaled(0.0, basis[0])
+    for weight, q in zip(vectors[:, leading].tolist(), basis, strict=True):
+        direction = axpy(weight, q, direction)
+    return Measured(abs(float(values[leading])), 1 + k * _HESSIAN_PRODUCT, scaled(1 / norm(direction), direction))
+
+
+def hessian_lipschitz(
+    loss: PlainLoss,
+    w: Params,
+    *,
+    radius: float | None = None,
+    restarts: int = 8,
+    iterations: int = 50,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+) -> Measured:
+    """Return the norm of the third derivative at ``w``, the local rho, by the symmetric power method.
+
+    The norm of a symmetric tensor is attained at a single vector (Banach), so ``u`` climbs ``|D^3 l[u, u, .]|``, each value from two Hessian-vector
+    products, ``t = (H(w + h u) u - H(w - h u) u) / (2 h)``. It starts from the Hessian's leading eigenvector, then from random directions, and may stop at
+    a local maximum each time. (Random directions alone, without the climb, are too small by orders of magnitude in high dimension.)
+
+    Args:
+        loss: The function, three times differentiable: with ReLU rho does not exist.
+        w: Where.
+        radius: h, in units of the parameters; by default the cube root of the dtype's machine epsilon.
+        restarts: Starts; the largest value counts.
+        iterations: Steps at most from each.
+        tolerance: Stop when the norm changes by less, relative to itself.
+        seed: Of the random directions.
+    """
+    objective, best = _objective(loss), smoothness(loss, w, tolerance=1e-2, seed=seed)._replace(value=0.0)
+    u, evaluations = best.direction, best.gradient_evaluations
+    h = torch.finfo(next(iter(w.values())).dtype).eps ** (1 / 3) if radius is None else radius
+    for restart in range(restarts):
+        u, value = u if restart == 0 else _random_direction(w, seed + restart), 0.0
+        for _ in range(iterations):
+            ahead, behind = (objective.hessian_vector_product(axpy(side * h, u, w), u) for side in (1, -1))
+            evaluations += 2 * _HESSIAN_PRODUCT
+            t = scaled(1 / (2 * h), axpy(-1.0, behind, ahead))
+            before, value = value, float(norm(t))
+            if value > best.value:
+                best = Measured(value, 0, u)
+            if value == 0 or not math.isfinite(value) or abs(value - before) <= tolerance * value:
+                break
+            climbed = axpy(value if dot(t, u) >= 0 else -value, u, t)
+            u = scaled(1 / norm(climbed), climbed)
+    return best._replace(gradient_evaluations=evaluations)
+
+
+class Curvature(NamedTuple):
+    """The largest curvature of the task losses that was found.
+
+    Attributes:
+        L: Smoothness [loss / parameter^2].
+        rho: Lipschitz constant of the Hessians [loss / parameter^3].
+        gradient_evaluations: Spent on it.
+    """
+
+    L: float
+    rho: float
+    gradient_evaluations: int
+
+
+class Spread(NamedTuple):
+    """How the gradients of the tasks differ at one point [loss / parameter].
+
+    Attributes:
+        gradient_norm: Mean over tasks of ``|grad l_T|``, of the query loss.
+        sigma: Standard deviation of that gradient over tasks; in the resampling case without what sampling the batch adds to it.
+        sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan with one query sample.
+        b: Mean over tasks of ``|grad l_S - grad l_T|``.
+        mean_square_b: Mean of its square, b-tilde.
+        gradient_evaluations: Spent on it.
+    """
+
+    gradient_norm: float
+    sigma: float
+    sample_sigma: float
+    b: float
+    mean_square_b: float
+    gradient_evaluations: int
+
+
+class Probe:
+    """Measures the constants of some tasks at some parameters.
+
+    Args:
+        loss: ``loss(params, x, y)``, the mean loss of one task's batch.
+        params: The meta-parameters.
+        episodes: The tasks, of either case; the more, the better the estimates.
+        query_loss: As in :func:`lightning_maml.meta_gradient`.
+        has_aux: The losses return ``(loss, aux)``.
+        tasks: ``"loop"`` or ``"threads"``, see :func:`lightning_maml.task_map.map_tasks`; for :meth:`gradient_norms` also ``"vmap"``.
+        chunk_size: Tasks vectorised at once by ``"vmap"``.
+        seed: Of directions and of halves.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        params: Params,
+        episodes: AnyEpisodes,
+        *,
+        query_loss: QueryLoss | None = None,
+        has_aux: bool = False,
+        tasks: TaskExecution = "loop",
+        chunk_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_episodes(episodes)
+        self._loss, self._query_loss, self._has_aux = loss, query_loss, has_aux
+        self._tasks, self._chunk_size, self._seed = tasks, chunk_size, seed
+        with torch.inference_mode(False):
+            self._params = {name: differentiable(tensor) for name, tensor in params.items()}
+            self._episodes = type(episodes)(*map(differentiable, episodes))
+
+    def gradient_norms(self) -> Tensor:
+        """Return ``|grad l_i(w)|`` of each task's query loss, ``[T]``: what the adaptive meta-stepsize averages."""
+        objective = objective_for(self._tasks)
+
+        def of_one_task(task: AnyEpisodes) -> Tensor:
+            return norm(objective(self._losses(task)[1]).gradient(self._params))
+
+        with torch.inference_mode(False):
+            return torch.cat(list(map_tasks(of_one_task, self._episodes, tasks=self._tasks, chunk_size=self._chunk_size)))
+
+    def curvature(self, inner_lr: float = 0.0, steps: int = 0, *, restarts: int = 3, tolerance: float = 1e-3) -> Curvature:
+        """Return the largest L and rho over the tasks, over their support and query losses, and over the inner path ``w_0 .. w_N``.
+
+        Args:
+            inner_lr: alpha.
+            steps: N; 0 measures at the meta-parameters alone.
+            restarts: See :func:`hessian_lipschitz`.
+            tolerance: Relative change at which both iterations stop.
+        """
+        check_inner_loop(inner_lr, steps)
+
+        def of_one_task(task: AnyEpisodes) -> Tensor:
+            losses = task_losses(self._loss, task, steps, self._query_loss, self._has_aux, None)
+            path, _ = inner_path(losses.support, AutogradObjective, self._params, inner_lr)
+            found = []
+            for w in path:
+                for batch_loss in map(_value, self._losses(task)):
+                    largest = smoothness(batch_loss, w, seed=self._seed)
+                    third = hessian_lipschitz(batch_loss, w, restarts=restarts, tolerance=tolerance, seed=self._seed)
+                    found.append((largest.value, third.value, largest.gradient_evaluations + third.gradient_evaluations))
+            smooth, lipschitz, evaluations = zip(*found, strict=True)
+            return torch.tensor([max(smooth), max(lipschitz), steps + sum(evaluations)], dtype=torch.float64)
+
+        rows = torch.cat(list(self._each(of_one_task)))
+        return Curvature(float(rows[:, 0].max()), float(rows[:, 1].max()), int(rows[:, 2].sum()))
+
+    def spread(self) -> Spread:
+        """Return how the task gradients differ; random halves D_1, D_2 of a query set give ``E|g(D_1) - g(D_2)|^2 = 2 sigma-tilde^2 / |D_1|``."""
+        samples, half = self._episodes.query_x.shape[1], self._episodes.query_x.shape[1] // 2
+
+        def of_one_task(task: AnyEpisodes) -> tuple[Params, Tensor]:
+            support, query = (AutogradObjective(batch_loss).gradient(self._params) for batch_loss in self._losses(task))
+            between = torch.tensor(math.nan)
+            if half:
+                between = norm(axpy(-1.0, *(AutogradObjective(part).gradient(self._params) for part in self._halves(task))))
+            distances = [float(norm(query)), float(norm(axpy(-1.0, support, query))), float(between)]
+            return query, torch.tensor(distances, dtype=torch.float64)
+
+        total, rows = {name: torch.zeros_like(tensor) for name, tensor in self._params.items()}, []
+        for gradient, distances in self._each(of_one_task):
+            total = {name: tensor + gradient[name][0] for name, tensor in total.items()}
+            rows.append(distances)
+        norms, gaps, between = torch.cat(rows).T
+        count = len(norms)
+        sample_variance = float(between.square().mean()) * half / 2 if half else math.nan
+        variance = (float(norms.square().sum()) - float(norm(total)) ** 2 / count) / max(count - 1, 1)
+        if isinstance(self._episodes, ResampledEpisodes) and half:
+            variance -= sample_variance / samples
+        return Spread(
+            gradient_norm=float(norms.mean()),
+            sigma=math.sqrt(max(variance, 0.0)),
+            sample_sigma=math.sqrt(sample_variance),
+            b=float(gaps.mean()),
+            mean_square_b=float(gaps.square().mean()),
+            gradient_evaluations=count * (4 if half else 2),
+        )
+
+    def hessian_deviation(self) -> tuple[float, int]:
+        """Return sigma_H [loss / parameter^2], the standard deviation of the samples' Hessians within a task, and the gradient evaluations spent.
+
+        From random halves of the query sets, along the leading eigenvector of each task's loss, or along a random direction if that gives
+        more: a lower bound of the spectral one. It is nan with one query sample.
+        """
+        half = self._episodes.query_x.shape[1] // 2
+        if not half:
+            return math.nan, 0
+
+        def of_one_task(task: AnyEpisodes) -> Tensor:
+            leading = smoothness(_value(self._losses(task)[1]), self._params, tolerance=1e-2, seed=self._seed)
+            hessians = [AutogradObjective(part).hessian(self._params) for part in self._halves(task)]
+            directions = (leading.direction, _random_direction(self._params, self._seed))
+            along = [float(norm(axpy(-1.0, *(hessian(v) for hessian in hessians)))) for v in directions]
+            evaluations = leading.gradient_evaluations + 2 * (1 + 2 * _HESSIAN_PRODUCT)
+            return torch.tensor([*along, evaluations], dtype=torch.float64)
+
+        rows = torch.cat(list(self._each(of_one_task)))
+        variance = float(rows[:, :2].square().mean(0).max()) * half / 2
+        return math.sqrt(variance), int(rows[:, 2].sum())
+
+    def _losses(self, task: AnyEpisodes) -> tuple[BatchLoss, BatchLoss]:
+        """Return a task's support loss (where there are several batches, the first one's) and its query loss."""
+        losses = task_losses(self._loss, task, 1, self._query_loss, self._has_aux, None)
+        return losses.support[0](self._params), losses.query(self._params)
+
+    def _halves(self, task: AnyEpisodes) -> tuple[BatchLoss, BatchLoss]:
+        """Return the query losses of two random halves of a task's query set."""
+        samples = len(task.query_x)
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(self._seed)).to(task.query_x.device)
+        parts = order[: samples // 2], order[samples // 2 : 2 * (samples // 2)]
+        first, second = (self._losses(task._replace(query_x=task.query_x[rows], query_y=task.query_y[rows]))[1] for rows in parts)
+        return first, second
+
+    def _each(self, function: Callable[[AnyEpisodes], Any]) -> Iterator[Any]:
+        with torch.inference_mode(False):
+            yield from map_tasks(function, self._episodes, tasks="threads" if self._tasks == "threads" else "loop")
+
+
+def _value(batch_loss: BatchLoss) -> PlainLoss:
+    return lambda w: batch_loss(w)[0]
+
+
+def _objective(loss: PlainLoss) -> AutogradObjective:
+    return AutogradObjective(lambda w: (loss(w), ()))
+
+
+def _random_direction(like: Params, seed: int) -> Params:
+    random = torch.Generator().manual_seed(seed)
+    v = {name: torch.randn(tensor.shape, generator=random, dtype=tensor.dtype).to(tensor.device) for name, tensor in like.items()}
+    return scaled(1 / norm(v), v)
