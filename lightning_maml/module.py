@@ -18,6 +18,7 @@ from lightning_maml.curvature import CurvatureName, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, check_episodes, support_set
 from lightning_maml.functional import Params, differentiable, dot
 from lightning_maml.learner import BatchNormPolicy, Learner
+from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient
 from lightning_maml.metrics import Estimate, TaskMean
 from lightning_maml.task_map import TaskExecution, check_chunk_size
@@ -122,7 +123,13 @@ class MAML(LightningModule):
         """Return the query loss, as a scalar whose backward pass deposits the meta-gradient."""
         learner = self._learner()
         self._check(learner, batch)
-        result = self._meta_gradient(learner, batch)
+        result = meta_gradient(
+            **self._arguments(learner, batch),
+            inner_lr=self.inner_lr,
+            steps=self.train_steps,
+            curvature=self.curvature,
+            probe_radius=self.probe_radius,
+        )
         self._stop_unless_finite(result)
         figures = {"loss": result.query_loss, **_accuracies(result.aux, batch)}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -171,33 +178,27 @@ class MAML(LightningModule):
         self._check(learner, episodes)
         return self._adapt(learner, episodes, self.test_steps)
 
-    def _meta_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
-        return meta_gradient(
-            self._task_loss(learner),
-            learner.params,
-            episodes,
-            inner_lr=self.inner_lr,
-            steps=self.train_steps,
-            curvature=self.curvature,
-            probe_radius=self.probe_radius,
-            query_loss=self._query_loss(learner),
-            has_aux=True,
-            tasks=self._task_execution(),
-            chunk_size=self._chunk_size,
-        )
+    def exact_meta_gradient(self, episodes: AnyEpisodes) -> Params:
+        """Return the exact meta-gradient of some tasks at the current parameters, whatever curvature the algorithm trains with."""
+        return meta_gradient(**self._arguments(self._learner(), episodes), inner_lr=self.inner_lr, steps=self.train_steps).grad
+
+    def probe(self, episodes: AnyEpisodes) -> Probe:
+        """Return what measures the theory's constants of some tasks at the current parameters."""
+        return Probe(**self._arguments(self._learner(), episodes))
 
     def _adapt(self, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
-        return adaptation_curve(
-            self._task_loss(learner),
-            learner.params,
-            episodes,
-            inner_lr=self.inner_lr,
-            steps=steps,
-            query_loss=self._query_loss(learner),
-            has_aux=True,
-            tasks=self._task_execution(),
-            chunk_size=self._chunk_size,
-        )
+        return adaptation_curve(**self._arguments(learner, episodes), inner_lr=self.inner_lr, steps=steps)
+
+    def _arguments(self, learner: Learner, episodes: AnyEpisodes) -> dict[str, Any]:
+        return {
+            "loss": self._task_loss(learner),
+            "params": learner.params,
+            "episodes": episodes,
+            "query_loss": self._query_loss(learner),
+            "has_aux": True,
+            "tasks": self._task_execution(),
+            "chunk_size": self._chunk_size,
+        }
 
     def _learner(self) -> Learner:
         return Learner(self.network, self.batch_norm, vectorised=self._task_execution() == "vmap")
@@ -331,10 +332,9 @@ class HFMAML(MAML):
         hessian_vector_product(self.curvature, probe_radius)  # refuses a radius that is not positive
         self.save_hyperparameters(*_PLAIN_HYPERPARAMETERS, "probe_radius")
         self.probe_radius = probe_radius
-        kinks = [f"{name} ({type(module).__name__})" for name, module in network.named_modules() if _has_kinks(module)]
-        if kinks:
+        if found := kinks(network):
             warnings.warn(
-                f"HFMAML needs a twice differentiable network but got kinks in {', '.join(kinks)}: its finite differences are then worse than "
+                f"HFMAML needs a twice differentiable network but got kinks in {', '.join(found)}: its finite differences are then worse than "
                 "no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
                 stacklevel=2,
             )
@@ -345,8 +345,13 @@ def _draws_random_numbers(module: nn.Module) -> bool:
     return inside or isinstance(module, (_DropoutNd, nn.RReLU))
 
 
-def _has_kinks(module: nn.Module) -> bool:
-    return isinstance(module, _KINKS) or (isinstance(module, nn.ELU) and module.alpha != 1)
+def kinks(network: nn.Module) -> list[str]:
+    """Return the names and types of the layers at which ``network`` is not twice differentiable."""
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in network.named_modules()
+        if isinstance(module, _KINKS) or (isinstance(module, nn.ELU) and module.alpha != 1)
+    ]
 
 
 def _surrogate(params: Params, result: MetaGradient) -> Tensor:

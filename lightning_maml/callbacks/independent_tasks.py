@@ -1,0 +1,71 @@
+"""Training tasks for a callback's own use, drawn independently of the batches that are trained on."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.module import MAML
+
+
+class IndependentTasks:
+    """Draws meta-batches from a datamodule of this package, or from an iterable of the user's.
+
+    Args:
+        purpose: Sets this stream apart from the other callbacks'.
+        tasks: Tasks per meta-batch and process, where the datamodule draws them.
+        episodes: Meta-batches like those trained on, independent of them; gone through again and again. None for the datamodule's.
+    """
+
+    def __init__(self, purpose: str, tasks: int, episodes: Iterable[AnyEpisodes] | None) -> None:
+        if tasks < 1:
+            raise ValueError(f"Expected `tasks` to be at least 1 but got {tasks}.")
+        self.drawn = 0
+        """How many meta-batches were drawn; to be restored for the stream to go on where it was."""
+        self._purpose, self._tasks, self._episodes = purpose, tasks, episodes
+        self._stream: Iterator[AnyEpisodes] | None = None
+
+    def check(self, trainer: Trainer) -> None:
+        """Check that there is something to draw from.
+
+        Raises:
+            ValueError: If there is neither an iterable nor a datamodule that draws independent tasks.
+        """
+        if self._episodes is None and not hasattr(trainer.datamodule, "independent_episodes"):  # type: ignore[attr-defined]
+            raise ValueError(
+                "Expected a datamodule of lightning_maml, which draws independent tasks, but there is none; give the callback `episodes`, an "
+                "iterable of meta-batches like those trained on but drawn independently of them."
+            )
+
+    def draw(self, trainer: Trainer) -> AnyEpisodes:
+        """Return the next meta-batch, on the device and as the module gets it."""
+        if self._episodes is None:
+            episodes = trainer.datamodule.independent_episodes(self._purpose, self.drawn, self._tasks)  # type: ignore[attr-defined]
+        else:
+            if self._stream is None:
+                self._stream = islice(_again_and_again(self._episodes), self.drawn, None)
+            episodes = next(self._stream)
+        self.drawn += 1
+        on_device: AnyEpisodes = trainer.strategy.batch_to_device(episodes)
+        return on_device
+
+
+def _again_and_again(episodes: Iterable[AnyEpisodes]) -> Iterator[AnyEpisodes]:
+    while True:
+        before = None
+        for before in episodes:
+            yield before
+        if before is None:
+            raise ValueError("Expected `episodes` to hold at least one meta-batch but it is empty.")
+
+
+def as_maml(callback: Callback, module: LightningModule) -> MAML:
+    """Return ``module``, which the callback needs to be one of this package.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(module, MAML):
+        raise TypeError(f"Expected a MAML, FOMAML or HFMAML for {type(callback).__name__} but got {type(module).__name__}.")
+    return module

@@ -1,0 +1,157 @@
+"""The adaptive meta-stepsize of both papers as a callback."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch.optim import SGD, Optimizer
+from typing_extensions import override
+
+from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
+from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.measure import Probe
+from lightning_maml.module import MAML, kinks
+from lightning_maml.theory import Rule, meta_smoothness, meta_stepsize, paper_scale
+
+
+class AdaptiveMetaStepsize(Callback):
+    """Sets the meta-optimizer's learning rate at every step to ``beta_k = scale / L-hat(w_k)``.
+
+    The meta-objective has no bounded smoothness: ``L-hat(w)`` grows with the task gradients, whose mean norm is estimated at the current
+    parameters on tasks of their own, independent of the training batch. Where the gradients are large the steps are short, and they lengthen as
+    training goes on. Logged: ``train/meta_stepsize``, ``train/meta_smoothness`` (L-hat), ``train/task_gradient_norm``, and ``train/L``, ``train/rho`` and ``train/b``.
+
+    The rate is set once per optimizer step, also with gradient accumulation, and is the same in every process. The theory is that of plain SGD;
+    with another optimizer, and with gradient clipping, beta becomes the rate of that optimizer and a warning says so.
+
+    Args:
+        rule: ``"one_step"`` (Fallah et al. 2020, eq. 17, for N = 1), ``"resampling"`` (Ji et al. 2022, eq. 14) or ``"finite_sum"`` (eq. 22).
+        L: Smoothness of the task losses; measured if None.
+        rho: Lipschitz constant of their Hessians; measured if None. It exists for networks without kinks only.
+        b: Mean distance between the gradients of support and query loss, for ``"finite_sum"``; measured if None.
+        scale: Numerator of beta, a safety factor; by default the papers' constant, see :func:`lightning_maml.theory.paper_scale`. That is made for
+            the worst case: measured constants and ``scale=1`` converge ten times faster and more where L-hat is of the right order.
+        tasks: B', tasks drawn per step and process.
+        every_n_steps: How often L, rho and b are measured, at the parameters of that step, on B' tasks.
+        episodes: Meta-batches like those trained on, drawn independently of them; by default the datamodule's, if it is one of this package.
+
+    Raises:
+        ValueError: If an argument is out of range; when training starts, with manual optimization, several optimizers, a learning-rate scheduler,
+            or ``"one_step"`` with several inner steps, or nothing to draw tasks from.
+        TypeError: If the module is not a :class:`lightning_maml.MAML`.
+        FloatingPointError: If a measured constant or the gradient norm is not finite.
+    """
+
+    def __init__(
+        self,
+        rule: Rule = "finite_sum",
+        L: float | None = None,
+        rho: float | None = None,
+        b: float | None = None,
+        scale: float | None = None,
+        tasks: int = 4,
+        every_n_steps: int = 100,
+        episodes: Iterable[AnyEpisodes] | None = None,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}.")
+        if scale is not None and not scale > 0:
+            raise ValueError(f"Expected `scale` to be positive but got {scale}.")
+        meta_smoothness(rule, 1.0 if L is None else L, rho or 0.0, 0.0, 1, 0.0, b or 0.0)  # refuses what is out of range
+        self.rule: Rule = rule
+        self.scale = scale
+        self.every_n_steps = every_n_steps
+        self._given = {"L": L, "rho": rho, "b": b if rule == "finite_sum" else 0.0}  # other rules have no b
+        self._measured: dict[str, float] = {}
+        self._tasks = IndependentTasks("stepsize", tasks, episodes)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what would fight over the learning rate, and say what the theory does not cover."""
+        if len(trainer.optimizers) != 1:
+            raise ValueError(
+                f"Expected one optimizer for AdaptiveMetaStepsize but got {len(trainer.optimizers)}; give all parameters to one of them."
+            )
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "Expected automatic optimization for AdaptiveMetaStepsize but the module optimizes by hand; "
+                "set automatic_optimization = True, or set the rate there by lightning_maml.theory.meta_stepsize."
+            )
+        if trainer.lr_scheduler_configs:
+            scheduler = type(trainer.lr_scheduler_configs[0].scheduler).__name__
+            raise ValueError(f"Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got {scheduler}; remove one of the two.")
+        module = as_maml(self, pl_module)
+        if self.rule == "one_step" and module.train_steps != 1:
+            raise ValueError(f"Expected train_steps=1 with rule 'one_step' but got {module.train_steps}; use 'resampling' or 'finite_sum'.")
+        self._tasks.check(trainer)
+        outside = _outside_the_theory(trainer, module, self._given["rho"] is None)
+        if outside:
+            warnings.warn(f"AdaptiveMetaStepsize: the theorems do not cover {'; nor '.join(outside)}.", stacklevel=2)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Set the learning rate."""
+        module = as_maml(self, pl_module)
+        probe = module.probe(self._tasks.draw(trainer))
+        missing = [name for name, value in self._given.items() if value is None]
+        if missing and (not self._measured or trainer.global_step % self.every_n_steps == 0):
+            self._measured = _measure(probe, trainer, missing)
+        constants = {name: self._measured[name] if value is None else value for name, value in self._given.items()}
+        gradient_norm = _over_processes(trainer, float(probe.gradient_norms().mean()), "mean")
+        smoothness = meta_smoothness(self.rule, **constants, alpha=module.inner_lr, steps=module.train_steps, gradient_norm=gradient_norm)
+        beta = meta_stepsize(smoothness, paper_scale(self.rule, module.curvature) if self.scale is None else self.scale)
+        for group in optimizer.param_groups:
+            group["lr"] = beta
+        figures = {"meta_stepsize": beta, "meta_smoothness": smoothness, "task_gradient_norm": gradient_norm, **constants}
+        module.log_dict({f"train/{name}": value for name, value in figures.items()})
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the constants as last measured, and how far the tasks are drawn."""
+        return {"measured": self._measured, "drawn": self._tasks.drawn}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another run stopped."""
+        self._measured, self._tasks.drawn = state_dict["measured"], state_dict["drawn"]
+
+
+def _measure(probe: Probe, trainer: Trainer, missing: list[str]) -> dict[str, float]:
+    """Return L, rho and b at the current parameters: the largest L and rho of all processes, the mean b."""
+    curvature = probe.curvature(restarts=1 if "rho" in missing else 0)
+    gap = probe.spread().b if "b" in missing else 0.0
+    return {
+        "L": _over_processes(trainer, curvature.L, "max"),
+        "rho": _over_processes(trainer, curvature.rho, "max"),
+        "b": _over_processes(trainer, gap, "mean"),
+    }
+
+
+def _over_processes(trainer: Trainer, number: float, operation: str) -> float:
+    """Return the mean or maximum of a figure over all processes, so that each sets the same stepsize."""
+    if trainer.world_size > 1:
+        on_device = torch.tensor(number, dtype=torch.float64, device=trainer.strategy.root_device)
+        number = float(trainer.strategy.reduce(on_device, reduce_op=operation))
+    if not math.isfinite(number):
+        raise FloatingPointError(
+            f"Expected finite curvature and gradients for the meta-stepsize but got {number} at step {trainer.global_step}."
+        )
+    return number
+
+
+def _outside_the_theory(trainer: Trainer, module: MAML, rho_is_measured: bool) -> list[str]:
+    outside = []
+    optimizer = trainer.optimizers[0]
+    extras = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    if not isinstance(optimizer, SGD):
+        outside.append(f"{type(optimizer).__name__}, whose learning rate beta becomes (they are about plain SGD)")
+    elif used := [name for group in optimizer.param_groups for name in extras if group[name]]:
+        outside.append(f"SGD with {', '.join(dict.fromkeys(used))} (they are about plain SGD)")
+    if trainer.gradient_clip_val:
+        outside.append("gradient clipping")
+    if rho_is_measured and (found := kinks(module.network)):
+        outside.append(f"a network with kinks in {', '.join(found)}, whose rho does not exist")
+    return outside
