@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from families import (
+    Quartic,
+    quartic_inner_lr,
+    quartic_meta_objective,
+    quartic_outputs_loss,
+    quartic_tasks,
+)
 from lightning import Callback, LightningModule, Trainer
 from networks import build, flat, make_episodes
-from quartic import Quartic, inner_lr, meta_objective, quartic_loss, quartic_tasks
 from torch.utils.data import DataLoader
 
 from lightning_maml import FOMAML, MAML, Conv4, Episodes, meta_gradient
@@ -86,11 +92,11 @@ def test_it_stops_at_an_epsilon_stationary_point(tmp_path: Path) -> None:
     network = Quartic()
     with torch.no_grad():
         network.w /= 10
-    module = MAML(network, inner_lr=inner_lr(1), loss=quartic_loss, optimizer=partial(torch.optim.SGD, lr=0.05))
+    module = MAML(network, inner_lr=quartic_inner_lr(1), loss=quartic_outputs_loss, optimizer=partial(torch.optim.SGD, lr=0.05))
     monitor = StationarityMonitor(every_n_steps=1, stop_at=1e-3, episodes=[quartic_tasks()])
     run = trainer(tmp_path, monitor)
     run.fit(module, DataLoader([quartic_tasks()] * 500, batch_size=None))
-    reached = torch.func.grad(partial(meta_objective, steps=1))(network.w.detach()).norm()
+    reached = torch.func.grad(partial(quartic_meta_objective, steps=1))(network.w.detach()).norm()
     assert 5 < run.global_step < 500
     assert 0.3e-3 < reached <= 1e-3, "not before, and no step after"
 
