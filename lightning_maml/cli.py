@@ -13,18 +13,72 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-import lightning_maml.callbacks  # noqa: F401  so that configs may name its classes without their module
+from lightning_maml.callbacks.meta_stepsize import is_plain_sgd  # the package imported, configs may name its classes without their module
+from lightning_maml.curvature import default_probe_radius
 from lightning_maml.datamodules import EpisodicDataModule
-from lightning_maml.module import MAML
+from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes
+from lightning_maml.module import MAML, kinks
+from lightning_maml.report import Settings, report
+
+
+class _Trainer(Trainer):
+    """Lightning's trainer with one command more."""
+
+    def measure(self, model: MAML, datamodule: EpisodicDataModule, ckpt_path: str | None = None, tasks: int = 16) -> None:
+        """Measure the theory's constants, and say what they imply and which conditions of the theorems hold.
+
+        Args:
+            model: The model, at its initial weights.
+            datamodule: Gives the training tasks.
+            ckpt_path: A checkpoint whose weights to measure at instead.
+            tasks: Training tasks to measure on.
+        """
+        if ckpt_path is not None:
+            model.load_state_dict(torch.load(ckpt_path, weights_only=True, map_location="cpu")["state_dict"])
+        self.precision_plugin.convert_module(model).to(self.strategy.root_device).train()
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        episodes = datamodule.independent_episodes("measure", 0, tasks)
+        episodes = type(episodes)(*(tensor.to(model.device) for tensor in episodes))
+        episodes = self.precision_plugin.convert_input(datamodule.on_after_batch_transfer(episodes, 0))
+        constants = model.probe(episodes, progress=True).constants(model.inner_lr, model.train_steps)
+        where = "the initial weights" if ckpt_path is None else ckpt_path
+        print(f"\n{type(model).__name__} at {where}, {tasks} training tasks\n")
+        print(report(constants, _settings(model, datamodule, episodes)))
+
+
+def _settings(model: MAML, datamodule: EpisodicDataModule, episodes: AnyEpisodes) -> Settings:
+    configured = model.configure_optimizers()
+    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    sizes = None
+    if isinstance(episodes, ResampledEpisodes):
+        sizes = (episodes.support_x.shape[2], episodes.hessian_x.shape[2], episodes.query_x.shape[1])
+    return Settings(
+        curvature=model.curvature,
+        inner_lr=model.inner_lr,
+        steps=model.train_steps,
+        meta_batch_size=datamodule.meta_batch_size,
+        resampling=sizes,
+        probe_radius=model.probe_radius or default_probe_radius(episodes.query_x.dtype),
+        stepsize=optimizer.param_groups[0]["lr"] if is_plain_sgd(optimizer) else None,
+        kinks=kinks(model.network),
+    )
 
 
 class _CLI(LightningCLI):
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and ``measure``."""
+        return LightningCLI.subcommands() | {"measure": {"model", "datamodule"}}
+
     def _parse_ckpt_path(self) -> None:
         """Do not merge the checkpoint's arguments into the config, where Lightning would: what is typed now decides."""
 
     def before_instantiate_classes(self) -> None:
         """Say so where a checkpoint was trained with other arguments than those given now."""
         command = self.config[self.config.subcommand]
+        if self.config.subcommand == "measure" and command.ckpt_path is not None and not Path(command.ckpt_path).is_file():
+            raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint but there is no file {command.ckpt_path}.")
         if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
             try:
                 saved = torch.load(command.ckpt_path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
@@ -49,7 +103,7 @@ class _CLI(LightningCLI):
 
 
 def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningCLI:
-    """Run ``lightning-maml fit | validate | test | predict``.
+    """Run ``lightning-maml fit | validate | test | predict | measure``.
 
     Args:
         args: The command line, by default the process's own.
@@ -61,6 +115,7 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
     return _CLI(
         MAML,
         EpisodicDataModule,
+        trainer_class=_Trainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},

@@ -38,13 +38,19 @@ def finite_difference(objective: Objective, w: Params, v: Params, *, probe_radiu
             truncation (h^2) against rounding (1/h): 4.9e-3 in float32, 6.1e-6 in float64.
     """
     like = next(iter(w.values()))
-    h = torch.finfo(like.dtype).eps ** (1 / 3) if probe_radius is None else probe_radius
+    h = default_probe_radius(like.dtype) if probe_radius is None else probe_radius
     size = norm(v)
     unit = {name: tensor / torch.where(size > 0, size, 1) for name, tensor in v.items()}
     with torch.autocast(like.device.type, enabled=False):  # a difference of nearby gradients has no digits to spare
         ahead = objective.gradient(axpy(h, unit, w))
         behind = objective.gradient(axpy(-h, unit, w))
     return {name: (ahead[name] - behind[name]) * (size / (2 * h)) for name in w}
+
+
+def default_probe_radius(dtype: torch.dtype) -> float:
+    """Return the cube root of the machine epsilon, at which a central difference errs least on smooth functions of unit scale."""
+    radius: float = torch.finfo(dtype).eps ** (1 / 3)
+    return radius
 
 
 def hessian_vector_product(curvature: CurvatureName, probe_radius: float | None = None) -> HessianVectorProduct | None:

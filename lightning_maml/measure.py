@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lightning_maml.adapt import Loss, QueryLoss, check_inner_loop, inner_path, objective_for, task_losses
+from lightning_maml.curvature import default_probe_radius
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable, dot, norm, scaled
 from lightning_maml.objective import AutogradObjective, BatchLoss
@@ -100,7 +102,7 @@ def hessian_lipschitz(
     """
     objective, best = _objective(loss), smoothness(loss, w, tolerance=1e-2, seed=seed)._replace(value=0.0)
     u, evaluations = best.direction, best.gradient_evaluations
-    h = torch.finfo(next(iter(w.values())).dtype).eps ** (1 / 3) if radius is None else radius
+    h = default_probe_radius(next(iter(w.values())).dtype) if radius is None else radius
     for restart in range(restarts):
         u, value = u if restart == 0 else _random_direction(w, seed + restart), 0.0
         for _ in range(iterations):
@@ -151,6 +153,32 @@ class Spread(NamedTuple):
     gradient_evaluations: int
 
 
+class Constants(NamedTuple):
+    """All constants of the theory at one point, with the units of :mod:`lightning_maml.theory`.
+
+    Attributes:
+        L: Smoothness, the largest found over tasks, support and query losses, and the inner path.
+        rho: Lipschitz constant of the Hessians, likewise.
+        sigma: Standard deviation of the gradients over tasks.
+        sample_sigma: Of the gradients over the samples of a task; nan with one query sample.
+        hessian_sigma: Of the Hessians over the samples of a task; nan with one query sample.
+        b: Mean distance between the gradients of support and query loss.
+        mean_square_b: Mean of its square.
+        gradient_norm: Mean norm of the task gradients.
+        gradient_evaluations: Spent on all of them.
+    """
+
+    L: float
+    rho: float
+    sigma: float
+    sample_sigma: float
+    hessian_sigma: float
+    b: float
+    mean_square_b: float
+    gradient_norm: float
+    gradient_evaluations: int
+
+
 class Probe:
     """Measures the constants of some tasks at some parameters.
 
@@ -163,6 +191,7 @@ class Probe:
         tasks: ``"loop"`` or ``"threads"``, see :func:`lightning_maml.task_map.map_tasks`; for :meth:`gradient_norms` also ``"vmap"``.
         chunk_size: Tasks vectorised at once by ``"vmap"``.
         seed: Of directions and of halves.
+        progress: Show progress bars.
     """
 
     def __init__(
@@ -176,13 +205,31 @@ class Probe:
         tasks: TaskExecution = "loop",
         chunk_size: int | None = None,
         seed: int = 0,
+        progress: bool = False,
     ) -> None:
         check_episodes(episodes)
+        self._progress = progress
         self._loss, self._query_loss, self._has_aux = loss, query_loss, has_aux
         self._tasks, self._chunk_size, self._seed = tasks, chunk_size, seed
         with torch.inference_mode(False):
             self._params = {name: differentiable(tensor) for name, tensor in params.items()}
             self._episodes = type(episodes)(*map(differentiable, episodes))
+
+    def constants(self, inner_lr: float, steps: int) -> Constants:
+        """Return everything that is measured below, with L and rho along the inner path."""
+        curvature, spread = self.curvature(inner_lr, steps), self.spread()
+        hessian_sigma, evaluations = self.hessian_deviation()
+        return Constants(
+            L=curvature.L,
+            rho=curvature.rho,
+            sigma=spread.sigma,
+            sample_sigma=spread.sample_sigma,
+            hessian_sigma=hessian_sigma,
+            b=spread.b,
+            mean_square_b=spread.mean_square_b,
+            gradient_norm=spread.gradient_norm,
+            gradient_evaluations=curvature.gradient_evaluations + spread.gradient_evaluations + evaluations,
+        )
 
     def gradient_norms(self) -> Tensor:
         """Return ``|grad l_i(w)|`` of each task's query loss, ``[T]``: what the adaptive meta-stepsize averages."""
@@ -217,7 +264,7 @@ class Probe:
             smooth, lipschitz, evaluations = zip(*found, strict=True)
             return torch.tensor([max(smooth), max(lipschitz), steps + sum(evaluations)], dtype=torch.float64)
 
-        rows = torch.cat(list(self._each(of_one_task)))
+        rows = torch.cat(list(self._each("L and rho", of_one_task)))
         return Curvature(float(rows[:, 0].max()), float(rows[:, 1].max()), int(rows[:, 2].sum()))
 
     def spread(self) -> Spread:
@@ -233,7 +280,7 @@ class Probe:
             return query, torch.tensor(distances, dtype=torch.float64)
 
         total, rows = {name: torch.zeros_like(tensor) for name, tensor in self._params.items()}, []
-        for gradient, distances in self._each(of_one_task):
+        for gradient, distances in self._each("gradients", of_one_task):
             total = {name: tensor + gradient[name][0] for name, tensor in total.items()}
             rows.append(distances)
         norms, gaps, between = torch.cat(rows).T
@@ -269,7 +316,7 @@ class Probe:
             evaluations = leading.gradient_evaluations + 2 * (1 + 2 * _HESSIAN_PRODUCT)
             return torch.tensor([*along, evaluations], dtype=torch.float64)
 
-        rows = torch.cat(list(self._each(of_one_task)))
+        rows = torch.cat(list(self._each("sigma_H", of_one_task)))
         variance = float(rows[:, :2].square().mean(0).max()) * half / 2
         return math.sqrt(variance), int(rows[:, 2].sum())
 
@@ -286,9 +333,10 @@ class Probe:
         first, second = (self._losses(task._replace(query_x=task.query_x[rows], query_y=task.query_y[rows]))[1] for rows in parts)
         return first, second
 
-    def _each(self, function: Callable[[AnyEpisodes], Any]) -> Iterator[Any]:
+    def _each(self, of: str, function: Callable[[AnyEpisodes], Any]) -> Iterator[Any]:
         with torch.inference_mode(False):
-            yield from map_tasks(function, self._episodes, tasks="threads" if self._tasks == "threads" else "loop")
+            results = map_tasks(function, self._episodes, tasks="threads" if self._tasks == "threads" else "loop")
+            yield from tqdm(results, total=len(self._episodes.query_x), desc=f"Measuring {of}", unit="task", disable=not self._progress)
 
 
 def _value(batch_loss: BatchLoss) -> PlainLoss:

@@ -182,9 +182,9 @@ class MAML(LightningModule):
         """Return the exact meta-gradient of some tasks at the current parameters, whatever curvature the algorithm trains with."""
         return meta_gradient(**self._arguments(self._learner(), episodes), inner_lr=self.inner_lr, steps=self.train_steps).grad
 
-    def probe(self, episodes: AnyEpisodes) -> Probe:
+    def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
         """Return what measures the theory's constants of some tasks at the current parameters."""
-        return Probe(**self._arguments(self._learner(), episodes))
+        return Probe(**self._arguments(self._learner(), episodes), progress=progress)
 
     def _adapt(self, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
         return adaptation_curve(**self._arguments(learner, episodes), inner_lr=self.inner_lr, steps=steps)

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 ORDER = [
     *("episodes", "functional", "metrics", "backbones", "objective", "learner", "curvature", "task_map", "adapt", "meta_gradient"),
-    *("theory", "measure"),
+    *("theory", "measure", "report"),
     *("module", "callbacks.independent_tasks", "callbacks.pictures", "callbacks.meta_stepsize", "callbacks.stationarity", "callbacks"),
     *("cli", "__main__"),
 ]

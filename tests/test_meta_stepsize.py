@@ -313,8 +313,8 @@ def test_tasks_of_its_own_are_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "arguments", "message"),
     [
-        (torch.optim.Adam, {}, "do not cover Adam, whose learning rate beta becomes"),
-        (partial(SGD, momentum=0.9, weight_decay=0.1), {}, "do not cover SGD with momentum, weight_decay"),
+        (torch.optim.Adam, {}, "do not cover Adam as it is configured, whose rate beta becomes"),
+        (partial(SGD, momentum=0.9, weight_decay=0.1), {}, "do not cover SGD as it is configured"),
         (SGD, {"gradient_clip_val": 1.0}, "do not cover gradient clipping"),
     ],
 )

@@ -142,14 +142,17 @@ def _over_processes(trainer: Trainer, number: float, operation: str) -> float:
     return number
 
 
+def is_plain_sgd(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's step is its rate times the gradient and nothing else."""
+    extras = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    return isinstance(optimizer, SGD) and not any(group[name] for group in optimizer.param_groups for name in extras)
+
+
 def _outside_the_theory(trainer: Trainer, module: MAML, rho_is_measured: bool) -> list[str]:
     outside = []
     optimizer = trainer.optimizers[0]
-    extras = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    if not isinstance(optimizer, SGD):
-        outside.append(f"{type(optimizer).__name__}, whose learning rate beta becomes (they are about plain SGD)")
-    elif used := [name for group in optimizer.param_groups for name in extras if group[name]]:
-        outside.append(f"SGD with {', '.join(dict.fromkeys(used))} (they are about plain SGD)")
+    if not is_plain_sgd(optimizer):
+        outside.append(f"{type(optimizer).__name__} as it is configured, whose rate beta becomes (they are about plain SGD)")
     if trainer.gradient_clip_val:
         outside.append("gradient clipping")
     if rho_is_measured and (found := kinks(module.network)):
