@@ -17,7 +17,7 @@ from lightning_maml import MAML, AdaptiveMetaStepsize, Conv4
 from lightning_maml.datamodules import OmniglotDataModule
 
 FIXED = (0.03, 0.1, 0.3, 1.0, 3.0)
-SCALES = (3e5, 1e6, 3e6, 1e7, 3e7)
+SCALES = (3e4, 1e5, 3e5, 1e6, 3e6)
 """Multiples of 1 / L-hat. The papers' 1/80 is not among them: at alpha = 0.4 it means steps of 1e-9."""
 
 EPISODES = {"ways": 5, "shots": 1, "queries": 1, "meta_batch_size": 32, "train_batches": 100, "val_tasks": 200, "test_tasks": 600}
@@ -94,10 +94,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/meta_stepsize"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    data, runs = OmniglotDataModule(arguments.root, **EPISODES), []
+    data, finished = OmniglotDataModule(arguments.root, **EPISODES), arguments.out / "runs.json"
+    runs = [Run(**row) for row in json.loads(finished.read_text())] if finished.exists() else []  # goes on where it was interrupted
     for kind, value in [*(("fixed", lr) for lr in FIXED), *(("adaptive", scale) for scale in SCALES)]:
-        runs.append(train(data, kind, value, arguments.iterations // EPISODES["train_batches"]))
-        (arguments.out / "runs.json").write_text(json.dumps([run._asdict() for run in runs]))
+        if (kind, value) not in [run[:2] for run in runs]:
+            runs.append(train(data, kind, value, arguments.iterations // EPISODES["train_batches"]))
+        finished.write_text(json.dumps([run._asdict() for run in runs]))
         draw(runs).savefig(arguments.out / "meta_stepsize.png", dpi=120)
     print("\n| stepsize | validation accuracy every 100 iterations, % | test accuracy, % | steps, first .. last |\n|---|---|---|---|")
     for run in runs:
