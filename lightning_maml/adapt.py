@@ -159,3 +159,17 @@ def check_inner_loop(inner_lr: float, steps: int, name: str = "steps") -> None:
         raise ValueError(f"Expected `inner_lr` to be a finite number of at least 0 but got {inner_lr}.")
     if steps < 0:
         raise ValueError(f"Expected `{name}` to be at least 0 but got {steps}.")
+
+
+def check_steps(episodes: ResampledEpisodes, steps: int) -> None:
+    """Check that there is a batch for every inner step.
+
+    Raises:
+        ValueError: If there are more or fewer.
+    """
+    drawn = episodes.support_x.shape[1]
+    if drawn != steps:
+        raise ValueError(
+            f"Expected `episodes` to hold {steps} support batches per task, one per inner step, but got {drawn}; "
+            "give the datamodule the same `train_steps` as the model."
+        )

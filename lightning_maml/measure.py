@@ -6,17 +6,18 @@ so measure again, and allow a factor of 1.5 to 2.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_maml.adapt import Loss, QueryLoss, check_inner_loop, inner_path, objective_for, task_losses
+from lightning_maml.adapt import Loss, QueryLoss, check_inner_loop, check_steps, inner_path, objective_for, task_losses
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable, dot, norm, scaled
-from lightning_maml.objective import AutogradObjective, BatchLoss
+from lightning_maml.objective import AutogradObjective, BatchLoss, twice_differentiable
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 PlainLoss = Callable[[Params], Tensor]
@@ -79,7 +80,7 @@ def hessian_lipschitz(
     loss: PlainLoss,
     w: Params,
     *,
-    radius: float | None = None,
+    leading: Measured | None = None,
     restarts: int = 8,
     iterations: int = 50,
     tolerance: float = 1e-3,
@@ -91,32 +92,47 @@ def hessian_lipschitz(
     products, ``t = (H(w + h u) u - H(w - h u) u) / (2 h)``. It starts from the Hessian's leading eigenvector, then from random directions, and may stop at
     a local maximum each time. (Random directions alone, without the climb, are too small by orders of magnitude in high dimension.)
 
+    The radius h is a small fraction of the length L / rho over which the Hessian changes, the cube root of the machine epsilon.
+
     Args:
         loss: The function, three times differentiable: with ReLU rho does not exist.
         w: Where.
-        radius: h, in units of the parameters; by default the cube root of the dtype's machine epsilon.
+        leading: What :func:`smoothness` returned there; computed if None.
         restarts: Starts; the largest value counts.
         iterations: Steps at most from each.
         tolerance: Stop when the norm changes by less, relative to itself.
         seed: Of the random directions.
+
+    Returns:
+        The norm; nan where something is not finite.
     """
-    objective, best = _objective(loss), smoothness(loss, w, tolerance=1e-2, seed=seed)._replace(value=0.0)
-    u, evaluations = best.direction, best.gradient_evaluations
-    h = default_probe_radius(next(iter(w.values())).dtype) if radius is None else radius
+    objective, dtype = _objective(loss), next(iter(w.values())).dtype
+    largest = smoothness(loss, w, tolerance=1e-2, seed=seed) if leading is None else leading
+    best, evaluations = largest._replace(value=0.0), 0 if leading is not None else largest.gradient_evaluations
+    h = default_probe_radius(dtype)
     for restart in range(restarts):
-        u, value = u if restart == 0 else _random_direction(w, seed + restart), 0.0
+        u, value = largest.direction if restart == 0 else _random_direction(w, seed + restart), 0.0
         for _ in range(iterations):
             ahead, behind = (objective.hessian_vector_product(axpy(side * h, u, w), u) for side in (1, -1))
             evaluations += 2 * _HESSIAN_PRODUCT
             t = scaled(1 / (2 * h), axpy(-1.0, behind, ahead))
             before, value = value, float(norm(t))
+            if not math.isfinite(value):
+                return Measured(math.nan, evaluations, u)
             if value > best.value:
                 best = Measured(value, 0, u)
-            if value == 0 or not math.isfinite(value) or abs(value - before) <= tolerance * value:
+            if abs(value - before) <= tolerance * value:
                 break
+            h = max(largest.value / value * default_probe_radius(dtype), torch.finfo(dtype).eps ** (1 / 2))
             climbed = axpy(value if dot(t, u) >= 0 else -value, u, t)
             u = scaled(1 / norm(climbed), climbed)
     return best._replace(gradient_evaluations=evaluations)
+
+
+@contextmanager
+def _differentiating() -> Iterator[None]:
+    with torch.inference_mode(False), twice_differentiable():
+        yield
 
 
 class Curvature(NamedTuple):
@@ -138,8 +154,9 @@ class Spread(NamedTuple):
 
     Attributes:
         gradient_norm: Mean over tasks of ``|grad l_T|``, of the query loss.
-        sigma: Standard deviation of that gradient over tasks; in the resampling case without what sampling the batch adds to it.
-        sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan with one query sample.
+        sigma: Standard deviation of that gradient over tasks, nan with one; in the resampling case without what sampling the batch adds to it.
+        sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan with one query sample. Halves of a query set are
+            what it is measured on: with batch norm, whose statistics are then the halves' own, it is not quite that of single samples.
         b: Mean over tasks of ``|grad l_S - grad l_T|``.
         mean_square_b: Mean of its square, b-tilde.
         gradient_evaluations: Spent on it.
@@ -192,6 +209,9 @@ class Probe:
         chunk_size: Tasks vectorised at once by ``"vmap"``.
         seed: Of directions and of halves.
         progress: Show progress bars.
+
+    Raises:
+        ValueError: If the parameters are in half precision, or the tensors of ``episodes`` do not fit each other.
     """
 
     def __init__(
@@ -208,6 +228,9 @@ class Probe:
         progress: bool = False,
     ) -> None:
         check_episodes(episodes)
+        dtype = next(iter(params.values())).dtype
+        if torch.finfo(dtype).bits < 32:
+            raise ValueError(f"Expected parameters in float32 or float64 to measure with but got {dtype}; use a mixed precision instead.")
         self._progress = progress
         self._loss, self._query_loss, self._has_aux = loss, query_loss, has_aux
         self._tasks, self._chunk_size, self._seed = tasks, chunk_size, seed
@@ -231,6 +254,7 @@ class Probe:
             gradient_evaluations=curvature.gradient_evaluations + spread.gradient_evaluations + evaluations,
         )
 
+    @_differentiating()
     def gradient_norms(self) -> Tensor:
         """Return ``|grad l_i(w)|`` of each task's query loss, ``[T]``: what the adaptive meta-stepsize averages."""
         objective = objective_for(self._tasks)
@@ -238,19 +262,24 @@ class Probe:
         def of_one_task(task: AnyEpisodes) -> Tensor:
             return norm(objective(self._losses(task)[1]).gradient(self._params))
 
-        with torch.inference_mode(False):
-            return torch.cat(list(map_tasks(of_one_task, self._episodes, tasks=self._tasks, chunk_size=self._chunk_size)))
+        return torch.cat(list(map_tasks(of_one_task, self._episodes, tasks=self._tasks, chunk_size=self._chunk_size)))
 
+    @_differentiating()
     def curvature(self, inner_lr: float = 0.0, steps: int = 0, *, restarts: int = 3, tolerance: float = 1e-3) -> Curvature:
         """Return the largest L and rho over the tasks, over their support and query losses, and over the inner path ``w_0 .. w_N``.
 
         Args:
             inner_lr: alpha.
             steps: N; 0 measures at the meta-parameters alone.
-            restarts: See :func:`hessian_lipschitz`.
+            restarts: See :func:`hessian_lipschitz`; with 0 rho is not measured and comes out 0.
             tolerance: Relative change at which both iterations stop.
+
+        Returns:
+            The two; nan where a loss along the path is not finite.
         """
         check_inner_loop(inner_lr, steps)
+        if isinstance(self._episodes, ResampledEpisodes) and steps:
+            check_steps(self._episodes, steps)
 
         def of_one_task(task: AnyEpisodes) -> Tensor:
             losses = task_losses(self._loss, task, steps, self._query_loss, self._has_aux, None)
@@ -258,15 +287,16 @@ class Probe:
             found = []
             for w in path:
                 for batch_loss in map(_value, self._losses(task)):
-                    largest = smoothness(batch_loss, w, seed=self._seed)
-                    third = hessian_lipschitz(batch_loss, w, restarts=restarts, tolerance=tolerance, seed=self._seed)
+                    largest = smoothness(batch_loss, w, tolerance=tolerance, seed=self._seed)
+                    third = hessian_lipschitz(batch_loss, w, leading=largest, restarts=restarts, tolerance=tolerance, seed=self._seed)
                     found.append((largest.value, third.value, largest.gradient_evaluations + third.gradient_evaluations))
-            smooth, lipschitz, evaluations = zip(*found, strict=True)
-            return torch.tensor([max(smooth), max(lipschitz), steps + sum(evaluations)], dtype=torch.float64)
+            L, rho, evaluations = torch.tensor(found, dtype=torch.float64).T
+            return torch.stack([L.max(), rho.max(), evaluations.sum() + steps])  # a nan comes through
 
         rows = torch.cat(list(self._each("L and rho", of_one_task)))
         return Curvature(float(rows[:, 0].max()), float(rows[:, 1].max()), int(rows[:, 2].sum()))
 
+    @_differentiating()
     def spread(self) -> Spread:
         """Return how the task gradients differ; random halves D_1, D_2 of a query set give ``E|g(D_1) - g(D_2)|^2 = 2 sigma-tilde^2 / |D_1|``."""
         samples, half = self._episodes.query_x.shape[1], self._episodes.query_x.shape[1] // 2
@@ -286,23 +316,24 @@ class Probe:
         norms, gaps, between = torch.cat(rows).T
         count = len(norms)
         sample_variance = float(between.square().mean()) * half / 2 if half else math.nan
-        variance = (float(norms.square().sum()) - float(norm(total)) ** 2 / count) / max(count - 1, 1)
+        variance = (float(norms.square().sum()) - float(norm(total)) ** 2 / count) / (count - 1) if count > 1 else math.nan
         if isinstance(self._episodes, ResampledEpisodes) and half:
             variance -= sample_variance / samples
         return Spread(
             gradient_norm=float(norms.mean()),
-            sigma=math.sqrt(max(variance, 0.0)),
+            sigma=math.sqrt(max(variance, 0.0)) if count > 1 else math.nan,
             sample_sigma=math.sqrt(sample_variance),
             b=float(gaps.mean()),
             mean_square_b=float(gaps.square().mean()),
             gradient_evaluations=count * (4 if half else 2),
         )
 
+    @_differentiating()
     def hessian_deviation(self) -> tuple[float, int]:
         """Return sigma_H [loss / parameter^2], the standard deviation of the samples' Hessians within a task, and the gradient evaluations spent.
 
         From random halves of the query sets, along the leading eigenvector of each task's loss, or along a random direction if that gives
-        more: a lower bound of the spectral one. It is nan with one query sample.
+        more: a lower bound of the spectral one (with batch norm only roughly, as for ``sample_sigma``). It is nan with one query sample.
         """
         half = self._episodes.query_x.shape[1] // 2
         if not half:
@@ -334,9 +365,8 @@ class Probe:
         return first, second
 
     def _each(self, of: str, function: Callable[[AnyEpisodes], Any]) -> Iterator[Any]:
-        with torch.inference_mode(False):
-            results = map_tasks(function, self._episodes, tasks="threads" if self._tasks == "threads" else "loop")
-            yield from tqdm(results, total=len(self._episodes.query_x), desc=f"Measuring {of}", unit="task", disable=not self._progress)
+        results = map_tasks(function, self._episodes, tasks="threads" if self._tasks == "threads" else "loop")
+        yield from tqdm(results, total=len(self._episodes.query_x), desc=f"Measuring {of}", unit="task", disable=not self._progress)
 
 
 def _value(batch_loss: BatchLoss) -> PlainLoss:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_maml.adapt import (
     Loss,
@@ -14,6 +13,7 @@ from lightning_maml.adapt import (
     TaskLosses,
     cat_chunks,
     check_inner_loop,
+    check_steps,
     inner_path,
     objective_for,
     task_losses,
@@ -21,7 +21,7 @@ from lightning_maml.adapt import (
 from lightning_maml.curvature import CurvatureName, HessianVectorProduct, exact, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable
-from lightning_maml.objective import Objective
+from lightning_maml.objective import Objective, twice_differentiable
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 
@@ -106,11 +106,15 @@ def meta_gradient(
     check_episodes(episodes)
     product = hessian_vector_product(curvature, probe_radius)
     if isinstance(episodes, ResampledEpisodes):
-        _check_resampled(episodes, steps, curvature)
+        check_steps(episodes, steps)
+        if curvature != "none" and steps > 0 and episodes.hessian_x.shape[2] == 0:
+            raise ValueError(
+                f"Expected Hessian batches of at least one example with `curvature={curvature!r}` but got none; "
+                "draw some (a datamodule's `hessian_shots`), or train FO-MAML, which needs none."
+            )
     objective = objective_for(tasks)
 
-    # The fused attention kernels have no second derivative.
-    attention = sdpa_kernel(SDPBackend.MATH) if curvature == "exact" else nullcontext()
+    attention = twice_differentiable() if curvature == "exact" else nullcontext()
     with torch.inference_mode(False), attention:
         episodes = type(episodes)(*map(differentiable, episodes))
         params = {name: differentiable(tensor) for name, tensor in params.items()}
@@ -127,13 +131,3 @@ def meta_gradient(
     query_losses, aux = cat_chunks(rest)
     count = len(query_losses)
     return MetaGradient({name: tensor / count for name, tensor in total.items()}, query_losses, aux)
-
-
-def _check_resampled(episodes: ResampledEpisodes, steps: int, curvature: CurvatureName) -> None:
-    drawn, hessian = episodes.hessian_x.shape[1:3]
-    if drawn != steps:
-        raise ValueError(
-            f"Expected `episodes` to hold {steps} support batches per task, one per inner step, but got {drawn}; draw one for each."
-        )
-    if curvature != "none" and steps > 0 and hessian == 0:
-        raise ValueError(f"Expected Hessian batches of at least one example with `curvature={curvature!r}` but got none.")

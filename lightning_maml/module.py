@@ -123,13 +123,7 @@ class MAML(LightningModule):
         """Return the query loss, as a scalar whose backward pass deposits the meta-gradient."""
         learner = self._learner()
         self._check(learner, batch)
-        result = meta_gradient(
-            **self._arguments(learner, batch),
-            inner_lr=self.inner_lr,
-            steps=self.train_steps,
-            curvature=self.curvature,
-            probe_radius=self.probe_radius,
-        )
+        result = self._meta_gradient(learner, batch, self.curvature)
         self._stop_unless_finite(result)
         figures = {"loss": result.query_loss, **_accuracies(result.aux, batch)}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -178,13 +172,22 @@ class MAML(LightningModule):
         self._check(learner, episodes)
         return self._adapt(learner, episodes, self.test_steps)
 
-    def exact_meta_gradient(self, episodes: AnyEpisodes) -> Params:
-        """Return the exact meta-gradient of some tasks at the current parameters, whatever curvature the algorithm trains with."""
-        return meta_gradient(**self._arguments(self._learner(), episodes), inner_lr=self.inner_lr, steps=self.train_steps).grad
+    def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
+        """Return the meta-gradient of some tasks at the current parameters, by default with the algorithm's own curvature."""
+        return self._meta_gradient(self._learner(), episodes, curvature or self.curvature).grad
 
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
         """Return what measures the theory's constants of some tasks at the current parameters."""
         return Probe(**self._arguments(self._learner(), episodes), progress=progress)
+
+    def _meta_gradient(self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName) -> MetaGradient:
+        return meta_gradient(
+            **self._arguments(learner, episodes),
+            inner_lr=self.inner_lr,
+            steps=self.train_steps,
+            curvature=curvature,
+            probe_radius=self.probe_radius if curvature == "finite_difference" else None,
+        )
 
     def _adapt(self, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
         return adaptation_curve(**self._arguments(learner, episodes), inner_lr=self.inner_lr, steps=steps)

@@ -7,17 +7,23 @@ returns zeros there), so callers leave it first.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from lightning_maml.functional import Params
 
 BatchLoss = Callable[[Params], tuple[Tensor, Any]]
 """Parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the network's outputs, or ``()``)."""
+
+
+def twice_differentiable() -> AbstractContextManager[Any]:
+    """Return a context in which attention has a second derivative: its fused kernels have none."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 class Objective(ABC):

@@ -8,8 +8,10 @@ from networks import build, flat, make_episodes, plain_loss
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_maml import Episodes, ResampledEpisodes
+from lightning_maml import MAML, Conv4, Episodes, ResampledEpisodes
+from lightning_maml.datamodules import GlyphsDataModule
 from lightning_maml.functional import Params
+from lightning_maml.learner import Learner
 from lightning_maml.measure import Probe, hessian_lipschitz, smoothness
 
 
@@ -103,6 +105,50 @@ def test_constants_of_a_network(seed: int) -> None:
     assert measured.value > 20 * flat(torch.func.grad(curvature_along_u)(w)).norm()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_single_precision_gives_the_same_constants_on_a_convolutional_network(seed: int) -> None:
+    data = GlyphsDataModule(ways=5, seed=seed)
+    data.setup("fit")
+    episodes = data.on_after_batch_transfer(data.independent_episodes("measure", 0, 2), 0)
+    torch.manual_seed(seed)
+    module = MAML(Conv4(1, 5, 28, channels=16, activation="gelu"))
+    single = module.probe(episodes).curvature(restarts=1)
+    double = Episodes(episodes.support_x.double(), episodes.support_y, episodes.query_x.double(), episodes.query_y)
+    exact = module.double().probe(double).curvature(restarts=1)
+    assert (single.L, single.rho) == (pytest.approx(exact.L, rel=1e-3), pytest.approx(exact.rho, rel=0.02))
+
+
+def test_half_precision_is_refused() -> None:
+    w = {"w": W["w"].bfloat16()}
+    with pytest.raises(ValueError, match="parameters in float32 or float64 to measure with but got torch"):
+        Probe(least_squares, w, regression_tasks())
+
+
+def test_what_is_not_finite_is_not_dropped() -> None:
+    w = {"w": torch.tensor([1e38], dtype=torch.float32)}
+    assert math.isnan(hessian_lipschitz(lambda p: (p["w"] ** 4).sum(), w).value)
+    assert math.isnan(smoothness(lambda p: (p["w"] ** 4).sum(), w).value)
+    start = torch.ones(2, 1, 2, dtype=torch.float64)
+    diverging = Probe(quartic, {"w": 2 * start[0, 0]}, Episodes(start, start, start, start)).curvature(inner_lr=1e200, steps=2)
+    assert math.isnan(diverging.L)
+    assert math.isnan(diverging.rho)
+
+
+@pytest.mark.parametrize("tasks", ["loop", "threads"])
+def test_attention_is_measured(tasks: str) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1).unflatten(1, (16, 4))
+            return self.head(self.attend(x, x, x, need_weights=False)[0].mean(1))
+
+    module = MAML(Attention().double(), tasks=tasks)
+    assert module.probe(make_episodes()).constants(0.1, 1).L > 0
+
+
 def regression_tasks(tasks: int = 6, samples: int = 8, seed: int = 0) -> Episodes:
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(2, tasks, samples, 3, dtype=torch.float64, generator=random)
@@ -194,14 +240,7 @@ def test_gradient_norms(tasks: str, inference: bool) -> None:
     network, episodes = build("conv_group_norm"), make_episodes()
     loss, w = plain_loss(network), {name: p.detach() for name, p in network.named_parameters()}
     expected = [flat(torch.func.grad(loss)(w, x, y)).norm() for x, y in zip(episodes.query_x, episodes.query_y, strict=True)]
-    if tasks == "threads":
-        from lightning_maml.learner import Learner
-
-        learner = Learner(network)
-
-        def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-            return nn.functional.cross_entropy(learner(params, x), y)
-
+    learner = Learner(network, vectorised=tasks == "vmap")
     with torch.inference_mode(inference):
-        actual = Probe(loss, w, episodes, tasks=tasks).gradient_norms()
+        actual = Probe(lambda w, x, y: nn.functional.cross_entropy(learner(w, x), y), w, episodes, tasks=tasks).gradient_norms()
     torch.testing.assert_close(actual, torch.stack(expected))

@@ -1,7 +1,7 @@
 """The adaptive meta-stepsize under real trainers: the rules, where they matter, and what they refuse."""
 
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,9 @@ class StopAt(Callback):
 
 
 @pytest.mark.parametrize(("steps", "rule", "iterations"), [(1, "one_step", 224), (5, "finite_sum", 51)])
-def test_it_converges_where_every_fixed_step_of_that_size_diverges(tmp_path: Path, steps: int, rule: theory.Rule, iterations: int) -> None:
+def test_it_converges_where_the_best_fixed_step_at_the_minimum_diverges(
+    tmp_path: Path, steps: int, rule: theory.Rule, iterations: int
+) -> None:
     stop = StopAt(steps, 1e-6)
     stepsize = AdaptiveMetaStepsize(rule, scale=1.0, every_n_steps=1, episodes=[quartic_tasks()])
     trainer(tmp_path, stepsize, stop, precision="64-true").fit(quartic_module(steps), repeated(quartic_tasks(), 400))
@@ -164,7 +166,6 @@ def test_the_rate_is_set_per_optimizer_step_not_per_batch(tmp_path: Path) -> Non
     assert run.global_step == len(drawn) == 2
 
 
-@cache  # the characters take a second to draw
 def glyphs(**arguments: Any) -> GlyphsDataModule:
     return GlyphsDataModule(**({"ways": 3, "queries": 2, "meta_batch_size": 4, "train_batches": 4} | arguments))
 
@@ -193,13 +194,14 @@ def weights(module: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_resumed_run_equals_the_one_that_was_not_stopped(tmp_path: Path, own: bool) -> None:
+    data, tasks = glyphs(), list(iter_tasks()) if own else None
+
     def fit(epochs: int, checkpoint: Path | None = None) -> tuple[torch.Tensor, list[float]]:
         module, watch = MAML(small_network(), inner_lr=0.1, optimizer=SGD), Watch()
-        episodes = list(iter_tasks()) if own else None
-        stepsize = AdaptiveMetaStepsize(scale=1.0, every_n_steps=3, tasks=2, episodes=episodes)
+        stepsize = AdaptiveMetaStepsize(scale=1.0, every_n_steps=3, tasks=2, episodes=tasks)
         run = trainer(tmp_path, stepsize, watch, max_epochs=epochs, enable_checkpointing=True, reload_dataloaders_every_n_epochs=1)
         watch.rates = [0.0] * (0 if checkpoint is None else 4)
-        run.fit(module, glyphs(), ckpt_path=checkpoint)
+        run.fit(module, data, ckpt_path=checkpoint)
         run.save_checkpoint(tmp_path / f"{epochs}.ckpt")
         return weights(module), watch.rates
 
@@ -291,7 +293,7 @@ def scheduled() -> MAML:
     [
         (lambda: ByHand(build("mlp")), "finite_sum", "Expected automatic optimization for AdaptiveMetaStepsize"),
         (lambda: TwoOptimizers(build("mlp")), "finite_sum", "Expected one optimizer for AdaptiveMetaStepsize but got 2"),
-        (scheduled, "finite_sum", "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got StepLR; remove one"),
+        (scheduled, "finite_sum", "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got StepLR; set the model"),
         (NotMAML, "finite_sum", "Expected a MAML, FOMAML or HFMAML for AdaptiveMetaStepsize but got NotMAML"),
         (lambda: MAML(build("mlp"), train_steps=3, optimizer=SGD), "one_step", "Expected train_steps=1 with rule 'one_step' but got 3"),
     ],
@@ -303,10 +305,10 @@ def test_what_would_fight_over_the_rate_is_refused(tmp_path: Path, module: Any, 
 
 
 def test_tasks_of_its_own_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give the callback `episodes`"):
+    with pytest.raises(ValueError, match="draws independent tasks, but got none; give the callback `episodes`"):
         trainer(tmp_path, AdaptiveMetaStepsize()).fit(MAML(build("mlp"), optimizer=SGD), repeated(make_episodes(), 1))
     run = trainer(tmp_path, AdaptiveMetaStepsize(episodes=[]), precision="64-true")
-    with pytest.raises(ValueError, match="`episodes` to hold at least one meta-batch but it is empty"):
+    with pytest.raises(ValueError, match="`episodes` to hold meta-batches each time it is gone through but it gave none"):
         run.fit(MAML(build("mlp"), optimizer=SGD), repeated(make_episodes(), 1))
 
 
@@ -332,6 +334,39 @@ def test_a_network_with_kinks_has_no_rho(tmp_path: Path) -> None:
         trainer(tmp_path, AdaptiveMetaStepsize(episodes=[make_episodes()]), precision="64-true").fit(
             MAML(network, optimizer=SGD), repeated(make_episodes(), 1)
         )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rule", "message"), [(FOMAML, "finite_sum", "FO-MAML"), (MAML, "resampling", "the other kind of tasks")]
+)
+def test_rules_outside_their_case_are_named(tmp_path: Path, algorithm: type[MAML], rule: theory.Rule, message: str) -> None:
+    stepsize = AdaptiveMetaStepsize(rule, L=1.0, rho=1.0, b=0.0, episodes=[make_episodes()])
+    with pytest.warns(UserWarning, match=message):
+        trainer(tmp_path, stepsize, precision="64-true").fit(algorithm(build("mlp"), optimizer=SGD), repeated(make_episodes(), 1))
+
+
+def test_a_constant_that_was_given_before_is_measured_after_a_resume(tmp_path: Path) -> None:
+    def fit(epochs: int, checkpoint: Path | None, **constants: float) -> dict[str, Any]:
+        stepsize = AdaptiveMetaStepsize(scale=1.0, every_n_steps=1000, episodes=[make_episodes(seed=9)], **constants)
+        run = trainer(tmp_path, stepsize, precision="64-true", max_epochs=epochs, enable_checkpointing=True)
+        run.fit(MAML(build("mlp"), inner_lr=0.1, optimizer=SGD), repeated(make_episodes(), 2), ckpt_path=checkpoint)
+        run.save_checkpoint(tmp_path / "some.ckpt")
+        return run.callback_metrics
+
+    assert fit(1, None, L=5.0, rho=2.0)["train/rho"] == 2
+    after = fit(2, tmp_path / "some.ckpt", L=5.0)
+    assert after["train/L"] == 5
+    assert after["train/rho"] > 0
+    assert after["train/rho"] != 2
+
+
+def test_curvature_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    module = quartic_module(1)
+    with torch.no_grad():
+        module.network.w *= 1e90
+    stepsize = AdaptiveMetaStepsize("one_step", episodes=[quartic_tasks()])
+    with pytest.raises(FloatingPointError, match="finite"):
+        trainer(tmp_path, stepsize, precision="64-true").fit(module, repeated(quartic_tasks(), 1))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The stationarity monitor: unbiased where the plain norm, here sqrt(|mean|^2 + 50 / 8), is not, an honest error, and it stops at an epsilon-stationary point."""
+"""The stationarity monitor: unbiased where the plain norm is not, an honest error, and it stops at an epsilon-stationary point."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -157,6 +157,12 @@ def test_processes_share_the_tasks_and_agree(tmp_path: Path) -> None:
     two = fit(tmp_path / "two", 2, devices=2, strategy="ddp_spawn")
     one = fit(tmp_path / "one", 4)
     assert two[0] == two[1] == pytest.approx(one[0], rel=1e-6)
+
+
+def test_hessian_batches_are_asked_for(tmp_path: Path) -> None:
+    data = GlyphsDataModule(ways=3, regime="resampling", hessian_shots=0)
+    with pytest.raises(ValueError, match="`hessian_shots` to be at least 1 for StationarityMonitor"):
+        trainer(tmp_path, StationarityMonitor()).fit(FOMAML(Conv4(1, 3, 28, channels=2)), data)
 
 
 def test_it_runs_from_a_config(tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ class IndependentTasks:
             ValueError: If there is neither an iterable nor a datamodule that draws independent tasks.
         """
         if self._episodes is None and not hasattr(trainer.datamodule, "independent_episodes"):  # type: ignore[attr-defined]
+            data = trainer.datamodule  # type: ignore[attr-defined]
             raise ValueError(
-                "Expected a datamodule of lightning_maml, which draws independent tasks, but there is none; give the callback `episodes`, an "
-                "iterable of meta-batches like those trained on but drawn independently of them."
+                f"Expected a datamodule of lightning_maml, which draws independent tasks, but got {type(data).__name__ if data else 'none'}; "
+                "give the callback `episodes`, an iterable of meta-batches like those trained on but drawn independently of them."
             )
 
     def draw(self, trainer: Trainer) -> AnyEpisodes:
@@ -57,7 +58,10 @@ def _again_and_again(episodes: Iterable[AnyEpisodes]) -> Iterator[AnyEpisodes]:
         for before in episodes:
             yield before
         if before is None:
-            raise ValueError("Expected `episodes` to hold at least one meta-batch but it is empty.")
+            raise ValueError(
+                "Expected `episodes` to hold meta-batches each time it is gone through but it gave none; give a list or a loader that is not empty, "
+                "not a generator, which is exhausted after the first time."
+            )
 
 
 def as_maml(callback: Callback, module: LightningModule) -> MAML:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
 from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
-from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.measure import Probe
 from lightning_maml.module import MAML, kinks
 from lightning_maml.theory import Rule, meta_smoothness, meta_stepsize, paper_scale
@@ -24,7 +25,7 @@ class AdaptiveMetaStepsize(Callback):
     parameters on tasks of their own, independent of the training batch. Where the gradients are large the steps are short, and they lengthen as
     training goes on. Logged: ``train/meta_stepsize``, ``train/meta_smoothness`` (L-hat), ``train/task_gradient_norm``, and ``train/L``, ``train/rho`` and ``train/b``.
 
-    The rate is set once per optimizer step, also with gradient accumulation, and is the same in every process. The theory is that of plain SGD;
+    The rate is set once per optimizer step, also with gradient accumulation, for all parameter groups alike, and is the same in every process. The theory is that of plain SGD;
     with another optimizer, and with gradient clipping, beta becomes the rate of that optimizer and a warning says so.
 
     Args:
@@ -69,7 +70,7 @@ class AdaptiveMetaStepsize(Callback):
         self._tasks = IndependentTasks("stepsize", tasks, episodes)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what would fight over the learning rate, and say what the theory does not cover."""
         if len(trainer.optimizers) != 1:
             raise ValueError(
@@ -82,12 +83,17 @@ class AdaptiveMetaStepsize(Callback):
             )
         if trainer.lr_scheduler_configs:
             scheduler = type(trainer.lr_scheduler_configs[0].scheduler).__name__
-            raise ValueError(f"Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got {scheduler}; remove one of the two.")
+            raise ValueError(
+                f"Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got {scheduler}; set the model's `lr_scheduler` to null, "
+                "or remove the callback."
+            )
         module = as_maml(self, pl_module)
         if self.rule == "one_step" and module.train_steps != 1:
             raise ValueError(f"Expected train_steps=1 with rule 'one_step' but got {module.train_steps}; use 'resampling' or 'finite_sum'.")
         self._tasks.check(trainer)
         outside = _outside_the_theory(trainer, module, self._given["rho"] is None)
+        if self.rule != "one_step" and module.curvature == "none":
+            outside.append("FO-MAML with several steps or a fixed support set (Ji et al. treat the exact product only)")
         if outside:
             warnings.warn(f"AdaptiveMetaStepsize: the theorems do not cover {'; nor '.join(outside)}.", stacklevel=2)
 
@@ -95,9 +101,10 @@ class AdaptiveMetaStepsize(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Set the learning rate."""
         module = as_maml(self, pl_module)
-        probe = module.probe(self._tasks.draw(trainer))
-        missing = [name for name, value in self._given.items() if value is None]
-        if missing and (not self._measured or trainer.global_step % self.every_n_steps == 0):
+        episodes = self._tasks.draw(trainer)
+        probe = module.probe(episodes)
+        missing = {name for name, value in self._given.items() if value is None}
+        if missing and (missing - self._measured.keys() or trainer.global_step % self.every_n_steps == 0):
             self._measured = _measure(probe, trainer, missing)
         constants = {name: self._measured[name] if value is None else value for name, value in self._given.items()}
         gradient_norm = _over_processes(trainer, float(probe.gradient_norms().mean()), "mean")
@@ -105,6 +112,8 @@ class AdaptiveMetaStepsize(Callback):
         beta = meta_stepsize(smoothness, paper_scale(self.rule, module.curvature) if self.scale is None else self.scale)
         for group in optimizer.param_groups:
             group["lr"] = beta
+        if self.rule == ("finite_sum" if isinstance(episodes, ResampledEpisodes) else "resampling"):
+            rank_zero_warn(f"AdaptiveMetaStepsize: rule {self.rule!r} is made for the other kind of tasks than {type(episodes).__name__}.")
         figures = {"meta_stepsize": beta, "meta_smoothness": smoothness, "task_gradient_norm": gradient_norm, **constants}
         module.log_dict({f"train/{name}": value for name, value in figures.items()})
 
@@ -119,15 +128,15 @@ class AdaptiveMetaStepsize(Callback):
         self._measured, self._tasks.drawn = state_dict["measured"], state_dict["drawn"]
 
 
-def _measure(probe: Probe, trainer: Trainer, missing: list[str]) -> dict[str, float]:
-    """Return L, rho and b at the current parameters: the largest L and rho of all processes, the mean b."""
-    curvature = probe.curvature(restarts=1 if "rho" in missing else 0)
-    gap = probe.spread().b if "b" in missing else 0.0
-    return {
-        "L": _over_processes(trainer, curvature.L, "max"),
-        "rho": _over_processes(trainer, curvature.rho, "max"),
-        "b": _over_processes(trainer, gap, "mean"),
-    }
+def _measure(probe: Probe, trainer: Trainer, missing: set[str]) -> dict[str, float]:
+    """Return those of L, rho and b that are missing, at the current parameters: the largest L and rho of all processes, the mean b."""
+    measured: dict[str, float] = {}
+    if missing & {"L", "rho"}:
+        curvature = probe.curvature(restarts=1 if "rho" in missing else 0, tolerance=1e-2)
+        measured = {name: _over_processes(trainer, getattr(curvature, name), "max") for name in ("L", "rho") if name in missing}
+    if "b" in missing:
+        measured["b"] = _over_processes(trainer, probe.spread().b, "mean")
+    return measured
 
 
 def _over_processes(trainer: Trainer, number: float, operation: str) -> float:

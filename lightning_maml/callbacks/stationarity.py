@@ -22,16 +22,20 @@ class StationarityMonitor(Callback):
     sampling adds, so its square is estimated by the mean inner product of different meta-batches, with a jackknife standard error. Logged:
     ``train/meta_gradient_norm`` and ``train/meta_gradient_norm_se``, and kept as ``norm`` and ``standard_error``.
 
+    In the resampling case it is the norm of the expected meta-gradient that is estimated, which the sampled inner steps bias: with small support
+    batches it is not ``|grad F|`` (Ji et al. 2022, Proposition 3).
+
     Args:
         every_n_steps: Optimizer steps between two estimates.
         stop_at: epsilon. Training stops when the estimate plus two standard errors is at most this: an epsilon-first-order stationary point
             (Fallah et al. 2020, Definition 4.1).
         meta_batches: Meta-batches per estimate, at least 3.
         tasks: Tasks per meta-batch and process.
-        episodes: Meta-batches like those trained on, drawn independently of them; by default the datamodule's, if it is one of this package.
+        episodes: Meta-batches like those trained on, drawn independently of them and of one another: with too few, which come again, the standard
+            error is too small. By default the datamodule's, if it is one of this package.
 
     Raises:
-        ValueError: If an argument is out of range; when training starts, if there is nothing to draw tasks from.
+        ValueError: If an argument is out of range; when training starts, if there is nothing to draw tasks from, or no Hessian batches.
         TypeError: If the module is not a :class:`lightning_maml.MAML`.
     """
 
@@ -55,10 +59,15 @@ class StationarityMonitor(Callback):
         self._last_step = 0
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there are tasks to draw."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there are tasks to draw, and that they have what the exact meta-gradient needs."""
         as_maml(self, pl_module)
         self._tasks.check(trainer)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "regime", None) == "resampling" and data.hessian_shots == 0:
+            raise ValueError(
+                "Expected `hessian_shots` to be at least 1 for StationarityMonitor, which takes the exact meta-gradient, but got 0."
+            )
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -67,7 +76,7 @@ class StationarityMonitor(Callback):
             return
         self._last_step = trainer.global_step
         module = as_maml(self, pl_module)
-        gradients = [module.exact_meta_gradient(self._tasks.draw(trainer)) for _ in range(self._meta_batches)]
+        gradients = [module.meta_gradient(self._tasks.draw(trainer), "exact") for _ in range(self._meta_batches)]
         if trainer.world_size > 1:
             gradients = [{name: trainer.strategy.reduce(g, reduce_op="mean") for name, g in gradient.items()} for gradient in gradients]
         self.norm, self.standard_error = norm_of_mean(gradients)
