@@ -333,7 +333,7 @@ def sampling_bias() -> Finding:
     )
 
 
-def test_time_sampling() -> Finding:
+def sampling_when_adapting() -> Finding:
     """P7: adapting on D_test samples changes the gradient of F by little."""
     alpha, w, hessian_noise = 1 / 6, vector(1), 0.5
     exact = torch.func.grad(lambda w: (torch.cos(w + alpha * torch.sin(w))).sum())(w)
@@ -343,7 +343,8 @@ def test_time_sampling() -> Finding:
             cosine_loss, {"w": w}, noisy_episodes(samples, 1, hessian_noise, 100 + samples), inner_lr=alpha, steps=1, tasks="vmap"
         )
         gaps.append(float((result.grad["w"] - exact).abs()))
-    bounds = [theory.test_time_gap(1.0, alpha, 1.0, hessian_noise, samples) for samples in SAMPLES]
+    noise = math.hypot(1, hessian_noise)  # of the gradient at w = 1
+    bounds = [theory.adaptation_gap(1.0, alpha, noise, hessian_noise, samples) for samples in SAMPLES]
     ratios = [gap / bound for gap, bound in zip(gaps, bounds, strict=True)]
     return Finding(
         "P7",
@@ -548,13 +549,15 @@ def quartic_run(steps: int, scale: float | None, fixed: float | None, iterations
 def adaptive_where_fixed_diverges() -> Finding:
     """P12: where curvature varies, what is measured at the current point converges and the best local fixed step diverges."""
     series, texts, holds = [], [], True
-    for steps, style in ((1, "-"), (5, "--")):
+    for steps, style, reference in ((1, "-", (224, 2769)), (5, "--", (51, 4667))):
         at_minimum = 1 / quartic_smoothness(quartic_minimum(steps), steps)
         at_start = 1 / quartic_smoothness(Quartic().w.detach(), steps)
         adaptive, paper = quartic_run(steps, 1.0, None, 5000), quartic_run(steps, None, None, 20_000)
         diverged = quartic_run(steps, None, at_minimum, 100)
         slow = quartic_run(steps, None, at_start, 20_000)
         holds &= adaptive[-1] < 1e-6 and paper[-1] < 1e-6 and not diverged[-1] < 1e30 and len(diverged) <= 4
+        counts = (len(adaptive) - 1, len(paper) - 1)
+        holds &= all(abs(count / expected - 1) <= 0.2 for count, expected in zip(counts, reference, strict=True))
         texts.append(
             f"N = {steps}: adaptive {len(adaptive) - 1} iterations ({len(paper) - 1} with the papers' constant), 1/|Hess F(w*)| diverges in {len(diverged) - 1}, "
             f"1/|Hess F(w_0)| takes {len(slow) - 1}"
@@ -565,7 +568,8 @@ def adaptive_where_fixed_diverges() -> Finding:
         "P12",
         "adaptive against fixed steps",
         "an adaptive meta-stepsize is needed where smoothness varies (F Sec 4.2; J Sec 3.3)",
-        "quartic tasks from |w_0| = 20: beta = scale / L^ converges to 1e-6, beta = 1/|Hess F(w*)| does not",
+        "quartic tasks from |w_0| = 20: beta = scale / L^ converges to 1e-6 (in 224 and 51 iterations, 2769 and 4667 with the papers' constant, within "
+        "20 %), beta = 1/|Hess F(w*)| diverges within 3",
         "; ".join(texts),
         holds,
         Panel("iteration", "|grad F|", series),
@@ -581,7 +585,7 @@ PREDICTIONS = (
     unbounded_smoothness,
     blow_up,
     sampling_bias,
-    test_time_sampling,
+    sampling_when_adapting,
     path_errors,
     stepsize_moments,
     cost,

@@ -1,5 +1,6 @@
 """The command ``lightning-maml``."""
 
+import math
 import pickle
 import sys
 import warnings
@@ -13,12 +14,15 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_maml.callbacks.meta_stepsize import is_plain_sgd  # the package imported, configs may name its classes without their module
+from lightning_maml.callbacks import AdaptiveMetaStepsize  # imported, all callbacks may be named in configs without their module
+from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.datamodules import EpisodicDataModule
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes
+from lightning_maml.functional import axpy, norm
 from lightning_maml.module import MAML, kinks
-from lightning_maml.report import Settings, report
+from lightning_maml.report import Adaptive, Settings, report
+from lightning_maml.theory import paper_scale
 
 
 class _Trainer(Trainer):
@@ -33,34 +37,46 @@ class _Trainer(Trainer):
             ckpt_path: A checkpoint whose weights to measure at instead.
             tasks: Training tasks to measure on.
         """
+        if tasks < 2:
+            raise ValueError(f"Expected `tasks` to be at least 2, for a deviation between them, but got {tasks}.")
         if ckpt_path is not None:
             model.load_state_dict(torch.load(ckpt_path, weights_only=True, map_location="cpu")["state_dict"])
         self.precision_plugin.convert_module(model).to(self.strategy.root_device).train()
         datamodule.prepare_data()
-        datamodule.setup("fit")
         episodes = datamodule.independent_episodes("measure", 0, tasks)
         episodes = type(episodes)(*(tensor.to(model.device) for tensor in episodes))
         episodes = self.precision_plugin.convert_input(datamodule.on_after_batch_transfer(episodes, 0))
         constants = model.probe(episodes, progress=True).constants(model.inner_lr, model.train_steps)
+        if not math.isfinite(constants.L + constants.rho):
+            raise FloatingPointError("Expected finite curvature along the inner path but it is not; lower inner_lr.")
         where = "the initial weights" if ckpt_path is None else ckpt_path
         print(f"\n{type(model).__name__} at {where}, {tasks} training tasks\n")
-        print(report(constants, _settings(model, datamodule, episodes)))
+        print(report(constants, _settings(self, model, datamodule, episodes)))
+        if model.curvature != "exact":
+            exact = model.meta_gradient(episodes, "exact")
+            error = float(norm(axpy(-1.0, exact, model.meta_gradient(episodes))) / norm(exact))
+            print(
+                f"\nThe meta-gradient of {type(model).__name__} differs from the exact one by {error:.2g} of it, on these tasks together."
+            )
 
 
-def _settings(model: MAML, datamodule: EpisodicDataModule, episodes: AnyEpisodes) -> Settings:
+def _settings(trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, episodes: AnyEpisodes) -> Settings:
     configured = model.configure_optimizers()
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
-    sizes = None
-    if isinstance(episodes, ResampledEpisodes):
-        sizes = (episodes.support_x.shape[2], episodes.hessian_x.shape[2], episodes.query_x.shape[1])
+    stepsize: Adaptive | float | None = optimizer.param_groups[0]["lr"] if is_plain_sgd(optimizer) else None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, AdaptiveMetaStepsize) and stepsize is not None:
+            scale = paper_scale(callback.rule, model.curvature) if callback.scale is None else callback.scale
+            stepsize = Adaptive(callback.rule, scale, callback.tasks * trainer.world_size)
     return Settings(
         curvature=model.curvature,
         inner_lr=model.inner_lr,
         steps=model.train_steps,
-        meta_batch_size=datamodule.meta_batch_size,
-        resampling=sizes,
+        tasks=datamodule.meta_batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+        query=episodes.query_x.shape[1],
+        resampling=(episodes.support_x.shape[2], episodes.hessian_x.shape[2]) if isinstance(episodes, ResampledEpisodes) else None,
         probe_radius=model.probe_radius or default_probe_radius(episodes.query_x.dtype),
-        stepsize=optimizer.param_groups[0]["lr"] if is_plain_sgd(optimizer) else None,
+        stepsize=stepsize,
         kinks=kinks(model.network),
     )
 

@@ -49,8 +49,14 @@ def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> Smoo
     """
     _check(L=L, rho=rho, alpha=alpha, steps=steps)
     a = 1 + alpha * L
+    try:
+        growth = a ** (2 * steps)
+    except OverflowError:
+        raise ValueError(
+            f"Expected (1 + alpha L)^(2N) to be a number but alpha L = {alpha * L:.3g}, N = {steps} is too much; lower alpha."
+        ) from None
     spread = rho / L * a ** (steps - 1) * (a**steps - 1)
-    return SmoothnessConstants(a ** (2 * steps), spread * a**steps, spread * (a**steps - 1))
+    return SmoothnessConstants(growth, spread * a**steps, spread * (a**steps - 1))
 
 
 def meta_smoothness(rule: Rule, L: float, rho: float, alpha: float, steps: int, gradient_norm: float, b: float = 0.0) -> float:
@@ -73,24 +79,22 @@ def meta_smoothness(rule: Rule, L: float, rho: float, alpha: float, steps: int, 
         ValueError: If an argument is out of range.
     """
     _check(gradient_norm=gradient_norm, b=b)
+    _check_rule(rule, steps)
     constants = smoothness_constants(L, rho, alpha, steps)
     if rule == "one_step":
-        if steps != 1:
-            raise ValueError(f"Expected one inner step with rule 'one_step' but got {steps}; use 'resampling' or 'finite_sum'.")
         return 4 * L + 2 * rho * alpha * gradient_norm
     if rule == "resampling":
         return constants.growth * L + constants.c_l * gradient_norm
-    if rule == "finite_sum":
-        return constants.growth * L + constants.c_b * b + constants.c_l * gradient_norm
-    raise ValueError(f"Expected `rule` to be 'one_step', 'resampling' or 'finite_sum' but got {rule!r}.")
+    return constants.growth * L + constants.c_b * b + constants.c_l * gradient_norm
 
 
 def paper_scale(rule: Rule, curvature: CurvatureName = "exact") -> float:
     """Return the papers' constant in ``beta = scale / L-hat``.
 
     1/12, 1/18 and 1/25 for MAML, FO-MAML and HF-MAML with ``"one_step"`` (Fallah, Theorems 4.12, 4.15, 4.17); 1/100 with ``"resampling"`` (C_beta of Ji,
-    Corollary 6) and 1/80 with ``"finite_sum"`` (Corollary 10). They are safety factors for the worst case.
+    Corollary 6) and 1/80 with ``"finite_sum"`` (Corollary 10), both for the exact curvature. They are safety factors for the worst case.
     """
+    _check_rule(rule)
     if rule == "one_step":
         return {"exact": 1 / 12, "none": 1 / 18, "finite_difference": 1 / 25}[curvature]
     return 1 / 100 if rule == "resampling" else 1 / 80
@@ -104,13 +108,13 @@ def meta_stepsize(smoothness: float, scale: float) -> float:
 
 def largest_inner_lr(L: float, steps: int) -> float:
     """Return ``(2^(1/2N) - 1) / L``, below which Ji, Theorems 5 and 9, hold: ``(1 + alpha L)^(2N) < 2``."""
-    _check(L=L)
+    _check(L=L, steps=steps)
     return (2 ** (1 / (2 * steps)) - 1) / L if steps else math.inf
 
 
 def recommended_inner_lr(L: float, steps: int) -> float:
     """Return ``1 / (8 N L)`` (Ji, Corollaries 6 and 10): without the 1/N the growth ``(1 + alpha L)^(2N)`` explodes."""
-    _check(L=L)
+    _check(L=L, steps=steps)
     return 1 / (8 * steps * L) if steps else math.inf
 
 
@@ -137,6 +141,7 @@ def stepsize_batches(
 ) -> StepsizeBatches:
     """Return the smallest batches of Fallah, eq. 18 (ceilings), Ji, Theorem 5 (strict) and Ji, Theorem 9."""
     _check(sigma=sigma, sample_sigma=sample_sigma, b=b)
+    _check_rule(rule, steps)
     growth, c_l, c_b = smoothness_constants(L, rho, alpha, steps)
     if rule == "one_step":
         tasks, samples = 0.5 * (rho * alpha * sigma / L) ** 2, (2 * rho * alpha * sample_sigma / L) ** 2
@@ -157,11 +162,30 @@ def hessian_batch(alpha: float, hessian_sigma: float) -> int:
     return _at_least(2 * (alpha * hessian_sigma) ** 2)
 
 
+class ResamplingBatches(NamedTuple):
+    """The smallest batches of the resampling case, in samples.
+
+    Attributes:
+        support: S, of every inner step.
+        hessian: D, of every Hessian batch.
+    """
+
+    support: int
+    hessian: int
+
+
+def resampling_batches(L: float, rho: float, sample_sigma: float, hessian_sigma: float) -> ResamplingBatches:
+    """Return ``S >= 15 rho^2 sigma_g^2 / L^4`` and ``D >= sigma_H^2 / L^2`` (Ji, Corollary 6; D as its proof has it: the printed ``L^2`` factor has units)."""
+    _check(L=L, rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma)
+    return ResamplingBatches(_at_least(15 * (rho * sample_sigma) ** 2 / L**4), _at_least((hessian_sigma / L) ** 2))
+
+
 def printed_probe_radius(rho: float, alpha: float) -> float:
     """Return ``1 / (6 rho alpha)`` [parameter], the probing radius that Fallah, Theorem 4.17, amounts to.
 
     It does not depend on the accuracy wanted and grows as alpha falls, so HF-MAML stalls where FO-MAML does; not to be used alone.
     """
+    _check(rho=rho, alpha=alpha)
     return 1 / (6 * rho * alpha) if rho * alpha > 0 else math.inf
 
 
@@ -171,6 +195,7 @@ def probe_radius(epsilon: float, L: float, rho: float, alpha: float, steps: int,
     ``min(1 / (6 rho alpha), epsilon / (N a^(N-1) alpha rho |v_N|))``, by :func:`hessian_free_error`; not in the papers. Machine precision asks
     for at least about the cube root of its epsilon.
     """
+    _check(epsilon=epsilon)
     worst = hessian_free_error(L, rho, alpha, steps, 1.0, query_gradient_norm)
     return min(printed_probe_radius(rho, alpha), epsilon / (2 * worst) if worst > 0 else math.inf)
 
@@ -180,7 +205,7 @@ def hessian_free_error(L: float, rho: float, alpha: float, steps: int, radius: f
 
     Fallah, after eq. 9, with the sharp 1/2 that is missing there, carried through N steps.
     """
-    _check(L=L, rho=rho, alpha=alpha, steps=steps)
+    _check(L=L, rho=rho, alpha=alpha, steps=steps, radius=radius, query_gradient_norm=query_gradient_norm)
     return steps * (1 + alpha * L) ** (steps - 1) * alpha * rho * radius / 2 * query_gradient_norm
 
 
@@ -190,7 +215,7 @@ def first_order_floor(L: float, alpha: float, steps: int, sigma: float) -> float
     ``c sigma / (1 - c)`` with ``c = a^N (a^N - 1) / (2 - a^(2N))``, from Ji, Lemmas 12-15; Fallah, Corollary 4.16, gives the order at N = 1 (its abstract and
     Table 1 leave out L). Infinite where c >= 1.
     """
-    _check(L=L, alpha=alpha, sigma=sigma)
+    _check(L=L, alpha=alpha, steps=steps, sigma=sigma)
     grown = (1 + alpha * L) ** steps
     c = grown * (grown - 1) / (2 - grown**2) if grown**2 < 2 else math.inf
     return c * sigma / (1 - c) if c < 1 else math.inf
@@ -198,11 +223,13 @@ def first_order_floor(L: float, alpha: float, steps: int, sigma: float) -> float
 
 def one_step_bias(L: float, alpha: float, sample_sigma: float, support: int) -> float:
     """Return ``alpha L sigma-tilde / sqrt(D_in)``, a bound of the bias that sampling the inner step causes (Fallah, Lemma 4.10, eq. 20)."""
+    _check(L=L, alpha=alpha, sample_sigma=sample_sigma, support=support)
     return alpha * L * sample_sigma / math.sqrt(support)
 
 
-def test_time_gap(L: float, alpha: float, sample_sigma: float, hessian_sigma: float, samples: int) -> float:
+def adaptation_gap(L: float, alpha: float, sample_sigma: float, hessian_sigma: float, samples: int) -> float:
     """Return a bound of ``|grad F-hat - grad F|``, where tasks adapt on D_test samples (Fallah, Theorem 4.11, eq. 22)."""
+    _check(L=L, alpha=alpha, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma, samples=samples)
     return 2 * alpha * L * sample_sigma / math.sqrt(samples) + alpha**2 * L * hessian_sigma * sample_sigma / samples
 
 
@@ -220,6 +247,7 @@ class PathError(NamedTuple):
 
 def path_error(L: float, alpha: float, step: int, sample_sigma: float, support: int) -> PathError:
     """Return the bounds of Ji, Proposition 2, with the ``2 alpha L`` of its proof (the statement prints ``alpha L``)."""
+    _check(L=L, alpha=alpha, step=step, sample_sigma=sample_sigma, support=support)
     x = alpha * L
     mean = ((1 + x) ** step - 1) * sample_sigma / (L * math.sqrt(support))
     mean_square = ((1 + 2 * x + 2 * x**2) ** step - 1) * alpha * sample_sigma**2 / ((1 + x) * L * support)
@@ -247,6 +275,7 @@ def moment_constants(
     The first two as their proof (eqs. 29-32) gives them: ``a^N (a^N - 1) sigma_g`` and ``a^(2N-1) (a^(N-1) - 1)^2 rho sigma_g / ((2 - a^(2N)) L^2)``. The printed
     eq. 15 is larger and contradicts the figures of Corollary 6.
     """
+    _check(rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma, hessian=hessian)
     a, gap = _gap(L, alpha, steps)
     x = alpha * L
     squ1 = 3 * (alpha**2 * hessian_sigma**2 / hessian + a**2) ** steps * sample_sigma**2
@@ -300,12 +329,13 @@ def resampling_convergence(
     theta hardly changes, no order does.)
 
     Raises:
-        ValueError: If alpha is not below :func:`largest_inner_lr`, or rho is not positive.
+        ValueError: If an argument is out of range, alpha not below :func:`largest_inner_lr`, or rho, alpha or N 0.
     """
-    _check_positive_rho(rho)
+    _check(sigma=sigma, tasks=tasks, support=support, query=query, c_beta=c_beta)
     a, gap = _gap(L, alpha, steps)
     err1, err2, squ1, squ2, squ3 = moment_constants(L, rho, alpha, steps, sample_sigma, hessian_sigma, hessian)
     c_l = smoothness_constants(L, rho, alpha, steps).c_l
+    _check_curved(c_l)
     bias = 1 / 2 + 2 / c_beta
     return Convergence(
         theta=2 * gap / (c_beta * c_l) * (1 / 5 - 3 * bias * err2**2 / support - squ3 / (c_beta * tasks) - 2 / c_beta),
@@ -317,6 +347,7 @@ def resampling_convergence(
 
 def resampling_bound(convergence: Convergence, gap: float, iterations: int, tasks: int, support: int) -> float:
     """Return the bound of Ji, Theorem 5, on ``E|grad F(w_zeta)|`` [loss / parameter]; ``gap`` is ``Delta = F(w_0) - inf F`` [loss]."""
+    _check(gap=gap, iterations=iterations, tasks=tasks, support=support)
     theta, phi, xi, chi = convergence
     return _root(theta, chi, gap / iterations + xi / support + phi / tasks)
 
@@ -349,9 +380,10 @@ def finite_sum_convergence(
         tasks: B.
         c_beta: C_beta, 1 / scale.
     """
-    _check_positive_rho(rho)
+    _check(sigma=sigma, b=b, mean_square_b=mean_square_b, tasks=tasks, c_beta=c_beta)
     a, gap = _gap(L, alpha, steps)
     growth, c_l, c_b = smoothness_constants(L, rho, alpha, steps)
+    _check_curved(c_l)
     a_1 = 4 * a ** (4 * steps) / gap**2
     a_2 = a_1 * (growth - 1) ** 2 * (sigma + b) ** 2 + 2 * a ** (4 * steps) * (sigma**2 + mean_square_b)
     return Convergence(
@@ -363,6 +395,7 @@ def finite_sum_convergence(
 
 def finite_sum_bound(convergence: Convergence, gap: float, iterations: int, tasks: int) -> float:
     """Return the bound of Ji, Theorem 9, on ``E|grad F(w_zeta)|`` [loss / parameter]; ``gap`` is ``Delta = F(w_0) - inf F`` [loss]."""
+    _check(gap=gap, iterations=iterations, tasks=tasks)
     return _root(convergence.theta, convergence.xi, gap / iterations + convergence.phi / tasks)
 
 
@@ -389,12 +422,11 @@ def resampling_sizes(
 ) -> Sizes:
     """Return sizes for which Ji, Theorem 5, guarantees ``E|grad F| <= epsilon`` at alpha = 1 / (8 N L) and C_beta = 100 (Corollary 6).
 
-    Each of K, S and B takes a third of what the bound allows, and T = S. All grow as ``1 / epsilon^2``, but D, which is ``sigma_H^2 / L^2`` (printed with a factor
-    ``L^2`` that its units forbid).
+    Each of K, S and B takes a third of what the bound allows, and T = S. All grow as ``1 / epsilon^2`` but D.
     """
-    alpha = recommended_inner_lr(L, steps)
-    hessian = _at_least((hessian_sigma / L) ** 2)
-    least_support, least_tasks = _at_least(15 * (rho * sample_sigma) ** 2 / L**4), 20
+    _check(epsilon=epsilon, gap=gap)
+    alpha, least_tasks = recommended_inner_lr(L, steps), 20
+    least_support, hessian = resampling_batches(L, rho, sample_sigma, hessian_sigma)
 
     def constants(support: int) -> Convergence:
         return resampling_convergence(
@@ -422,6 +454,7 @@ def finite_sum_sizes(
 
     K and B take half each of what the bound allows; both grow as ``1 / epsilon^2``.
     """
+    _check(epsilon=epsilon, gap=gap)
     alpha, least = recommended_inner_lr(L, steps), 20
     theta, phi, xi, _ = finite_sum_convergence(L, rho, alpha, steps, sigma=sigma, b=b, mean_square_b=mean_square_b, tasks=least)
     half = theta * epsilon**2 / (2 * (xi + epsilon))
@@ -448,13 +481,27 @@ def _at_least(number: float) -> int:
     return max(1, math.ceil(number))
 
 
-def _check_positive_rho(rho: float) -> None:
-    if rho <= 0:
-        raise ValueError(f"Expected rho > 0 but got {rho}: with rho = 0 the meta-objective is smooth and needs no such bound.")
+def _check_curved(c_l: float) -> None:
+    if c_l == 0:
+        raise ValueError(
+            "Expected rho, alpha and N to be positive but one of them is 0: then C_L = 0, the meta-objective is smooth, and needs no such bound."
+        )
+
+
+_POSITIVE = ("L", "smoothness", "scale", "epsilon", "iterations", "tasks", "support", "hessian", "query", "samples", "c_beta")
 
 
 def _check(**numbers: float) -> None:
     for name, number in numbers.items():
-        positive = name in ("L", "smoothness", "scale")
+        positive = name in _POSITIVE
         if not (math.isfinite(number) and (number > 0 if positive else number >= 0)):
             raise ValueError(f"Expected `{name}` to be a finite number {'above' if positive else 'of at least'} 0 but got {number}.")
+        if name in ("steps", "step") and number != int(number):
+            raise ValueError(f"Expected `{name}` to be a whole number but got {number}.")
+
+
+def _check_rule(rule: Rule, steps: int = 1) -> None:
+    if rule not in ("one_step", "resampling", "finite_sum"):
+        raise ValueError(f"Expected `rule` to be 'one_step', 'resampling' or 'finite_sum' but got {rule!r}.")
+    if rule == "one_step" and steps != 1:
+        raise ValueError(f"Expected one inner step with rule 'one_step' but got {steps}; use 'resampling' or 'finite_sum'.")

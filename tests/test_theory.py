@@ -69,6 +69,7 @@ def test_batches_of_the_stepsize() -> None:
         assert batches.samples == pytest.approx(samples * 1e6, rel=5e-3)
     assert theory.stepsize_batches("one_step", 1.0, 0.0, 0.1, 1, sigma=2.0, sample_sigma=3.0) == (1, 1)
     assert theory.hessian_batch(0.1, 39.0) == 31
+    assert theory.resampling_batches(2.0, 8.0, 3.0, 9.0) == (540, 21)
 
 
 def test_probing_radii_and_errors() -> None:
@@ -86,7 +87,7 @@ def test_floors_and_errors_of_estimates() -> None:
     assert theory.first_order_floor(1.0, 0.4, 1, 1.0) == math.inf
     assert theory.first_order_floor(1.0, 0.5, 1, 1.0) == math.inf
     assert theory.one_step_bias(2.0, 0.1, 3.0, 9) == close(0.2)
-    assert theory.test_time_gap(2.0, 0.1, 3.0, 5.0, 9) == close(0.4 + 0.01 * 2 * 15 / 9)
+    assert theory.adaptation_gap(2.0, 0.1, 3.0, 5.0, 9) == close(0.4 + 0.01 * 2 * 15 / 9)
     mean, square = theory.path_error(2.0, 0.1, 1, 3.0, 9)
     assert mean == close(0.1), "one step strays by alpha sigma / sqrt(S)"
     assert mean**2 <= square <= 2.1 * mean**2
@@ -201,7 +202,17 @@ def test_no_result_depends_on_the_units(rule: Rule) -> None:
             lambda: theory.finite_sum_convergence(1, 1, 0.5, 1, sigma=1, b=1, mean_square_b=1, tasks=9),
             r"alpha < \(2\^\(1/2N\) - 1\) / L = 0.414 but got 0.5",
         ),
-        (lambda: theory.finite_sum_convergence(1, 0, 0.1, 1, sigma=1, b=1, mean_square_b=1, tasks=9), "rho > 0 but got 0"),
+        (lambda: theory.finite_sum_convergence(1, 0, 0.1, 1, sigma=1, b=1, mean_square_b=1, tasks=9), "rho, alpha and N to be positive"),
+        (
+            lambda: theory.finite_sum_convergence(1, 1, 0.1, 1, sigma=1, b=1, mean_square_b=1, tasks=0),
+            "`tasks` to be a finite number above 0",
+        ),
+        (lambda: theory.finite_sum_sizes(-1, 1, 1, 1, sigma=1, b=1, mean_square_b=1, gap=1), "`epsilon` to be a finite number above 0"),
+        (lambda: theory.paper_scale("two_step"), "`rule` to be .* but got 'two_step'"),
+        (lambda: theory.stepsize_batches("one_step", 1, 1, 0.1, 5, 1.0), "one inner step with rule 'one_step' but got 5"),
+        (lambda: theory.recommended_inner_lr(1.0, 1.5), "`steps` to be a whole number but got 1.5"),
+        (lambda: theory.smoothness_constants(100.0, 1.0, 1.0, 200), r"\(1 \+ alpha L\)\^\(2N\) to be a number"),
+        (lambda: theory.one_step_bias(1.0, 0.1, 1.0, 0), "`support` to be a finite number above 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(call: Callable[[], SmoothnessConstants], message: str) -> None:

@@ -7,7 +7,7 @@ FAST = [
     benchmark.unbounded_smoothness,
     benchmark.blow_up,
     benchmark.sampling_bias,
-    benchmark.test_time_sampling,
+    benchmark.sampling_when_adapting,
     benchmark.path_errors,
     benchmark.stepsize_moments,
     benchmark.cost,

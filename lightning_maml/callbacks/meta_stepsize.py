@@ -64,6 +64,7 @@ class AdaptiveMetaStepsize(Callback):
         meta_smoothness(rule, 1.0 if L is None else L, rho or 0.0, 0.0, 1, 0.0, b or 0.0)  # refuses what is out of range
         self.rule: Rule = rule
         self.scale = scale
+        self.tasks = tasks
         self.every_n_steps = every_n_steps
         self._given = {"L": L, "rho": rho, "b": b if rule == "finite_sum" else 0.0}  # other rules have no b
         self._measured: dict[str, float] = {}
