@@ -1,4 +1,7 @@
-"""Families of tasks with known constants, on which the theory's predictions can be checked. Losses are ``loss(params, x, y)`` of ``params["w"]``."""
+"""Families of tasks with known constants, on which the theory's predictions can be checked.
+
+Losses are ``loss(params, x, y)`` of ``params["w"]``.
+"""
 
 from functools import partial
 

@@ -19,7 +19,8 @@ class EpisodicDataModule(LightningDataModule):
     """Base of the few-shot datamodules; a subclass gives :meth:`class_images` and, where there are files, ``prepare_data``.
 
     Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]`` in 0 .. 1; in training with
-    ``regime="resampling"`` they are :class:`lightning_maml.ResampledEpisodes`, with images ``[T, N, S, C, H, W]``. Episodes depend on the seed, the epoch
+    ``regime="resampling"`` they are :class:`lightning_maml.ResampledEpisodes`, with images ``[T, N, S, C, H, W]``. Episodes depend on the
+    seed, the epoch
     and their number alone: not on the number of workers, nor on how many processes share them.
 
     Args:

@@ -88,9 +88,10 @@ def hessian_lipschitz(
 ) -> Measured:
     """Return the norm of the third derivative at ``w``, the local rho, by the symmetric power method.
 
-    The norm of a symmetric tensor is attained at a single vector (Banach), so ``u`` climbs ``|D^3 l[u, u, .]|``, each value from two Hessian-vector
-    products, ``t = (H(w + h u) u - H(w - h u) u) / (2 h)``. It starts from the Hessian's leading eigenvector, then from random directions, and may stop at
-    a local maximum each time. (Random directions alone, without the climb, are too small by orders of magnitude in high dimension.)
+    The norm of a symmetric tensor is attained at a single vector (Banach), so ``u`` climbs ``|D^3 l[u, u, .]|``, each value from two
+    Hessian-vector products, ``t = (H(w + h u) u - H(w - h u) u) / (2 h)``. It starts from the Hessian's leading eigenvector, then from
+    random directions, and may stop at a local maximum each time. (Random directions alone, without the climb, are too small by orders of
+    magnitude in high dimension.)
 
     The radius h is a small fraction of the length L / rho over which the Hessian changes, the cube root of the machine epsilon.
 
@@ -154,8 +155,10 @@ class Spread(NamedTuple):
 
     Attributes:
         gradient_norm: Mean over tasks of ``|grad l_T|``, of the query loss.
-        sigma: Standard deviation of that gradient over tasks, nan with one; in the resampling case without what sampling the batch adds to it.
-        sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan with one query sample. Halves of a query set are
+        sigma: Standard deviation of that gradient over tasks, nan with one; in the resampling case without what sampling the batch adds
+            to it.
+        sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan with one query sample. Halves of a
+            query set are
             what it is measured on: with batch norm, whose statistics are then the halves' own, it is not quite that of single samples.
         b: Mean over tasks of ``|grad l_S - grad l_T|``.
         mean_square_b: Mean of its square, b-tilde.
@@ -298,7 +301,10 @@ class Probe:
 
     @_differentiating()
     def spread(self) -> Spread:
-        """Return how the task gradients differ; random halves D_1, D_2 of a query set give ``E|g(D_1) - g(D_2)|^2 = 2 sigma-tilde^2 / |D_1|``."""
+        """Return how the task gradients differ.
+
+        Random halves D_1, D_2 of a query set give sigma-tilde: ``E|g(D_1) - g(D_2)|^2 = 2 sigma-tilde^2 / |D_1|``.
+        """
         samples, half = self._episodes.query_x.shape[1], self._episodes.query_x.shape[1] // 2
 
         def of_one_task(task: AnyEpisodes) -> tuple[Params, Tensor]:
@@ -330,7 +336,7 @@ class Probe:
 
     @_differentiating()
     def hessian_deviation(self) -> tuple[float, int]:
-        """Return sigma_H [loss / parameter^2], the standard deviation of the samples' Hessians within a task, and the gradient evaluations spent.
+        """Return sigma_H, the standard deviation of the samples' Hessians within a task [loss / parameter^2], and its cost in gradients.
 
         From random halves of the query sets, along the leading eigenvector of each task's loss, or along a random direction if that gives
         more: a lower bound of the spectral one (with batch norm only roughly, as for ``sample_sigma``). It is nan with one query sample.

@@ -88,8 +88,8 @@ def meta_gradient(
         probe_radius: See :func:`lightning_maml.curvature.finite_difference`; only with that curvature.
         query_loss: ``query_loss(params, task)``, where the query loss is not ``loss(params, task.query_x, task.query_y)``.
         has_aux: The losses return ``(loss, aux)``; the query's aux is returned.
-        sample: ``sample(params, x, y)``, where the data depend on the parameters, as in reinforcement learning (Ji et al. 2022, Appendix A.1):
-            called once per batch at the point where it is used (w_j for S_j and D_j, w_N for the query batch), it returns what
+        sample: ``sample(params, x, y)``, where the data depend on the parameters, as in reinforcement learning (Ji et al. 2022, Appendix
+            A.1): called once per batch at the point where it is used (w_j for S_j and D_j, w_N for the query batch), it returns what
             ``loss`` gets as ``x`` and ``y``. Give ``ResampledEpisodes`` noise as ``x``, and a ``loss`` that weights the samples by their
             likelihood ratio, so that its derivatives are unbiased.
         tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`. ``"threads"`` needs a ``loss`` that several threads

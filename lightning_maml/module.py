@@ -40,13 +40,13 @@ _KINKS = (
 
 
 class MAML(LightningModule):
-    """Model-agnostic meta-learning by the exact meta-gradient of N inner steps (Ji et al. 2022, Algorithm 2; N = 1: Fallah et al. 2020, Algorithm 1).
+    """Model-agnostic meta-learning by the exact meta-gradient of N inner steps (Ji et al. 2022; N = 1: Fallah et al. 2020, Algorithm 1).
 
-    Batches are :class:`lightning_maml.Episodes` or, with fresh samples for every inner step and for the curvature (Ji et al. 2022,
+    Batches are :class:`lightning_maml.Episodes` (Ji's Algorithm 2) or, with fresh samples for every inner step and for the curvature (Ji's
     Algorithm 1), :class:`lightning_maml.ResampledEpisodes`. Every optimizer, scheduler, clipping and accumulation setting of Lightning
-    applies to the meta-parameters. Logged: ``train/``, ``val/`` and ``test/`` ``loss`` and, for classification, ``accuracy`` on the query sets after
-    adaptation, and both ``_before`` it (in training on the steps that are logged). ``test`` adds ``accuracy_ci95``, the half-width of the
-    95 % confidence interval over the tasks, and ``accuracy_step_0 .. K``.
+    applies to the meta-parameters. Logged: ``train/``, ``val/`` and ``test/`` ``loss`` and, for classification, ``accuracy`` on the query
+    sets after adaptation, and both ``_before`` it (in training on the steps that are logged). ``test`` adds ``accuracy_ci95``, the
+    half-width of the 95 % confidence interval over the tasks, and ``accuracy_step_0 .. K``.
 
     Args:
         network: The network to meta-train, any module; its frozen parameters stay as they are.
@@ -59,8 +59,8 @@ class MAML(LightningModule):
             ``"support"``: of the support set only; ``"running"``: batch statistics in training, running averages in evaluation.
         optimizer: From parameters to the meta-optimizer; by default Adam with its rate of 1e-3.
         lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
-        tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: vectorised; ``"auto"``: threads on the CPU
-            (a loop where dropout is active), vmap elsewhere.
+        tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: vectorised; ``"auto"``: threads on
+            the CPU (a loop where dropout is active), vmap elsewhere.
         chunk_size: Tasks vectorised at once by ``"vmap"``; all of them by default.
 
     Raises:
@@ -297,8 +297,8 @@ class FOMAML(MAML):
 class HFMAML(MAML):
     """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
 
-    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network: with ReLU or max-pooling it does
-    worse than :class:`FOMAML`, so it warns about them. Use GELU, softplus or SiLU with strides or average pooling.
+    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network: with ReLU or max-pooling
+    it does worse than :class:`FOMAML`, so it warns about them. Use GELU, softplus or SiLU with strides or average pooling.
 
     Args:
         network: As in :class:`MAML`, as are all arguments but the last.
@@ -311,8 +311,8 @@ class HFMAML(MAML):
         lr_scheduler: From the optimizer to its scheduler.
         tasks: How tasks are run.
         chunk_size: Tasks vectorised at once.
-        probe_radius: h, how far from the inner point the two gradients are taken, in units of the parameters; by default the cube root of the
-            machine epsilon (4.9e-3 in float32).
+        probe_radius: h, how far from the inner point the two gradients are taken, in units of the parameters; by default the cube root of
+            the machine epsilon (4.9e-3 in float32).
     """
 
     curvature = "finite_difference"
@@ -360,7 +360,8 @@ def kinks(network: nn.Module) -> list[str]:
 def _surrogate(params: Params, result: MetaGradient) -> Tensor:
     """Return a scalar with the value of the mean query loss and the meta-gradient as its gradient.
 
-    So Lightning's own backward pass deposits the meta-gradient, and all that hangs on it (all-reduce, scaling, clipping, accumulation) works.
+    So Lightning's own backward pass deposits the meta-gradient, and all that hangs on it (all-reduce, scaling, clipping, accumulation)
+    works.
     """
     inner = dot(params, result.grad)
     return inner - inner.detach() + result.query_loss.mean()

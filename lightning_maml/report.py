@@ -210,7 +210,10 @@ def _count(number: int) -> str:
 
 def report(constants: Constants, settings: Settings) -> str:
     """Return the constants, what they imply and the conditions, as three tables."""
-    closing = "The conditions are sufficient in the worst case, and not necessary: L and rho as measured here often ask for an alpha far below what trains best."
+    closing = (
+        "The conditions are sufficient in the worst case, and not necessary: "
+        "L and rho as measured often ask for an alpha far below what trains best."
+    )
     found = [(_WORDS[c.holds], c.source, c.text) for c in conditions(constants, settings)]
     tables = [
         f"Measured with {constants.gradient_evaluations} gradient evaluations; L, rho and sigma_H are lower bounds",

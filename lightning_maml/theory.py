@@ -1,7 +1,7 @@
 """The constants, stepsize rules, conditions and bounds of the two papers, as functions of numbers.
 
-Sources: "Fallah" is Fallah, Mokhtari, Ozdaglar, AISTATS 2020; "Ji" is Ji, Yang, Liang, JMLR 23, 2022. Fallah covers one inner step with fresh samples,
-Ji N steps: with fresh samples for every step (resampling), and with one support set and one query set per task (finite-sum).
+Sources: "Fallah" is Fallah, Mokhtari, Ozdaglar, AISTATS 2020; "Ji" is Ji, Yang, Liang, JMLR 23, 2022. Fallah covers one inner step with
+fresh samples, Ji N steps: with fresh samples for every step (resampling), and with one support set and one query set per task (finite-sum).
 
 Arguments mean the same everywhere, in units of the loss per power of the parameters' unit:
 
@@ -14,8 +14,8 @@ Arguments mean the same everywhere, in units of the loss per power of the parame
 - ``hessian_sigma``: of their Hessians (sigma_H) [loss / parameter^2];
 - ``b``: mean over tasks of the distance between the gradients of support and query loss [loss / parameter].
 
-Where the papers as printed cannot be right (dimensions, constants that contradict their own corollaries, steps of a proof that do not hold),
-the function follows what the proof gives and says so.
+Where the papers as printed cannot be right (dimensions, constants that contradict their own corollaries, steps of a proof that do not
+hold), the function follows what the proof gives and says so.
 """
 
 import math
@@ -44,8 +44,8 @@ class SmoothnessConstants(NamedTuple):
 def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> SmoothnessConstants:
     """Return the constants of Ji, Propositions 1 and 7.
 
-    With ``a = 1 + alpha L``: ``C_L = (rho / L) a^(2N-1) (a^N - 1)``, what eq. 13 simplifies to, and ``C_b = (rho / L) a^(N-1) (a^N - 1)^2``. The
-    printed eq. 21 is illegible; these follow from eqs. 49-53 and give the figures of Corollary 10. All three are attained.
+    With ``a = 1 + alpha L``: ``C_L = (rho / L) a^(2N-1) (a^N - 1)``, what eq. 13 simplifies to, and ``C_b = (rho / L) a^(N-1) (a^N -
+    1)^2``. The printed eq. 21 is illegible; these follow from eqs. 49-53 and give the figures of Corollary 10. All three are attained.
     """
     _check(L=L, rho=rho, alpha=alpha, steps=steps)
     a = 1 + alpha * L
@@ -91,8 +91,9 @@ def meta_smoothness(rule: Rule, L: float, rho: float, alpha: float, steps: int, 
 def paper_scale(rule: Rule, curvature: CurvatureName = "exact") -> float:
     """Return the papers' constant in ``beta = scale / L-hat``.
 
-    1/12, 1/18 and 1/25 for MAML, FO-MAML and HF-MAML with ``"one_step"`` (Fallah, Theorems 4.12, 4.15, 4.17); 1/100 with ``"resampling"`` (C_beta of Ji,
-    Corollary 6) and 1/80 with ``"finite_sum"`` (Corollary 10), both for the exact curvature. They are safety factors for the worst case.
+    1/12, 1/18 and 1/25 for MAML, FO-MAML and HF-MAML with ``"one_step"`` (Fallah, Theorems 4.12, 4.15, 4.17); 1/100 with ``"resampling"``
+    (C_beta of Ji, Corollary 6) and 1/80 with ``"finite_sum"`` (Corollary 10), both for the exact curvature. They are safety factors for
+    the worst case.
     """
     _check_rule(rule)
     if rule == "one_step":
@@ -155,8 +156,8 @@ def stepsize_batches(
 def hessian_batch(alpha: float, hessian_sigma: float) -> int:
     """Return the smallest ``D_h``: ``2 alpha^2 sigma_H^2`` (Fallah, Theorem 4.12).
 
-    It does for HF-MAML too, at every probing radius, when both gradients are taken on the same batch. The ``36 (alpha rho sigma-tilde)^2`` of
-    Theorem 4.17 has units, so cannot be meant; and FO-MAML (Theorem 4.15) has no such batch.
+    It does for HF-MAML too, at every probing radius, when both gradients are taken on the same batch. The ``36 (alpha rho
+    sigma-tilde)^2`` of Theorem 4.17 has units, so cannot be meant; and FO-MAML (Theorem 4.15) has no such batch.
     """
     _check(alpha=alpha, hessian_sigma=hessian_sigma)
     return _at_least(2 * (alpha * hessian_sigma) ** 2)
@@ -175,7 +176,10 @@ class ResamplingBatches(NamedTuple):
 
 
 def resampling_batches(L: float, rho: float, sample_sigma: float, hessian_sigma: float) -> ResamplingBatches:
-    """Return ``S >= 15 rho^2 sigma_g^2 / L^4`` and ``D >= sigma_H^2 / L^2`` (Ji, Corollary 6; D as its proof has it: the printed ``L^2`` factor has units)."""
+    """Return ``S >= 15 rho^2 sigma_g^2 / L^4`` and ``D >= sigma_H^2 / L^2`` (Ji, Corollary 6).
+
+    D as its proof has it: the statement prints a factor ``L^2`` that its units forbid.
+    """
     _check(L=L, rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma)
     return ResamplingBatches(_at_least(15 * (rho * sample_sigma) ** 2 / L**4), _at_least((hessian_sigma / L) ** 2))
 
@@ -192,8 +196,8 @@ def printed_probe_radius(rho: float, alpha: float) -> float:
 def probe_radius(epsilon: float, L: float, rho: float, alpha: float, steps: int, query_gradient_norm: float) -> float:
     """Return a probing radius h for which HF-MAML's error is at most ``epsilon / 2`` [parameter].
 
-    ``min(1 / (6 rho alpha), epsilon / (N a^(N-1) alpha rho |v_N|))``, by :func:`hessian_free_error`; not in the papers. Machine precision asks
-    for at least about the cube root of its epsilon.
+    ``min(1 / (6 rho alpha), epsilon / (N a^(N-1) alpha rho |v_N|))``, by :func:`hessian_free_error`; not in the papers. Machine precision
+    asks for at least about the cube root of its epsilon.
     """
     _check(epsilon=epsilon)
     worst = hessian_free_error(L, rho, alpha, steps, 1.0, query_gradient_norm)
@@ -212,8 +216,8 @@ def hessian_free_error(L: float, rho: float, alpha: float, steps: int, radius: f
 def first_order_floor(L: float, alpha: float, steps: int, sigma: float) -> float:
     """Return what ``|grad F|`` is at most where FO-MAML comes to rest, of the order ``N alpha L sigma`` [loss / parameter].
 
-    ``c sigma / (1 - c)`` with ``c = a^N (a^N - 1) / (2 - a^(2N))``, from Ji, Lemmas 12-15; Fallah, Corollary 4.16, gives the order at N = 1 (its abstract and
-    Table 1 leave out L). Infinite where c >= 1.
+    ``c sigma / (1 - c)`` with ``c = a^N (a^N - 1) / (2 - a^(2N))``, from Ji, Lemmas 12-15; Fallah, Corollary 4.16, gives the order at N =
+    1 (its abstract and Table 1 leave out L). Infinite where c >= 1.
     """
     _check(L=L, alpha=alpha, steps=steps, sigma=sigma)
     grown = (1 + alpha * L) ** steps
@@ -257,7 +261,8 @@ def path_error(L: float, alpha: float, step: int, sample_sigma: float, support: 
 class MomentConstants(NamedTuple):
     """Bias and second moment of the sampled meta-gradient G: Ji, Propositions 3 and 4, resampling case.
 
-    ``|E G - grad F| <= err1 / sqrt(S) + err2 / sqrt(S) (|grad F| + sigma)`` and ``E|G|^2 <= squ1 / T + squ2 / S + squ3 (|grad F|^2 + sigma^2)``.
+    ``|E G - grad F| <= err1 / sqrt(S) + err2 / sqrt(S) (|grad F| + sigma)`` and ``E|G|^2 <= squ1 / T + squ2 / S + squ3 (|grad F|^2 +
+    sigma^2)``.
     """
 
     err1: float
@@ -272,8 +277,8 @@ def moment_constants(
 ) -> MomentConstants:
     """Return the constants of Ji, Propositions 3 and 4 (eqs. 15-18).
 
-    The first two as their proof (eqs. 29-32) gives them: ``a^N (a^N - 1) sigma_g`` and ``a^(2N-1) (a^(N-1) - 1)^2 rho sigma_g / ((2 - a^(2N)) L^2)``. The printed
-    eq. 15 is larger and contradicts the figures of Corollary 6.
+    The first two as their proof (eqs. 29-32) gives them: ``a^N (a^N - 1) sigma_g`` and ``a^(2N-1) (a^(N-1) - 1)^2 rho sigma_g / ((2 -
+    a^(2N)) L^2)``. The printed eq. 15 is larger and contradicts the figures of Corollary 6.
     """
     _check(rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma, hessian=hessian)
     a, gap = _gap(L, alpha, steps)
@@ -292,8 +297,8 @@ def moment_constants(
 class Convergence(NamedTuple):
     """The constants of Ji, Theorem 5 (resampling), or Theorem 9 (finite-sum).
 
-    Either theorem bounds ``E|grad F(w_zeta)|`` at a random iterate by the root of ``theta x^2 = D (offset + x)``, with ``D = Delta / K + xi / S + phi / B`` in Theorem 5 and
-    ``Delta / K + phi / B`` in Theorem 9.
+    Either theorem bounds ``E|grad F(w_zeta)|`` at a random iterate by the root of ``theta x^2 = D (offset + x)``, with ``D = Delta / K +
+    xi / S + phi / B`` in Theorem 5 and ``Delta / K + phi / B`` in Theorem 9.
 
     Attributes:
         theta: Positive where the theorem holds.
@@ -325,8 +330,8 @@ def resampling_convergence(
 ) -> Convergence:
     """Return theta, phi, xi and chi of Ji, Theorem 5 (eqs. 19, 20, 37-44), for batch sizes B, S, D and T.
 
-    The bias is weighed by 1/2 where eq. 37 has 1/5: it bounds E beta from below in a term that needs a bound from above. (xi grows 2.4 times,
-    theta hardly changes, no order does.)
+    The bias is weighed by 1/2 where eq. 37 has 1/5: it bounds E beta from below in a term that needs a bound from above. (xi grows 2.4
+    times, theta hardly changes, no order does.)
 
     Raises:
         ValueError: If an argument is out of range, alpha not below :func:`largest_inner_lr`, or rho, alpha or N 0.
@@ -366,8 +371,8 @@ def finite_sum_convergence(
 ) -> Convergence:
     """Return theta, phi and xi of Ji, Theorem 9 (eqs. 24, 25, 57-62), for B tasks.
 
-    ``A_2`` is that of the proof of Proposition 8, which Corollary 10 uses, not the larger eq. 23 (whose ``(1 + alpha)^(4N)`` lacks an L); xi has the sigma that the
-    printed theorem leaves out.
+    ``A_2`` is that of the proof of Proposition 8, which Corollary 10 uses, not the larger eq. 23 (whose ``(1 + alpha)^(4N)`` lacks an L);
+    xi has the sigma that the printed theorem leaves out.
 
     Args:
         L: Smoothness.
@@ -484,7 +489,8 @@ def _at_least(number: float) -> int:
 def _check_curved(c_l: float) -> None:
     if c_l == 0:
         raise ValueError(
-            "Expected rho, alpha and N to be positive but one of them is 0: then C_L = 0, the meta-objective is smooth, and needs no such bound."
+            "Expected rho, alpha and N to be positive but one of them is 0: "
+            "then C_L = 0, the meta-objective is smooth, and needs no such bound."
         )
 
 

@@ -22,26 +22,31 @@ class AdaptiveMetaStepsize(Callback):
     """Sets the meta-optimizer's learning rate at every step to ``beta_k = scale / L-hat(w_k)``.
 
     The meta-objective has no bounded smoothness: ``L-hat(w)`` grows with the task gradients, whose mean norm is estimated at the current
-    parameters on tasks of their own, independent of the training batch. Where the gradients are large the steps are short, and they lengthen as
-    training goes on. Logged: ``train/meta_stepsize``, ``train/meta_smoothness`` (L-hat), ``train/task_gradient_norm``, and ``train/L``, ``train/rho`` and ``train/b``.
+    parameters on tasks of their own, independent of the training batch. Where the gradients are large the steps are short, and they
+    lengthen as training goes on. Logged: ``train/meta_stepsize``, ``train/meta_smoothness`` (L-hat), ``train/task_gradient_norm``, and
+    ``train/L``, ``train/rho`` and ``train/b``.
 
-    The rate is set once per optimizer step, also with gradient accumulation, for all parameter groups alike, and is the same in every process. The theory is that of plain SGD;
-    with another optimizer, and with gradient clipping, beta becomes the rate of that optimizer and a warning says so.
+    The rate is set once per optimizer step, also with gradient accumulation, for all parameter groups alike, and is the same in every
+    process. The theory is that of plain SGD; with another optimizer, and with gradient clipping, beta becomes the rate of that optimizer
+    and a warning says so.
 
     Args:
-        rule: ``"one_step"`` (Fallah et al. 2020, eq. 17, for N = 1), ``"resampling"`` (Ji et al. 2022, eq. 14) or ``"finite_sum"`` (eq. 22).
+        rule: ``"one_step"`` (Fallah et al. 2020, eq. 17, for N = 1), ``"resampling"`` (Ji et al. 2022, eq. 14) or
+            ``"finite_sum"`` (eq. 22).
         L: Smoothness of the task losses; measured if None.
         rho: Lipschitz constant of their Hessians; measured if None. It exists for networks without kinks only.
         b: Mean distance between the gradients of support and query loss, for ``"finite_sum"``; measured if None.
-        scale: Numerator of beta, a safety factor; by default the papers' constant, see :func:`lightning_maml.theory.paper_scale`. That is made for
-            the worst case: measured constants and ``scale=1`` converge ten times faster and more where L-hat is of the right order.
+        scale: Numerator of beta, a safety factor; by default the papers' constant, see :func:`lightning_maml.theory.paper_scale`. That is
+            made for the worst case: with measured constants ``scale=1`` converges ten times faster and more, where alpha is at most
+            1 / (8 N L). With far larger inner rates L-hat means little, and scale is a number to tune.
         tasks: B', tasks drawn per step and process.
         every_n_steps: How often L, rho and b are measured, at the parameters of that step, on B' tasks.
-        episodes: Meta-batches like those trained on, drawn independently of them; by default the datamodule's, if it is one of this package.
+        episodes: Meta-batches like those trained on, drawn independently of them; by default the datamodule's, if it is one of this
+            package.
 
     Raises:
-        ValueError: If an argument is out of range; when training starts, with manual optimization, several optimizers, a learning-rate scheduler,
-            or ``"one_step"`` with several inner steps, or nothing to draw tasks from.
+        ValueError: If an argument is out of range; when training starts, with manual optimization, several optimizers, a learning-rate
+            scheduler, or ``"one_step"`` with several inner steps, or nothing to draw tasks from.
         TypeError: If the module is not a :class:`lightning_maml.MAML`.
         FloatingPointError: If a measured constant or the gradient norm is not finite.
     """

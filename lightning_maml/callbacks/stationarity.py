@@ -18,12 +18,12 @@ from lightning_maml.functional import Params, dot
 class StationarityMonitor(Callback):
     """Estimates ``|grad F(w)|``, the norm of the exact meta-gradient, on tasks of its own, and may stop there.
 
-    Every ``n`` steps it draws some meta-batches independently of those trained on. The norm of their mean meta-gradient would be too large by what
-    sampling adds, so its square is estimated by the mean inner product of different meta-batches, with a jackknife standard error. Logged:
-    ``train/meta_gradient_norm`` and ``train/meta_gradient_norm_se``, and kept as ``norm`` and ``standard_error``.
+    Every ``n`` steps it draws some meta-batches independently of those trained on. The norm of their mean meta-gradient would be too
+    large by what sampling adds, so its square is estimated by the mean inner product of different meta-batches, with a jackknife standard
+    error. Logged: ``train/meta_gradient_norm`` and ``train/meta_gradient_norm_se``, and kept as ``norm`` and ``standard_error``.
 
-    In the resampling case it is the norm of the expected meta-gradient that is estimated, which the sampled inner steps bias: with small support
-    batches it is not ``|grad F|`` (Ji et al. 2022, Proposition 3).
+    In the resampling case it is the norm of the expected meta-gradient that is estimated, which the sampled inner steps bias: with small
+    support batches it is not ``|grad F|`` (Ji et al. 2022, Proposition 3).
 
     Args:
         every_n_steps: Optimizer steps between two estimates.
@@ -31,8 +31,8 @@ class StationarityMonitor(Callback):
             (Fallah et al. 2020, Definition 4.1).
         meta_batches: Meta-batches per estimate, at least 3.
         tasks: Tasks per meta-batch and process.
-        episodes: Meta-batches like those trained on, drawn independently of them and of one another: with too few, which come again, the standard
-            error is too small. By default the datamodule's, if it is one of this package.
+        episodes: Meta-batches like those trained on, drawn independently of them and of one another: with too few, which come again, the
+            standard error is too small. By default the datamodule's, if it is one of this package.
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if there is nothing to draw tasks from, or no Hessian batches.
@@ -102,8 +102,9 @@ class StationarityMonitor(Callback):
 def norm_of_mean(samples: Sequence[Params]) -> tuple[float, float]:
     """Return an estimate of ``|E g|`` from independent samples of ``g``, and its standard error.
 
-    ``|E g|^2`` is estimated without bias by the mean of ``<g_i, g_j>`` over ``i != j``, its standard error ``s`` by leaving out one sample at a time. The norm is the
-    root ``x`` of the estimate (0 where that is negative), and its error ``sqrt(x^2 + s) - x``: about ``s / (2 x)`` away from 0, and ``sqrt(s)`` there.
+    ``|E g|^2`` is estimated without bias by the mean of ``<g_i, g_j>`` over ``i != j``, its standard error ``s`` by leaving out one
+    sample at a time. The norm is the root ``x`` of the estimate (0 where that is negative), and its error ``sqrt(x^2 + s) - x``: about
+    ``s / (2 x)`` away from 0, and ``sqrt(s)`` there.
     """
     products = torch.stack([torch.stack([dot(a, b).double() for b in samples]) for a in samples])
     square = _mean_off_diagonal(products)
