@@ -601,7 +601,7 @@ def draw(findings: Sequence[Finding]) -> Figure:
             axes.plot(series.x, series.y, series.style, markersize=3, linewidth=1, label=series.label)
         axes.set(xlabel=finding.panel.xlabel, ylabel=finding.panel.ylabel, xscale=finding.panel.scales[0], yscale=finding.panel.scales[1])
         axes.set_title(f"{finding.number}: {finding.title}{'' if finding.holds else ' (does not hold)'}", fontsize=10)
-        axes.minorticks_off()
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         points = sorted({x for series in finding.panel.series for x in series.x})
         if len(points) <= 5:
             axes.set_xticks(points, [f"{x:g}" for x in points])
