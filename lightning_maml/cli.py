@@ -52,7 +52,7 @@ class _Trainer(Trainer):
         where = "the initial weights" if ckpt_path is None else ckpt_path
         print(f"\n{type(model).__name__} at {where}, {tasks} training tasks\n")
         print(report(constants, _settings(self, model, datamodule, episodes)))
-        if model.curvature != "exact":
+        if model.curvature != "exact" and not (isinstance(episodes, ResampledEpisodes) and episodes.hessian_x.shape[2] == 0):
             exact = model.meta_gradient(episodes, "exact")
             error = float(norm(axpy(-1.0, exact, model.meta_gradient(episodes))) / norm(exact))
             print(

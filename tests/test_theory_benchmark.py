@@ -1,22 +1,23 @@
-"""Every prediction of benchmarks/theory.py holds; the long ones run by `make test-all`."""
+"""Every prediction that benchmarks/theory.py shows holds; the long ones run by `make test-all`."""
 
+import predictions
 import pytest
 import theory as benchmark
 
 FAST = [
-    benchmark.unbounded_smoothness,
-    benchmark.blow_up,
-    benchmark.sampling_bias,
-    benchmark.sampling_when_adapting,
-    benchmark.path_errors,
-    benchmark.stepsize_moments,
-    benchmark.cost,
+    predictions.unbounded_smoothness,
+    predictions.blow_up,
+    predictions.sampling_bias,
+    predictions.sampling_when_adapting,
+    predictions.path_errors,
+    predictions.stepsize_moments,
+    predictions.cost,
 ]
 
 
 @pytest.mark.parametrize(
     "prediction",
-    [pytest.param(p, id=p.__name__, marks=[] if p in FAST else [pytest.mark.slow]) for p in benchmark.PREDICTIONS],
+    [pytest.param(p, id=p.__name__, marks=[] if p in FAST else [pytest.mark.slow]) for p in predictions.PREDICTIONS],
 )
 def test_it_holds(prediction) -> None:
     finding = prediction()
@@ -25,7 +26,7 @@ def test_it_holds(prediction) -> None:
 
 
 def test_the_table_has_a_row_for_each_and_escapes_bars() -> None:
-    finding = benchmark.blow_up()
+    finding = predictions.blow_up()
     rows = benchmark.table([finding, finding]).splitlines()
     assert len(rows) == 4
     assert all(row.replace(r"\|", "").count("|") == 6 for row in rows)
