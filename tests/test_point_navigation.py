@@ -75,6 +75,14 @@ def test_importance_weights_are_unbiased_away_from_where_the_runs_were_drawn() -
     assert within_five_standard_errors(torch.func.vmap(gradient)(noise), expected_gradient_and_curvature(there["drift"])[0])
 
 
+def test_the_loss_where_the_runs_were_drawn_is_minus_their_mean_return() -> None:
+    policy = Drift()
+    task, params = example.Navigation(policy), {"drift": policy.drift.detach()}
+    noise = torch.randn(7, example.HORIZON, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    runs, goals = task.sample(params, noise, GOAL.expand(7, 2))
+    torch.testing.assert_close(task.loss(params, runs, goals), -runs.rewards.sum(1).mean())
+
+
 @pytest.mark.parametrize("tasks", ["loop", "vmap"])
 def test_the_two_probes_of_hf_maml_weigh_the_same_runs(tasks: str) -> None:
     """So it converges to the exact curvature of those runs at second order; fresh runs at each probe would explode as the radius shrinks."""
