@@ -1,6 +1,10 @@
 """Few-shot datamodules: each gives meta-batches of :class:`lightning_maml.Episodes`."""
 
 from lightning_maml.datamodules.episodic import EpisodicDataModule as EpisodicDataModule
+from lightning_maml.datamodules.few_shot import FewShotDataModule as FewShotDataModule
 from lightning_maml.datamodules.glyphs import GlyphsDataModule as GlyphsDataModule
+from lightning_maml.datamodules.image_folder import ImageFolderDataModule as ImageFolderDataModule
+from lightning_maml.datamodules.mini_imagenet import MiniImageNetDataModule as MiniImageNetDataModule
 from lightning_maml.datamodules.omniglot import OmniglotDataModule as OmniglotDataModule
 from lightning_maml.datamodules.sampler import ClassImages as ClassImages
+from lightning_maml.datamodules.transforms import EpisodeTransforms as EpisodeTransforms

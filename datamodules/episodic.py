@@ -2,10 +2,12 @@
 
 from typing import Any, Literal
 
+import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resampling, Rotations, TaskSampler
+from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resampling, Rotations, SmallClasses, TaskSampler
+from lightning_maml.datamodules.transforms import EpisodeTransforms
 from lightning_maml.episodes import AnyEpisodes
 
 Regime = Literal["finite_sum", "resampling"]
@@ -18,10 +20,9 @@ _PURPOSES: dict[Purpose, int] = {"stepsize": 1, "stationarity": 2, "measure": 3}
 class EpisodicDataModule(LightningDataModule):
     """Base of the few-shot datamodules; a subclass gives :meth:`class_images` and, where there are files, ``prepare_data``.
 
-    Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]`` in 0 .. 1; in training with
-    ``regime="resampling"`` they are :class:`lightning_maml.ResampledEpisodes`, with images ``[T, N, S, C, H, W]``. Episodes depend on the
-    seed, the epoch
-    and their number alone: not on the number of workers, nor on how many processes share them.
+    Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]`` in 0 .. 1, or as ``transforms`` make them; in
+    training with ``regime="resampling"`` they are :class:`lightning_maml.ResampledEpisodes`, with images ``[T, N, S, C, H, W]``. Episodes
+    depend on the seed, the epoch and their number alone: not on the number of workers, nor on how many processes share them.
 
     Args:
         ways: Classes per training episode.
@@ -41,6 +42,8 @@ class EpisodicDataModule(LightningDataModule):
             Validation and test tasks always own one support set and one query set.
         train_steps: N, for which training draws batches with ``regime="resampling"``: the model's ``train_steps``.
         hessian_shots: Images per class of a Hessian batch, with that regime; by default as many as ``shots``. 0 does for FO-MAML.
+        transforms: Of the images of whole episodes, on the device; by default none.
+        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
         seed: Of the episodes.
         num_workers: Loader processes; drawing an episode takes well under a millisecond, so 0 is mostly right.
 
@@ -64,6 +67,8 @@ class EpisodicDataModule(LightningDataModule):
         regime: Regime = "finite_sum",
         train_steps: int = 1,
         hessian_shots: int | None = None,
+        transforms: EpisodeTransforms | None = None,
+        small_classes: SmallClasses = "raise",
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -78,13 +83,15 @@ class EpisodicDataModule(LightningDataModule):
         self.regime: Regime = regime
         self.train_steps = train_steps
         self.hessian_shots = shots if hessian_shots is None else hessian_shots
+        self.transforms = EpisodeTransforms() if transforms is None else transforms
+        self.small_classes: SmallClasses = small_classes
         self.seed = seed
         self.num_workers = num_workers
         self._check_arguments()
         self._datasets: dict[str, EpisodeDataset] = {}
 
     def class_images(self, split: str) -> ClassImages:
-        """Return the images of ``"train"``, ``"val"`` or ``"test"``, uint8 with 255 standing for 1."""
+        """Return the images of ``"train"``, ``"val"`` or ``"test"``."""
         raise NotImplementedError(f"{type(self).__name__} must define class_images(split).")
 
     def setup(self, stage: str | None = None) -> None:
@@ -109,7 +116,7 @@ class EpisodicDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def independent_episodes(self, purpose: Purpose, draw: int, tasks: int) -> AnyEpisodes:
-        """Draw training tasks, independent of those that are trained on and of those for other purposes, as uint8 on the CPU.
+        """Draw training tasks, independent of those that are trained on and of those for other purposes, as stored, on the CPU.
 
         Args:
             purpose: What they are for.
@@ -124,11 +131,13 @@ class EpisodicDataModule(LightningDataModule):
         return episodes
 
     def on_after_batch_transfer(self, batch: AnyEpisodes, dataloader_idx: int) -> AnyEpisodes:
-        """Turn uint8 images into floats in 0 .. 1, on the device and of the trainer's precision."""
-        images = {name: tensor.float() / 255 for name, tensor in batch._asdict().items() if name.endswith("_x")}
+        """Turn uint8 images into floats in 0 .. 1 and transform them, on the device; then into the trainer's precision."""
+        stored = {name: getattr(batch, name) for name in batch._fields[::2]}
+        images = {name: tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor for name, tensor in stored.items()}
+        batch = self.transforms(batch._replace(**images), training=self.trainer is not None and self.trainer.training)
         if self.trainer is not None:
-            images = self.trainer.precision_plugin.convert_input(images)
-        return batch._replace(**images)
+            batch = self.trainer.precision_plugin.convert_input(batch)
+        return batch
 
     def _dataset(self, split: str) -> EpisodeDataset:
         if split not in self._datasets:
@@ -142,6 +151,7 @@ class EpisodicDataModule(LightningDataModule):
                 rotations=self.rotations,
                 seed=(self.seed, _STREAMS[split]),
                 split=split,
+                small_classes=self.small_classes,
             )
         return self._datasets[split]
 
@@ -170,5 +180,7 @@ class EpisodicDataModule(LightningDataModule):
             raise ValueError(f"Expected `seed` to be below 2**32 but got {self.seed}.")
         if self.rotations not in ("none", "classes", "augment"):
             raise ValueError(f"Expected `rotations` to be 'none', 'classes' or 'augment' but got {self.rotations!r}.")
+        if self.small_classes not in ("raise", "drop"):
+            raise ValueError(f"Expected `small_classes` to be 'raise' or 'drop' but got {self.small_classes!r}.")
         if self.regime not in ("finite_sum", "resampling"):
             raise ValueError(f"Expected `regime` to be 'finite_sum' or 'resampling' but got {self.regime!r}.")

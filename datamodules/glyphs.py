@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
 from lightning_maml.datamodules.sampler import ClassImages, Rotations
+from lightning_maml.datamodules.transforms import EpisodeTransforms
 
 CLASSES = {"train": 400, "val": 50, "test": 100}
 """Characters per split."""
@@ -41,6 +42,7 @@ class GlyphsDataModule(EpisodicDataModule):
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
         train_steps: N, the model's, for which ``"resampling"`` draws batches.
         hessian_shots: Images per class of its Hessian batches; by default as many as ``shots``.
+        transforms: Of the images of whole episodes, on the device; by default none.
         glyph_seed: Of the characters and their drawings.
         seed: Of the episodes.
         num_workers: Loader processes.
@@ -67,6 +69,7 @@ class GlyphsDataModule(EpisodicDataModule):
         regime: Regime = "finite_sum",
         train_steps: int = 1,
         hessian_shots: int | None = None,
+        transforms: EpisodeTransforms | None = None,
         glyph_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
@@ -86,6 +89,7 @@ class GlyphsDataModule(EpisodicDataModule):
             regime=regime,
             train_steps=train_steps,
             hessian_shots=hessian_shots,
+            transforms=transforms,
             seed=seed,
             num_workers=num_workers,
         )

@@ -1,20 +1,16 @@
 """Omniglot: 1623 handwritten characters of 50 alphabets, drawn by 20 people each (Lake et al. 2015)."""
 
-import os
-import warnings
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 import torchvision
-from PIL import Image
-from tqdm import tqdm
 
+from lightning_maml.datamodules.cache import DecodedImages, read_cache, write_cache
 from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
+from lightning_maml.datamodules.image_files import decode, rows_of_classes
 from lightning_maml.datamodules.sampler import ClassImages, Rotations
+from lightning_maml.datamodules.transforms import EpisodeTransforms
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 """The two official folders and how many characters each holds."""
@@ -30,14 +26,15 @@ VINYALS_TEST = (
 VINYALS_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 """Alphabets, and four characters, of Vinyals et al. 2016 as published by Snell et al. 2017; all others are for training."""
 
-_CACHE_VERSION = 1
+
+_SOURCE = "the official folders"
 
 
 class OmniglotDataModule(EpisodicDataModule):
     """Few-shot episodes of Omniglot, 28 x 28, ink = 1 on paper = 0.
 
     The images are read once from the official folder tree (``images_background`` and ``images_evaluation``, looked for in ``root`` and
-    three levels below), or downloaded there by torchvision, and kept as one uint8 array in ``root/omniglot_28.npz``. While that file
+    three levels below), or downloaded there by torchvision, and kept as one uint8 array in ``root/omniglot_28.pt``. While that file
     is whole nothing else is read.
 
     Args:
@@ -62,6 +59,7 @@ class OmniglotDataModule(EpisodicDataModule):
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
         train_steps: N, the model's, for which ``"resampling"`` draws batches.
         hessian_shots: Images per class of its Hessian batches; by default as many as ``shots``.
+        transforms: Of the images of whole episodes, on the device; by default none.
         seed: Of the episodes.
         num_workers: Loader processes.
 
@@ -93,6 +91,7 @@ class OmniglotDataModule(EpisodicDataModule):
         regime: Regime = "finite_sum",
         train_steps: int = 1,
         hessian_shots: int | None = None,
+        transforms: EpisodeTransforms | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -111,6 +110,7 @@ class OmniglotDataModule(EpisodicDataModule):
             regime=regime,
             train_steps=train_steps,
             hessian_shots=hessian_shots,
+            transforms=transforms,
             seed=seed,
             num_workers=num_workers,
         )
@@ -119,31 +119,35 @@ class OmniglotDataModule(EpisodicDataModule):
         self.root = Path(root).expanduser()
         self.split, self.split_seed = split, split_seed
         self._download = download
-        self._cache: tuple[torch.Tensor, list[str]] | None = None
+        self._decoded: DecodedImages | None = None
 
     @property
     def cache_file(self) -> Path:
         """Where the decoded images are kept."""
-        return self.root / f"omniglot_{self.image_size}.npz"
+        return self.root / f"omniglot_{self.image_size}.pt"
 
     def prepare_data(self) -> None:
         """Download and decode the images, unless a whole cache is there."""
-        if _read_cache(self.cache_file, self.image_size) is None:
+        if self._read_cache() is None:
             tree = find_tree(self.root)
             if len(tree) < len(CHARACTERS) and self._download:
                 self._download_tree()
                 tree = find_tree(self.root)
-            _build_cache(self.cache_file, list_files(tree, self.root), self.image_size)
+            paper = decode(list_files(tree, self.root), self.image_size, "L", "raise", "Decoding Omniglot once")
+            write_cache(self.cache_file, _SOURCE, paper._replace(images=255 - paper.images))
 
     def class_images(self, split: str) -> ClassImages:
         """Return the characters of a split."""
-        if self._cache is None:
-            self._cache = _read_cache(self.cache_file, self.image_size)
-        if self._cache is None:
+        self._decoded = self._decoded or self._read_cache()
+        if self._decoded is None:
             raise FileNotFoundError(f"Expected {self.cache_file} to hold the decoded images but found none; call `prepare_data()` first.")
-        images, names = self._cache
-        classes = split_characters(names, self.split, self.split_seed)[split]
-        return ClassImages(images, [np.arange(number * DRAWINGS, (number + 1) * DRAWINGS) for number in classes])
+        rows = rows_of_classes(self._decoded)
+        classes = split_characters(self._decoded.names, self.split, self.split_seed)[split]
+        return ClassImages(self._decoded.images.unsqueeze(1), [rows[number] for number in classes])
+
+    def _read_cache(self) -> DecodedImages | None:
+        shape = (sum(CHARACTERS.values()) * DRAWINGS, self.image_size, self.image_size)
+        return read_cache(self.cache_file, _SOURCE, shape, checksums=True)
 
     def _download_tree(self) -> None:
         try:
@@ -191,27 +195,25 @@ def find_tree(root: Path) -> dict[str, Path]:
     return found
 
 
-def list_files(tree: dict[str, Path], root: Path) -> list[tuple[str, Path]]:
-    """Return the class name ``folder/Alphabet/characterNN`` and the path of every image, sorted.
+def list_files(tree: dict[str, Path], root: Path) -> dict[str, list[Path]]:
+    """Return the images of every character ``folder/Alphabet/characterNN``, sorted.
 
     Raises:
         FileNotFoundError: If a folder is missing or holds too few characters or images.
     """
     if len(tree) < len(CHARACTERS):
         raise FileNotFoundError(_not_found(root, tree))
-    return [file for name, count in CHARACTERS.items() for file in _files(tree[name], name, count)]
-
-
-def _files(folder: Path, name: str, count: int) -> Iterator[tuple[str, Path]]:
-    characters = _characters(folder)
-    if len(characters) != count:
-        raise FileNotFoundError(f"Expected {folder} to hold {count} characters but got {len(characters)}; {_HALF}")
-    for character in characters:
-        drawings = sorted(character.glob("[0-9]*.png"))
-        if len(drawings) != DRAWINGS:
-            raise FileNotFoundError(f"Expected {character} to hold {DRAWINGS} images but got {len(drawings)}; {_HALF}")
-        for drawing in drawings:
-            yield f"{name}/{character.parent.name}/{character.name}", drawing
+    files = {}
+    for name, count in CHARACTERS.items():
+        characters = _characters(tree[name])
+        if len(characters) != count:
+            raise FileNotFoundError(f"Expected {tree[name]} to hold {count} characters but got {len(characters)}; {_HALF}")
+        for character in characters:
+            drawings = sorted(character.glob("[0-9]*.png"))
+            if len(drawings) != DRAWINGS:
+                raise FileNotFoundError(f"Expected {character} to hold {DRAWINGS} images but got {len(drawings)}; {_HALF}")
+            files[f"{name}/{character.parent.name}/{character.name}"] = drawings
+    return files
 
 
 def _characters(folder: Path) -> list[Path]:
@@ -228,85 +230,3 @@ _HALF = "it is half extracted: delete it and unpack its archive again."
 def _not_found(root: Path, tree: dict[str, Path]) -> str:
     found = ", ".join(map(str, tree.values())) or "neither"
     return f"Expected the folders {' and '.join(CHARACTERS)} in {root} or up to three levels below but found {found}; {_CURE}"
-
-
-def decode_files(files: list[tuple[str, Path]], image_size: int) -> tuple[np.ndarray, list[str]]:
-    """Read every image.
-
-    Returns:
-        The images ``[classes * 20, 1, image_size, image_size]``, uint8 with ink = 255, and the class names.
-
-    Raises:
-        OSError: If an image cannot be read; the message names it.
-    """
-    images = np.empty((len(files), 1, image_size, image_size), np.uint8)
-    for row, (_, file) in enumerate(tqdm(files, desc="Decoding Omniglot once", unit="image")):
-        images[row, 0] = _decode(file, image_size)
-    return images, [name for name, _ in files[::DRAWINGS]]
-
-
-def _decode(file: Path, image_size: int) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            image.verify()  # its checksums, which decoding alone does not look at
-        with Image.open(file) as image:
-            small = image.convert("L").resize((image_size, image_size), Image.Resampling.LANCZOS)
-    except Exception as error:  # a damaged file makes Pillow raise OSError, SyntaxError, ValueError and others
-        raise OSError(f"Expected {file} to be an image but it cannot be read ({error}); unpack its archive again.") from error
-    return 255 - np.asarray(small)
-
-
-def _build_cache(file: Path, files: list[tuple[str, Path]], image_size: int) -> None:
-    """Decode the images into a file beside the cache's place, and move it there when it is whole."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with _writable(part) as stream:
-            images, names = decode_files(files, image_size)
-            _save(stream, images, names)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _save(stream: BinaryIO, images: np.ndarray, names: list[str]) -> None:
-    try:
-        np.savez(stream, version=_CACHE_VERSION, images=images, names=np.array(names))
-        stream.flush()
-        os.fsync(stream.fileno())
-    except OSError as error:
-        raise OSError(f"Expected room for {images.nbytes / 1e6:.0f} MB beside {stream.name} but could not write them ({error}).") from error
-
-
-def _writable(part: Path) -> BinaryIO:
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        return part.open("wb")
-    except OSError as error:
-        raise OSError(
-            f"Expected to write into {part.parent} but could not ({error}); choose a writable `root`, with links to the data."
-        ) from error
-
-
-def _read_cache(file: Path, image_size: int) -> tuple[torch.Tensor, list[str]] | None:
-    """Return the cached images and class names, or None, with a warning where a file is there but is not to be trusted."""
-    if not file.exists():
-        return None
-    try:
-        return _whole_cache(file, image_size)
-    except Exception as error:  # noqa: BLE001  zipfile and numpy raise some ten kinds on damaged files; all mean this, and the warning says which
-        warnings.warn(f"{file} is damaged or not of this version and is not used ({type(error).__name__}: {error}).", stacklevel=2)
-        return None
-
-
-def _whole_cache(file: Path, image_size: int) -> tuple[torch.Tensor, list[str]]:
-    with zipfile.ZipFile(file) as archive:
-        damaged = archive.testzip()  # checks every CRC-32; numpy alone need not read to where that shows
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} is wrong")
-    with np.load(file, allow_pickle=False) as cache:
-        version, images, names = int(cache["version"]), cache["images"], cache["names"].tolist()
-    classes = sum(CHARACTERS.values())
-    expected = (_CACHE_VERSION, classes, np.uint8, (classes * DRAWINGS, 1, image_size, image_size))
-    if (version, len(names), images.dtype, images.shape) != expected:
-        raise ValueError(f"version {version}, {len(names)} classes, {images.dtype} {images.shape}")
-    return torch.from_numpy(images), names

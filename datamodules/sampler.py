@@ -1,6 +1,7 @@
 """Seeded drawing of episodes by index from images that lie in memory, class by class."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ TaskKey = tuple[int, ...]
 """Epoch and number of a task, and a word that sets streams beside training apart: with the seed, all that an episode depends on."""
 
 Rotations = Literal["none", "classes", "augment"]
+SmallClasses = Literal["raise", "drop"]
 
 
 class Resampling(NamedTuple):
@@ -32,12 +34,14 @@ class ClassImages(NamedTuple):
     """All images of one split.
 
     Attributes:
-        images: ``[M, C, H, W]``, uint8.
+        images: ``[M, C, H, W]``, uint8 with 255 standing for 1; or floats, which are taken as they are, ``[M, ...]``.
         members: For each class the rows of ``images`` that belong to it.
+        names: Of the classes, for messages.
     """
 
     images: Tensor
     members: list[np.ndarray]
+    names: Sequence[str] = ()
 
 
 class EpisodeDataset(Dataset[AnyEpisodes]):
@@ -57,9 +61,10 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
             turned by a random multiple of 90 degrees; ``"none"``.
         seed: Words that set this stream of episodes apart from others.
         split: Its name, for messages.
+        small_classes: ``"raise"`` on classes with too few images for an episode, or ``"drop"`` them with a warning.
 
     Raises:
-        ValueError: If the split has too few classes, or a class too few images.
+        ValueError: If the split has too few classes, or a class too few images, or if images that are not square are to be turned.
     """
 
     def __init__(
@@ -73,50 +78,74 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         rotations: Rotations,
         seed: tuple[int, ...],
         split: str,
+        small_classes: SmallClasses = "raise",
     ) -> None:
-        self._data = data
         self._ways, self._shots, self._queries, self._resampling = ways, shots, queries, resampling
-        self._images = shots + queries if resampling is None else resampling.steps * (shots + resampling.hessian_shots) + queries
+        support = shots if resampling is None else resampling.steps * (shots + resampling.hessian_shots)
+        self._images_per_class = support + queries
+        self._pixels = data.images
+        self._members = self._large_enough(data, small_classes, split)
         self._rotations = rotations
         self._seed = seed
-        self._classes = len(data.members) * (4 if rotations == "classes" else 1)
+        self._classes = len(self._members) * (4 if rotations == "classes" else 1)
         if ways > self._classes:
             raise ValueError(f"Expected the ways of split {split!r} to be at most {self._classes}, its classes, but got {ways}.")
-        fewest = min(map(len, data.members))
-        if self._images > fewest:
-            formula = "shots + queries" if resampling is None else "train_steps x (shots + hessian_shots) + queries"
-            got = (
-                f"{shots} + {queries}" if resampling is None else f"{resampling.steps} x ({shots} + {resampling.hessian_shots}) + {queries}"
-            )
+        shape = data.images.shape
+        if rotations != "none" and (len(shape) != 4 or shape[2] != shape[3]):
             raise ValueError(
-                f"Expected {formula} of split {split!r} to be at most {fewest}, the images of the smallest of its "
-                f"{self._classes} classes, but got {got}."
+                f"Expected square images [M, C, H, W] in split {split!r} for rotations={rotations!r} but got shape {list(shape)}; "
+                "set rotations='none'."
             )
 
     def __getitem__(self, key: TaskKey) -> AnyEpisodes:
-        """Return one task, its images uint8 and in the order of their labels, without the leading dimension of a meta-batch."""
+        """Return one task, its images as they are stored and in the order of their labels, without the leading dimension of a meta-batch."""
         random = np.random.RandomState([*self._seed, *key])  # a frozen stream: the same episodes whatever numpy's version
-        classes = [self._draw_images(random, number) for number in random.choice(self._classes, self._ways, replace=False)]
-        support, query = torch.split(torch.stack(classes), [self._images - self._queries, self._queries], 1)
+        drawn = [self._draw_rows(random, number) for number in random.choice(self._classes, self._ways, replace=False)]
+        turns = [turn for _, turn in drawn]
+        rows = torch.from_numpy(np.stack([rows for rows, _ in drawn]))  # [ways, images]
+        support, query = torch.split(rows, [self._images_per_class - self._queries, self._queries], 1)
         if self._resampling is None:
-            return Episodes(*_labelled(support), *_labelled(query))
+            return Episodes(*self._labelled(support, turns), *self._labelled(query, turns))
         steps, hessian_shots = self._resampling
-        per_step = torch.unflatten(support, 1, (steps, self._shots + hessian_shots)).transpose(0, 1)  # [N, ways, images, C, H, W]
+        per_step = torch.unflatten(support, 1, (steps, self._shots + hessian_shots)).transpose(0, 1)  # [N, ways, images]
         descent, hessian = torch.split(per_step, [self._shots, hessian_shots], 2)
-        return ResampledEpisodes(*_labelled(descent), *_labelled(hessian), *_labelled(query))
+        return ResampledEpisodes(*self._labelled(descent, turns), *self._labelled(hessian, turns), *self._labelled(query, turns))
 
-    def _draw_images(self, random: np.random.RandomState, number: int) -> Tensor:
-        members, turns = self._data.members[number % len(self._data.members)], number // len(self._data.members)
+    def _draw_rows(self, random: np.random.RandomState, number: int) -> tuple[np.ndarray, int]:
+        members, turns = self._members[number % len(self._members)], number // len(self._members)
         if self._rotations == "augment":
             turns = random.randint(4)
-        rows = random.permutation(members)[: self._images]
-        return torch.rot90(self._data.images[rows], int(turns), (2, 3))
+        return random.permutation(members)[: self._images_per_class], int(turns)
 
+    def _labelled(self, rows: Tensor, turns: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the images of rows ``[..., ways, per class]``, those of each class turned, as ``[..., ways * per class, C, H, W]``; and labels."""
+        *leading, ways, per_class = rows.shape
+        images = torch.unflatten(torch.index_select(self._pixels, 0, rows.flatten()), 0, tuple(rows.shape))
+        if any(turns):
+            by_class = images.unbind(len(leading))
+            images = torch.stack([torch.rot90(one, turn, (-2, -1)) for one, turn in zip(by_class, turns, strict=True)], len(leading))
+        labels = torch.arange(ways).repeat_interleave(per_class).expand(*leading, -1)
+        return images.flatten(len(leading), len(leading) + 1), labels
 
-def _labelled(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images ``[..., ways, per class, C, H, W]`` as ``[..., ways * per class, C, H, W]``, and their labels."""
-    *leading, ways, per_class = images.shape[:-3]
-    return images.flatten(-5, -4), torch.arange(ways).repeat_interleave(per_class).expand(*leading, -1)
+    def _large_enough(self, data: ClassImages, small_classes: SmallClasses, split: str) -> list[np.ndarray]:
+        large = [number for number, members in enumerate(data.members) if len(members) >= self._images_per_class]
+        small = sorted(set(range(len(data.members))) - set(large))
+        if not small:
+            return data.members
+        formula = f"shots + queries of split {split!r} ({self._shots} + {self._queries})"
+        if self._resampling is not None:
+            steps, hessian_shots = self._resampling
+            per_class = f"{steps} x ({self._shots} + {hessian_shots}) + {self._queries}"
+            formula = f"train_steps x (shots + hessian_shots) + queries of split {split!r} ({per_class})"
+        names = [f"{data.names[number]} ({len(data.members[number])})" for number in small[:5] if data.names]
+        which = f", among them {', '.join(names)}" if len(names) < len(small) else f": {', '.join(names)}"
+        found = f"{len(small)} of its {len(data.members)} classes have fewer images{which if names else ''}"
+        if small_classes == "drop":
+            warnings.warn(f"Split {split!r}: {found}; without them {len(large)} classes are left.", stacklevel=5)
+            return [data.members[number] for number in large]
+        fewest = min(map(len, data.members))
+        cure = "; leave these out by small_classes='drop'" if data.names else ""
+        raise ValueError(f"Expected {formula} to be at most {fewest}, the images of its smallest class, but {found}{cure}.")
 
 
 class TaskSampler(DistributedSampler[TaskKey]):

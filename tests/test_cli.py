@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,6 +12,7 @@ from PIL import Image
 from lightning_maml import FOMAML, HFMAML, MAML
 from lightning_maml.cli import main, run
 from lightning_maml.datamodules import omniglot
+from lightning_maml.datamodules.cache import DecodedImages, write_cache
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -27,9 +27,9 @@ def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of Omniglot's size, filled with noise."""
     root = tmp_path_factory.mktemp("omniglot")
     names = [f"{folder}/alphabet/character{number:04d}" for folder, count in omniglot.CHARACTERS.items() for number in range(count)]
-    images = np.random.RandomState(0).randint(0, 256, (len(names) * omniglot.DRAWINGS, 1, 28, 28)).astype(np.uint8)
-    with (root / "omniglot_28.npz").open("wb") as stream:
-        omniglot._save(stream, images, names)
+    images = torch.randint(0, 256, (len(names) * omniglot.DRAWINGS, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(len(names)).repeat_interleave(omniglot.DRAWINGS)
+    write_cache(root / "omniglot_28.pt", omniglot._SOURCE, DecodedImages(images, labels, names, []))
     return root
 
 

@@ -116,7 +116,10 @@ def test_augmenting_rotations_differ_between_the_classes_of_an_episode() -> None
     ("shape", "message"),
     [
         ({"ways": 13}, "the ways of split 'train' to be at most 12, its classes, but got 13"),
-        ({"shots": 6, "queries": 5}, r"at most 10, the images of the smallest of its 12 classes, but got 6 \+ 5"),
+        (
+            {"shots": 6, "queries": 5},
+            r"split 'train' \(6 \+ 5\) to be at most 10, the images of its smallest class, but 12 of its 12 classes",
+        ),
     ],
 )
 def test_episodes_that_the_split_cannot_serve_are_refused(shape: dict, message: str) -> None:

@@ -1,0 +1,111 @@
+"""Decoded images in one file, which later runs map into memory instead of decoding again."""
+
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+_VERSION = 1
+
+
+class DecodedImages(NamedTuple):
+    """Images of many classes.
+
+    Attributes:
+        images: uint8, ``[M, H, W, C]`` or ``[M, H, W]``.
+        labels: Class of each image, a number into ``names``, or -1 for an image that could not be read, ``[M]``.
+        names: Of the classes.
+        unreadable: Which images could not be read, and why.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: list[str]
+    unreadable: list[str]
+
+
+def write_cache(file: Path, source: str, content: DecodedImages) -> None:
+    """Write ``content`` beside the cache's place, and move it there when it is whole.
+
+    Args:
+        file: Place of the cache; what lies there stays until the new one is whole.
+        source: What the images were decoded from; :func:`read_cache` accepts the cache for the same source only.
+        content: What to keep.
+
+    Raises:
+        OSError: If the folder cannot be written or the disk is full.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    stream = _writable(part)
+    try:
+        with stream:
+            _save(stream, {"version": _VERSION, "source": source, **content._asdict()})
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _writable(part: Path) -> BinaryIO:
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        return part.open("wb")
+    except OSError as error:
+        raise OSError(
+            f"Expected to write into {part.parent} but could not ({error}); choose a writable `root`, with links to the data."
+        ) from error
+
+
+def _save(stream: BinaryIO, content: dict[str, Any]) -> None:
+    try:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    except (OSError, RuntimeError) as error:  # torch raises either where the disk is full
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        size = content["images"].nbytes / 1e6
+        raise OSError(f"Expected room for {size:.0f} MB beside {stream.name} but could not write them ({reason}).") from error
+
+
+def read_cache(file: Path, source: str, shape: tuple[int, ...], *, checksums: bool = False) -> DecodedImages | None:
+    """Map the cached images into memory.
+
+    Args:
+        file: Place of the cache.
+        source: What they must have been decoded from.
+        shape: What shape they must have.
+        checksums: Whether to read the whole file for its checksums, or to trust a file that has its end.
+
+    Returns:
+        What was kept; or None, with a warning where a file is there that is damaged, or of another version or source.
+    """
+    if not file.exists():
+        return None
+    try:
+        content = _load(file, checksums)
+        if (content["version"], content["source"]) != (_VERSION, source):
+            raise ValueError("it was made from other files, or by another version")
+        return _checked(DecodedImages(*(content[name] for name in DecodedImages._fields)), shape)
+    except Exception as error:  # noqa: BLE001  zipfile and torch raise some ten kinds on damaged files; all mean this, and the warning says which
+        warnings.warn(f"{file} is damaged or out of date and is not used ({type(error).__name__}: {error}).", stacklevel=2)
+        return None
+
+
+def _load(file: Path, checksums: bool) -> dict[str, Any]:
+    if checksums:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+    content: dict[str, Any] = torch.load(file, mmap=True, weights_only=True)
+    return content
+
+
+def _checked(cached: DecodedImages, shape: tuple[int, ...]) -> DecodedImages:
+    images, labels = cached.images, cached.labels
+    if (images.dtype, images.shape, labels.shape) != (torch.uint8, shape, shape[:1]) or int(labels.max()) >= len(cached.names):
+        raise ValueError(f"{images.dtype} {list(images.shape)} with labels {list(labels.shape)} of {len(cached.names)} classes")
+    return cached

@@ -1,0 +1,42 @@
+"""Which classes are trained on and which tested on."""
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+
+Shares = tuple[float, float, float]
+"""Parts of the classes for training, validation and testing."""
+
+
+def check_shares(shares: Shares) -> None:
+    """Check that shares are three positive numbers that sum to 1.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"Expected `shares` to be three positive numbers that sum to 1 but got {list(shares)}.")
+
+
+def split_classes(names: Sequence[str], shares: Shares, seed: int) -> dict[str, list[str]]:
+    """Share out classes at random, the same way for the same names and seed."""
+    order = [names[number] for number in np.random.RandomState(seed).permutation(len(names))]
+    val, test = (round(share * len(names)) for share in shares[1:])
+    train = len(names) - val - test
+    return {"train": sorted(order[:train]), "val": sorted(order[train : train + val]), "test": sorted(order[train + val :])}
+
+
+def check_disjoint(classes: Mapping[str, Collection[str]], where: str) -> None:
+    """Check that no class is in two splits.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for one, other in combinations(classes, 2):
+        if shared := sorted(set(classes[one]) & set(classes[other])):
+            raise ValueError(
+                f"Expected the splits of {where} to share no class but {len(shared)} are both in {one} and in {other} "
+                f"({', '.join(shared[:5])}{', ...' if len(shared) > 5 else ''}): splits that share classes are for ordinary classification; "
+                "few-shot learning is tested on classes it was not trained on."
+            )

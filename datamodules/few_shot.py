@@ -1,0 +1,202 @@
+"""Episodes of any dataset with labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from lightning_maml.datamodules.class_splits import Shares, check_disjoint, check_shares, split_classes
+from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
+from lightning_maml.datamodules.image_files import pixels
+from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses
+from lightning_maml.datamodules.transforms import EpisodeTransforms
+
+
+class FewShotDataModule(EpisodicDataModule):
+    """Few-shot episodes of map-style datasets with labels, such as torchvision's or Hugging Face's, read into memory once.
+
+    Items are pairs (image, label), or dictionaries with both. PIL images become RGB of ``image_size``; arrays ``[H, W, C]`` or ``[H, W]``
+    and tensors ``[C, H, W]`` of bytes are taken for images 0 .. 255; arrays and tensors of floats, of any shape, as they are.
+
+    Args:
+        train: Dataset of the training classes; without ``val`` and ``test``, of all classes, which are then shared out at random.
+        val: Dataset of the validation classes.
+        test: Dataset of the test classes.
+        ways: Classes per training episode.
+        shots: Support images per class.
+        queries: Query images per class.
+        test_ways: Classes per validation and test episode; by default as in training.
+        test_shots: Support images per class there; by default as in training.
+        test_queries: Query images per class there; by default as in training.
+        meta_batch_size: Tasks per optimizer step and process.
+        image_size: Height and width that PIL images are resized to, whatever their aspect ratio; by default as they are.
+        image_key: Name of the image in items that are dictionaries.
+        label_key: Name of the label there.
+        shares: Of the classes of ``train`` for training, validation and testing, where it is alone.
+        split_seed: Of those shares.
+        train_batches: Meta-batches per epoch and process.
+        val_tasks: Validation tasks over all processes, the same ones each time.
+        test_tasks: Test tasks over all processes, the same ones each time.
+        rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
+        regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
+        train_steps: N, the model's, for which ``"resampling"`` draws batches.
+        hessian_shots: Images per class of its Hessian batches; by default as many as ``shots``.
+        transforms: Of the images of whole episodes, on the device; by default none.
+        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
+        seed: Of the episodes.
+        num_workers: Loader processes.
+
+    Raises:
+        ValueError: If an argument is out of range, datasets that name their classes share some, images differ in size, or a split cannot
+            serve the episodes.
+        TypeError: If a dataset cannot be indexed, or its items are no images with labels.
+    """
+
+    def __init__(
+        self,
+        train: Dataset[Any],
+        val: Dataset[Any] | None = None,
+        test: Dataset[Any] | None = None,
+        ways: int = 5,
+        shots: int = 1,
+        queries: int = 15,
+        test_ways: int | None = None,
+        test_shots: int | None = None,
+        test_queries: int | None = None,
+        meta_batch_size: int = 4,
+        image_size: int | None = None,
+        image_key: str = "image",
+        label_key: str = "label",
+        shares: Shares = (0.64, 0.16, 0.2),
+        split_seed: int = 0,
+        train_batches: int = 500,
+        val_tasks: int = 200,
+        test_tasks: int = 600,
+        rotations: Rotations = "none",
+        regime: Regime = "finite_sum",
+        train_steps: int = 1,
+        hessian_shots: int | None = None,
+        transforms: EpisodeTransforms | None = None,
+        small_classes: SmallClasses = "raise",
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            test_ways=test_ways,
+            test_shots=test_shots,
+            test_queries=test_queries,
+            meta_batch_size=meta_batch_size,
+            train_batches=train_batches,
+            val_tasks=val_tasks,
+            test_tasks=test_tasks,
+            rotations=rotations,
+            regime=regime,
+            train_steps=train_steps,
+            hessian_shots=hessian_shots,
+            transforms=transforms,
+            small_classes=small_classes,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        check_shares(shares)
+        if (val is None) != (test is None):
+            raise ValueError("Expected both `val` and `test`, or neither for a split of the classes of `train`, but got one of them.")
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
+        self._datasets_of = {"train": train} if val is None or test is None else {"train": train, "val": val, "test": test}
+        for name, dataset in self._datasets_of.items():
+            if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+                raise TypeError(f"Expected `{name}` to be a dataset with a length and items by number but got {type(dataset).__name__}.")
+        self.image_size, self.image_key, self.label_key = image_size, image_key, label_key
+        self.shares, self.split_seed = shares, split_seed
+        self._images: dict[str, ClassImages] = {}
+        if val is not None:
+            names = {name: class_names(dataset, label_key) for name, dataset in self._datasets_of.items()}
+            check_disjoint({name: known for name, known in names.items() if known}, "the datasets")
+
+    def class_images(self, split: str) -> ClassImages:
+        """Return the images of a split."""
+        if len(self._datasets_of) > 1:
+            return self._read(split)
+        whole = self._read("train")
+        numbers = {name: number for number, name in enumerate(whole.names)}
+        chosen = split_classes(whole.names, self.shares, self.split_seed)[split]
+        return ClassImages(whole.images, [whole.members[numbers[name]] for name in chosen], chosen)
+
+    def _read(self, name: str) -> ClassImages:
+        if name not in self._images:
+            self._images[name] = read_dataset(self._datasets_of[name], name, self.image_size, self.image_key, self.label_key)
+        return self._images[name]
+
+
+def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str, label_key: str) -> ClassImages:
+    """Read a whole dataset.
+
+    Args:
+        dataset: Of pairs (image, label), or of dictionaries.
+        name: For messages.
+        image_size: Height and width to resize PIL images to; None to leave them.
+        image_key: Name of the image in dictionaries.
+        label_key: Name of the label there.
+
+    Raises:
+        TypeError: If an item is no image with a label.
+        ValueError: If images differ in shape or type, or there are none.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"Expected `{name}` to hold images but it is empty.")
+    images: Tensor | None = None
+    labels = []
+    for number in tqdm(range(len(dataset)), desc=f"Reading {name}", unit="image"):
+        image, label = _item(dataset[number], f"item {number} of `{name}`", image_key, label_key)
+        tensor = _tensor(image, image_size)
+        if images is None:
+            images = torch.empty(len(dataset), *tensor.shape, dtype=tensor.dtype)
+        if (tensor.shape, tensor.dtype) != (images.shape[1:], images.dtype):
+            raise ValueError(
+                f"Expected all images of `{name}` to be like its first, {images.dtype} {list(images.shape[1:])}, but item {number} is "
+                f"{tensor.dtype} {list(tensor.shape)}; give `image_size`, or resize them by the dataset's own transform."
+            )
+        images[number] = tensor
+        labels.append(label.item() if isinstance(label, (Tensor, np.generic)) else label)
+    assert images is not None
+    values, classes = np.unique(np.array(labels), return_inverse=True)
+    known = class_names(dataset, label_key)
+    names = [str(known[value] if known else value) for value in values]
+    return ClassImages(images, [np.flatnonzero(classes == number) for number in range(len(values))], names)
+
+
+def class_names(dataset: Any, label_key: str) -> Sequence[str]:
+    """Return the names of the classes by their number, as torchvision and Hugging Face keep them; nothing where there are none."""
+    feature = (getattr(dataset, "features", None) or {}).get(label_key)
+    names: Sequence[str] = getattr(dataset, "classes", None) or getattr(feature, "names", None) or ()
+    return names
+
+
+def _item(item: Any, which: str, image_key: str, label_key: str) -> tuple[Any, Any]:
+    if isinstance(item, dict):
+        if image_key not in item or label_key not in item:
+            raise TypeError(
+                f"Expected {which} to hold {image_key!r} and {label_key!r} but it holds {', '.join(map(repr, item))}; give image_key, label_key."
+            )
+        return item[image_key], item[label_key]
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise TypeError(f"Expected {which} to be a pair (image, label) or a dictionary but got {type(item).__name__}.")
+    return item[0], item[1]
+
+
+def _tensor(image: Any, image_size: int | None) -> Tensor:
+    if isinstance(image, Image.Image):
+        image = pixels(image, "RGB", image_size)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        image = image.transpose(2, 0, 1)
+    tensor: Tensor = torch.as_tensor(image)
+    return tensor[None] if tensor.dtype == torch.uint8 and tensor.ndim == 2 else tensor

@@ -1,0 +1,151 @@
+"""Arrays out of pickles that nobody vouches for: no code of theirs runs, and large arrays are mapped from the file, not read."""
+
+import mmap
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+_LARGE = 1 << 16  # bytes from which on a string is left in the file
+
+
+def read_pickle(file: Path) -> Any:
+    """Read arrays, lists, dictionaries, strings and numbers, pickled by Python 2 or 3.
+
+    Nothing that the pickle names is imported: what numpy needs to describe an array is done here, everything else refused. Raw arrays stay
+    in the file, which is mapped copy-on-write: reading costs neither time nor memory until pixels are used. (Pickles of Python 3 in protocol
+    2 or older hold them as text, which is decoded in memory.)
+
+    Returns:
+        What was pickled, byte strings of Python 2 as text.
+
+    Raises:
+        ValueError: If the file is cut short or damaged, or holds anything else than arrays and containers.
+    """
+    with file.open("rb") as stream:
+        try:
+            return _unpickle(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
+        except _Refused as error:
+            raise ValueError(
+                f"Expected {file} to hold arrays and containers only but got {error}; it is not read, and nothing ran."
+            ) from error
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise ValueError(
+                f"Expected {file} to be a whole pickle but it is cut short or damaged ({type(error).__name__}: {error}); download it again."
+            ) from error
+
+
+def _unpickle(mapped: mmap.mmap) -> Any:
+    return _plain(_Unpickler(_Mapped(mapped), encoding="bytes").load())  # bytes: strings of Python 2 are raw data
+
+
+class _Refused(pickle.UnpicklingError):
+    pass
+
+
+class _Mapped:
+    """A file whose large pieces are views of it."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped, self._view = mapped, memoryview(mapped)
+
+    def read(self, size: int) -> Any:  # bytes, or a view
+        start = self._mapped.tell()
+        if size < _LARGE:
+            return self._mapped.read(size)
+        self._mapped.seek(min(start + size, len(self._view)))
+        return self._view[start : start + size]
+
+    def readline(self) -> bytes:
+        return self._mapped.readline()
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C copies large strings of Python 2 twice
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return this file's own stand-in."""
+        if (module, name) not in _STAND_INS:
+            raise _Refused(f"{module}.{name}")
+        return _STAND_INS[module, name]
+
+    def load_build(self) -> None:
+        """Set the state of a stand-in, and of nothing else."""
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], (_Dtype, _Array)):
+            raise _Refused(f"a state for {type(self.stack[-1]).__name__}")
+        self.stack[-1].set_state(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+class _Dtype:
+    def __init__(self, code: Any, *_: Any) -> None:
+        self._code, self._order = _text(code), "|"
+
+    def set_state(self, state: tuple[Any, ...]) -> None:
+        self._order = _text(state[1])
+
+    def numpy(self) -> np.dtype[Any]:
+        if self._code.startswith("O"):
+            raise _Refused("an array of objects, such as images of several sizes")
+        if not re.fullmatch("[biuf][1248]", self._code) or self._order not in "<>|=":
+            raise _Refused(f"an array of type {self._code}")
+        return np.dtype(self._order.replace("|", "=") + self._code)
+
+
+class _Array:
+    def __init__(self, *_: Any) -> None:
+        self.array: np.ndarray = np.empty(0)
+
+    def set_state(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        self.array = _from_buffer(data, dtype, shape, "F" if fortran else "C").array
+
+
+def _from_buffer(data: Any, dtype: _Dtype, shape: Any, order: Any) -> _Array:
+    result = _Array()
+    c_or_f: Literal["C", "F"] = "F" if _text(order) == "F" else "C"
+    result.array = np.frombuffer(data, dtype.numpy()).reshape(tuple(shape), order=c_or_f)
+    return result
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> int | float:
+    number: int | float = np.frombuffer(data, dtype.numpy())[0].item()
+    return number
+
+
+def _encode(text: str, encoding: str) -> bytearray:
+    return bytearray(text, {"latin1": "latin1", "latin-1": "latin1"}[encoding])
+
+
+_STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _encode,
+    ("collections", "OrderedDict"): OrderedDict,
+}
+for _core in ("numpy.core", "numpy._core"):
+    _STAND_INS[f"{_core}.multiarray", "_reconstruct"] = _Array
+    _STAND_INS[f"{_core}.multiarray", "scalar"] = _scalar
+    _STAND_INS[f"{_core}.numeric", "_frombuffer"] = _from_buffer
+
+
+def _text(value: Any) -> str:
+    return str(value, "latin1") if isinstance(value, (bytes, memoryview)) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with arrays for their stand-ins, and text for the byte strings of Python 2 among keys and items."""
+    if isinstance(value, dict):
+        return {_text(key) if isinstance(key, bytes) else key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, _Array):
+        return value.array
+    return _text(value) if isinstance(value, bytes) else value

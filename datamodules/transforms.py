@@ -1,0 +1,79 @@
+"""What is done to the images of an episode on the device: torchvision's transforms, then normalisation by named statistics."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Normalize
+
+from lightning_maml.episodes import AnyEpisodes
+
+STATISTICS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "metaoptnet": ((120.39586 / 255, 115.59361 / 255, 104.54012 / 255), (70.68188 / 255, 68.27635 / 255, 72.54505 / 255)),
+}
+"""Mean and standard deviation of the colours, for images in 0 .. 1: of ImageNet, as torchvision's networks use them; and of mini-ImageNet's
+training classes, as MetaOptNet (Lee et al. 2019) and its descendants use them."""
+
+
+@dataclass(frozen=True)
+class EpisodeTransforms:
+    """Transforms of the images of whole episodes, on the device that they are trained on.
+
+    They get float images ``[n, C, H, W]`` in 0 .. 1; those of ``torchvision.transforms.v2`` fit.
+
+    Args:
+        train: In training, one after the other: random crop, flip, colour jitter, or a plain resize.
+        test: In validation, test and prediction. They get many images at once, so what they draw at random is the same for all of them.
+        vary: ``"image"``: ``train`` draws anew for each image (it is called once for each: some 3 ms of crop, flip and jitter on a CPU);
+            ``"task"``: once for each task, for all of its images alike.
+        normalize: Last, in training and testing: ``"imagenet"`` or ``"metaoptnet"`` by their statistics of the three colours, see
+            :data:`STATISTICS`; ``"none"``: images stay in 0 .. 1, as in the MAML paper. Other statistics: ``v2.Normalize`` in both lists.
+
+    Raises:
+        ValueError: If ``vary`` or ``normalize`` is unknown; when called, if images that are to be normalised do not have three channels.
+    """
+
+    train: Sequence[nn.Module] = ()
+    test: Sequence[nn.Module] = ()
+    vary: Literal["image", "task"] = "image"
+    normalize: Literal["none", "imagenet", "metaoptnet"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.vary not in ("image", "task"):
+            raise ValueError(f"Expected `vary` to be 'image' or 'task' but got {self.vary!r}.")
+        if self.normalize != "none" and self.normalize not in STATISTICS:
+            raise ValueError(f"Expected `normalize` to be 'none', {' or '.join(map(repr, STATISTICS))} but got {self.normalize!r}.")
+
+    def __call__(self, episodes: AnyEpisodes, training: bool) -> AnyEpisodes:
+        """Return the meta-batch with its images ``[T, ..., C, H, W]`` transformed."""
+        transforms = list(self.train if training else self.test)
+        if not transforms and self.normalize == "none":
+            return episodes
+        names = episodes._fields[::2]
+        by_task = [self._task([getattr(episodes, name)[t] for name in names], transforms, training) for t in range(len(episodes.query_x))]
+        return episodes._replace(**{name: torch.stack(images) for name, images in zip(names, zip(*by_task, strict=True), strict=True)})
+
+    def _task(self, parts: list[Tensor], transforms: list[nn.Module], training: bool) -> list[Tensor]:
+        """Transform the support, query and Hessian images of one task together."""
+        images = torch.cat([part.flatten(0, -4) for part in parts])
+        if training and transforms and self.vary == "image":
+            images = torch.cat([_apply(transforms, image) for image in torch.split(images, 1)])
+        else:
+            images = _apply(transforms, images)
+        if self.normalize != "none":
+            if images.shape[1] != 3:
+                raise ValueError(
+                    f"Expected images of 3 channels for normalize={self.normalize!r} but got {images.shape[1]}; use v2.Normalize instead."
+                )
+            images = Normalize(*STATISTICS[self.normalize])(images)
+        pieces = torch.split(images, [part[..., 0, 0, 0].numel() for part in parts])
+        return [torch.unflatten(piece, 0, part.shape[:-3]) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def _apply(transforms: list[nn.Module], images: Tensor) -> Tensor:
+    for transform in transforms:
+        images = transform(images)
+    return images
