@@ -59,9 +59,9 @@ class FewShotDataModule(EpisodicDataModule):
 
     def __init__(
         self,
-        train: Dataset[Any],
-        val: Dataset[Any] | None = None,
-        test: Dataset[Any] | None = None,
+        train: Dataset,  # type: ignore[type-arg]  # jsonargparse takes no init_args for Dataset[Any]
+        val: Dataset | None = None,  # type: ignore[type-arg]
+        test: Dataset | None = None,  # type: ignore[type-arg]
         ways: int = 5,
         shots: int = 1,
         queries: int = 15,

@@ -132,7 +132,8 @@ def _check_splits(folder: Path, splits: dict[str, Split]) -> None:
     check_disjoint({split: part.sizes for split, part in splits.items()}, str(folder))
     found = {split: len(part.sizes) for split, part in splits.items()}
     if found != CLASSES:
+        expected, got = (", ".join(f"{count} {split}" for split, count in counts.items()) for counts in (CLASSES, found))
         raise ValueError(
-            f"Expected mini-ImageNet's {', '.join(f'{count} {split}' for split, count in CLASSES.items())} classes in {folder} but got "
-            f"{', '.join(f'{count} {split}' for split, count in found.items())}; for other data take ImageFolderDataModule."
+            f"Expected {expected} classes in {folder}, as Ravi & Larochelle 2017 split mini-ImageNet, but got {got} classes; "
+            "for other data take ImageFolderDataModule."
         )

@@ -4,6 +4,7 @@ from lightning_maml.adapt import AdaptationCurve as AdaptationCurve
 from lightning_maml.adapt import adaptation_curve as adaptation_curve
 from lightning_maml.backbones import MLP as MLP
 from lightning_maml.backbones import Conv4 as Conv4
+from lightning_maml.backbones import ResNet12 as ResNet12
 from lightning_maml.callbacks import AdaptiveMetaStepsize as AdaptiveMetaStepsize
 from lightning_maml.callbacks import StationarityMonitor as StationarityMonitor
 from lightning_maml.episodes import Episodes as Episodes

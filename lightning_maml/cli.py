@@ -42,10 +42,10 @@ class _Trainer(Trainer):
         if ckpt_path is not None:
             model.load_state_dict(torch.load(ckpt_path, weights_only=True, map_location="cpu")["state_dict"])
         self.precision_plugin.convert_module(model).to(self.strategy.root_device).train()
+        datamodule.trainer, self.training = self, True  # the episodes are those of training, and so are their transforms
         datamodule.prepare_data()
         episodes = datamodule.independent_episodes("measure", 0, tasks)
-        episodes = type(episodes)(*(tensor.to(model.device) for tensor in episodes))
-        episodes = self.precision_plugin.convert_input(datamodule.on_after_batch_transfer(episodes, 0))
+        episodes = datamodule.on_after_batch_transfer(type(episodes)(*(tensor.to(model.device) for tensor in episodes)), 0)
         constants = model.probe(episodes, progress=True).constants(model.inner_lr, model.train_steps)
         if not math.isfinite(constants.L + constants.rho):
             raise FloatingPointError("Expected finite curvature along the inner path but it is not; lower inner_lr.")
@@ -145,7 +145,7 @@ def main(args: ArgsType = None) -> None:
     """Be the command ``lightning-maml``: what a user can cause ends it with one sentence, anything else with its traceback."""
     try:
         run(args)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
         causes: list[BaseException] = [error]
         while cause := causes[-1].__cause__ or causes[-1].__context__:
             causes.append(cause)

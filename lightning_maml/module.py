@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchvision.ops import DropBlock2d
 
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, check_inner_loop
 from lightning_maml.curvature import CurvatureName, hessian_vector_product
@@ -209,9 +210,10 @@ class MAML(LightningModule):
     def _task_execution(self) -> TaskExecution:
         if self._tasks != "auto":
             return self._tasks
-        if self.device.type != "cpu":
+        dropped = any(module.training and isinstance(module, DropBlock2d) for module in self.network.modules())
+        if self.device.type != "cpu" and not dropped:  # DropBlock fills its mask in place, which vmap cannot
             return "vmap"
-        random = any(module.training and _draws_random_numbers(module) for module in self.network.modules())
+        random = dropped or any(module.training and _draws_random_numbers(module) for module in self.network.modules())
         return "loop" if random or torch.get_num_threads() == 1 else "threads"
 
     def _task_loss(self, learner: Learner) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:

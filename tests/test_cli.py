@@ -1,18 +1,23 @@
 """The command, run as users run it: every shipped config, checkpoints, logs and pictures."""
 
+import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from mini_imagenet_files import CLASSES
 from PIL import Image
 
-from lightning_maml import FOMAML, HFMAML, MAML
+from lightning_maml import FOMAML, HFMAML, MAML, Conv4
 from lightning_maml.cli import main, run
 from lightning_maml.datamodules import omniglot
 from lightning_maml.datamodules.cache import DecodedImages, write_cache
+from lightning_maml.module import kinks
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -33,6 +38,17 @@ def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def mini_imagenet_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pickles with mini-ImageNet's classes, of 20 images of noise each."""
+    root = tmp_path_factory.mktemp("mini_imagenet")
+    for split, names in CLASSES.items():
+        images = np.random.RandomState(0).randint(0, 256, (20 * len(names), 84, 84, 3), np.uint8)
+        content = {"image_data": images, "class_dict": {name: list(range(20 * k, 20 * k + 20)) for k, name in enumerate(names)}}
+        (root / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content))
+    return root
+
+
 @pytest.fixture(autouse=True)
 def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-maml"])
@@ -49,16 +65,34 @@ def config(name: str) -> str:
 
 
 def test_all_promised_configs_are_there() -> None:
-    settings = ["glyphs", *(f"omniglot_{ways}w{shots}s" for ways in (5, 20) for shots in (1, 5))]
-    assert sorted(f"{setting}_{algorithm}" for setting in settings for algorithm in ("maml", "fomaml", "hfmaml")) == NAMES
+    omniglot_settings = [f"omniglot_{ways}w{shots}s" for ways in (5, 20) for shots in (1, 5)]
+    settings = ["glyphs", *omniglot_settings, "mini_imagenet_5w1s", "mini_imagenet_5w5s", "mini_imagenet_quick_5w5s"]
+    names = [f"{setting}_{algorithm}" for setting in settings for algorithm in ("maml", "fomaml", "hfmaml")]
+    assert sorted([*names, "mini_imagenet_5w1s_hfmaml_smooth", "mini_imagenet_5w5s_hfmaml_smooth"]) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_shipped_config_runs(name: str, in_tmp_path: Path, omniglot_root: Path) -> None:
-    root = [f"--data.root={omniglot_root}"] if name.startswith("omniglot") else []
-    cli = run(["fit", config(name), *root, "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
-    assert type(cli.model) is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML}[name.rsplit("_", 1)[1]]
+def test_every_shipped_config_runs(name: str, in_tmp_path: Path, omniglot_root: Path, mini_imagenet_root: Path) -> None:
+    data = {"omniglot": [f"--data.root={omniglot_root}"], "mini": [f"--data.root={mini_imagenet_root}", "--data.meta_batch_size=1"]}
+    few = data.get(name.split("_")[0], [])
+    on_the_papers_network = name.startswith("mini_imagenet_5w") and name.endswith("_hfmaml")
+    with pytest.warns(UserWarning, match="needs a twice differentiable network") if on_the_papers_network else nullcontext():
+        cli = run(["fit", config(name), *few, "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
+    assert type(cli.model) is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML}[name.removesuffix("_smooth").rsplit("_", 1)[1]]
+    assert bool(kinks(cli.model.network)) == (name.startswith("mini_imagenet_5w") and not name.endswith("_smooth"))
     assert cli.trainer.global_step == 1
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_mini_imagenet_has_the_values_of_the_maml_paper(shots: int, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = yaml.safe_load(printed_config([config(f"mini_imagenet_5w{shots}s_maml")], capsys))
+    model, data, trainer = values["model"]["init_args"], values["data"]["init_args"], values["trainer"]
+    assert (model["inner_lr"], model["train_steps"], model["test_steps"], model["optimizer"]["init_args"]["lr"]) == (0.05, 5, 10, 1e-3)
+    assert (data["ways"], data["shots"], data["queries"], data["test_queries"], data["meta_batch_size"]) == (5, shots, 15, shots, 4)
+    assert data["train_batches"] * trainer["max_epochs"] == 60_000
+    assert (trainer["gradient_clip_val"], trainer["gradient_clip_algorithm"]) == (10, "value")
+    network = Conv4(**model["network"]["init_args"])
+    assert sum(p.numel() for p in network.parameters()) == 32 * 27 + 3 * 32 * 32 * 9 + 4 * 3 * 32 + 800 * 5 + 5
 
 
 def test_fit_then_test_leaves_logs_checkpoints_and_pictures(in_tmp_path: Path) -> None:
@@ -141,6 +175,56 @@ def test_another_loss_is_named_in_yaml(in_tmp_path: Path) -> None:
     loss = "{class_path: torch.nn.CrossEntropyLoss, init_args: {label_smoothing: 0.1}}"
     cli = run(["fit", config("glyphs_maml"), f"--model.loss={loss}", "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
     assert cli.model.loss.label_smoothing == 0.1
+
+
+OWN_IMAGES = """
+data:
+  class_path: ImageFolderDataModule
+  init_args: {root: photos, image_size: 16, ways: 2, queries: 2, meta_batch_size: 2, train_batches: 2, val_tasks: 2}
+model:
+  class_path: FOMAML
+  init_args:
+    network: {class_path: Conv4, init_args: {in_channels: 3, ways: 2, image_size: 16, channels: 4}}
+trainer: {max_epochs: 1, accelerator: cpu}
+"""
+
+OWN_DATASET = """
+data:
+  class_path: FewShotDataModule
+  init_args:
+    train: {class_path: torchvision.datasets.FakeData, init_args: {size: 90, image_size: [3, 20, 20], num_classes: 12}}
+    image_size: 16
+    ways: 2
+    queries: 2
+    small_classes: drop
+model:
+  class_path: FOMAML
+  init_args:
+    network: {class_path: Conv4, init_args: {in_channels: 3, ways: 2, image_size: 16, channels: 4}}
+trainer: {fast_dev_run: true, accelerator: cpu}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Split '(train|val|test)'")
+@pytest.mark.parametrize("text", [OWN_IMAGES, OWN_DATASET], ids=["folder", "dataset"])
+def test_ten_lines_of_yaml_train_on_ones_own_images(text: str, in_tmp_path: Path) -> None:
+    for number in range(15):
+        (in_tmp_path / "photos" / f"class {number}").mkdir(parents=True)
+        for image in range(4):
+            Image.new("RGB", (20, 20), (10 * number, 60 * image, 0)).save(in_tmp_path / "photos" / f"class {number}" / f"{image}.png")
+    Path("own.yaml").write_text(text)
+    assert run(["fit", "--config=own.yaml", "--trainer.enable_progress_bar=false"]).trainer.global_step in (1, 2)
+
+
+def test_what_a_file_lacks_ends_with_one_sentence(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (in_tmp_path / "train_data.hdf5").touch()
+    with pytest.raises(SystemExit, match=r"lightning-maml: Expected mini-ImageNet in \. .*train_data.hdf5 without val_data.hdf5"):
+        main(["fit", config("mini_imagenet_5w1s_maml"), "--data.root=."])
+    for split in ("val", "test"):
+        (in_tmp_path / f"{split}_data.hdf5").touch()
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(SystemExit, match="lightning-maml: Expected h5py to be installed"):
+        main(["fit", config("mini_imagenet_5w1s_maml"), "--data.root=."])
 
 
 def printed_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -3,13 +3,14 @@
 import collections
 import os
 import pickle
-import struct
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from mini_imagenet_files import write_python2_pickle
 
 from lightning_maml.datamodules.pickles import read_pickle
 
@@ -22,26 +23,9 @@ def write(file: Path, content: bytes) -> Path:
 
 
 def python2_pickle(array: np.ndarray, labels: list[int]) -> bytes:
-    """Write {"data": array, "labels": labels} as Python 2's cPickle does in protocol 2: byte strings, and numpy's names of that time."""
-
-    def string(text: bytes) -> bytes:
-        return pickle.SHORT_BINSTRING + bytes([len(text)]) + text
-
-    def number(value: int) -> bytes:
-        return pickle.BININT + struct.pack("<i", value)
-
-    def call(module: str, name: str, *arguments: bytes) -> bytes:
-        return f"c{module}\n{name}\n".encode() + pickle.MARK + b"".join(arguments) + pickle.TUPLE + pickle.REDUCE
-
-    dtype = call("numpy", "dtype", string(b"u1"), number(0), number(1))
-    dtype += pickle.MARK + number(3) + string(b"|") + pickle.NONE * 3 + number(-1) * 2 + number(0) + pickle.TUPLE + pickle.BUILD
-    empty = call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\n", pickle.MARK + number(0) + pickle.TUPLE, string(b"b"))
-    shape = pickle.MARK + b"".join(map(number, array.shape)) + pickle.TUPLE
-    raw = pickle.BINSTRING + struct.pack("<i", array.nbytes) + array.tobytes()
-    whole = empty + pickle.MARK + number(1) + shape + dtype + pickle.NEWFALSE + raw + pickle.TUPLE + pickle.BUILD
-    items = pickle.EMPTY_LIST + pickle.MARK + b"".join(map(number, labels)) + pickle.APPENDS
-    content = pickle.EMPTY_DICT + pickle.MARK + string(b"data") + whole + string(b"labels") + items + pickle.SETITEMS
-    return pickle.PROTO + b"\x02" + content + pickle.STOP
+    with TemporaryDirectory() as folder:
+        write_python2_pickle(Path(folder) / "a.pickle", array, labels)
+        return (Path(folder) / "a.pickle").read_bytes()
 
 
 def test_the_pickle_in_the_form_of_python_2_is_one() -> None:

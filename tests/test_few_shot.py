@@ -1,0 +1,178 @@
+"""Episodes of any dataset with labels."""
+
+import numpy as np
+import pytest
+import torch
+from lightning import Trainer
+from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
+from torchvision.datasets import FakeData
+from torchvision.transforms.v2 import Compose, ToDtype, ToImage
+
+from lightning_maml import MAML, MLP
+from lightning_maml.datamodules import FewShotDataModule
+
+
+class Items(Dataset):
+    """A list as a dataset."""
+
+    def __init__(self, items: list) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, number: int):
+        return self._items[number]
+
+
+def tensors(classes: range = range(4), count: int = 6) -> TensorDataset:
+    """Images [3, 8, 8] of bytes; each says its class and number."""
+    labels = torch.tensor(list(classes)).repeat(count)
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    images[:, 0, 0, 0], images[:, 1, 1, 1] = labels, torch.arange(len(labels))
+    return TensorDataset(images, labels)
+
+
+def datamodule(*datasets, **arguments) -> FewShotDataModule:
+    return FewShotDataModule(*datasets, **({"ways": 2, "shots": 1, "queries": 2, "meta_batch_size": 3} | arguments))
+
+
+def test_three_datasets_are_the_three_splits() -> None:
+    module = datamodule(tensors(range(4)), tensors(range(4, 6)), tensors(range(6, 9)))
+    module.setup()
+    seen = {split: set(module.class_images(split).images[:, 0, 0, 0].tolist()) for split in ("train", "val", "test")}
+    assert seen == {"train": {0, 1, 2, 3}, "val": {4, 5}, "test": {6, 7, 8}}
+    for loader in (module.train_dataloader(), module.val_dataloader(), module.test_dataloader()):
+        batch = next(iter(loader))
+        assert batch.query_x.shape == (3, 4, 3, 8, 8)
+        for t in range(3):
+            for label in range(2):
+                parts = (batch.support_x[t][batch.support_y[t] == label], batch.query_x[t][batch.query_y[t] == label])
+                assert len({int(image[0, 0, 0]) for part in parts for image in part}) == 1, "one class per label"
+                assert len({int(image[1, 1, 1]) for part in parts for image in part}) == 3, "different images"
+
+
+def test_one_dataset_is_split_by_class() -> None:
+    module = datamodule(tensors(range(25)), ways=3)
+    module.setup()
+    seen = [{int(module.class_images(split).images[rows[0], 0, 0, 0]) for rows in module.class_images(split).members} for split in STREAMS]
+    assert [len(classes) for classes in seen] == [16, 4, 5]
+    assert len(set.union(*seen)) == 25
+
+
+STREAMS = ("train", "val", "test")
+
+
+def test_torchvision_datasets_of_pil_images() -> None:
+    data = FakeData(size=60, image_size=(3, 20, 24), num_classes=5)
+    module = datamodule(data, data, data, image_size=16)
+    module.setup("fit")
+    assert next(iter(module.train_dataloader())).support_x.shape == (3, 2, 3, 16, 16)
+    number = 7
+    image, label = data[number]
+    expected = np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.LANCZOS))
+    read = module.class_images("train")
+    assert np.array_equal(read.images[number].permute(1, 2, 0), expected)
+    assert number in read.members[int(label)]
+
+
+def test_torchvision_datasets_with_a_transform_to_floats() -> None:
+    data = FakeData(size=60, image_size=(3, 20, 24), num_classes=5, transform=Compose([ToImage(), ToDtype(torch.float32, scale=True)]))
+    module = datamodule(data, data, data)
+    module.setup("fit")
+    batch = module.on_after_batch_transfer(next(iter(module.train_dataloader())), 0)
+    assert batch.query_x.shape == (3, 4, 3, 20, 24)
+    assert 0.9 < batch.query_x.max() <= 1, "floats are taken as they are"
+
+
+def test_dictionaries_as_hugging_face_gives_them() -> None:
+    """Of the same interface as datasets.Dataset: items are dictionaries, features name the classes."""
+
+    class Names:
+        names = ("cat", "dog", "owl")
+
+    class HuggingFace(Items):
+        features = {"img": object(), "fine_label": Names()}  # noqa: RUF012
+
+    items = [{"img": Image.new("L", (10, 12), 20 * number), "fine_label": number % 3} for number in range(12)]
+    module = datamodule(HuggingFace(items), image_key="img", label_key="fine_label", ways=2, queries=3, shares=(0.34, 0.33, 0.33))
+    images = {split: module.class_images(split) for split in STREAMS}
+    assert sorted(name for read in images.values() for name in read.names) == ["cat", "dog", "owl"]
+    read = images["train"]
+    assert read.images.shape == (12, 3, 12, 10)
+    assert int(read.images[4].unique()) == 80
+    with pytest.raises(TypeError, match="item 0 of `train` to hold 'image' and 'label' but it holds 'img', 'fine_label'; give image_key"):
+        datamodule(HuggingFace(items)).class_images("train")
+
+
+@pytest.mark.parametrize("label", ["owl", 3, np.int64(3), torch.tensor(3), True], ids=["str", "int", "numpy", "tensor", "bool"])
+def test_labels_of_any_kind(label) -> None:
+    other = {"owl": "cat", True: False}.get(label if isinstance(label, (str, bool)) else None, 0)
+    data = Items([(np.full((8, 8), 100, np.uint8), label), (np.zeros((8, 8), np.uint8), other)] * 4)
+    read = datamodule(data, data, data).class_images("train")
+    assert [rows.tolist() for rows in read.members] == [[1, 3, 5, 7], [0, 2, 4, 6]]
+    assert read.images.shape == (8, 1, 8, 8), "grey arrays have one channel"
+
+
+def test_arrays_of_colour_images_are_height_width_channels() -> None:
+    array = np.random.RandomState(0).randint(0, 256, (9, 7, 3)).astype(np.uint8)
+    read = datamodule(*[Items([(array, 0), (array, 1)] * 3)] * 3).class_images("train")
+    assert np.array_equal(read.images[0].permute(1, 2, 0), array)
+
+
+def test_feature_vectors_train_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(30, 16, generator=generator)
+    labels = torch.arange(30).repeat(12)
+    data = TensorDataset(centres[labels] + 0.3 * torch.randn(len(labels), 16, generator=generator), labels)
+    module = datamodule(data, ways=5, queries=5, train_batches=20, val_tasks=4, test_tasks=40)
+    model = MAML(MLP(16, 5, activation="gelu"), inner_lr=0.5, train_steps=2)
+    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(model, module)
+    trainer.test(model, module, verbose=False)
+    assert trainer.callback_metrics["test/accuracy"] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("items", "error", "message"),
+    [
+        ([], ValueError, "`train` to hold images but it is empty"),
+        ([torch.zeros(3)], TypeError, r"item 0 of `train` to be a pair \(image, label\) or a dictionary but got Tensor"),
+        (
+            [(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 9, 8), 0)],
+            ValueError,
+            r"like its first, torch.float32 \[3, 8, 8\], but item 1 is torch.float32 \[3, 9, 8\]; give `image_size`, or resize",
+        ),
+        ([(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 8, 8).byte(), 0)], ValueError, r"but item 1 is torch.uint8 \[3, 8, 8\]"),
+    ],
+)
+def test_datasets_that_do_not_fit(items: list, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        datamodule(*[Items(items)] * 3).class_images("train")
+
+
+def test_what_is_no_dataset_is_refused() -> None:
+    with pytest.raises(TypeError, match="`train` to be a dataset with a length and items by number but got generator"):
+        datamodule(item for item in ())
+    with pytest.raises(ValueError, match="Expected both `val` and `test`, or neither"):
+        datamodule(tensors(), tensors())
+
+
+def test_datasets_that_name_the_same_classes_are_refused() -> None:
+    def named(*classes: str) -> Dataset:
+        data = Items([(np.zeros((8, 8), np.uint8), 0)] * 8)
+        data.classes = list(classes)
+        return data
+
+    with pytest.raises(ValueError, match=r"the splits of the datasets to share no class but 1 are both in train and in test \(owl\)"):
+        datamodule(named("cat", "owl"), named("dog"), named("owl"))
+    datamodule(named("cat", "owl"), named("dog"), tensors())
+
+
+def test_rotations_need_square_images() -> None:
+    data = Items([(torch.zeros(3, 8, 9).byte(), number % 4) for number in range(24)])
+    with pytest.raises(
+        ValueError, match=r"square images \[M, C, H, W\] in split 'train' for rotations='classes' but got shape \[24, 3, 8, 9\]"
+    ):
+        datamodule(data, data, data, rotations="classes").setup("fit")
