@@ -37,14 +37,13 @@ def _jpeg(random: np.random.RandomState, number: int) -> bytes:
     return stream.getvalue()
 
 
-def _decoded(images: dict[str, list[bytes]]) -> np.ndarray:
-    """Return all images of a split, class after class, ``[N, 84, 84, 3]``."""
-    return np.stack([np.asarray(Image.open(BytesIO(image)).convert("RGB")) for of_class in images.values() for image in of_class])
-
-
-def _numbers(images: dict[str, list[bytes]]) -> dict[str, list[int]]:
-    ends = np.cumsum([len(of_class) for of_class in images.values()]).tolist()
-    return {name: list(range(end - len(of_class), end)) for (name, of_class), end in zip(images.items(), ends, strict=True)}
+def _decoded(images: dict[str, list[bytes]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return all images of a split, ``[N, 84, 84, 3]``, and the class number of each; the classes take turns."""
+    by_turn = [
+        (label, of_class[turn]) for turn in range(len(next(iter(images.values())))) for label, of_class in enumerate(images.values())
+    ]
+    pixels = np.stack([np.asarray(Image.open(BytesIO(image)).convert("RGB")) for _, image in by_turn])
+    return pixels, np.array([label for label, _ in by_turn])
 
 
 def _files(images: dict[str, list[bytes]]) -> Iterator[tuple[str, int, bytes]]:
@@ -57,6 +56,8 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def _write_csv(file: Path, header: tuple[str, str], rows: list[tuple[str, str]]) -> None:
+    """Write rows in no order."""
+    np.random.RandomState(0).shuffle(rows)
     with file.open("w", newline="") as stream:
         csv.writer(stream).writerows([header, *rows])
 
@@ -91,7 +92,9 @@ def write_cache_pickles(root: Path, images: Encoded) -> None:
     """Write the pickles of Ren et al., with learn2learn's name for the validation classes."""
     root.mkdir(parents=True, exist_ok=True)
     for split, of_split in images.items():
-        content = {"image_data": _decoded(of_split), "class_dict": _numbers(of_split)}
+        pixels, labels = _decoded(of_split)
+        numbers = {name: np.flatnonzero(labels == label).tolist() for label, name in enumerate(of_split)}
+        content = {"image_data": pixels, "class_dict": dict(reversed(numbers.items()))}
         name = "validation" if split == "val" else split
         with (root / f"mini-imagenet-cache-{name}.pkl").open("wb") as stream:
             pickle.dump(content, stream, protocol=4)
@@ -102,10 +105,10 @@ def write_category_pickles(root: Path, images: Encoded) -> None:
     root.mkdir(parents=True, exist_ok=True)
     first = 0
     for split, of_split in images.items():
-        labels = [first + label for label, of_class in enumerate(of_split.values()) for _ in of_class]
-        first += len(of_split)
+        pixels, labels = _decoded(of_split)
         phase = "train_phase_train" if split == "train" else split
-        write_python2_pickle(root / f"miniImageNet_category_split_{phase}.pickle", _decoded(of_split), labels)
+        write_python2_pickle(root / f"miniImageNet_category_split_{phase}.pickle", pixels, (first + labels).tolist())
+        first += len(of_split)
 
 
 def write_python2_pickle(file: Path, array: np.ndarray, labels: list[int]) -> None:
@@ -139,8 +142,8 @@ def write_hdf5(root: Path, images: Encoded) -> None:
     for split, of_split in images.items():
         with h5py.File(folder / f"{split}_data.hdf5", "w") as file:
             group = file.create_group("datasets")
-            for name, of_class in of_split.items():
-                group.create_dataset(name, data=_decoded({name: of_class}))
+            for name, of_class in reversed(of_split.items()):
+                group.create_dataset(name, data=_decoded({name: of_class})[0])
         (folder / f"{split}_labels.json").write_text(json.dumps(sorted(of_split)))
 
 

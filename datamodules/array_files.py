@@ -36,19 +36,20 @@ def open_cache_pickle(file: Path, size: int) -> Split:
         ValueError: If it holds anything else; so for all formats here.
     """
     images, class_dict = _entries(file, read_pickle(file), "image_data", "class_dict")
+    _check_images(file, images, size)
     _check_dictionary(f"'class_dict' of {file}", class_dict)
-    return _split(file, images, size, {name: np.asarray(class_dict[name]) for name in sorted(class_dict)})
+    rows = {str(name): _whole_numbers(f"'class_dict' of {file}", class_dict[name]) for name in sorted(class_dict, key=str)}
+    return _split(file, images, rows)
 
 
 def open_category_pickle(file: Path, size: int) -> Split:
     """Open a pickle of ``data``, an array, and ``labels``, the class number of each image (Gidaris & Komodakis 2018)."""
     images, labels = _entries(file, read_pickle(file), "data", "labels")
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(f"Expected 'labels' of {file} to be one whole number for each image but got {_kind(labels)}.")
+    _check_images(file, images, size)
+    labels = _whole_numbers(f"'labels' of {file}", labels)
     if len(labels) != len(images):
         raise ValueError(f"Expected 'labels' of {file} to be as many as its {len(images)} images but got {len(labels)}.")
-    return _split(file, images, size, {str(number): np.flatnonzero(labels == number) for number in np.unique(labels)})
+    return _split(file, images, {str(number): np.flatnonzero(labels == number) for number in np.unique(labels)})
 
 
 def _entries(file: Path, content: Any, *names: str) -> list[Any]:
@@ -62,30 +63,33 @@ def _entries(file: Path, content: Any, *names: str) -> list[Any]:
 
 def _check_dictionary(what: str, value: Any) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"Expected {what} to be a dictionary but got {_kind(value)}.")  # noqa: TRY004  it is the file that is wrong
+        raise ValueError(f"Expected {what} to be a dictionary but got {type(value).__name__}.")  # noqa: TRY004  it is the file that is wrong
 
 
-def _split(file: Path, images: Any, size: int, rows: dict[str, np.ndarray]) -> Split:
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
-        raise ValueError(f"Expected the images of {file} to be uint8 [N, {size}, {size}, 3] but got {_kind(images)}.")
-    together = np.concatenate([np.empty(0, int), *rows.values()])
-    if together.dtype.kind != "i" or len(np.unique(together)) < len(together) or not _in_range(together, len(images)):
+def _check_images(what: object, images: Any, size: int) -> None:
+    kind = (str(images.dtype), tuple(images.shape[1:])) if hasattr(images, "dtype") and hasattr(images, "shape") else None
+    if kind != ("uint8", (size, size, 3)):
+        got = f"{images.dtype} {list(images.shape)}" if kind else type(images).__name__
+        raise ValueError(f"Expected the images of {what} to be uint8 [N, {size}, {size}, 3] but got {got}.")
+
+
+def _whole_numbers(what: str, value: Any) -> np.ndarray:
+    try:
+        numbers = np.asarray(value)
+    except ValueError:  # lists of several lengths
+        numbers = np.empty((0, 0))
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise ValueError(f"Expected {what} to hold lists of whole numbers but got {type(value).__name__} of another kind.")
+    return numbers.astype(np.int64)
+
+
+def _split(file: Path, images: np.ndarray, rows: dict[str, np.ndarray]) -> Split:
+    together = np.concatenate([np.empty(0, np.int64), *rows.values()])
+    if len(np.unique(together)) < len(together) or not ((together >= 0) & (together < len(images))).all():
         raise ValueError(f"Expected the classes of {file} to share out the numbers 0 .. {len(images) - 1} of its images but they do not.")
     pixels = torch.from_numpy(np.require(images, requirements="W")).permute(0, 3, 1, 2)
-    opened = ClassImages(pixels, [np.sort(members) for members in rows.values()], list(rows))
-    return Split({name: len(members) for name, members in rows.items()}, partial(_already_open, opened))
-
-
-def _in_range(numbers: np.ndarray, count: int) -> bool:
-    return bool(((numbers >= 0) & (numbers < count)).all())
-
-
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
-
-
-def _already_open(images: ClassImages) -> ClassImages:
-    return images
+    read = partial(ClassImages, pixels, [np.sort(members) for members in rows.values()], list(rows))
+    return Split({name: len(members) for name, members in rows.items()}, read)
 
 
 def open_hdf5(file: Path, size: int) -> Split:
@@ -97,11 +101,7 @@ def open_hdf5(file: Path, size: int) -> Split:
     """
     with _hdf5_classes(file) as classes:
         for name, images in classes.items():
-            if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
-                raise ValueError(
-                    f"Expected the images of class {name} of {file} to be uint8 [N, {size}, {size}, 3] but got {images.dtype} "
-                    f"{list(images.shape)}."
-                )
+            _check_images(f"class {name} of {file}", images, size)
         return Split({name: len(images) for name, images in classes.items()}, partial(_read_hdf5, file, size))
 
 
@@ -125,6 +125,6 @@ def _hdf5_classes(file: Path) -> Iterator[dict[str, Any]]:
         ) from error
     try:
         with h5py.File(file) as content:
-            yield {name: content["datasets"][name] for name in sorted(content["datasets"])}
-    except (OSError, KeyError) as error:  # h5py raises these on damaged files and on missing names
+            yield dict(sorted(content["datasets"].items()))
+    except (OSError, KeyError, AttributeError) as error:  # h5py raises these on damaged files and on missing names
         raise ValueError(f"Expected {file} to be a whole HDF5 file with a group 'datasets' but it is not ({error}).") from error

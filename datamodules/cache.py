@@ -5,6 +5,7 @@ import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def write_cache(file: Path, source: str, content: DecodedImages) -> None:
     Raises:
         OSError: If the folder cannot be written or the disk is full.
     """
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part = file.with_name(f".{file.name}.{uuid4().hex}")  # of this process alone, on whichever machine it is
     stream = _writable(part)
     try:
         with stream:
@@ -52,7 +53,7 @@ def write_cache(file: Path, source: str, content: DecodedImages) -> None:
 def _writable(part: Path) -> BinaryIO:
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        return part.open("wb")
+        return part.open("xb")
     except OSError as error:
         raise OSError(
             f"Expected to write into {part.parent} but could not ({error}); choose a writable `root`, with links to the data."

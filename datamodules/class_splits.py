@@ -1,9 +1,11 @@
 """Which classes are trained on and which tested on."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from itertools import combinations
 
 import numpy as np
+
+from lightning_maml.datamodules.messages import first_five
 
 Shares = tuple[float, float, float]
 """Parts of the classes for training, validation and testing."""
@@ -19,11 +21,11 @@ def check_shares(shares: Shares) -> None:
         raise ValueError(f"Expected `shares` to be three positive numbers that sum to 1 but got {list(shares)}.")
 
 
-def split_classes(names: Sequence[str], shares: Shares, seed: int) -> dict[str, list[str]]:
-    """Share out classes at random, the same way for the same names and seed."""
-    order = [names[number] for number in np.random.RandomState(seed).permutation(len(names))]
-    val, test = (round(share * len(names)) for share in shares[1:])
-    train = len(names) - val - test
+def split_classes(count: int, shares: Shares, seed: int) -> dict[str, list[int]]:
+    """Share out the class numbers ``0 .. count - 1`` at random, the same way for the same seed."""
+    order = np.random.RandomState(seed).permutation(count).tolist()
+    val, test = (round(share * count) for share in shares[1:])
+    train = count - val - test
     return {"train": sorted(order[:train]), "val": sorted(order[train : train + val]), "test": sorted(order[train + val :])}
 
 
@@ -37,6 +39,6 @@ def check_disjoint(classes: Mapping[str, Collection[str]], where: str) -> None:
         if shared := sorted(set(classes[one]) & set(classes[other])):
             raise ValueError(
                 f"Expected the splits of {where} to share no class but {len(shared)} are both in {one} and in {other} "
-                f"({', '.join(shared[:5])}{', ...' if len(shared) > 5 else ''}): splits that share classes are for ordinary classification; "
+                f"({first_five(shared)}): splits that share classes are for ordinary classification; "
                 "few-shot learning is tested on classes it was not trained on."
             )

@@ -45,7 +45,7 @@ class EpisodicDataModule(LightningDataModule):
         transforms: Of the images of whole episodes, on the device; by default none.
         small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
         seed: Of the episodes.
-        num_workers: Loader processes; drawing an episode takes well under a millisecond, so 0 is mostly right.
+        num_workers: Loader processes; drawing an episode takes about a millisecond, so 0 is mostly right.
 
     Raises:
         ValueError: If a number is out of range; in ``setup``, if a split cannot serve the episodes asked for.

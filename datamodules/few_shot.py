@@ -1,6 +1,6 @@
 """Episodes of any dataset with labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class FewShotDataModule(EpisodicDataModule):
         num_workers: Loader processes.
 
     Raises:
-        ValueError: If an argument is out of range, datasets that name their classes share some, images differ in size, or a split cannot
+        ValueError: If an argument is out of range, datasets share classes of the same name, images differ in size, or a split cannot
             serve the episodes.
         TypeError: If a dataset cannot be indexed, or its items are no images with labels.
     """
@@ -118,18 +118,20 @@ class FewShotDataModule(EpisodicDataModule):
         self.image_size, self.image_key, self.label_key = image_size, image_key, label_key
         self.shares, self.split_seed = shares, split_seed
         self._images: dict[str, ClassImages] = {}
-        if val is not None:
-            names = {name: class_names(dataset, label_key) for name, dataset in self._datasets_of.items()}
-            check_disjoint({name: known for name, known in names.items() if known}, "the datasets")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the datasets that ``stage`` needs, and check that they share no class, where these have names."""
+        super().setup(stage)
+        named = {name: images.names for name, images in self._images.items() if images.names and not images.names[0].isdigit()}
+        check_disjoint(named, "the datasets")
 
     def class_images(self, split: str) -> ClassImages:
         """Return the images of a split."""
         if len(self._datasets_of) > 1:
             return self._read(split)
         whole = self._read("train")
-        numbers = {name: number for number, name in enumerate(whole.names)}
-        chosen = split_classes(whole.names, self.shares, self.split_seed)[split]
-        return ClassImages(whole.images, [whole.members[numbers[name]] for name in chosen], chosen)
+        chosen = split_classes(len(whole.members), self.shares, self.split_seed)[split]
+        return ClassImages(whole.images, [whole.members[number] for number in chosen], [whole.names[number] for number in chosen])
 
     def _read(self, name: str) -> ClassImages:
         if name not in self._images:
@@ -153,32 +155,34 @@ def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str
     """
     if len(dataset) == 0:
         raise ValueError(f"Expected `{name}` to hold images but it is empty.")
-    images: Tensor | None = None
-    labels = []
+    images = torch.empty(0)
+    labels: list[int | str] = []
     for number in tqdm(range(len(dataset)), desc=f"Reading {name}", unit="image"):
-        image, label = _item(dataset[number], f"item {number} of `{name}`", image_key, label_key)
-        tensor = _tensor(image, image_size)
-        if images is None:
+        which = f"item {number} of `{name}`"
+        image, label = _item(dataset[number], which, image_key, label_key)
+        tensor = _tensor(image, image_size, which)
+        if number == 0:
             images = torch.empty(len(dataset), *tensor.shape, dtype=tensor.dtype)
         if (tensor.shape, tensor.dtype) != (images.shape[1:], images.dtype):
+            cure = "give `image_size`" if isinstance(image, Image.Image) else "resize them by the dataset's own transform"
             raise ValueError(
-                f"Expected all images of `{name}` to be like its first, {images.dtype} {list(images.shape[1:])}, but item {number} is "
-                f"{tensor.dtype} {list(tensor.shape)}; give `image_size`, or resize them by the dataset's own transform."
+                f"Expected all images of `{name}` to be like its first, {images.dtype} {list(images.shape[1:])}, but {which} is "
+                f"{tensor.dtype} {list(tensor.shape)}; {cure}."
             )
         images[number] = tensor
-        labels.append(label.item() if isinstance(label, (Tensor, np.generic)) else label)
-    assert images is not None
+        labels.append(_label(label, which))
     values, classes = np.unique(np.array(labels), return_inverse=True)
-    known = class_names(dataset, label_key)
-    names = [str(known[value] if known else value) for value in values]
-    return ClassImages(images, [np.flatnonzero(classes == number) for number in range(len(values))], names)
+    names = _class_names(dataset, label_key)
+    members = [np.flatnonzero(classes == number) for number in range(len(values))]
+    return ClassImages(images, members, [str(names[value]) if names and values.dtype.kind == "i" else str(value) for value in values])
 
 
-def class_names(dataset: Any, label_key: str) -> Sequence[str]:
+def _class_names(dataset: Any, label_key: str) -> Sequence[Any]:
     """Return the names of the classes by their number, as torchvision and Hugging Face keep them; nothing where there are none."""
-    feature = (getattr(dataset, "features", None) or {}).get(label_key)
-    names: Sequence[str] = getattr(dataset, "classes", None) or getattr(feature, "names", None) or ()
-    return names
+    features = getattr(dataset, "features", None)
+    feature = features.get(label_key) if isinstance(features, Mapping) else None
+    names = getattr(feature, "names", None) or getattr(dataset, "classes", None)
+    return names if isinstance(names, (list, tuple)) else ()
 
 
 def _item(item: Any, which: str, image_key: str, label_key: str) -> tuple[Any, Any]:
@@ -193,10 +197,23 @@ def _item(item: Any, which: str, image_key: str, label_key: str) -> tuple[Any, A
     return item[0], item[1]
 
 
-def _tensor(image: Any, image_size: int | None) -> Tensor:
+def _label(label: Any, which: str) -> int | str:
+    value = label.item() if isinstance(label, (Tensor, np.ndarray, np.generic)) and label.ndim == 0 else label
+    if not isinstance(value, (int, str)):
+        raise TypeError(f"Expected the label of {which} to be one whole number or a string but got {type(label).__name__}.")
+    return value
+
+
+def _tensor(image: Any, image_size: int | None, which: str) -> Tensor:
     if isinstance(image, Image.Image):
         image = pixels(image, "RGB", image_size)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
-        image = image.transpose(2, 0, 1)
-    tensor: Tensor = torch.as_tensor(image)
-    return tensor[None] if tensor.dtype == torch.uint8 and tensor.ndim == 2 else tensor
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image)
+        if image.dtype == torch.uint8 and image.ndim == 3:
+            image = image.permute(2, 0, 1)
+    if not isinstance(image, Tensor) or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        got = str(image.dtype) if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"Expected the image of {which} to be a PIL image, or an array or tensor of bytes or floats, but got {got}.")
+    if image.is_floating_point():
+        return image.float()
+    return image[None] if image.ndim == 2 else image

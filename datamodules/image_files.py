@@ -6,16 +6,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from lightning_maml.datamodules.cache import DecodedImages, read_cache, write_cache
+from lightning_maml.datamodules.messages import first_five
 from lightning_maml.datamodules.sampler import ClassImages
 
 OnCorrupt = Literal["raise", "skip"]
@@ -47,9 +49,14 @@ class CachedImageFiles:
         size: Height and width that images are resized to (by Lanczos' filter, whatever their aspect ratio), in pixels.
         on_corrupt: ``"raise"`` on a file that cannot be read, or ``"skip"`` it with a warning.
         description: Of the images, for the progress bar.
+
+    Raises:
+        FileNotFoundError: If there are no files.
     """
 
     def __init__(self, classes: ClassFiles, cache: Path, *, size: int, on_corrupt: OnCorrupt, description: str) -> None:
+        if not any(classes.values()):
+            raise FileNotFoundError(f"Expected images ({', '.join(IMG_EXTENSIONS)}) of the classes in {cache.parent} but found none.")
         self._classes, self._cache, self._size = classes, cache, size
         self._on_corrupt, self._description = on_corrupt, description
         self._source = _fingerprint(classes)
@@ -73,7 +80,9 @@ class CachedImageFiles:
         if cached is None:
             raise FileNotFoundError(f"Expected {self._cache} to hold the decoded images but it does not; call `prepare_data()` first.")
         if cached.unreadable:
-            rank_zero_warn(f"{len(cached.unreadable)} images cannot be read and are left out: {'; '.join(cached.unreadable[:5])}")
+            rank_zero_warn(
+                f"{len(cached.unreadable)} images cannot be read and are left out, until they are changed: {first_five(cached.unreadable)}"
+            )
         members = rows_of_classes(cached)
         numbers = [cached.names.index(name) for name in classes]
         return ClassImages(cached.images.permute(0, 3, 1, 2), [members[number] for number in numbers], classes)
@@ -119,26 +128,30 @@ def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, de
     unreadable: list[str] = []
     with tqdm(total=len(files), desc=description, unit="image") as bar:
         for part, problems in _in_parallel(_Chunks(files, size, mode)):
-            if problems and on_corrupt == "raise":
-                number, problem = next(iter(problems.items()))
-                raise OSError(
-                    f"Expected {files[bar.n + number]} to be an image but it cannot be read ({problem}); copy or unpack it again."
-                )
+            for number, problem in problems.items():
+                file = files[bar.n + number]
+                if on_corrupt == "raise" or not problem.is_of_the_content:
+                    raise OSError(f"Expected {file} to be an image but it cannot be read ({problem.message}); copy or unpack it again.")
+                labels[bar.n + number] = -1
+                unreadable.append(f"{file} ({problem.message})")
             images[bar.n : bar.n + len(part)] = torch.from_numpy(part)
-            labels[[bar.n + number for number in problems]] = -1
-            unreadable += [f"{files[bar.n + number]} ({problem})" for number, problem in problems.items()]
             bar.update(len(part))
     return DecodedImages(images, labels, list(classes), unreadable)
 
 
-class _Chunks(Dataset[tuple[np.ndarray, dict[int, str]]]):
+class _Problem(NamedTuple):
+    message: str
+    is_of_the_content: bool  # and not, say, of the disk or of permissions, which may be gone next time
+
+
+class _Chunks(Dataset[tuple[np.ndarray, dict[int, _Problem]]]):
     def __init__(self, files: list[Path], size: int, mode: Mode) -> None:
         self._files, self._size, self._mode = files, size, mode
 
     def __len__(self) -> int:
         return math.ceil(len(self._files) / _CHUNK)
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, dict[int, str]]:
+    def __getitem__(self, number: int) -> tuple[np.ndarray, dict[int, _Problem]]:
         """Return a chunk's images, zeros for those that cannot be read, and what is wrong with these."""
         images, problems = [], {}
         blank = np.zeros((self._size, self._size, *([3] if self._mode == "RGB" else [])), np.uint8)
@@ -147,7 +160,7 @@ class _Chunks(Dataset[tuple[np.ndarray, dict[int, str]]]):
                 images.append(read_image(file, self._size, self._mode))
             except Exception as error:  # noqa: BLE001  a damaged file makes Pillow raise OSError, SyntaxError, ValueError and others
                 images.append(blank)
-                problems[place] = str(error)
+                problems[place] = _Problem(str(error), not (isinstance(error, MemoryError) or getattr(error, "errno", None)))
         return np.stack(images), problems
 
 
@@ -155,7 +168,10 @@ def _in_parallel(chunks: _Chunks) -> DataLoader[Any]:
     """Return a loader of the chunks, with a worker per core where processes can be forked without harm, and enough to do."""
     workers = min(len(os.sched_getaffinity(0)), len(chunks) // 4) if sys.platform == "linux" else 0
     context = "fork" if workers else None  # a spawned worker would run the user's script again
-    return DataLoader(chunks, batch_size=None, collate_fn=_as_it_is, num_workers=workers, multiprocessing_context=context)
+    own_seeds = torch.Generator()  # or the first start would draw other random numbers than later ones
+    return DataLoader(
+        chunks, batch_size=None, collate_fn=_as_it_is, num_workers=workers, multiprocessing_context=context, generator=own_seeds
+    )
 
 
 def _as_it_is(chunk: Any) -> Any:
@@ -173,17 +189,25 @@ def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
 
 
 def pixels(image: Image.Image, mode: Mode, size: int | None) -> np.ndarray:
-    """Return the pixels of an image, resized unless ``size`` is None."""
+    """Return the pixels of an image, resized unless ``size`` is None.
+
+    Raises:
+        ValueError: If they have more than 8 bits, which Pillow would cut off.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of mode {image.mode} have more than 8 bits; convert them to 8")
     image = image.convert(mode)
     return np.array(image if size is None else image.resize((size, size), Image.Resampling.LANCZOS))
 
 
 def list_class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files, sorted, of each class: of each folder in ``folder``, at any depth, but for hidden ones."""
+    """Return the image files, sorted, of each class: of each folder in ``folder``, at any depth; hidden files and folders are passed over."""
     return {place.name: _images_below(place) for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")}
 
 
 def _images_below(folder: Path) -> list[Path]:
-    extensions = Image.registered_extensions()
-    places = (Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names if not name.startswith("."))
-    return sorted(file for file in places if file.suffix.lower() in extensions)
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+    return sorted(files)

@@ -159,7 +159,9 @@ def find_classes(root: Path, shares: Shares, seed: int) -> tuple[dict[str, list[
             raise FileNotFoundError(
                 f"Expected a folder of images for each class in {root}, or train, val and test with these, but found none."
             )
-        return classes, split_classes(list(classes), shares, seed)
+        names = list(classes)
+        chosen = split_classes(len(names), shares, seed)
+        return classes, {split: [names[number] for number in numbers] for split, numbers in chosen.items()}
     if len(places) < len(_SPLITS):
         raise FileNotFoundError(
             f"Expected train, val and test in {root} but got {', '.join(places)} only; or put all classes in one folder."

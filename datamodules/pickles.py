@@ -40,7 +40,7 @@ def read_pickle(file: Path) -> Any:
 
 
 def _unpickle(mapped: mmap.mmap) -> Any:
-    return _plain(_Unpickler(_Mapped(mapped), encoding="bytes").load())  # bytes: strings of Python 2 are raw data
+    return _plain(_Unpickler(_Mapped(mapped), encoding="bytes").load(), {})  # bytes: strings of Python 2 are raw data
 
 
 class _Refused(pickle.UnpicklingError):
@@ -73,6 +73,10 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C copies l
         if (module, name) not in _STAND_INS:
             raise _Refused(f"{module}.{name}")
         return _STAND_INS[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Refuse what lies outside of the pickle."""
+        raise _Refused("a persistent object")
 
     def load_build(self) -> None:
         """Set the state of a stand-in, and of nothing else."""
@@ -137,15 +141,22 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 def _text(value: Any) -> str:
-    return str(value, "latin1") if isinstance(value, (bytes, memoryview)) else str(value)
+    return value if isinstance(value, str) else str(value, "latin1")
 
 
-def _plain(value: Any) -> Any:
-    """Return the value with arrays for their stand-ins, and text for the byte strings of Python 2 among keys and items."""
-    if isinstance(value, dict):
-        return {_text(key) if isinstance(key, bytes) else key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, _Array):
-        return value.array
-    return _text(value) if isinstance(value, bytes) else value
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """Return the value with arrays for their stand-ins, lists for tuples, and text for byte strings; ``done`` holds what it shares."""
+    if id(value) not in done:
+        if isinstance(value, dict):
+            done[id(value)] = {_plain(key, done): _plain(item, done) for key, item in value.items()}
+        elif isinstance(value, (list, tuple)):
+            done[id(value)] = [_plain(item, done) for item in value]
+        elif isinstance(value, _Array):
+            done[id(value)] = value.array
+        elif isinstance(value, (str, bytes, bytearray, memoryview)):
+            done[id(value)] = _text(value)
+        elif value is None or isinstance(value, (bool, int, float)):
+            return value
+        else:
+            raise _Refused(type(value).__name__)
+    return done[id(value)]

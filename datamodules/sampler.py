@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from lightning_maml.datamodules.messages import first_five
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes
 
 TaskKey = tuple[int, ...]
@@ -137,9 +138,8 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
             steps, hessian_shots = self._resampling
             per_class = f"{steps} x ({self._shots} + {hessian_shots}) + {self._queries}"
             formula = f"train_steps x (shots + hessian_shots) + queries of split {split!r} ({per_class})"
-        names = [f"{data.names[number]} ({len(data.members[number])})" for number in small[:5] if data.names]
-        which = f", among them {', '.join(names)}" if len(names) < len(small) else f": {', '.join(names)}"
-        found = f"{len(small)} of its {len(data.members)} classes have fewer images{which if names else ''}"
+        names = [f"{data.names[number]} ({len(data.members[number])})" for number in small if data.names]
+        found = f"{len(small)} of its {len(data.members)} classes have fewer images{f': {first_five(names)}' if names else ''}"
         if small_classes == "drop":
             warnings.warn(f"Split {split!r}: {found}; without them {len(large)} classes are left.", stacklevel=5)
             return [data.members[number] for number in large]

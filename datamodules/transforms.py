@@ -35,6 +35,7 @@ class EpisodeTransforms:
             :data:`STATISTICS`; ``"none"``: images stay in 0 .. 1, as in the MAML paper. Other statistics: ``v2.Normalize`` in both lists.
 
     Raises:
+        TypeError: If ``train`` or ``test`` is no list.
         ValueError: If ``resize`` is not positive, ``vary`` or ``normalize`` unknown; when called, if images that are to be normalised do not have three channels.
     """
 
@@ -47,6 +48,11 @@ class EpisodeTransforms:
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < 1:
             raise ValueError(f"Expected `resize` to be at least 1 but got {self.resize}.")
+        for name in ("train", "test"):
+            if not isinstance(getattr(self, name), Sequence):
+                raise TypeError(
+                    f"Expected `{name}` to be a list of transforms but got {type(getattr(self, name)).__name__}; put it in a list."
+                )
         if self.vary not in ("image", "task"):
             raise ValueError(f"Expected `vary` to be 'image' or 'task' but got {self.vary!r}.")
         if self.normalize != "none" and self.normalize not in STATISTICS:

@@ -57,6 +57,7 @@ def test_mlp_flattens_its_input() -> None:
         (lambda: Conv4(1, 5, 28, downsample="mean"), "`downsample` to be 'stride', 'max' or 'avg' but got 'mean'"),
         (lambda: Conv4(1, 5, 28, activation="swish"), "`activation` to be one of .* but got 'swish'"),
         (lambda: ResNet12(3, 5, widths=(64, 0)), r"`widths\[1\]` to be at least 1 but got 0"),
+        (lambda: ResNet12(3, 5, widths=()), "`widths` to hold the filters of at least one block but it is empty"),
         (lambda: ResNet12(3, 5, downsample="stride"), "`downsample` to be 'max' or 'avg' but got 'stride'"),
         (lambda: ResNet12(3, 5, drop_block=1.0), r"`drop_block` to be at least 0 and less than 1 but got 1\.0"),
         (lambda: ResNet12(3, 5, drop_block_size=4), "`drop_block_size` to be odd but got 4"),

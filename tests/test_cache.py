@@ -41,6 +41,16 @@ def test_there_is_nothing_to_say_about_a_cache_that_is_not_there(tmp_path: Path,
     assert not recwarn.list
 
 
+class Touch:
+    """Pickles as a call that leaves a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self):
+        return Path.touch, (self._file,)
+
+
 def damaged(file: Path, kind: str) -> None:
     whole = file.read_bytes()
     if kind == "truncated":
@@ -60,7 +70,7 @@ def damaged(file: Path, kind: str) -> None:
     elif kind == "not bytes":
         write_cache(file, "photos", content()._replace(images=torch.zeros(SHAPE)))
     else:
-        torch.save({"version": 1, "source": "photos", "images": np.array([print], object)}, file)
+        torch.save({"version": 1, "source": "photos", **content()._asdict(), "unreadable": Touch(file.with_name("proof"))}, file)
 
 
 KINDS = [
@@ -74,6 +84,7 @@ def test_what_is_not_whole_or_not_of_this_source_is_not_used(file: Path, kind: s
     damaged(file, kind)
     with pytest.warns(UserWarning, match=r"images.pt is damaged or out of date and is not used"):
         assert read_cache(file, "photos", SHAPE) is None
+    assert not file.with_name("proof").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged or out of date")
@@ -119,6 +130,21 @@ def test_a_disk_that_fills_up_leaves_the_old_cache_and_nothing_else(file: Path) 
     assert "could not write them ([Errno 27] File too large)" in failed.stderr
     assert [path.name for path in file.parent.iterdir()] == ["images.pt"]
     assert same(read_cache(file, "photos", SHAPE), content())
+
+
+def test_two_that_write_at_once_leave_a_whole_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two machines with one folder do, whose processes may have the same number."""
+    file, save = tmp_path / "images.pt", torch.save
+
+    def save_while_another_writes(*arguments) -> None:
+        monkeypatch.setattr(torch, "save", save)
+        write_cache(file, "photos", content())
+        save(*arguments)
+
+    monkeypatch.setattr(torch, "save", save_while_another_writes)
+    write_cache(file, "photos", content())
+    assert same(read_cache(file, "photos", SHAPE, checksums=True), content())
+    assert [path.name for path in tmp_path.iterdir()] == ["images.pt"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="needs a user who may not write everywhere; this is root")

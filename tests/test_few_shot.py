@@ -121,6 +121,11 @@ def test_arrays_of_colour_images_are_height_width_channels() -> None:
     assert np.array_equal(read.images[0].permute(1, 2, 0), array)
 
 
+def test_floats_of_any_precision_become_single() -> None:
+    for array in (np.full((3, 8, 8), 0.5), torch.full((3, 8, 8), 0.5, dtype=torch.float16)):
+        assert datamodule(*[Items([(array, 0), (array, 1)] * 3)] * 3).class_images("train").images.dtype == torch.float32
+
+
 def test_feature_vectors_train_too() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(30, 16, generator=generator)
@@ -142,9 +147,14 @@ def test_feature_vectors_train_too() -> None:
         (
             [(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 9, 8), 0)],
             ValueError,
-            r"like its first, torch.float32 \[3, 8, 8\], but item 1 is torch.float32 \[3, 9, 8\]; give `image_size`, or resize",
+            r"like its first, torch.float32 \[3, 8, 8\], but item 1 of `train` is torch.float32 \[3, 9, 8\]; resize them by",
         ),
-        ([(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 8, 8).byte(), 0)], ValueError, r"but item 1 is torch.uint8 \[3, 8, 8\]"),
+        ([(torch.zeros(3, 8, 8), [0, 1])], TypeError, "the label of item 0 of `train` to be one whole number or a string but got list"),
+        ([(torch.zeros(3, 8, 8), torch.zeros(2))], TypeError, "one whole number or a string but got Tensor"),
+        ([(torch.zeros(3, 8, 8).long(), 0)], TypeError, "the image of item 0 of `train` to be a PIL image, .* but got torch.int64"),
+        ([("cat.jpg", 0)], TypeError, "the image of item 0 of `train` to be a PIL image, .* but got str"),
+        ([(Image.new("L", (3, 4)), 0), (Image.new("L", (4, 4)), 0)], ValueError, "give `image_size`"),
+        ([(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 8, 8).byte(), 0)], ValueError, r"but item 1 of `train` is torch.uint8 \[3, 8, 8\]"),
     ],
 )
 def test_datasets_that_do_not_fit(items: list, error: type, message: str) -> None:
@@ -159,15 +169,38 @@ def test_what_is_no_dataset_is_refused() -> None:
         datamodule(tensors(), tensors())
 
 
-def test_datasets_that_name_the_same_classes_are_refused() -> None:
-    def named(*classes: str) -> Dataset:
-        data = Items([(np.zeros((8, 8), np.uint8), 0)] * 8)
-        data.classes = list(classes)
-        return data
+def named(names: list[str], labels: range) -> Dataset:
+    data = Items([(np.full((8, 8), label, np.uint8), label) for label in labels] * 6)
+    data.classes = names
+    return data
 
-    with pytest.raises(ValueError, match=r"the splits of the datasets to share no class but 1 are both in train and in test \(owl\)"):
-        datamodule(named("cat", "owl"), named("dog"), named("owl"))
-    datamodule(named("cat", "owl"), named("dog"), tensors())
+
+def test_datasets_that_share_named_classes_are_refused() -> None:
+    names = ["cat", "dog", "owl", "elk", "bat", "ant"]
+    module = datamodule(named(names, range(2)), named(names, range(2, 4)), named(names[::-1], range(2)))
+    module.setup("test")
+    datamodule(named(names, range(2)), named(names, range(2, 4)), named(names, range(4, 6))).setup()
+    with pytest.raises(ValueError, match=r"the splits of the datasets to share no class but 1 are both in train and in test \(dog\)"):
+        datamodule(named(names, range(2)), named(names, range(2, 4)), named(names, range(1, 5))).setup()
+
+
+def test_classes_of_the_same_name_are_different_classes() -> None:
+    """As the cranes and maillots of ImageNet."""
+    module = datamodule(named(["crane", "dog"] * 10, range(20)))
+    seen = {
+        split: [int(images.images[rows[0], 0, 0, 0]) for rows in images.members]
+        for split in STREAMS
+        if (images := module.class_images(split))
+    }
+    assert sorted(label for labels in seen.values() for label in labels) == list(range(20))
+
+
+@pytest.mark.parametrize("odd", [{"features": torch.zeros(3)}, {"classes": np.zeros(3)}, {"classes": [("cat", "tabby"), ("dog",)]}])
+def test_attributes_that_only_look_like_names(odd: dict) -> None:
+    data = Items([(np.zeros((8, 8), np.uint8), number % 2) for number in range(12)])
+    for name, value in odd.items():
+        setattr(data, name, value)
+    assert len(datamodule(data).class_images("train").members) > 0
 
 
 def test_rotations_need_square_images() -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from lightning_maml.datamodules import ImageFolderDataModule
 from lightning_maml.datamodules.class_splits import split_classes
+from lightning_maml.datamodules.image_files import read_image
 
 
 def write_class(place: Path, count: int, color: int, suffix: str = ".png") -> None:
@@ -77,10 +78,10 @@ def test_a_tree_without_splits_is_shared_out_by_class(tree: Path) -> None:
 
 
 def test_the_split_depends_on_its_seed_and_on_the_names_alone(tree: Path) -> None:
-    names = [f"class {number}" for number in range(50)]
-    one = split_classes(names, (0.6, 0.2, 0.2), 0)
-    assert one == split_classes(names, (0.6, 0.2, 0.2), 0)
-    assert one != split_classes(names, (0.6, 0.2, 0.2), 1)
+    one = split_classes(50, (0.6, 0.2, 0.2), 0)
+    assert one == split_classes(50, (0.6, 0.2, 0.2), 0)
+    assert one != split_classes(50, (0.6, 0.2, 0.2), 1)
+    assert sorted(number for part in one.values() for number in part) == list(range(50))
     assert [len(part) for part in one.values()] == [30, 10, 10]
     first, second = prepared(tree), prepared(tree, seed=5, image_size=8)
     assert first.class_images("test").names == second.class_images("test").names
@@ -96,6 +97,9 @@ def test_images_of_a_class_may_lie_deeper(tree: Path) -> None:
         file.rename(place / "a" / "b" / file.name)
     (place / ".hidden.png").write_bytes(b"")
     (place / "notes.txt").write_text("seen in May")
+    (place / ".ipynb_checkpoints").mkdir()
+    shutil.copy(place / "a" / "b" / "000.bmp", place / ".ipynb_checkpoints" / "000-checkpoint.bmp")
+    (place / "a" / "loop").symlink_to(place)
     module = prepared(tree)
     assert [len(rows) for name, rows in _classes(module) if name == "species 03"] == [9]
 
@@ -113,6 +117,36 @@ def test_images_of_any_mode_become_rgb(split_tree: Path, mode: str) -> None:
     images = prepared(split_tree).class_images("test")
     first = images.members[list(images.names).index("test/class 8")][0]
     assert images.images[first].min() > 250
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(split_tree: Path, mode: str) -> None:
+    (split_tree / "test" / "class 8" / "000.png").unlink()
+    Image.new(mode, (30, 30), 300).save(split_tree / "test" / "class 8" / "000.tif")
+    with pytest.raises(OSError, match=rf"000.tif to be an image but .* mode {mode}\S* have more than 8 bits; convert them to 8"):
+        datamodule(split_tree).prepare_data()
+
+
+def test_no_flipped_bit_of_an_image_with_checksums_gets_through(tmp_path: Path) -> None:
+    file = tmp_path / "image.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 2, (40, 40)).astype(bool)).save(file)
+    content, whole, refused = file.read_bytes(), read_image(file, 28, "L"), 0
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        file.write_bytes(damaged)
+        try:
+            assert np.array_equal(read_image(file, 28, "L"), whole), position
+        except (OSError, SyntaxError, ValueError):
+            refused += 1
+    assert refused > 0.9 * len(content)
+
+
+def test_trees_without_images_say_so(split_tree: Path) -> None:
+    for file in split_tree.rglob("*.png"):
+        file.rename(file.with_suffix(".txt"))
+    with pytest.raises(FileNotFoundError, match=r"Expected images \(.jpg, .*\) of the classes in .*photos but found none"):
+        datamodule(split_tree).prepare_data()
 
 
 def test_what_is_no_tree_is_said(tmp_path: Path, split_tree: Path, tree: Path) -> None:
@@ -136,9 +170,7 @@ def test_splits_that_share_a_class_are_refused(split_tree: Path) -> None:
 def test_small_classes(tree: Path) -> None:
     with pytest.raises(ValueError, match=r"split 'train' \(2 \+ 6\) to be at most 6, .* species \d\d \(\d\).*; leave these out by small"):
         prepared(tree, queries=6)
-    with pytest.warns(
-        UserWarning, match=r"Split 'train': \d of its 16 classes have fewer images, among them species .*; without them \d+ classes"
-    ):
+    with pytest.warns(UserWarning, match=r"Split 'train': \d of its 16 classes have fewer images: species .*; without them \d+ classes"):
         module = prepared(tree, queries=6, ways=2, small_classes="drop")
     for _ in range(20):
         assert next(iter(module.train_dataloader())).query_x.shape == (2, 12, 3, 16, 16)

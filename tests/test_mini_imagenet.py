@@ -1,6 +1,7 @@
 """mini-ImageNet: six layouts, the same episodes; and what is wrong with files is said."""
 
 import csv
+import errno
 import os
 import pickle
 import shutil
@@ -120,6 +121,27 @@ def test_ravis_list_with_a_folder_per_class_and_originals_of_other_sizes(images:
     Image.new("RGB", (500, 375), (10, 200, 30)).save(file)
     read = prepared(tmp_path).class_images("val")
     assert (read.images[read.members[0][0]].float() - torch.tensor([10.0, 200, 30])[:, None, None]).abs().max() < 3
+
+
+def test_one_of_several_folders_has_to_be_chosen(layouts: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("cub", "miniimagenet"):
+        shutil.copytree(layouts["HDF5 files"] / "miniimagenet", tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"one folder in .* like mini-ImageNet but got .*/cub, .*/miniimagenet; give one of them as `root`"
+    ):
+        datamodule(tmp_path).prepare_data()
+    prepared(tmp_path / "miniimagenet")
+
+
+def test_the_first_start_draws_the_same_random_numbers_as_later_ones(copy_of: Callable[[str], Path]) -> None:
+    root = copy_of("class folders")
+
+    def drawn() -> float:
+        torch.manual_seed(0)
+        prepared(root)
+        return float(torch.rand(1))
+
+    assert drawn() == drawn()
 
 
 def test_nothing_found_says_what_to_look_for_and_where(tmp_path: Path) -> None:
@@ -243,7 +265,7 @@ REN, GIDARIS = "mini-imagenet-cache-test.pkl", "miniImageNet_category_split_test
         (
             "category-split pickles",
             pickled(GIDARIS, {"data": pixels(2, 84, 84, 3), "labels": ["a", "b"]}),
-            "one whole number for each image",
+            "'labels' .* lists of whole numbers",
         ),
         (
             "category-split pickles",
@@ -268,6 +290,12 @@ def rewritten(change: Callable[[h5py.File], None]) -> Callable[[Path], None]:
     return damage
 
 
+def replace_class_by_a_group(content: h5py.File) -> None:
+    name = next(iter(content["datasets"]))
+    del content["datasets"][name]
+    content["datasets"].create_group(name)
+
+
 def replace_class(content: h5py.File) -> None:
     name = next(iter(content["datasets"]))
     del content["datasets"][name]
@@ -281,6 +309,7 @@ def replace_class(content: h5py.File) -> None:
             rewritten(replace_class),
             r"the images of class n0\d+ of .*test_data.hdf5 to be uint8 \[N, 84, 84, 3\] but got uint8 \[21, 84, 90, 3\]",
         ),
+        (rewritten(replace_class_by_a_group), r"the images of class n0\d+ of .* but got Group"),
         (rewritten(lambda content: content.move("datasets", "data")), "a whole HDF5 file with a group 'datasets' but it is not"),
         (lambda file: file.write_bytes(file.read_bytes()[:5000]), "a whole HDF5 file with a group 'datasets' but it is not"),
         (lambda file: file.write_bytes(b"nothing"), "a whole HDF5 file with a group 'datasets' but it is not"),
@@ -324,6 +353,18 @@ def test_rows_without_files_are_counted_and_named(copy_of: Callable[[str], Path]
         datamodule(root).prepare_data()
 
 
+def test_names_and_fields_that_are_too_long(copy_of: Callable[[str], Path]) -> None:
+    root = copy_of("CSV lists of Ravi & Larochelle")
+    with (root / "val.csv").open("a") as stream:
+        stream.write(f"{'x' * 300}.jpg,{CLASSES['val'][0]}\n")
+    with pytest.raises(FileNotFoundError, match=r"but 1 are missing: xxx"):
+        datamodule(root).prepare_data()
+    with (root / "val.csv").open("a") as stream:
+        stream.write(f"{'x' * 200_000}.jpg,{CLASSES['val'][0]}\n")
+    with pytest.raises(ValueError, match=r"val.csv to be a CSV file but it cannot be read \(field larger"):
+        datamodule(root).prepare_data()
+
+
 def test_an_unknown_header_is_shown(copy_of: Callable[[str], Path]) -> None:
     root = copy_of("CSV lists of Ravi & Larochelle")
     (root / "val.csv").write_text("file,wnid\na.jpg,n01\n")
@@ -352,7 +393,7 @@ def test_truncated_images_are_skipped_when_asked(copy_of: Callable[[str], Path],
     root = copy_of("class folders")
     names = [cut_image(root, number).name for number in (5, 9)]
     for _ in range(2):  # decoded, then from the cache
-        with pytest.warns(UserWarning, match=rf"2 images cannot be read and are left out: .*{names[0]} .*; .*{names[1]} "):
+        with pytest.warns(UserWarning, match=rf"2 images cannot be read and are left out, .*{names[0]} .*, .*{names[1]} "):
             module = prepared(root, on_corrupt="skip", queries=10)
         assert [len(rows) for rows in module.class_images("train").members] == [21, 19, *[21] * 62]
     with pytest.raises(OSError, match=names[0]):
@@ -361,6 +402,15 @@ def test_truncated_images_are_skipped_when_asked(copy_of: Callable[[str], Path],
     kept = [number for number in range(21) if number not in (5, 9)]
     read = module.class_images("train")
     assert torch.equal(read.images[read.members[1]], whole.images[whole.members[1][kept]])
+
+
+def test_files_that_cannot_be_opened_now_are_not_skipped(copy_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skipping lasts until the file changes; what a disk or the memory lacks for a moment is no reason."""
+    root = copy_of("class folders")
+    for error in (OSError(errno.EIO, "Input/output error"), MemoryError()):
+        monkeypatch.setattr(image_files, "read_image", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(OSError, match="to be an image but it cannot be read"):
+            datamodule(root, on_corrupt="skip").prepare_data()
 
 
 def decoded_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -415,7 +465,12 @@ def test_the_old_cache_stays_until_the_new_one_is_whole(copy_of: Callable[[str],
     with pytest.warns(UserWarning, match="out of date"), pytest.raises(OSError, match="cannot be read"):
         datamodule(root).prepare_data()
     assert (root / "mini_imagenet_84.pt").stat().st_ino == inode
-    assert len(first_batches(old)) == 12, "and a process that had it mapped goes on"
+    before = old.class_images("val").images
+    expected = before.clone()
+    with pytest.warns(UserWarning, match="out of date"):
+        datamodule(root, on_corrupt="skip").prepare_data()
+    assert (root / "mini_imagenet_84.pt").stat().st_ino != inode
+    assert torch.equal(before, expected), "who had it mapped goes on"
 
 
 def test_processes_that_only_set_up_find_what_another_prepared(layouts: dict[str, Path], copy_of: Callable[[str], Path]) -> None:

@@ -130,6 +130,21 @@ def test_a_pickle_cut_short_says_so(tmp_path: Path, kept: int, protocol: int) ->
         read_pickle(write(tmp_path / "a.pkl", whole[:kept]))
 
 
+def test_what_shares_its_parts_takes_no_time(tmp_path: Path) -> None:
+    shared: list = []
+    for _ in range(200):
+        shared = [shared, shared]
+    assert len(read_pickle(write(tmp_path / "a.pkl", pickle.dumps(shared)))) == 2
+
+
+def test_persistent_objects_and_stand_ins_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="containers only but got a persistent object"):
+        read_pickle(write(tmp_path / "a.pkl", b"Pelsewhere\n."))
+    for name in ("ndarray", "dtype"):
+        with pytest.raises(ValueError, match="containers only but got type"):
+            read_pickle(write(tmp_path / "a.pkl", f"cnumpy\n{name}\n.".encode()))
+
+
 def test_what_contains_itself_is_refused(tmp_path: Path) -> None:
     loop: list = []
     loop.append(loop)

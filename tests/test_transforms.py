@@ -105,6 +105,11 @@ def test_unknown_words_are_refused(argument: str, message: str) -> None:
         EpisodeTransforms(**{argument: "both"})
 
 
+def test_a_transform_that_is_not_in_a_list_is_refused() -> None:
+    with pytest.raises(TypeError, match="`train` to be a list of transforms but got Compose; put it in a list"):
+        EpisodeTransforms(train=v2.Compose([v2.RandomHorizontalFlip()]))
+
+
 class Means(Callback):
     """Keeps the means of the images that a module gets."""
 
