@@ -26,6 +26,16 @@ def test_an_episode_shows_every_class_with_its_predictions_before_and_after() ->
     assert len(small.axes) == 2 * (1 + 1)
 
 
+def test_normalised_images_are_shown_within_their_range() -> None:
+    task = Episodes(*(tensor[0] for tensor in make_episodes(tasks=1, shots=1, queries=1)))
+    colours = (task.support_x.expand(-1, 3, -1, -1) - 0.45) / 0.25
+    figure = draw_episode(task._replace(support_x=colours), torch.zeros(1, 3).long(), max_classes=1, max_images=1)
+    shown = torch.tensor(figure.axes[0].images[0].get_array())
+    assert 0 <= shown.min() < shown.max() <= 1
+    stretched = (colours[0] - colours[0].min()) / (colours[0].max() - colours[0].min())
+    torch.testing.assert_close(shown, stretched.permute(1, 2, 0).float(), atol=1e-6, rtol=0)
+
+
 def test_the_adaptation_curve_shows_means_and_intervals() -> None:
     figure = draw_adaptation(Estimate(torch.tensor([0.2, 0.8, 0.9]), torch.tensor([0.02, 0.01, 0.01]), 600), "accuracy")
     axes = figure.axes[0]

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -59,7 +58,7 @@ def draw_episode(task: Episodes, predictions: Tensor, max_classes: int, max_imag
     """Draw one task: a row per class with its support images, then its query images with what they were taken for.
 
     Args:
-        task: One task, ``Episodes`` without the leading ``T``, on the CPU; images in 0 .. 1.
+        task: One task, ``Episodes`` without the leading ``T``, on the CPU; images in 0 .. 1, or normalised.
         predictions: Predicted classes of the query images after 0 .. K steps, ``[K + 1, Q]``.
         max_classes: Rows at most.
         max_images: Support and query images per row at most.
@@ -103,8 +102,8 @@ def _show(axes: Axes, image: Tensor, title: str, color: str = "black") -> None:
     image = image.float()
     if len(image) != 3:  # one channel is ink on paper; others have no colours of their own
         image = 1 - image.mean(0).expand(3, -1, -1)
-    pixels = image.permute(1, 2, 0)
-    axes.imshow(torch.clamp(pixels, 0, 1))
+    low, high = min(float(image.min()), 0.0), max(float(image.max()), 1.0)  # beyond 0 .. 1 where images were normalised
+    axes.imshow((image.permute(1, 2, 0) - low) / (high - low))
     axes.set_title(title, fontsize=9, color=color)
 
 
