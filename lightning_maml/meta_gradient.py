@@ -47,7 +47,7 @@ def pull_back(
     ``v = grad q(w_N)``, then ``v <- v - alpha H_j v`` for ``j = N-1 .. 0``: the product of Ji et al. 2022, eqs. 7 (H_j on D_j) and 12
     (H_j on the support set), applied from its last factor to its first. One step is Algorithms 1-3 of Fallah et al. 2020; without
     curvature (``product`` None) ``v`` stays as it is (eq. 8). Memory: the N + 1 points of the path and one graph at a time; where N = 1 the
-    step's graph is kept beside the query loss's, which saves a fifth of the time.
+    step's graph is kept beside the query loss's, which saves some 15 % of the time (3 % it would be with N = 5).
     """
     reusable = product is exact and losses.hessian is None and len(losses.support) == 1
     path, descended = inner_path(losses.support, objective, w, inner_lr, keep_last_graph=reusable)
