@@ -94,6 +94,8 @@ class ResNet12(nn.Module):
         drop_block_size: int = 5,
     ) -> None:
         super().__init__()
+        if not widths:
+            raise ValueError("Expected `widths` to hold the filters of at least one block but it is empty.")
         _check_positive(
             in_channels=in_channels, ways=ways, drop_block_size=drop_block_size, **{f"widths[{i}]": width for i, width in enumerate(widths)}
         )
