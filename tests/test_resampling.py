@@ -176,7 +176,7 @@ def test_a_datamodule_draws_different_images_for_every_batch() -> None:
 def test_a_split_too_small_for_fresh_batches_is_refused() -> None:
     data = GlyphsDataModule(shots=2, queries=1, regime="resampling", train_steps=5)
     with pytest.raises(
-        ValueError, match=r"train_steps x \(shots \+ hessian_shots\) \+ queries .* at most 20.* but got 5 x \(2 \+ 2\) \+ 1"
+        ValueError, match=r"train_steps x \(shots \+ hessian_shots\) \+ queries of split 'train' \(5 x \(2 \+ 2\) \+ 1\) to be at most 20"
     ):
         data.setup("fit")
     with pytest.raises(ValueError, match="Expected `regime` to be 'finite_sum' or 'resampling' but got 'fresh'"):
