@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lightning_maml.datamodules.messages import first_five
 from lightning_maml.datamodules.pickles import read_pickle
 from lightning_maml.datamodules.sampler import ClassImages
 
@@ -56,7 +57,7 @@ def _entries(file: Path, content: Any, *names: str) -> list[Any]:
     _check_dictionary(str(file), content)
     if not set(names) <= set(content):
         raise ValueError(
-            f"Expected {file} to hold {' and '.join(map(repr, names))} but it holds {', '.join(map(repr, content)) or 'nothing'}."
+            f"Expected {file} to hold {' and '.join(map(repr, names))} but it holds {first_five([*map(repr, content)]) or 'nothing'}."
         )
     return [content[name] for name in names]
 

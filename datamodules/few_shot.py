@@ -122,7 +122,8 @@ class FewShotDataModule(EpisodicDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the datasets that ``stage`` needs, and check that they share no class, where these have names."""
         super().setup(stage)
-        named = {name: images.names for name, images in self._images.items() if images.names and not images.names[0].isdigit()}
+        # numbers are no names: each dataset may count its classes from 0
+        named = {name: images.names for name, images in self._images.items() if not images.names[0].isdigit()}
         check_disjoint(named, "the datasets")
 
     def class_images(self, split: str) -> ClassImages:
