@@ -130,7 +130,9 @@ def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, de
         for part, problems in _in_parallel(_Chunks(files, size, mode)):
             for number, problem in problems.items():
                 file = files[bar.n + number]
-                if on_corrupt == "raise" or not problem.is_of_the_content:
+                if not problem.is_of_the_content:
+                    raise OSError(f"Expected to read {file} but {problem.message}; see to that and start again.")
+                if on_corrupt == "raise":
                     raise OSError(f"Expected {file} to be an image but it cannot be read ({problem.message}); copy or unpack it again.")
                 labels[bar.n + number] = -1
                 unreadable.append(f"{file} ({problem.message})")
@@ -160,7 +162,9 @@ class _Chunks(Dataset[tuple[np.ndarray, dict[int, _Problem]]]):
                 images.append(read_image(file, self._size, self._mode))
             except Exception as error:  # noqa: BLE001  a damaged file makes Pillow raise OSError, SyntaxError, ValueError and others
                 images.append(blank)
-                problems[place] = _Problem(str(error), not (isinstance(error, MemoryError) or getattr(error, "errno", None)))
+                problems[place] = _Problem(
+                    str(error) or type(error).__name__, not (isinstance(error, MemoryError) or getattr(error, "errno", None))
+                )
         return np.stack(images), problems
 
 
