@@ -1,7 +1,7 @@
 """The papers' predictions P1 to P12, each checked by one function."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -462,15 +462,15 @@ class Counting(AutogradObjective):
 
     gradients = products = 0
 
-    def value_and_gradient(self, w: Params) -> tuple[Tensor, Any, Params]:
+    def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
         """Count and return."""
         Counting.gradients += 1
-        return super().value_and_gradient(w)
+        return super().value_and_gradient(w, names)
 
-    def gradient(self, w: Params, *, keep_graph: bool = False) -> Params:
+    def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
         """Count (without keeping a graph, ``value_and_gradient`` does) and return."""
         Counting.gradients += keep_graph
-        return super().gradient(w, keep_graph=keep_graph)
+        return super().gradient(w, names, keep_graph=keep_graph)
 
     def hessian_vector_product(self, w: Params, v: Params) -> Params:
         """Count and return."""
@@ -487,7 +487,7 @@ def cost() -> Finding:
         for steps in many:
             Counting.gradients = Counting.products = 0
             losses = task_losses(quadratic_loss, task, steps, None, False, None)
-            pull_back(losses, Counting, {"w": vector(4, 3)}, 0.01, hessian_vector_product(curvature))
+            pull_back(losses, Counting, {"w": vector(4, 3)}, [{"w": 0.01}] * steps, hessian_vector_product(curvature))
             counts[curvature].append((Counting.gradients, Counting.products))
     expected = {
         "exact": [(n + 1, n) for n in many],

@@ -2,17 +2,24 @@
 
 from lightning_maml.adapt import AdaptationCurve as AdaptationCurve
 from lightning_maml.adapt import adaptation_curve as adaptation_curve
+from lightning_maml.algorithms import ANIL as ANIL
+from lightning_maml.algorithms import BOIL as BOIL
+from lightning_maml.algorithms import FOMAML as FOMAML
+from lightning_maml.algorithms import HFMAML as HFMAML
+from lightning_maml.algorithms import LSLR as LSLR
+from lightning_maml.algorithms import MAMLPlusPlus as MAMLPlusPlus
+from lightning_maml.algorithms import MetaSGD as MetaSGD
+from lightning_maml.algorithms import Reptile as Reptile
 from lightning_maml.backbones import MLP as MLP
 from lightning_maml.backbones import Conv4 as Conv4
 from lightning_maml.backbones import ResNet12 as ResNet12
 from lightning_maml.callbacks import AdaptiveMetaStepsize as AdaptiveMetaStepsize
 from lightning_maml.callbacks import StationarityMonitor as StationarityMonitor
+from lightning_maml.deploy import AdaptedNetworks as AdaptedNetworks
 from lightning_maml.episodes import Episodes as Episodes
 from lightning_maml.episodes import ResampledEpisodes as ResampledEpisodes
 from lightning_maml.meta_gradient import MetaGradient as MetaGradient
 from lightning_maml.meta_gradient import meta_gradient as meta_gradient
-from lightning_maml.module import FOMAML as FOMAML
-from lightning_maml.module import HFMAML as HFMAML
 from lightning_maml.module import MAML as MAML
 
 __version__ = "0.1.0"

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
-from lightning_maml.functional import Params, axpy, differentiable
+from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
+from lightning_maml.functional import Params, differentiable
 from lightning_maml.objective import AutogradObjective, BatchLoss, FunctionalObjective, Objective
+from lightning_maml.rates import InnerRates, Rates, descend, learned, rates_of_steps, without_graph
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 Loss = Callable[[Params, Tensor, Tensor], Any]
@@ -51,10 +52,24 @@ class AdaptationCurve(NamedTuple):
     aux: Any
 
 
+class InnerPath(NamedTuple):
+    """What the inner loop leaves.
+
+    Attributes:
+        points: w_0 .. w_N.
+        objectives: The N objectives descended on.
+        gradients: Their gradients where a rate is learned, empty elsewhere.
+    """
+
+    points: list[Params]
+    objectives: list[Objective]
+    gradients: list[Params]
+
+
 def inner_path(
-    support: Sequence[LossAt], objective: type[Objective], w: Params, inner_lr: float, *, keep_last_graph: bool = False
-) -> tuple[list[Params], list[Objective]]:
-    """Return ``w_0 .. w_N`` with ``w_{j+1} = w_j - alpha grad l(w_j; S_j)``, and the objectives descended on.
+    support: Sequence[LossAt], objective: type[Objective], w: Params, rates: Sequence[Rates], *, keep_last_graph: bool = False
+) -> InnerPath:
+    """Take the steps ``w_{j+1} = w_j - A_j grad l(w_j; S_j)``.
 
     Ji et al. 2022, eqs. 6 (fresh S_j), 9 and 11 (always the support set); Fallah et al. 2020, eq. 4 (one step).
 
@@ -62,15 +77,17 @@ def inner_path(
         support: One batch per step.
         objective: How to differentiate.
         w: The meta-parameters ``w_0``.
-        inner_lr: alpha.
+        rates: A_j for each step.
         keep_last_graph: Keep the last gradient's graph for a Hessian-vector product at ``w_{N-1}``.
     """
-    path, objectives = [w], []
-    for j, loss_at in enumerate(support):
-        objectives.append(objective(loss_at(path[j])))
-        gradient = objectives[j].gradient(path[j], keep_graph=keep_last_graph and j == len(support) - 1)
-        path.append(axpy(-inner_lr, gradient, path[j]))
-    return path, objectives
+    path = InnerPath([w], [], [])
+    for j, (loss_at, rates_j) in enumerate(zip(support, rates, strict=True)):
+        w = path.points[j]
+        path.objectives.append(objective(loss_at(w)))
+        gradient = path.objectives[j].gradient(w, rates_j.keys(), keep_graph=keep_last_graph and j == len(support) - 1)
+        path.points.append(descend(w, rates_j, gradient))
+        path.gradients.append(gradient if learned(rates_j) else {})
+    return path
 
 
 def adaptation_curve(
@@ -78,7 +95,7 @@ def adaptation_curve(
     params: Params,
     episodes: AnyEpisodes,
     *,
-    inner_lr: float,
+    inner_lr: InnerRates,
     steps: int,
     query_loss: QueryLoss | None = None,
     has_aux: bool = False,
@@ -91,7 +108,8 @@ def adaptation_curve(
     Works in any grad mode, inference mode included. The arguments are those of :func:`lightning_maml.meta_gradient`; of
     ``ResampledEpisodes`` the first ``steps`` support batches are used.
     """
-    check_inner_loop(inner_lr, steps)
+    check_step_count(steps)
+    rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)
     if isinstance(episodes, ResampledEpisodes) and steps > episodes.support_x.shape[1]:
         raise ValueError(f"Expected `steps` to be at most {episodes.support_x.shape[1]}, the support batches of a task, but got {steps}.")
@@ -100,16 +118,61 @@ def adaptation_curve(
     with torch.inference_mode(False), torch.no_grad():
         episodes = type(episodes)(*map(differentiable, episodes))
         params = {name: differentiable(tensor) for name, tensor in params.items()}
+        rates = without_graph(rates)
 
         def judge(task: AnyEpisodes) -> AdaptationCurve:
             losses = task_losses(loss, task, steps, query_loss, has_aux, sample)
-            path, _ = inner_path(losses.support, objective, params, inner_lr)
-            values, aux = zip(*(losses.query(w)(w) for w in path), strict=True)
+            points = inner_path(losses.support, objective, params, rates).points
+            values, aux = zip(*(losses.query(w)(w) for w in points), strict=True)
             return AdaptationCurve(torch.stack(values), tree_map(lambda *leaves: torch.stack(leaves), *aux))
 
         chunks = list(map_tasks(judge, episodes, tasks=tasks, chunk_size=chunk_size))
     curve: AdaptationCurve = cat_chunks(chunks)
     return curve
+
+
+def adapted_parameters(
+    loss: Loss,
+    params: Params,
+    support_x: Tensor,
+    support_y: Tensor,
+    *,
+    inner_lr: InnerRates,
+    steps: int,
+    tasks: TaskExecution = "loop",
+    chunk_size: int | None = None,
+) -> Params:
+    """Return ``w_N`` of each task, ``[T, ...]``: the parameters that adapt, that is, those which have a rate.
+
+    Args:
+        loss: ``loss(params, x, y)``, the mean loss of one task's support set as a scalar tensor.
+        params: The meta-parameters.
+        support_x: Inputs of the support sets, ``[T, S, ...]``.
+        support_y: Their labels or targets, ``[T, S, ...]``.
+        inner_lr: As in :func:`lightning_maml.meta_gradient`.
+        steps: N.
+        tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`.
+        chunk_size: Tasks vectorised at once by ``"vmap"``.
+    """
+    check_step_count(steps)
+    rates = rates_of_steps(inner_lr, params, max(steps, 1))
+    check_episodes(Episodes(support_x, support_y, support_x, support_y))
+    objective = objective_for(tasks)
+
+    with torch.inference_mode(False), torch.no_grad():
+        support_x, support_y = differentiable(support_x), differentiable(support_y)
+        params = {name: differentiable(tensor) for name, tensor in params.items()}
+        rates = without_graph(rates)
+        names = {name: None for of_step in rates for name in of_step}
+
+        def last_point(task: Episodes) -> Params:
+            losses = task_losses(loss, task, steps, None, False, None)
+            w = inner_path(losses.support, objective, params, rates[:steps]).points[-1]
+            return {name: w[name] for name in names}
+
+        support = Episodes(support_x, support_y, support_x[:, :0], support_y[:, :0])
+        adapted: Params = cat_chunks(list(map_tasks(last_point, support, tasks=tasks, chunk_size=chunk_size)))
+    return adapted
 
 
 def objective_for(tasks: TaskExecution) -> type[Objective]:
@@ -149,14 +212,12 @@ def cat_chunks(chunks: Sequence[Any]) -> Any:
     return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *chunks)
 
 
-def check_inner_loop(inner_lr: float, steps: int, name: str = "steps") -> None:
-    """Check the inner rate and the number of steps.
+def check_step_count(steps: int, name: str = "steps") -> None:
+    """Check the number of inner steps.
 
     Raises:
-        ValueError: If the rate is negative or not finite, or the number of steps is negative.
+        ValueError: If it is negative.
     """
-    if not 0 <= inner_lr < float("inf"):
-        raise ValueError(f"Expected `inner_lr` to be a finite number of at least 0 but got {inner_lr}.")
     if steps < 0:
         raise ValueError(f"Expected `{name}` to be at least 0 but got {steps}.")
 

@@ -20,8 +20,9 @@ from lightning_maml.curvature import default_probe_radius
 from lightning_maml.datamodules import EpisodicDataModule
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.functional import axpy, norm
-from lightning_maml.module import MAML, kinks
+from lightning_maml.module import MAML
 from lightning_maml.report import Adaptive, Settings, report
+from lightning_maml.smooth import kinks
 from lightning_maml.theory import paper_scale
 
 

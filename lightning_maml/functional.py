@@ -13,8 +13,8 @@ def differentiable(tensor: Tensor) -> Tensor:
 
 
 def axpy(a: float | Tensor, x: Params, y: Params) -> Params:
-    """Return ``a x + y``."""
-    return {name: y[name] + a * x[name] for name in y}
+    """Return ``a x + y``, where ``x`` is zero in the parameters that it lacks."""
+    return {name: y[name] + a * x[name] if name in x else y[name] for name in y}
 
 
 def norm(x: Params) -> Tensor:

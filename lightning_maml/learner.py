@@ -68,7 +68,7 @@ class Learner:
 
     def _copy_of_this_thread(self) -> nn.Module:
         if not hasattr(self._own, "network"):
-            self._own.network = _structural_copy(self._network)
+            self._own.network = structural_copy(self._network)
             self._own.norms = []
             for module in self._own.network.modules():
                 if isinstance(module, _BatchNorm) and not (self._batch_norm == "running" and not module.training):
@@ -104,7 +104,8 @@ class _TaskNorm:
         return y * weight.view(per_channel) + bias.view(per_channel)
 
 
-def _structural_copy(network: nn.Module) -> nn.Module:
+def structural_copy(network: nn.Module) -> nn.Module:
+    """Return other module objects over the same tensors."""
     attributes = (value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor))
     return copy.deepcopy(network, memo={id(tensor): tensor for tensor in chain(network.parameters(), network.buffers(), attributes)})
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_maml.adapt import Loss, QueryLoss, check_inner_loop, check_steps, inner_path, objective_for, task_losses
+from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_steps, inner_path, objective_for, task_losses
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable, dot, norm, scaled
 from lightning_maml.objective import AutogradObjective, BatchLoss, twice_differentiable
+from lightning_maml.rates import rates_of_steps
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 PlainLoss = Callable[[Params], Tensor]
@@ -280,15 +281,15 @@ class Probe:
         Returns:
             The two; nan where a loss along the path is not finite.
         """
-        check_inner_loop(inner_lr, steps)
+        check_step_count(steps)
+        rates = rates_of_steps(inner_lr, self._params, steps)
         if isinstance(self._episodes, ResampledEpisodes) and steps:
             check_steps(self._episodes, steps)
 
         def of_one_task(task: AnyEpisodes) -> Tensor:
             losses = task_losses(self._loss, task, steps, self._query_loss, self._has_aux, None)
-            path, _ = inner_path(losses.support, AutogradObjective, self._params, inner_lr)
             found = []
-            for w in path:
+            for w in inner_path(losses.support, AutogradObjective, self._params, rates).points:
                 for batch_loss in map(_value, self._losses(task)):
                     largest = smoothness(batch_loss, w, tolerance=tolerance, seed=self._seed)
                     third = hessian_lipschitz(batch_loss, w, leading=largest, restarts=restarts, tolerance=tolerance, seed=self._seed)

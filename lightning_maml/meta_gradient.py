@@ -1,5 +1,6 @@
 """The meta-gradient: the gradient of the query loss after N inner steps, pulled back to the meta-parameters one step at a time."""
 
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from lightning_maml.adapt import (
     Sample,
     TaskLosses,
     cat_chunks,
-    check_inner_loop,
+    check_step_count,
     check_steps,
     inner_path,
     objective_for,
@@ -20,8 +21,9 @@ from lightning_maml.adapt import (
 )
 from lightning_maml.curvature import CurvatureName, HessianVectorProduct, exact, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
-from lightning_maml.functional import Params, axpy, differentiable
+from lightning_maml.functional import Params, axpy, differentiable, dot, scaled
 from lightning_maml.objective import Objective, twice_differentiable
+from lightning_maml.rates import InnerRates, Rates, applied, gradient_of_rates, rates_of_steps, without_graph
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 
@@ -32,31 +34,49 @@ class MetaGradient(NamedTuple):
         grad: Mean over the tasks, shaped like the parameters.
         query_loss: Query loss of each task after adaptation, ``[T]``.
         aux: What the loss function gave beside the query loss, each tensor ``[T, ...]``; empty without ``has_aux``.
+        inner_lr: For each step the gradient of the inner rates that are tensors, mean over the tasks, shaped like these.
     """
 
     grad: Params
     query_loss: Tensor
     aux: Any
+    inner_lr: list[Params]
 
 
 def pull_back(
-    losses: TaskLosses, objective: type[Objective], w: Params, inner_lr: float, product: HessianVectorProduct | None
+    losses: TaskLosses,
+    objective: type[Objective],
+    w: Params,
+    rates: Sequence[Rates],
+    product: HessianVectorProduct | None,
+    step_weights: Sequence[float] | None = None,
 ) -> MetaGradient:
     """Return one task's meta-gradient.
 
-    ``v = grad q(w_N)``, then ``v <- v - alpha H_j v`` for ``j = N-1 .. 0``: the product of Ji et al. 2022, eqs. 7 (H_j on D_j) and 12
+    ``v = grad q(w_N)``, then ``v <- v - H_j A_j v`` for ``j = N-1 .. 0``: the product of Ji et al. 2022, eqs. 7 (H_j on D_j) and 12
     (H_j on the support set), applied from its last factor to its first. One step is Algorithms 1-3 of Fallah et al. 2020; without
-    curvature (``product`` None) ``v`` stays as it is (eq. 8). Memory: the N + 1 points of the path and one graph at a time; where N = 1 the
-    step's graph is kept beside the query loss's, which saves some 15 % of the time (3 % it would be with N = 5).
+    curvature (``product`` None) ``v`` stays as it is (eq. 8). The papers' A_j is alpha times the identity; with other rates it is what
+    meets H_j first, so that a parameter that does not adapt still gets the mixed terms of those that do. ``step_weights`` add the query
+    gradients on the way. Memory: the N + 1 points of the path (with learned rates N gradients as well) and one graph at a time; where
+    N = 1 the step's graph is kept beside the query loss's, which saves some 15 % of the time (3 % it would be with N = 5).
     """
     reusable = product is exact and losses.hessian is None and len(losses.support) == 1
-    path, descended = inner_path(losses.support, objective, w, inner_lr, keep_last_graph=reusable)
-    query_loss, aux, v = objective(losses.query(path[-1])).value_and_gradient(path[-1])
-    if product is not None:
-        for j in reversed(range(len(losses.support))):
-            curved = descended[j] if losses.hessian is None else objective(losses.hessian[j](path[j]))
-            v = axpy(-inner_lr, product(curved, path[j], v), v)
-    return MetaGradient(v, query_loss, aux)
+    path = inner_path(losses.support, objective, w, rates, keep_last_graph=reusable)
+    w_N = path.points[-1]
+    query_loss, aux, v = objective(losses.query(w_N)).value_and_gradient(w_N)
+    on_the_way = [0.0, *([0.0] * (len(rates) - 1) if step_weights is None else step_weights[:-1])]
+    if step_weights:
+        v = scaled(step_weights[-1], v)
+    of_rates: list[Params] = []
+    for j in reversed(range(len(rates))):
+        w_j = path.points[j]
+        of_rates.insert(0, gradient_of_rates(rates[j], path.gradients[j], v))
+        if product is not None:
+            curved = path.objectives[j] if losses.hessian is None else objective(losses.hessian[j](w_j))
+            v = axpy(-1.0, product(curved, w_j, applied(rates[j], v)), v)
+        if on_the_way[j]:
+            v = axpy(on_the_way[j], objective(losses.query(w_j)).gradient(w_j), v)
+    return MetaGradient(v, query_loss, aux, of_rates)
 
 
 def meta_gradient(
@@ -64,7 +84,7 @@ def meta_gradient(
     params: Params,
     episodes: AnyEpisodes,
     *,
-    inner_lr: float,
+    inner_lr: InnerRates,
     steps: int,
     curvature: CurvatureName = "exact",
     probe_radius: float | None = None,
@@ -73,6 +93,7 @@ def meta_gradient(
     sample: Sample | None = None,
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
+    step_weights: Sequence[float] | None = None,
 ) -> MetaGradient:
     """Return the mean over tasks of the meta-gradient.
 
@@ -84,7 +105,8 @@ def meta_gradient(
         loss: ``loss(params, x, y)``, the mean loss of one task's batch as a scalar tensor.
         params: The meta-parameters by name. They are not changed, and need not require gradients.
         episodes: The meta-batch of T tasks, of either case.
-        inner_lr: alpha, the rate of the inner steps.
+        inner_lr: alpha, the rate of the inner steps; or by name the rates of the parameters that adapt, each a number or a tensor that
+            broadcasts to its parameter; or a sequence of such for the steps, the last for all further ones. Tensors get a gradient.
         steps: N >= 0, the number of inner steps; 0 gives the ordinary gradient of the query loss. ``ResampledEpisodes`` hold batches for N.
         curvature: ``"exact"`` (MAML), ``"none"`` (FO-MAML) or ``"finite_difference"`` (HF-MAML).
         probe_radius: See :func:`lightning_maml.curvature.finite_difference`; only with that curvature.
@@ -97,6 +119,8 @@ def meta_gradient(
         tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`. ``"threads"`` needs a ``loss`` that several threads
             may call at once, which one through ``functional_call`` on a shared module is not.
         chunk_size: Tasks vectorised at once by ``"vmap"``.
+        step_weights: Weights of the query losses after steps 1 .. N in what is differentiated (the multi-step loss of Antoniou et al.
+            2019, section 4); by default 0 .. 0, 1. The query losses returned are those after step N in any case.
 
     Returns:
         The meta-gradient, the query losses ``[T]`` and aux, all detached.
@@ -104,9 +128,12 @@ def meta_gradient(
     Raises:
         ValueError: If an argument is out of range, or the tensors of ``episodes`` do not fit each other.
     """
-    check_inner_loop(inner_lr, steps)
+    check_step_count(steps)
+    rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)
     product = hessian_vector_product(curvature, probe_radius)
+    if step_weights is not None and len(step_weights) != steps:
+        raise ValueError(f"Expected `step_weights` to hold {steps} weights, one per inner step, but got {len(step_weights)}.")
     if isinstance(episodes, ResampledEpisodes):
         check_steps(episodes, steps)
         if curvature != "none" and steps > 0 and episodes.hessian_x.shape[2] == 0:
@@ -120,16 +147,36 @@ def meta_gradient(
     with torch.inference_mode(False), attention:
         episodes = type(episodes)(*map(differentiable, episodes))
         params = {name: differentiable(tensor) for name, tensor in params.items()}
+        rates = without_graph(rates)
 
         def of_one_task(task: AnyEpisodes) -> MetaGradient:
-            return pull_back(task_losses(loss, task, steps, query_loss, has_aux, sample), objective, params, inner_lr, product)
+            losses = task_losses(loss, task, steps, query_loss, has_aux, sample)
+            return pull_back(losses, objective, params, rates, product, step_weights)
 
-        total: Params = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
-        rest = []
-        for chunk in map_tasks(of_one_task, episodes, tasks=tasks, chunk_size=chunk_size):
-            for name, tensor in chunk.grad.items():
-                total[name] += tensor.sum(0)
-            rest.append(chunk[1:])
+        return mean_over_tasks(of_one_task, episodes, tasks, chunk_size)
+
+
+def mean_over_tasks(
+    of_one_task: Callable[[AnyEpisodes], MetaGradient], episodes: AnyEpisodes, tasks: TaskExecution, chunk_size: int | None
+) -> MetaGradient:
+    """Return the mean of the tasks' gradients, with the query losses and aux of each task."""
+    totals: list[Params] = []
+    rest = []
+    for chunk in map_tasks(of_one_task, episodes, tasks=tasks, chunk_size=chunk_size):
+        sums = [{name: tensor.sum(0) for name, tensor in part.items()} for part in (chunk.grad, *chunk.inner_lr)]
+        totals = [axpy(1.0, *pair) for pair in zip(sums, totals, strict=True)] if totals else sums
+        rest.append((chunk.query_loss, chunk.aux))
     query_losses, aux = cat_chunks(rest)
     count = len(query_losses)
-    return MetaGradient({name: tensor / count for name, tensor in total.items()}, query_losses, aux)
+    mean, *of_rates = ({name: tensor / count for name, tensor in total.items()} for total in totals)
+    return MetaGradient(mean, query_losses, aux, of_rates)
+
+
+def surrogate(points: Iterable[Params], gradients: Iterable[Params], query_loss: Tensor) -> Tensor:
+    """Return a scalar with the value of the mean query loss and the given gradients, those of the network and of its inner rates.
+
+    So Lightning's own backward pass deposits the meta-gradient, and all that hangs on it (all-reduce, scaling, clipping, accumulation)
+    works.
+    """
+    inner = torch.stack([dot(gradient, point) for point, gradient in zip(points, gradients, strict=True) if gradient]).sum()
+    return inner - inner.detach() + query_loss.mean()

@@ -1,8 +1,7 @@
-"""The Lightning modules: MAML and its first-order and Hessian-free variants. The mathematics is in meta_gradient.py."""
+"""MAML as a Lightning module; its variants are in algorithms.py, the mathematics in meta_gradient.py."""
 
-import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +13,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchvision.ops import DropBlock2d
 
-from lightning_maml.adapt import AdaptationCurve, adaptation_curve, check_inner_loop
-from lightning_maml.curvature import CurvatureName, hessian_vector_product
-from lightning_maml.episodes import AnyEpisodes, check_episodes, support_set
-from lightning_maml.functional import Params, differentiable, dot
-from lightning_maml.learner import BatchNormPolicy, Learner
+from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, check_step_count
+from lightning_maml.curvature import CurvatureName
+from lightning_maml.deploy import AdaptedNetworks
+from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, support_set
+from lightning_maml.functional import Params, differentiable
+from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
 from lightning_maml.measure import Probe
-from lightning_maml.meta_gradient import MetaGradient, meta_gradient
+from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
 from lightning_maml.metrics import Estimate, TaskMean
+from lightning_maml.parts import PartName, adapting
+from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
 from lightning_maml.task_map import TaskExecution, check_chunk_size
 
 LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
@@ -29,15 +31,7 @@ LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-
-_PLAIN_HYPERPARAMETERS = ("inner_lr", "train_steps", "test_steps", "batch_norm", "tasks", "chunk_size")
-
-_KINKS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.SELU, nn.Threshold),
-    *(nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardshrink, nn.Softshrink),
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-)
+InnerRatesName = Literal["fixed"] | LearnedRatesName
 
 
 class MAML(LightningModule):
@@ -63,6 +57,12 @@ class MAML(LightningModule):
         tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: vectorised; ``"auto"``: threads on
             the CPU (a loop where dropout is active), vmap elsewhere.
         chunk_size: Tasks vectorised at once by ``"vmap"``; all of them by default.
+        adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what the
+            class is named for: all, :class:`ANIL` its head, :class:`BOIL` its body.
+        head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own.
+        inner_rates: ``"fixed"``: all are ``inner_lr``; or learned with the network, from ``inner_lr`` on: ``"per_layer"`` (one for each
+            parameter tensor), ``"per_layer_and_step"`` or ``"per_parameter"`` (one for each element). By default fixed; learned by
+            :class:`LSLR` per layer and step, by :class:`MetaSGD` per parameter.
 
     Raises:
         ValueError: If an argument is out of range; in a step, if the network's outputs do not fit the episode's labels.
@@ -70,6 +70,9 @@ class MAML(LightningModule):
     """
 
     curvature: ClassVar[CurvatureName] = "exact"
+    default_adapt: ClassVar[PartName] = "all"
+    default_inner_rates: ClassVar[InnerRatesName] = "fixed"
+    learns_rates: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -83,20 +86,37 @@ class MAML(LightningModule):
         lr_scheduler: SchedulerFactory | None = None,
         tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
         chunk_size: int | None = None,
+        adapt: PartName | None = None,
+        head: str | None = None,
+        inner_rates: InnerRatesName | None = None,
     ) -> None:
         super().__init__()
-        check_inner_loop(inner_lr, train_steps, "train_steps")
-        check_inner_loop(inner_lr, train_steps if test_steps is None else test_steps, "test_steps")
+        check_step_count(train_steps, "train_steps")
+        check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         if batch_norm not in ("batch", "support", "running"):
             raise ValueError(f"Expected `batch_norm` to be 'batch', 'support' or 'running' but got {batch_norm!r}.")
         if tasks not in ("auto", "loop", "threads", "vmap"):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got {tasks!r}.")
         check_chunk_size(chunk_size)
+        inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
+        if inner_rates not in ("fixed", *get_args(LearnedRatesName)):
+            names = ", ".join(map(repr, get_args(LearnedRatesName)))
+            raise ValueError(f"Expected `inner_rates` to be 'fixed', {names} but got {inner_rates!r}.")
+        if inner_rates != "fixed" and not self.learns_rates:
+            raise ValueError(
+                f"Expected `inner_rates` to be 'fixed' with {type(self).__name__}, which cannot learn them, but got {inner_rates!r}."
+            )
         Learner(network, batch_norm)  # refuses a network that the policy does not fit
-        self.save_hyperparameters(*_PLAIN_HYPERPARAMETERS)
+        adapt = self.default_adapt if adapt is None else adapt
+        params = adapting(network, adapt, head)
+        rates_of_steps(inner_lr, params, 1)  # refuses a rate out of range
+        plain = {"inner_lr": inner_lr, "train_steps": train_steps, "test_steps": test_steps, "batch_norm": batch_norm, "tasks": tasks}
+        self.save_hyperparameters(plain | {"chunk_size": chunk_size, "adapt": adapt, "head": head, "inner_rates": inner_rates})
         self.network = network
         self.inner_lr, self.train_steps = inner_lr, train_steps
         self.test_steps = train_steps if test_steps is None else test_steps
+        self.adapts, self.head = adapt, head
+        self.learned_rates = None if inner_rates == "fixed" else LearnedRates(params, inner_lr, inner_rates, train_steps)
         self.loss = loss
         self.batch_norm: BatchNormPolicy = batch_norm
         self.probe_radius: float | None = None
@@ -122,17 +142,14 @@ class MAML(LightningModule):
 
     def training_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor:
         """Return the query loss, as a scalar whose backward pass deposits the meta-gradient."""
-        learner = self._learner()
-        self._check(learner, batch)
-        result = self._meta_gradient(learner, batch, self.curvature)
-        self._stop_unless_finite(result)
+        loss, result = self._meta_step(batch)
         figures = {"loss": result.query_loss, **_accuracies(result.aux, batch)}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            figures = _figures(self._adapt(learner, batch, 0), batch) | figures
+            figures = _figures(self._adapt(self._learner(), batch, 0), batch) | figures
         self._log_means("train", figures, on_step=True)
         self._update_running_averages(batch)
-        return _surrogate(learner.params, result)
+        return loss
 
     def validation_step(self, batch: AnyEpisodes, batch_idx: int) -> None:
         """Log loss and accuracy before and after adaptation."""
@@ -173,25 +190,98 @@ class MAML(LightningModule):
         self._check(learner, episodes)
         return self._adapt(learner, episodes, self.test_steps)
 
+    def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> nn.Module:
+        """Return the network adapted to a task, or the networks adapted to many, for new queries.
+
+        The network is in evaluation mode, meanwhile and in what is returned.
+
+        Args:
+            support_x: Inputs of the support set, ``[S, ...]``; of many tasks ``[T, S, ...]``.
+            support_y: Their labels ``0 .. ways - 1``, ``[S]`` or ``[T, S]``. Regression targets always are those of many tasks, ``[T, S, ...]``.
+            steps: Inner steps; by default ``test_steps``.
+
+        Returns:
+            For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
+            it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``.
+        """
+        of_one = support_y.ndim == 1 and not support_y.is_floating_point()
+        if of_one:
+            support_x, support_y = support_x[None], support_y[None]
+        network = structural_copy(self.network).eval()
+        learner = Learner(network, self.batch_norm, vectorised=True)
+        self._check(learner, Episodes(support_x, support_y, support_x, support_y))
+        adapted = adapted_parameters(
+            lambda params, x, y: self.loss(learner(params, x), y),
+            *(learner.params, support_x, support_y),
+            inner_lr=self._rates(),
+            steps=self.test_steps if steps is None else steps,
+            tasks="vmap",
+            chunk_size=self._chunk_size,
+        )
+        networks = AdaptedNetworks(network, adapted, self.batch_norm, support_x)
+        return networks.network(0) if of_one else networks
+
+    def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
+        """Return the query loss as a scalar whose backward pass deposits the meta-gradient, for a training loop without a trainer.
+
+        Raises:
+            ValueError: If the network's outputs do not fit the episodes' labels.
+            FloatingPointError: If the query loss or the meta-gradient is not finite.
+        """
+        return self._meta_step(episodes)[0]
+
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default with the algorithm's own curvature."""
         return self._meta_gradient(self._learner(), episodes, curvature or self.curvature).grad
 
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
-        """Return what measures the theory's constants of some tasks at the current parameters."""
+        """Return what measures the theory's constants of some tasks at the current parameters.
+
+        Raises:
+            ValueError: If not all parameters adapt at one fixed rate, as the theory has it.
+        """
+        if self.adapts != "all" or self.learned_rates is not None:
+            raise ValueError(
+                "Expected one fixed inner rate for all parameters, of which the theory's constants and stepsizes are, but got "
+                f"adapt={self.adapts!r} with {'fixed' if self.learned_rates is None else 'learned'} rates; use adapt='all' and "
+                "inner_rates='fixed'."
+            )
         return Probe(**self._arguments(self._learner(), episodes), progress=progress)
 
-    def _meta_gradient(self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName) -> MetaGradient:
+    def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, MetaGradient]:
+        learner, rates = self._learner(), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
+        self._check(learner, episodes)
+        result = self._training_gradient(learner, episodes)
+        self._stop_unless_finite(result)
+        return surrogate([learner.params, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss), result
+
+    def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
+        return self._meta_gradient(learner, episodes, self.curvature)
+
+    def _meta_gradient(
+        self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
+    ) -> MetaGradient:
         return meta_gradient(
             **self._arguments(learner, episodes),
-            inner_lr=self.inner_lr,
+            inner_lr=self._rates(),
             steps=self.train_steps,
             curvature=curvature,
             probe_radius=self.probe_radius if curvature == "finite_difference" else None,
+            step_weights=step_weights,
         )
 
     def _adapt(self, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
-        return adaptation_curve(**self._arguments(learner, episodes), inner_lr=self.inner_lr, steps=steps)
+        return adaptation_curve(**self._arguments(learner, episodes), inner_lr=self._rates(), steps=steps)
+
+    def _adapting(self) -> Params:
+        return adapting(self.network, self.adapts, self.head)
+
+    def _rates(self) -> InnerRates:
+        if self.learned_rates is None:
+            return dict.fromkeys(self._adapting(), self.inner_lr)
+        rates: InnerRates = self.learned_rates()
+        return rates
 
     def _arguments(self, learner: Learner, episodes: AnyEpisodes) -> dict[str, Any]:
         return {
@@ -263,7 +353,8 @@ class MAML(LightningModule):
         if not finite.all():
             tasks = (~finite).nonzero().flatten().tolist()
             raise FloatingPointError(f"Expected a finite query loss but got {result.query_loss[tasks].tolist()} in tasks {tasks} {where}")
-        broken = [name for name, gradient in result.grad.items() if not gradient.isfinite().all()]
+        of_rates = {f"inner rate {step} of {name}": rate for step, rates in enumerate(result.inner_lr) for name, rate in rates.items()}
+        broken = [name for name, gradient in (result.grad | of_rates).items() if not gradient.isfinite().all()]
         if broken:
             raise FloatingPointError(f"Expected a finite meta-gradient but it is not finite in {broken} {where}")
 
@@ -287,86 +378,9 @@ class MAML(LightningModule):
             )
 
 
-class FOMAML(MAML):
-    """First-order MAML: the gradient after adaptation, without curvature (Fallah et al. 2020, Algorithm 2). Arguments as :class:`MAML`.
-
-    Cheapest, but the meta-objective's gradient need not fall below the order of alpha L sigma (Theorem 4.15).
-    """
-
-    curvature = "none"
-
-
-class HFMAML(MAML):
-    """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
-
-    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network: with ReLU or max-pooling
-    it does worse than :class:`FOMAML`, so it warns about them. Use GELU, softplus or SiLU with strides or average pooling.
-
-    Args:
-        network: As in :class:`MAML`, as are all arguments but the last.
-        inner_lr: alpha.
-        train_steps: N.
-        test_steps: K.
-        loss: Outputs and labels to their mean loss.
-        batch_norm: Which statistics batch norm uses.
-        optimizer: From parameters to the meta-optimizer.
-        lr_scheduler: From the optimizer to its scheduler.
-        tasks: How tasks are run.
-        chunk_size: Tasks vectorised at once.
-        probe_radius: h, how far from the inner point the two gradients are taken, in units of the parameters; by default the cube root of
-            the machine epsilon (4.9e-3 in float32).
-    """
-
-    curvature = "finite_difference"
-
-    def __init__(
-        self,
-        network: nn.Module,
-        inner_lr: float = 0.4,
-        train_steps: int = 1,
-        test_steps: int | None = None,
-        loss: LossFunction = F.cross_entropy,
-        batch_norm: BatchNormPolicy = "batch",
-        optimizer: OptimizerFactory = torch.optim.Adam,
-        lr_scheduler: SchedulerFactory | None = None,
-        tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
-        chunk_size: int | None = None,
-        probe_radius: float | None = None,
-    ) -> None:
-        super().__init__(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size)
-        hessian_vector_product(self.curvature, probe_radius)  # refuses a radius that is not positive
-        self.save_hyperparameters(*_PLAIN_HYPERPARAMETERS, "probe_radius")
-        self.probe_radius = probe_radius
-        if found := kinks(network):
-            warnings.warn(
-                f"HFMAML needs a twice differentiable network but got kinks in {', '.join(found)}: its finite differences are then worse than "
-                "no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
-                stacklevel=2,
-            )
-
-
 def _draws_random_numbers(module: nn.Module) -> bool:
     inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
     return inside or isinstance(module, (_DropoutNd, nn.RReLU))
-
-
-def kinks(network: nn.Module) -> list[str]:
-    """Return the names and types of the layers at which ``network`` is not twice differentiable."""
-    return [
-        f"{name} ({type(module).__name__})"
-        for name, module in network.named_modules()
-        if isinstance(module, _KINKS) or (isinstance(module, nn.ELU) and module.alpha != 1)
-    ]
-
-
-def _surrogate(params: Params, result: MetaGradient) -> Tensor:
-    """Return a scalar with the value of the mean query loss and the meta-gradient as its gradient.
-
-    So Lightning's own backward pass deposits the meta-gradient, and all that hangs on it (all-reduce, scaling, clipping, accumulation)
-    works.
-    """
-    inner = dot(params, result.grad)
-    return inner - inner.detach() + result.query_loss.mean()
 
 
 def _figures(curve: AdaptationCurve, episodes: AnyEpisodes) -> dict[str, Tensor]:

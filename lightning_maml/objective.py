@@ -6,7 +6,7 @@ returns zeros there), so callers leave it first.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -34,16 +34,19 @@ class Objective(ABC):
         self._random_state: tuple[Tensor, Tensor | None] | None = None
 
     @abstractmethod
-    def value_and_gradient(self, w: Params) -> tuple[Tensor, Any, Params]:
-        """Return the loss at ``w`` (which has no graph), what the loss function gave beside it, and the gradient, all without a graph."""
+    def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
+        """Return the loss at ``w`` (which has no graph), what the loss function gave beside it, and the gradient, all without a graph.
+
+        With ``names`` the gradient with respect to these parameters only.
+        """
 
     @abstractmethod
-    def gradient(self, w: Params, *, keep_graph: bool = False) -> Params:
+    def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
         """Return the gradient at ``w``; with ``keep_graph`` a Hessian-vector product at this same ``w`` may reuse the work."""
 
     @abstractmethod
     def hessian_vector_product(self, w: Params, v: Params) -> Params:
-        """Return the Hessian at ``w`` times ``v``."""
+        """Return the Hessian at ``w`` times ``v``, which is zero where it has no entry."""
 
     @contextmanager
     def _same_randomness(self, w: Params) -> Iterator[None]:
@@ -65,22 +68,23 @@ class AutogradObjective(Objective):
 
     def __init__(self, loss: BatchLoss) -> None:
         super().__init__(loss)
-        self._kept: tuple[Params, Params, tuple[Tensor, ...]] | None = None
+        self._kept: tuple[Params, Params, Params] | None = None
 
     @override
-    def value_and_gradient(self, w: Params) -> tuple[Tensor, Any, Params]:
-        leaves, value, aux = self._evaluate(w)
-        gradient = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
+        names = w if names is None else names
+        leaves, value, aux = self._evaluate(w, names)
+        gradient = torch.autograd.grad(value, [leaves[name] for name in names], materialize_grads=True)
         aux = torch.utils._pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
-        return value.detach(), aux, dict(zip(w, gradient, strict=True))
+        return value.detach(), aux, dict(zip(names, gradient, strict=True))
 
     @override
-    def gradient(self, w: Params, *, keep_graph: bool = False) -> Params:
+    def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
         if not keep_graph:
-            return self.value_and_gradient(w)[2]
-        leaves, gradient = self._differentiable_gradient(w)
+            return self.value_and_gradient(w, names)[2]
+        leaves, gradient = self._differentiable_gradient(w, w if names is None else names)
         self._kept = (w, leaves, gradient)
-        return {name: tensor.detach() for name, tensor in zip(w, gradient, strict=True)}
+        return {name: tensor.detach() for name, tensor in gradient.items()}
 
     @override
     def hessian_vector_product(self, w: Params, v: Params) -> Params:
@@ -88,20 +92,21 @@ class AutogradObjective(Objective):
             _, leaves, gradient = self._kept
             self._kept = None
         else:
-            leaves, gradient = self._differentiable_gradient(w)
+            leaves, gradient = self._differentiable_gradient(w, v)
         return _pull_back_gradient(leaves, gradient, v)
 
     def hessian(self, w: Params) -> Callable[[Params], Params]:
         """Return the product with the Hessian at ``w`` as a function that keeps the gradient's graph, for many products at one point."""
-        leaves, gradient = self._differentiable_gradient(w)
+        leaves, gradient = self._differentiable_gradient(w, w)
         return lambda v: _pull_back_gradient(leaves, gradient, v, retain_graph=True)
 
-    def _differentiable_gradient(self, w: Params) -> tuple[Params, tuple[Tensor, ...]]:
-        leaves, value, _ = self._evaluate(w)
-        return leaves, torch.autograd.grad(value, list(leaves.values()), create_graph=True, materialize_grads=True)
+    def _differentiable_gradient(self, w: Params, names: Collection[str]) -> tuple[Params, Params]:
+        leaves, value, _ = self._evaluate(w, w)
+        gradient = torch.autograd.grad(value, [leaves[name] for name in names], create_graph=True, materialize_grads=True)
+        return leaves, dict(zip(names, gradient, strict=True))
 
-    def _evaluate(self, w: Params) -> tuple[Params, Tensor, Any]:
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
+    def _evaluate(self, w: Params, names: Collection[str]) -> tuple[Params, Tensor, Any]:
+        leaves = {name: tensor.detach().requires_grad_(name in names) for name, tensor in w.items()}
         with torch.enable_grad(), self._same_randomness(w):
             value, aux = self._loss(leaves)
         return leaves, value, aux
@@ -111,25 +116,36 @@ class FunctionalObjective(Objective):
     """Differentiates by ``torch.func``, which composes with ``vmap``."""
 
     @override
-    def value_and_gradient(self, w: Params) -> tuple[Tensor, Any, Params]:
+    def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
         with self._same_randomness(w):
-            gradient, (value, aux) = torch.func.grad_and_value(self._loss, has_aux=True)(w)
+            gradient, (value, aux) = torch.func.grad_and_value(self._loss_of_part(w), has_aux=True)(_part(w, names))
         return value, aux, gradient
 
     @override
-    def gradient(self, w: Params, *, keep_graph: bool = False) -> Params:
-        return self.value_and_gradient(w)[2]
+    def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
+        return self.value_and_gradient(w, names)[2]
 
     @override
     def hessian_vector_product(self, w: Params, v: Params) -> Params:
+        def gradient(w: Params) -> Params:
+            part: Params = torch.func.grad(self._loss_of_part(w), has_aux=True)(_part(w, v))[0]
+            return part
+
         with self._same_randomness(w):
-            pull_back = torch.func.vjp(lambda w: torch.func.grad(self._loss, has_aux=True)(w)[0], w)[1]
+            pull_back = torch.func.vjp(gradient, w)[1]
         product: Params = pull_back(v)[0]
         return product
 
+    def _loss_of_part(self, w: Params) -> BatchLoss:
+        return lambda part: self._loss({**w, **part})
 
-def _pull_back_gradient(leaves: Params, gradient: tuple[Tensor, ...], v: Params, retain_graph: bool = False) -> Params:
-    curved = [(g, v[name]) for name, g in zip(leaves, gradient, strict=True) if g.requires_grad]
+
+def _part(w: Params, names: Collection[str] | None) -> Params:
+    return w if names is None else {name: w[name] for name in names}
+
+
+def _pull_back_gradient(leaves: Params, gradient: Params, v: Params, retain_graph: bool = False) -> Params:
+    curved = [(g, v[name]) for name, g in gradient.items() if g.requires_grad]
     if not curved:  # the loss is linear in the parameters
         return {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
     outputs, cotangents = zip(*curved, strict=True)

@@ -1,6 +1,6 @@
 """Small float64 networks without kinks, tasks for them, and the oracle: autograd through the unrolled inner loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch.func import functional_call
 from lightning_maml.adapt import Loss
 from lightning_maml.episodes import Episodes
 from lightning_maml.functional import Params
+from lightning_maml.rates import Rates
 
 WAYS, IMAGE = 3, 8
 
@@ -79,15 +80,17 @@ def leaves(network: nn.Module) -> Params:
     return {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
 
 
-def unrolled(loss: Loss, w: Params, episodes: Episodes, inner_lr: float, steps: int) -> Tensor:
-    """The meta-objective with its whole graph."""
+def unrolled(loss: Loss, w: Params, episodes: Episodes, inner_lr: float | Sequence[Rates], steps: int) -> Tensor:
+    """The meta-objective with its whole graph; with rates of each step, those that they name adapt."""
     total = torch.zeros((), dtype=torch.float64)
     for t in range(len(episodes.support_x)):
         adapted = w
-        for _ in range(steps):
+        for step in range(steps):
+            rates = dict.fromkeys(w, inner_lr) if isinstance(inner_lr, float) else inner_lr[step]
+            adapted = {name: p.view_as(p) for name, p in adapted.items()}  # or what adapted in no step so far would be the leaf itself
             value = loss(adapted, episodes.support_x[t], episodes.support_y[t])
-            gradient = torch.autograd.grad(value, list(adapted.values()), create_graph=True)
-            adapted = {name: p - inner_lr * g for (name, p), g in zip(adapted.items(), gradient, strict=True)}
+            gradient = torch.autograd.grad(value, [adapted[name] for name in rates], create_graph=True)
+            adapted = adapted | {name: adapted[name] - rates[name] * g for name, g in zip(rates, gradient, strict=True)}
         total = total + loss(adapted, episodes.query_x[t], episodes.query_y[t])
     return total / len(episodes.support_x)
 

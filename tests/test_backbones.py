@@ -13,7 +13,7 @@ from torchvision.ops import DropBlock2d
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12, meta_gradient
 from lightning_maml.datamodules import EpisodeTransforms, GlyphsDataModule
 from lightning_maml.learner import Learner
-from lightning_maml.module import kinks
+from lightning_maml.smooth import kinks
 
 
 def parameters(network: nn.Module) -> int:

@@ -13,11 +13,12 @@ import yaml
 from mini_imagenet_files import CLASSES
 from PIL import Image
 
+import lightning_maml
 from lightning_maml import FOMAML, HFMAML, MAML, Conv4
 from lightning_maml.cli import main, run
 from lightning_maml.datamodules import omniglot
 from lightning_maml.datamodules.cache import DecodedImages, write_cache
-from lightning_maml.module import kinks
+from lightning_maml.smooth import kinks
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -157,9 +158,10 @@ def test_predict_returns_outputs_for_every_query(in_tmp_path: Path) -> None:
     assert predictions[0].shape[1:] == (5, 5)
 
 
-def test_swapping_the_class_is_the_whole_change(in_tmp_path: Path) -> None:
-    cli = run(["fit", config("glyphs_maml"), "--model=HFMAML", "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
-    assert type(cli.model) is HFMAML
+@pytest.mark.parametrize("algorithm", ["FOMAML", "HFMAML", "ANIL", "BOIL", "LSLR", "MetaSGD", "MAMLPlusPlus", "Reptile"])
+def test_swapping_the_class_is_the_whole_change(algorithm: str, in_tmp_path: Path) -> None:
+    cli = run(["fit", config("glyphs_maml"), f"--model={algorithm}", "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
+    assert type(cli.model) is getattr(lightning_maml, algorithm)
     assert cli.model.network.head.in_features == 32
     assert cli.model.test_steps == 3
 

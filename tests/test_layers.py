@@ -5,9 +5,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ORDER = [
-    *("episodes", "functional", "metrics", "backbones", "objective", "learner", "curvature", "task_map", "adapt", "meta_gradient"),
+    *("episodes", "functional", "metrics", "backbones", "objective", "learner", "curvature", "rates", "parts", "task_map"),
+    *("adapt", "meta_gradient", "reptile", "deploy"),
     *("theory", "measure", "report"),
-    *("module", "callbacks.independent_tasks", "callbacks.pictures", "callbacks.meta_stepsize", "callbacks.stationarity", "callbacks"),
+    *("smooth", "module", "algorithms"),
+    *("callbacks.independent_tasks", "callbacks.pictures", "callbacks.meta_stepsize", "callbacks.stationarity", "callbacks"),
+    *("compat.learn2learn", "compat"),
     *("cli", "__main__"),
 ]
 WITHOUT_LIGHTNING = ORDER[: ORDER.index("module")]
@@ -27,7 +30,11 @@ def file_of(name: str) -> Path:
 
 
 def test_every_file_has_its_place_in_the_order() -> None:
-    files = {*(PACKAGE / "lightning_maml").glob("*.py"), *(PACKAGE / "lightning_maml").glob("callbacks/*.py")}
+    files = {
+        *(PACKAGE / "lightning_maml").glob("*.py"),
+        *(PACKAGE / "lightning_maml").glob("callbacks/*.py"),
+        *(PACKAGE / "lightning_maml").glob("compat/*.py"),
+    }
     assert files == {*map(file_of, ORDER), PACKAGE / "lightning_maml" / "__init__.py"}
 
 

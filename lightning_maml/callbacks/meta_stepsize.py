@@ -14,7 +14,8 @@ from typing_extensions import override
 from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.measure import Probe
-from lightning_maml.module import MAML, kinks
+from lightning_maml.module import MAML
+from lightning_maml.smooth import kinks
 from lightning_maml.theory import Rule, meta_smoothness, meta_stepsize, paper_scale
 
 

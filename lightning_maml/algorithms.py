@@ -1,0 +1,186 @@
+"""The variants of MAML by name: each sets what it is named for, so that a config swaps ``class_path`` and nothing else."""
+
+import warnings
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_maml.curvature import hessian_vector_product
+from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.learner import BatchNormPolicy, Learner
+from lightning_maml.meta_gradient import MetaGradient
+from lightning_maml.module import MAML, InnerRatesName, LossFunction, OptimizerFactory, SchedulerFactory
+from lightning_maml.parts import PartName
+from lightning_maml.reptile import reptile_gradient
+from lightning_maml.smooth import kinks
+
+
+class FOMAML(MAML):
+    """First-order MAML: the gradient after adaptation, without curvature (Fallah et al. 2020, Algorithm 2). Arguments as :class:`MAML`.
+
+    Cheapest, but the meta-objective's gradient need not fall below the order of alpha L sigma (Theorem 4.15).
+    """
+
+    curvature = "none"
+
+
+class HFMAML(MAML):
+    """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
+
+    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network: with ReLU or max-pooling
+    it does worse than :class:`FOMAML`, so it warns about them. Use GELU, softplus or SiLU with strides or average pooling.
+
+    Args:
+        network: As in :class:`MAML`, as are all arguments but the last.
+        inner_lr: alpha.
+        train_steps: N.
+        test_steps: K.
+        loss: Outputs and labels to their mean loss.
+        batch_norm: Which statistics batch norm uses.
+        optimizer: From parameters to the meta-optimizer.
+        lr_scheduler: From the optimizer to its scheduler.
+        tasks: How tasks are run.
+        chunk_size: Tasks vectorised at once.
+        adapt: Which parameters take the inner steps.
+        head: Name of the submodule that is the head.
+        inner_rates: Whether and how the inner rates are learned.
+        probe_radius: h, how far from the inner point the two gradients are taken, in units of the parameters; by default the cube root of
+            the machine epsilon (4.9e-3 in float32).
+    """
+
+    curvature = "finite_difference"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inner_lr: float = 0.4,
+        train_steps: int = 1,
+        test_steps: int | None = None,
+        loss: LossFunction = F.cross_entropy,
+        batch_norm: BatchNormPolicy = "batch",
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
+        chunk_size: int | None = None,
+        adapt: PartName | None = None,
+        head: str | None = None,
+        inner_rates: InnerRatesName | None = None,
+        probe_radius: float | None = None,
+    ) -> None:
+        super().__init__(
+            *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
+            *(adapt, head, inner_rates),
+        )
+        hessian_vector_product(self.curvature, probe_radius)  # refuses a radius that is not positive
+        self.save_hyperparameters("probe_radius")
+        self.probe_radius = probe_radius
+        if found := kinks(network):
+            warnings.warn(
+                f"HFMAML needs a twice differentiable network but got kinks in {', '.join(found)}: its finite differences are then worse than "
+                "no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
+                stacklevel=2,
+            )
+
+
+class ANIL(MAML):
+    """Almost no inner loop: only the head adapts (Raghu et al. 2020). Arguments as :class:`MAML`.
+
+    The body's meta-gradient has the mixed terms of the head's inner steps. First-order or Hessian-free: the other classes with
+    ``adapt="head"``.
+    """
+
+    default_adapt = "head"
+
+
+class BOIL(MAML):
+    """Body only in the inner loop (Oh et al. 2021): the head does not adapt, but is meta-trained. Arguments as :class:`MAML`."""
+
+    default_adapt = "body"
+
+
+class LSLR(MAML):
+    """MAML with inner rates learned for each layer and step (Antoniou et al. 2019, section 4). Arguments as :class:`MAML`."""
+
+    default_inner_rates = "per_layer_and_step"
+
+
+class MetaSGD(MAML):
+    """MAML with an inner rate learned for each element of the parameters (Li et al. 2017). Arguments as :class:`MAML`."""
+
+    default_inner_rates = "per_parameter"
+
+
+class MAMLPlusPlus(LSLR):
+    """MAML++ (Antoniou et al. 2019): learned rates, and in the first epochs the query losses after all steps, or no curvature.
+
+    Args:
+        network: As in :class:`MAML`, as are all arguments but the last two.
+        inner_lr: alpha, from which the learned rates start.
+        train_steps: N.
+        test_steps: K; steps beyond N use the rates of the last.
+        loss: Outputs and labels to their mean loss.
+        batch_norm: Which statistics batch norm uses.
+        optimizer: From parameters to the meta-optimizer.
+        lr_scheduler: From the optimizer to its scheduler.
+        tasks: How tasks are run.
+        chunk_size: Tasks vectorised at once.
+        adapt: Which parameters take the inner steps.
+        head: Name of the submodule that is the head.
+        inner_rates: Whether and how the inner rates are learned.
+        multi_step_epochs: Epochs over which the weights of the query losses go from equal ones for all steps to the last step's alone
+            (section 4, "Multi-Step Loss Optimization").
+        first_order_epochs: Epochs, at the start, without curvature (section 4, "Derivative-Order Annealing").
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inner_lr: float = 0.1,
+        train_steps: int = 5,
+        test_steps: int | None = None,
+        loss: LossFunction = F.cross_entropy,
+        batch_norm: BatchNormPolicy = "batch",
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
+        chunk_size: int | None = None,
+        adapt: PartName | None = None,
+        head: str | None = None,
+        inner_rates: InnerRatesName | None = None,
+        multi_step_epochs: int = 15,
+        first_order_epochs: int = 0,
+    ) -> None:
+        super().__init__(
+            *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
+            *(adapt, head, inner_rates),
+        )
+        for name, epochs in (("multi_step_epochs", multi_step_epochs), ("first_order_epochs", first_order_epochs)):
+            if epochs < 0:
+                raise ValueError(f"Expected `{name}` to be at least 0 but got {epochs}.")
+        self.save_hyperparameters("multi_step_epochs", "first_order_epochs")
+        self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
+
+    def step_weights(self, epoch: int) -> list[float]:
+        """Return the weights of the query losses after steps 1 .. N: the earlier ones shrink linearly from 1/N to 0, the last takes the rest."""
+        earlier = max(0.0, 1 - epoch / self.multi_step_epochs) / self.train_steps if self.multi_step_epochs and self.train_steps else 0.0
+        return [earlier] * (self.train_steps - 1) + [1 - earlier * (self.train_steps - 1)] * (self.train_steps > 0)
+
+    def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
+        curvature = "none" if self.current_epoch < self.first_order_epochs else self.curvature
+        return self._meta_gradient(learner, episodes, curvature, self.step_weights(self.current_epoch))
+
+
+class Reptile(MAML):
+    """Reptile (Nichol et al. 2018): the meta-gradient is the way back from the adapted parameters, ``w_0 - w_N``. Arguments as :class:`MAML`.
+
+    With SGD of rate epsilon a step is the paper's ``w <- w + epsilon (w_N - w)``. The query sets are judged, not trained on. With
+    ``ResampledEpisodes`` each inner step has a mini-batch of its own, as in the paper. Its inner rates cannot be learned.
+    """
+
+    curvature = "none"
+    learns_rates = False
+
+    def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
+        return reptile_gradient(**self._arguments(learner, episodes), inner_lr=self._rates(), steps=self.train_steps)

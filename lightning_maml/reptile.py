@@ -1,0 +1,47 @@
+"""Reptile: towards the adapted parameters, without a query gradient (Nichol et al. 2018)."""
+
+import torch
+
+from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_steps, inner_path, objective_for, task_losses
+from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
+from lightning_maml.functional import Params, axpy, differentiable
+from lightning_maml.meta_gradient import MetaGradient, mean_over_tasks
+from lightning_maml.rates import InnerRates, rates_of_steps, without_graph
+from lightning_maml.task_map import TaskExecution
+
+
+def reptile_gradient(
+    loss: Loss,
+    params: Params,
+    episodes: AnyEpisodes,
+    *,
+    inner_lr: InnerRates,
+    steps: int,
+    query_loss: QueryLoss | None = None,
+    has_aux: bool = False,
+    tasks: TaskExecution = "loop",
+    chunk_size: int | None = None,
+) -> MetaGradient:
+    """Return the mean over tasks of ``w_0 - w_N``: a meta-step of rate epsilon is the paper's ``w <- w + epsilon (w_N - w)``.
+
+    The arguments are those of :func:`lightning_maml.meta_gradient`, and so are the query losses, of which nothing is learned.
+    """
+    check_step_count(steps)
+    rates = rates_of_steps(inner_lr, params, steps)
+    check_episodes(episodes)
+    if isinstance(episodes, ResampledEpisodes):
+        check_steps(episodes, steps)
+    objective = objective_for(tasks)
+
+    with torch.inference_mode(False), torch.no_grad():
+        episodes = type(episodes)(*map(differentiable, episodes))
+        params = {name: differentiable(tensor) for name, tensor in params.items()}
+        rates = without_graph(rates)
+
+        def of_one_task(task: AnyEpisodes) -> MetaGradient:
+            losses = task_losses(loss, task, steps, query_loss, has_aux, None)
+            w_N = inner_path(losses.support, objective, params, rates).points[-1]
+            value, aux = losses.query(w_N)(w_N)
+            return MetaGradient(axpy(-1.0, w_N, params), value, aux, [{}] * steps)
+
+        return mean_over_tasks(of_one_task, episodes, tasks, chunk_size)

@@ -1,0 +1,112 @@
+"""Networks adapted to one task or many, as plain modules."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import WAYS, build, make_episodes
+from torch import nn
+
+from lightning_maml import ANIL, MAML, AdaptedNetworks, Episodes, MetaSGD
+
+
+def model_and_episodes(batch_norm: str = "batch", algorithm: type[MAML] = MAML, **arguments) -> tuple[MAML, Episodes]:
+    network = build("conv_batch_norm")
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 1.0)
+    model = algorithm(network, inner_lr=0.3, train_steps=1, test_steps=3, batch_norm=batch_norm, **arguments)
+    return model.double().eval(), make_episodes(tasks=4)
+
+
+@pytest.mark.parametrize("algorithm", [MAML, ANIL, MetaSGD])
+@pytest.mark.parametrize("batch_norm", ["batch", "support", "running"])
+def test_adapted_networks_give_what_evaluation_gives(batch_norm: str, algorithm: type[MAML]) -> None:
+    model, episodes = model_and_episodes(batch_norm, algorithm)
+    expected = model.evaluate(episodes).aux[:, -1]
+    networks = model.adapt(episodes.support_x, episodes.support_y)
+    assert isinstance(networks, AdaptedNetworks)
+    torch.testing.assert_close(networks(episodes.query_x), expected, rtol=1e-10, atol=1e-12)
+    for task in range(4):
+        network = model.adapt(episodes.support_x[task], episodes.support_y[task])
+        assert type(network) is type(model.network)
+        torch.testing.assert_close(network(episodes.query_x[task]), expected[task], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(networks.network(task)(episodes.query_x[task]), expected[task], rtol=1e-10, atol=1e-12)
+
+
+def test_the_number_of_steps_is_free() -> None:
+    model, episodes = model_and_episodes()
+    for steps in (0, 1, 5):
+        expected = MAML(model.network, inner_lr=0.3, test_steps=steps).eval().evaluate(episodes).aux[:, -1]
+        networks = model.adapt(episodes.support_x, episodes.support_y, steps=steps)
+        torch.testing.assert_close(networks(episodes.query_x), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_norm", ["support", "running"])
+def test_queries_do_not_see_each_other_where_statistics_are_kept(batch_norm: str) -> None:
+    model, episodes = model_and_episodes(batch_norm)
+    network = model.adapt(episodes.support_x[0], episodes.support_y[0])
+    one_by_one = torch.cat([network(x[None]) for x in episodes.query_x[0]])
+    torch.testing.assert_close(one_by_one, network(episodes.query_x[0]), rtol=1e-10, atol=1e-12)
+
+
+def test_adapting_leaves_the_model_as_it_is_and_needs_no_evaluation_mode() -> None:
+    model, episodes = model_and_episodes("running")
+    model.network.append(nn.Dropout(0.5))
+    expected = model.eval().evaluate(episodes).aux[:, -1]
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    networks = model.adapt(episodes.support_x, episodes.support_y)
+    torch.testing.assert_close(networks(episodes.query_x), expected, rtol=1e-10, atol=1e-12)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not networks(episodes.query_x).requires_grad
+
+
+def test_regression_tasks_are_adapted_together() -> None:
+    network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    model = MAML(network, inner_lr=0.1, test_steps=2, loss=F.mse_loss)
+    episodes = Episodes(torch.randn(3, 5, 2), torch.randn(3, 5, 1), torch.randn(3, 7, 2), torch.randn(3, 7, 1))
+    networks = model.adapt(episodes.support_x, episodes.support_y)
+    torch.testing.assert_close(networks(episodes.query_x), model.eval().evaluate(episodes).aux[:, -1])
+
+
+def test_labels_that_do_not_fit_are_refused() -> None:
+    model, episodes = model_and_episodes()
+    with pytest.raises(ValueError, match=f"Expected `network` to have {WAYS + 1} outputs"):
+        model.adapt(episodes.support_x[0], torch.where(episodes.support_y[0] == WAYS - 1, WAYS, episodes.support_y[0]))
+    with pytest.raises(ValueError, match="Expected `support_x` and `support_y` to hold the same number of examples"):
+        model.adapt(episodes.support_x[0], episodes.support_y[0, :-1])
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "support", "running"])
+def test_an_adapted_network_is_exported_and_runs_without_this_package(batch_norm: str, tmp_path: Path) -> None:
+    model, episodes = model_and_episodes(batch_norm)
+    network = model.adapt(episodes.support_x[0], episodes.support_y[0])
+    queries = {"x": {0: torch.export.Dim("queries", min=2)}}
+    program = torch.export.export(network, (episodes.query_x[0],), dynamic_shapes=(queries["x"],))
+    torch.export.save(program, tmp_path / "adapted.pt2")
+    torch.save({"x": episodes.query_x[0, :5], "expected": network(episodes.query_x[0, :5])}, tmp_path / "queries.pt")
+    script = f"""
+import sys, torch
+program = torch.export.load({str(tmp_path / "adapted.pt2")!r}).module()
+saved = torch.load({str(tmp_path / "queries.pt")!r}, weights_only=True)
+torch.testing.assert_close(program(saved["x"]), saved["expected"], rtol=1e-10, atol=1e-12)
+assert not any(name.startswith(("lightning", "pytorch_lightning")) for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+
+def test_adapted_networks_are_saved_like_any_module(tmp_path: Path) -> None:
+    model, episodes = model_and_episodes("support")
+    networks = model.adapt(episodes.support_x, episodes.support_y)
+    torch.save(networks.state_dict(), tmp_path / "adapted.pt")
+    others = model.adapt(episodes.support_x.flip(0), episodes.support_y.flip(0))
+    assert not torch.equal(others(episodes.query_x), networks(episodes.query_x))
+    others.load_state_dict(torch.load(tmp_path / "adapted.pt", weights_only=True))
+    assert torch.equal(others(episodes.query_x), networks(episodes.query_x))

@@ -1,0 +1,142 @@
+"""Which parameters adapt, and the named algorithms that differ in it or learn their inner rates, under real trainers."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from networks import build, flat, leaves, make_episodes, plain_loss, relative_error, unrolled
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.models import resnet18
+
+from lightning_maml import ANIL, BOIL, FOMAML, HFMAML, LSLR, MAML, MLP, AdaptiveMetaStepsize, Conv4, MetaSGD, ResNet12
+from lightning_maml.functional import Params
+from lightning_maml.parts import adapting
+
+STEPS, RATE = 2, 0.3
+
+
+def trainer(tmp_path: Path, **arguments) -> Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+    return Trainer(**({"default_root_dir": tmp_path, "max_epochs": 1, "accelerator": "cpu", "precision": "64-true"} | quiet | arguments))
+
+
+@pytest.mark.parametrize(
+    ("network", "head"),
+    [
+        (Conv4(1, 5, 28), "head"),
+        (ResNet12(3, 5, widths=(4, 4)), "head"),
+        (MLP(4, 2), "layers.5"),
+        (resnet18(num_classes=5), "fc"),
+        (build("conv_batch_norm"), "5"),
+    ],
+)
+def test_the_head_is_the_last_layer(network: nn.Module, head: str) -> None:
+    names = [name for name, _ in network.named_parameters()]
+    of_head = [f"{head}.weight", f"{head}.bias"]
+    assert list(adapting(network, "head")) == of_head
+    assert list(adapting(network, "body")) == [name for name in names if name not in of_head]
+    assert list(adapting(network, "all")) == names
+
+
+def test_the_head_may_be_named_and_frozen_parameters_adapt_in_no_part() -> None:
+    network = Conv4(1, 5, 28)
+    assert list(adapting(network, "head", "features.3")) == [
+        name for name, _ in network.named_parameters() if name.startswith("features.3.")
+    ]
+    network.head.bias.requires_grad_(False)
+    assert list(adapting(network, "head")) == ["head.weight"]
+    assert not {"head.weight", "head.bias"} & adapting(network, "body").keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adapt": "tail"}, "Expected `adapt` to be 'all', 'head' or 'body' but got 'tail'"),
+        ({"adapt": "head", "head": "fc"}, "Expected `head` to name a submodule that has trainable parameters of its own but got 'fc'"),
+        ({"adapt": "body", "head": "layers"}, "has a part of the trainable parameters, with a body before it, but got 'layers'"),
+        ({"inner_rates": "per_step"}, "Expected `inner_rates` to be 'fixed', 'per_layer', .* but got 'per_step'"),
+    ],
+)
+def test_parts_and_rates_that_do_not_exist_are_refused(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MAML(MLP(4, 2), **arguments)
+
+
+def of_rates(model: MAML) -> list[torch.Tensor]:
+    return [] if model.learned_rates is None else [rate.detach().clone() for rate in model.learned_rates.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        (ANIL, {}),
+        (BOIL, {}),
+        (MAML, {"inner_rates": "per_layer"}),
+        (LSLR, {}),
+        (MetaSGD, {}),
+        (LSLR, {"adapt": "head"}),
+        (ANIL, {"inner_rates": "per_parameter"}),
+    ],
+)
+def test_one_sgd_step_is_autograd_through_the_unrolled_loop(tmp_path: Path, algorithm: type[MAML], arguments: dict[str, str]) -> None:
+    network, episodes = build("conv_batch_norm"), make_episodes()
+    model = algorithm(network, inner_lr=RATE, train_steps=STEPS, optimizer=partial(torch.optim.SGD, lr=1.0), **arguments)
+    w = leaves(network)
+    rates = [rate.double().requires_grad_() for rate in of_rates(model)]
+    names = list(adapting(network, model.adapts))
+    each = [[rate[step] if model.hparams.inner_rates == "per_layer_and_step" else rate for rate in rates] for step in range(STEPS)]
+    steps = [dict(zip(names, of_step or [RATE] * len(names), strict=True)) for of_step in each]
+    value = unrolled(plain_loss(build("conv_batch_norm")), w, episodes, steps, STEPS)
+    expected = torch.autograd.grad(value, [*w.values(), *rates])
+
+    trainer(tmp_path).fit(model, DataLoader([episodes], batch_size=None))
+    moved: Params = {name: w[name].detach() - p for name, p in network.named_parameters()}
+    assert relative_error(moved, dict(zip(w, expected, strict=False))) < 1e-12
+    moved_rates = [before - after for before, after in zip(rates, of_rates(model), strict=True)]
+    torch.testing.assert_close(moved_rates, list(expected[len(w) :]), rtol=1e-6, atol=1e-15)
+
+
+@pytest.mark.parametrize("base", [MAML, FOMAML, HFMAML])
+@pytest.mark.parametrize("arguments", [{"adapt": "head"}, {"adapt": "body"}, {"inner_rates": "per_parameter"}])
+@pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
+def test_every_curvature_and_execution_trains_and_tests(tmp_path: Path, base: type[MAML], arguments: dict[str, str], tasks: str) -> None:
+    model = base(build("conv_batch_norm"), inner_lr=RATE, train_steps=STEPS, test_steps=STEPS + 2, tasks=tasks, **arguments)
+    watched = {"network.0.weight", "network.5.weight"} | (
+        {"learned_rates.values.0", "learned_rates.values.5"} if "inner_rates" in arguments else set()
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name in watched}
+    data = DataLoader([make_episodes(seed=k) for k in range(2)], batch_size=None)
+    run = trainer(tmp_path)
+    run.fit(model, data)
+    assert [name for name in watched if torch.equal(before[name], model.get_parameter(name))] == []
+    run.test(model, data, verbose=False)
+    assert len(model.adaptation.mean) == STEPS + 3
+
+
+def test_what_does_not_adapt_has_no_inner_rate_and_stays() -> None:
+    model = ANIL(build("conv_batch_norm"), inner_lr=RATE, inner_rates="per_layer_and_step", train_steps=3)
+    assert [tuple(rate.shape) for rate in model.learned_rates.parameters()] == [(3,), (3,)]
+
+
+def test_learned_rates_are_in_the_checkpoint(tmp_path: Path) -> None:
+    model = LSLR(build("mlp"), inner_lr=RATE, train_steps=STEPS)
+    data = DataLoader([make_episodes()], batch_size=None)
+    run = trainer(tmp_path)
+    run.fit(model, data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = LSLR.load_from_checkpoint(tmp_path / "last.ckpt", network=build("mlp", seed=5), weights_only=True).double()
+    assert flat(dict(again.named_parameters())).allclose(flat(dict(model.named_parameters())), rtol=1e-6)
+    assert all((rate != RATE).all() for rate in again.learned_rates.parameters())
+
+
+def test_the_theory_is_of_one_rate_for_all_parameters(tmp_path: Path) -> None:
+    for model in (ANIL(build("mlp"), optimizer=partial(torch.optim.SGD, lr=0.1)), MetaSGD(build("mlp"))):
+        with pytest.raises(ValueError, match="Expected one fixed inner rate for all parameters"):
+            model.probe(make_episodes())
+        with pytest.raises(ValueError, match="Expected one fixed inner rate for all parameters"):
+            trainer(tmp_path, callbacks=[AdaptiveMetaStepsize(episodes=[make_episodes()])]).fit(
+                model, DataLoader([make_episodes()], batch_size=None)
+            )
