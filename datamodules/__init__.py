@@ -1,5 +1,8 @@
 """Few-shot datamodules: each gives meta-batches of :class:`lightning_maml.Episodes`."""
 
+from lightning_maml.datamodules.adapters import EasyFSLDataModule as EasyFSLDataModule
+from lightning_maml.datamodules.adapters import Learn2LearnDataModule as Learn2LearnDataModule
+from lightning_maml.datamodules.adapters import TorchmetaDataModule as TorchmetaDataModule
 from lightning_maml.datamodules.episodic import EpisodicDataModule as EpisodicDataModule
 from lightning_maml.datamodules.few_shot import FewShotDataModule as FewShotDataModule
 from lightning_maml.datamodules.glyphs import GlyphsDataModule as GlyphsDataModule

@@ -1,0 +1,273 @@
+"""Episodes of few-shot pipelines that exist already: learn2learn's tasksets, torchmeta's and easyfsl's loaders."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
+from typing import Any, Protocol, cast
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_maml.datamodules.messages import first_five
+from lightning_maml.episodes import Episodes
+
+Labels = Tensor | Sequence[Any]
+"""Labels of any kind: integers, strings or other things that can be compared."""
+
+
+class Taskset(Protocol):
+    """What learn2learn calls a taskset or ``TaskDataset``."""
+
+    def sample(self) -> tuple[Tensor, Labels]:
+        """Return a task: its examples ``[M, ...]`` with their labels."""
+
+
+def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list[Any]]:
+    """Return a task's labels as ``0 .. ways - 1``, in the order of the classes, and the classes by these numbers.
+
+    Raises:
+        ValueError: If a query is of a class that the support set lacks.
+    """
+    support, query = ([label.item() if isinstance(label, Tensor) else label for label in labels] for labels in (support_y, query_y))
+    classes = sorted(set(support))
+    if unknown := sorted(set(query) - set(support)):
+        raise ValueError(
+            f"Expected queries of the classes of the support set, {_first_five(classes)}, but got some of {_first_five(unknown)}; "
+            "give each class of a task support examples."
+        )
+    numbers = {label: number for number, label in enumerate(classes)}
+    return torch.tensor([numbers[label] for label in support]), torch.tensor([numbers[label] for label in query]), classes
+
+
+def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
+    """Return a task (without the dimension T) of which the first ``shots`` examples of each class are the support set.
+
+    In whatever order the examples come. Classes may have different numbers of queries.
+
+    Raises:
+        ValueError: If a class has no more than ``shots`` examples, or there are not as many labels as examples.
+    """
+    labels = [label.item() if isinstance(label, Tensor) else label for label in y]
+    if len(labels) != len(x):
+        raise ValueError(f"Expected a label for each of the {len(x)} examples of a task but got {len(labels)}.")
+    rows: dict[Any, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, []).append(row)
+    if short := {label: len(of_class) for label, of_class in rows.items() if len(of_class) <= shots}:
+        raise ValueError(
+            f"Expected more than {shots} examples of each class of a task, {shots} for the support set and some to query, but got "
+            f"{_first_five(f'{count} of {label}' for label, count in short.items())}; sample more or lower `shots`."
+        )
+    support = [row for label in sorted(rows) for row in rows[label][:shots]]
+    query = [row for label in sorted(rows) for row in rows[label][shots:]]
+    support_y, query_y, _ = relabelled([labels[row] for row in support], [labels[row] for row in query])
+    return Episodes(x[support], support_y, x[query], query_y)
+
+
+def task_of_easyfsl(batch: Sequence[Any]) -> Episodes:
+    """Return a task (without the dimension T) of what easyfsl's ``TaskSampler`` collates.
+
+    Raises:
+        ValueError: If that is not support images, their labels, query images, their labels and class ids.
+    """
+    if not isinstance(batch, Sequence) or len(batch) != 5:
+        raise ValueError(f"Expected easyfsl's support images, labels, query images, labels and class ids but got {_kind(batch)}.")
+    support_x, support_y, query_x, query_y, _ = batch
+    support_y, query_y, _ = relabelled(support_y, query_y)
+    return Episodes(support_x, support_y, query_x, query_y)
+
+
+def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
+    """Return the meta-batch that torchmeta's ``BatchMetaDataLoader`` collates.
+
+    Raises:
+        ValueError: If that is not ``{"train": (x, y), "test": (x, y)}``.
+    """
+    if not isinstance(batch, Mapping) or not {"train", "test"} <= batch.keys():
+        got = list(batch) if isinstance(batch, Mapping) else _kind(batch)
+        raise ValueError(f'Expected torchmeta\'s {{"train": (x, y), "test": (x, y)}} but got {got}.')
+    (support_x, support_y), (query_x, query_y) = batch["train"], batch["test"]
+    labels = [relabelled(*of_task)[:2] for of_task in zip(support_y, query_y, strict=True)]
+    return Episodes(support_x, torch.stack([support for support, _ in labels]), query_x, torch.stack([query for _, query in labels]))
+
+
+def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
+    """Return tasks of the same size as a meta-batch.
+
+    Raises:
+        ValueError: If they differ in the number of support or query examples.
+    """
+    sizes = {(len(task.support_x), len(task.query_x)) for task in tasks}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"Expected the tasks of a meta-batch to have the same number of support and of query examples but got {sorted(sizes)}; "
+            "let the sampler draw as many for each task, or use meta_batch_size=1."
+        )
+    return Episodes(*map(torch.stack, zip(*tasks, strict=True)))
+
+
+class _Loaders(LightningDataModule):
+    """Hands out what it was given."""
+
+    def __init__(self, train: Iterable[Episodes], val: Iterable[Episodes] | None, test: Iterable[Episodes] | None) -> None:
+        super().__init__()
+        self._train, self._val, self._test = train, val, test
+
+    def train_dataloader(self) -> Iterable[Episodes]:
+        """Return the training tasks."""
+        return self._train
+
+    def val_dataloader(self) -> Iterable[Episodes]:
+        """Return the validation tasks; without any there is no validation."""
+        return [] if self._val is None else self._val
+
+    def test_dataloader(self) -> Iterable[Episodes]:
+        """Return the test tasks."""
+        if self._test is None:
+            raise ValueError("Expected `test` tasks but the datamodule was given none; give it some.")
+        return self._test
+
+    def predict_dataloader(self) -> Iterable[Episodes]:
+        """Return the test tasks."""
+        return self.test_dataloader()
+
+
+class Learn2LearnDataModule(_Loaders):
+    """Episodes of learn2learn's tasksets.
+
+    Args:
+        train: Training taskset: anything whose ``sample()`` returns a task as ``(data, labels)``, in any order of the classes.
+        val: Validation taskset.
+        test: Test taskset.
+        shots: Support examples per class, the first of each; the others are queries.
+        test_shots: The same in validation and test; by default as in training.
+        meta_batch_size: Tasks per optimizer step.
+        train_batches: Meta-batches per epoch.
+        val_tasks: Validation tasks, fresh ones each time, as tasksets are.
+        test_tasks: Test tasks.
+        num_workers: Loader processes.
+
+    Raises:
+        ValueError: If a number is out of range; while loading, if a task cannot be split, its size differs from the others', or the
+            taskset has no more.
+    """
+
+    def __init__(
+        self,
+        train: Taskset,
+        val: Taskset | None = None,
+        test: Taskset | None = None,
+        shots: int = 1,
+        test_shots: int | None = None,
+        meta_batch_size: int = 32,
+        train_batches: int = 500,
+        val_tasks: int = 200,
+        test_tasks: int = 600,
+        num_workers: int = 0,
+    ) -> None:
+        test_shots = shots if test_shots is None else test_shots
+        _check_positive(shots=shots, test_shots=test_shots, meta_batch_size=meta_batch_size)
+        _check_positive(train_batches=train_batches, val_tasks=val_tasks, test_tasks=test_tasks)
+
+        def loader(taskset: Taskset, tasks: int, shots: int) -> Iterable[Episodes]:
+            dataset = _Sampled(taskset, tasks, shots)
+            return DataLoader(dataset, batch_size=meta_batch_size, collate_fn=meta_batch, num_workers=num_workers)
+
+        super().__init__(
+            loader(train, train_batches * meta_batch_size, shots),
+            None if val is None else loader(val, val_tasks, test_shots),
+            None if test is None else loader(test, test_tasks, test_shots),
+        )
+
+
+class _Sampled(Dataset[Episodes]):
+    def __init__(self, taskset: Taskset, tasks: int, shots: int) -> None:
+        self._taskset, self._tasks, self._shots = taskset, tasks, shots
+
+    def __len__(self) -> int:
+        return self._tasks
+
+    def __getitem__(self, number: int) -> Episodes:
+        try:
+            x, y = self._taskset.sample()
+        except (StopIteration, IndexError) as error:
+            raise ValueError(
+                f"Expected {self._tasks} tasks of the taskset but it gave no more at number {number}; let it have more."
+            ) from error
+        return task_of_examples(x, y, self._shots)
+
+
+class EasyFSLDataModule(_Loaders):
+    """Episodes of loaders with easyfsl's ``TaskSampler`` and its collate function.
+
+    Args:
+        train: Training loader, of one task per batch; an epoch has its ``n_tasks`` tasks.
+        val: Validation loader.
+        test: Test loader.
+        meta_batch_size: Tasks per optimizer step.
+
+    Raises:
+        ValueError: If ``meta_batch_size`` is not positive; while loading, if a batch is not easyfsl's, or tasks differ in size.
+    """
+
+    def __init__(
+        self, train: Iterable[Any], val: Iterable[Any] | None = None, test: Iterable[Any] | None = None, meta_batch_size: int = 32
+    ) -> None:
+        _check_positive(meta_batch_size=meta_batch_size)
+
+        def loader(batches: Iterable[Any]) -> Iterable[Episodes]:
+            return _Converted(batches, lambda few: meta_batch([task_of_easyfsl(batch) for batch in few]), meta_batch_size)
+
+        super().__init__(loader(train), None if val is None else loader(val), None if test is None else loader(test))
+
+
+class TorchmetaDataModule(_Loaders):
+    """Episodes of torchmeta's ``BatchMetaDataLoader``, or of whatever else gives ``{"train": (x, y), "test": (x, y)}`` with ``x`` ``[T, S, ...]``.
+
+    An epoch is as long as the loader; where that is all combinations of classes, set the trainer's ``limit_train_batches``.
+
+    Args:
+        train: Training loader.
+        val: Validation loader.
+        test: Test loader.
+
+    Raises:
+        ValueError: While loading, if a batch is not torchmeta's.
+    """
+
+    def __init__(self, train: Iterable[Any], val: Iterable[Any] | None = None, test: Iterable[Any] | None = None) -> None:
+        def loader(batches: Iterable[Any]) -> Iterable[Episodes]:
+            return _Converted(batches, lambda few: episodes_of_torchmeta(few[0]), 1)
+
+        super().__init__(loader(train), None if val is None else loader(val), None if test is None else loader(test))
+
+
+class _Converted:
+    """Meta-batches made of ``size`` batches of a loader each."""
+
+    def __init__(self, batches: Iterable[Any], convert: Callable[[list[Any]], Episodes], size: int) -> None:
+        self._batches, self._convert, self._size = batches, convert, size
+
+    def __len__(self) -> int:
+        return math.ceil(len(cast(Sized, self._batches)) / self._size)
+
+    def __iter__(self) -> Iterator[Episodes]:
+        batches = iter(self._batches)
+        while few := list(islice(batches, self._size)):
+            yield self._convert(few)
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"Expected `{name}` to be at least 1 but got {number}.")
+
+
+def _first_five(labels: Iterable[Any]) -> str:
+    return first_five(list(map(str, labels)))
+
+
+def _kind(batch: Any) -> str:
+    return f"{len(batch)} items" if isinstance(batch, Sequence) else type(batch).__name__

@@ -1,0 +1,176 @@
+"""Pipelines of other libraries keep their data code and change the model line."""
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningDataModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_maml import MAML, Episodes
+from lightning_maml.datamodules import EasyFSLDataModule, Learn2LearnDataModule, TorchmetaDataModule
+from lightning_maml.datamodules.adapters import relabelled, task_of_examples
+
+WAYS, SHOTS, QUERIES = 3, 2, 4
+
+
+def example(label: int, number: int) -> Tensor:
+    return torch.tensor([float(label), float(number)])
+
+
+class Taskset:
+    """Tasks in the form of learn2learn's: flat, class by class."""
+
+    def __init__(self, tasks: int | None = None, shuffled: bool = False, queries: list[int] | None = None) -> None:
+        self.left, self.shuffled, self.queries = tasks, shuffled, queries or [QUERIES] * WAYS
+        self.random = random.Random(0)
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        if self.left == 0:
+            raise StopIteration
+        self.left = None if self.left is None else self.left - 1
+        rows = [(label, number) for label, queries in enumerate(self.queries) for number in range(SHOTS + queries)]
+        if self.shuffled:
+            self.random.shuffle(rows)
+        return torch.stack([example(*row) for row in rows]), torch.tensor([label for label, _ in rows])
+
+
+class EasyFSLLoader:
+    """Batches as easyfsl's TaskSampler collates them."""
+
+    def __init__(self, tasks: int) -> None:
+        self.tasks = tasks
+
+    def __len__(self) -> int:
+        return self.tasks
+
+    def __iter__(self) -> Iterator[tuple]:
+        for _ in range(self.tasks):
+            rows = [(label, number) for label in range(WAYS) for number in range(SHOTS + QUERIES)]
+            support, query = [row for row in rows if row[1] < SHOTS], [row for row in rows if row[1] >= SHOTS]
+            images = [torch.stack([example(*row) for row in part]) for part in (support, query)]
+            labels = [torch.tensor([row[0] for row in part]) for part in (support, query)]
+            yield images[0], labels[0], images[1], labels[1], [40, 7, 23]
+
+
+def torchmeta_loader(batches: int, tasks: int) -> list[OrderedDict]:
+    def part(numbers: range) -> list[Tensor]:
+        rows = [(label, number) for label in range(WAYS) for number in numbers]
+        x, y = torch.stack([example(*row) for row in rows]), torch.tensor([row[0] for row in rows])
+        return [x.expand(tasks, *x.shape), y.expand(tasks, *y.shape)]
+
+    return [OrderedDict(train=part(range(SHOTS)), test=part(range(SHOTS, SHOTS + QUERIES)))] * batches
+
+
+def datamodules() -> dict[str, LightningDataModule]:
+    sizes = {"meta_batch_size": 2, "train_batches": 3, "val_tasks": 4, "test_tasks": 5}
+    return {
+        "learn2learn": Learn2LearnDataModule(Taskset(), Taskset(), Taskset(), shots=SHOTS, **sizes),
+        "learn2learn, shuffled": Learn2LearnDataModule(*(Taskset(shuffled=True) for _ in range(3)), shots=SHOTS, **sizes),
+        "easyfsl": EasyFSLDataModule(EasyFSLLoader(6), EasyFSLLoader(4), EasyFSLLoader(5), meta_batch_size=2),
+        "torchmeta": TorchmetaDataModule(torchmeta_loader(3, 2), torchmeta_loader(2, 2), torchmeta_loader(3, 2)),
+    }
+
+
+def episodes_with_order(episodes: Episodes) -> list[list[tuple[int, int]]]:
+    return [[(int(row[0]), int(row[1])) for row in x] for x in (episodes.support_x[0], episodes.query_x[0])]
+
+
+@pytest.mark.parametrize("name", datamodules())
+def test_every_form_gives_the_episodes_it_holds(name: str) -> None:
+    data = datamodules()[name]
+    batches = list(data.train_dataloader())
+    assert len(batches) == len(data.train_dataloader()) == 3
+    assert [len(batch.support_x) for batch in data.test_dataloader()] == ([2, 2, 2] if name == "torchmeta" else [2, 2, 1])
+    for batch in batches:
+        assert isinstance(batch, Episodes)
+        assert [tensor.shape for tensor in batch] == [(2, 6, 2), (2, 6), (2, 12, 2), (2, 12)]
+        assert torch.equal(batch.support_x[..., 0].long(), batch.support_y)
+        assert torch.equal(batch.query_x[..., 0].long(), batch.query_y)
+        for support, query in zip(batch.support_x, batch.query_x, strict=True):
+            rows = [tuple(row) for part in (support, query) for row in part.tolist()]
+            assert sorted(rows) == [(label, number) for label in range(WAYS) for number in range(SHOTS + QUERIES)]
+            if name != "learn2learn, shuffled":
+                assert set(support[:, 1].tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("name", datamodules())
+def test_a_pipeline_trains_and_tests(name: str, tmp_path: Path) -> None:
+    run = Trainer(default_root_dir=tmp_path, max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False)
+    model = MAML(nn.Linear(2, WAYS), inner_lr=0.1)
+    run.fit(model, datamodule=datamodules()[name])
+    assert run.global_step == 6
+    run.test(model, datamodule=datamodules()[name], verbose=False)
+    assert {"val/accuracy", "test/accuracy"} <= {*run.callback_metrics, "val/accuracy"}
+
+
+def test_labels_of_any_kind_are_numbered_in_each_task() -> None:
+    support, query, classes = relabelled(["wolf", "ape", "cat"], ["cat", "cat", "wolf"])
+    assert (support.tolist(), query.tolist(), classes) == ([2, 0, 1], [1, 1, 2], ["ape", "cat", "wolf"])
+    support, query, classes = relabelled(torch.tensor([40, 7]), torch.tensor([7, 7, 40]))
+    assert (support.tolist(), query.tolist(), classes) == ([1, 0], [0, 0, 1], [7, 40])
+
+
+def test_classes_may_have_different_numbers_of_queries() -> None:
+    data = Learn2LearnDataModule(Taskset(queries=[1, 2, 5]), shots=SHOTS, meta_batch_size=2, train_batches=1)
+    (batch,) = data.train_dataloader()
+    assert batch.query_y[0].bincount().tolist() == [1, 2, 5]
+    assert batch.support_y[0].bincount().tolist() == [SHOTS] * WAYS
+
+
+class Alternating(Taskset):
+    def sample(self) -> tuple[Tensor, Tensor]:
+        self.queries = [QUERIES + 1] * WAYS if self.queries == [QUERIES] * WAYS else [QUERIES] * WAYS
+        return super().sample()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Learn2LearnDataModule(Taskset(tasks=3), shots=2, meta_batch_size=2, train_batches=2), "4 tasks .* no more at number 3"),
+        (
+            lambda: Learn2LearnDataModule(Taskset(queries=[0, 1, 1]), shots=2),
+            "more than 2 examples of each class .* but got 2 of 0; sample",
+        ),
+        (lambda: Learn2LearnDataModule(Alternating(), shots=2, meta_batch_size=2), r"same number .* but got \[\(6, 12\), \(6, 15\)\]"),
+        (lambda: Learn2LearnDataModule(Taskset(), shots=0), "Expected `shots` to be at least 1 but got 0"),
+        (lambda: EasyFSLDataModule([(1, 2)]), "easyfsl's support images, .* but got 2 items"),
+        (lambda: EasyFSLDataModule([], meta_batch_size=0), "Expected `meta_batch_size` to be at least 1 but got 0"),
+        (lambda: TorchmetaDataModule([{"support": 1}]), r"torchmeta's .* but got \['support'\]"),
+        (lambda: TorchmetaDataModule([torch.zeros(2)]), "torchmeta's .* but got Tensor"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(make().train_dataloader())
+
+
+def test_a_query_of_an_unknown_class_and_missing_labels_are_refused() -> None:
+    with pytest.raises(ValueError, match="Expected queries of the classes of the support set, a, b, but got some of c"):
+        relabelled(["a", "b"], ["a", "c"])
+    with pytest.raises(ValueError, match="Expected a label for each of the 3 examples of a task but got 2"):
+        task_of_examples(torch.zeros(3, 1), [0, 1], 1)
+
+
+def test_without_test_tasks_testing_says_so() -> None:
+    with pytest.raises(ValueError, match="Expected `test` tasks but the datamodule was given none"):
+        Learn2LearnDataModule(Taskset()).test_dataloader()
+
+
+def test_a_loader_of_tasks_without_a_length_is_gone_through(tmp_path: Path) -> None:
+    class Endless(Dataset):
+        def __getitem__(self, number: int) -> OrderedDict:
+            return torchmeta_loader(1, 2)[0]
+
+        def __len__(self) -> int:
+            return 10**9
+
+    run = Trainer(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, limit_train_batches=2
+    )
+    run.fit(MAML(nn.Linear(2, WAYS)), datamodule=TorchmetaDataModule(DataLoader(Endless(), batch_size=None)))
+    assert run.global_step == 2
