@@ -33,6 +33,9 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 InnerRatesName = Literal["fixed"] | LearnedRatesName
 
+_ADAPTED_AT_ONCE = 32
+"""Tasks that ``adapt`` vectorises at once by default: more are slower on a CPU, where what they need outgrows its caches."""
+
 
 class MAML(LightningModule):
     """Model-agnostic meta-learning by the exact meta-gradient of N inner steps (Ji et al. 2022; N = 1: Fallah et al. 2020, Algorithm 1).
@@ -217,7 +220,7 @@ class MAML(LightningModule):
             inner_lr=self._rates(),
             steps=self.test_steps if steps is None else steps,
             tasks="vmap",
-            chunk_size=self._chunk_size,
+            chunk_size=self._chunk_size or _ADAPTED_AT_ONCE,
         )
         networks = AdaptedNetworks(network, adapted, self.batch_norm, support_x)
         return networks.network(0) if of_one else networks

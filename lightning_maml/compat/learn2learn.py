@@ -6,7 +6,6 @@ tasksets only. Batches are learn2learn's: one task ``(data, labels)``, class by 
 meta-batch is the trainer's ``accumulate_grad_batches``. Checkpoints have learn2learn's names of parameters.
 """
 
-from abc import abstractmethod
 from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any
@@ -75,9 +74,9 @@ class LightningEpisodicModule(LightningModule):
         parser.add_argument("--data_parallel", action="store_true", help="has no effect; give the Trainer several devices")
         return parser
 
-    @abstractmethod
     def meta_learn(self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int) -> tuple[Tensor, Tensor]:
         """Return a task's query loss, with gradients enabled as a scalar whose backward pass gives the meta-gradient, and its accuracy."""
+        raise NotImplementedError(f"{type(self).__name__} must define meta_learn(batch, batch_idx, ways, shots, queries).")
 
     def training_step(self, batch: Task, batch_idx: int) -> Tensor:
         """Return and log a training task's query loss."""
