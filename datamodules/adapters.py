@@ -89,6 +89,8 @@ def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
         got = list(batch) if isinstance(batch, Mapping) else _kind(batch)
         raise ValueError(f'Expected torchmeta\'s {{"train": (x, y), "test": (x, y)}} but got {got}.')
     (support_x, support_y), (query_x, query_y) = batch["train"], batch["test"]
+    if support_y.is_floating_point():  # regression
+        return Episodes(support_x, support_y, query_x, query_y)
     labels = [relabelled(*of_task)[:2] for of_task in zip(support_y, query_y, strict=True)]
     return Episodes(support_x, torch.stack([support for support, _ in labels]), query_x, torch.stack([query for _, query in labels]))
 
@@ -117,6 +119,11 @@ class _Loaders(LightningDataModule):
 
     def train_dataloader(self) -> Iterable[Episodes]:
         """Return the training tasks."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            raise ValueError(
+                f"Expected one process but got {self.trainer.world_size}: tasks that another library draws would be the same ones in each; "
+                "use one device, or a datamodule of this library."
+            )
         return self._train
 
     def val_dataloader(self) -> Iterable[Episodes]:

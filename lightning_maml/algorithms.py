@@ -168,6 +168,11 @@ class MAMLPlusPlus(LSLR):
         return [earlier] * (self.train_steps - 1) + [1 - earlier * (self.train_steps - 1)] * (self.train_steps > 0)
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
+        if self._trainer is None and (self.multi_step_epochs or self.first_order_epochs):
+            raise ValueError(
+                "Expected a trainer, over whose epochs MAMLPlusPlus anneals, but there is none; train with one, or set `multi_step_epochs` and "
+                "`first_order_epochs` to 0."
+            )
         curvature = "none" if self.current_epoch < self.first_order_epochs else self.curvature
         return self._meta_gradient(learner, episodes, curvature, self.step_weights(self.current_epoch))
 
@@ -176,7 +181,8 @@ class Reptile(MAML):
     """Reptile (Nichol et al. 2018): the meta-gradient is the way back from the adapted parameters, ``w_0 - w_N``. Arguments as :class:`MAML`.
 
     With SGD of rate epsilon a step is the paper's ``w <- w + epsilon (w_N - w)``. The query sets are judged, not trained on. With
-    ``ResampledEpisodes`` each inner step has a mini-batch of its own, as in the paper. Its inner rates cannot be learned.
+    ``ResampledEpisodes`` each inner step has a mini-batch of its own, as in the paper. Its inner rates cannot be learned, and what does not
+    adapt is not trained.
     """
 
     curvature = "none"

@@ -18,6 +18,9 @@ class AdaptedNetworks(nn.Module):
         adapted: The parameters that adapted, ``[T, ...]`` each. The others are the network's.
         batch_norm: Which statistics its batch-norm layers use, see :class:`lightning_maml.MAML`.
         support_x: Inputs of the support sets, ``[T, S, ...]``, whose statistics ``"support"`` keeps.
+
+    Raises:
+        ValueError: If with ``"support"`` a batch-norm layer is called more than once.
     """
 
     def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Tensor) -> None:
@@ -30,12 +33,13 @@ class AdaptedNetworks(nn.Module):
                 _forget_running_averages(norm)
         states = list(adapted.values())
         if batch_norm == "support":
-            statistics = torch.func.vmap(lambda params, x: _statistics(self._network, norms, params, x))(adapted, support_x)
-            for name, norm in norms.items():
-                norm.track_running_stats = True
-                norm.running_mean, norm.running_var = (tensor[0] for tensor in statistics[name])
+            tasks = range(len(support_x))
+            each = [_statistics(self._network, norms, {name: p[t] for name, p in adapted.items()}, support_x[t]) for t in tasks]
+            for name in each[0]:
+                norms[name].track_running_stats = True
+                norms[name].running_mean, norms[name].running_var = (tensor.clone() for tensor in each[0][name])
                 self._names += [f"{name}.running_mean", f"{name}.running_var"]
-                states += statistics[name]
+                states += [torch.stack(tensors) for tensors in zip(*(found[name] for found in each), strict=True)]
         self._states = nn.ParameterList(nn.Parameter(state, requires_grad=False) for state in states)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,6 +65,11 @@ def _statistics(network: nn.Module, norms: dict[str, _BatchNorm], params: Params
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, entering: Tensor) -> None:
+        if name in found:
+            raise ValueError(
+                f"Expected each batch norm to be called once with `batch_norm='support'` but {name!r} is called again, and can keep one set of "
+                "statistics only; give each call a layer of its own."
+            )
         variance, mean = torch.var_mean(entering, [0, *range(2, entering.ndim)], correction=0)
         found[name] = mean, variance
 

@@ -30,14 +30,12 @@ class Learner:
         vectorised: Write batch norm in primitives that ``vmap`` can differentiate twice.
 
     Raises:
-        ValueError: If ``network`` has no trainable parameter, or the policy does not fit its batch norm: no running averages for
-            ``"running"``, or a class with a forward pass of its own for ``"support"``.
+        ValueError: If the policy does not fit the network's batch norm: no running averages for ``"running"``, or a class with a forward
+            pass of its own for ``"support"``.
     """
 
     def __init__(self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False) -> None:
         self.params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        if not self.params:
-            raise ValueError("Expected `network` to have trainable parameters but all of them are frozen, or there are none.")
         self._network = network
         self._batch_norm = batch_norm
         self._vectorised = vectorised

@@ -101,6 +101,8 @@ class MAML(LightningModule):
         if tasks not in ("auto", "loop", "threads", "vmap"):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got {tasks!r}.")
         check_chunk_size(chunk_size)
+        plain = {"inner_lr": inner_lr, "train_steps": train_steps, "test_steps": test_steps, "batch_norm": batch_norm, "tasks": tasks}
+        self.save_hyperparameters(plain | {"chunk_size": chunk_size, "adapt": adapt, "head": head, "inner_rates": inner_rates})
         inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
         if inner_rates not in ("fixed", *get_args(LearnedRatesName)):
             names = ", ".join(map(repr, get_args(LearnedRatesName)))
@@ -113,8 +115,6 @@ class MAML(LightningModule):
         adapt = self.default_adapt if adapt is None else adapt
         params = adapting(network, adapt, head)
         rates_of_steps(inner_lr, params, 1)  # refuses a rate out of range
-        plain = {"inner_lr": inner_lr, "train_steps": train_steps, "test_steps": test_steps, "batch_norm": batch_norm, "tasks": tasks}
-        self.save_hyperparameters(plain | {"chunk_size": chunk_size, "adapt": adapt, "head": head, "inner_rates": inner_rates})
         self.network = network
         self.inner_lr, self.train_steps = inner_lr, train_steps
         self.test_steps = train_steps if test_steps is None else test_steps
@@ -151,7 +151,6 @@ class MAML(LightningModule):
         if every and (self.global_step + 1) % every == 0:
             figures = _figures(self._adapt(self._learner(), batch, 0), batch) | figures
         self._log_means("train", figures, on_step=True)
-        self._update_running_averages(batch)
         return loss
 
     def validation_step(self, batch: AnyEpisodes, batch_idx: int) -> None:
@@ -206,7 +205,8 @@ class MAML(LightningModule):
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
             it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
-            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``.
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Many tasks are vectorised, ``chunk_size`` or else 32 at once;
+            with ``tasks="loop"`` the adaptation is not, but their network still is.
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
@@ -219,31 +219,37 @@ class MAML(LightningModule):
             *(learner.params, support_x, support_y),
             inner_lr=self._rates(),
             steps=self.test_steps if steps is None else steps,
-            tasks="vmap",
+            tasks="loop" if of_one or self._tasks == "loop" else "vmap",
             chunk_size=self._chunk_size or _ADAPTED_AT_ONCE,
         )
-        networks = AdaptedNetworks(network, adapted, self.batch_norm, support_x)
-        return networks.network(0) if of_one else networks
+        with torch.inference_mode(False), torch.no_grad():
+            networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x))
+            return networks.network(0) if of_one else networks
 
     def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
         """Return the query loss as a scalar whose backward pass deposits the meta-gradient, for a training loop without a trainer.
 
         Raises:
-            ValueError: If the network's outputs do not fit the episodes' labels.
+            ValueError: If the network's outputs do not fit the episodes' labels, or if the algorithm anneals over a trainer's epochs
+                (:class:`lightning_maml.MAMLPlusPlus`) and there is no trainer.
             FloatingPointError: If the query loss or the meta-gradient is not finite.
         """
         return self._meta_step(episodes)[0]
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
-        """Return the meta-gradient of some tasks at the current parameters, by default with the algorithm's own curvature."""
-        return self._meta_gradient(self._learner(), episodes, curvature or self.curvature).grad
+        """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""
+        learner = self._learner()
+        return (self._training_gradient(learner, episodes) if curvature is None else self._meta_gradient(learner, episodes, curvature)).grad
 
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
         """Return what measures the theory's constants of some tasks at the current parameters.
 
         Raises:
-            ValueError: If not all parameters adapt at one fixed rate, as the theory has it.
+            ValueError: If not all parameters adapt at one fixed rate, or the algorithm's meta-gradient is not the query loss's, as the theory
+                has both.
         """
+        if type(self)._training_gradient is not MAML._training_gradient:
+            raise ValueError(f"Expected MAML, FOMAML or HFMAML, of which the theory is, but got {type(self).__name__}.")
         if self.adapts != "all" or self.learned_rates is not None:
             raise ValueError(
                 "Expected one fixed inner rate for all parameters, of which the theory's constants and stepsizes are, but got "
@@ -257,6 +263,7 @@ class MAML(LightningModule):
         self._check(learner, episodes)
         result = self._training_gradient(learner, episodes)
         self._stop_unless_finite(result)
+        self._update_running_averages(episodes)
         return surrogate([learner.params, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss), result
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:

@@ -18,17 +18,26 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
         head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own.
 
     Raises:
-        ValueError: If ``part`` is none of the three, or if the head or the body has no trainable parameters.
+        ValueError: If ``part`` is none of the three, the network, the head or the body has no trainable parameters, or head and body share
+            some.
     """
     if part not in ("all", "head", "body"):
         raise ValueError(f"Expected `adapt` to be 'all', 'head' or 'body' but got {part!r}.")
     params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("Expected `network` to have trainable parameters but all of them are frozen, or there are none.")
     if part == "all":
         return params
     owners = [name for name, module in network.named_modules() if any(p.requires_grad for p in module.parameters(recurse=False))]
     last = owners[-1] if head is None else head
     of_head = {name for name in params if name.startswith(f"{last}.")}
     if not of_head or len(of_head) == len(params):
-        which = "trainable parameters of its own" if not of_head else "a part of the trainable parameters, with a body before it,"
-        raise ValueError(f"Expected `head` to name a submodule that has {which} but got {last!r}; those that do are {owners}.")
+        raise ValueError(
+            f"Expected `head` to name a submodule that has some of the trainable parameters, but not all, but got {last!r}; the layers that have "
+            f"any are {owners}, and with one alone there is no other part than 'all'."
+        )
+    every = dict(network.named_parameters(remove_duplicate=False))
+    heads = {id(p) for name, p in every.items() if name.startswith(f"{last}.")}
+    if shared := [name for name, p in every.items() if id(p) in heads and not name.startswith(f"{last}.")]:
+        raise ValueError(f"Expected head and body to share no parameters but {shared} are in the head {last!r} too; use adapt='all'.")
     return {name: p for name, p in params.items() if (name in of_head) == (part == "head")}

@@ -32,7 +32,7 @@ class LearnedRates(nn.Module):
         super().__init__()
         self._names = list(params)
         self._each_step = kind == "per_layer_and_step"
-        leading, elementwise = [steps] if self._each_step else [], kind == "per_parameter"
+        leading, elementwise = [max(steps, 1)] if self._each_step else [], kind == "per_parameter"
         shapes = [[*leading, *(tensor.shape if elementwise else [])] for tensor in params.values()]
         tensors = zip(shapes, params.values(), strict=True)
         self.values = nn.ParameterList(torch.full(shape, inner_lr, dtype=like.dtype, device=like.device) for shape, like in tensors)

@@ -9,7 +9,7 @@ from networks import build, leaves, make_episodes, plain_loss, relative_error, u
 from test_parts import trainer
 from torch.utils.data import DataLoader
 
-from lightning_maml import MAMLPlusPlus, Reptile, ResampledEpisodes, adaptation_curve
+from lightning_maml import MAML, MAMLPlusPlus, Reptile, ResampledEpisodes, adaptation_curve
 from lightning_maml.adapt import adapted_parameters
 
 STEPS, RATE = 3, 0.3
@@ -88,11 +88,26 @@ def test_reptile_takes_a_fresh_mini_batch_in_each_step(tmp_path: Path, tasks: st
     assert relative_error(dict(network.named_parameters()), means) < 1e-12
 
 
+def test_the_meta_gradient_is_what_is_trained_by() -> None:
+    episodes = make_episodes()
+    for model in (Reptile(build("mlp"), RATE, STEPS), MAML(build("mlp"), RATE, STEPS)):
+        model.meta_loss(episodes).backward()
+        assert relative_error(model.meta_gradient(episodes), {name: p.grad for name, p in model.network.named_parameters()}) < 1e-12
+
+
+def test_a_loop_without_a_trainer_moves_the_running_averages() -> None:
+    model = MAML(build("conv_batch_norm"), RATE, STEPS, batch_norm="running")
+    model.meta_loss(make_episodes())
+    assert model.network[1].num_batches_tracked == 1
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Reptile(build("mlp"), inner_rates="per_layer"), "'fixed' with Reptile, which cannot learn them, but got 'per_layer'"),
         (lambda: MAMLPlusPlus(build("mlp"), multi_step_epochs=-1), "Expected `multi_step_epochs` to be at least 0 but got -1"),
+        (lambda: MAMLPlusPlus(build("mlp")).meta_loss(make_episodes()), "Expected a trainer, over whose epochs MAMLPlusPlus anneals"),
+        (lambda: Reptile(build("mlp")).probe(make_episodes()), "Expected MAML, FOMAML or HFMAML, of which the theory is, but got Reptile"),
         (lambda: MAMLPlusPlus(build("mlp"), first_order_epochs=-1), "Expected `first_order_epochs` to be at least 0 but got -1"),
     ],
 )

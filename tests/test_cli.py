@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -128,6 +129,15 @@ def test_a_checkpoint_trained_with_other_arguments_is_pointed_out(in_tmp_path: P
     checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
     with pytest.warns(UserWarning, match=r"trained with other arguments than those given now, which count: inner_lr=0.123 \(0.4 now\)"):
         run(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])
+
+
+def test_a_checkpoint_trained_with_the_same_arguments_is_not(in_tmp_path: Path) -> None:
+    cli = run(["fit", config("glyphs_maml"), *SMALL])
+    checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])
+    assert [str(warning.message) for warning in caught if "trained with other arguments" in str(warning.message)] == []
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(in_tmp_path: Path) -> None:

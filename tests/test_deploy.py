@@ -76,6 +76,70 @@ def test_regression_tasks_are_adapted_together() -> None:
     torch.testing.assert_close(networks(episodes.query_x), model.eval().evaluate(episodes).aux[:, -1])
 
 
+def test_networks_adapted_in_inference_mode_are_ordinary_ones() -> None:
+    model, episodes = model_and_episodes("support")
+    with torch.inference_mode():
+        network = model.adapt(episodes.support_x[0], episodes.support_y[0])
+    network.requires_grad_(True)
+    network(episodes.query_x[0]).sum().backward()
+    assert network[5].weight.grad is not None
+
+
+def test_a_network_of_one_task_holds_nothing_of_the_others(tmp_path: Path) -> None:
+    model, episodes = model_and_episodes("support")
+    sizes = []
+    for tasks in (1, 4):
+        network = model.adapt(*(tensor[:tasks] for tensor in episodes[:2])).network(0)
+        torch.save(network.state_dict(), tmp_path / "network.pt")
+        sizes.append((tmp_path / "network.pt").stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+class Branching(nn.Module):
+    """Calls one batch norm twice, or leaves one out in evaluation."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.first, self.norm, self.unused, self.head, self.twice = (
+            nn.Linear(4, 4),
+            nn.BatchNorm1d(4),
+            nn.BatchNorm1d(4),
+            nn.Linear(4, 3),
+            twice,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x).tanh())
+        x = self.norm(x + 1) if self.twice else x
+        return self.head(self.unused(x) if self.training else x)
+
+
+def test_statistics_are_kept_of_the_layers_that_are_called_once() -> None:
+    episodes = Episodes(*(tensor.flatten(2)[..., :4] if tensor.ndim > 2 else tensor for tensor in make_episodes()))
+    model = MAML(Branching(twice=False).double(), inner_lr=0.3, batch_norm="support").eval()
+    networks = model.adapt(episodes.support_x, episodes.support_y)
+    torch.testing.assert_close(networks(episodes.query_x), model.evaluate(episodes).aux[:, -1], rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="called once with `batch_norm='support'` but 'norm' is called again"):
+        MAML(Branching(twice=True).double(), batch_norm="support").adapt(episodes.support_x, episodes.support_y)
+
+
+def test_a_network_that_vmap_cannot_take_is_adapted_to_one_task() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(8, 5, batch_first=True), nn.Linear(5, WAYS)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(x.flatten(1, 2))[0][:, -1])
+
+    model, episodes = MAML(Recurrent().double(), inner_lr=0.3, tasks="loop").eval(), make_episodes()
+    expected = model.evaluate(episodes).aux[:, -1]
+    network = model.adapt(episodes.support_x[0], episodes.support_y[0])
+    torch.testing.assert_close(network(episodes.query_x[0]), expected[0], rtol=1e-10, atol=1e-12)
+    networks = model.adapt(episodes.support_x, episodes.support_y)
+    torch.testing.assert_close(networks.network(2)(episodes.query_x[2]), expected[2], rtol=1e-10, atol=1e-12)
+
+
 def test_labels_that_do_not_fit_are_refused() -> None:
     model, episodes = model_and_episodes()
     with pytest.raises(ValueError, match=f"Expected `network` to have {WAYS + 1} outputs"):

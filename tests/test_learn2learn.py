@@ -155,15 +155,18 @@ def test_learn2learns_own_script_runs_with_other_imports(name: str, tmp_path: Pa
     assert model.hparams["adaptation_steps"] == 2
 
 
-def test_frozen_features_keep_their_mode() -> None:
-    network, task = whole(), Taskset().sample()
+def test_frozen_features_use_batch_statistics_in_any_mode() -> None:
+    network, reference, task = whole(), whole(), Taskset().sample()
     network.features.eval().requires_grad_(False)
     loss, _ = build("anil", network).meta_learn(task, 0, WAYS, SHOTS, QUERIES)
     loss.backward()
-    reference = whole()
-    reference.features.eval()
     torch.testing.assert_close(loss, unrolled_anil(reference, task))
     assert network.classifier.weight.grad.norm() > 0
+
+
+def test_arguments_are_attributes() -> None:
+    model = build("maml", whole())
+    assert (model.adaptation_lr, model.adaptation_steps, model.train_ways, model.lr) == (RATE, STEPS, WAYS, 0.001)
 
 
 def test_what_does_not_fit_is_refused() -> None:

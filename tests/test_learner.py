@@ -96,9 +96,9 @@ def test_shared_parameters_stay_shared() -> None:
     torch.testing.assert_close(learner(doubled, x), F.linear(F.linear(x, weight, first).tanh(), weight, last))
 
 
-def test_a_network_without_trainable_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match="trainable parameters but all of them are frozen"):
-        Learner(build("mlp").requires_grad_(False))
+def test_a_network_without_trainable_parameters_is_used_as_it_is() -> None:
+    network, x = build("mlp").requires_grad_(False), torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    assert torch.equal(Learner(network)({}, x), network(x))
 
 
 def test_batch_norm_that_sees_folded_rows_still_uses_the_support_part() -> None:

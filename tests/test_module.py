@@ -426,9 +426,9 @@ def test_a_checkpoint_holds_plain_arguments_and_loads_safely(tmp_path: Path, alg
         "batch_norm": "batch",
         "tasks": "auto",
         "chunk_size": None,
-        "adapt": "all",
+        "adapt": None,
         "head": None,
-        "inner_rates": "fixed",
+        "inner_rates": None,
         **extra,
     }
     loaded = algorithm.load_from_checkpoint(tmp_path / "model.ckpt", network=MLP(64, 3, activation="gelu"), weights_only=True)

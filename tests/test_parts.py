@@ -55,14 +55,46 @@ def test_the_head_may_be_named_and_frozen_parameters_adapt_in_no_part() -> None:
     ("arguments", "message"),
     [
         ({"adapt": "tail"}, "Expected `adapt` to be 'all', 'head' or 'body' but got 'tail'"),
-        ({"adapt": "head", "head": "fc"}, "Expected `head` to name a submodule that has trainable parameters of its own but got 'fc'"),
-        ({"adapt": "body", "head": "layers"}, "has a part of the trainable parameters, with a body before it, but got 'layers'"),
+        ({"adapt": "head", "head": "fc"}, "has some of the trainable parameters, but not all, but got 'fc'"),
+        ({"adapt": "body", "head": "layers"}, "has some of the trainable parameters, but not all, but got 'layers'"),
         ({"inner_rates": "per_step"}, "Expected `inner_rates` to be 'fixed', 'per_layer', .* but got 'per_step'"),
     ],
 )
 def test_parts_and_rates_that_do_not_exist_are_refused(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MAML(MLP(4, 2), **arguments)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head.weight = self.body.weight
+
+
+def test_networks_that_cannot_be_parted_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"share no parameters but \['body.weight'\] are in the head 'head' too; use adapt='all'"):
+        ANIL(Tied())
+    with pytest.raises(ValueError, match="with one alone there is no other part than 'all'"):
+        BOIL(nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="trainable parameters but all of them are frozen"):
+        MAML(build("mlp").requires_grad_(False))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(MAML, ANIL), (ANIL, BOIL), (BOIL, MAML)])
+def test_a_checkpoint_of_another_algorithm_does_not_change_the_class(tmp_path: Path, saved: type[MAML], loaded: type[MAML]) -> None:
+    run = trainer(tmp_path)
+    run.fit(saved(build("mlp"), RATE, STEPS), DataLoader([make_episodes()], batch_size=None))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    model = loaded.load_from_checkpoint(tmp_path / "last.ckpt", network=build("mlp", seed=5))
+    assert model.adapts == loaded.default_adapt
+    assert model.train_steps == STEPS
+
+
+def test_learned_rates_without_a_training_step_serve_testing() -> None:
+    model = LSLR(build("mlp"), inner_lr=RATE, train_steps=0, test_steps=2)
+    expected = MAML(build("mlp"), inner_lr=RATE, test_steps=2).evaluate(make_episodes()).loss
+    torch.testing.assert_close(model.evaluate(make_episodes()).loss, expected, rtol=1e-6, atol=0)
 
 
 def of_rates(model: MAML) -> list[torch.Tensor]:
@@ -87,7 +119,7 @@ def test_one_sgd_step_is_autograd_through_the_unrolled_loop(tmp_path: Path, algo
     w = leaves(network)
     rates = [rate.double().requires_grad_() for rate in of_rates(model)]
     names = list(adapting(network, model.adapts))
-    each = [[rate[step] if model.hparams.inner_rates == "per_layer_and_step" else rate for rate in rates] for step in range(STEPS)]
+    each = [[rate[step] if algorithm is LSLR else rate for rate in rates] for step in range(STEPS)]
     steps = [dict(zip(names, of_step or [RATE] * len(names), strict=True)) for of_step in each]
     value = unrolled(plain_loss(build("conv_batch_norm")), w, episodes, steps, STEPS)
     expected = torch.autograd.grad(value, [*w.values(), *rates])

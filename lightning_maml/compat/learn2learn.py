@@ -3,7 +3,8 @@
 ``from learn2learn.algorithms import LightningMAML, LightningANIL`` and ``from learn2learn.utils.lightning import EpisodicBatcher`` become
 ``from lightning_maml.compat.learn2learn import EpisodicBatcher, LightningANIL, LightningMAML``; learn2learn itself is needed for its
 tasksets only. Batches are learn2learn's: one task ``(data, labels)``, class by class, its first ``shots`` of each class the support set; a
-meta-batch is the trainer's ``accumulate_grad_batches``. Checkpoints have learn2learn's names of parameters.
+meta-batch is the trainer's ``accumulate_grad_batches``. Checkpoints have learn2learn's names of parameters. What differs: dropout is
+inactive in evaluation, and the running averages of batch norm, of which no number depends, stay as they are.
 """
 
 from argparse import ArgumentParser
@@ -59,6 +60,8 @@ class LightningEpisodicModule(LightningModule):
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         chosen = {name: kwargs.get(name, default) for name, default in _DEFAULTS.items()}
         self.save_hyperparameters(chosen)
+        for name, value in chosen.items():
+            setattr(self, name, value)
         if chosen["train_ways"] != chosen["test_ways"]:
             raise ValueError(
                 f"Expected `train_ways` and `test_ways` to be the same, as the outputs of a network are, but got {chosen['train_ways']} "
@@ -190,11 +193,7 @@ class LightningANIL(LightningEpisodicModule):
         return self._learn(loss, params, _split(rows, labels, ways, shots, queries), list(learner.params))
 
     def _features_of(self, data: Tensor) -> Tensor:
-        """Return the features, by batch statistics; those of a frozen network in the mode that it is in."""
-        frozen = not any(p.requires_grad for p in self.features.parameters())
-        if frozen:
-            features: Tensor = self.features(data)
-            return features
+        """Return the features, by batch statistics."""
         learner = Learner(self.features)
         return learner(learner.params, data)
 
