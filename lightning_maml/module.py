@@ -288,9 +288,10 @@ class MAML(LightningModule):
         return adapting(self.network, self.adapts, self.head)
 
     def _rates(self) -> InnerRates:
+        names = self._adapting().keys()
         if self.learned_rates is None:
-            return dict.fromkeys(self._adapting(), self.inner_lr)
-        rates: InnerRates = self.learned_rates()
+            return dict.fromkeys(names, self.inner_lr)
+        rates: InnerRates = self.learned_rates(names)
         return rates
 
     def _arguments(self, learner: Learner, episodes: AnyEpisodes) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The inner rates A: one number, or a number or tensor for each parameter that adapts, the same in every step or not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -37,11 +37,20 @@ class LearnedRates(nn.Module):
         tensors = zip(shapes, params.values(), strict=True)
         self.values = nn.ParameterList(torch.full(shape, inner_lr, dtype=like.dtype, device=like.device) for shape, like in tensors)
 
-    def forward(self) -> Rates | list[Rates]:
-        """Return the rates by name, with their graph; where each step has its own, of each step."""
+    def forward(self, names: Collection[str]) -> Rates | list[Rates]:
+        """Return the rates of these parameters, with their graph; where each step has its own, of each step.
+
+        Raises:
+            ValueError: If a parameter was not there, or frozen, when the rates were made.
+        """
+        if new := [name for name in names if name not in self._names]:
+            raise ValueError(
+                f"Expected a learned inner rate for each parameter that adapts but {new} have none; unfreeze them before the model is made."
+            )
+        values = {name: value for name, value in zip(self._names, self.values, strict=True) if name in names}
         if not self._each_step:
-            return dict(zip(self._names, self.values, strict=True))
-        return [dict(zip(self._names, of_step, strict=True)) for of_step in zip(*self.values, strict=True)]
+            return values
+        return [dict(zip(values, of_step, strict=True)) for of_step in zip(*values.values(), strict=True)]
 
 
 def rates_of_steps(inner_lr: InnerRates, params: Params, steps: int) -> list[Rates]:

@@ -97,6 +97,20 @@ def test_learned_rates_without_a_training_step_serve_testing() -> None:
     torch.testing.assert_close(model.evaluate(make_episodes()).loss, expected, rtol=1e-6, atol=0)
 
 
+def test_parameters_may_be_frozen_later_but_not_unfrozen() -> None:
+    network, episodes = build("mlp"), make_episodes()
+    model = LSLR(network, inner_lr=RATE, train_steps=STEPS).double()
+    network[1].requires_grad_(False)
+    model.meta_loss(episodes).backward()
+    assert [rate.grad is None for rate in model.learned_rates.values] == [True, True, False, False]
+    model = LSLR(network, inner_lr=RATE, train_steps=STEPS)
+    network[1].requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"rate for each parameter that adapts but \['1.weight', '1.bias'\] have none; unfreeze them before"
+    ):
+        model.meta_loss(episodes)
+
+
 def of_rates(model: MAML) -> list[torch.Tensor]:
     return [] if model.learned_rates is None else [rate.detach().clone() for rate in model.learned_rates.parameters()]
 
