@@ -92,14 +92,7 @@ def learned(rates: Rates) -> Params:
 
 def gradient_of_rates(rates: Rates, gradient: Params, v: Params) -> Params:
     """Return the gradient of the query loss with respect to A in the step ``w <- w - A gradient``, behind which ``v`` is its gradient."""
-    return {name: -_sum_to(gradient[name] * v[name], rate) for name, rate in learned(rates).items()}
-
-
-def _sum_to(tensor: Tensor, like: Tensor) -> Tensor:
-    """Undo the broadcasting of ``like`` to ``tensor``."""
-    leading = tensor.ndim - like.ndim
-    dims = [*range(leading), *(leading + d for d in range(like.ndim) if like.shape[d] != tensor.shape[leading + d])]
-    return (tensor.sum(dims, keepdim=True) if dims else tensor).reshape(like.shape)
+    return {name: -(gradient[name] * v[name]).sum_to_size(rate.shape) for name, rate in learned(rates).items()}
 
 
 def _check(rates: Rates, params: Params) -> None:
