@@ -294,7 +294,7 @@ def scheduled() -> MAML:
         (lambda: ByHand(build("mlp")), "finite_sum", "Expected automatic optimization for AdaptiveMetaStepsize"),
         (lambda: TwoOptimizers(build("mlp")), "finite_sum", "Expected one optimizer for AdaptiveMetaStepsize but got 2"),
         (scheduled, "finite_sum", "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got StepLR; set the model"),
-        (NotMAML, "finite_sum", "Expected a MAML, FOMAML or HFMAML for AdaptiveMetaStepsize but got NotMAML"),
+        (NotMAML, "finite_sum", "Expected MAML or one of its variants for AdaptiveMetaStepsize but got NotMAML"),
         (lambda: MAML(build("mlp"), train_steps=3, optimizer=SGD), "one_step", "Expected train_steps=1 with rule 'one_step' but got 3"),
     ],
 )

@@ -71,5 +71,5 @@ def as_maml(callback: Callback, module: LightningModule) -> MAML:
         TypeError: If it is not.
     """
     if not isinstance(module, MAML):
-        raise TypeError(f"Expected a MAML, FOMAML or HFMAML for {type(callback).__name__} but got {type(module).__name__}.")
+        raise TypeError(f"Expected MAML or one of its variants for {type(callback).__name__} but got {type(module).__name__}.")
     return module
