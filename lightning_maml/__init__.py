@@ -21,5 +21,6 @@ from lightning_maml.episodes import ResampledEpisodes as ResampledEpisodes
 from lightning_maml.meta_gradient import MetaGradient as MetaGradient
 from lightning_maml.meta_gradient import meta_gradient as meta_gradient
 from lightning_maml.module import MAML as MAML
+from lightning_maml.protonet import ProtoNet as ProtoNet
 
 __version__ = "0.1.0"

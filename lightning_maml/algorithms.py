@@ -9,9 +9,10 @@ from torch import nn
 
 from lightning_maml.curvature import hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.episodic_module import LossFunction, OptimizerFactory, SchedulerFactory
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.meta_gradient import MetaGradient
-from lightning_maml.module import MAML, InnerRatesName, LossFunction, OptimizerFactory, SchedulerFactory
+from lightning_maml.module import MAML, InnerRatesName
 from lightning_maml.parts import PartName
 from lightning_maml.reptile import reptile_gradient
 from lightning_maml.smooth import kinks

@@ -27,7 +27,7 @@ class Conv4(nn.Module):
 
     Args:
         in_channels: 1 for grey, 3 for colour.
-        ways: Outputs, one per class of an episode.
+        ways: Outputs, one per class of an episode; None for the features, without a head.
         image_size: Height and width of the images, in pixels.
         channels: Filters of each convolution.
         activation: One of relu, leaky_relu, gelu, silu, softplus, tanh.
@@ -40,14 +40,14 @@ class Conv4(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        ways: int,
+        ways: int | None,
         image_size: int,
         channels: int = 64,
         activation: ActivationName = "relu",
         downsample: Literal["stride", "max", "avg"] = "stride",
     ) -> None:
         super().__init__()
-        _check_positive(in_channels=in_channels, ways=ways, image_size=image_size, channels=channels)
+        _check_positive(in_channels=in_channels, ways=1 if ways is None else ways, image_size=image_size, channels=channels)
         if downsample not in ("stride", "max", "avg"):
             raise ValueError(f"Expected `downsample` to be 'stride', 'max' or 'avg' but got {downsample!r}.")
         if downsample != "stride" and image_size < 16:
@@ -56,10 +56,10 @@ class Conv4(nn.Module):
         self.features = nn.Sequential(*(_conv_block(n, channels, activation, downsample) for n in inputs))
         mean_over_space = downsample == "stride"
         self.pool = nn.AdaptiveAvgPool2d(1) if mean_over_space else nn.Identity()
-        self.head = nn.Linear(channels if mean_over_space else channels * (image_size // 16) ** 2, ways)
+        self.head = _head(channels if mean_over_space else channels * (image_size // 16) ** 2, ways)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits ``[B, ways]`` of images ``[B, C, H, W]``."""
+        """Return the logits ``[B, ways]``, or the features, of images ``[B, C, H, W]``."""
         logits: Tensor = self.head(self.pool(self.features(x)).flatten(1))
         return logits
 
@@ -71,7 +71,7 @@ class ResNet12(nn.Module):
 
     Args:
         in_channels: 1 for grey, 3 for colour.
-        ways: Outputs, one per class of an episode.
+        ways: Outputs, one per class of an episode; None for the features, without a head.
         widths: Filters of the blocks' convolutions.
         activation: One of relu, leaky_relu (of slope 0.1), gelu, silu, softplus, tanh.
         downsample: How each block halves the image: ``"max"`` or ``"avg"`` pooling. Images of 16 pixels or more.
@@ -86,7 +86,7 @@ class ResNet12(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        ways: int,
+        ways: int | None,
         widths: Sequence[int] = (64, 160, 320, 640),
         activation: ActivationName = "leaky_relu",
         downsample: Literal["max", "avg"] = "max",
@@ -96,9 +96,8 @@ class ResNet12(nn.Module):
         super().__init__()
         if not widths:
             raise ValueError("Expected `widths` to hold the filters of at least one block but it is empty.")
-        _check_positive(
-            in_channels=in_channels, ways=ways, drop_block_size=drop_block_size, **{f"widths[{i}]": width for i, width in enumerate(widths)}
-        )
+        _check_positive(in_channels=in_channels, ways=1 if ways is None else ways, drop_block_size=drop_block_size)
+        _check_positive(**{f"widths[{i}]": width for i, width in enumerate(widths)})
         if downsample not in ("max", "avg"):
             raise ValueError(f"Expected `downsample` to be 'max' or 'avg' but got {downsample!r}.")
         if not 0 <= drop_block < 1:
@@ -111,10 +110,10 @@ class ResNet12(nn.Module):
                 block.append(DropBlock2d(drop_block, drop_block_size))
         self.blocks = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(widths[-1], ways)
+        self.head = _head(widths[-1], ways)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits ``[B, ways]`` of images ``[B, C, H, W]``."""
+        """Return the logits ``[B, ways]``, or the features, of images ``[B, C, H, W]``."""
         logits: Tensor = self.head(self.pool(self.blocks(x)).flatten(1))
         return logits
 
@@ -179,6 +178,10 @@ def _conv_block(in_channels: int, channels: int, activation: str, downsample: st
     conv = nn.Conv2d(in_channels, channels, 3, stride=2 if downsample == "stride" else 1, padding=1)
     pooling: dict[str, list[nn.Module]] = {"stride": [], "max": [nn.MaxPool2d(2)], "avg": [nn.AvgPool2d(2)]}
     return nn.Sequential(conv, nn.BatchNorm2d(channels), _activation(activation), *pooling[downsample])
+
+
+def _head(features: int, ways: int | None) -> nn.Module:
+    return nn.Identity() if ways is None else nn.Linear(features, ways)
 
 
 def _activation(name: str) -> nn.Module:

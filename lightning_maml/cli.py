@@ -19,6 +19,7 @@ from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.datamodules import EpisodicDataModule
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes
+from lightning_maml.episodic_module import EpisodicModule
 from lightning_maml.functional import axpy, norm
 from lightning_maml.module import MAML
 from lightning_maml.report import Adaptive, Settings, report
@@ -29,7 +30,7 @@ from lightning_maml.theory import paper_scale
 class _Trainer(Trainer):
     """Lightning's trainer with one command more."""
 
-    def measure(self, model: MAML, datamodule: EpisodicDataModule, ckpt_path: str | None = None, tasks: int = 16) -> None:
+    def measure(self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None = None, tasks: int = 16) -> None:
         """Measure the theory's constants, and say what they imply and which conditions of the theorems hold.
 
         Args:
@@ -38,6 +39,8 @@ class _Trainer(Trainer):
             ckpt_path: A checkpoint whose weights to measure at instead.
             tasks: Training tasks to measure on.
         """
+        if not isinstance(model, MAML):
+            raise TypeError(f"Expected MAML or one of its variants, of which the theory is, but got {type(model).__name__}.")
         if tasks < 2:
             raise ValueError(f"Expected `tasks` to be at least 2, for a deviation between them, but got {tasks}.")
         if ckpt_path is not None:
@@ -130,7 +133,7 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
         The finished command with its ``trainer``, ``model`` and ``datamodule``.
     """
     return _CLI(
-        MAML,
+        EpisodicModule,
         EpisodicDataModule,
         trainer_class=_Trainer,
         subclass_mode_model=True,

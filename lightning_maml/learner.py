@@ -4,7 +4,7 @@ import copy
 import threading
 from fractions import Fraction
 from itertools import chain
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,13 @@ class Learner:
         vectorised: Write batch norm in primitives that ``vmap`` can differentiate twice.
 
     Raises:
-        ValueError: If the policy does not fit the network's batch norm: no running averages for ``"running"``, or a class with a forward
+        ValueError: If there is no such policy, or it does not fit the network's batch norm: no running averages for ``"running"``, or a class with a forward
             pass of its own for ``"support"``.
     """
 
     def __init__(self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False) -> None:
+        if batch_norm not in get_args(BatchNormPolicy):
+            raise ValueError(f"Expected `batch_norm` to be 'batch', 'support' or 'running' but got {batch_norm!r}.")
         self.params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self._network = network
         self._batch_norm = batch_norm

@@ -1,43 +1,43 @@
 """MAML as a Lightning module; its variants are in algorithms.py, the mathematics in meta_gradient.py."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchvision.ops import DropBlock2d
+from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, check_step_count
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.deploy import AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, support_set
+from lightning_maml.episodic_module import (
+    EpisodicModule,
+    LossFunction,
+    OptimizerFactory,
+    SchedulerFactory,
+    before,
+    check_labels,
+    with_accuracy,
+)
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
-from lightning_maml.metrics import Estimate, TaskMean
 from lightning_maml.parts import PartName, adapting
 from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
 from lightning_maml.task_map import TaskExecution, check_chunk_size
 
-LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
-"""Outputs ``[B, ...]`` and labels or targets ``[B, ...]`` to their mean loss. Modules are named so that YAML may give their ``init_args``."""
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 InnerRatesName = Literal["fixed"] | LearnedRatesName
 
 _ADAPTED_AT_ONCE = 32
 """Tasks that ``adapt`` vectorises at once by default: more are slower on a CPU, where what they need outgrows its caches."""
 
 
-class MAML(LightningModule):
+class MAML(EpisodicModule):
     """Model-agnostic meta-learning by the exact meta-gradient of N inner steps (Ji et al. 2022; N = 1: Fallah et al. 2020, Algorithm 1).
 
     Batches are :class:`lightning_maml.Episodes` (Ji's Algorithm 2) or, with fresh samples for every inner step and for the curvature (Ji's
@@ -93,11 +93,9 @@ class MAML(LightningModule):
         head: str | None = None,
         inner_rates: InnerRatesName | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
         check_step_count(train_steps, "train_steps")
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
-        if batch_norm not in ("batch", "support", "running"):
-            raise ValueError(f"Expected `batch_norm` to be 'batch', 'support' or 'running' but got {batch_norm!r}.")
         if tasks not in ("auto", "loop", "threads", "vmap"):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got {tasks!r}.")
         check_chunk_size(chunk_size)
@@ -111,77 +109,17 @@ class MAML(LightningModule):
             raise ValueError(
                 f"Expected `inner_rates` to be 'fixed' with {type(self).__name__}, which cannot learn them, but got {inner_rates!r}."
             )
-        Learner(network, batch_norm)  # refuses a network that the policy does not fit
         adapt = self.default_adapt if adapt is None else adapt
         params = adapting(network, adapt, head)
         rates_of_steps(inner_lr, params, 1)  # refuses a rate out of range
-        self.network = network
         self.inner_lr, self.train_steps = inner_lr, train_steps
         self.test_steps = train_steps if test_steps is None else test_steps
         self.adapts, self.head = adapt, head
         self.learned_rates = None if inner_rates == "fixed" else LearnedRates(params, inner_lr, inner_rates, train_steps)
-        self.loss = loss
-        self.batch_norm: BatchNormPolicy = batch_norm
         self.probe_radius: float | None = None
-        self.adaptation: Estimate | None = None
-        """Accuracy (for regression: loss) on the last test's tasks after 0 .. K steps, ``[K + 1]``."""
-        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._tasks, self._chunk_size = tasks, chunk_size
-        self._test_figures = TaskMean()
 
-    def configure_optimizers(self) -> Any:
-        """Build the meta-optimizer and its scheduler."""
-        optimizer = self._optimizer(self.parameters())
-        if self._lr_scheduler is None:
-            return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", "val/loss")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs of the network as it is, without adaptation."""
-        outputs: Tensor = self.network(x)
-        return outputs
-
-    def training_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor:
-        """Return the query loss, as a scalar whose backward pass deposits the meta-gradient."""
-        loss, result = self._meta_step(batch)
-        figures = {"loss": result.query_loss, **_accuracies(result.aux, batch)}
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.global_step + 1) % every == 0:
-            figures = _figures(self._adapt(self._learner(), batch, 0), batch) | figures
-        self._log_means("train", figures, on_step=True)
-        return loss
-
-    def validation_step(self, batch: AnyEpisodes, batch_idx: int) -> None:
-        """Log loss and accuracy before and after adaptation."""
-        curve = self.evaluate(batch)
-        self._log_means("val", _figures(curve, batch), on_step=False)
-
-    def on_test_epoch_start(self) -> None:
-        """Forget what an interrupted test left."""
-        self._test_figures.reset()
-
-    def test_step(self, batch: AnyEpisodes, batch_idx: int) -> None:
-        """Collect loss and accuracy after 0 .. K steps."""
-        curve = self.evaluate(batch)
-        figures = [curve.loss, *_accuracies(curve.aux, batch).values()]
-        self._test_figures.update(torch.stack(figures, -1))
-
-    def on_test_epoch_end(self) -> None:
-        """Log the means over all test tasks with their confidence intervals."""
-        estimate: Estimate = self._test_figures.compute()
-        for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
-            mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
-            self.adaptation = Estimate(mean, ci95, estimate.tasks)
-            self.log_dict({f"test/{name}": mean[-1], f"test/{name}_ci95": ci95[-1], f"test/{name}_before": mean[0]})
-        self.log_dict({f"test/{name}_step_{step}": value for step, value in enumerate(mean)})
-
-    def predict_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor:
-        """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
-        outputs: Tensor = self.evaluate(batch).aux[:, -1]
-        return outputs
-
+    @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
         """Adapt to each task in ``test_steps`` steps.
 
@@ -226,16 +164,6 @@ class MAML(LightningModule):
             networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x))
             return networks.network(0) if of_one else networks
 
-    def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
-        """Return the query loss as a scalar whose backward pass deposits the meta-gradient, for a training loop without a trainer.
-
-        Raises:
-            ValueError: If the network's outputs do not fit the episodes' labels, or if the algorithm anneals over a trainer's epochs
-                (:class:`lightning_maml.MAMLPlusPlus`) and there is no trainer.
-            FloatingPointError: If the query loss or the meta-gradient is not finite.
-        """
-        return self._meta_step(episodes)[0]
-
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""
         learner = self._learner()
@@ -258,13 +186,20 @@ class MAML(LightningModule):
             )
         return Probe(**self._arguments(self._learner(), episodes), progress=progress)
 
-    def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, MetaGradient]:
+    @override
+    def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
         learner, rates = self._learner(), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
         self._check(learner, episodes)
         result = self._training_gradient(learner, episodes)
         self._stop_unless_finite(result)
         self._update_running_averages(episodes)
-        return surrogate([learner.params, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss), result
+        loss = surrogate([learner.params, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss)
+        return loss, result.query_loss, result.aux
+
+    @override
+    def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
+        curve = self._adapt(self._learner(), episodes, 0)
+        return before(with_accuracy(curve.loss, curve.aux, episodes))
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
         return self._meta_gradient(learner, episodes, self.curvature)
@@ -339,72 +274,24 @@ class MAML(LightningModule):
         check_episodes(episodes)
         if episodes.support_y.is_floating_point():
             return
-        with torch.inference_mode(False), torch.no_grad():
-            first = type(episodes)(*(tensor[0] for tensor in episodes))
-            outputs = learner(learner.params, differentiable(support_set(first)[0]))
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-            got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(
-                f"Expected `network` to return one tensor of logits [examples, ways] but got {got}; wrap it in a module that does."
-            )
+        outputs = self._first_outputs(learner, episodes)
         ways = int(episodes.support_y.max()) + 1
         if outputs.shape[1] != ways:
             raise ValueError(
                 f"Expected `network` to have {ways} outputs, one per way of the episode, but got {outputs.shape[1]}; "
                 "give its head as many outputs as the datamodule has `ways`, and leave `test_ways` the same, because a head has one width."
             )
-        labels = torch.cat([y.flatten() for y in episodes[1::2]])
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= ways:
-            raise ValueError(f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to {high}.")
+        check_labels(episodes, ways)
 
     def _stop_unless_finite(self, result: MetaGradient) -> None:
-        finite = result.query_loss.isfinite()
         where = f"at step {self.global_step} (inner_lr={self.inner_lr}, train_steps={self.train_steps}); lower inner_lr or check the data."
-        if not finite.all():
-            tasks = (~finite).nonzero().flatten().tolist()
-            raise FloatingPointError(f"Expected a finite query loss but got {result.query_loss[tasks].tolist()} in tasks {tasks} {where}")
+        self._stop_unless_losses_are_finite(result.query_loss, where)
         of_rates = {f"inner rate {step} of {name}": rate for step, rates in enumerate(result.inner_lr) for name, rate in rates.items()}
         broken = [name for name, gradient in (result.grad | of_rates).items() if not gradient.isfinite().all()]
         if broken:
             raise FloatingPointError(f"Expected a finite meta-gradient but it is not finite in {broken} {where}")
 
-    def _update_running_averages(self, episodes: AnyEpisodes) -> None:
-        """Let the network's own batch norm see the meta-batch once, at the parameters before adaptation."""
-        if self.batch_norm == "running" and any(isinstance(module, _BatchNorm) for module in self.network.modules()):
-            with torch.no_grad():
-                images = episodes.query_x.shape[2:]
-                self.network(torch.cat([x.reshape(-1, *images) for x in (episodes.support_x, episodes.query_x)]))
-
-    def _log_means(self, stage: str, figures: dict[str, Tensor], on_step: bool) -> None:
-        for name, values in figures.items():
-            self.log(
-                f"{stage}/{name}",
-                values.mean(),
-                on_step=on_step,
-                on_epoch=not on_step,
-                prog_bar=name in ("loss", "accuracy"),
-                batch_size=len(values),
-                sync_dist=not on_step,
-            )
-
 
 def _draws_random_numbers(module: nn.Module) -> bool:
     inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
     return inside or isinstance(module, (_DropoutNd, nn.RReLU))
-
-
-def _figures(curve: AdaptationCurve, episodes: AnyEpisodes) -> dict[str, Tensor]:
-    """Return loss and accuracy after adaptation and, as ``_before``, without it, each ``[T]``."""
-    figures = {"loss": curve.loss, **_accuracies(curve.aux, episodes)}
-    before = {f"{name}_before": values[:, 0] for name, values in figures.items()}
-    return {name: values[:, -1] for name, values in figures.items()} | before
-
-
-def _accuracies(outputs: Tensor, episodes: AnyEpisodes) -> dict[str, Tensor]:
-    """Return as ``accuracy`` the share of query labels that ``outputs`` ``[T, ..., Q, ways]`` get right, ``[T, ...]``; nothing for regression."""
-    labels = episodes.query_y
-    if labels.is_floating_point():
-        return {}
-    labels = labels.view(len(labels), *[1] * (outputs.ndim - 3), -1)
-    return {"accuracy": (outputs.argmax(-1) == labels).float().mean(-1)}

@@ -15,7 +15,7 @@ from mini_imagenet_files import CLASSES
 from PIL import Image
 
 import lightning_maml
-from lightning_maml import FOMAML, HFMAML, MAML, Conv4
+from lightning_maml import FOMAML, HFMAML, MAML, Conv4, ProtoNet
 from lightning_maml.cli import main, run
 from lightning_maml.datamodules import omniglot
 from lightning_maml.datamodules.cache import DecodedImages, write_cache
@@ -70,7 +70,7 @@ def test_all_promised_configs_are_there() -> None:
     omniglot_settings = [f"omniglot_{ways}w{shots}s" for ways in (5, 20) for shots in (1, 5)]
     settings = ["glyphs", *omniglot_settings, "mini_imagenet_5w1s", "mini_imagenet_5w5s", "mini_imagenet_quick_5w5s"]
     names = [f"{setting}_{algorithm}" for setting in settings for algorithm in ("maml", "fomaml", "hfmaml")]
-    assert sorted([*names, "mini_imagenet_5w1s_hfmaml_smooth", "mini_imagenet_5w5s_hfmaml_smooth"]) == NAMES
+    assert sorted([*names, "glyphs_protonet", "mini_imagenet_5w1s_hfmaml_smooth", "mini_imagenet_5w5s_hfmaml_smooth"]) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,7 +80,7 @@ def test_every_shipped_config_runs(name: str, in_tmp_path: Path, omniglot_root: 
     on_the_papers_network = name.startswith("mini_imagenet_5w") and name.endswith("_hfmaml")
     with pytest.warns(UserWarning, match="needs a twice differentiable network") if on_the_papers_network else nullcontext():
         cli = run(["fit", config(name), *few, "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
-    assert type(cli.model) is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML}[name.removesuffix("_smooth").rsplit("_", 1)[1]]
+    assert type(cli.model) is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML, "protonet": ProtoNet}[name.removesuffix("_smooth").rsplit("_", 1)[1]]
     assert bool(kinks(cli.model.network)) == (name.startswith("mini_imagenet_5w") and not name.endswith("_smooth"))
     assert cli.trainer.global_step == 1
 
@@ -279,3 +279,8 @@ def test_training_on_glyphs_visibly_matters(in_tmp_path: Path) -> None:
     untrained = run(["test", config("glyphs_maml"), "--trainer.enable_progress_bar=false"]).trainer.callback_metrics["test/accuracy"]
     assert trained > 0.9
     assert untrained < 0.55
+
+
+def test_measure_is_for_the_algorithms_of_the_theory(in_tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Expected MAML or one of its variants, of which the theory is, but got ProtoNet"):
+        run(["measure", config("glyphs_protonet")])

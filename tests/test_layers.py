@@ -8,12 +8,12 @@ ORDER = [
     *("episodes", "functional", "metrics", "backbones", "objective", "learner", "curvature", "rates", "parts", "task_map"),
     *("adapt", "meta_gradient", "reptile", "deploy"),
     *("theory", "measure", "report"),
-    *("smooth", "module", "algorithms"),
+    *("smooth", "episodic_module", "module", "algorithms", "protonet"),
     *("callbacks.independent_tasks", "callbacks.pictures", "callbacks.meta_stepsize", "callbacks.stationarity", "callbacks"),
     *("compat.learn2learn", "compat"),
     *("cli", "__main__"),
 ]
-WITHOUT_LIGHTNING = ORDER[: ORDER.index("module")]
+WITHOUT_LIGHTNING = ORDER[: ORDER.index("episodic_module")]
 
 
 def imports(file: Path) -> set[str]:

@@ -1,0 +1,206 @@
+"""What few-shot algorithms share as Lightning modules: optimizer, steps, figures and the checks of batches."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_maml.adapt import AdaptationCurve
+from lightning_maml.episodes import AnyEpisodes, support_set
+from lightning_maml.functional import differentiable
+from lightning_maml.learner import BatchNormPolicy, Learner
+from lightning_maml.metrics import Estimate, TaskMean
+
+LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
+"""Outputs ``[B, ...]`` and labels or targets ``[B, ...]`` to their mean loss. Modules are named so that YAML may give their ``init_args``."""
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+class EpisodicModule(LightningModule):
+    """A few-shot algorithm: what it defines is how a meta-batch is trained on, and how it is judged.
+
+    Args:
+        network: The network to train, any module.
+        loss: Outputs and labels to their mean loss.
+        batch_norm: Which statistics batch norm uses.
+        optimizer: From parameters to the optimizer.
+        lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
+
+    Raises:
+        ValueError: If the network does not fit the batch-norm policy, or this is none of those there are.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: LossFunction,
+        batch_norm: BatchNormPolicy,
+        optimizer: OptimizerFactory,
+        lr_scheduler: SchedulerFactory | None,
+    ) -> None:
+        super().__init__()
+        Learner(network, batch_norm)  # refuses a network that the policy does not fit
+        self.network = network
+        self.loss = loss
+        self.batch_norm: BatchNormPolicy = batch_norm
+        self.adaptation: Estimate | None = None
+        """Accuracy (for regression: loss) on the last test's tasks after 0 .. K steps, ``[K + 1]``."""
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._test_figures = TaskMean()
+
+    @abstractmethod
+    def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
+        """Return the query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K inner steps."""
+
+    @abstractmethod
+    def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the scalar to call ``backward`` on, and each task's query loss ``[T]`` and query outputs ``[T, Q, ...]``."""
+
+    def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
+        """Return the query loss as a scalar whose backward pass deposits the meta-gradient, for a training loop without a trainer.
+
+        Raises:
+            ValueError: If the network's outputs do not fit the episodes' labels, or if the algorithm anneals over a trainer's epochs
+                (:class:`lightning_maml.MAMLPlusPlus`) and there is no trainer.
+            FloatingPointError: If the query loss or the meta-gradient is not finite.
+        """
+        return self._meta_step(episodes)[0]
+
+    def configure_optimizers(self) -> Any:
+        """Build the meta-optimizer and its scheduler."""
+        optimizer = self._optimizer(self.parameters())
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs of the network as it is, without adaptation."""
+        outputs: Tensor = self.network(x)
+        return outputs
+
+    def training_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor:
+        """Return the query loss, as a scalar whose backward pass deposits the meta-gradient."""
+        loss, query_loss, outputs = self._meta_step(batch)
+        figures = with_accuracy(query_loss, outputs, batch)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
+            figures = self._figures_before(batch) | figures
+        self._log_means("train", figures, on_step=True)
+        return loss
+
+    def validation_step(self, batch: AnyEpisodes, batch_idx: int) -> None:
+        """Log loss and accuracy before and after adaptation."""
+        curve = self.evaluate(batch)
+        figures = with_accuracy(curve.loss, curve.aux, batch)
+        self._log_means("val", {name: values[:, -1] for name, values in figures.items()} | before(figures), on_step=False)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted test left."""
+        self._test_figures.reset()
+
+    def test_step(self, batch: AnyEpisodes, batch_idx: int) -> None:
+        """Collect loss and accuracy after 0 .. K steps."""
+        curve = self.evaluate(batch)
+        figures = with_accuracy(curve.loss, curve.aux, batch)
+        self._test_figures.update(torch.stack([*figures.values()], -1))
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over all test tasks with their confidence intervals."""
+        estimate: Estimate = self._test_figures.compute()
+        for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
+            mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
+            self.adaptation = Estimate(mean, ci95, estimate.tasks)
+            self.log_dict({f"test/{name}": mean[-1], f"test/{name}_ci95": ci95[-1], f"test/{name}_before": mean[0]})
+        self.log_dict({f"test/{name}_step_{step}": value for step, value in enumerate(mean)})
+
+    def predict_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor:
+        """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
+        outputs: Tensor = self.evaluate(batch).aux[:, -1]
+        return outputs
+
+    def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
+        """Return what training steps log of the tasks before adaptation, each ``[T]``."""
+        return {}
+
+    def _first_outputs(self, learner: Learner, episodes: AnyEpisodes) -> Tensor:
+        """Return the network's outputs for the first task's support set, ``[S, D]``.
+
+        Raises:
+            ValueError: If they are not of this shape.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            first = type(episodes)(*(tensor[0] for tensor in episodes))
+            outputs = learner(learner.params, differentiable(support_set(first)[0]))
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+            got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(
+                f"Expected `network` to return one tensor of logits [examples, ways] but got {got}; wrap it in a module that does."
+            )
+        return outputs
+
+    def _stop_unless_losses_are_finite(self, query_loss: Tensor, where: str) -> None:
+        finite = query_loss.isfinite()
+        if not finite.all():
+            tasks = (~finite).nonzero().flatten().tolist()
+            raise FloatingPointError(f"Expected a finite query loss but got {query_loss[tasks].tolist()} in tasks {tasks} {where}")
+
+    def _update_running_averages(self, episodes: AnyEpisodes) -> None:
+        """Let the network's own batch norm see the meta-batch once, at the parameters before adaptation."""
+        if self.batch_norm == "running" and any(isinstance(module, _BatchNorm) for module in self.network.modules()):
+            with torch.no_grad():
+                images = episodes.query_x.shape[2:]
+                self.network(torch.cat([x.reshape(-1, *images) for x in (episodes.support_x, episodes.query_x)]))
+
+    def _log_means(self, stage: str, figures: dict[str, Tensor], on_step: bool) -> None:
+        for name, values in figures.items():
+            self.log(
+                f"{stage}/{name}",
+                values.mean(),
+                on_step=on_step,
+                on_epoch=not on_step,
+                prog_bar=name in ("loss", "accuracy"),
+                batch_size=len(values),
+                sync_dist=not on_step,
+            )
+
+
+def check_labels(episodes: AnyEpisodes, ways: int) -> None:
+    """Check that labels are from 0 to ``ways - 1``.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    labels = torch.cat([y.flatten() for y in episodes[1::2]])
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= ways:
+        raise ValueError(f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to {high}.")
+
+
+def with_accuracy(loss: Tensor, outputs: Tensor, episodes: AnyEpisodes) -> dict[str, Tensor]:
+    """Return ``loss``, the query losses ``[T, ...]``, and except for regression ``accuracy``, the share of query labels that are right.
+
+    Args:
+        loss: Query losses ``[T, ...]``.
+        outputs: Query outputs ``[T, ..., Q, ways]``.
+        episodes: The tasks.
+    """
+    labels = episodes.query_y
+    if labels.is_floating_point():
+        return {"loss": loss}
+    labels = labels.view(len(labels), *[1] * (outputs.ndim - 3), -1)
+    return {"loss": loss, "accuracy": (outputs.argmax(-1) == labels).float().mean(-1)}
+
+
+def before(figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return of figures ``[T, K + 1]`` those before adaptation, ``[T]``, named so."""
+    return {f"{name}_before": values[:, 0] for name, values in figures.items()}
