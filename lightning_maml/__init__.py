@@ -6,6 +6,7 @@ from lightning_maml.algorithms import ANIL as ANIL
 from lightning_maml.algorithms import BOIL as BOIL
 from lightning_maml.algorithms import FOMAML as FOMAML
 from lightning_maml.algorithms import HFMAML as HFMAML
+from lightning_maml.algorithms import IMAML as IMAML
 from lightning_maml.algorithms import LSLR as LSLR
 from lightning_maml.algorithms import MAMLPlusPlus as MAMLPlusPlus
 from lightning_maml.algorithms import MetaSGD as MetaSGD

@@ -1,15 +1,19 @@
 """The variants of MAML by name: each sets what it is named for, so that a config swaps ``class_path`` and nothing else."""
 
 import warnings
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_maml.curvature import hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.episodic_module import LossFunction, OptimizerFactory, SchedulerFactory
+from lightning_maml.functional import Params
+from lightning_maml.implicit import implicit_gradient, proximal
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.meta_gradient import MetaGradient
 from lightning_maml.module import MAML, InnerRatesName
@@ -191,3 +195,79 @@ class Reptile(MAML):
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
         return reptile_gradient(**self._arguments(learner, episodes), inner_lr=self._rates(), steps=self.train_steps)
+
+
+class IMAML(MAML):
+    """iMAML (Rajeswaran et al. 2019): a proximal term holds the adapted parameters near, and the meta-gradient is that of the minimum.
+
+    It needs no path, so N may be as large as the minimum asks for, at the price of gradients alone. The paper's "Hessian-free" iMAML is this
+    with another inner solver, and has nothing to do with :class:`HFMAML`. Its inner rates cannot be learned: the minimum does not depend
+    on them.
+
+    Args:
+        network: As in :class:`MAML`, as are all arguments but the last two.
+        inner_lr: alpha.
+        train_steps: N, at least 1.
+        test_steps: K; adaptation has the proximal term, too.
+        loss: Outputs and labels to their mean loss.
+        batch_norm: Which statistics batch norm uses.
+        optimizer: From parameters to the meta-optimizer.
+        lr_scheduler: From the optimizer to its scheduler.
+        tasks: How tasks are run.
+        chunk_size: Tasks vectorised at once.
+        adapt: Which parameters take the inner steps.
+        head: Name of the submodule that is the head.
+        inner_rates: ``"fixed"``.
+        proximal_strength: lambda, in units of the loss per squared distance of the parameters.
+        cg_steps: Hessian-vector products for each task's meta-gradient.
+    """
+
+    learns_rates = False
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inner_lr: float = 0.1,
+        train_steps: int = 16,
+        test_steps: int | None = None,
+        loss: LossFunction = F.cross_entropy,
+        batch_norm: BatchNormPolicy = "batch",
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
+        chunk_size: int | None = None,
+        adapt: PartName | None = None,
+        head: str | None = None,
+        inner_rates: InnerRatesName | None = None,
+        proximal_strength: float = 2.0,
+        cg_steps: int = 5,
+    ) -> None:
+        super().__init__(
+            *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
+            *(adapt, head, inner_rates),
+        )
+        if train_steps < 1:
+            raise ValueError(
+                f"Expected `train_steps` to be at least 1, towards the minimum that the meta-gradient is of, but got {train_steps}."
+            )
+        if not 0 < proximal_strength < float("inf"):
+            raise ValueError(f"Expected `proximal_strength` to be a finite number above 0 but got {proximal_strength}.")
+        if cg_steps < 0:
+            raise ValueError(f"Expected `cg_steps` to be at least 0 but got {cg_steps}.")
+        self.save_hyperparameters("proximal_strength", "cg_steps")
+        self.proximal_strength, self.cg_steps = proximal_strength, cg_steps
+
+    def _support_loss(self, learner: Learner) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Any]]:
+        anchor = {name: learner.params[name].detach() for name in self._adapting()}
+        return proximal(super()._support_loss(learner), anchor, self.proximal_strength)
+
+    @override
+    def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
+        return implicit_gradient(
+            **self._arguments(learner, episodes),
+            inner_lr=self._rates(),
+            steps=self.train_steps,
+            strength=self.proximal_strength,
+            cg_steps=self.cg_steps,
+            curvature=self.curvature,
+        )

@@ -153,7 +153,7 @@ class MAML(EpisodicModule):
         learner = Learner(network, self.batch_norm, vectorised=True)
         self._check(learner, Episodes(support_x, support_y, support_x, support_y))
         adapted = adapted_parameters(
-            lambda params, x, y: self.loss(learner(params, x), y),
+            lambda params, x, y: self._support_loss(learner)(params, x, y)[0],
             *(learner.params, support_x, support_y),
             inner_lr=self._rates(),
             steps=self.test_steps if steps is None else steps,
@@ -231,7 +231,7 @@ class MAML(EpisodicModule):
 
     def _arguments(self, learner: Learner, episodes: AnyEpisodes) -> dict[str, Any]:
         return {
-            "loss": self._task_loss(learner),
+            "loss": self._support_loss(learner),
             "params": learner.params,
             "episodes": episodes,
             "query_loss": self._query_loss(learner),
@@ -252,22 +252,19 @@ class MAML(EpisodicModule):
         random = dropped or any(module.training and _draws_random_numbers(module) for module in self.network.modules())
         return "loop" if random or torch.get_num_threads() == 1 else "threads"
 
-    def _task_loss(self, learner: Learner) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _support_loss(self, learner: Learner) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:
         def loss(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             outputs = learner(params, x)
             return self.loss(outputs, y), outputs
 
         return loss
 
-    def _query_loss(self, learner: Learner) -> Callable[[Params, AnyEpisodes], tuple[Tensor, Tensor]] | None:
-        if not learner.uses_support_statistics:
-            return None
-
-        def query_loss(params: Params, task: AnyEpisodes) -> tuple[Tensor, Tensor]:
-            outputs = learner(params, task.query_x, statistics_of=support_set(task)[0])
+    def _query_loss(self, learner: Learner) -> Callable[[Params, AnyEpisodes], tuple[Tensor, Tensor]]:
+        def loss(params: Params, task: AnyEpisodes) -> tuple[Tensor, Tensor]:
+            outputs = learner(params, task.query_x, statistics_of=support_set(task)[0] if learner.uses_support_statistics else None)
             return self.loss(outputs, task.query_y), outputs
 
-        return query_loss
+        return loss
 
     def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse episodes whose labels do not fit the network's outputs, before a loss function meets them."""

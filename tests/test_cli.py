@@ -80,7 +80,10 @@ def test_every_shipped_config_runs(name: str, in_tmp_path: Path, omniglot_root: 
     on_the_papers_network = name.startswith("mini_imagenet_5w") and name.endswith("_hfmaml")
     with pytest.warns(UserWarning, match="needs a twice differentiable network") if on_the_papers_network else nullcontext():
         cli = run(["fit", config(name), *few, "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
-    assert type(cli.model) is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML, "protonet": ProtoNet}[name.removesuffix("_smooth").rsplit("_", 1)[1]]
+    assert (
+        type(cli.model)
+        is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML, "protonet": ProtoNet}[name.removesuffix("_smooth").rsplit("_", 1)[1]]
+    )
     assert bool(kinks(cli.model.network)) == (name.startswith("mini_imagenet_5w") and not name.endswith("_smooth"))
     assert cli.trainer.global_step == 1
 

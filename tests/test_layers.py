@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 ORDER = [
     *("episodes", "functional", "metrics", "backbones", "objective", "learner", "curvature", "rates", "parts", "task_map"),
-    *("adapt", "meta_gradient", "reptile", "deploy"),
+    *("adapt", "meta_gradient", "reptile", "implicit", "deploy"),
     *("theory", "measure", "report"),
     *("smooth", "episodic_module", "module", "algorithms", "protonet"),
     *("callbacks.independent_tasks", "callbacks.pictures", "callbacks.meta_stepsize", "callbacks.stationarity", "callbacks"),

@@ -1,0 +1,131 @@
+"""iMAML: the meta-gradient of an inner problem solved, whatever the way to its solution (Rajeswaran et al. 2019)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_maml.adapt import Loss, QueryLoss, inner_path, objective_for, task_losses
+from lightning_maml.curvature import CurvatureName, hessian_vector_product
+from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes
+from lightning_maml.functional import Params, axpy, differentiable, dot
+from lightning_maml.meta_gradient import MetaGradient, mean_over_tasks
+from lightning_maml.objective import twice_differentiable
+from lightning_maml.rates import InnerRates, rates_of_steps, without_graph
+from lightning_maml.task_map import TaskExecution
+
+
+def proximal(loss: Loss, anchor: Params, strength: float) -> Loss:
+    """Return ``loss + strength / 2 |params - anchor|^2`` over the parameters of ``anchor`` (Rajeswaran et al. 2019, eq. 3).
+
+    Args:
+        loss: Returns the loss and outputs.
+        anchor: The meta-parameters that adapt.
+        strength: lambda.
+    """
+
+    def pulled_back(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+        value, aux = loss(params, x, y)
+        away = {name: params[name] - tensor for name, tensor in anchor.items()}
+        return value + strength / 2 * dot(away, away), aux
+
+    return pulled_back
+
+
+def implicit_gradient(
+    loss: Loss,
+    params: Params,
+    episodes: AnyEpisodes,
+    *,
+    inner_lr: InnerRates,
+    steps: int,
+    strength: float,
+    cg_steps: int,
+    curvature: CurvatureName = "exact",
+    probe_radius: float | None = None,
+    query_loss: QueryLoss | None = None,
+    has_aux: bool = False,
+    tasks: TaskExecution = "loop",
+    chunk_size: int | None = None,
+) -> MetaGradient:
+    """Return the mean over tasks of ``(I + H / lambda)^-1 grad q(w_N)``, H the Hessian of the support loss at ``w_N``.
+
+    That is the gradient of ``w -> q(w*(w))`` where ``w_N`` is ``w*``, which minimises the support loss with its proximal term
+    (Rajeswaran et al. 2019, Lemma 1); of the way to ``w_N`` nothing is kept.
+
+    Args:
+        loss: The support loss with its proximal term, as :func:`proximal` gives it.
+        params: As in :func:`lightning_maml.meta_gradient`, as are all arguments that are not here.
+        episodes: Of the finite-sum case.
+        inner_lr: alpha, or rates by parameter.
+        steps: N, at least 1.
+        strength: lambda of the proximal term.
+        cg_steps: Iterations of the conjugate gradient method, one Hessian-vector product each; 0 gives the first-order gradient.
+        curvature: How these products are taken.
+        probe_radius: With ``"finite_difference"`` only.
+        query_loss: ``query_loss(params, task)``, without proximal term.
+        has_aux: The losses return ``(loss, aux)``.
+        tasks: How tasks are run.
+        chunk_size: Tasks vectorised at once by ``"vmap"``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If the episodes have a support batch for each inner step.
+    """
+    if not isinstance(episodes, Episodes):
+        raise TypeError(
+            "Expected Episodes, whose one support set has a minimum to be at, but got ResampledEpisodes; use regime='finite_sum'."
+        )
+    if steps < 1:
+        raise ValueError(f"Expected at least one inner step, towards the minimum that the implicit gradient is of, but got {steps}.")
+    rates = rates_of_steps(inner_lr, params, steps)
+    check_episodes(episodes)
+    product = hessian_vector_product(curvature, probe_radius)
+    objective = objective_for(tasks)
+
+    with torch.inference_mode(False), twice_differentiable():
+        episodes = Episodes(*map(differentiable, episodes))
+        params = {name: differentiable(tensor) for name, tensor in params.items()}
+        rates = without_graph(rates)
+
+        def of_one_task(task: AnyEpisodes) -> MetaGradient:
+            losses = task_losses(loss, task, steps, query_loss, has_aux, None)
+            w_N = inner_path(losses.support, objective, params, rates).points[-1]
+            value, aux, v = objective(losses.query(w_N)).value_and_gradient(w_N)
+            support = objective(losses.support[-1](w_N))
+            if product is not None:
+                v = pull_back_implicitly(v, lambda p: product(support, w_N, p), [*rates[-1]], strength, cg_steps)
+            return MetaGradient(v, value, aux, [{}] * steps)
+
+        return mean_over_tasks(of_one_task, episodes, tasks, chunk_size)
+
+
+def pull_back_implicitly(v: Params, curved: Callable[[Params], Params], names: list[str], strength: float, cg_steps: int) -> Params:
+    """Return ``v - H x`` for ``x`` with ``(H + lambda I) x = v``, the two sides of which are of the parameters that adapt.
+
+    In these it is ``lambda x = (I + H / lambda)^-1 v``, and in the others the mixed derivatives of H count. The conjugate gradient method
+    leaves ``v - (H + lambda I) x`` as it goes, in all parameters. It ends where the curvature is not positive, so where that is so from the
+    start the gradient is first-order.
+
+    Args:
+        v: Gradient of the query loss, of all parameters.
+        curved: The product with ``H + lambda I``, in all parameters, of a direction in those that adapt.
+        names: The parameters that adapt.
+        strength: lambda.
+        cg_steps: Iterations.
+    """
+    p = {name: v[name] for name in names}
+    x = {name: torch.zeros_like(tensor) for name, tensor in p.items()}
+    squared = dot(p, p)
+    going = squared > 0
+    for _ in range(cg_steps):
+        curved_p = curved(p)
+        along = dot(p, curved_p)
+        going = going & (along > 0)
+        step = torch.where(going, squared / along, 0.0)
+        x, v = axpy(step, p, x), axpy(-step, curved_p, v)
+        remainder = {name: v[name] for name in names}
+        before, squared = squared, dot(remainder, remainder)
+        p = axpy(torch.where(going, squared / before, 0.0), p, remainder)
+    return axpy(strength, x, v)
