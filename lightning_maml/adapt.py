@@ -1,6 +1,7 @@
 """The inner loop: gradient descent on a task's support set, from the meta-parameters w_0 to w_N."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +33,12 @@ class TaskLosses(NamedTuple):
     Attributes:
         support: S_0 .. S_{N-1}; in the finite-sum case N times the support set.
         hessian: D_0 .. D_{N-1}, or None in the finite-sum case: what S_j gave at its point is used again.
-        query: T.
+        query: T, as it is judged at w_0 .. w_N.
     """
 
     support: list[LossAt]
     hessian: list[LossAt] | None
-    query: LossAt
+    query: list[LossAt]
 
 
 class AdaptationCurve(NamedTuple):
@@ -91,13 +92,13 @@ def inner_path(
 
 
 def adaptation_curve(
-    loss: Loss,
+    loss: Loss | Sequence[Loss],
     params: Params,
     episodes: AnyEpisodes,
     *,
     inner_lr: InnerRates,
     steps: int,
-    query_loss: QueryLoss | None = None,
+    query_loss: QueryLoss | Sequence[QueryLoss] | None = None,
     has_aux: bool = False,
     sample: Sample | None = None,
     tasks: TaskExecution = "loop",
@@ -105,8 +106,8 @@ def adaptation_curve(
 ) -> AdaptationCurve:
     """Adapt to each task and judge every point ``w_0 .. w_N`` of the way on its query set.
 
-    Works in any grad mode, inference mode included. The arguments are those of :func:`lightning_maml.meta_gradient`; of
-    ``ResampledEpisodes`` the first ``steps`` support batches are used.
+    Works in any grad mode, inference mode included. The arguments are those of :func:`lightning_maml.meta_gradient`, with in addition
+    sequences of ``steps + 1`` losses, one for each point of the way; of ``ResampledEpisodes`` the first ``steps`` support batches are used.
     """
     check_step_count(steps)
     rates = rates_of_steps(inner_lr, params, steps)
@@ -123,7 +124,7 @@ def adaptation_curve(
         def judge(task: AnyEpisodes) -> AdaptationCurve:
             losses = task_losses(loss, task, steps, query_loss, has_aux, sample)
             points = inner_path(losses.support, objective, params, rates).points
-            values, aux = zip(*(losses.query(w)(w) for w in points), strict=True)
+            values, aux = zip(*(query(w)(w) for query, w in zip(losses.query, points, strict=True)), strict=True)
             return AdaptationCurve(torch.stack(values), tree_map(lambda *leaves: torch.stack(leaves), *aux))
 
         chunks = list(map_tasks(judge, episodes, tasks=tasks, chunk_size=chunk_size))
@@ -132,25 +133,27 @@ def adaptation_curve(
 
 
 def adapted_parameters(
-    loss: Loss,
+    loss: Loss | Sequence[Loss],
     params: Params,
     support_x: Tensor,
     support_y: Tensor,
     *,
     inner_lr: InnerRates,
     steps: int,
+    has_aux: bool = False,
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
 ) -> Params:
     """Return ``w_N`` of each task, ``[T, ...]``: the parameters that adapt, that is, those which have a rate.
 
     Args:
-        loss: ``loss(params, x, y)``, the mean loss of one task's support set as a scalar tensor.
+        loss: ``loss(params, x, y)``, the mean loss of one task's support set as a scalar tensor, or a sequence for ``w_0 .. w_N``.
         params: The meta-parameters.
         support_x: Inputs of the support sets, ``[T, S, ...]``.
         support_y: Their labels or targets, ``[T, S, ...]``.
         inner_lr: As in :func:`lightning_maml.meta_gradient`.
         steps: N.
+        has_aux: The losses return ``(loss, aux)``.
         tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`.
         chunk_size: Tasks vectorised at once by ``"vmap"``.
     """
@@ -166,7 +169,7 @@ def adapted_parameters(
         names = {name: None for of_step in rates for name in of_step}
 
         def last_point(task: Episodes) -> Params:
-            losses = task_losses(loss, task, steps, None, False, None)
+            losses = task_losses(loss, task, steps, None, has_aux, None)
             w = inner_path(losses.support, objective, params, rates[:steps]).points[-1]
             return {name: w[name] for name in names}
 
@@ -181,9 +184,14 @@ def objective_for(tasks: TaskExecution) -> type[Objective]:
 
 
 def task_losses(
-    loss: Loss, task: AnyEpisodes, steps: int, query_loss: QueryLoss | None, has_aux: bool, sample: Sample | None
+    loss: Loss | Sequence[Loss],
+    task: AnyEpisodes,
+    steps: int,
+    query_loss: QueryLoss | Sequence[QueryLoss] | None,
+    has_aux: bool,
+    sample: Sample | None,
 ) -> TaskLosses:
-    """Return one task's losses as functions of the parameters alone."""
+    """Return one task's losses as functions of the parameters alone; sequences hold those at w_0 .. w_N."""
 
     def batch(x: Tensor, y: Tensor, value_of: Callable[[Params, Any, Any], Any], keep_aux: bool = False) -> LossAt:
         def drawn_at(w: Params) -> BatchLoss:
@@ -197,14 +205,17 @@ def task_losses(
 
         return drawn_at
 
-    def of_query(params: Params, x: Any, y: Any) -> Any:
-        return loss(params, x, y) if query_loss is None else query_loss(params, task._replace(query_x=x, query_y=y))
+    def of_query(step: int, params: Params, x: Any, y: Any) -> Any:
+        of_task = query_losses[step]
+        return losses[step](params, x, y) if of_task is None else of_task(params, task._replace(query_x=x, query_y=y))
 
-    query = batch(task.query_x, task.query_y, of_query, keep_aux=True)
+    losses = [loss] * (steps + 1) if callable(loss) else list(loss)
+    query_losses = [query_loss] * (steps + 1) if query_loss is None or callable(query_loss) else list(query_loss)
+    query = [batch(task.query_x, task.query_y, partial(of_query, j), keep_aux=True) for j in range(steps + 1)]
     if isinstance(task, ResampledEpisodes):
-        support = [batch(task.support_x[j], task.support_y[j], loss) for j in range(steps)]
-        return TaskLosses(support, [batch(task.hessian_x[j], task.hessian_y[j], loss) for j in range(steps)], query)
-    return TaskLosses([batch(task.support_x, task.support_y, loss)] * steps, None, query)
+        support = [batch(task.support_x[j], task.support_y[j], losses[j]) for j in range(steps)]
+        return TaskLosses(support, [batch(task.hessian_x[j], task.hessian_y[j], losses[j]) for j in range(steps)], query)
+    return TaskLosses([batch(task.support_x, task.support_y, losses[j]) for j in range(steps)], None, query)
 
 
 def cat_chunks(chunks: Sequence[Any]) -> Any:

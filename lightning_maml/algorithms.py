@@ -1,7 +1,7 @@
 """The variants of MAML by name: each sets what it is named for, so that a config swaps ``class_path`` and nothing else."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -257,9 +257,12 @@ class IMAML(MAML):
         self.save_hyperparameters("proximal_strength", "cg_steps")
         self.proximal_strength, self.cg_steps = proximal_strength, cg_steps
 
-    def _support_loss(self, learner: Learner) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Any]]:
+    @override
+    def _support_loss(
+        self, learner: Learner, averages: Mapping[str, Tensor] | None = None
+    ) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Any]]:
         anchor = {name: learner.params[name].detach() for name in self._adapting()}
-        return proximal(super()._support_loss(learner), anchor, self.proximal_strength)
+        return proximal(super()._support_loss(learner, averages), anchor, self.proximal_strength)
 
     @override
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:

@@ -4,8 +4,8 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_maml.batch_statistics import batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.functional import Params
 from lightning_maml.learner import BatchNormPolicy
 
@@ -15,7 +15,7 @@ class AdaptedNetworks(nn.Module):
 
     Args:
         network: The meta-trained network; it is copied.
-        adapted: The parameters that adapted, ``[T, ...]`` each. The others are the network's.
+        adapted: The parameters that adapted, and running averages of the tasks, ``[T, ...]`` each. The others are the network's.
         batch_norm: Which statistics its batch-norm layers use, see :class:`lightning_maml.MAML`.
         support_x: Inputs of the support sets, ``[T, S, ...]``, whose statistics ``"support"`` keeps.
 
@@ -27,14 +27,14 @@ class AdaptedNetworks(nn.Module):
         super().__init__()
         self._network = copy.deepcopy(network).eval().requires_grad_(False)
         self._names = list(adapted)
-        norms = {name: module for name, module in self._network.named_modules() if isinstance(module, _BatchNorm)}
-        if batch_norm != "running":
+        norms = batch_norms(self._network)
+        if batch_norm in ("batch", "support"):
             for norm in norms.values():
-                _forget_running_averages(norm)
+                forget_running_averages(norm)
         states = list(adapted.values())
         if batch_norm == "support":
             tasks = range(len(support_x))
-            each = [_statistics(self._network, norms, {name: p[t] for name, p in adapted.items()}, support_x[t]) for t in tasks]
+            each = [entering_statistics(self._network, {name: p[t] for name, p in adapted.items()}, support_x[t]) for t in tasks]
             for name in each[0]:
                 norms[name].track_running_stats = True
                 norms[name].running_mean, norms[name].running_var = (tensor.clone() for tensor in each[0][name])
@@ -53,30 +53,3 @@ class AdaptedNetworks(nn.Module):
         network = copy.deepcopy(self._network)
         network.load_state_dict({name: state[task] for name, state in zip(self._names, self._states, strict=True)}, strict=False)
         return network
-
-
-def _forget_running_averages(norm: _BatchNorm) -> None:
-    norm.running_mean = norm.running_var = norm.num_batches_tracked = None
-    norm.track_running_stats = False
-
-
-def _statistics(network: nn.Module, norms: dict[str, _BatchNorm], params: Params, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return mean and variance of what enters each batch norm for the inputs ``x`` of one task."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def note(name: str, entering: Tensor) -> None:
-        if name in found:
-            raise ValueError(
-                f"Expected each batch norm to be called once with `batch_norm='support'` but {name!r} is called again, and can keep one set of "
-                "statistics only; give each call a layer of its own."
-            )
-        variance, mean = torch.var_mean(entering, [0, *range(2, entering.ndim)], correction=0)
-        found[name] = mean, variance
-
-    handles = [norm.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0])) for name, norm in norms.items()]
-    try:
-        torch.func.functional_call(network, params, (x,))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

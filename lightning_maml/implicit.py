@@ -92,7 +92,7 @@ def implicit_gradient(
         def of_one_task(task: AnyEpisodes) -> MetaGradient:
             losses = task_losses(loss, task, steps, query_loss, has_aux, None)
             w_N = inner_path(losses.support, objective, params, rates).points[-1]
-            value, aux, v = objective(losses.query(w_N)).value_and_gradient(w_N)
+            value, aux, v = objective(losses.query[-1](w_N)).value_and_gradient(w_N)
             support = objective(losses.support[-1](w_N))
             if product is not None:
                 v = pull_back_implicitly(v, lambda p: product(support, w_N, p), [*rates[-1]], strength, cg_steps)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections.abc import Mapping
 from fractions import Fraction
 from itertools import chain
 from typing import Literal, get_args
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_maml.functional import Params
 
-BatchNormPolicy = Literal["batch", "support", "running"]
+BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
 
 
 class Learner:
@@ -26,7 +27,8 @@ class Learner:
         network: Any module; its training mode (dropout) is kept.
         batch_norm: Which statistics its batch-norm layers normalise by. ``"batch"``: those of the batch at hand, the query set's own
             on the query set (transductive, as in the MAML papers). ``"support"``: those of the support set, on both sets. ``"running"``:
-            the running averages in the layers that are in evaluation mode, and the batch's in those in training mode.
+            the running averages in the layers that are in evaluation mode, and the batch's in those in training mode; ``"per_step"``: the same,
+            with the averages that are given to the call.
         vectorised: Write batch norm in primitives that ``vmap`` can differentiate twice.
 
     Raises:
@@ -36,7 +38,7 @@ class Learner:
 
     def __init__(self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False) -> None:
         if batch_norm not in get_args(BatchNormPolicy):
-            raise ValueError(f"Expected `batch_norm` to be 'batch', 'support' or 'running' but got {batch_norm!r}.")
+            raise ValueError(f"Expected `batch_norm` to be 'batch', 'support', 'running' or 'per_step' but got {batch_norm!r}.")
         self.params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self._network = network
         self._batch_norm = batch_norm
@@ -44,25 +46,29 @@ class Learner:
         self._own = threading.local()
         norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
         self.uses_support_statistics = batch_norm == "support" and bool(norms)
-        if batch_norm == "running":
-            _check_running_averages(network, norms)
+        if batch_norm in ("running", "per_step"):
+            _check_running_averages(network, norms, batch_norm)
         if batch_norm == "support":
             _check_own_forward(network, norms)
 
-    def __call__(self, params: Params, x: Tensor, *, statistics_of: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, params: Params, x: Tensor, *, statistics_of: Tensor | None = None, averages: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Return the network's outputs for ``x``, ``[B, ...]``.
 
         Args:
             params: Values for the trainable parameters.
             x: Inputs of one task, ``[B, ...]``.
             statistics_of: Inputs that run along to give the batch-norm statistics in place of ``x``'s own.
+            averages: Running averages to use in place of the network's, by the names of its buffers.
         """
         network = self._copy_of_this_thread()
         context = 0 if statistics_of is None else len(statistics_of)
         inputs = x if statistics_of is None else torch.cat([statistics_of, x])
         for norm in self._own.norms:
             norm.context = Fraction(context, len(inputs))
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        averages = averages or {}
+        buffers = {name: averages[name] if name in averages else buffer.clone() for name, buffer in network.named_buffers()}
         outputs: Tensor = torch.func.functional_call(network, {**buffers, **params}, (inputs,))
         return outputs[context:]
 
@@ -71,7 +77,7 @@ class Learner:
             self._own.network = structural_copy(self._network)
             self._own.norms = []
             for module in self._own.network.modules():
-                if isinstance(module, _BatchNorm) and not (self._batch_norm == "running" and not module.training):
+                if isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
                     self._take_statistics_of_the_batch(module)
         own: nn.Module = self._own.network
         return own
@@ -110,11 +116,11 @@ def structural_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo={id(tensor): tensor for tensor in chain(network.parameters(), network.buffers(), attributes)})
 
 
-def _check_running_averages(network: nn.Module, norms: list[str]) -> None:
+def _check_running_averages(network: nn.Module, norms: list[str], policy: str) -> None:
     without = [name for name in norms if network.get_submodule(name).running_mean is None]
     if without:
         raise ValueError(
-            f"Expected the batch-norm layers to keep running averages for `batch_norm='running'` but {without} do not; "
+            f"Expected the batch-norm layers to keep running averages for `batch_norm={policy!r}` but {without} do not; "
             "build them with track_running_stats=True, or use 'batch' or 'support'."
         )
 

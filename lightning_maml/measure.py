@@ -361,7 +361,7 @@ class Probe:
     def _losses(self, task: AnyEpisodes) -> tuple[BatchLoss, BatchLoss]:
         """Return a task's support loss (where there are several batches, the first one's) and its query loss."""
         losses = task_losses(self._loss, task, 1, self._query_loss, self._has_aux, None)
-        return losses.support[0](self._params), losses.query(self._params)
+        return losses.support[0](self._params), losses.query[0](self._params)
 
     def _halves(self, task: AnyEpisodes) -> tuple[BatchLoss, BatchLoss]:
         """Return the query losses of two random halves of a task's query set."""

@@ -63,7 +63,7 @@ def pull_back(
     reusable = product is exact and losses.hessian is None and len(losses.support) == 1
     path = inner_path(losses.support, objective, w, rates, keep_last_graph=reusable)
     w_N = path.points[-1]
-    query_loss, aux, v = objective(losses.query(w_N)).value_and_gradient(w_N)
+    query_loss, aux, v = objective(losses.query[-1](w_N)).value_and_gradient(w_N)
     on_the_way = [0.0, *([0.0] * (len(rates) - 1) if step_weights is None else step_weights[:-1])]
     if step_weights:
         v = scaled(step_weights[-1], v)
@@ -75,7 +75,7 @@ def pull_back(
             curved = path.objectives[j] if losses.hessian is None else objective(losses.hessian[j](w_j))
             v = axpy(-1.0, product(curved, w_j, applied(rates[j], v)), v)
         if on_the_way[j]:
-            v = axpy(on_the_way[j], objective(losses.query(w_j)).gradient(w_j), v)
+            v = axpy(on_the_way[j], objective(losses.query[j](w_j)).gradient(w_j), v)
     return MetaGradient(v, query_loss, aux, of_rates)
 
 

@@ -1,6 +1,6 @@
 """MAML as a Lightning module; its variants are in algorithms.py, the mathematics in meta_gradient.py."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ from torchvision.ops import DropBlock2d
 from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, check_step_count
+from lightning_maml.batch_statistics import StepStatistics, batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.deploy import AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, support_set
@@ -54,7 +55,8 @@ class MAML(EpisodicModule):
         test_steps: K, inner steps in validation, test and prediction; by default N.
         loss: Outputs and labels to their mean loss.
         batch_norm: ``"batch"``: the statistics of the batch at hand (transductive on the query set, as in the MAML papers);
-            ``"support"``: of the support set only; ``"running"``: batch statistics in training, running averages in evaluation.
+            ``"support"``: of the support set only; ``"running"``: batch statistics in training, running averages in evaluation;
+            ``"per_step"``: the same with averages for each inner step, as in MAML++, taken from the first task of each meta-batch.
         optimizer: From parameters to the meta-optimizer; by default Adam with its rate of 1e-3.
         lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
         tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: vectorised; ``"auto"``: threads on
@@ -116,6 +118,7 @@ class MAML(EpisodicModule):
         self.test_steps = train_steps if test_steps is None else test_steps
         self.adapts, self.head = adapt, head
         self.learned_rates = None if inner_rates == "fixed" else LearnedRates(params, inner_lr, inner_rates, train_steps)
+        self.step_statistics = StepStatistics(network, train_steps) if batch_norm == "per_step" else None
         self.probe_radius: float | None = None
         self._tasks, self._chunk_size = tasks, chunk_size
 
@@ -149,18 +152,21 @@ class MAML(EpisodicModule):
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
             support_x, support_y = support_x[None], support_y[None]
+        steps = self.test_steps if steps is None else steps
         network = structural_copy(self.network).eval()
         learner = Learner(network, self.batch_norm, vectorised=True)
         self._check(learner, Episodes(support_x, support_y, support_x, support_y))
         adapted = adapted_parameters(
-            lambda params, x, y: self._support_loss(learner)(params, x, y)[0],
+            [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],
             *(learner.params, support_x, support_y),
             inner_lr=self._rates(),
-            steps=self.test_steps if steps is None else steps,
+            steps=steps,
+            has_aux=True,
             tasks="loop" if of_one or self._tasks == "loop" else "vmap",
             chunk_size=self._chunk_size or _ADAPTED_AT_ONCE,
         )
         with torch.inference_mode(False), torch.no_grad():
+            adapted |= {name: average.expand(len(support_x), -1) for name, average in self._averages(steps).items()}
             networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x))
             return networks.network(0) if of_one else networks
 
@@ -217,7 +223,16 @@ class MAML(EpisodicModule):
         )
 
     def _adapt(self, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
-        return adaptation_curve(**self._arguments(learner, episodes), inner_lr=self._rates(), steps=steps)
+        points = range(steps + 1)
+        losses = {
+            "loss": [self._support_loss(learner, self._averages(j)) for j in points],
+            "query_loss": [self._query_loss(learner, self._averages(j)) for j in points],
+        }
+        return adaptation_curve(**(self._arguments(learner, episodes) | losses), inner_lr=self._rates(), steps=steps)
+
+    def _averages(self, step: int) -> dict[str, Tensor]:
+        """Return the running averages for the networks adapted in ``step`` steps, where these have their own."""
+        return {} if self.step_statistics is None else self.step_statistics(step)
 
     def _adapting(self) -> Params:
         return adapting(self.network, self.adapts, self.head)
@@ -252,19 +267,40 @@ class MAML(EpisodicModule):
         random = dropped or any(module.training and _draws_random_numbers(module) for module in self.network.modules())
         return "loop" if random or torch.get_num_threads() == 1 else "threads"
 
-    def _support_loss(self, learner: Learner) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _support_loss(
+        self, learner: Learner, averages: Mapping[str, Tensor] | None = None
+    ) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:
         def loss(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            outputs = learner(params, x)
+            outputs = learner(params, x, averages=averages)
             return self.loss(outputs, y), outputs
 
         return loss
 
-    def _query_loss(self, learner: Learner) -> Callable[[Params, AnyEpisodes], tuple[Tensor, Tensor]]:
+    def _query_loss(
+        self, learner: Learner, averages: Mapping[str, Tensor] | None = None
+    ) -> Callable[[Params, AnyEpisodes], tuple[Tensor, Tensor]]:
         def loss(params: Params, task: AnyEpisodes) -> tuple[Tensor, Tensor]:
-            outputs = learner(params, task.query_x, statistics_of=support_set(task)[0] if learner.uses_support_statistics else None)
+            statistics_of = support_set(task)[0] if learner.uses_support_statistics else None
+            outputs = learner(params, task.query_x, statistics_of=statistics_of, averages=averages)
             return self.loss(outputs, task.query_y), outputs
 
         return loss
+
+    @override
+    def _update_running_averages(self, episodes: AnyEpisodes) -> None:
+        super()._update_running_averages(episodes)
+        if self.step_statistics is not None:
+            first = type(episodes)(*(tensor[:1] for tensor in episodes))
+            arguments = self._arguments(self._learner(), first) | {"query_loss": self._entering, "tasks": "loop"}
+            found = adaptation_curve(**arguments, inner_lr=self._rates(), steps=self.train_steps).aux
+            self.step_statistics.update({name: (mean[0], variance[0]) for name, (mean, variance) in found.items()})
+
+    def _entering(self, params: Params, task: AnyEpisodes) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Return, beside a loss of zero, the statistics of what enters each batch norm for support and query set together."""
+        network = structural_copy(self.network)
+        for norm in batch_norms(network).values():
+            forget_running_averages(norm)
+        return task.query_x.new_zeros(()), entering_statistics(network, params, torch.cat([support_set(task)[0], task.query_x]))
 
     def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse episodes whose labels do not fit the network's outputs, before a loss function meets them."""

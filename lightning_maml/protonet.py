@@ -46,6 +46,10 @@ class ProtoNet(EpisodicModule):
         lr_scheduler: SchedulerFactory | None = None,
     ) -> None:
         super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
+        if batch_norm == "per_step":
+            raise ValueError(
+                "Expected `batch_norm` to be 'batch', 'support' or 'running', as there are no inner steps, but got 'per_step'."
+            )
         self.save_hyperparameters({"batch_norm": batch_norm})
 
     @override

@@ -41,7 +41,7 @@ def reptile_gradient(
         def of_one_task(task: AnyEpisodes) -> MetaGradient:
             losses = task_losses(loss, task, steps, query_loss, has_aux, None)
             w_N = inner_path(losses.support, objective, params, rates).points[-1]
-            value, aux = losses.query(w_N)(w_N)
+            value, aux = losses.query[-1](w_N)(w_N)
             return MetaGradient(axpy(-1.0, w_N, params), value, aux, [{}] * steps)
 
         return mean_over_tasks(of_one_task, episodes, tasks, chunk_size)

@@ -119,7 +119,7 @@ def test_statistics_are_kept_of_the_layers_that_are_called_once() -> None:
     model = MAML(Branching(twice=False).double(), inner_lr=0.3, batch_norm="support").eval()
     networks = model.adapt(episodes.support_x, episodes.support_y)
     torch.testing.assert_close(networks(episodes.query_x), model.evaluate(episodes).aux[:, -1], rtol=1e-10, atol=1e-12)
-    with pytest.raises(ValueError, match="called once with `batch_norm='support'` but 'norm' is called again"):
+    with pytest.raises(ValueError, match="each batch norm to be called once but 'norm' is called again"):
         MAML(Branching(twice=True).double(), batch_norm="support").adapt(episodes.support_x, episodes.support_y)
 
 

@@ -5,7 +5,19 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ORDER = [
-    *("episodes", "functional", "metrics", "backbones", "objective", "learner", "curvature", "rates", "parts", "task_map"),
+    *(
+        "episodes",
+        "functional",
+        "metrics",
+        "backbones",
+        "objective",
+        "learner",
+        "batch_statistics",
+        "curvature",
+        "rates",
+        "parts",
+        "task_map",
+    ),
     *("adapt", "meta_gradient", "reptile", "implicit", "deploy"),
     *("theory", "measure", "report"),
     *("smooth", "episodic_module", "module", "algorithms", "protonet"),

@@ -219,7 +219,7 @@ def test_labels_outside_the_head(tmp_path: Path, label: int) -> None:
         ({"inner_lr": -1.0}, "`inner_lr`"),
         ({"train_steps": -1}, "`train_steps` to be at least 0 but got -1"),
         ({"test_steps": -2}, "`test_steps` to be at least 0 but got -2"),
-        ({"batch_norm": "none"}, "`batch_norm` to be 'batch', 'support' or 'running' but got 'none'"),
+        ({"batch_norm": "none"}, "`batch_norm` to be 'batch', 'support', 'running' or 'per_step' but got 'none'"),
         ({"chunk_size": 0}, "`chunk_size` to be at least 1 but got 0"),
         ({"tasks": "fast"}, "`tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got 'fast'"),
     ],

@@ -115,7 +115,7 @@ class LightningEpisodicModule(LightningModule):
             value, outputs = surrogate([params], [result.grad], result.query_loss), result.aux[0]
         else:
             support = (episodes.support_x, episodes.support_y)
-            adapted = adapted_parameters(lambda w, x, y: loss(w, x, y)[0], params, *support, inner_lr=rates, steps=steps)
+            adapted = adapted_parameters(loss, params, *support, inner_lr=rates, steps=steps, has_aux=True)
             w = params | {name: tensor[0] for name, tensor in adapted.items()}
             value, outputs = loss(w, episodes.query_x[0], episodes.query_y[0])
         return value, (outputs.argmax(-1) == episodes.query_y[0]).float().mean()

@@ -1,0 +1,82 @@
+"""What enters a network's batch-norm layers, and its running averages at each point of the inner loop."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_maml.functional import Params
+
+_KINDS = ("running_mean", "running_var")
+
+
+class StepStatistics(nn.Module):
+    """Running averages for each inner step (Antoniou et al. 2019, section 4, "Per-Step Batch Normalization Running Statistics").
+
+    The activations of adapted parameters are not those of the meta-parameters, so each of ``w_0 .. w_N`` has averages of its own; those of
+    ``w_N`` serve all further steps.
+
+    Args:
+        network: Its batch-norm layers give the sizes and the momentum, 0.1 where they have none.
+        steps: N.
+    """
+
+    def __init__(self, network: nn.Module, steps: int) -> None:
+        super().__init__()
+        norms = batch_norms(network)
+        self._momenta = {name: 0.1 if norm.momentum is None else norm.momentum for name, norm in norms.items()}
+        self._last = steps
+        for number, norm in enumerate(norms.values()):
+            for kind in _KINDS:
+                self.register_buffer(f"{kind}_{number}", getattr(norm, kind).expand(steps + 1, -1).clone())
+
+    def forward(self, step: int) -> dict[str, Tensor]:
+        """Return the running averages at ``w_step``, by their names in the network."""
+        step = min(step, self._last)
+        return {f"{name}.{kind}": self.get_buffer(f"{kind}_{number}")[step] for number, name in enumerate(self._momenta) for kind in _KINDS}
+
+    @torch.no_grad()
+    def update(self, found: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Move towards means and variances ``[N + 1, C]`` of each layer."""
+        for number, (name, momentum) in enumerate(self._momenta.items()):
+            for kind, now in zip(_KINDS, found[name], strict=True):
+                average = self.get_buffer(f"{kind}_{number}")
+                average.lerp_(now.to(average), momentum)
+
+
+def batch_norms(network: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the batch-norm layers by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def forget_running_averages(norm: _BatchNorm) -> None:
+    """Make ``norm`` take the statistics of each batch, in evaluation mode too."""
+    norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    norm.track_running_stats = False
+
+
+def entering_statistics(network: nn.Module, params: Params, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean and variance ``[C]`` of what enters each batch norm of ``network`` for the inputs ``x`` of one task.
+
+    Raises:
+        ValueError: If a batch-norm layer is called more than once.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str, entering: Tensor) -> None:
+        if name in found:
+            raise ValueError(
+                f"Expected each batch norm to be called once but {name!r} is called again, and can keep one set of statistics only; give each "
+                "call a layer of its own, or use `batch_norm='batch'`."
+            )
+        variance, mean = torch.var_mean(entering, [0, *range(2, entering.ndim)], correction=0)
+        found[name] = mean, variance
+
+    handles = [
+        norm.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0])) for name, norm in batch_norms(network).items()
+    ]
+    try:
+        torch.func.functional_call(network, params, (x,))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
