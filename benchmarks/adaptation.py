@@ -38,8 +38,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--channels", type=int, default=64, help="width of the network")
     arguments = parser.parse_args()
-    network = Conv4(1, WAYS, 28)
+    network = Conv4(1, WAYS, 28, channels=arguments.channels)
     model = MAML(network, inner_lr=RATE, test_steps=arguments.steps)
     support_x, support_y = noise(arguments.tasks, shots=1)
     peers = {name: l2l.algorithms.MAML(network, lr=RATE, first_order=name == "first order") for name in ("second order", "first order")}
@@ -59,7 +60,7 @@ def main() -> None:
         ours.append(seconds(lambda: model.adapt(support_x, support_y)))
         for name, maml in peers.items():
             ratios[name].append(seconds(lambda maml=maml: loop(maml)) / ours[-1])
-    print(f"\n{arguments.tasks} tasks, 5-way 1-shot, {arguments.steps} steps, Conv4-64, {os.cpu_count()} CPU cores")
+    print(f"\n{arguments.tasks} tasks, 5-way 1-shot, {arguments.steps} steps, Conv4-{arguments.channels}, {os.cpu_count()} CPU cores")
     print(f"model.adapt: median {statistics.median(ours):.2f} s ({min(ours):.2f} to {max(ours):.2f})")
     for name, values in ratios.items():
         print(f"learn2learn's clones, {name}: {statistics.median(values):.1f} times as long ({min(values):.1f} to {max(values):.1f})")

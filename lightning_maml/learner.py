@@ -101,13 +101,14 @@ class _TaskNorm:
         weight, bias, eps = self._norm.weight, self._norm.bias, self._norm.eps
         if self._fused and not self.context:
             return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
-        rows = x[: int(self.context * len(x))] if self.context else x
-        variance, mean = torch.var_mean(rows, [0, *range(2, x.ndim)], correction=0, keepdim=True)
-        y = (x - mean) * torch.rsqrt(variance + eps)
+        rows = int(self.context * len(x)) if self.context else len(x)
+        all_but_channels = [0, *range(2, x.ndim)]
+        away = x - x[:rows].mean(all_but_channels, keepdim=True)
+        scale = torch.rsqrt(away[:rows].square().mean(all_but_channels, keepdim=True) + eps)  # torch.var_mean takes ten times as long
         if weight is None:
-            return y
+            return away * scale
         per_channel = (-1, *[1] * (x.ndim - 2))
-        return y * weight.view(per_channel) + bias.view(per_channel)
+        return away * (scale * weight.view(per_channel)) + bias.view(per_channel)
 
 
 def structural_copy(network: nn.Module) -> nn.Module:

@@ -154,7 +154,7 @@ class MAML(EpisodicModule):
             support_x, support_y = support_x[None], support_y[None]
         steps = self.test_steps if steps is None else steps
         network = structural_copy(self.network).eval()
-        learner = Learner(network, self.batch_norm, vectorised=True)
+        learner = Learner(network, self.batch_norm)
         self._check(learner, Episodes(support_x, support_y, support_x, support_y))
         adapted = adapted_parameters(
             [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],

@@ -77,7 +77,7 @@ class ProtoNet(EpisodicModule):
         with torch.inference_mode(False), torch.no_grad():
             support = Episodes(*map(differentiable, (support_x, support_y, support_x, support_y)))
             network = structural_copy(self.network).eval()
-            learner = Learner(network, self.batch_norm, vectorised=True)
+            learner = Learner(network, self.batch_norm)
             ways = self._check(learner, support)
             embedded = torch.func.vmap(lambda x: learner(learner.params, x), randomness="different")(support.support_x)
             prototypes = torch.stack([class_means(*task, ways) for task in zip(embedded, support.support_y, strict=True)])
@@ -96,7 +96,7 @@ class ProtoNet(EpisodicModule):
     def _classify(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor]:
         """Return the query losses ``[T]`` and logits ``[T, Q, ways]``."""
         vectorised = not any(module.training and isinstance(module, DropBlock2d) for module in self.network.modules())
-        learner = Learner(self.network, self.batch_norm, vectorised=vectorised)
+        learner = Learner(self.network, self.batch_norm)
         ways = self._check(learner, episodes)
 
         def of_one_task(task: Episodes) -> tuple[Tensor, Tensor]:
