@@ -2,15 +2,17 @@
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
 
 from lightning_maml.functional import Params
 
@@ -62,15 +64,44 @@ class Learner:
             statistics_of: Inputs that run along to give the batch-norm statistics in place of ``x``'s own.
             averages: Running averages to use in place of the network's, by the names of its buffers.
         """
-        network = self._copy_of_this_thread()
-        context = 0 if statistics_of is None else len(statistics_of)
         inputs = x if statistics_of is None else torch.cat([statistics_of, x])
+        outputs: Tensor = self._run(params, inputs, len(inputs) - len(x), averages or {})
+        return outputs[len(inputs) - len(x) :]
+
+    def features(self, params: Params, x: Tensor, head: str, *, statistics_of: Tensor | None = None) -> Tensor:
+        """Return what enters the submodule ``head``, of which :meth:`ends_with` is true; the arguments are those of a call."""
+        inputs = x if statistics_of is None else torch.cat([statistics_of, x])
+        with self._calls_of(head) as calls:
+            self._run(params, inputs, len(inputs) - len(x), {})
+        features: Tensor = calls[0][0][0]
+        return features[len(inputs) - len(x) :]
+
+    def ends_with(self, head: str, x: Tensor) -> bool:
+        """Return whether the outputs for ``x`` are those of the submodule ``head`` for one tensor ``[B, ...]`` of features, and nothing else."""
+        with self._calls_of(head) as calls:
+            outputs = self._run(self.params, x, 0, {})
+        if len(calls) != 1:
+            return False
+        (arguments, result) = calls[0]
+        return result is outputs and len(arguments) == 1 and isinstance(arguments[0], Tensor) and len(arguments[0]) == len(x)
+
+    @contextmanager
+    def _calls_of(self, head: str) -> Iterator[list[tuple[tuple[Any, ...], Any]]]:
+        calls: list[tuple[tuple[Any, ...], Any]] = []
+        module = self._copy_of_this_thread().get_submodule(head)
+        handle = module.register_forward_hook(lambda _, arguments, result: calls.append((arguments, result)))
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
+    def _run(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
+        """Return the outputs for all inputs, of which the first ``context`` give the statistics, if there are any."""
+        network = self._copy_of_this_thread()
         for norm in self._own.norms:
             norm.context = Fraction(context, len(inputs))
-        averages = averages or {}
         buffers = {name: averages[name] if name in averages else buffer.clone() for name, buffer in network.named_buffers()}
-        outputs: Tensor = torch.func.functional_call(network, {**buffers, **params}, (inputs,))
-        return outputs[context:]
+        return torch.func.functional_call(network, {**buffers, **params}, (inputs,))
 
     def _copy_of_this_thread(self) -> nn.Module:
         if not hasattr(self._own, "network"):
@@ -88,6 +119,24 @@ class Learner:
         if not _has_own_forward(norm):
             norm.forward = _TaskNorm(norm, fused=not self._vectorised)  # type: ignore[method-assign, assignment]
             self._own.norms.append(norm.forward)
+
+
+class HeadLearner(Learner):
+    """Calls the head of ``network`` on features; its parameters keep the names that they have in the network.
+
+    Args:
+        network: The whole network.
+        head: Name of its head.
+    """
+
+    def __init__(self, network: nn.Module, head: str) -> None:
+        super().__init__(network.get_submodule(head))
+        self._names = {f"{head}.{name}": name for name in self.params}
+        self.params = {full: self.params[name] for full, name in self._names.items()}
+
+    @override
+    def _run(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
+        return super()._run({name: params[full] for full, name in self._names.items()}, inputs, context, averages)
 
 
 class _TaskNorm:

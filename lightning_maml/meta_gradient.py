@@ -26,6 +26,11 @@ from lightning_maml.objective import Objective, twice_differentiable
 from lightning_maml.rates import InnerRates, Rates, applied, gradient_of_rates, rates_of_steps, without_graph
 from lightning_maml.task_map import TaskExecution, map_tasks
 
+Encode = Callable[[Params, Any], tuple[Tensor, Tensor]]
+"""``encode(params, task)``: the features of one task's support and query inputs."""
+
+_FEATURES = ("(features of the support set)", "(features of the query set)")  # no parameters' names
+
 
 class MetaGradient(NamedTuple):
     """The meta-gradient of a meta-batch.
@@ -94,6 +99,7 @@ def meta_gradient(
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
     step_weights: Sequence[float] | None = None,
+    encode: Encode | None = None,
 ) -> MetaGradient:
     """Return the mean over tasks of the meta-gradient.
 
@@ -121,6 +127,8 @@ def meta_gradient(
         chunk_size: Tasks vectorised at once by ``"vmap"``.
         step_weights: Weights of the query losses after steps 1 .. N in what is differentiated (the multi-step loss of Antoniou et al.
             2019, section 4); by default 0 .. 0, 1. The query losses returned are those after step N in any case.
+        encode: ``encode(params, task)``, the features of a task's support and query inputs, which take these inputs' place; for
+            ``Episodes`` of which only what follows the features adapts. They are computed once per task.
 
     Returns:
         The meta-gradient, the query losses ``[T]`` and aux, all detached.
@@ -149,11 +157,30 @@ def meta_gradient(
         params = {name: differentiable(tensor) for name, tensor in params.items()}
         rates = without_graph(rates)
 
-        def of_one_task(task: AnyEpisodes) -> MetaGradient:
+        def at(w: Params, task: AnyEpisodes, loss: Loss, query_loss: QueryLoss | None) -> MetaGradient:
             losses = task_losses(loss, task, steps, query_loss, has_aux, sample)
-            return pull_back(losses, objective, params, rates, product, step_weights)
+            return pull_back(losses, objective, w, rates, product, step_weights)
+
+        def of_one_task(task: AnyEpisodes) -> MetaGradient:
+            if encode is None:
+                return at(params, task, loss, query_loss)
+            features, pull_back_features = torch.func.vjp(lambda w: encode(w, task), params)[:2]
+            w = {name: params[name] for of_step in rates for name in of_step} | dict(zip(_FEATURES, features, strict=True))
+            result = at(w, task, *_of_features(loss, query_loss))
+            (through,) = pull_back_features(tuple(result.grad.pop(name) for name in _FEATURES))
+            return result._replace(grad=axpy(1.0, result.grad, through))
 
         return mean_over_tasks(of_one_task, episodes, tasks, chunk_size)
+
+
+def _of_features(loss: Loss, query_loss: QueryLoss | None) -> tuple[Loss, QueryLoss]:
+    """Return the losses with the features among the parameters in the inputs' place."""
+    support, query = _FEATURES
+
+    def of_query(w: Params, task: AnyEpisodes) -> Any:
+        return loss(w, w[query], task.query_y) if query_loss is None else query_loss(w, task._replace(query_x=w[query]))
+
+    return lambda w, x, y: loss(w, w[support], y), of_query
 
 
 def mean_over_tasks(

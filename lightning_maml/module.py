@@ -1,6 +1,7 @@
 """MAML as a Lightning module; its variants are in algorithms.py, the mathematics in meta_gradient.py."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import DropBlock2d
 from typing_extensions import override
 
-from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, check_step_count
+from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, cat_chunks, check_step_count
 from lightning_maml.batch_statistics import StepStatistics, batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.deploy import AdaptedNetworks
@@ -25,12 +26,12 @@ from lightning_maml.episodic_module import (
     with_accuracy,
 )
 from lightning_maml.functional import Params, differentiable
-from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
+from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
-from lightning_maml.parts import PartName, adapting
+from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
-from lightning_maml.task_map import TaskExecution, check_chunk_size
+from lightning_maml.task_map import TaskExecution, check_chunk_size, map_tasks
 
 InnerRatesName = Literal["fixed"] | LearnedRatesName
 
@@ -213,8 +214,13 @@ class MAML(EpisodicModule):
     def _meta_gradient(
         self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
     ) -> MetaGradient:
+        arguments = self._arguments(learner, episodes)
+        if (head := self._head_that_ends(learner, episodes)) is not None:
+            reader = HeadLearner(self.network, head)
+            losses = {"loss": self._support_loss(reader), "query_loss": self._query_loss(reader)}
+            arguments |= losses | {"encode": partial(self._encode, learner, head)}
         return meta_gradient(
-            **self._arguments(learner, episodes),
+            **arguments,
             inner_lr=self._rates(),
             steps=self.train_steps,
             curvature=curvature,
@@ -223,12 +229,33 @@ class MAML(EpisodicModule):
         )
 
     def _adapt(self, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
+        if (head := self._head_that_ends(learner, episodes)) is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                episodes = type(episodes)(*map(differentiable, episodes))
+                encode = partial(self._encode, learner, head, learner.params)
+                chunks = map_tasks(encode, episodes, tasks=self._task_execution(), chunk_size=self._chunk_size)
+                support_x, query_x = cat_chunks([*chunks])
+            learner, episodes = HeadLearner(self.network, head), episodes._replace(support_x=support_x, query_x=query_x)
         points = range(steps + 1)
         losses = {
             "loss": [self._support_loss(learner, self._averages(j)) for j in points],
             "query_loss": [self._query_loss(learner, self._averages(j)) for j in points],
         }
         return adaptation_curve(**(self._arguments(learner, episodes) | losses), inner_lr=self._rates(), steps=steps)
+
+    def _head_that_ends(self, learner: Learner, episodes: AnyEpisodes) -> str | None:
+        """Return the head where it alone adapts and is the network's end, so that the features before it need computing once only."""
+        if self.adapts != "head" or not isinstance(episodes, Episodes) or self.step_statistics is not None:
+            return None
+        head = head_of(self.network, self.head)
+        with torch.inference_mode(False), torch.no_grad():
+            ends = learner.ends_with(head, differentiable(episodes.support_x[0]))
+        return head if ends and not batch_norms(self.network.get_submodule(head)) else None
+
+    def _encode(self, learner: Learner, head: str, params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
+        statistics_of = task.support_x if learner.uses_support_statistics else None
+        support = learner.features(params, task.support_x, head)
+        return support, learner.features(params, task.query_x, head, statistics_of=statistics_of)
 
     def _averages(self, step: int) -> dict[str, Tensor]:
         """Return the running averages for the networks adapted in ``step`` steps, where these have their own."""

@@ -28,16 +28,24 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
         raise ValueError("Expected `network` to have trainable parameters but all of them are frozen, or there are none.")
     if part == "all":
         return params
-    owners = [name for name, module in network.named_modules() if any(p.requires_grad for p in module.parameters(recurse=False))]
-    last = owners[-1] if head is None else head
+    last = head_of(network, head)
     of_head = {name for name in params if name.startswith(f"{last}.")}
     if not of_head or len(of_head) == len(params):
         raise ValueError(
             f"Expected `head` to name a submodule that has some of the trainable parameters, but not all, but got {last!r}; the layers that have "
-            f"any are {owners}, and with one alone there is no other part than 'all'."
+            f"any are {_owners(network)}, and with one alone there is no other part than 'all'."
         )
     every = dict(network.named_parameters(remove_duplicate=False))
     heads = {id(p) for name, p in every.items() if name.startswith(f"{last}.")}
     if shared := [name for name, p in every.items() if id(p) in heads and not name.startswith(f"{last}.")]:
         raise ValueError(f"Expected head and body to share no parameters but {shared} are in the head {last!r} too; use adapt='all'.")
     return {name: p for name, p in params.items() if (name in of_head) == (part == "head")}
+
+
+def head_of(network: nn.Module, head: str | None = None) -> str:
+    """Return the name of the head: as given, or the last submodule that has trainable parameters of its own."""
+    return _owners(network)[-1] if head is None else head
+
+
+def _owners(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if any(p.requires_grad for p in module.parameters(recurse=False))]

@@ -1,0 +1,127 @@
+"""Where only the head adapts, the features are computed once per task, and nothing else changes."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import build, leaves, make_episodes, plain_loss, relative_error, unrolled
+from torch import Tensor, nn
+
+from lightning_maml import ANIL, IMAML, MAML, MAMLPlusPlus, meta_gradient
+from lightning_maml.functional import Params
+from lightning_maml.learner import Learner
+
+STEPS, RATE = 3, 0.3
+
+
+class Renamed(nn.Module):
+    """The same network, whose outputs are not those of its head but a view of them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.network(x)
+        return outputs.view_as(outputs)
+
+
+def counted(network: nn.Sequential) -> Counter[str]:
+    """Count the calls of the network's first layer and of its last."""
+    calls: Counter[str] = Counter()
+    for name, layer in (("body", network[0]), ("head", network[-1])):
+        layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    return calls
+
+
+@pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
+@pytest.mark.parametrize("batch_norm", ["batch", "support", "running"])
+@pytest.mark.parametrize("curvature", ["exact", "none", "finite_difference"])
+def test_the_meta_gradient_is_the_same(curvature: str, batch_norm: str, tasks: str) -> None:
+    episodes = make_episodes()
+    quick, plain = (
+        ANIL(network, RATE, STEPS, batch_norm=batch_norm, tasks=tasks)
+        for network in (build("conv_batch_norm"), Renamed(build("conv_batch_norm")))
+    )
+    gradient = quick.meta_gradient(episodes, curvature)
+    expected = {name.removeprefix("network."): g for name, g in plain.meta_gradient(episodes, curvature).items()}
+    assert gradient.keys() == expected.keys()
+    assert relative_error(gradient, expected) < (1e-8 if curvature == "finite_difference" else 1e-12)
+    for model in (quick, plain):
+        model.eval()
+    for found, wanted in zip(quick.evaluate(episodes), plain.evaluate(episodes), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_losses_on_the_way_and_learned_rates_are_the_same() -> None:
+    episodes = make_episodes()
+    gradients = []
+    for network in (build("conv_batch_norm"), Renamed(build("conv_batch_norm"))):
+        model = MAMLPlusPlus(network, RATE, STEPS, adapt="head", multi_step_epochs=0)
+        model.step_weights = lambda epoch: [0.2, 0.3, 0.5]
+        model.meta_loss(episodes).backward()
+        gradients.append({name.replace("network.network", "network"): p.grad for name, p in model.named_parameters()})
+    assert relative_error(*gradients) < 1e-12
+
+
+def test_the_body_is_called_once_for_each_set() -> None:
+    network, tasks = build("conv_batch_norm"), 3
+    calls = counted(network)
+    model = ANIL(network, RATE, STEPS, tasks="loop")
+    model.meta_loss(make_episodes(tasks))
+    assert calls["body"] == 2 + 2 * tasks, "two of them to check the outputs"
+    assert calls["head"] == calls["body"] + tasks * (STEPS + STEPS + 1), "N gradients, N products and the query loss"
+    calls.clear()
+    model.evaluate(make_episodes(tasks))
+    assert calls["body"] == 2 + 2 * tasks
+    calls.clear()
+    MAML(network, RATE, STEPS, tasks="loop").meta_loss(make_episodes(tasks))
+    assert calls["body"] > tasks * 2 * STEPS
+
+
+def test_a_proximal_term_is_the_heads() -> None:
+    quick, plain = (IMAML(network, RATE, STEPS, adapt="head").eval() for network in (build("mlp"), Renamed(build("mlp"))))
+    torch.testing.assert_close(quick.evaluate(make_episodes()), plain.evaluate(make_episodes()))
+
+
+def test_what_ends_a_network() -> None:
+    x = make_episodes().support_x[0]
+    assert Learner(build("mlp")).ends_with("3", x)
+    assert not Learner(build("mlp")).ends_with("1", x)
+    assert not Learner(Renamed(build("mlp"))).ends_with("network.3", x)
+
+
+@pytest.mark.parametrize("head", [nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), nn.Sequential(nn.Linear(6, 3), nn.Softplus())])
+def test_heads_of_several_layers(head: nn.Module) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), head).double()
+    episodes = make_episodes()
+    quick, plain = ANIL(network, RATE, STEPS, head="3"), ANIL(Renamed(network), RATE, STEPS, head="network.3")
+    gradients = quick.meta_gradient(episodes), plain.meta_gradient(episodes)
+    assert relative_error(gradients[0], {name.removeprefix("network."): g for name, g in gradients[1].items()}) < 1e-12
+
+
+@pytest.mark.parametrize("tasks", ["loop", "vmap"])
+def test_the_function_takes_any_encoder(tasks: str) -> None:
+    w, episodes = leaves(build("mlp")), make_episodes()
+
+    def features(params: Params, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x.flatten(1), params["1.weight"], params["1.bias"]))
+
+    def loss(params: Params, z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(z, params["3.weight"], params["3.bias"]), y)
+
+    rates = {"3.weight": 0.4, "3.bias": 0.2}
+    result = meta_gradient(
+        loss,
+        w,
+        episodes,
+        inner_lr=rates,
+        steps=STEPS,
+        tasks=tasks,
+        encode=lambda params, task: (features(params, task.support_x), features(params, task.query_x)),
+    )
+    value = unrolled(plain_loss(build("mlp")), w, episodes, [rates] * STEPS, STEPS)
+    torch.testing.assert_close(result.query_loss.mean(), value.detach())
+    assert relative_error(result.grad, dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))) < 1e-12
