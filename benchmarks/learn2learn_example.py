@@ -75,9 +75,9 @@ def our_script(name: str, network: nn.Module, tasks: list[TaskDataset]) -> None:
     arguments |= {"adaptation_lr": RATE, "adaptation_steps": ADAPTATION_STEPS[name], "lr": META_RATE}
     episodic_data = EpisodicBatcher(*tasks, epoch_length=META_BATCH * ITERATIONS_PER_EPOCH)
     algorithm = LightningMAML(network, **arguments) if name == "maml" else LightningANIL(network.features, network.classifier, **arguments)
-    trainer = Trainer(accelerator="cpu", accumulate_grad_batches=META_BATCH, max_epochs=EPOCHS, limit_val_batches=200, logger=False)
+    quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+    trainer = Trainer(accelerator="cpu", accumulate_grad_batches=META_BATCH, max_epochs=EPOCHS, **quiet)
     trainer.fit(model=algorithm, datamodule=episodic_data)
-    trainer.test(model=algorithm, datamodule=episodic_data)
 
 
 def main() -> None:

@@ -91,6 +91,13 @@ def inner_path(
     return path
 
 
+def end_of_path(support: Sequence[LossAt], objective: type[Objective], w: Params, rates: Sequence[Rates]) -> Params:
+    """Return ``w_N`` alone, keeping no other point."""
+    for loss_at, rates_j in zip(support, rates, strict=True):
+        w = descend(w, rates_j, objective(loss_at(w)).gradient(w, rates_j.keys()))
+    return w
+
+
 def adaptation_curve(
     loss: Loss | Sequence[Loss],
     params: Params,
@@ -170,7 +177,7 @@ def adapted_parameters(
 
         def last_point(task: Episodes) -> Params:
             losses = task_losses(loss, task, steps, None, has_aux, None)
-            w = inner_path(losses.support, objective, params, rates[:steps]).points[-1]
+            w = end_of_path(losses.support, objective, params, rates[:steps])
             return {name: w[name] for name in names}
 
         support = Episodes(support_x, support_y, support_x[:, :0], support_y[:, :0])

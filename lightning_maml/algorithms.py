@@ -1,7 +1,7 @@
 """The variants of MAML by name: each sets what it is named for, so that a config swaps ``class_path`` and nothing else."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_maml.curvature import hessian_vector_product
+from lightning_maml.curvature import CurvatureName, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.episodic_module import LossFunction, OptimizerFactory, SchedulerFactory
 from lightning_maml.functional import Params
@@ -194,7 +194,7 @@ class Reptile(MAML):
     learns_rates = False
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
-        return reptile_gradient(**self._arguments(learner, episodes), inner_lr=self._rates(), steps=self.train_steps)
+        return reptile_gradient(**self._arguments(learner, episodes, self.train_steps), inner_lr=self._rates(), steps=self.train_steps)
 
 
 class IMAML(MAML):
@@ -265,12 +265,14 @@ class IMAML(MAML):
         return proximal(super()._support_loss(learner, averages), anchor, self.proximal_strength)
 
     @override
-    def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
+    def _meta_gradient(
+        self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
+    ) -> MetaGradient:
         return implicit_gradient(
-            **self._arguments(learner, episodes),
+            **self._arguments(learner, episodes, self.train_steps),
             inner_lr=self._rates(),
             steps=self.train_steps,
             strength=self.proximal_strength,
             cg_steps=self.cg_steps,
-            curvature=self.curvature,
+            curvature=curvature,
         )

@@ -36,9 +36,9 @@ class StepStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, found: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Move towards means and variances ``[N + 1, C]`` of each layer."""
+        """Move towards means and variances ``[N + 1, C]`` of the layers that are given."""
         for number, (name, momentum) in enumerate(self._momenta.items()):
-            for kind, now in zip(_KINDS, found[name], strict=True):
+            for kind, now in zip(_KINDS, found.get(name, ()), strict=False):
                 average = self.get_buffer(f"{kind}_{number}")
                 average.lerp_(now.to(average), momentum)
 
@@ -54,8 +54,10 @@ def forget_running_averages(norm: _BatchNorm) -> None:
     norm.track_running_stats = False
 
 
-def entering_statistics(network: nn.Module, params: Params, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def entering_statistics(network: nn.Module, params: Params, x: Tensor, *, correction: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     """Return mean and variance ``[C]`` of what enters each batch norm of ``network`` for the inputs ``x`` of one task.
+
+    With ``correction`` 0 the variance is what a batch is normalised by, with 1 what running averages are of. Buffers stay as they are.
 
     Raises:
         ValueError: If a batch-norm layer is called more than once.
@@ -68,14 +70,15 @@ def entering_statistics(network: nn.Module, params: Params, x: Tensor) -> dict[s
                 f"Expected each batch norm to be called once but {name!r} is called again, and can keep one set of statistics only; give each "
                 "call a layer of its own, or use `batch_norm='batch'`."
             )
-        variance, mean = torch.var_mean(entering, [0, *range(2, entering.ndim)], correction=0)
+        variance, mean = torch.var_mean(entering, [0, *range(2, entering.ndim)], correction=correction)
         found[name] = mean, variance
 
     handles = [
         norm.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0])) for name, norm in batch_norms(network).items()
     ]
     try:
-        torch.func.functional_call(network, params, (x,))
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        torch.func.functional_call(network, {**buffers, **params}, (x,))
     finally:
         for handle in handles:
             handle.remove()

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchvision.ops import DropBlock2d
 
 from lightning_maml.adapt import AdaptationCurve
+from lightning_maml.batch_statistics import batch_norms
 from lightning_maml.episodes import AnyEpisodes, support_set
 from lightning_maml.functional import differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner
@@ -156,7 +157,7 @@ class EpisodicModule(LightningModule):
 
     def _update_running_averages(self, episodes: AnyEpisodes) -> None:
         """Let the network's own batch norm see the meta-batch once, at the parameters before adaptation."""
-        if self.batch_norm == "running" and any(isinstance(module, _BatchNorm) for module in self.network.modules()):
+        if self.batch_norm == "running" and batch_norms(self.network):
             with torch.no_grad():
                 images = episodes.query_x.shape[2:]
                 self.network(torch.cat([x.reshape(-1, *images) for x in (episodes.support_x, episodes.query_x)]))
@@ -172,6 +173,11 @@ class EpisodicModule(LightningModule):
                 batch_size=len(values),
                 sync_dist=not on_step,
             )
+
+
+def drops_blocks(network: nn.Module) -> bool:
+    """Return whether DropBlock is active, which fills its mask in place, as ``vmap`` cannot."""
+    return any(module.training and isinstance(module, DropBlock2d) for module in network.modules())
 
 
 def check_labels(episodes: AnyEpisodes, ways: int) -> None:

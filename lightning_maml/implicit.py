@@ -1,12 +1,12 @@
 """iMAML: the meta-gradient of an inner problem solved, whatever the way to its solution (Rajeswaran et al. 2019)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_maml.adapt import Loss, QueryLoss, inner_path, objective_for, task_losses
+from lightning_maml.adapt import Loss, QueryLoss, end_of_path, objective_for, task_losses
 from lightning_maml.curvature import CurvatureName, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable, dot
@@ -34,7 +34,7 @@ def proximal(loss: Loss, anchor: Params, strength: float) -> Loss:
 
 
 def implicit_gradient(
-    loss: Loss,
+    loss: Loss | Sequence[Loss],
     params: Params,
     episodes: AnyEpisodes,
     *,
@@ -44,7 +44,7 @@ def implicit_gradient(
     cg_steps: int,
     curvature: CurvatureName = "exact",
     probe_radius: float | None = None,
-    query_loss: QueryLoss | None = None,
+    query_loss: QueryLoss | Sequence[QueryLoss] | None = None,
     has_aux: bool = False,
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
@@ -91,7 +91,7 @@ def implicit_gradient(
 
         def of_one_task(task: AnyEpisodes) -> MetaGradient:
             losses = task_losses(loss, task, steps, query_loss, has_aux, None)
-            w_N = inner_path(losses.support, objective, params, rates).points[-1]
+            w_N = end_of_path(losses.support, objective, params, rates)
             value, aux, v = objective(losses.query[-1](w_N)).value_and_gradient(w_N)
             support = objective(losses.support[-1](w_N))
             if product is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from lightning_maml.batch_statistics import batch_norms, forget_running_averages
 from lightning_maml.functional import Params
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
@@ -46,7 +47,7 @@ class Learner:
         self._batch_norm = batch_norm
         self._vectorised = vectorised
         self._own = threading.local()
-        norms = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
+        norms = [*batch_norms(network)]
         self.uses_support_statistics = batch_norm == "support" and bool(norms)
         if batch_norm in ("running", "per_step"):
             _check_running_averages(network, norms, batch_norm)
@@ -82,14 +83,15 @@ class Learner:
             outputs = self._run(self.params, x, 0, {})
         if len(calls) != 1:
             return False
-        (arguments, result) = calls[0]
-        return result is outputs and len(arguments) == 1 and isinstance(arguments[0], Tensor) and len(arguments[0]) == len(x)
+        arguments, named, result = calls[0]
+        alone = len(arguments) == 1 and not named and isinstance(arguments[0], Tensor) and len(arguments[0]) == len(x)
+        return alone and result is outputs
 
     @contextmanager
-    def _calls_of(self, head: str) -> Iterator[list[tuple[tuple[Any, ...], Any]]]:
-        calls: list[tuple[tuple[Any, ...], Any]] = []
+    def _calls_of(self, head: str) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any], Any]]]:
+        calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
         module = self._copy_of_this_thread().get_submodule(head)
-        handle = module.register_forward_hook(lambda _, arguments, result: calls.append((arguments, result)))
+        handle = module.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
         try:
             yield calls
         finally:
@@ -114,8 +116,7 @@ class Learner:
         return own
 
     def _take_statistics_of_the_batch(self, norm: _BatchNorm) -> None:
-        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
-        norm.track_running_stats = False
+        forget_running_averages(norm)
         if not _has_own_forward(norm):
             norm.forward = _TaskNorm(norm, fused=not self._vectorised)  # type: ignore[method-assign, assignment]
             self._own.norms.append(norm.forward)

@@ -85,7 +85,7 @@ def pull_back(
 
 
 def meta_gradient(
-    loss: Loss,
+    loss: Loss | Sequence[Loss],
     params: Params,
     episodes: AnyEpisodes,
     *,
@@ -93,7 +93,7 @@ def meta_gradient(
     steps: int,
     curvature: CurvatureName = "exact",
     probe_radius: float | None = None,
-    query_loss: QueryLoss | None = None,
+    query_loss: QueryLoss | Sequence[QueryLoss] | None = None,
     has_aux: bool = False,
     sample: Sample | None = None,
     tasks: TaskExecution = "loop",
@@ -108,7 +108,7 @@ def meta_gradient(
     autograd through the inner loop would give something else, unless D_j = S_j.
 
     Args:
-        loss: ``loss(params, x, y)``, the mean loss of one task's batch as a scalar tensor.
+        loss: ``loss(params, x, y)``, the mean loss of one task's batch as a scalar tensor; or a sequence of such for ``w_0 .. w_N``.
         params: The meta-parameters by name. They are not changed, and need not require gradients.
         episodes: The meta-batch of T tasks, of either case.
         inner_lr: alpha, the rate of the inner steps; or by name the rates of the parameters that adapt, each a number or a tensor that
@@ -116,7 +116,7 @@ def meta_gradient(
         steps: N >= 0, the number of inner steps; 0 gives the ordinary gradient of the query loss. ``ResampledEpisodes`` hold batches for N.
         curvature: ``"exact"`` (MAML), ``"none"`` (FO-MAML) or ``"finite_difference"`` (HF-MAML).
         probe_radius: See :func:`lightning_maml.curvature.finite_difference`; only with that curvature.
-        query_loss: ``query_loss(params, task)``, where the query loss is not ``loss(params, task.query_x, task.query_y)``.
+        query_loss: ``query_loss(params, task)``, where the query loss is not ``loss(params, task.query_x, task.query_y)``; or a sequence.
         has_aux: The losses return ``(loss, aux)``; the query's aux is returned.
         sample: ``sample(params, x, y)``, where the data depend on the parameters, as in reinforcement learning (Ji et al. 2022, Appendix
             A.1): called once per batch at the point where it is used (w_j for S_j and D_j, w_N for the query batch), it returns what
@@ -149,6 +149,8 @@ def meta_gradient(
                 f"Expected Hessian batches of at least one example with `curvature={curvature!r}` but got none; "
                 "draw some (a datamodule's `hessian_shots`), or train FO-MAML, which needs none."
             )
+    if encode is not None and (isinstance(episodes, ResampledEpisodes) or sample is not None or not callable(loss)):
+        raise ValueError("Expected `encode` with Episodes, whose features are computed once, and one loss, but got other data or losses.")
     objective = objective_for(tasks)
 
     attention = twice_differentiable() if curvature == "exact" else nullcontext()
@@ -157,23 +159,24 @@ def meta_gradient(
         params = {name: differentiable(tensor) for name, tensor in params.items()}
         rates = without_graph(rates)
 
-        def at(w: Params, task: AnyEpisodes, loss: Loss, query_loss: QueryLoss | None) -> MetaGradient:
+        def at(
+            w: Params, task: AnyEpisodes, loss: Loss | Sequence[Loss], query_loss: QueryLoss | Sequence[QueryLoss] | None
+        ) -> MetaGradient:
             losses = task_losses(loss, task, steps, query_loss, has_aux, sample)
             return pull_back(losses, objective, w, rates, product, step_weights)
 
         def of_one_task(task: AnyEpisodes) -> MetaGradient:
             if encode is None:
                 return at(params, task, loss, query_loss)
-            features, pull_back_features = torch.func.vjp(lambda w: encode(w, task), params)[:2]
-            w = {name: params[name] for of_step in rates for name in of_step} | dict(zip(_FEATURES, features, strict=True))
-            result = at(w, task, *_of_features(loss, query_loss))
-            (through,) = pull_back_features(tuple(result.grad.pop(name) for name in _FEATURES))
+            features, back = objective.pull_back(lambda w: encode(w, task), params)
+            result = at(params | dict(zip(_FEATURES, features, strict=True)), task, *_of_features(loss, query_loss))
+            through = back(tuple(result.grad[name] for name in _FEATURES))
             return result._replace(grad=axpy(1.0, result.grad, through))
 
         return mean_over_tasks(of_one_task, episodes, tasks, chunk_size)
 
 
-def _of_features(loss: Loss, query_loss: QueryLoss | None) -> tuple[Loss, QueryLoss]:
+def _of_features(loss: Any, query_loss: Any) -> tuple[Loss, QueryLoss]:
     """Return the losses with the features among the parameters in the inputs' place."""
     support, query = _FEATURES
 

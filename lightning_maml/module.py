@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torchvision.ops import DropBlock2d
 from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, cat_chunks, check_step_count
 from lightning_maml.batch_statistics import StepStatistics, batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.curvature import CurvatureName
-from lightning_maml.deploy import AdaptedNetworks
+from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, support_set
 from lightning_maml.episodic_module import (
     EpisodicModule,
@@ -23,6 +22,7 @@ from lightning_maml.episodic_module import (
     SchedulerFactory,
     before,
     check_labels,
+    drops_blocks,
     with_accuracy,
 )
 from lightning_maml.functional import Params, differentiable
@@ -34,9 +34,6 @@ from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, lea
 from lightning_maml.task_map import TaskExecution, check_chunk_size, map_tasks
 
 InnerRatesName = Literal["fixed"] | LearnedRatesName
-
-_ADAPTED_AT_ONCE = 32
-"""Tasks that ``adapt`` vectorises at once by default: more are slower on a CPU, where what they need outgrows its caches."""
 
 
 class MAML(EpisodicModule):
@@ -123,6 +120,23 @@ class MAML(EpisodicModule):
         self.probe_radius: float | None = None
         self._tasks, self._chunk_size = tasks, chunk_size
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose learned rates or step averages are not those of this model, before its weights are looked at.
+
+        Raises:
+            ValueError: If it has others.
+        """
+        kept = ("learned_rates.", "step_statistics.")
+        theirs, ours = (
+            {name: list(tensor.shape) for name, tensor in state.items() if name.startswith(kept)}
+            for state in (checkpoint["state_dict"], self.state_dict())
+        )
+        if theirs != ours:
+            raise ValueError(
+                f"Expected a checkpoint with the inner rates and batch-norm averages of this model but got others ({len(theirs)} tensors, here "
+                f"{len(ours)}); give the model the `inner_rates`, `batch_norm`, `adapt` and `train_steps` that it was trained with."
+            )
+
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
         """Adapt to each task in ``test_steps`` steps.
@@ -164,7 +178,7 @@ class MAML(EpisodicModule):
             steps=steps,
             has_aux=True,
             tasks="loop" if of_one or self._tasks == "loop" else "vmap",
-            chunk_size=self._chunk_size or _ADAPTED_AT_ONCE,
+            chunk_size=self._chunk_size or ADAPTED_AT_ONCE,
         )
         with torch.inference_mode(False), torch.no_grad():
             adapted |= {name: average.expand(len(support_x), -1) for name, average in self._averages(steps).items()}
@@ -183,7 +197,8 @@ class MAML(EpisodicModule):
             ValueError: If not all parameters adapt at one fixed rate, or the algorithm's meta-gradient is not the query loss's, as the theory
                 has both.
         """
-        if type(self)._training_gradient is not MAML._training_gradient:
+        own = (type(self)._training_gradient, type(self)._meta_gradient)
+        if own != (MAML._training_gradient, MAML._meta_gradient):
             raise ValueError(f"Expected MAML, FOMAML or HFMAML, of which the theory is, but got {type(self).__name__}.")
         if self.adapts != "all" or self.learned_rates is not None:
             raise ValueError(
@@ -214,7 +229,7 @@ class MAML(EpisodicModule):
     def _meta_gradient(
         self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
     ) -> MetaGradient:
-        arguments = self._arguments(learner, episodes)
+        arguments = self._arguments(learner, episodes, self.train_steps)
         if (head := self._head_that_ends(learner, episodes)) is not None:
             reader = HeadLearner(self.network, head)
             losses = {"loss": self._support_loss(reader), "query_loss": self._query_loss(reader)}
@@ -236,16 +251,11 @@ class MAML(EpisodicModule):
                 chunks = map_tasks(encode, episodes, tasks=self._task_execution(), chunk_size=self._chunk_size)
                 support_x, query_x = cat_chunks([*chunks])
             learner, episodes = HeadLearner(self.network, head), episodes._replace(support_x=support_x, query_x=query_x)
-        points = range(steps + 1)
-        losses = {
-            "loss": [self._support_loss(learner, self._averages(j)) for j in points],
-            "query_loss": [self._query_loss(learner, self._averages(j)) for j in points],
-        }
-        return adaptation_curve(**(self._arguments(learner, episodes) | losses), inner_lr=self._rates(), steps=steps)
+        return adaptation_curve(**self._arguments(learner, episodes, steps), inner_lr=self._rates(), steps=steps)
 
     def _head_that_ends(self, learner: Learner, episodes: AnyEpisodes) -> str | None:
         """Return the head where it alone adapts and is the network's end, so that the features before it need computing once only."""
-        if self.adapts != "head" or not isinstance(episodes, Episodes) or self.step_statistics is not None:
+        if self.adapts != "head" or not isinstance(episodes, Episodes) or self.step_statistics is not None or self._is_random():
             return None
         head = head_of(self.network, self.head)
         with torch.inference_mode(False), torch.no_grad():
@@ -255,7 +265,9 @@ class MAML(EpisodicModule):
     def _encode(self, learner: Learner, head: str, params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
         statistics_of = task.support_x if learner.uses_support_statistics else None
         support = learner.features(params, task.support_x, head)
-        return support, learner.features(params, task.query_x, head, statistics_of=statistics_of)
+        query = learner.features(params, task.query_x, head, statistics_of=statistics_of)
+        dtype = next(iter(params.values())).dtype  # features of autocast are the inputs of what runs without it
+        return support.to(dtype), query.to(dtype)
 
     def _averages(self, step: int) -> dict[str, Tensor]:
         """Return the running averages for the networks adapted in ``step`` steps, where these have their own."""
@@ -271,12 +283,17 @@ class MAML(EpisodicModule):
         rates: InnerRates = self.learned_rates(names)
         return rates
 
-    def _arguments(self, learner: Learner, episodes: AnyEpisodes) -> dict[str, Any]:
+    def _arguments(self, learner: Learner, episodes: AnyEpisodes, steps: int | None = None) -> dict[str, Any]:
+        """Return what the functions have in common, with losses for each of ``steps`` steps where batch norm has averages for each."""
+        loss: Any = self._support_loss(learner)
+        query_loss: Any = self._query_loss(learner)
+        if self.step_statistics is not None and steps is not None:
+            loss, query_loss = ([of(learner, self._averages(j)) for j in range(steps + 1)] for of in (self._support_loss, self._query_loss))
         return {
-            "loss": self._support_loss(learner),
+            "loss": loss,
             "params": learner.params,
             "episodes": episodes,
-            "query_loss": self._query_loss(learner),
+            "query_loss": query_loss,
             "has_aux": True,
             "tasks": self._task_execution(),
             "chunk_size": self._chunk_size,
@@ -288,11 +305,12 @@ class MAML(EpisodicModule):
     def _task_execution(self) -> TaskExecution:
         if self._tasks != "auto":
             return self._tasks
-        dropped = any(module.training and isinstance(module, DropBlock2d) for module in self.network.modules())
-        if self.device.type != "cpu" and not dropped:  # DropBlock fills its mask in place, which vmap cannot
+        if self.device.type != "cpu" and not drops_blocks(self.network):
             return "vmap"
-        random = dropped or any(module.training and _draws_random_numbers(module) for module in self.network.modules())
-        return "loop" if random or torch.get_num_threads() == 1 else "threads"
+        return "loop" if self._is_random() or torch.get_num_threads() == 1 else "threads"
+
+    def _is_random(self) -> bool:
+        return drops_blocks(self.network) or any(module.training and _draws_random_numbers(module) for module in self.network.modules())
 
     def _support_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
@@ -325,9 +343,11 @@ class MAML(EpisodicModule):
     def _entering(self, params: Params, task: AnyEpisodes) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Return, beside a loss of zero, the statistics of what enters each batch norm for support and query set together."""
         network = structural_copy(self.network)
-        for norm in batch_norms(network).values():
+        in_training = {name: norm for name, norm in batch_norms(network).items() if norm.training}
+        for norm in in_training.values():
             forget_running_averages(norm)
-        return task.query_x.new_zeros(()), entering_statistics(network, params, torch.cat([support_set(task)[0], task.query_x]))
+        found = entering_statistics(network, params, torch.cat([support_set(task)[0], task.query_x]), correction=1)
+        return task.query_x.new_zeros(()), {name: found[name] for name in in_training}
 
     def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse episodes whose labels do not fit the network's outputs, before a loss function meets them."""

@@ -20,6 +20,8 @@ from lightning_maml.functional import Params
 BatchLoss = Callable[[Params], tuple[Tensor, Any]]
 """Parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the network's outputs, or ``()``)."""
 
+Tensors = tuple[Tensor, ...]
+
 
 def twice_differentiable() -> AbstractContextManager[Any]:
     """Return a context in which attention has a second derivative: its fused kernels have none."""
@@ -47,6 +49,11 @@ class Objective(ABC):
     @abstractmethod
     def hessian_vector_product(self, w: Params, v: Params) -> Params:
         """Return the Hessian at ``w`` times ``v``, which is zero where it has no entry."""
+
+    @staticmethod
+    @abstractmethod
+    def pull_back(function: Callable[[Params], Tensors], w: Params) -> tuple[Tensors, Callable[[Tensors], Params]]:
+        """Return ``function(w)``, without a graph, and what takes a gradient with respect to these tensors back to one with respect to ``w``."""
 
     @contextmanager
     def _same_randomness(self, w: Params) -> Iterator[None]:
@@ -95,6 +102,22 @@ class AutogradObjective(Objective):
             leaves, gradient = self._differentiable_gradient(w, v)
         return _pull_back_gradient(leaves, gradient, v)
 
+    @override
+    @staticmethod
+    def pull_back(function: Callable[[Params], Tensors], w: Params) -> tuple[Tensors, Callable[[Tensors], Params]]:
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
+        with torch.enable_grad():
+            outputs = function(leaves)
+        curved = [number for number, output in enumerate(outputs) if output.requires_grad]
+
+        def back(gradients: Tensors) -> Params:
+            found = torch.autograd.grad(
+                [outputs[k] for k in curved], [*leaves.values()], [gradients[k] for k in curved], materialize_grads=True
+            )
+            return dict(zip(leaves, found, strict=True))
+
+        return tuple(output.detach() for output in outputs), back
+
     def hessian(self, w: Params) -> Callable[[Params], Params]:
         """Return the product with the Hessian at ``w`` as a function that keeps the gradient's graph, for many products at one point."""
         leaves, gradient = self._differentiable_gradient(w, w)
@@ -135,6 +158,12 @@ class FunctionalObjective(Objective):
             pull_back = torch.func.vjp(gradient, w)[1]
         product: Params = pull_back(v)[0]
         return product
+
+    @override
+    @staticmethod
+    def pull_back(function: Callable[[Params], Tensors], w: Params) -> tuple[Tensors, Callable[[Tensors], Params]]:
+        outputs, back = torch.func.vjp(function, w)[:2]
+        return outputs, lambda gradients: back(gradients)[0]
 
     def _loss_of_part(self, w: Params) -> BatchLoss:
         return lambda part: self._loss({**w, **part})

@@ -1,18 +1,19 @@
 """Prototypical networks, the metric baseline: no inner loop, a query belongs to the class whose mean embedding is nearest."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import DropBlock2d
 from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, cat_chunks
-from lightning_maml.deploy import AdaptedNetworks
+from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
-from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory, check_labels
+from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory, check_labels, drops_blocks
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
-from lightning_maml.task_map import map_tasks
+from lightning_maml.task_map import TaskExecution, map_tasks
 
 
 class ProtoNet(EpisodicModule):
@@ -29,6 +30,8 @@ class ProtoNet(EpisodicModule):
             as in :class:`lightning_maml.MAML`.
         optimizer: From parameters to the optimizer; by default Adam with its rate of 1e-3.
         lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
+        tasks: ``"vmap"``: the tasks of a meta-batch together; ``"loop"``: one after the other, for networks that vmap cannot take;
+            ``"auto"``: a loop where DropBlock is active, together elsewhere.
 
     Raises:
         ValueError: If the network does not fit the batch-norm policy; in a step, if the labels are not classes ``0 .. ways - 1`` of which
@@ -44,13 +47,17 @@ class ProtoNet(EpisodicModule):
         batch_norm: BatchNormPolicy = "batch",
         optimizer: OptimizerFactory = torch.optim.Adam,
         lr_scheduler: SchedulerFactory | None = None,
+        tasks: Literal["auto", "loop", "vmap"] = "auto",
     ) -> None:
         super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
         if batch_norm == "per_step":
             raise ValueError(
                 "Expected `batch_norm` to be 'batch', 'support' or 'running', as there are no inner steps, but got 'per_step'."
             )
-        self.save_hyperparameters({"batch_norm": batch_norm})
+        if tasks not in ("auto", "loop", "vmap"):
+            raise ValueError(f"Expected `tasks` to be 'auto', 'loop' or 'vmap' but got {tasks!r}.")
+        self.save_hyperparameters({"batch_norm": batch_norm, "tasks": tasks})
+        self._tasks: Literal["auto", "loop", "vmap"] = tasks
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -60,6 +67,9 @@ class ProtoNet(EpisodicModule):
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> nn.Module:
         """Return the network with the prototypes of a task as its head, or of many tasks, for new queries.
+
+        With ``batch_norm="batch"`` the prototypes have the statistics of the support set and queries those of their own batch, where
+        evaluation normalises both together; ``"support"`` and ``"running"`` give here what they give in evaluation.
 
         The logits are twice the inner product of embedding and prototype less the prototype's square (Snell et al. 2017, section 2.4):
         minus the squared distance, but for a term that all classes share.
@@ -79,11 +89,14 @@ class ProtoNet(EpisodicModule):
             network = structural_copy(self.network).eval()
             learner = Learner(network, self.batch_norm)
             ways = self._check(learner, support)
-            embedded = torch.func.vmap(lambda x: learner(learner.params, x), randomness="different")(support.support_x)
-            prototypes = torch.stack([class_means(*task, ways) for task in zip(embedded, support.support_y, strict=True)])
+
+            def means(task: Episodes) -> tuple[Tensor]:
+                return (class_means(learner(learner.params, task.support_x), task.support_y, ways),)
+
+            (prototypes,) = cat_chunks([*map_tasks(means, support, tasks=self._task_execution(), chunk_size=ADAPTED_AT_ONCE)])
             head = {"1.weight": 2 * prototypes, "1.bias": -prototypes.square().sum(-1)}
-            classifier = nn.Sequential(network, nn.Linear(prototypes.shape[-1], ways))
-            networks = AdaptedNetworks(classifier.to(support_x), head, self.batch_norm, support.support_x)
+            classifier = nn.Linear(prototypes.shape[-1], ways, device=prototypes.device, dtype=prototypes.dtype)
+            networks = AdaptedNetworks(nn.Sequential(network, classifier), head, self.batch_norm, support.support_x)
             return networks.network(0) if of_one else networks
 
     @override
@@ -95,7 +108,6 @@ class ProtoNet(EpisodicModule):
 
     def _classify(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor]:
         """Return the query losses ``[T]`` and logits ``[T, Q, ways]``."""
-        vectorised = not any(module.training and isinstance(module, DropBlock2d) for module in self.network.modules())
         learner = Learner(self.network, self.batch_norm)
         ways = self._check(learner, episodes)
 
@@ -104,9 +116,13 @@ class ProtoNet(EpisodicModule):
             logits = -(query[:, None] - class_means(support, task.support_y, ways)).square().sum(-1)
             return self.loss(logits, task.query_y), logits
 
-        chunks = list(map_tasks(of_one_task, episodes, tasks="vmap" if vectorised else "loop"))
-        loss, logits = cat_chunks(chunks)
+        loss, logits = cat_chunks([*map_tasks(of_one_task, episodes, tasks=self._task_execution())])
         return loss, logits
+
+    def _task_execution(self) -> TaskExecution:
+        if self._tasks != "auto":
+            return self._tasks
+        return "loop" if drops_blocks(self.network) else "vmap"
 
     def _embed(self, learner: Learner, task: Episodes) -> tuple[Tensor, Tensor]:
         params: Params = learner.params

@@ -1,8 +1,10 @@
 """Reptile: towards the adapted parameters, without a query gradient (Nichol et al. 2018)."""
 
+from collections.abc import Sequence
+
 import torch
 
-from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_steps, inner_path, objective_for, task_losses
+from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_steps, end_of_path, objective_for, task_losses
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable
 from lightning_maml.meta_gradient import MetaGradient, mean_over_tasks
@@ -11,13 +13,13 @@ from lightning_maml.task_map import TaskExecution
 
 
 def reptile_gradient(
-    loss: Loss,
+    loss: Loss | Sequence[Loss],
     params: Params,
     episodes: AnyEpisodes,
     *,
     inner_lr: InnerRates,
     steps: int,
-    query_loss: QueryLoss | None = None,
+    query_loss: QueryLoss | Sequence[QueryLoss] | None = None,
     has_aux: bool = False,
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
@@ -40,7 +42,7 @@ def reptile_gradient(
 
         def of_one_task(task: AnyEpisodes) -> MetaGradient:
             losses = task_losses(loss, task, steps, query_loss, has_aux, None)
-            w_N = inner_path(losses.support, objective, params, rates).points[-1]
+            w_N = end_of_path(losses.support, objective, params, rates)
             value, aux = losses.query[-1](w_N)(w_N)
             return MetaGradient(axpy(-1.0, w_N, params), value, aux, [{}] * steps)
 

@@ -24,7 +24,9 @@ def statistics_on_the_way(x: Tensor, y: Tensor, query_x: Tensor) -> list[tuple[T
     here, found = leaves(network), []
     for _ in range(STEPS + 1):
         entering = F.conv2d(torch.cat([x, query_x]), here["0.weight"], here["0.bias"], padding=1).detach()
-        found.append((entering.mean([0, 2, 3]), entering.var([0, 2, 3], correction=0)))
+        torchs = nn.BatchNorm2d(4, momentum=1.0).double()
+        torchs(entering)
+        found.append((torchs.running_mean, torchs.running_var))
         gradient = torch.autograd.grad(loss(here, x, y), list(here.values()))
         here = {name: (p - RATE * g).detach().requires_grad_() for (name, p), g in zip(here.items(), gradient, strict=True)}
     return found
@@ -105,6 +107,55 @@ def test_checkpoints_hold_them(tmp_path: Path, algorithm: type[MAML]) -> None:
     loaded.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
     assert loaded.step_statistics(1)["1.running_mean"].any()
     assert torch.equal(loaded.step_statistics(1)["1.running_mean"], trained.step_statistics(1)["1.running_mean"])
+
+
+def test_the_meta_gradient_in_evaluation_mode_is_that_of_the_averages_of_each_step() -> None:
+    episodes = make_episodes(tasks=1)
+    model = MAML(build("conv_batch_norm"), RATE, STEPS, batch_norm="per_step").eval()
+    averages, network = different_averages(model), build("conv_batch_norm").eval()
+    w = leaves(network)
+    here = w
+    for j in range(STEPS):
+        value = F.cross_entropy(functional_call(network, here | averages[j], (episodes.support_x[0],)), episodes.support_y[0])
+        gradient = torch.autograd.grad(value, list(here.values()), create_graph=True)
+        here = {name: p - RATE * g for (name, p), g in zip(here.items(), gradient, strict=True)}
+    value = F.cross_entropy(functional_call(network, here | averages[STEPS], (episodes.query_x[0],)), episodes.query_y[0])
+    expected = dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))
+    assert relative_error(model.meta_gradient(episodes), expected) < 1e-12
+
+
+def test_averages_of_a_layer_in_evaluation_mode_stay() -> None:
+    network = build("conv_batch_norm")
+    model = MAML(network, RATE, STEPS, batch_norm="per_step")
+    network[1].eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.meta_loss(make_episodes())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_other_buffers_stay() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x
+
+    network = nn.Sequential(build("conv_batch_norm"), Counting())
+    MAML(network, RATE, STEPS, batch_norm="per_step").meta_loss(make_episodes())
+    assert network[1].calls == 0
+
+
+@pytest.mark.parametrize("other", [{"batch_norm": "batch"}, {"batch_norm": "per_step", "train_steps": STEPS + 1}])
+def test_a_checkpoint_with_other_averages_is_refused_in_a_sentence(tmp_path: Path, other: dict) -> None:
+    run = trainer(tmp_path)
+    run.fit(MAML(build("conv_batch_norm"), RATE, STEPS, batch_norm="per_step"), DataLoader([make_episodes()], batch_size=None))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    model = MAML(build("conv_batch_norm"), **({"inner_lr": RATE, "train_steps": STEPS} | other))
+    with pytest.raises(ValueError, match="Expected a checkpoint with the inner rates and batch-norm averages of this model but got others"):
+        trainer(tmp_path).test(model, DataLoader([make_episodes()], batch_size=None), ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_what_does_not_fit_is_refused() -> None:

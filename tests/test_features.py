@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from networks import build, leaves, make_episodes, plain_loss, relative_error, unrolled
 from torch import Tensor, nn
 
-from lightning_maml import ANIL, IMAML, MAML, MAMLPlusPlus, meta_gradient
+from lightning_maml import ANIL, FOMAML, HFMAML, IMAML, MAML, MAMLPlusPlus, ResampledEpisodes, meta_gradient
 from lightning_maml.functional import Params
 from lightning_maml.learner import Learner
 
@@ -125,3 +125,87 @@ def test_the_function_takes_any_encoder(tasks: str) -> None:
     value = unrolled(plain_loss(build("mlp")), w, episodes, [rates] * STEPS, STEPS)
     torch.testing.assert_close(result.query_loss.mean(), value.detach())
     assert relative_error(result.grad, dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))) < 1e-12
+
+
+def test_rates_of_a_part_of_the_head() -> None:
+    w, episodes = leaves(build("mlp")), make_episodes()
+
+    def features(params: Params, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x.flatten(1), params["1.weight"], params["1.bias"]))
+
+    def loss(params: Params, z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(z, params["3.weight"], params["3.bias"]), y)
+
+    encode = lambda params, task: (features(params, task.support_x), features(params, task.query_x))
+    result = meta_gradient(loss, w, episodes, inner_lr={"3.weight": 0.4}, steps=STEPS, encode=encode)
+    value = unrolled(plain_loss(build("mlp")), w, episodes, [{"3.weight": 0.4}] * STEPS, STEPS)
+    assert relative_error(result.grad, dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))) < 1e-12
+    resampled = ResampledEpisodes(*(tensor[:, None] for tensor in episodes[:2] * 2), *episodes[2:])
+    with pytest.raises(ValueError, match="Expected `encode` with Episodes"):
+        meta_gradient(loss, w, resampled, inner_lr=0.1, steps=1, encode=encode)
+
+
+def test_without_inner_steps_it_is_the_gradient_of_the_query_loss() -> None:
+    w, loss, episodes = leaves(build("mlp")), plain_loss(build("mlp")), make_episodes()
+    gradient = torch.autograd.grad(unrolled(loss, w, episodes, 0.1, 0), list(w.values()))
+    assert relative_error(ANIL(build("mlp"), RATE, 0).meta_gradient(episodes), dict(zip(w, gradient, strict=True))) < 1e-12
+
+
+def test_dropout_in_the_body_is_drawn_in_each_step() -> None:
+    network = build("conv_batch_norm")
+    network.insert(5, nn.Dropout(0.5))
+    calls = counted(network)
+    ANIL(network, RATE, STEPS, tasks="loop").meta_loss(make_episodes(1))
+    assert calls["body"] > 2 * STEPS
+    calls.clear()
+    ANIL(network.eval(), RATE, STEPS, tasks="loop").meta_loss(make_episodes(1))
+    assert calls["body"] == 4
+
+
+def test_a_head_that_is_called_with_more_than_features_is_called_so() -> None:
+    class Scaling(nn.Linear):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return scale * super().forward(x)
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh()), Scaling(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x), scale=10.0)
+
+    model, episodes = ANIL(Network().double(), RATE, STEPS), make_episodes()
+    torch.testing.assert_close(model.evaluate(episodes).aux[:, 0], torch.stack([model(x) for x in episodes.query_x]).detach())
+
+
+@pytest.mark.parametrize("algorithm", [ANIL, FOMAML, HFMAML])
+@pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
+def test_autocast(algorithm: type[MAML], tasks: str) -> None:
+    torch.manual_seed(0)
+    network, episodes = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 3)), make_episodes()
+    single = episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())
+    model = algorithm(network, RATE, STEPS, adapt="head", tasks=tasks)
+    expected = model.meta_gradient(single)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.meta_gradient(single)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert relative_error(found, expected) < 0.05
+
+
+@pytest.mark.parametrize("tasks", ["loop", "threads"])
+def test_a_body_that_only_autograd_can_differentiate(tasks: str) -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(lambda x: torch.tanh(self.layer(x.flatten(1))), x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    network = nn.Sequential(Body(), nn.Linear(6, 3)).double()
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    gradients = [ANIL(net, RATE, STEPS, tasks=tasks).meta_gradient(make_episodes()) for net in (network, plain)]
+    assert relative_error(dict(enumerate(gradients[0].values())), dict(enumerate(gradients[1].values()))) < 1e-12

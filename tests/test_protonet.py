@@ -65,6 +65,29 @@ def test_adapted_networks_classify_as_evaluation_does(batch_norm: str) -> None:
     torch.testing.assert_close(one(episodes.query_x[1]).log_softmax(-1), expected[1])
 
 
+def test_tasks_one_by_one_are_the_same() -> None:
+    episodes = make_episodes()
+    together, one_by_one = (ProtoNet(build("conv_batch_norm"), tasks=tasks) for tasks in ("vmap", "loop"))
+    torch.testing.assert_close(together.evaluate(episodes), one_by_one.evaluate(episodes))
+
+
+def test_adapting_leaves_the_model_as_it_is() -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = build("mlp").float()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x.float())
+
+    model, episodes = ProtoNet(Casting()), make_episodes()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    networks = model.adapt((255 * episodes.support_x).byte(), episodes.support_y)
+    assert networks((255 * episodes.query_x).byte()).dtype == torch.float32
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+
+
 def test_it_learns_with_more_ways_than_it_is_tested_on_and_resumes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     data = GlyphsDataModule(ways=10, shots=1, queries=2, test_ways=5, meta_batch_size=2, train_batches=30, val_tasks=20, test_tasks=100)
@@ -109,5 +132,7 @@ def test_what_has_no_prototypes_is_refused() -> None:
         model.evaluate(resampled)
     with pytest.raises(FloatingPointError, match="Expected a finite query loss but got"):
         model.meta_loss(episodes._replace(query_x=torch.full_like(episodes.query_x, torch.nan)))
+    with pytest.raises(ValueError, match="Expected `tasks` to be 'auto', 'loop' or 'vmap' but got 'threads'"):
+        ProtoNet(build("mlp"), tasks="threads")
     with pytest.raises(ValueError, match="one tensor of logits"):
         ProtoNet(nn.Conv2d(1, 2, 1).double()).evaluate(episodes)
