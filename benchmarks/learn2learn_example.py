@@ -1,5 +1,7 @@
 """learn2learn's Lightning example with other imports, against learn2learn's own loop: same tasksets of real Omniglot, same first weights.
 
+In float64, where both must go the same way; ``--single`` is float32, where rounding parts them within some fifty iterations.
+
 make learn2learn && .venv/bin/python benchmarks/learn2learn_example.py --root DATA     # a quarter of an hour on 2 cores
 """
 
@@ -33,7 +35,7 @@ def taskset(data: OmniglotDataModule, split: str) -> TaskDataset:
     """Return learn2learn's taskset over the characters of a split."""
     images, members, _ = data.class_images(split)
     labels = torch.arange(len(members)).repeat_interleave(torch.tensor([len(rows) for rows in members]))
-    dataset = MetaDataset(TensorDataset(images[np.concatenate(members)].float() / 255, labels))
+    dataset = MetaDataset(TensorDataset(images[np.concatenate(members)].to(torch.get_default_dtype()) / 255, labels))
     steps = [NWays(dataset, WAYS), KShots(dataset, SHOTS + QUERIES), LoadData(dataset), RemapLabels(dataset), ConsecutiveLabels(dataset)]
     return TaskDataset(dataset, task_transforms=steps, num_tasks=-1)
 
@@ -76,7 +78,8 @@ def our_script(name: str, network: nn.Module, tasks: list[TaskDataset]) -> None:
     episodic_data = EpisodicBatcher(*tasks, epoch_length=META_BATCH * ITERATIONS_PER_EPOCH)
     algorithm = LightningMAML(network, **arguments) if name == "maml" else LightningANIL(network.features, network.classifier, **arguments)
     quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
-    trainer = Trainer(accelerator="cpu", accumulate_grad_batches=META_BATCH, max_epochs=EPOCHS, **quiet)
+    precision = "64-true" if torch.get_default_dtype() == torch.float64 else "32-true"
+    trainer = Trainer(accelerator="cpu", precision=precision, accumulate_grad_batches=META_BATCH, max_epochs=EPOCHS, **quiet)
     trainer.fit(model=algorithm, datamodule=episodic_data)
 
 
@@ -84,7 +87,10 @@ def main() -> None:
     """Train both ways, judge both on the same tasks by the same code, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="data", help="folder of Omniglot")
-    data = OmniglotDataModule(parser.parse_args().root)
+    parser.add_argument("--single", action="store_true", help="float32")
+    arguments = parser.parse_args()
+    torch.set_default_dtype(torch.float32 if arguments.single else torch.float64)
+    data = OmniglotDataModule(arguments.root)
     data.prepare_data()
     tasks = [taskset(data, split) for split in ("train", "val", "test")]
     rows = []
@@ -103,7 +109,9 @@ def main() -> None:
             accuracies = torch.tensor([adapt_as_learn2learn(name, network, maml, task)[1] for task in test_tasks])
             ci95 = 1.96 * accuracies.std() / TEST_TASKS**0.5
             rows.append(f"| {name} | {label} | {100 * accuracies.mean():.2f} ± {100 * ci95:.2f} | {minutes:.1f} |")
-    print(f"\n{EPOCHS * ITERATIONS_PER_EPOCH} iterations of {META_BATCH} tasks, tested on {TEST_TASKS}; {os.cpu_count()} CPU cores")
+    print(
+        f"\n{EPOCHS * ITERATIONS_PER_EPOCH} iterations of {META_BATCH} tasks, tested on {TEST_TASKS}, {torch.get_default_dtype()}; {os.cpu_count()} CPU cores"
+    )
     print("\n| algorithm | training | test accuracy, % | minutes |\n|---|---|---|---|", *rows, sep="\n")
 
 
