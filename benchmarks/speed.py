@@ -1,0 +1,190 @@
+"""Exact, first-order and Hessian-free meta-gradients against those of other libraries: same weights, same tasks, in turns, in one process.
+
+make learn2learn && .venv/bin/python -m pip install torchopt
+.venv/bin/python benchmarks/speed.py                                             # every workload; an hour or so on 2 cores
+.venv/bin/python benchmarks/speed.py --workload omniglot_5w1s_q1 --json out.json
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peers import PEERS
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12
+from lightning_maml.functional import Params, axpy, norm
+
+OURS = {"ours-exact": MAML, "ours-fo": FOMAML, "ours-hf": HFMAML}
+FIRST_ORDER = ("ours-fo", "learn2learn-fo")
+
+
+class Workload(NamedTuple):
+    """One meta-batch of noise: speed does not depend on what is in the images."""
+
+    network: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    ways: int
+    shots: int
+    queries: int
+    tasks: int
+    steps: int
+    rate: float
+
+    def episodes(self, device: str) -> Episodes:
+        """Return the tasks; for inputs of one number, sinusoids of regression."""
+        random = torch.Generator().manual_seed(0)
+
+        def images(per_class: int) -> Tensor:
+            return torch.rand(self.tasks, self.ways * per_class, *self.shape, generator=random).to(device)
+
+        def labels(per_class: int) -> Tensor:
+            return torch.arange(self.ways).repeat_interleave(per_class).repeat(self.tasks, 1).to(device)
+
+        support_x, query_x = images(self.shots), images(self.queries)
+        if self.shape == (1,):
+            phase = 3 * torch.rand(self.tasks, 1, 1, generator=random).to(device)
+            return Episodes(
+                10 * support_x - 5, torch.sin(10 * support_x - 5 + phase), 10 * query_x - 5, torch.sin(10 * query_x - 5 + phase)
+            )
+        return Episodes(support_x, labels(self.shots), query_x, labels(self.queries))
+
+
+WORKLOADS = {
+    "omniglot_5w1s_q1": Workload(lambda: Conv4(1, 5, 28), (1, 28, 28), 5, 1, 1, 32, 1, 0.4),
+    "omniglot_5w1s_q15": Workload(lambda: Conv4(1, 5, 28), (1, 28, 28), 5, 1, 15, 32, 1, 0.4),
+    "omniglot_20w1s": Workload(lambda: Conv4(1, 20, 28), (1, 28, 28), 20, 1, 1, 16, 5, 0.1),
+    "omniglot_pooled_5w1s": Workload(lambda: Conv4(1, 5, 28, downsample="max"), (1, 28, 28), 5, 1, 15, 32, 1, 0.4),
+    "mini_5w1s": Workload(lambda: Conv4(3, 5, 84, channels=32, downsample="max"), (3, 84, 84), 5, 1, 15, 4, 5, 0.01),
+    "mini_5w5s": Workload(lambda: Conv4(3, 5, 84, channels=32, downsample="max"), (3, 84, 84), 5, 5, 15, 4, 5, 0.01),
+    "resnet12_5w5s": Workload(lambda: ResNet12(3, 5), (3, 84, 84), 5, 5, 15, 1, 5, 0.01),
+    "sinusoid": Workload(lambda: MLP(1, 1), (1,), 10, 1, 1, 25, 1, 0.01),
+}
+
+
+class Row(NamedTuple):
+    """What one method takes on one workload."""
+
+    workload: str
+    method: str
+    device: str
+    median_ms: float
+    iqr_ms: float
+    relative_error: float
+    peak_mb: float
+
+
+def without_averages(network: nn.Module) -> nn.Module:
+    """Return the network with batch norm by the statistics of each batch, which is what every library here then computes."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+            module.track_running_stats = False
+    return network
+
+
+def method(name: str, network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], workload: Workload, episodes: Episodes) -> Any:
+    """Return what computes the meta-gradient once, by parameter names."""
+    if name in PEERS:
+        return lambda: PEERS[name](network, loss, episodes, workload.rate, workload.steps)
+    model = OURS[name](network, workload.rate, workload.steps, loss=loss).to(episodes.support_x.device)
+
+    def gradient() -> Params:
+        network.zero_grad()
+        model.meta_loss(episodes).backward()
+        return {name: p.grad for name, p in network.named_parameters()}
+
+    return gradient
+
+
+def peak_mb(function: Callable[[], object], device: str) -> float:
+    """Return what one call takes at most beyond what there was: allocated on CUDA, resident on the CPU."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = _resident("VmRSS")
+    function()
+    return (_resident("VmHWM") - before) / 2**10
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """Return the time of one call, to the end of what it started on the device."""
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row]:
+    """Check every method's meta-gradient against one in float64, then time them in turns."""
+    workload = WORKLOADS[name]
+    torch.manual_seed(0)
+    network = without_averages(workload.network()).to(device)
+    loss = F.mse_loss if workload.shape == (1,) else F.cross_entropy
+    episodes = workload.episodes(device)
+    functions = {key: method(key, copy.deepcopy(network), loss, workload, episodes) for key in methods}
+    doubles = Episodes(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in episodes))
+    expected = {
+        first_order: PEERS["torch-func"](copy.deepcopy(network).double(), loss, doubles, workload.rate, workload.steps, first_order)
+        for first_order in {key in FIRST_ORDER for key in methods}
+    }
+    errors, peaks = {}, {}
+    for key, function in functions.items():
+        gradient = {parameter: tensor.double() for parameter, tensor in function().items()}
+        of = expected[key in FIRST_ORDER]
+        errors[key] = float(norm(axpy(-1.0, of, gradient)) / norm(of))
+        peaks[key] = peak_mb(function, device)
+    times: dict[str, list[float]] = {key: [] for key in functions}
+    for _ in tqdm(range(rounds), desc=name):
+        for key, function in functions.items():
+            times[key].append(1000 * seconds(function, device))
+    rows = []
+    for key, values in times.items():
+        first, median, third = statistics.quantiles(values, n=4)
+        rows.append(Row(name, key, device, median, third - first, errors[key], peaks[key]))
+    return rows
+
+
+def main() -> None:
+    """Measure, print the table, write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS])
+    parser.add_argument("--method", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    for name in arguments.workload:
+        rows += measure(name, arguments.method, arguments.device, arguments.rounds)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
+    print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} CPU cores\n")
+    print("| workload | method | device | median, ms | quartiles apart, ms | relative error | peak, MB |\n|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row.workload} | {row.method} | {row.device} | {row.median_ms:.1f} | {row.iqr_ms:.1f} | {row.relative_error:.1e} "
+            f"| {row.peak_mb:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
