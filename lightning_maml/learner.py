@@ -7,17 +7,21 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_maml.batch_statistics import batch_norms, forget_running_averages
 from lightning_maml.functional import Params
+from lightning_maml.layers import TaskConvolution, TaskNorm, is_plain_convolution
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
+
+_VIEWING: WeakSet[nn.Module] = WeakSet()
+"""Networks found to need their images' channels first in memory, because they view them as rows."""
 
 
 class Learner:
@@ -102,24 +106,64 @@ class Learner:
         network = self._copy_of_this_thread()
         for norm in self._own.norms:
             norm.context = Fraction(context, len(inputs))
-        buffers = {name: averages[name] if name in averages else buffer.clone() for name, buffer in network.named_buffers()}
-        return torch.func.functional_call(network, {**buffers, **params}, (inputs,))
+        buffers = {name: averages[name] if name in averages else buffer.clone() for name, buffer in self._own.buffers.items()}
+        with _holding(self._own.places, {**buffers, **params}):
+            try:
+                return network(inputs)
+            except RuntimeError as error:
+                if "view size is not compatible" not in str(error) or self._network in _VIEWING:
+                    raise
+            _VIEWING.add(self._network)
+            for convolution in self._own.convolutions:
+                convolution.channels = "first"
+        return self._run(params, inputs, context, averages)
 
     def _copy_of_this_thread(self) -> nn.Module:
         if not hasattr(self._own, "network"):
-            self._own.network = structural_copy(self._network)
-            self._own.norms = []
-            for module in self._own.network.modules():
+            network = structural_copy(self._network)
+            self._own.norms, self._own.convolutions = [], []
+            for module in network.modules():
                 if isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
                     self._take_statistics_of_the_batch(module)
+                elif not self._vectorised and is_plain_convolution(module):
+                    module.forward = TaskConvolution(module, "first" if self._network in _VIEWING else "last")
+                    self._own.convolutions.append(module.forward)
+            self._own.network, self._own.places, self._own.buffers = network, _places(network), dict(network.named_buffers())
         own: nn.Module = self._own.network
         return own
 
     def _take_statistics_of_the_batch(self, norm: _BatchNorm) -> None:
         forget_running_averages(norm)
         if not _has_own_forward(norm):
-            norm.forward = _TaskNorm(norm, fused=not self._vectorised)  # type: ignore[method-assign, assignment]
+            norm.forward = TaskNorm(norm, fused=not self._vectorised)  # type: ignore[method-assign, assignment]
             self._own.norms.append(norm.forward)
+
+
+Places = dict[str, list[tuple[dict[str, Any], str]]]
+"""Where the modules of a network hold each of its parameters and buffers: shared ones in several places."""
+
+
+def _places(network: nn.Module) -> Places:
+    holders: list[dict[str, Any]] = [holder for module in network.modules() for holder in (module._parameters, module._buffers)]
+    of_tensor: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for holder in holders:
+        for key, tensor in holder.items():
+            of_tensor.setdefault(id(tensor), []).append((holder, key))
+    return {name: of_tensor[id(tensor)] for name, tensor in chain(network.named_parameters(), network.named_buffers())}
+
+
+@contextmanager
+def _holding(places: Places, tensors: Params) -> Iterator[None]:
+    """Put other tensors into a network meanwhile; ``torch.func.functional_call`` searches the whole network for them every time."""
+    before = [(holder, key, holder[key]) for name in tensors for holder, key in places[name]]
+    try:
+        for name, tensor in tensors.items():
+            for holder, key in places[name]:
+                holder[key] = tensor
+        yield
+    finally:
+        for holder, key, tensor in before:
+            holder[key] = tensor
 
 
 class HeadLearner(Learner):
@@ -138,27 +182,6 @@ class HeadLearner(Learner):
     @override
     def _run(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
         return super()._run({name: params[full] for full, name in self._names.items()}, inputs, context, averages)
-
-
-class _TaskNorm:
-    """The forward pass of ``norm`` by the statistics of the batch at hand, or of its first part, ``context``."""
-
-    def __init__(self, norm: _BatchNorm, fused: bool) -> None:
-        self.context = Fraction(0)
-        self._norm, self._fused = norm, fused
-
-    def __call__(self, x: Tensor) -> Tensor:
-        weight, bias, eps = self._norm.weight, self._norm.bias, self._norm.eps
-        if self._fused and not self.context:
-            return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
-        rows = int(self.context * len(x)) if self.context else len(x)
-        all_but_channels = [0, *range(2, x.ndim)]
-        away = x - x[:rows].mean(all_but_channels, keepdim=True)
-        scale = torch.rsqrt(away[:rows].square().mean(all_but_channels, keepdim=True) + eps)  # torch.var_mean takes ten times as long
-        if weight is None:
-            return away * scale
-        per_channel = (-1, *[1] * (x.ndim - 2))
-        return away * (scale * weight.view(per_channel)) + bias.view(per_channel)
 
 
 def structural_copy(network: nn.Module) -> nn.Module:

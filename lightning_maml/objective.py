@@ -8,7 +8,7 @@ returns zeros there), so callers leave it first.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from lightning_maml.functional import Params
+from lightning_maml.second_derivatives import differentiated
 
 BatchLoss = Callable[[Params], tuple[Tensor, Any]]
 """Parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the network's outputs, or ``()``)."""
@@ -124,13 +125,13 @@ class AutogradObjective(Objective):
         return lambda v: _pull_back_gradient(leaves, gradient, v, retain_graph=True)
 
     def _differentiable_gradient(self, w: Params, names: Collection[str]) -> tuple[Params, Params]:
-        leaves, value, _ = self._evaluate(w, w)
+        leaves, value, _ = self._evaluate(w, w, times=2)
         gradient = torch.autograd.grad(value, [leaves[name] for name in names], create_graph=True, materialize_grads=True)
         return leaves, dict(zip(names, gradient, strict=True))
 
-    def _evaluate(self, w: Params, names: Collection[str]) -> tuple[Params, Tensor, Any]:
+    def _evaluate(self, w: Params, names: Collection[str], times: Literal[1, 2] = 1) -> tuple[Params, Tensor, Any]:
         leaves = {name: tensor.detach().requires_grad_(name in names) for name, tensor in w.items()}
-        with torch.enable_grad(), self._same_randomness(w):
+        with torch.enable_grad(), self._same_randomness(w), differentiated(times):
             value, aux = self._loss(leaves)
         return leaves, value, aux
 

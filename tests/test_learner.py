@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from networks import build, make_episodes
 from torch import nn
 
+from lightning_maml.layers import channels_last
 from lightning_maml.learner import Learner
 
 
@@ -185,3 +186,52 @@ def test_hooks_on_batch_norm_still_run() -> None:
     network[1].register_forward_hook(lambda module, inputs, output: 2 * output)
     learner = Learner(network)
     torch.testing.assert_close(learner(learner.params, image_batch(0)), network.train()(image_batch(0)))
+
+
+FORMATS: list[bool] = []
+
+
+class Viewing(nn.Module):
+    """Flattens its images by ``view``, which those with channels last do not allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.convolution(x)
+        FORMATS.append(features.is_contiguous(memory_format=torch.channels_last))
+        return features.view(len(x), -1)
+
+
+def test_images_have_their_channels_last_where_the_network_allows_it() -> None:
+    torch.manual_seed(0)
+    x, network = torch.rand(4, 2, 8, 8), Viewing()
+    expected = network(x)
+    for _ in range(2):
+        learner = Learner(network)
+        torch.testing.assert_close(learner(learner.params, x), expected)
+    assert FORMATS == [False, True, False, False]  # one attempt for all learners of this network
+
+
+def test_features_of_a_network_that_views_its_images() -> None:
+    x = torch.rand(4, 2, 8, 8)
+    fresh = [nn.Sequential(Viewing(), nn.Linear(108, 2)) for _ in range(2)]
+    assert Learner(fresh[0]).ends_with("1", x)
+    learner = Learner(fresh[1])
+    torch.testing.assert_close(learner.features(learner.params, x, "1"), fresh[1][0](x))
+
+
+def test_an_error_of_the_network_is_raised_as_it_is() -> None:
+    learner = Learner(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(7, 2)))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        learner(learner.params, torch.rand(4, 2, 8, 8))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last_of_one_channel_too(channels: int) -> None:
+    x = torch.rand(4, channels, 6, 5)
+    last = channels_last(x)
+    assert torch.equal(last, x)
+    assert last.stride() == (30 * channels, 1, 5 * channels, channels)
+    assert nn.functional.conv2d(last, torch.rand(2, channels, 3, 3)).is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,152 @@
+"""Convolution and batch norm with their second derivatives written out, for where a Hessian-vector product is taken.
+
+Autograd's own second derivative of batch norm is some twenty passes over the activations, that of a convolution runs kernels as large as its image.
+Here both are made of the kernels of their first derivatives. There is no third derivative.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_aten = torch.ops.aten
+_here = threading.local()
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+@contextmanager
+def differentiated(times: Literal[1, 2]) -> Iterator[None]:
+    """Announce how many times ``torch.autograd`` will differentiate what this thread evaluates meanwhile."""
+    before, _here.times = times_differentiated(), times
+    try:
+        yield
+    finally:
+        _here.times = before
+
+
+def times_differentiated() -> int:
+    """Return what was announced, or 0 where nothing was: ``torch.func`` cannot differentiate what is here."""
+    return getattr(_here, "times", 0)
+
+
+class Convolution(torch.autograd.Function):
+    """``Convolution.apply(x, weight, bias, geometry)``: x * W + b, where geometry is torch's stride, padding, dilation and groups."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """Return it for ``x``, ``[B, C, ...]``."""
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        return _convolution(x, weight, bias, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients."""
+        by_x, by_weight = _ConvolutionBackward.apply(g, *ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:2])
+        by_bias = g.sum([0, *range(2, g.ndim)]) if ctx.needs_input_grad[2] else None
+        return by_x, by_weight, by_bias, None
+
+
+class _ConvolutionBackward(torch.autograd.Function):
+    """The gradients with respect to x and W, bilinear in g and the other of the two."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(g, x, weight)
+        ctx.set_materialize_grads(False)
+        ctx.geometry = geometry
+        return _to_x_and_weight(g, x, weight, geometry, wanted)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of ``<v, by x> + <u, by W> = <g, v * W + x * u>``."""
+        g, x, weight = ctx.saved_tensors
+        by_g = by_x = by_weight = None
+        if v is not None:
+            by_g = _convolution(v, weight, None, ctx.geometry)
+            by_weight = _to_x_and_weight(g, v, weight, ctx.geometry, (False, ctx.needs_input_grad[2]))[1]
+        if u is not None:
+            through_weight = _convolution(x, u, None, ctx.geometry)
+            by_g = through_weight if by_g is None else by_g.add_(through_weight)
+            by_x = _to_x_and_weight(g, x, u, ctx.geometry, (ctx.needs_input_grad[1], False))[0]
+        return by_g, by_x, by_weight, None, None
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(padding), groups)
+
+
+def _to_x_and_weight(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+    stride, padding, dilation, groups = geometry
+    others = (None, stride, padding, dilation, False, [0] * len(padding), groups)
+    gradients: tuple[Tensor | None, ...] = _aten.convolution_backward(g, x, weight, *others, (*wanted, False))
+    return gradients[:2]
+
+
+class BatchNorm(torch.autograd.Function):
+    """``BatchNorm.apply(x, weight, bias, eps)``: w y + b, where y = r (x - m), with mean m and r = (variance + eps)^(-1/2) of each channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Return it for ``x``, ``[B, C, ...]``."""
+        z, m, r = torch.native_batch_norm(x, weight, bias, None, None, training=True, momentum=0.0, eps=eps)
+        ctx.save_for_backward(x, weight, m, r)
+        ctx.eps = eps
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients."""
+        return *_BatchNormBackward.apply(g, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[0]), None
+
+
+class _BatchNormBackward(torch.autograd.Function):
+    """The gradients with respect to x, w and b: w r (g - mean g - y mean(g y)), sum(g y) and sum(g)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, w: Tensor, m: Tensor, r: Tensor, eps: float, of_x: bool) -> tuple[Tensor | None, ...]:
+        gradients: tuple[Tensor | None, ...] = _aten.native_batch_norm_backward(g, x, w, None, None, m, r, True, eps, (of_x, True, True))
+        ctx.save_for_backward(g, x, w, m, r, *gradients[1:])
+        ctx.eps = eps
+        return gradients
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor | None, u: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of ``<v, by x> + <u, by w> + <c, by b>``.
+
+        With means over all but the channels, s = mean(g y), t = mean(v y), k = mean(v g) - mean v mean g - t s, p = w r, q = u - p t and
+        e = s (q - p t) + p k they are
+
+            by g: p (v - mean v) + q y + c
+            by x: r (q (g - mean g) - p s (v - mean v) - e y)
+            by w: r n k
+        """
+        g, x, w, m, r, gy, sum_g = ctx.saved_tensors
+        v = torch.zeros_like(x) if v is None else v
+        n = x.numel() // x.shape[1]
+        _, vy, sum_v = _aten.native_batch_norm_backward(v, x, w, None, None, m, r, True, ctx.eps, (False, True, True))
+        s, t, mean_g, mean_v = gy / n, vy / n, sum_g / n, sum_v / n
+        k = (v * g).sum([0, *range(2, x.ndim)]) / n - mean_v * mean_g - t * s
+        p = w * r
+        q = u - p * t
+        e = s * (q - p * t) + p * k
+        by_g = _combined(c - p * mean_v - q * r * m, (q * r, x), (p, v))
+        by_x = _combined(r * (p * s * mean_v - q * mean_g + e * r * m), (-e * r * r, x), (r * q, g), (-r * p * s, v))
+        return by_g, by_x, r * n * k, None, None, None, None
+
+
+def _combined(constant: Tensor, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]) -> Tensor:
+    """Return ``constant + sum(a x)`` over pairs (a, x), where the constant and each a are ``[C]`` and each x ``[B, C, ...]``."""
+    per_channel = (-1, *[1] * (first[1].ndim - 2))
+    total = torch.addcmul(constant.view(per_channel), first[0].view(per_channel), first[1])
+    for a, x in others:
+        total.addcmul_(a.view(per_channel), x)
+    return total

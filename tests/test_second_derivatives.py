@@ -1,0 +1,141 @@
+"""Convolution and batch norm with written-out second derivatives: against torch's layers and against central differences."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import build, make_episodes
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+from lightning_maml.learner import Learner
+from lightning_maml.meta_gradient import meta_gradient
+from lightning_maml.second_derivatives import BatchNorm, Convolution, differentiated, times_differentiated
+
+CONVOLUTIONS = {
+    "plain": ((2, 4, 6, 5), (3, 4, 3, 2), ((1, 1), (1, 1), (1, 1), 1)),
+    "strided": ((2, 4, 6, 5), (3, 4, 3, 2), ((2, 3), (2, 0), (1, 1), 1)),
+    "dilated": ((2, 4, 6, 5), (3, 4, 3, 2), ((1, 2), (1, 1), (2, 1), 1)),
+    "in groups": ((2, 4, 6, 5), (6, 2, 3, 2), ((2, 1), (1, 1), (1, 1), 2)),
+    "of sequences": ((2, 4, 6), (3, 4, 3), ((2,), (1,), (1,), 1)),
+    "of volumes": ((1, 2, 3, 4, 3), (2, 2, 2, 2, 2), ((1, 2, 1), (1, 0, 1), (1, 1, 1), 1)),
+}
+
+
+def random(*shape: int, needs_gradient: bool = True) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).requires_grad_(needs_gradient)
+
+
+def second_derivatives_are_right(function: Callable[..., Tensor], *inputs: Tensor) -> bool:
+    """Check those of each gradient, and of all gradients together, which ``gradgradcheck`` takes one at a time."""
+    output, needing = function(*inputs), [x for x in inputs if x.requires_grad]
+    directions = [torch.randn_like(x) for x in needing]
+
+    def together(g: Tensor, *_: Tensor) -> Tensor:
+        gradients = torch.autograd.grad(function(*inputs), needing, g, create_graph=True)
+        return torch.stack([(gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True)]).sum()
+
+    g = torch.randn_like(output).requires_grad_()
+    return gradgradcheck(function, inputs) and gradcheck(together, (g, *needing))
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_a_convolution_is_torchs(case: str) -> None:
+    torch.manual_seed(0)
+    x_shape, weight_shape, geometry = CONVOLUTIONS[case]
+    x, weight, bias = random(*x_shape), random(*weight_shape), random(weight_shape[0])
+    of_torch = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.ndim]
+    convolution = lambda *tensors: Convolution.apply(*tensors, geometry)
+    torch.testing.assert_close(convolution(x, weight, bias), of_torch(x, weight, bias, *geometry))
+    assert gradcheck(convolution, (x, weight, bias))
+    assert second_derivatives_are_right(convolution, x, weight, bias)
+
+
+@pytest.mark.parametrize("needing", [(True, False, False), (False, True, False), (False, True, True), (True, True, False)])
+def test_a_convolution_of_which_parts_are_frozen(needing: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    shapes = (2, 4, 6, 5), (3, 4, 3, 2), (3,)
+    x, weight, bias = (random(*shape, needs_gradient=needs) for shape, needs in zip(shapes, needing, strict=True))
+    geometry = ((2, 1), (1, 1), (1, 1), 1)
+    assert second_derivatives_are_right(lambda *tensors: Convolution.apply(*tensors, geometry), x, weight, bias)
+
+
+def test_a_convolution_without_bias() -> None:
+    torch.manual_seed(0)
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    assert second_derivatives_are_right(
+        lambda x, weight: Convolution.apply(x, weight, None, geometry), random(2, 2, 4, 4), random(2, 2, 3, 3)
+    )
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 5), (3, 3, 2, 4), (2, 3, 2, 2, 2)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_is_torchs(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = random(*shape), random(3), random(3)
+    if len(shape) == 4:
+        x = x.detach().contiguous(memory_format=memory_format).requires_grad_()
+    norm = lambda *tensors: BatchNorm.apply(*tensors, 1e-3)
+    torch.testing.assert_close(norm(x, weight, bias), F.batch_norm(x, None, None, weight, bias, training=True, eps=1e-3))
+    assert gradcheck(norm, (x, weight, bias))
+    assert second_derivatives_are_right(norm, x, weight, bias)
+
+
+@pytest.mark.parametrize("needing", [(True, False, False), (False, True, True), (False, True, False)])
+def test_batch_norm_of_which_parts_are_frozen(needing: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (random(*shape, needs_gradient=needs) for shape, needs in zip([(4, 3, 2, 2), (3,), (3,)], needing, strict=True))
+    assert second_derivatives_are_right(partial(_batch_norm, eps=1e-3), x, weight, bias)
+
+
+def _batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    normalised: Tensor = BatchNorm.apply(x, weight, bias, eps)
+    return normalised
+
+
+def test_in_float32_it_errs_no_more_than_torch() -> None:
+    torch.manual_seed(0)
+    x, g, v = (torch.randn(25, 8, 20, 20) + shift for shift in (3.0, 0.5, 0.0))
+    weight, bias = torch.rand(8) + 0.5, torch.rand(8)
+
+    def product(norm: Any, dtype: torch.dtype) -> Tensor:
+        at, of_weight, of_bias = (tensor.to(dtype).requires_grad_() for tensor in (x, weight, bias))
+        gradient = torch.autograd.grad(norm(at, of_weight, of_bias), (at, of_weight), g.to(dtype), create_graph=True)
+        return torch.autograd.grad(gradient, at, (v.to(dtype), torch.ones(8, dtype=dtype)))[0].double()
+
+    torchs = lambda *tensors: F.batch_norm(tensors[0], None, None, *tensors[1:], training=True)
+    right = product(torchs, torch.float64)
+    errors = [float((product(norm, torch.float32) - right).norm()) for norm in (partial(_batch_norm, eps=1e-5), torchs)]
+    assert errors[0] < 3 * errors[1]
+
+
+def test_the_announcement_is_of_one_thread_and_ends() -> None:
+    assert times_differentiated() == 0
+    with differentiated(1):
+        with differentiated(2):
+            assert times_differentiated() == 2
+        assert times_differentiated() == 1
+    assert times_differentiated() == 0
+
+
+def test_an_exact_meta_gradient_uses_them_and_no_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, used = Learner(build("conv_batch_norm")), []
+    for kind in (Convolution, BatchNorm):
+        forward = kind.forward
+        monkeypatch.setattr(kind, "forward", staticmethod(lambda *a, kind=kind, forward=forward: used.append(kind) or forward(*a)))
+    loss = lambda w, x, y: F.cross_entropy(learner(w, x), y)
+    for curvature in ("none", "finite_difference"):
+        meta_gradient(loss, learner.params, make_episodes(tasks=1), inner_lr=0.1, steps=2, curvature=curvature)
+    assert not used
+    meta_gradient(loss, learner.params, make_episodes(tasks=1), inner_lr=0.1, steps=2)
+    assert used == 2 * [Convolution, BatchNorm]
+
+
+def test_under_torch_func_a_learner_has_torchs_layers() -> None:
+    learner, x, y = Learner(build("conv_batch_norm")), make_episodes().support_x[0], make_episodes().support_y[0]
+    gradient = torch.func.grad(lambda w: F.cross_entropy(learner(w, x), y))(learner.params)
+    assert gradient["0.weight"].norm() > 0
+    assert isinstance(build("conv_batch_norm"), nn.Sequential)
