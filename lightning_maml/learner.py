@@ -36,20 +36,23 @@ class Learner:
             on the query set (transductive, as in the MAML papers). ``"support"``: those of the support set, on both sets. ``"running"``:
             the running averages in the layers that are in evaluation mode, and the batch's in those in training mode; ``"per_step"``: the same,
             with the averages that are given to the call.
-        vectorised: Write batch norm in primitives that ``vmap`` can differentiate twice.
+        vectorised: It is called under ``vmap``, where images stay as they are in memory.
+        derivatives: How many are taken at most; of two under ``vmap`` batch norm is written in slower primitives.
 
     Raises:
         ValueError: If there is no such policy, or it does not fit the network's batch norm: no running averages for ``"running"``, or a class with a forward
             pass of its own for ``"support"``.
     """
 
-    def __init__(self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False, derivatives: Literal[1, 2] = 2
+    ) -> None:
         if batch_norm not in get_args(BatchNormPolicy):
             raise ValueError(f"Expected `batch_norm` to be 'batch', 'support', 'running' or 'per_step' but got {batch_norm!r}.")
         self.params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self._network = network
         self._batch_norm = batch_norm
-        self._vectorised = vectorised
+        self._vectorised, self._fused = vectorised, not vectorised or derivatives == 1
         self._own = threading.local()
         norms = [*batch_norms(network)]
         self.uses_support_statistics = batch_norm == "support" and bool(norms)
@@ -135,7 +138,7 @@ class Learner:
     def _take_statistics_of_the_batch(self, norm: _BatchNorm) -> None:
         forget_running_averages(norm)
         if not _has_own_forward(norm):
-            norm.forward = TaskNorm(norm, fused=not self._vectorised)  # type: ignore[method-assign, assignment]
+            norm.forward = TaskNorm(norm, fused=self._fused)  # type: ignore[method-assign, assignment]
             self._own.norms.append(norm.forward)
 
 
@@ -172,10 +175,11 @@ class HeadLearner(Learner):
     Args:
         network: The whole network.
         head: Name of its head.
+        vectorised: As for the whole network.
     """
 
-    def __init__(self, network: nn.Module, head: str) -> None:
-        super().__init__(network.get_submodule(head))
+    def __init__(self, network: nn.Module, head: str, *, vectorised: bool = False) -> None:
+        super().__init__(network.get_submodule(head), vectorised=vectorised)
         self._names = {f"{head}.{name}": name for name in self.params}
         self.params = {full: self.params[name] for full, name in self._names.items()}
 

@@ -169,7 +169,8 @@ class MAML(EpisodicModule):
             support_x, support_y = support_x[None], support_y[None]
         steps = self.test_steps if steps is None else steps
         network = structural_copy(self.network).eval()
-        learner = Learner(network, self.batch_norm)
+        tasks: TaskExecution = "loop" if of_one or self._tasks == "loop" else "vmap"
+        learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap", derivatives=1)
         self._check(learner, Episodes(support_x, support_y, support_x, support_y))
         adapted = adapted_parameters(
             [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],
@@ -177,7 +178,7 @@ class MAML(EpisodicModule):
             inner_lr=self._rates(),
             steps=steps,
             has_aux=True,
-            tasks="loop" if of_one or self._tasks == "loop" else "vmap",
+            tasks=tasks,
             chunk_size=self._chunk_size or ADAPTED_AT_ONCE,
         )
         with torch.inference_mode(False), torch.no_grad():
@@ -231,7 +232,7 @@ class MAML(EpisodicModule):
     ) -> MetaGradient:
         arguments = self._arguments(learner, episodes, self.train_steps)
         if (head := self._head_that_ends(learner, episodes)) is not None:
-            reader = HeadLearner(self.network, head)
+            reader = self._head_learner(head)
             losses = {"loss": self._support_loss(reader), "query_loss": self._query_loss(reader)}
             arguments |= losses | {"encode": partial(self._encode, learner, head)}
         return meta_gradient(
@@ -250,7 +251,7 @@ class MAML(EpisodicModule):
                 encode = partial(self._encode, learner, head, learner.params)
                 chunks = map_tasks(encode, episodes, tasks=self._task_execution(), chunk_size=self._chunk_size)
                 support_x, query_x = cat_chunks([*chunks])
-            learner, episodes = HeadLearner(self.network, head), episodes._replace(support_x=support_x, query_x=query_x)
+            learner, episodes = self._head_learner(head), episodes._replace(support_x=support_x, query_x=query_x)
         return adaptation_curve(**self._arguments(learner, episodes, steps), inner_lr=self._rates(), steps=steps)
 
     def _head_that_ends(self, learner: Learner, episodes: AnyEpisodes) -> str | None:
@@ -301,6 +302,9 @@ class MAML(EpisodicModule):
 
     def _learner(self) -> Learner:
         return Learner(self.network, self.batch_norm, vectorised=self._task_execution() == "vmap")
+
+    def _head_learner(self, head: str) -> HeadLearner:
+        return HeadLearner(self.network, head, vectorised=self._task_execution() == "vmap")
 
     def _task_execution(self) -> TaskExecution:
         if self._tasks != "auto":

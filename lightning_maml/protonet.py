@@ -87,7 +87,7 @@ class ProtoNet(EpisodicModule):
         with torch.inference_mode(False), torch.no_grad():
             support = Episodes(*map(differentiable, (support_x, support_y, support_x, support_y)))
             network = structural_copy(self.network).eval()
-            learner = Learner(network, self.batch_norm)
+            learner = self._learner(network)
             ways = self._check(learner, support)
 
             def means(task: Episodes) -> tuple[Tensor]:
@@ -108,7 +108,7 @@ class ProtoNet(EpisodicModule):
 
     def _classify(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor]:
         """Return the query losses ``[T]`` and logits ``[T, Q, ways]``."""
-        learner = Learner(self.network, self.batch_norm)
+        learner = self._learner(self.network)
         ways = self._check(learner, episodes)
 
         def of_one_task(task: Episodes) -> tuple[Tensor, Tensor]:
@@ -118,6 +118,9 @@ class ProtoNet(EpisodicModule):
 
         loss, logits = cat_chunks([*map_tasks(of_one_task, episodes, tasks=self._task_execution())])
         return loss, logits
+
+    def _learner(self, network: nn.Module) -> Learner:
+        return Learner(network, self.batch_norm, vectorised=self._task_execution() == "vmap", derivatives=1)
 
     def _task_execution(self) -> TaskExecution:
         if self._tasks != "auto":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
 
-from lightning_maml import Conv4, ProtoNet, ResampledEpisodes, ResNet12
+from lightning_maml import Conv4, Episodes, ProtoNet, ResampledEpisodes, ResNet12
 from lightning_maml.datamodules import GlyphsDataModule
 from lightning_maml.functional import Params
 
@@ -136,3 +136,12 @@ def test_what_has_no_prototypes_is_refused() -> None:
         ProtoNet(build("mlp"), tasks="threads")
     with pytest.raises(ValueError, match="one tensor of logits"):
         ProtoNet(nn.Conv2d(1, 2, 1).double()).evaluate(episodes)
+
+
+def test_images_of_several_channels_under_vmap() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(2).repeat(2, 2)
+    episodes = Episodes(torch.rand(2, 4, 3, 16, 16), labels, torch.rand(2, 4, 3, 16, 16), labels)
+    network = Conv4(3, None, 16, channels=4, downsample="max")
+    curves = [ProtoNet(network, tasks=tasks).evaluate(episodes) for tasks in ("vmap", "loop")]
+    torch.testing.assert_close(*(curve.loss for curve in curves))
