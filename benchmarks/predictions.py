@@ -35,7 +35,8 @@ from lightning_maml.curvature import CurvatureName, HessianVectorProduct, hessia
 from lightning_maml.functional import Params
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import pull_back
-from lightning_maml.objective import AutogradObjective, FunctionalObjective
+from lightning_maml.objective import Objective
+from lightning_maml.stack import Stack
 
 NAMES: dict[CurvatureName, str] = {"exact": "MAML", "none": "FO-MAML", "finite_difference": "HF-MAML"}
 
@@ -421,14 +422,16 @@ def stepsize_moments() -> Finding:
 def batch_floors() -> Finding:
     """P10: with sampled tasks MAML's floor falls like 1 / sqrt(B), FO-MAML's stays."""
     alpha, batches, chains, floors = 0.1 / NONCONVEX_L, (20, 80, 320), 100, {}
-    tasks = [Episodes(*task) for task in zip(*nonconvex_tasks(), strict=True)]
+    stack = Stack(chains)
+    tasks = [Episodes(*(tensor.expand(chains, *tensor.shape) for tensor in task)) for task in zip(*nonconvex_tasks(), strict=True)]
     exact = torch.func.grad(lambda w: meta_objective(w, nonconvex_loss, nonconvex_tasks(), alpha, 1))
     for curvature in NAMES:
         product = hessian_vector_product(curvature)
 
         def of_each_task(w: Tensor, product: HessianVectorProduct | None = product) -> Tensor:
-            losses = [task_losses(nonconvex_loss, task, 1, None, False, None) for task in tasks]
-            return torch.stack([pull_back(loss, FunctionalObjective, {"w": w}, alpha, product).grad["w"] for loss in losses])
+            losses = [task_losses(nonconvex_loss, task, 1, None, False, None, stack) for task in tasks]
+            back = partial(pull_back, objective=partial(Objective, stack=stack), w={"w": w}, rates=[{"w": alpha}], product=product)
+            return torch.stack([back(of_task).grad["w"] for of_task in losses], 1)
 
         start, _ = descend(nonconvex_loss, nonconvex_tasks(), vector(3), 0.3, 400, inner_lr=alpha, steps=1, curvature=curvature)
         floors[curvature] = []
@@ -437,7 +440,7 @@ def batch_floors() -> Finding:
             for k in range(600):
                 drawn = torch.multinomial(torch.ones(chains, 3), batch, replacement=True, generator=random)
                 shares = torch.nn.functional.one_hot(drawn, 3).double().mean(1)  # of each task in a chain's meta-batch
-                w = w - 0.05 * (shares[..., None] * torch.func.vmap(of_each_task)(w)).sum(1)
+                w = w - 0.05 * (shares[..., None] * of_each_task(w)).sum(1)
                 if k >= 200:
                     norms.append(torch.func.vmap(exact)(w).abs().mean())
             floors[curvature].append(float(torch.stack(norms).mean()))
@@ -457,7 +460,7 @@ def batch_floors() -> Finding:
     )
 
 
-class Counting(AutogradObjective):
+class Counting(Objective):
     """Counts what is asked of it."""
 
     gradients = products = 0

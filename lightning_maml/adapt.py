@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_map
 
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, differentiable
-from lightning_maml.objective import AutogradObjective, BatchLoss, FunctionalObjective, Objective
+from lightning_maml.objective import BatchLoss, Objective
 from lightning_maml.rates import InnerRates, Rates, descend, learned, rates_of_steps, without_graph
+from lightning_maml.stack import ONE, Stack
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 Loss = Callable[[Params, Tensor, Tensor], Any]
@@ -26,9 +27,12 @@ Sample = Callable[[Params, Tensor, Tensor], tuple[Any, Any]]
 LossAt = Callable[[Params], BatchLoss]
 """The loss of a batch that is drawn at the given parameters (without ``sample``, of a batch that is there already)."""
 
+Differentiate = Callable[[BatchLoss], Objective]
+"""What makes an objective of a loss."""
+
 
 class TaskLosses(NamedTuple):
-    """One task's batches, each as its loss.
+    """The batches of one task, or of several that are stacked, each as its loss.
 
     Attributes:
         support: S_0 .. S_{N-1}; in the finite-sum case N times the support set.
@@ -68,7 +72,7 @@ class InnerPath(NamedTuple):
 
 
 def inner_path(
-    support: Sequence[LossAt], objective: type[Objective], w: Params, rates: Sequence[Rates], *, keep_last_graph: bool = False
+    support: Sequence[LossAt], objective: Differentiate, w: Params, rates: Sequence[Rates], *, keep_last_graph: bool = False
 ) -> InnerPath:
     """Take the steps ``w_{j+1} = w_j - A_j grad l(w_j; S_j)``.
 
@@ -91,7 +95,7 @@ def inner_path(
     return path
 
 
-def end_of_path(support: Sequence[LossAt], objective: type[Objective], w: Params, rates: Sequence[Rates]) -> Params:
+def end_of_path(support: Sequence[LossAt], objective: Differentiate, w: Params, rates: Sequence[Rates]) -> Params:
     """Return ``w_N`` alone, keeping no other point."""
     for loss_at, rates_j in zip(support, rates, strict=True):
         w = descend(w, rates_j, objective(loss_at(w)).gradient(w, rates_j.keys()))
@@ -121,18 +125,17 @@ def adaptation_curve(
     check_episodes(episodes)
     if isinstance(episodes, ResampledEpisodes) and steps > episodes.support_x.shape[1]:
         raise ValueError(f"Expected `steps` to be at most {episodes.support_x.shape[1]}, the support batches of a task, but got {steps}.")
-    objective = objective_for(tasks)
 
     with torch.inference_mode(False), torch.no_grad():
         episodes = type(episodes)(*map(differentiable, episodes))
         params = {name: differentiable(tensor) for name, tensor in params.items()}
         rates = without_graph(rates)
 
-        def judge(task: AnyEpisodes) -> AdaptationCurve:
-            losses = task_losses(loss, task, steps, query_loss, has_aux, sample)
-            points = inner_path(losses.support, objective, params, rates).points
+        def judge(task: AnyEpisodes, stack: Stack) -> AdaptationCurve:
+            losses = task_losses(loss, task, steps, query_loss, has_aux, sample, stack)
+            points = inner_path(losses.support, partial(Objective, stack=stack), stack.shared(params), rates).points
             values, aux = zip(*(query(w)(w) for query, w in zip(losses.query, points, strict=True)), strict=True)
-            return AdaptationCurve(torch.stack(values), tree_map(lambda *leaves: torch.stack(leaves), *aux))
+            return AdaptationCurve(torch.stack(values, stack.dim), tree_map(lambda *leaves: torch.stack(leaves, stack.dim), *aux))
 
         chunks = list(map_tasks(judge, episodes, tasks=tasks, chunk_size=chunk_size))
     curve: AdaptationCurve = cat_chunks(chunks)
@@ -162,12 +165,11 @@ def adapted_parameters(
         steps: N.
         has_aux: The losses return ``(loss, aux)``.
         tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`.
-        chunk_size: Tasks vectorised at once by ``"vmap"``.
+        chunk_size: Tasks that are one, see there.
     """
     check_step_count(steps)
     rates = rates_of_steps(inner_lr, params, max(steps, 1))
     check_episodes(Episodes(support_x, support_y, support_x, support_y))
-    objective = objective_for(tasks)
 
     with torch.inference_mode(False), torch.no_grad():
         support_x, support_y = differentiable(support_x), differentiable(support_y)
@@ -175,19 +177,14 @@ def adapted_parameters(
         rates = without_graph(rates)
         names = {name: None for of_step in rates for name in of_step}
 
-        def last_point(task: Episodes) -> Params:
-            losses = task_losses(loss, task, steps, None, has_aux, None)
-            w = end_of_path(losses.support, objective, params, rates[:steps])
+        def last_point(task: Episodes, stack: Stack) -> Params:
+            losses = task_losses(loss, task, steps, None, has_aux, None, stack)
+            w = end_of_path(losses.support, partial(Objective, stack=stack), stack.shared(params), rates[:steps])
             return {name: w[name] for name in names}
 
         support = Episodes(support_x, support_y, support_x[:, :0], support_y[:, :0])
         adapted: Params = cat_chunks(list(map_tasks(last_point, support, tasks=tasks, chunk_size=chunk_size)))
     return adapted
-
-
-def objective_for(tasks: TaskExecution) -> type[Objective]:
-    """Return the way to differentiate: under ``vmap`` only ``torch.func`` works, elsewhere autograd is faster."""
-    return FunctionalObjective if tasks == "vmap" else AutogradObjective
 
 
 def task_losses(
@@ -197,32 +194,44 @@ def task_losses(
     query_loss: QueryLoss | Sequence[QueryLoss] | None,
     has_aux: bool,
     sample: Sample | None,
+    stack: Stack = ONE,
 ) -> TaskLosses:
-    """Return one task's losses as functions of the parameters alone; sequences hold those at w_0 .. w_N."""
+    """Return the losses of a task, or of those of ``stack``, as functions of the parameters alone; sequences hold those at w_0 .. w_N."""
 
-    def batch(x: Tensor, y: Tensor, value_of: Callable[[Params, Any, Any], Any], keep_aux: bool = False) -> LossAt:
+    def batch(x: Tensor, y: Tensor, value_of: Callable[..., Any], *rest: Any, keep_aux: bool = False) -> LossAt:
         def drawn_at(w: Params) -> BatchLoss:
-            drawn = (x, y) if sample is None else sample(w, x, y)
+            drawn = (x, y) if sample is None else stack.each(sample)(w, x, y)
 
             def batch_loss(params: Params) -> tuple[Tensor, Any]:
-                value = value_of(params, *drawn)
-                return (value if keep_aux else (value[0], ())) if has_aux else (value, ())
+                found = stack.each(value_of if keep_aux or not has_aux else first_of(value_of))(params, *drawn, *rest)
+                value, aux = found if keep_aux and has_aux else (found, ())
+                if value.ndim != stack.dim:
+                    raise ValueError(
+                        f"Expected the loss of a task to be a scalar but got shape {list(value.shape[stack.dim :])}; use reduction='mean'."
+                    )
+                return value, aux
 
             return batch_loss
 
         return drawn_at
 
-    def of_query(step: int, params: Params, x: Any, y: Any) -> Any:
+    def of_query(step: int, params: Params, x: Any, y: Any, task: AnyEpisodes) -> Any:
         of_task = query_losses[step]
         return losses[step](params, x, y) if of_task is None else of_task(params, task._replace(query_x=x, query_y=y))
 
     losses = [loss] * (steps + 1) if callable(loss) else list(loss)
     query_losses = [query_loss] * (steps + 1) if query_loss is None or callable(query_loss) else list(query_loss)
-    query = [batch(task.query_x, task.query_y, partial(of_query, j), keep_aux=True) for j in range(steps + 1)]
+    query = [batch(task.query_x, task.query_y, partial(of_query, j), task, keep_aux=True) for j in range(steps + 1)]
     if isinstance(task, ResampledEpisodes):
-        support = [batch(task.support_x[j], task.support_y[j], losses[j]) for j in range(steps)]
-        return TaskLosses(support, [batch(task.hessian_x[j], task.hessian_y[j], losses[j]) for j in range(steps)], query)
+        s_x, s_y, d_x, d_y = (tensor.unbind(stack.dim) for tensor in (task.support_x, task.support_y, task.hessian_x, task.hessian_y))
+        support = [batch(s_x[j], s_y[j], losses[j]) for j in range(steps)]
+        return TaskLosses(support, [batch(d_x[j], d_y[j], losses[j]) for j in range(steps)], query)
     return TaskLosses([batch(task.support_x, task.support_y, losses[j]) for j in range(steps)], None, query)
+
+
+def first_of(function: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+    """Return ``function`` without the second thing that it returns."""
+    return lambda *arguments: function(*arguments)[0]
 
 
 def cat_chunks(chunks: Sequence[Any]) -> Any:

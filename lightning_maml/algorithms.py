@@ -47,7 +47,7 @@ class HFMAML(MAML):
         optimizer: From parameters to the meta-optimizer.
         lr_scheduler: From the optimizer to its scheduler.
         tasks: How tasks are run.
-        chunk_size: Tasks vectorised at once.
+        chunk_size: Tasks that are one.
         adapt: Which parameters take the inner steps.
         head: Name of the submodule that is the head.
         inner_rates: Whether and how the inner rates are learned.
@@ -130,7 +130,7 @@ class MAMLPlusPlus(LSLR):
         optimizer: From parameters to the meta-optimizer.
         lr_scheduler: From the optimizer to its scheduler.
         tasks: How tasks are run.
-        chunk_size: Tasks vectorised at once.
+        chunk_size: Tasks that are one.
         adapt: Which parameters take the inner steps.
         head: Name of the submodule that is the head.
         inner_rates: Whether and how the inner rates are learned.
@@ -214,7 +214,7 @@ class IMAML(MAML):
         optimizer: From parameters to the meta-optimizer.
         lr_scheduler: From the optimizer to its scheduler.
         tasks: How tasks are run.
-        chunk_size: Tasks vectorised at once.
+        chunk_size: Tasks that are one.
         adapt: Which parameters take the inner steps.
         head: Name of the submodule that is the head.
         inner_rates: ``"fixed"``.

@@ -4,8 +4,9 @@ from functools import partial
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
-from lightning_maml.functional import Params, axpy, norm
+from lightning_maml.functional import Params, axpy, norm, scaled
 from lightning_maml.objective import Objective
 
 CurvatureName = Literal["exact", "none", "finite_difference"]
@@ -39,12 +40,17 @@ def finite_difference(objective: Objective, w: Params, v: Params, *, probe_radiu
     """
     like = next(iter(w.values()))
     h = default_probe_radius(like.dtype) if probe_radius is None else probe_radius
-    size = norm(v)
-    unit = {name: tensor / torch.where(size > 0, size, 1) for name, tensor in v.items()}
+    unit, size = objective.stack.each(_unit)(v)
     with torch.autocast(like.device.type, enabled=False):  # a difference of nearby gradients has no digits to spare
         ahead = objective.gradient(axpy(h, unit, w))
         behind = objective.gradient(axpy(-h, unit, w))
-    return {name: (ahead[name] - behind[name]) * (size / (2 * h)) for name in w}
+    product: Params = objective.stack.each(scaled)(size / (2 * h), axpy(-1.0, behind, ahead))
+    return product
+
+
+def _unit(v: Params) -> tuple[Params, Tensor]:
+    size = norm(v)
+    return scaled(1 / torch.where(size > 0, size, 1), v), size
 
 
 def default_probe_radius(dtype: torch.dtype) -> float:

@@ -1,18 +1,20 @@
 """iMAML: the meta-gradient of an inner problem solved, whatever the way to its solution (Rajeswaran et al. 2019)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_maml.adapt import Loss, QueryLoss, end_of_path, objective_for, task_losses
+from lightning_maml.adapt import Loss, QueryLoss, end_of_path, task_losses
 from lightning_maml.curvature import CurvatureName, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable, dot
 from lightning_maml.meta_gradient import MetaGradient, mean_over_tasks
-from lightning_maml.objective import twice_differentiable
+from lightning_maml.objective import Objective, twice_differentiable
 from lightning_maml.rates import InnerRates, rates_of_steps, without_graph
+from lightning_maml.stack import ONE, Stack
 from lightning_maml.task_map import TaskExecution
 
 
@@ -67,7 +69,7 @@ def implicit_gradient(
         query_loss: ``query_loss(params, task)``, without proximal term.
         has_aux: The losses return ``(loss, aux)``.
         tasks: How tasks are run.
-        chunk_size: Tasks vectorised at once by ``"vmap"``.
+        chunk_size: Tasks that are one.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -82,26 +84,27 @@ def implicit_gradient(
     rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)
     product = hessian_vector_product(curvature, probe_radius)
-    objective = objective_for(tasks)
 
     with torch.inference_mode(False), twice_differentiable():
         episodes = Episodes(*map(differentiable, episodes))
         params = {name: differentiable(tensor) for name, tensor in params.items()}
         rates = without_graph(rates)
 
-        def of_one_task(task: AnyEpisodes) -> MetaGradient:
-            losses = task_losses(loss, task, steps, query_loss, has_aux, None)
-            w_N = end_of_path(losses.support, objective, params, rates)
-            value, aux, v = objective(losses.query[-1](w_N)).value_and_gradient(w_N)
-            support = objective(losses.support[-1](w_N))
+        def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
+            losses = task_losses(loss, task, steps, query_loss, has_aux, None, stack)
+            w_N = end_of_path(losses.support, partial(Objective, stack=stack), stack.shared(params), rates)
+            value, aux, v = Objective(losses.query[-1](w_N), stack).value_and_gradient(w_N)
+            support = Objective(losses.support[-1](w_N), stack)
             if product is not None:
-                v = pull_back_implicitly(v, lambda p: product(support, w_N, p), [*rates[-1]], strength, cg_steps)
+                v = pull_back_implicitly(v, lambda p: product(support, w_N, p), [*rates[-1]], strength, cg_steps, stack)
             return MetaGradient(v, value, aux, [{}] * steps)
 
-        return mean_over_tasks(of_one_task, episodes, tasks, chunk_size)
+        return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
 
 
-def pull_back_implicitly(v: Params, curved: Callable[[Params], Params], names: list[str], strength: float, cg_steps: int) -> Params:
+def pull_back_implicitly(
+    v: Params, curved: Callable[[Params], Params], names: list[str], strength: float, cg_steps: int, stack: Stack = ONE
+) -> Params:
     """Return ``v - H x`` for ``x`` with ``(H + lambda I) x = v``, the two sides of which are of the parameters that adapt.
 
     In these it is ``lambda x = (I + H / lambda)^-1 v``, and in the others the mixed derivatives of H count. The conjugate gradient method
@@ -114,18 +117,20 @@ def pull_back_implicitly(v: Params, curved: Callable[[Params], Params], names: l
         names: The parameters that adapt.
         strength: lambda.
         cg_steps: Iterations.
+        stack: The tasks, whose iterations are their own.
     """
+    dot_of, add = stack.each(dot), stack.each(axpy)
     p = {name: v[name] for name in names}
     x = {name: torch.zeros_like(tensor) for name, tensor in p.items()}
-    squared = dot(p, p)
+    squared = dot_of(p, p)
     going = squared > 0
     for _ in range(cg_steps):
         curved_p = curved(p)
-        along = dot(p, curved_p)
+        along = dot_of(p, curved_p)
         going = going & (along > 0)
         step = torch.where(going, squared / along, 0.0)
-        x, v = axpy(step, p, x), axpy(-step, curved_p, v)
+        x, v = add(step, p, x), add(-step, curved_p, v)
         remainder = {name: v[name] for name in names}
-        before, squared = squared, dot(remainder, remainder)
-        p = axpy(torch.where(going, squared / before, 0.0), p, remainder)
+        before, squared = squared, dot_of(remainder, remainder)
+        p = add(torch.where(going, squared / before, 0.0), p, remainder)
     return axpy(strength, x, v)

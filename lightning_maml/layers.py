@@ -1,7 +1,7 @@
 """Convolution and batch norm as a learner computes them."""
 
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ class TaskConvolution:
             times faster. ``"first"``: they stay as they are.
     """
 
-    def __init__(self, layer: nn.Module, channels: Literal["first", "last"]) -> None:
+    def __init__(self, layer: Any, channels: Literal["first", "last"]) -> None:
         self.channels = channels
         self._layer = layer
 
@@ -29,7 +29,7 @@ class TaskConvolution:
         layer = self._layer
         if x.ndim == 4 and x.device.type == "cpu" and self.channels == "last":
             x = channels_last(x)
-        if times_differentiated() < 2 or x.ndim != layer.weight.ndim or torch.is_autocast_enabled(x.device.type):
+        if x.ndim != len(layer.kernel_size) + 2 or not _writes_out_derivatives(x):
             y: Tensor = type(layer).forward(layer, x)
         else:
             y = Convolution.apply(x, layer.weight, layer.bias, (layer.stride, layer.padding, layer.dilation, layer.groups))
@@ -47,7 +47,7 @@ class TaskNorm:
         """Return the normalised ``x``, ``[B, C, ...]``."""
         weight, bias, eps = self._layer.weight, self._layer.bias, self._layer.eps
         if self._fused and not self.context:
-            if weight is None or times_differentiated() < 2 or torch.is_autocast_enabled(x.device.type):
+            if weight is None or bias is None or not _writes_out_derivatives(x):
                 return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
             z: Tensor = BatchNorm.apply(x, weight, bias, eps)
             return z
@@ -62,9 +62,18 @@ class TaskNorm:
 
 
 def is_plain_convolution(module: nn.Module) -> bool:
-    """Return whether ``module`` is a convolution by its own weights that pads with zeros, if at all."""
-    own = any(type(module).forward is kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    """Return whether ``module`` is one of torch's convolutions, unchanged, that pads with zeros, if at all."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or {"forward", "_conv_forward"} & vars(module).keys():
+        return False
+    kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind))
+    own = type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
     return own and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _writes_out_derivatives(x: Tensor) -> bool:
+    """Return whether to differentiate by what is written out: it knows no mixed types, and compilers do not see through it."""
+    usual = not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or x.is_complex())
+    return usual and times_differentiated() == 2
 
 
 def channels_last(x: Tensor) -> Tensor:

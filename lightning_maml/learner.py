@@ -105,26 +105,37 @@ class Learner:
             handle.remove()
 
     def _run(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
-        """Return the outputs for all inputs, of which the first ``context`` give the statistics, if there are any."""
-        network = self._copy_of_this_thread()
+        """Return the outputs for all inputs, of which the first ``context`` give the statistics, if there are any.
+
+        Where the network fails it is tried once more with channels first: one that views its images as rows needs that.
+        """
+        self._copy_of_this_thread()
+        random_state = None if self._own.has_run else torch.get_rng_state()
+        try:
+            outputs = self._attempt(params, inputs, context, averages)
+        except RuntimeError:
+            converting = [convolution for convolution in self._own.convolutions if convolution.channels == "last"]
+            if random_state is None or not converting:
+                raise
+            torch.set_rng_state(random_state)
+            for convolution in converting:
+                convolution.channels = "first"
+            outputs = self._attempt(params, inputs, context, averages)
+            _VIEWING.add(self._network)
+        self._own.has_run = True
+        return outputs
+
+    def _attempt(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
         for norm in self._own.norms:
             norm.context = Fraction(context, len(inputs))
         buffers = {name: averages[name] if name in averages else buffer.clone() for name, buffer in self._own.buffers.items()}
         with _holding(self._own.places, {**buffers, **params}):
-            try:
-                return network(inputs)
-            except RuntimeError as error:
-                if "view size is not compatible" not in str(error) or self._network in _VIEWING:
-                    raise
-            _VIEWING.add(self._network)
-            for convolution in self._own.convolutions:
-                convolution.channels = "first"
-        return self._run(params, inputs, context, averages)
+            return self._own.network(inputs)
 
     def _copy_of_this_thread(self) -> nn.Module:
         if not hasattr(self._own, "network"):
             network = structural_copy(self._network)
-            self._own.norms, self._own.convolutions = [], []
+            self._own.norms, self._own.convolutions, self._own.has_run = [], [], False
             for module in network.modules():
                 if isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
                     self._take_statistics_of_the_batch(module)
@@ -152,16 +163,17 @@ def _places(network: nn.Module) -> Places:
     for holder in holders:
         for key, tensor in holder.items():
             of_tensor.setdefault(id(tensor), []).append((holder, key))
-    return {name: of_tensor[id(tensor)] for name, tensor in chain(network.named_parameters(), network.named_buffers())}
+    named = chain(network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
+    return {name: of_tensor[id(tensor)] for name, tensor in named}
 
 
 @contextmanager
 def _holding(places: Places, tensors: Params) -> Iterator[None]:
     """Put other tensors into a network meanwhile; ``torch.func.functional_call`` searches the whole network for them every time."""
-    before = [(holder, key, holder[key]) for name in tensors for holder, key in places[name]]
+    before = [(holder, key, holder[key]) for name in tensors for holder, key in places.get(name, ())]
     try:
         for name, tensor in tensors.items():
-            for holder, key in places[name]:
+            for holder, key in places.get(name, ()):
                 holder[key] = tensor
         yield
     finally:
@@ -204,7 +216,7 @@ def _check_running_averages(network: nn.Module, norms: list[str], policy: str) -
 
 
 def _has_own_forward(norm: nn.Module) -> bool:
-    return type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return "forward" in vars(norm) or type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def _check_own_forward(network: nn.Module, norms: list[str]) -> None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_steps, inner_path, objective_for, task_losses
+from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_steps, inner_path, task_losses
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable, dot, norm, scaled
-from lightning_maml.objective import AutogradObjective, BatchLoss, twice_differentiable
+from lightning_maml.objective import BatchLoss, Objective, twice_differentiable
 from lightning_maml.rates import rates_of_steps
+from lightning_maml.stack import Stack
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 PlainLoss = Callable[[Params], Tensor]
@@ -210,7 +211,7 @@ class Probe:
         query_loss: As in :func:`lightning_maml.meta_gradient`.
         has_aux: The losses return ``(loss, aux)``.
         tasks: ``"loop"`` or ``"threads"``, see :func:`lightning_maml.task_map.map_tasks`; for :meth:`gradient_norms` also ``"vmap"``.
-        chunk_size: Tasks vectorised at once by ``"vmap"``.
+        chunk_size: Tasks that are one, in :meth:`gradient_norms` alone.
         seed: Of directions and of halves.
         progress: Show progress bars.
 
@@ -261,12 +262,14 @@ class Probe:
     @_differentiating()
     def gradient_norms(self) -> Tensor:
         """Return ``|grad l_i(w)|`` of each task's query loss, ``[T]``: what the adaptive meta-stepsize averages."""
-        objective = objective_for(self._tasks)
 
-        def of_one_task(task: AnyEpisodes) -> Tensor:
-            return norm(objective(self._losses(task)[1]).gradient(self._params))
+        def of_tasks(task: AnyEpisodes, stack: Stack) -> Tensor:
+            w = stack.shared(self._params)
+            query = task_losses(self._loss, task, 0, self._query_loss, self._has_aux, None, stack).query[0](w)
+            norms: Tensor = stack.each(norm)(Objective(query, stack).gradient(w))
+            return norms
 
-        return torch.cat(list(map_tasks(of_one_task, self._episodes, tasks=self._tasks, chunk_size=self._chunk_size)))
+        return torch.cat(list(map_tasks(of_tasks, self._episodes, tasks=self._tasks, chunk_size=self._chunk_size)))
 
     @_differentiating()
     def curvature(self, inner_lr: float = 0.0, steps: int = 0, *, restarts: int = 3, tolerance: float = 1e-3) -> Curvature:
@@ -289,7 +292,7 @@ class Probe:
         def of_one_task(task: AnyEpisodes) -> Tensor:
             losses = task_losses(self._loss, task, steps, self._query_loss, self._has_aux, None)
             found = []
-            for w in inner_path(losses.support, AutogradObjective, self._params, rates).points:
+            for w in inner_path(losses.support, Objective, self._params, rates).points:
                 for batch_loss in map(_value, self._losses(task)):
                     largest = smoothness(batch_loss, w, tolerance=tolerance, seed=self._seed)
                     third = hessian_lipschitz(batch_loss, w, leading=largest, restarts=restarts, tolerance=tolerance, seed=self._seed)
@@ -309,10 +312,10 @@ class Probe:
         samples, half = self._episodes.query_x.shape[1], self._episodes.query_x.shape[1] // 2
 
         def of_one_task(task: AnyEpisodes) -> tuple[Params, Tensor]:
-            support, query = (AutogradObjective(batch_loss).gradient(self._params) for batch_loss in self._losses(task))
+            support, query = (Objective(batch_loss).gradient(self._params) for batch_loss in self._losses(task))
             between = torch.tensor(math.nan)
             if half:
-                between = norm(axpy(-1.0, *(AutogradObjective(part).gradient(self._params) for part in self._halves(task))))
+                between = norm(axpy(-1.0, *(Objective(part).gradient(self._params) for part in self._halves(task))))
             distances = [float(norm(query)), float(norm(axpy(-1.0, support, query))), float(between)]
             return query, torch.tensor(distances, dtype=torch.float64)
 
@@ -348,7 +351,7 @@ class Probe:
 
         def of_one_task(task: AnyEpisodes) -> Tensor:
             leading = smoothness(_value(self._losses(task)[1]), self._params, tolerance=1e-2, seed=self._seed)
-            hessians = [AutogradObjective(part).hessian(self._params) for part in self._halves(task)]
+            hessians = [Objective(part).hessian(self._params) for part in self._halves(task)]
             directions = (leading.direction, _random_direction(self._params, self._seed))
             along = [float(norm(axpy(-1.0, *(hessian(v) for hessian in hessians)))) for v in directions]
             evaluations = leading.gradient_evaluations + 2 * (1 + 2 * _HESSIAN_PRODUCT)
@@ -372,7 +375,7 @@ class Probe:
         return first, second
 
     def _each(self, of: str, function: Callable[[AnyEpisodes], Any]) -> Iterator[Any]:
-        results = map_tasks(function, self._episodes, tasks="threads" if self._tasks == "threads" else "loop")
+        results = map_tasks(lambda task, _: function(task), self._episodes, tasks="threads" if self._tasks == "threads" else "loop")
         yield from tqdm(results, total=len(self._episodes.query_x), desc=f"Measuring {of}", unit="task", disable=not self._progress)
 
 
@@ -380,8 +383,8 @@ def _value(batch_loss: BatchLoss) -> PlainLoss:
     return lambda w: batch_loss(w)[0]
 
 
-def _objective(loss: PlainLoss) -> AutogradObjective:
-    return AutogradObjective(lambda w: (loss(w), ()))
+def _objective(loss: PlainLoss) -> Objective:
+    return Objective(lambda w: (loss(w), ()))
 
 
 def _random_direction(like: Params, seed: int) -> Params:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_maml.adapt import (
+    Differentiate,
     Loss,
     QueryLoss,
     Sample,
@@ -16,14 +18,14 @@ from lightning_maml.adapt import (
     check_step_count,
     check_steps,
     inner_path,
-    objective_for,
     task_losses,
 )
 from lightning_maml.curvature import CurvatureName, HessianVectorProduct, exact, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable, dot, scaled
 from lightning_maml.objective import Objective, twice_differentiable
-from lightning_maml.rates import InnerRates, Rates, applied, gradient_of_rates, rates_of_steps, without_graph
+from lightning_maml.rates import InnerRates, Rates, applied, gradient_of_rates, learned, rates_of_steps, without_graph
+from lightning_maml.stack import Stack
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 Encode = Callable[[Params, Any], tuple[Tensor, Tensor]]
@@ -50,7 +52,7 @@ class MetaGradient(NamedTuple):
 
 def pull_back(
     losses: TaskLosses,
-    objective: type[Objective],
+    objective: Differentiate,
     w: Params,
     rates: Sequence[Rates],
     product: HessianVectorProduct | None,
@@ -68,14 +70,15 @@ def pull_back(
     reusable = product is exact and losses.hessian is None and len(losses.support) == 1
     path = inner_path(losses.support, objective, w, rates, keep_last_graph=reusable)
     w_N = path.points[-1]
-    query_loss, aux, v = objective(losses.query[-1](w_N)).value_and_gradient(w_N)
+    last = objective(losses.query[-1](w_N))
+    query_loss, aux, v = last.value_and_gradient(w_N)
     on_the_way = [0.0, *([0.0] * (len(rates) - 1) if step_weights is None else step_weights[:-1])]
     if step_weights:
         v = scaled(step_weights[-1], v)
     of_rates: list[Params] = []
     for j in reversed(range(len(rates))):
         w_j = path.points[j]
-        of_rates.insert(0, gradient_of_rates(rates[j], path.gradients[j], v))
+        of_rates.insert(0, last.stack.each(partial(gradient_of_rates, rates[j]))(path.gradients[j], v) if learned(rates[j]) else {})
         if product is not None:
             curved = path.objectives[j] if losses.hessian is None else objective(losses.hessian[j](w_j))
             v = axpy(-1.0, product(curved, w_j, applied(rates[j], v)), v)
@@ -124,7 +127,7 @@ def meta_gradient(
             likelihood ratio, so that its derivatives are unbiased.
         tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`. ``"threads"`` needs a ``loss`` that several threads
             may call at once, which one through ``functional_call`` on a shared module is not.
-        chunk_size: Tasks vectorised at once by ``"vmap"``.
+        chunk_size: Tasks that are one.
         step_weights: Weights of the query losses after steps 1 .. N in what is differentiated (the multi-step loss of Antoniou et al.
             2019, section 4); by default 0 .. 0, 1. The query losses returned are those after step N in any case.
         encode: ``encode(params, task)``, the features of a task's support and query inputs, which take these inputs' place; for
@@ -151,7 +154,6 @@ def meta_gradient(
             )
     if encode is not None and (isinstance(episodes, ResampledEpisodes) or sample is not None or not callable(loss)):
         raise ValueError("Expected `encode` with Episodes, whose features are computed once, and one loss, but got other data or losses.")
-    objective = objective_for(tasks)
 
     attention = twice_differentiable() if curvature == "exact" else nullcontext()
     with torch.inference_mode(False), attention:
@@ -159,21 +161,20 @@ def meta_gradient(
         params = {name: differentiable(tensor) for name, tensor in params.items()}
         rates = without_graph(rates)
 
-        def at(
-            w: Params, task: AnyEpisodes, loss: Loss | Sequence[Loss], query_loss: QueryLoss | Sequence[QueryLoss] | None
-        ) -> MetaGradient:
-            losses = task_losses(loss, task, steps, query_loss, has_aux, sample)
-            return pull_back(losses, objective, w, rates, product, step_weights)
+        def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
+            def at(w: Params, loss: Loss | Sequence[Loss], query_loss: QueryLoss | Sequence[QueryLoss] | None) -> MetaGradient:
+                losses = task_losses(loss, task, steps, query_loss, has_aux, sample, stack)
+                return pull_back(losses, partial(Objective, stack=stack), w, rates, product, step_weights)
 
-        def of_one_task(task: AnyEpisodes) -> MetaGradient:
+            w = stack.shared(params)
             if encode is None:
-                return at(params, task, loss, query_loss)
-            features, back = objective.pull_back(lambda w: encode(w, task), params)
-            result = at(params | dict(zip(_FEATURES, features, strict=True)), task, *_of_features(loss, query_loss))
+                return at(w, loss, query_loss)
+            features, back = Objective.pull_back(lambda w: stack.each(encode)(w, task), w)
+            result = at(w | dict(zip(_FEATURES, features, strict=True)), *_of_features(loss, query_loss))
             through = back(tuple(result.grad[name] for name in _FEATURES))
             return result._replace(grad=axpy(1.0, result.grad, through))
 
-        return mean_over_tasks(of_one_task, episodes, tasks, chunk_size)
+        return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
 
 
 def _of_features(loss: Any, query_loss: Any) -> tuple[Loss, QueryLoss]:
@@ -187,12 +188,12 @@ def _of_features(loss: Any, query_loss: Any) -> tuple[Loss, QueryLoss]:
 
 
 def mean_over_tasks(
-    of_one_task: Callable[[AnyEpisodes], MetaGradient], episodes: AnyEpisodes, tasks: TaskExecution, chunk_size: int | None
+    of_tasks: Callable[[AnyEpisodes, Stack], MetaGradient], episodes: AnyEpisodes, tasks: TaskExecution, chunk_size: int | None
 ) -> MetaGradient:
     """Return the mean of the tasks' gradients, with the query losses and aux of each task."""
     totals: list[Params] = []
     rest = []
-    for chunk in map_tasks(of_one_task, episodes, tasks=tasks, chunk_size=chunk_size):
+    for chunk in map_tasks(of_tasks, episodes, tasks=tasks, chunk_size=chunk_size):
         sums = [{name: tensor.sum(0) for name, tensor in part.items()} for part in (chunk.grad, *chunk.inner_lr)]
         totals = [axpy(1.0, *pair) for pair in zip(sums, totals, strict=True)] if totals else sums
         rest.append((chunk.query_loss, chunk.aux))

@@ -31,7 +31,7 @@ from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
-from lightning_maml.task_map import TaskExecution, check_chunk_size, map_tasks
+from lightning_maml.task_map import TaskExecution, are_stacked, check_chunk_size, map_tasks
 
 InnerRatesName = Literal["fixed"] | LearnedRatesName
 
@@ -57,9 +57,9 @@ class MAML(EpisodicModule):
             ``"per_step"``: the same with averages for each inner step, as in MAML++, taken from the first task of each meta-batch.
         optimizer: From parameters to the meta-optimizer; by default Adam with its rate of 1e-3.
         lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
-        tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: vectorised; ``"auto"``: threads on
+        tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: all as one; ``"auto"``: threads on
             the CPU (a loop where dropout is active), vmap elsewhere.
-        chunk_size: Tasks vectorised at once by ``"vmap"``; all of them by default.
+        chunk_size: Tasks that are one, vectorised, in a step of the loop or of a thread, or with ``"vmap"``; by default one, and all.
         adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what the
             class is named for: all, :class:`ANIL` its head, :class:`BOIL` its body.
         head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own.
@@ -170,6 +170,7 @@ class MAML(EpisodicModule):
         steps = self.test_steps if steps is None else steps
         network = structural_copy(self.network).eval()
         tasks: TaskExecution = "loop" if of_one or self._tasks == "loop" else "vmap"
+        chunk_size = None if tasks == "loop" else self._chunk_size or ADAPTED_AT_ONCE
         learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap", derivatives=1)
         self._check(learner, Episodes(support_x, support_y, support_x, support_y))
         adapted = adapted_parameters(
@@ -179,7 +180,7 @@ class MAML(EpisodicModule):
             steps=steps,
             has_aux=True,
             tasks=tasks,
-            chunk_size=self._chunk_size or ADAPTED_AT_ONCE,
+            chunk_size=chunk_size,
         )
         with torch.inference_mode(False), torch.no_grad():
             adapted |= {name: average.expand(len(support_x), -1) for name, average in self._averages(steps).items()}
@@ -249,7 +250,9 @@ class MAML(EpisodicModule):
             with torch.inference_mode(False), torch.no_grad():
                 episodes = type(episodes)(*map(differentiable, episodes))
                 encode = partial(self._encode, learner, head, learner.params)
-                chunks = map_tasks(encode, episodes, tasks=self._task_execution(), chunk_size=self._chunk_size)
+                chunks = map_tasks(
+                    lambda task, stack: stack.each(encode)(task), episodes, tasks=self._task_execution(), chunk_size=self._tasks_as_one()
+                )
                 support_x, query_x = cat_chunks([*chunks])
             learner, episodes = self._head_learner(head), episodes._replace(support_x=support_x, query_x=query_x)
         return adaptation_curve(**self._arguments(learner, episodes, steps), inner_lr=self._rates(), steps=steps)
@@ -297,14 +300,14 @@ class MAML(EpisodicModule):
             "query_loss": query_loss,
             "has_aux": True,
             "tasks": self._task_execution(),
-            "chunk_size": self._chunk_size,
+            "chunk_size": self._tasks_as_one(),
         }
 
     def _learner(self) -> Learner:
-        return Learner(self.network, self.batch_norm, vectorised=self._task_execution() == "vmap")
+        return Learner(self.network, self.batch_norm, vectorised=are_stacked(self._task_execution(), self._tasks_as_one()))
 
     def _head_learner(self, head: str) -> HeadLearner:
-        return HeadLearner(self.network, head, vectorised=self._task_execution() == "vmap")
+        return HeadLearner(self.network, head, vectorised=are_stacked(self._task_execution(), self._tasks_as_one()))
 
     def _task_execution(self) -> TaskExecution:
         if self._tasks != "auto":
@@ -312,6 +315,9 @@ class MAML(EpisodicModule):
         if self.device.type != "cpu" and not drops_blocks(self.network):
             return "vmap"
         return "loop" if self._is_random() or torch.get_num_threads() == 1 else "threads"
+
+    def _tasks_as_one(self) -> int | None:
+        return None if drops_blocks(self.network) else self._chunk_size
 
     def _is_random(self) -> bool:
         return drops_blocks(self.network) or any(module.training and _draws_random_numbers(module) for module in self.network.modules())
@@ -340,7 +346,7 @@ class MAML(EpisodicModule):
         super()._update_running_averages(episodes)
         if self.step_statistics is not None:
             first = type(episodes)(*(tensor[:1] for tensor in episodes))
-            arguments = self._arguments(self._learner(), first) | {"query_loss": self._entering, "tasks": "loop"}
+            arguments = self._arguments(self._learner(), first) | {"query_loss": self._entering, "tasks": "loop", "chunk_size": None}
             found = adaptation_curve(**arguments, inner_lr=self._rates(), steps=self.train_steps).aux
             self.step_statistics.update({name: (mean[0], variance[0]) for name, (mean, variance) in found.items()})
 

@@ -1,11 +1,9 @@
-"""The loss of one batch as a function of the parameters alone, with its first and second derivatives.
+"""The loss of one batch, or of one batch of each of several tasks, as a function of the parameters alone, with its derivatives.
 
-There are two ways to differentiate, with the same interface: :class:`AutogradObjective` is the faster one where tasks are looped
-over, :class:`FunctionalObjective` also works under ``vmap``. Neither works in inference mode (on torch 2.6 ``torch.func.grad`` silently
-returns zeros there), so callers leave it first.
+Several tasks are stacked: parameters, gradients and values have them in front. As each task's loss depends on its own parameters alone, the
+gradient of their sum holds the gradients of all, and one Hessian-vector product those of all.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -13,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from typing_extensions import override
 
 from lightning_maml.functional import Params
 from lightning_maml.second_derivatives import differentiated
+from lightning_maml.stack import ONE, Stack
 
 BatchLoss = Callable[[Params], tuple[Tensor, Any]]
 """Parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the network's outputs, or ``()``)."""
@@ -29,73 +27,41 @@ def twice_differentiable() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-class Objective(ABC):
-    """The loss of one batch. Every evaluation draws the same random numbers (dropout masks) as the first one did."""
+class Objective:
+    """The loss. Every evaluation draws the same random numbers (dropout masks) as the first one did.
 
-    def __init__(self, loss: BatchLoss) -> None:
+    Args:
+        loss: Of one task, or of the tasks of ``stack``, then ``[T]``.
+        stack: The tasks.
+    """
+
+    def __init__(self, loss: BatchLoss, stack: Stack = ONE) -> None:
+        self.stack = stack
         self._loss = loss
         self._random_state: tuple[Tensor, Tensor | None] | None = None
+        self._kept: tuple[Params, Params, Params] | None = None
 
-    @abstractmethod
     def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
         """Return the loss at ``w`` (which has no graph), what the loss function gave beside it, and the gradient, all without a graph.
 
         With ``names`` the gradient with respect to these parameters only.
         """
-
-    @abstractmethod
-    def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
-        """Return the gradient at ``w``; with ``keep_graph`` a Hessian-vector product at this same ``w`` may reuse the work."""
-
-    @abstractmethod
-    def hessian_vector_product(self, w: Params, v: Params) -> Params:
-        """Return the Hessian at ``w`` times ``v``, which is zero where it has no entry."""
-
-    @staticmethod
-    @abstractmethod
-    def pull_back(function: Callable[[Params], Tensors], w: Params) -> tuple[Tensors, Callable[[Tensors], Params]]:
-        """Return ``function(w)``, without a graph, and what takes a gradient with respect to these tensors back to one with respect to ``w``."""
-
-    @contextmanager
-    def _same_randomness(self, w: Params) -> Iterator[None]:
-        device = next(iter(w.values())).device
-        if self._random_state is None:
-            self._random_state = _random_state(device)
-            yield
-            return
-        now = _random_state(device)
-        _set_random_state(self._random_state, device)
-        try:
-            yield
-        finally:
-            _set_random_state(now, device)
-
-
-class AutogradObjective(Objective):
-    """Differentiates by ``torch.autograd``, reverse over reverse."""
-
-    def __init__(self, loss: BatchLoss) -> None:
-        super().__init__(loss)
-        self._kept: tuple[Params, Params, Params] | None = None
-
-    @override
-    def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
         names = w if names is None else names
         leaves, value, aux = self._evaluate(w, names)
-        gradient = torch.autograd.grad(value, [leaves[name] for name in names], materialize_grads=True)
+        gradient = torch.autograd.grad(value, [leaves[name] for name in names], torch.ones_like(value), materialize_grads=True)
         aux = torch.utils._pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
         return value.detach(), aux, dict(zip(names, gradient, strict=True))
 
-    @override
     def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
+        """Return the gradient at ``w``; with ``keep_graph`` a Hessian-vector product at this same ``w`` may reuse the work."""
         if not keep_graph:
             return self.value_and_gradient(w, names)[2]
         leaves, gradient = self._differentiable_gradient(w, w if names is None else names)
         self._kept = (w, leaves, gradient)
         return {name: tensor.detach() for name, tensor in gradient.items()}
 
-    @override
     def hessian_vector_product(self, w: Params, v: Params) -> Params:
+        """Return the Hessian at ``w`` times ``v``, which is zero where it has no entry."""
         if self._kept is not None and self._kept[0] is w:
             _, leaves, gradient = self._kept
             self._kept = None
@@ -103,9 +69,9 @@ class AutogradObjective(Objective):
             leaves, gradient = self._differentiable_gradient(w, v)
         return _pull_back_gradient(leaves, gradient, v)
 
-    @override
     @staticmethod
     def pull_back(function: Callable[[Params], Tensors], w: Params) -> tuple[Tensors, Callable[[Tensors], Params]]:
+        """Return ``function(w)``, without a graph, and what takes a gradient with respect to these tensors back to one with respect to ``w``."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
         with torch.enable_grad():
             outputs = function(leaves)
@@ -126,7 +92,9 @@ class AutogradObjective(Objective):
 
     def _differentiable_gradient(self, w: Params, names: Collection[str]) -> tuple[Params, Params]:
         leaves, value, _ = self._evaluate(w, w, times=2)
-        gradient = torch.autograd.grad(value, [leaves[name] for name in names], create_graph=True, materialize_grads=True)
+        gradient = torch.autograd.grad(
+            value, [leaves[name] for name in names], torch.ones_like(value), create_graph=True, materialize_grads=True
+        )
         return leaves, dict(zip(names, gradient, strict=True))
 
     def _evaluate(self, w: Params, names: Collection[str], times: Literal[1, 2] = 1) -> tuple[Params, Tensor, Any]:
@@ -135,43 +103,19 @@ class AutogradObjective(Objective):
             value, aux = self._loss(leaves)
         return leaves, value, aux
 
-
-class FunctionalObjective(Objective):
-    """Differentiates by ``torch.func``, which composes with ``vmap``."""
-
-    @override
-    def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
-        with self._same_randomness(w):
-            gradient, (value, aux) = torch.func.grad_and_value(self._loss_of_part(w), has_aux=True)(_part(w, names))
-        return value, aux, gradient
-
-    @override
-    def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
-        return self.value_and_gradient(w, names)[2]
-
-    @override
-    def hessian_vector_product(self, w: Params, v: Params) -> Params:
-        def gradient(w: Params) -> Params:
-            part: Params = torch.func.grad(self._loss_of_part(w), has_aux=True)(_part(w, v))[0]
-            return part
-
-        with self._same_randomness(w):
-            pull_back = torch.func.vjp(gradient, w)[1]
-        product: Params = pull_back(v)[0]
-        return product
-
-    @override
-    @staticmethod
-    def pull_back(function: Callable[[Params], Tensors], w: Params) -> tuple[Tensors, Callable[[Tensors], Params]]:
-        outputs, back = torch.func.vjp(function, w)[:2]
-        return outputs, lambda gradients: back(gradients)[0]
-
-    def _loss_of_part(self, w: Params) -> BatchLoss:
-        return lambda part: self._loss({**w, **part})
-
-
-def _part(w: Params, names: Collection[str] | None) -> Params:
-    return w if names is None else {name: w[name] for name in names}
+    @contextmanager
+    def _same_randomness(self, w: Params) -> Iterator[None]:
+        device = next(iter(w.values())).device
+        if self._random_state is None:
+            self._random_state = _random_state(device)
+            yield
+            return
+        now = _random_state(device)
+        _set_random_state(self._random_state, device)
+        try:
+            yield
+        finally:
+            _set_random_state(now, device)
 
 
 def _pull_back_gradient(leaves: Params, gradient: Params, v: Params, retain_graph: bool = False) -> Params:

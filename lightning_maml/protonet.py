@@ -93,7 +93,10 @@ class ProtoNet(EpisodicModule):
             def means(task: Episodes) -> tuple[Tensor]:
                 return (class_means(learner(learner.params, task.support_x), task.support_y, ways),)
 
-            (prototypes,) = cat_chunks([*map_tasks(means, support, tasks=self._task_execution(), chunk_size=ADAPTED_AT_ONCE)])
+            tasks = self._task_execution()
+            chunk_size = ADAPTED_AT_ONCE if tasks == "vmap" else None
+            chunks = map_tasks(lambda task, stack: stack.each(means)(task), support, tasks=tasks, chunk_size=chunk_size)
+            (prototypes,) = cat_chunks([*chunks])
             head = {"1.weight": 2 * prototypes, "1.bias": -prototypes.square().sum(-1)}
             classifier = nn.Linear(prototypes.shape[-1], ways, device=prototypes.device, dtype=prototypes.dtype)
             networks = AdaptedNetworks(nn.Sequential(network, classifier), head, self.batch_norm, support.support_x)
@@ -116,7 +119,7 @@ class ProtoNet(EpisodicModule):
             logits = -(query[:, None] - class_means(support, task.support_y, ways)).square().sum(-1)
             return self.loss(logits, task.query_y), logits
 
-        loss, logits = cat_chunks([*map_tasks(of_one_task, episodes, tasks=self._task_execution())])
+        loss, logits = cat_chunks([*map_tasks(lambda task, stack: stack.each(of_one_task)(task), episodes, tasks=self._task_execution())])
         return loss, logits
 
     def _learner(self, network: nn.Module) -> Learner:

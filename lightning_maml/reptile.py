@@ -1,14 +1,17 @@
 """Reptile: towards the adapted parameters, without a query gradient (Nichol et al. 2018)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_steps, end_of_path, objective_for, task_losses
+from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_steps, end_of_path, task_losses
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable
 from lightning_maml.meta_gradient import MetaGradient, mean_over_tasks
+from lightning_maml.objective import Objective
 from lightning_maml.rates import InnerRates, rates_of_steps, without_graph
+from lightning_maml.stack import Stack
 from lightning_maml.task_map import TaskExecution
 
 
@@ -33,17 +36,16 @@ def reptile_gradient(
     check_episodes(episodes)
     if isinstance(episodes, ResampledEpisodes):
         check_steps(episodes, steps)
-    objective = objective_for(tasks)
 
     with torch.inference_mode(False), torch.no_grad():
         episodes = type(episodes)(*map(differentiable, episodes))
         params = {name: differentiable(tensor) for name, tensor in params.items()}
         rates = without_graph(rates)
 
-        def of_one_task(task: AnyEpisodes) -> MetaGradient:
-            losses = task_losses(loss, task, steps, query_loss, has_aux, None)
-            w_N = end_of_path(losses.support, objective, params, rates)
+        def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
+            losses = task_losses(loss, task, steps, query_loss, has_aux, None, stack)
+            w_N = end_of_path(losses.support, partial(Objective, stack=stack), stack.shared(params), rates)
             value, aux = losses.query[-1](w_N)(w_N)
-            return MetaGradient(axpy(-1.0, w_N, params), value, aux, [{}] * steps)
+            return MetaGradient(axpy(-1.0, w_N, stack.shared(params)), value, aux, [{}] * steps)
 
-        return mean_over_tasks(of_one_task, episodes, tasks, chunk_size)
+        return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)

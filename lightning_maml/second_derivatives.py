@@ -1,7 +1,7 @@
 """Convolution and batch norm with their second derivatives written out, for where a Hessian-vector product is taken.
 
 Autograd's own second derivative of batch norm is some twenty passes over the activations, that of a convolution runs kernels as large as its image.
-Here both are made of the kernels of their first derivatives. There is no third derivative.
+Here both are made of the kernels of their first derivatives.
 """
 
 import threading
@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _aten = torch.ops.aten
 _here = threading.local()
@@ -30,7 +29,7 @@ def differentiated(times: Literal[1, 2]) -> Iterator[None]:
 
 
 def times_differentiated() -> int:
-    """Return what was announced, or 0 where nothing was: ``torch.func`` cannot differentiate what is here."""
+    """Return what was announced, or 0: neither ``torch.func`` nor ``vmap`` takes what is here."""
     return getattr(_here, "times", 0)
 
 
@@ -63,9 +62,8 @@ class _ConvolutionBackward(torch.autograd.Function):
         return _to_x_and_weight(g, x, weight, geometry, wanted)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of ``<v, by x> + <u, by W> = <g, v * W + x * u>``."""
+        """Return the gradients, which torch can differentiate again, of ``<v, by x> + <u, by W> = <g, v * W + x * u>``."""
         g, x, weight = ctx.saved_tensors
         by_g = by_x = by_weight = None
         if v is not None:
@@ -73,7 +71,7 @@ class _ConvolutionBackward(torch.autograd.Function):
             by_weight = _to_x_and_weight(g, v, weight, ctx.geometry, (False, ctx.needs_input_grad[2]))[1]
         if u is not None:
             through_weight = _convolution(x, u, None, ctx.geometry)
-            by_g = through_weight if by_g is None else by_g.add_(through_weight)
+            by_g = through_weight if by_g is None else by_g + through_weight
             by_x = _to_x_and_weight(g, x, u, ctx.geometry, (ctx.needs_input_grad[1], False))[0]
         return by_g, by_x, by_weight, None, None
 
@@ -118,7 +116,6 @@ class _BatchNormBackward(torch.autograd.Function):
         return gradients
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v: Tensor | None, u: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``<v, by x> + <u, by w> + <c, by b>``.
 
@@ -129,10 +126,18 @@ class _BatchNormBackward(torch.autograd.Function):
             by x: r (q (g - mean g) - p s (v - mean v) - e y)
             by w: r n k
         """
-        g, x, w, m, r, gy, sum_g = ctx.saved_tensors
-        v = torch.zeros_like(x) if v is None else v
+        v = torch.zeros_like(ctx.saved_tensors[1]) if v is None else v
+        with torch.no_grad():
+            gradients = _BatchNormBackward._second_derivatives(ctx.saved_tensors, ctx.eps, v, u, c)
+        if torch.is_grad_enabled():
+            gradients = _Last.apply(3, *gradients, *ctx.saved_tensors, v, u, c)
+        return *gradients, None, None, None, None
+
+    @staticmethod
+    def _second_derivatives(saved: tuple[Tensor, ...], eps: float, v: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        g, x, w, m, r, gy, sum_g = saved
         n = x.numel() // x.shape[1]
-        _, vy, sum_v = _aten.native_batch_norm_backward(v, x, w, None, None, m, r, True, ctx.eps, (False, True, True))
+        _, vy, sum_v = _aten.native_batch_norm_backward(v, x, w, None, None, m, r, True, eps, (False, True, True))
         s, t, mean_g, mean_v = gy / n, vy / n, sum_g / n, sum_v / n
         k = (v * g).sum([0, *range(2, x.ndim)]) / n - mean_v * mean_g - t * s
         p = w * r
@@ -140,7 +145,19 @@ class _BatchNormBackward(torch.autograd.Function):
         e = s * (q - p * t) + p * k
         by_g = _combined(c - p * mean_v - q * r * m, (q * r, x), (p, v))
         by_x = _combined(r * (p * s * mean_v - q * mean_g + e * r * m), (-e * r * r, x), (r * q, g), (-r * p * s, v))
-        return by_g, by_x, r * n * k, None, None, None, None
+        return by_g, by_x, r * n * k
+
+
+class _Last(torch.autograd.Function):
+    """``_Last.apply(count, *tensors)``: the first ``count`` of them, which cannot be differentiated by the others."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("Expected at most two derivatives of batch norm but a third was asked for; use another normalisation.")
 
 
 def _combined(constant: Tensor, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,46 +1,56 @@
-"""Maps a function of one task over the tasks of a meta-batch: one after the other, one per thread, or vectorised."""
+"""Maps a function of one task, or of several as one, over a meta-batch: one after the other, one per thread, or all at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.stack import ONE, Stack
 
 TaskExecution = Literal["loop", "threads", "vmap"]
 
 
 def map_tasks(
-    function: Callable[[Any], Any], episodes: AnyEpisodes, *, tasks: TaskExecution, chunk_size: int | None = None
+    function: Callable[[Any, Stack], Any], episodes: AnyEpisodes, *, tasks: TaskExecution, chunk_size: int | None = None
 ) -> Iterator[Any]:
     """Yield ``function``'s results for all tasks in their order, a chunk of tasks at a time with a leading task dimension.
 
     Args:
-        function: Takes one task (the same type as ``episodes`` without the leading ``T``) and returns tensors in tuples and dicts.
+        function: Takes one task (the same type as ``episodes`` without the leading ``T``) and :data:`lightning_maml.stack.ONE`, or a chunk of
+            tasks and what they are stacked as; it returns tensors in tuples and dicts, those of a chunk with its tasks in front.
         episodes: The meta-batch.
-        tasks: ``"loop"``; ``"threads"``: one task per CPU core, each on one core, so ``function`` must be safe to call from
-            several threads and must not draw random numbers; ``"vmap"``: ``torch.func.vmap`` over chunks.
-        chunk_size: Tasks vectorised at once by ``"vmap"``; all of them by default.
+        tasks: ``"loop"``: one after the other; ``"threads"``: one for each CPU core, each on one core, so ``function`` must be safe to call
+            from several threads and must not draw random numbers; ``"vmap"``: all as one.
+        chunk_size: Tasks that are one in any of the three; by default 1, with ``"vmap"`` all.
 
     Raises:
         ValueError: If ``tasks`` is none of the three, or ``chunk_size`` is not positive.
         RuntimeError: If ``function`` drew random numbers in threads.
     """
     check_chunk_size(chunk_size)
-    function = _in_the_callers_modes(function, episodes.support_x.device.type)
-    if tasks == "loop":
-        yield from map(_as_chunk, map(function, _each(episodes)))
-    elif tasks == "threads":
-        yield from map(_as_chunk, _in_threads(function, episodes))
-    elif tasks == "vmap":
-        size = chunk_size or len(episodes.support_x)
-        for chunk in zip(*(torch.split(tensor, size) for tensor in episodes), strict=True):
-            yield torch.func.vmap(function, randomness="different")(type(episodes)(*chunk))
-    else:
+    if tasks not in get_args(TaskExecution):
         raise ValueError(f"Expected `tasks` to be 'loop', 'threads' or 'vmap' but got {tasks!r}.")
+    stacked = are_stacked(tasks, chunk_size)
+    size = chunk_size or (len(episodes.support_x) if stacked else 1)
+    chunks = [type(episodes)(*chunk) for chunk in zip(*(torch.split(tensor, size) for tensor in episodes), strict=True)]
+
+    def of_chunk(chunk: AnyEpisodes) -> Any:
+        if stacked:
+            return function(chunk, Stack(len(chunk.support_x)))
+        result = function(type(chunk)(*(tensor[0] for tensor in chunk)), ONE)
+        return tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result)
+
+    run = _in_the_callers_modes(of_chunk, episodes.support_x.device.type)
+    yield from _in_threads(run, chunks) if tasks == "threads" else map(run, chunks)
+
+
+def are_stacked(tasks: TaskExecution, chunk_size: int | None) -> bool:
+    """Return whether several tasks are one, and networks are called under ``vmap``."""
+    return tasks == "vmap" or (chunk_size or 1) > 1
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
@@ -53,14 +63,6 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"Expected `chunk_size` to be at least 1 but got {chunk_size}.")
 
 
-def _each(episodes: AnyEpisodes) -> Iterator[AnyEpisodes]:
-    return (type(episodes)(*task) for task in zip(*episodes, strict=True))
-
-
-def _as_chunk(result: Any) -> Any:
-    return tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result)
-
-
 def _in_the_callers_modes(function: Callable[[Any], Any], device: str) -> Callable[[Any], Any]:
     """Return ``function`` under the caller's grad mode and autocast, which threads do not inherit.
 
@@ -69,15 +71,15 @@ def _in_the_callers_modes(function: Callable[[Any], Any], device: str) -> Callab
     grad = torch.is_grad_enabled()
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
-    def run(task: AnyEpisodes) -> Any:
+    def run(chunk: AnyEpisodes) -> Any:
         with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):
-            return function(task)
+            return function(chunk)
 
     return run
 
 
-def _in_threads(function: Callable[[Any], Any], episodes: AnyEpisodes) -> Iterator[Any]:
-    """Run one task per core.
+def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes]) -> Iterator[Any]:
+    """Run one chunk per core.
 
     The caller's own thread is held to one core as well: it works on the results meanwhile, and its idle helper threads would spin on
     the cores that the tasks need.
@@ -87,7 +89,7 @@ def _in_threads(function: Callable[[Any], Any], episodes: AnyEpisodes) -> Iterat
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(function, _each(episodes))
+            yield from pool.map(function, chunks)
     finally:
         torch.set_num_threads(cores)
     if not torch.equal(random_state, torch.get_rng_state()):

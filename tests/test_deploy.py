@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from networks import WAYS, build, make_episodes
 from torch import nn
 
-from lightning_maml import ANIL, MAML, AdaptedNetworks, Episodes, MetaSGD
+from lightning_maml import ANIL, MAML, AdaptedNetworks, Conv4, Episodes, MetaSGD
 
 
 def model_and_episodes(batch_norm: str = "batch", algorithm: type[MAML] = MAML, **arguments) -> tuple[MAML, Episodes]:
@@ -174,3 +174,14 @@ def test_adapted_networks_are_saved_like_any_module(tmp_path: Path) -> None:
     assert not torch.equal(others(episodes.query_x), networks(episodes.query_x))
     others.load_state_dict(torch.load(tmp_path / "adapted.pt", weights_only=True))
     assert torch.equal(others(episodes.query_x), networks(episodes.query_x))
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "threads", "vmap"])
+@pytest.mark.parametrize("many", [True, False])
+def test_adaptation_to_images_of_several_channels(tasks: str, many: bool) -> None:
+    torch.manual_seed(0)
+    model = MAML(Conv4(3, 2, 16, channels=4, downsample="max"), inner_lr=0.1, test_steps=2, tasks=tasks)
+    x, y, queries = torch.rand(3, 4, 3, 16, 16), torch.arange(2).repeat(3, 2), torch.rand(3, 5, 3, 16, 16)
+    outputs = model.adapt(x, y)(queries) if many else torch.stack([model.adapt(x[t], y[t])(queries[t]) for t in range(3)])
+    expected = model.evaluate(Episodes(x, y, queries, torch.arange(2).repeat(3, 3)[:, :5])).aux[:, -1]
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)

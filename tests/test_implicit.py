@@ -17,6 +17,7 @@ from lightning_maml.functional import Params
 from lightning_maml.implicit import implicit_gradient, proximal, pull_back_implicitly
 from lightning_maml.learner import Learner
 from lightning_maml.parts import adapting
+from lightning_maml.task_map import are_stacked
 
 STRENGTH, RATE, UNTIL_CONVERGED = 2.0, 0.1, 200
 
@@ -29,7 +30,7 @@ def task_loss(learner: Learner, params: Params, x: Tensor, y: Tensor) -> tuple[T
 def gradient_of(network_name: str, part: str = "all", steps: int = UNTIL_CONVERGED, **arguments) -> tuple[Params, Params]:
     """The meta-gradient, and the parameters that adapt."""
     network = build(network_name)
-    learner = Learner(network, vectorised=arguments.get("tasks") == "vmap")
+    learner = Learner(network, vectorised=are_stacked(arguments.get("tasks", "loop"), arguments.get("chunk_size")))
     anchor = {name: p.detach() for name, p in adapting(network, part).items()}
     loss = proximal(partial(task_loss, learner), anchor, STRENGTH)
     chosen = {"inner_lr": dict.fromkeys(anchor, RATE), "steps": steps, "strength": STRENGTH, "cg_steps": 60} | arguments
@@ -92,7 +93,9 @@ def test_it_ends_where_the_curvature_is_not_positive() -> None:
     assert not none["a"].any()
 
 
-@pytest.mark.parametrize("arguments", [{"tasks": "vmap"}, {"tasks": "vmap", "chunk_size": 2}, {"tasks": "threads"}])
+@pytest.mark.parametrize(
+    "arguments", [{"tasks": "vmap"}, {"tasks": "vmap", "chunk_size": 2}, {"tasks": "threads"}, {"tasks": "threads", "chunk_size": 2}]
+)
 def test_all_ways_to_run_tasks_agree(arguments: dict) -> None:
     assert relative_error(gradient_of("conv_batch_norm", **arguments)[0], gradient_of("conv_batch_norm")[0]) < 1e-10
 

@@ -11,6 +11,7 @@ ORDER = [
         "metrics",
         "backbones",
         "second_derivatives",
+        "stack",
         "objective",
         "batch_statistics",
         "layers",

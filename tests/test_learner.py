@@ -5,11 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import build, make_episodes
+from networks import WAYS, build, make_episodes, relative_error
+from test_meta_gradient import RATE, autograd_meta_gradient
 from torch import nn
 
 from lightning_maml.layers import channels_last
-from lightning_maml.learner import Learner
+from lightning_maml.learner import HeadLearner, Learner
+from lightning_maml.meta_gradient import meta_gradient
+from lightning_maml.second_derivatives import differentiated
 
 
 def image_batch(seed: int) -> torch.Tensor:
@@ -235,3 +238,91 @@ def test_channels_last_of_one_channel_too(channels: int) -> None:
     assert torch.equal(last, x)
     assert last.stride() == (30 * channels, 1, 5 * channels, channels)
     assert nn.functional.conv2d(last, torch.rand(2, channels, 3, 3)).is_contiguous(memory_format=torch.channels_last)
+
+
+class Standardised(nn.Conv2d):
+    """Weights of zero mean, by the method that torch's layers leave to that."""
+
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+def scaled_in_place(convolution: nn.Conv2d) -> nn.Conv2d:
+    forward = convolution.forward
+    convolution.forward = lambda x: 2 * nn.functional.conv2d(x, convolution.weight, convolution.bias)  # type: ignore[method-assign]
+    assert forward is not convolution.forward
+    return convolution
+
+
+def spectral(convolution: nn.Conv2d) -> nn.Conv2d:
+    return nn.utils.parametrizations.spectral_norm(convolution)
+
+
+class Complex(nn.Module):
+    """A convolution by real and imaginary parts as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 1, 3, 3, dtype=torch.complex128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x.to(torch.complex128), self.weight).abs()
+
+
+ODD_LAYERS = {
+    "overridden": lambda: Standardised(1, 2, 3),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 2, 3)),
+    "scripted": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), torch.jit.trace(nn.Softplus(), torch.rand(2, 2, 6, 6).double())),
+    "complex": Complex,
+    "without bias": lambda: nn.Conv2d(1, 2, 3, bias=False),
+    "norm without affine": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False)),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_LAYERS)
+def test_the_exact_meta_gradient_of_odd_layers(kind: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(ODD_LAYERS[kind](), nn.Tanh(), nn.Flatten(), nn.Linear(72, WAYS)).double()
+    learner, episodes = Learner(network), make_episodes()
+    loss = lambda w, x, y: F.cross_entropy(learner(w, x), y)
+    expected = autograd_meta_gradient(network, episodes, 2, F.cross_entropy)
+    assert relative_error(meta_gradient(loss, learner.params, episodes, inner_lr=RATE, steps=2).grad, expected) < 1e-12
+
+
+def test_a_forward_pass_that_was_replaced_stays() -> None:
+    network = nn.Sequential(scaled_in_place(nn.Conv2d(1, 2, 3)), nn.Flatten())
+    learner, x = Learner(network), torch.rand(2, 1, 4, 4)
+    with differentiated(2):
+        torch.testing.assert_close(learner(learner.params, x), network(x))
+
+
+def test_a_parametrization_with_a_state_is_asked_once() -> None:
+    torch.manual_seed(0)
+    network, x = nn.Sequential(spectral(nn.Conv2d(1, 2, 3)), nn.Flatten()).train(), torch.rand(2, 1, 4, 4)
+    learner = Learner(network)
+    plain = learner(learner.params, x)
+    with differentiated(2):
+        torch.testing.assert_close(learner(learner.params, x), plain)
+
+
+def test_the_second_attempt_draws_the_same_random_numbers() -> None:
+    """One of the first evaluation alone: a Hessian-vector product draws its masks again."""
+    network = nn.Sequential(nn.Dropout(0.5), Viewing()).train()
+    learner, x = Learner(network), torch.rand(4, 2, 8, 8)
+    state = torch.get_rng_state()
+    first = learner(learner.params, x)
+    torch.set_rng_state(state)
+    torch.testing.assert_close(learner(learner.params, x), first)
+
+
+def test_a_head_that_views_its_images() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), Viewing())
+    head, x = HeadLearner(network, "1"), torch.rand(4, 2, 8, 8)
+    torch.testing.assert_close(head(head.params, x), network[1](x))
+
+
+def test_unknown_names_are_nobodys_and_tied_names_are_one() -> None:
+    network = build("mlp")
+    learner, x = Learner(network), image_batch(0)
+    torch.testing.assert_close(learner({**learner.params, "temperature": torch.ones(())}, x), network(x))

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_maml import Episodes, meta_gradient
 from lightning_maml.functional import Params
 from lightning_maml.learner import Learner
+from lightning_maml.task_map import are_stacked
 
 SMOOTH = ["mlp", "conv_group_norm", "conv_batch_norm"]
 RATE = 0.3
@@ -110,19 +111,21 @@ def test_no_curvature_is_the_gradient_at_the_adapted_parameters_to_the_last_bit(
 
 
 @pytest.mark.parametrize("criterion", [F.cross_entropy, one_hot_mse], ids=["cross_entropy", "mse"])
-@pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
+@pytest.mark.parametrize(
+    ("tasks", "chunk_size"), [("loop", None), ("threads", None), ("vmap", None), ("vmap", 2), ("loop", 2), ("threads", 2)]
+)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_execution_gives_the_same_meta_gradient(name: str, tasks: str, criterion) -> None:
+def test_every_execution_gives_the_same_meta_gradient(name: str, tasks: str, chunk_size: int | None, criterion) -> None:
     network, episodes = build(name), make_episodes()
-    learner = Learner(network, vectorised=tasks == "vmap")
+    learner = Learner(network, vectorised=are_stacked(tasks, chunk_size))
 
     def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
         return criterion(learner(params, x), y)
 
     exact = autograd_meta_gradient(network, episodes, 2, criterion)
     for curvature, bound in (("exact", 1e-12), ("finite_difference", 1e-7)):
-        chunked = {"chunk_size": 2} if tasks == "vmap" else {}
-        actual = meta_gradient(loss, learner.params, episodes, inner_lr=RATE, steps=2, curvature=curvature, tasks=tasks, **chunked)
+        how = {"curvature": curvature, "tasks": tasks, "chunk_size": chunk_size}
+        actual = meta_gradient(loss, learner.params, episodes, inner_lr=RATE, steps=2, **how)
         assert relative_error(actual.grad, exact) < bound
 
 

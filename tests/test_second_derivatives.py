@@ -139,3 +139,37 @@ def test_under_torch_func_a_learner_has_torchs_layers() -> None:
     gradient = torch.func.grad(lambda w: F.cross_entropy(learner(w, x), y))(learner.params)
     assert gradient["0.weight"].norm() > 0
     assert isinstance(build("conv_batch_norm"), nn.Sequential)
+
+
+def third_derivative(function: Callable[[Tensor], Tensor]) -> Tensor:
+    x = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(2, 3, 2, 2).requires_grad_()
+    derivative = function(x).pow(3).sum()
+    for _ in range(2):
+        derivative = torch.autograd.grad(derivative, x, create_graph=True)[0].pow(2).sum()
+    return torch.autograd.grad(derivative, x)[0]
+
+
+def test_a_third_derivative_of_a_convolution_is_right() -> None:
+    torch.manual_seed(0)
+    weight = random(2, 3, 2, 2, needs_gradient=False)
+    ours = third_derivative(lambda x: Convolution.apply(x, weight, None, ((1, 1), (1, 1), (1, 1), 1)))
+    torch.testing.assert_close(ours, third_derivative(lambda x: F.conv2d(x, weight, padding=1)))
+
+
+def test_a_third_derivative_of_batch_norm_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="at most two derivatives of batch norm"):
+        third_derivative(lambda x: _batch_norm(x, torch.ones(3).double(), torch.zeros(3).double(), 1e-3))
+
+
+def test_under_a_compiler_a_learner_has_torchs_layers() -> None:
+    network = build("conv_batch_norm")
+    compiled = Learner(torch.compile(network, backend="eager"))
+    w = {f"_orig_mod.{name}": p for name, p in dict(network.named_parameters()).items()}
+    loss = lambda w, x, y: F.cross_entropy(compiled(w, x), y)
+    found = meta_gradient(loss, w, make_episodes(tasks=1), inner_lr=0.1, steps=1).grad
+    learner = Learner(network)
+    expected = meta_gradient(
+        lambda w, x, y: F.cross_entropy(learner(w, x), y), learner.params, make_episodes(tasks=1), inner_lr=0.1, steps=1
+    ).grad
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[f"_orig_mod.{name}"], tensor)
