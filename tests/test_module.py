@@ -65,7 +65,7 @@ def test_one_sgd_step_is_the_meta_gradient(tmp_path: Path, algorithm: type[MAML]
         curvature=algorithm.curvature,
         query_loss=query_loss,
     ).grad
-    module = algorithm(network, inner_lr=0.3, train_steps=2, optimizer=sgd(), batch_norm=batch_norm)
+    module = algorithm(network, inner_lr=0.3, train_steps=2, optimizer=sgd(), batch_norm=batch_norm, tasks="loop")  # as above
     trainer(tmp_path, precision="64-true").fit(module, DataLoader([episodes], batch_size=None))
     moved = {name: before[name] - p for name, p in parameters(network).items()}
     assert relative_error(moved, expected) < 1e-12
