@@ -9,7 +9,7 @@ from lightning_maml.batch_statistics import batch_norms, entering_statistics, fo
 from lightning_maml.functional import Params
 from lightning_maml.learner import BatchNormPolicy
 
-ADAPTED_AT_ONCE = 16
+ADAPTED_AT_ONCE = 32
 """Tasks that are vectorised at once by default: more are slower on a CPU, where what they need outgrows its caches."""
 
 

@@ -161,18 +161,17 @@ class MAML(EpisodicModule):
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
             it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
-            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Many tasks are vectorised, ``chunk_size`` or
-            else 16 at once and on the CPU in threads; with ``tasks="loop"`` the adaptation is not, but their network still is.
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Many tasks are vectorised, ``chunk_size`` or else 32 at once;
+            with ``tasks="loop"`` the adaptation is not, but their network still is.
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
             support_x, support_y = support_x[None], support_y[None]
         steps = self.test_steps if steps is None else steps
         network = structural_copy(self.network).eval()
-        in_threads = self.device.type == "cpu" and torch.get_num_threads() > 1
-        tasks: TaskExecution = "loop" if of_one or self._tasks == "loop" else "threads" if in_threads else "vmap"
+        tasks: TaskExecution = "loop" if of_one or self._tasks == "loop" else "vmap"
         chunk_size = None if tasks == "loop" else self._chunk_size or ADAPTED_AT_ONCE
-        learner = Learner(network, self.batch_norm, vectorised=are_stacked(tasks, chunk_size), derivatives=1)
+        learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap", derivatives=1)
         self._check(learner, Episodes(support_x, support_y, support_x, support_y))
         adapted = adapted_parameters(
             [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],
