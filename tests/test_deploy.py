@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from networks import WAYS, build, make_episodes
 from torch import nn
 
-from lightning_maml import ANIL, MAML, AdaptedNetworks, Conv4, Episodes, MetaSGD
+from lightning_maml import ANIL, MAML, AdaptedNetworks, Conv4, Episodes, MetaSGD, ResNet12
 
 
 def model_and_episodes(batch_norm: str = "batch", algorithm: type[MAML] = MAML, **arguments) -> tuple[MAML, Episodes]:
@@ -185,3 +185,10 @@ def test_adaptation_to_images_of_several_channels(tasks: str, many: bool) -> Non
     outputs = model.adapt(x, y)(queries) if many else torch.stack([model.adapt(x[t], y[t])(queries[t]) for t in range(3)])
     expected = model.evaluate(Episodes(x, y, queries, torch.arange(2).repeat(3, 3)[:, :5])).aux[:, -1]
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_that_vmap_cannot_take_are_not_stacked_by_auto() -> None:
+    network = ResNet12(1, 2, widths=(4, 4, 4, 4), drop_block=0.1, drop_block_size=1)
+    labels = torch.arange(2).repeat(2, 2)
+    episodes = Episodes(torch.rand(2, 4, 1, 16, 16), labels, torch.rand(2, 4, 1, 16, 16), labels)
+    assert MAML(network, inner_lr=0.1, chunk_size=2).meta_loss(episodes).isfinite()

@@ -328,3 +328,11 @@ def test_episodes_that_do_not_fit_are_refused(change: dict, message: str) -> Non
     network = build("mlp")
     with pytest.raises(ValueError, match=message):
         meta_gradient(plain_loss(network), leaves(network), make_episodes()._replace(**change), inner_lr=0.1, steps=1)
+
+
+@pytest.mark.parametrize("tasks", ["loop", "vmap"])
+def test_a_loss_that_is_no_scalar_is_refused(tasks: str) -> None:
+    learner = Learner(build("mlp"), vectorised=tasks == "vmap")
+    loss = lambda w, x, y: F.cross_entropy(learner(w, x), y, reduction="none")
+    with pytest.raises(ValueError, match=r"to be a scalar but got shape \[6\]; use reduction='mean'"):
+        meta_gradient(loss, learner.params, make_episodes(), inner_lr=RATE, steps=1, tasks=tasks)
