@@ -38,7 +38,7 @@ class HFMAML(MAML):
     it does worse than :class:`FOMAML`, so it warns about them. Use GELU, softplus or SiLU with strides or average pooling.
 
     Args:
-        network: As in :class:`MAML`, as are all arguments but the last.
+        network: As in :class:`MAML`, as are all arguments but ``probe_radius``.
         inner_lr: alpha.
         train_steps: N.
         test_steps: K.
@@ -53,6 +53,7 @@ class HFMAML(MAML):
         inner_rates: Whether and how the inner rates are learned.
         probe_radius: h, how far from the inner point the two gradients are taken, in units of the parameters; by default the cube root of
             the machine epsilon (4.9e-3 in float32).
+        compiled: Whether to compile the meta-gradient.
     """
 
     curvature = "finite_difference"
@@ -73,10 +74,11 @@ class HFMAML(MAML):
         head: str | None = None,
         inner_rates: InnerRatesName | None = None,
         probe_radius: float | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__(
             *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
-            *(adapt, head, inner_rates),
+            *(adapt, head, inner_rates, compiled),
         )
         hessian_vector_product(self.curvature, probe_radius)  # refuses a radius that is not positive
         self.save_hyperparameters("probe_radius")
@@ -192,6 +194,7 @@ class Reptile(MAML):
 
     curvature = "none"
     learns_rates = False
+    compiles = False
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
         return reptile_gradient(**self._arguments(learner, episodes, self.train_steps), inner_lr=self._rates(), steps=self.train_steps)

@@ -97,7 +97,7 @@ def implicit_gradient(
             support = Objective(losses.support[-1](w_N), stack)
             if product is not None:
                 v = pull_back_implicitly(v, lambda p: product(support, w_N, p), [*rates[-1]], strength, cg_steps, stack)
-            return MetaGradient(v, value, aux, [{}] * steps)
+            return MetaGradient(stack.sum(v), value, aux, [{}] * steps)
 
         return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
 

@@ -1,5 +1,7 @@
 """Convolution and batch norm as a learner computes them."""
 
+import warnings
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -9,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_maml.second_derivatives import BatchNorm, Convolution, times_differentiated
+from lightning_maml.stack import in_stack
+
+warnings.filterwarnings("ignore", "There is a performance drop .* batching rule for aten::as_strided_")  # pooling to 1 x 1 is cheap
 
 
 class TaskConvolution:
@@ -20,37 +25,55 @@ class TaskConvolution:
             times faster. ``"first"``: they stay as they are.
     """
 
-    def __init__(self, layer: Any, channels: Literal["first", "last"]) -> None:
+    def __init__(self, layer: Any, channels: Literal["first", "last"], vectorised: bool) -> None:
         self.channels = channels
-        self._layer = layer
+        self._layer, self._vectorised = layer, vectorised
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the layer returns for ``x``."""
         layer = self._layer
-        if x.ndim == 4 and x.device.type == "cpu" and self.channels == "last":
-            x = channels_last(x)
-        if x.ndim != len(layer.kernel_size) + 2 or not _writes_out_derivatives(x):
-            y: Tensor = type(layer).forward(layer, x)
+        is_batch = x.ndim == len(layer.kernel_size) + 2
+        if is_batch and _is_side_by_side():
+            y: Tensor = SideBySide.apply(self._side_by_side, x, layer.weight, layer.bias)
+        elif is_batch and not self._vectorised:
+            y = self._convolved(1, x, layer.weight, layer.bias)
         else:
-            y = Convolution.apply(x, layer.weight, layer.bias, (layer.stride, layer.padding, layer.dilation, layer.groups))
+            y = type(layer).forward(layer, x)
         return y
+
+    def _side_by_side(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        tasks = x.shape[1]
+        if weight.ndim < x.ndim:  # shared
+            return _unflattened(self._convolved(1, x.flatten(0, 1), weight, bias), 0, tasks)
+        y = self._convolved(tasks, x.flatten(1, 2), weight.flatten(0, 1), None if bias is None else bias.flatten())
+        return _unflattened(y, 1, tasks)
+
+    def _convolved(self, tasks: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        layer = self._layer
+        if x.ndim == 4 and x.device.type == "cpu" and self.channels == "last":
+            x, weight = channels_last(x), weight.contiguous(memory_format=torch.channels_last)  # once, and not in each derivative
+        geometry = (layer.stride, layer.padding, layer.dilation, tasks * layer.groups)
+        if _writes_out_derivatives(x):
+            y: Tensor = Convolution.apply(x, weight, bias, geometry)
+            return y
+        return (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3](x, weight, bias, *geometry)
 
 
 class TaskNorm:
     """The forward pass of ``layer`` by the statistics of the batch at hand, or of its first part, ``context``."""
 
-    def __init__(self, layer: _BatchNorm, fused: bool) -> None:
+    def __init__(self, layer: _BatchNorm, vectorised: bool) -> None:
         self.context = Fraction(0)
-        self._layer, self._fused = layer, fused
+        self._layer, self._vectorised = layer, vectorised
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the normalised ``x``, ``[B, C, ...]``."""
         weight, bias, eps = self._layer.weight, self._layer.bias, self._layer.eps
-        if self._fused and not self.context:
-            if weight is None or bias is None or not _writes_out_derivatives(x):
-                return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
-            z: Tensor = BatchNorm.apply(x, weight, bias, eps)
+        if _is_side_by_side() and not self.context:
+            z: Tensor = SideBySide.apply(self._side_by_side, x, weight, bias)
             return z
+        if not self._vectorised and not self.context:
+            return self._normalised(x, weight, bias)
         rows = int(self.context * len(x)) if self.context else len(x)
         all_but_channels = [0, *range(2, x.ndim)]
         away = x - x[:rows].mean(all_but_channels, keepdim=True)
@@ -60,6 +83,49 @@ class TaskNorm:
         per_channel = (-1, *[1] * (x.ndim - 2))
         return away * (scale * weight.view(per_channel)) + bias.view(per_channel)
 
+    def _side_by_side(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        tasks = x.shape[1]
+        of_all = (None if p is None else p.expand(tasks, -1).flatten() for p in parameters)
+        return _unflattened(self._normalised(x.flatten(1, 2), *of_all), 1, tasks)
+
+    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if weight is None or bias is None or not _writes_out_derivatives(x):
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=self._layer.eps)
+        z: Tensor = BatchNorm.apply(x, weight, bias, self._layer.eps)
+        return z
+
+
+class SideBySide(torch.autograd.Function):
+    """``SideBySide.apply(layer, x, *parameters)``: one layer for all tasks of a stack.
+
+    ``layer(x, *parameters)`` computes it for ``x``, ``[B, T, C, ...]``, and parameters that are all ``[T, ...]``, or all shared. It is
+    called outside of ``vmap``, where it may use what ``vmap`` does not take.
+    """
+
+    @staticmethod
+    def forward(layer: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
+        """Return the layer where nothing is stacked, as for constants."""
+        return layer(x.unsqueeze(1), *parameters).squeeze(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep nothing: of constants there is no gradient."""
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], layer: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None
+    ) -> tuple[Tensor, int]:
+        """Return the layers of all tasks, which are the second dimension."""
+        _, of_x, *of_parameters = in_dims
+        tasks: int = info.batch_size
+        x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:]) if of_x is None else x.movedim(of_x, 1)
+        own = any(dim is not None for dim in of_parameters)
+        stacked = [
+            p.expand(tasks, *p.shape) if p is not None and own and dim is None else p
+            for p, dim in zip(parameters, of_parameters, strict=True)
+        ]
+        return layer(x, *stacked), 1
+
 
 def is_plain_convolution(module: nn.Module) -> bool:
     """Return whether ``module`` is one of torch's convolutions, unchanged, that pads with zeros, if at all."""
@@ -68,6 +134,17 @@ def is_plain_convolution(module: nn.Module) -> bool:
     kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind))
     own = type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
     return own and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _unflattened(x: Tensor, dim: int, tasks: int) -> Tensor:
+    """Return ``x`` with the tasks as dimension 1, which so far share dimension ``dim`` with another."""
+    size = (-1, tasks) if dim == 0 else (tasks, -1)
+    return x.reshape(*x.shape[:dim], *size, *x.shape[dim + 1 :])
+
+
+def _is_side_by_side() -> bool:
+    """Return whether a stack's layer is one: ``torch.func``'s derivatives, which nobody announces, do not see through it."""
+    return in_stack() and times_differentiated() > 0
 
 
 def _writes_out_derivatives(x: Tensor) -> bool:

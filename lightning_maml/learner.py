@@ -36,23 +36,20 @@ class Learner:
             on the query set (transductive, as in the MAML papers). ``"support"``: those of the support set, on both sets. ``"running"``:
             the running averages in the layers that are in evaluation mode, and the batch's in those in training mode; ``"per_step"``: the same,
             with the averages that are given to the call.
-        vectorised: It is called under ``vmap``, where images stay as they are in memory.
-        derivatives: How many are taken at most; of two under ``vmap`` batch norm is written in slower primitives.
+        vectorised: It is called under ``vmap``.
 
     Raises:
         ValueError: If there is no such policy, or it does not fit the network's batch norm: no running averages for ``"running"``, or a class with a forward
             pass of its own for ``"support"``.
     """
 
-    def __init__(
-        self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False, derivatives: Literal[1, 2] = 2
-    ) -> None:
+    def __init__(self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False) -> None:
         if batch_norm not in get_args(BatchNormPolicy):
             raise ValueError(f"Expected `batch_norm` to be 'batch', 'support', 'running' or 'per_step' but got {batch_norm!r}.")
         self.params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self._network = network
         self._batch_norm = batch_norm
-        self._vectorised, self._fused = vectorised, not vectorised or derivatives == 1
+        self._vectorised = vectorised
         self._own = threading.local()
         norms = [*batch_norms(network)]
         self.uses_support_statistics = batch_norm == "support" and bool(norms)
@@ -139,8 +136,8 @@ class Learner:
             for module in network.modules():
                 if isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
                     self._take_statistics_of_the_batch(module)
-                elif not self._vectorised and is_plain_convolution(module):
-                    module.forward = TaskConvolution(module, "first" if self._network in _VIEWING else "last")
+                elif is_plain_convolution(module):
+                    module.forward = TaskConvolution(module, "first" if self._network in _VIEWING else "last", self._vectorised)
                     self._own.convolutions.append(module.forward)
             self._own.network, self._own.places, self._own.buffers = network, _places(network), dict(network.named_buffers())
         own: nn.Module = self._own.network
@@ -149,7 +146,7 @@ class Learner:
     def _take_statistics_of_the_batch(self, norm: _BatchNorm) -> None:
         forget_running_averages(norm)
         if not _has_own_forward(norm):
-            norm.forward = TaskNorm(norm, fused=self._fused)  # type: ignore[method-assign, assignment]
+            norm.forward = TaskNorm(norm, self._vectorised)  # type: ignore[method-assign, assignment]
             self._own.norms.append(norm.forward)
 
 

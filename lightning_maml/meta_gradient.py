@@ -22,7 +22,7 @@ from lightning_maml.adapt import (
 )
 from lightning_maml.curvature import CurvatureName, HessianVectorProduct, exact, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
-from lightning_maml.functional import Params, axpy, differentiable, dot, scaled
+from lightning_maml.functional import Params, axpy, differentiable, scaled
 from lightning_maml.objective import Objective, twice_differentiable
 from lightning_maml.rates import InnerRates, Rates, applied, gradient_of_rates, learned, rates_of_steps, without_graph
 from lightning_maml.stack import Stack
@@ -30,6 +30,9 @@ from lightning_maml.task_map import TaskExecution, map_tasks
 
 Encode = Callable[[Params, Any], tuple[Tensor, Tensor]]
 """``encode(params, task)``: the features of one task's support and query inputs."""
+
+Call = Callable[..., Any]
+"""``call(function, *inputs)`` returns ``function(*inputs)``, where the function depends on tensors among its inputs alone."""
 
 _FEATURES = ("(features of the support set)", "(features of the query set)")  # no parameters' names
 
@@ -103,6 +106,7 @@ def meta_gradient(
     chunk_size: int | None = None,
     step_weights: Sequence[float] | None = None,
     encode: Encode | None = None,
+    call: Call | None = None,
 ) -> MetaGradient:
     """Return the mean over tasks of the meta-gradient.
 
@@ -132,6 +136,7 @@ def meta_gradient(
             2019, section 4); by default 0 .. 0, 1. The query losses returned are those after step N in any case.
         encode: ``encode(params, task)``, the features of a task's support and query inputs, which take these inputs' place; for
             ``Episodes`` of which only what follows the features adapts. They are computed once per task.
+        call: What calls the function of each chunk, a compiler for instance.
 
     Returns:
         The meta-gradient, the query losses ``[T]`` and aux, all detached.
@@ -161,20 +166,25 @@ def meta_gradient(
         params = {name: differentiable(tensor) for name, tensor in params.items()}
         rates = without_graph(rates)
 
-        def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
+        def of_tasks(stack: Stack, params: Params, rates: list[Rates], task: AnyEpisodes) -> MetaGradient:
             def at(w: Params, loss: Loss | Sequence[Loss], query_loss: QueryLoss | Sequence[QueryLoss] | None) -> MetaGradient:
                 losses = task_losses(loss, task, steps, query_loss, has_aux, sample, stack)
                 return pull_back(losses, partial(Objective, stack=stack), w, rates, product, step_weights)
 
             w = stack.shared(params)
             if encode is None:
-                return at(w, loss, query_loss)
+                return summed(at(w, loss, query_loss), stack)
             features, back = Objective.pull_back(lambda w: stack.each(encode)(w, task), w)
             result = at(w | dict(zip(_FEATURES, features, strict=True)), *_of_features(loss, query_loss))
             through = back(tuple(result.grad[name] for name in _FEATURES))
-            return result._replace(grad=axpy(1.0, result.grad, through))
+            return summed(result._replace(grad=axpy(1.0, result.grad, through)), stack)
 
-        return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
+        def called(task: AnyEpisodes, stack: Stack) -> MetaGradient:
+            of_stack = partial(of_tasks, stack)
+            result: MetaGradient = of_stack(params, rates, task) if call is None else call(of_stack, params, rates, task)
+            return result
+
+        return mean_over_tasks(called, episodes, tasks, chunk_size)
 
 
 def _of_features(loss: Any, query_loss: Any) -> tuple[Loss, QueryLoss]:
@@ -187,14 +197,19 @@ def _of_features(loss: Any, query_loss: Any) -> tuple[Loss, QueryLoss]:
     return lambda w, x, y: loss(w, w[support], y), of_query
 
 
+def summed(result: MetaGradient, stack: Stack) -> MetaGradient:
+    """Return the tasks' gradients as their sums."""
+    return result._replace(grad=stack.sum(result.grad), inner_lr=[stack.sum(of_step) for of_step in result.inner_lr])
+
+
 def mean_over_tasks(
     of_tasks: Callable[[AnyEpisodes, Stack], MetaGradient], episodes: AnyEpisodes, tasks: TaskExecution, chunk_size: int | None
 ) -> MetaGradient:
-    """Return the mean of the tasks' gradients, with the query losses and aux of each task."""
+    """Return the mean of the tasks' gradients, whose sums ``of_tasks`` returns, with the query losses and aux of each task."""
     totals: list[Params] = []
     rest = []
     for chunk in map_tasks(of_tasks, episodes, tasks=tasks, chunk_size=chunk_size):
-        sums = [{name: tensor.sum(0) for name, tensor in part.items()} for part in (chunk.grad, *chunk.inner_lr)]
+        sums = [{name: tensor[0] for name, tensor in part.items()} for part in (chunk.grad, *chunk.inner_lr)]
         totals = [axpy(1.0, *pair) for pair in zip(sums, totals, strict=True)] if totals else sums
         rest.append((chunk.query_loss, chunk.aux))
     query_losses, aux = cat_chunks(rest)
@@ -209,5 +224,19 @@ def surrogate(points: Iterable[Params], gradients: Iterable[Params], query_loss:
     So Lightning's own backward pass deposits the meta-gradient, and all that hangs on it (all-reduce, scaling, clipping, accumulation)
     works.
     """
-    inner = torch.stack([dot(gradient, point) for point, gradient in zip(points, gradients, strict=True) if gradient]).sum()
-    return inner - inner.detach() + query_loss.mean()
+    pairs = [(point[name], gradient[name]) for point, gradient in zip(points, gradients, strict=True) for name in gradient]
+    value: Tensor = _WithGradients.apply(query_loss.mean(), [gradient for _, gradient in pairs], *(point for point, _ in pairs))
+    return value
+
+
+class _WithGradients(torch.autograd.Function):
+    """``_WithGradients.apply(value, gradients, *points)``: the value, with these gradients with respect to the points."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *points: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(g * gradient for gradient in ctx.gradients)

@@ -1,5 +1,6 @@
 """MAML as a Lightning module; its variants are in algorithms.py, the mathematics in meta_gradient.py."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -12,6 +13,7 @@ from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, cat_chunks, check_step_count
 from lightning_maml.batch_statistics import StepStatistics, batch_norms, entering_statistics, forget_running_averages
+from lightning_maml.compilation import Compiler
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, support_set
@@ -25,6 +27,7 @@ from lightning_maml.episodic_module import (
     drops_blocks,
     with_accuracy,
 )
+from lightning_maml.execution import Execution, for_cpu, takes_stacks
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
@@ -58,14 +61,18 @@ class MAML(EpisodicModule):
         optimizer: From parameters to the meta-optimizer; by default Adam with its rate of 1e-3.
         lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
         tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: all as one; ``"auto"``: threads on
-            the CPU (a loop where dropout is active), vmap elsewhere.
-        chunk_size: Tasks that are one, vectorised, in a step of the loop or of a thread, or with ``"vmap"``; by default one, and all.
+            the CPU (a loop where dropout is active), with small tasks stacked where ``vmap`` takes the network, and vmap elsewhere.
+        chunk_size: Tasks that are one, vectorised, in a step of the loop or of a thread, or with ``"vmap"``; by default one, and all, and
+            with ``"auto"`` what suits their size.
         adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what the
             class is named for: all, :class:`ANIL` its head, :class:`BOIL` its body.
         head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own.
         inner_rates: ``"fixed"``: all are ``inner_lr``; or learned with the network, from ``inner_lr`` on: ``"per_layer"`` (one for each
             parameter tensor), ``"per_layer_and_step"`` or ``"per_parameter"`` (one for each element). By default fixed; learned by
             :class:`LSLR` per layer and step, by :class:`MetaSGD` per parameter.
+        compiled: Compile the meta-gradient as a whole, all tasks (or ``chunk_size``) as one, at the first batch of each shape: it takes from
+            20 seconds to minutes, and pays for small networks. Numbers and flags that the network or the loss look at stay what they were
+            then.
 
     Raises:
         ValueError: If an argument is out of range; in a step, if the network's outputs do not fit the episode's labels.
@@ -76,6 +83,7 @@ class MAML(EpisodicModule):
     default_adapt: ClassVar[PartName] = "all"
     default_inner_rates: ClassVar[InnerRatesName] = "fixed"
     learns_rates: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -92,6 +100,7 @@ class MAML(EpisodicModule):
         adapt: PartName | None = None,
         head: str | None = None,
         inner_rates: InnerRatesName | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
         check_step_count(train_steps, "train_steps")
@@ -100,7 +109,9 @@ class MAML(EpisodicModule):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got {tasks!r}.")
         check_chunk_size(chunk_size)
         plain = {"inner_lr": inner_lr, "train_steps": train_steps, "test_steps": test_steps, "batch_norm": batch_norm, "tasks": tasks}
-        self.save_hyperparameters(plain | {"chunk_size": chunk_size, "adapt": adapt, "head": head, "inner_rates": inner_rates})
+        self.save_hyperparameters(
+            plain | {"chunk_size": chunk_size, "adapt": adapt, "head": head, "inner_rates": inner_rates, "compiled": compiled}
+        )
         inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
         if inner_rates not in ("fixed", *get_args(LearnedRatesName)):
             names = ", ".join(map(repr, get_args(LearnedRatesName)))
@@ -119,6 +130,20 @@ class MAML(EpisodicModule):
         self.step_statistics = StepStatistics(network, train_steps) if batch_norm == "per_step" else None
         self.probe_radius: float | None = None
         self._tasks, self._chunk_size = tasks, chunk_size
+        if compiled:
+            self._check_that_it_compiles()
+        self._compiler = Compiler() if compiled else None
+        self._stackable: dict[tuple[torch.Size, bool], bool] = {}
+
+    def _check_that_it_compiles(self) -> None:
+        reasons = {
+            f"{type(self).__name__}, which has no gradient to compile": not self.compiles,
+            "batch_norm='per_step', whose averages change": self.step_statistics is not None,
+            f"tasks={self._tasks!r}": self._tasks in ("loop", "threads"),
+            "a network that draws random numbers": self._is_random(),
+        }
+        if wrong := [reason for reason, holds in reasons.items() if holds]:
+            raise ValueError(f"Expected a meta-gradient of stacked tasks with `compiled=True` but got {wrong[0]}; leave it uncompiled.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose learned rates or step averages are not those of this model, before its weights are looked at.
@@ -144,7 +169,7 @@ class MAML(EpisodicModule):
         Returns:
             The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K steps.
         """
-        learner = self._learner()
+        learner = self._learner(episodes)
         self._check(learner, episodes)
         return self._adapt(learner, episodes, self.test_steps)
 
@@ -171,7 +196,7 @@ class MAML(EpisodicModule):
         network = structural_copy(self.network).eval()
         tasks: TaskExecution = "loop" if of_one or self._tasks == "loop" else "vmap"
         chunk_size = None if tasks == "loop" else self._chunk_size or ADAPTED_AT_ONCE
-        learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap", derivatives=1)
+        learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
         self._check(learner, Episodes(support_x, support_y, support_x, support_y))
         adapted = adapted_parameters(
             [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],
@@ -189,7 +214,7 @@ class MAML(EpisodicModule):
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""
-        learner = self._learner()
+        learner = self._learner(episodes)
         return (self._training_gradient(learner, episodes) if curvature is None else self._meta_gradient(learner, episodes, curvature)).grad
 
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
@@ -208,11 +233,11 @@ class MAML(EpisodicModule):
                 f"adapt={self.adapts!r} with {'fixed' if self.learned_rates is None else 'learned'} rates; use adapt='all' and "
                 "inner_rates='fixed'."
             )
-        return Probe(**self._arguments(self._learner(), episodes), progress=progress)
+        return Probe(**self._arguments(self._learner(episodes), episodes), progress=progress)
 
     @override
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
-        learner, rates = self._learner(), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
+        learner, rates = self._learner(episodes), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
         self._check(learner, episodes)
         result = self._training_gradient(learner, episodes)
         self._stop_unless_finite(result)
@@ -222,7 +247,7 @@ class MAML(EpisodicModule):
 
     @override
     def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
-        curve = self._adapt(self._learner(), episodes, 0)
+        curve = self._adapt(self._learner(episodes), episodes, 0)
         return before(with_accuracy(curve.loss, curve.aux, episodes))
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
@@ -233,11 +258,17 @@ class MAML(EpisodicModule):
     ) -> MetaGradient:
         arguments = self._arguments(learner, episodes, self.train_steps)
         if (head := self._head_that_ends(learner, episodes)) is not None:
-            reader = self._head_learner(head)
+            reader = self._head_learner(head, self._execution(episodes))
             losses = {"loss": self._support_loss(reader), "query_loss": self._query_loss(reader)}
             arguments |= losses | {"encode": partial(self._encode, learner, head)}
+        call = None
+        if self._compiler is not None:
+            modes = tuple(module.training for module in self.network.modules())
+            weights = None if step_weights is None else tuple(step_weights)
+            call = partial(self._compiler, (curvature, self.probe_radius, weights, modes, head))
         return meta_gradient(
             **arguments,
+            call=call,
             inner_lr=self._rates(),
             steps=self.train_steps,
             curvature=curvature,
@@ -246,16 +277,15 @@ class MAML(EpisodicModule):
         )
 
     def _adapt(self, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
+        execution = self._execution(episodes)
         if (head := self._head_that_ends(learner, episodes)) is not None:
             with torch.inference_mode(False), torch.no_grad():
                 episodes = type(episodes)(*map(differentiable, episodes))
                 encode = partial(self._encode, learner, head, learner.params)
-                chunks = map_tasks(
-                    lambda task, stack: stack.each(encode)(task), episodes, tasks=self._task_execution(), chunk_size=self._tasks_as_one()
-                )
+                chunks = map_tasks(lambda task, stack: stack.each(encode)(task), episodes, **execution._asdict())
                 support_x, query_x = cat_chunks([*chunks])
-            learner, episodes = self._head_learner(head), episodes._replace(support_x=support_x, query_x=query_x)
-        return adaptation_curve(**self._arguments(learner, episodes, steps), inner_lr=self._rates(), steps=steps)
+            learner, episodes = self._head_learner(head, execution), episodes._replace(support_x=support_x, query_x=query_x)
+        return adaptation_curve(**self._arguments(learner, episodes, steps, execution), inner_lr=self._rates(), steps=steps)
 
     def _head_that_ends(self, learner: Learner, episodes: AnyEpisodes) -> str | None:
         """Return the head where it alone adapts and is the network's end, so that the features before it need computing once only."""
@@ -287,7 +317,9 @@ class MAML(EpisodicModule):
         rates: InnerRates = self.learned_rates(names)
         return rates
 
-    def _arguments(self, learner: Learner, episodes: AnyEpisodes, steps: int | None = None) -> dict[str, Any]:
+    def _arguments(
+        self, learner: Learner, episodes: AnyEpisodes, steps: int | None = None, execution: Execution | None = None
+    ) -> dict[str, Any]:
         """Return what the functions have in common, with losses for each of ``steps`` steps where batch norm has averages for each."""
         loss: Any = self._support_loss(learner)
         query_loss: Any = self._query_loss(learner)
@@ -299,25 +331,37 @@ class MAML(EpisodicModule):
             "episodes": episodes,
             "query_loss": query_loss,
             "has_aux": True,
-            "tasks": self._task_execution(),
-            "chunk_size": self._tasks_as_one(),
+            **(execution or self._execution(episodes))._asdict(),
         }
 
-    def _learner(self) -> Learner:
-        return Learner(self.network, self.batch_norm, vectorised=are_stacked(self._task_execution(), self._tasks_as_one()))
+    def _learner(self, episodes: AnyEpisodes) -> Learner:
+        return Learner(self.network, self.batch_norm, vectorised=are_stacked(*self._execution(episodes)))
 
-    def _head_learner(self, head: str) -> HeadLearner:
-        return HeadLearner(self.network, head, vectorised=are_stacked(self._task_execution(), self._tasks_as_one()))
+    def _head_learner(self, head: str, execution: Execution) -> HeadLearner:
+        return HeadLearner(self.network, head, vectorised=are_stacked(*execution))
 
-    def _task_execution(self) -> TaskExecution:
+    def _execution(self, episodes: AnyEpisodes) -> Execution:
+        """Return how these tasks are run: as the user has it, and what is left open by the device and the tasks' size."""
+        if self._compiler is not None:
+            return Execution("vmap", self._chunk_size)
+        chunk_size = None if drops_blocks(self.network) else self._chunk_size
         if self._tasks != "auto":
-            return self._tasks
+            return Execution(self._tasks, chunk_size)
         if self.device.type != "cpu" and not drops_blocks(self.network):
-            return "vmap"
-        return "loop" if self._is_random() or torch.get_num_threads() == 1 else "threads"
+            return Execution("vmap", chunk_size)
+        if self._is_random() or torch.get_num_threads() == 1:
+            return Execution("loop", chunk_size)
+        if chunk_size is not None:
+            return Execution("threads", chunk_size)
+        return for_cpu(episodes, self._adapting(), partial(self._takes_stacks, episodes))
 
-    def _tasks_as_one(self) -> int | None:
-        return None if drops_blocks(self.network) else self._chunk_size
+    def _takes_stacks(self, episodes: AnyEpisodes) -> bool:
+        x, y = support_set(type(episodes)(*(tensor[0] for tensor in episodes)))
+        kind = (x.shape, self.network.training)
+        if kind not in self._stackable:
+            learner = Learner(self.network, self.batch_norm, vectorised=True)
+            self._stackable[kind] = takes_stacks(self._support_loss(learner, self._averages(0)), learner.params, x, y)
+        return self._stackable[kind]
 
     def _is_random(self) -> bool:
         return drops_blocks(self.network) or any(module.training and _draws_random_numbers(module) for module in self.network.modules())
@@ -346,7 +390,7 @@ class MAML(EpisodicModule):
         super()._update_running_averages(episodes)
         if self.step_statistics is not None:
             first = type(episodes)(*(tensor[:1] for tensor in episodes))
-            arguments = self._arguments(self._learner(), first) | {"query_loss": self._entering, "tasks": "loop", "chunk_size": None}
+            arguments = self._arguments(self._learner(first), first) | {"query_loss": self._entering, "tasks": "loop", "chunk_size": None}
             found = adaptation_curve(**arguments, inner_lr=self._rates(), steps=self.train_steps).aux
             self.step_statistics.update({name: (mean[0], variance[0]) for name, (mean, variance) in found.items()})
 
@@ -377,8 +421,9 @@ class MAML(EpisodicModule):
         where = f"at step {self.global_step} (inner_lr={self.inner_lr}, train_steps={self.train_steps}); lower inner_lr or check the data."
         self._stop_unless_losses_are_finite(result.query_loss, where)
         of_rates = {f"inner rate {step} of {name}": rate for step, rates in enumerate(result.inner_lr) for name, rate in rates.items()}
-        broken = [name for name, gradient in (result.grad | of_rates).items() if not gradient.isfinite().all()]
-        if broken:
+        largest = {name: torch.linalg.vector_norm(gradient, float("inf")) for name, gradient in (result.grad | of_rates).items()}
+        if not math.isfinite(torch.stack([*largest.values()]).max()):
+            broken = [name for name, size in largest.items() if not size.isfinite()]
             raise FloatingPointError(f"Expected a finite meta-gradient but it is not finite in {broken} {where}")
 
 

@@ -73,7 +73,7 @@ class Objective:
     def pull_back(function: Callable[[Params], Tensors], w: Params) -> tuple[Tensors, Callable[[Tensors], Params]]:
         """Return ``function(w)``, without a graph, and what takes a gradient with respect to these tensors back to one with respect to ``w``."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiated(1):
             outputs = function(leaves)
         curved = [number for number, output in enumerate(outputs) if output.requires_grad]
 

@@ -13,6 +13,7 @@ from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, ch
 from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory, check_labels, drops_blocks
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
+from lightning_maml.second_derivatives import differentiated
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 
@@ -115,7 +116,8 @@ class ProtoNet(EpisodicModule):
         ways = self._check(learner, episodes)
 
         def of_one_task(task: Episodes) -> tuple[Tensor, Tensor]:
-            support, query = self._embed(learner, task)
+            with differentiated(1):
+                support, query = self._embed(learner, task)
             logits = -(query[:, None] - class_means(support, task.support_y, ways)).square().sum(-1)
             return self.loss(logits, task.query_y), logits
 
@@ -123,7 +125,7 @@ class ProtoNet(EpisodicModule):
         return loss, logits
 
     def _learner(self, network: nn.Module) -> Learner:
-        return Learner(network, self.batch_norm, vectorised=self._task_execution() == "vmap", derivatives=1)
+        return Learner(network, self.batch_norm, vectorised=self._task_execution() == "vmap")
 
     def _task_execution(self) -> TaskExecution:
         if self._tasks != "auto":

@@ -46,6 +46,6 @@ def reptile_gradient(
             losses = task_losses(loss, task, steps, query_loss, has_aux, None, stack)
             w_N = end_of_path(losses.support, partial(Objective, stack=stack), stack.shared(params), rates)
             value, aux = losses.query[-1](w_N)(w_N)
-            return MetaGradient(axpy(-1.0, w_N, stack.shared(params)), value, aux, [{}] * steps)
+            return MetaGradient(stack.sum(axpy(-1.0, w_N, stack.shared(params))), value, aux, [{}] * steps)
 
         return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)

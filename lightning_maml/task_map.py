@@ -36,7 +36,9 @@ def map_tasks(
         raise ValueError(f"Expected `tasks` to be 'loop', 'threads' or 'vmap' but got {tasks!r}.")
     stacked = are_stacked(tasks, chunk_size)
     size = chunk_size or (len(episodes.support_x) if stacked else 1)
-    chunks = [type(episodes)(*chunk) for chunk in zip(*(torch.split(tensor, size) for tensor in episodes), strict=True)]
+    chunks = [episodes]
+    if size < len(episodes.support_x):
+        chunks = [type(episodes)(*chunk) for chunk in zip(*(torch.split(tensor, size) for tensor in episodes), strict=True)]
 
     def of_chunk(chunk: AnyEpisodes) -> Any:
         if stacked:

@@ -20,6 +20,8 @@ ORDER = [
         "rates",
         "parts",
         "task_map",
+        "execution",
+        "compilation",
     ),
     *("adapt", "meta_gradient", "reptile", "implicit", "deploy"),
     *("theory", "measure", "report"),

@@ -1,0 +1,65 @@
+"""Compiles the meta-gradient of stacked tasks as a whole, the derivatives inside it included."""
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.functional import Params
+from lightning_maml.rates import Rates, learned
+
+OfTasks = Callable[[Params, Sequence[Rates], AnyEpisodes], Any]
+"""The parameters, each step's rates and tasks to tensors in dicts, lists and tuples."""
+
+
+class Compiler:
+    """Calls functions of tasks by programs that it compiles: one for each setting, and for each shape, type and device of the tensors.
+
+    A program is traced: what the function finds other than its tensors (numbers, attributes of a network) stays as it was then. Copies of a
+    compiler start without programs.
+    """
+
+    def __init__(self) -> None:
+        self._programs: dict[Hashable, Callable[..., Any]] = {}
+
+    def __reduce__(self) -> tuple[type["Compiler"], tuple[()]]:
+        return Compiler, ()
+
+    def __call__(self, setting: Hashable, function: OfTasks, params: Params, rates: Sequence[Rates], task: AnyEpisodes) -> Any:
+        """Return ``function(params, rates, task)``, where ``setting`` is all that the function depends on beside them."""
+        tensors = [*params.values(), *(rate for of_step in rates for rate in learned(of_step).values()), *task]
+        device = task.support_x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        numbers = tuple(tuple((name, None if isinstance(rate, Tensor) else rate) for name, rate in of_step.items()) for of_step in rates)
+        kind = (setting, autocast, type(task), tuple(params), numbers, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        with torch.no_grad():
+            if kind not in self._programs:
+                self._programs[kind] = _compiled(function, params, rates, task, tensors)
+            return self._programs[kind](tensors)
+
+
+def _compiled(
+    function: OfTasks, params: Params, rates: Sequence[Rates], task: AnyEpisodes, tensors: list[Tensor]
+) -> Callable[[list[Tensor]], Any]:
+    """Return the program, which has run once, as a function of the tensors."""
+    of_result: list[TreeSpec] = []
+
+    def of_tensors(*tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors)
+        w = {name: next(given) for name in params}
+        at = [{name: next(given) if isinstance(rate, Tensor) else rate for name, rate in of_step.items()} for of_step in rates]
+        found, result = tree_flatten(function(w, at, type(task)(*given)))
+        of_result.append(result)
+        return found
+
+    start = time.perf_counter()
+    program = torch.compile(make_fx(of_tensors)(*tensors))
+    program(*tensors)
+    rank_zero_info(f"Compiled the meta-gradient in {time.perf_counter() - start:.0f} s; it is used for batches of the same shapes.")
+    return lambda tensors: tree_unflatten(program(*tensors), of_result[0])

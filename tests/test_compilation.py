@@ -1,0 +1,67 @@
+"""Compiled meta-gradients: those of eager autograd, in every curvature, and refused where a program would be wrong."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import build, make_episodes, relative_error
+from test_meta_gradient import RATE, autograd_meta_gradient
+from torch import nn
+
+from lightning_maml import ANIL, FOMAML, HFMAML, LSLR, MAML, Reptile
+
+
+def test_a_compiled_gradient_is_autograds() -> None:
+    network, episodes = build("conv_batch_norm"), make_episodes()
+    compiled = MAML(network, RATE, 2, compiled=True).meta_gradient(episodes)
+    assert relative_error(compiled, autograd_meta_gradient(network, episodes, 2, F.cross_entropy)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "bound"),
+    [(HFMAML, 1e-7), *(pytest.param(algorithm, 1e-12, marks=pytest.mark.slow) for algorithm in (FOMAML, ANIL, LSLR))],
+)
+def test_every_algorithm_compiles(algorithm: type[MAML], bound: float) -> None:
+    network, episodes = build("mlp"), make_episodes(tasks=4)
+    plain = algorithm(network, RATE, 2, tasks="loop")
+    compiled = algorithm(copy.deepcopy(network), RATE, 2, compiled=True, chunk_size=2)
+    for model in (plain, compiled):
+        model.meta_loss(episodes).backward()
+    gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (plain, compiled)]
+    assert relative_error(*gradients) < bound
+
+
+def test_a_program_is_made_once_for_each_kind_of_batch(caplog: pytest.LogCaptureFixture) -> None:
+    model = MAML(build("mlp"), RATE, compiled=True)
+    plain = MAML(model.network, RATE)
+    with caplog.at_level(logging.INFO):
+        for seed in range(3):
+            episodes = make_episodes(seed=seed)
+            with torch.no_grad():
+                next(model.network.parameters()).mul_(1.1)
+            assert relative_error(model.meta_gradient(episodes), plain.meta_gradient(episodes)) < 1e-12
+        assert caplog.text.count("Compiled the meta-gradient in") == 1
+        model.meta_gradient(make_episodes(tasks=2))
+        assert caplog.text.count("Compiled the meta-gradient in") == 2
+        model.inner_lr = 2 * RATE
+        plain.inner_lr = 2 * RATE
+        assert relative_error(model.meta_gradient(episodes), plain.meta_gradient(episodes)) < 1e-12
+        assert caplog.text.count("Compiled the meta-gradient in") == 3
+    assert not copy.deepcopy(model)._compiler._programs
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Reptile(build("mlp"), RATE, compiled=True), "Reptile"),
+        (lambda: MAML(build("mlp"), RATE, tasks="threads", compiled=True), "tasks='threads'"),
+        (lambda: MAML(build("mlp"), RATE, tasks="loop", compiled=True), "tasks='loop'"),
+        (lambda: MAML(build("conv_batch_norm"), RATE, batch_norm="per_step", compiled=True), "per_step"),
+        (lambda: MAML(nn.Sequential(build("mlp"), nn.Dropout(0.1)), RATE, compiled=True), "random numbers"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected a meta-gradient of stacked tasks with `compiled=True` but got .*{message}"):
+        make()

@@ -1,0 +1,138 @@
+"""What "auto" chooses on the CPU: small tasks stacked where vmap takes the network, large ones one per core."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import build, make_episodes
+from torch import Tensor, nn
+
+from lightning_maml import HFMAML, MAML, Conv4, Episodes, ResampledEpisodes, ResNet12
+from lightning_maml.execution import FEWEST, Execution, for_cpu, takes_stacks
+from lightning_maml.functional import Params, axpy, norm
+from lightning_maml.learner import Learner
+
+
+def images(tasks: int, per_task: int, size: int = 28, channels: int = 1) -> Episodes:
+    x, y = torch.zeros(tasks, per_task, channels, size, size), torch.zeros(tasks, per_task, dtype=torch.long)
+    return Episodes(x, y, x, y)
+
+
+@pytest.fixture(params=[1, 2, 8])
+def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    return request.param
+
+
+def test_small_tasks_are_stacked_in_chunks_that_fit_the_caches_and_the_cores(cores: int) -> None:
+    found = for_cpu(images(32, 5), Conv4(1, 5, 28).features.state_dict(), lambda: True)
+    assert found == {1: Execution("loop", 8), 2: Execution("threads", 8), 8: Execution("threads", 4)}[cores]
+
+
+def test_a_few_small_tasks_are_one_stack(cores: int) -> None:
+    assert for_cpu(images(8, 5), Conv4(1, 5, 28).features.state_dict(), lambda: True) == Execution("vmap", None)
+
+
+@pytest.mark.parametrize(
+    ("episodes", "network"),
+    [
+        (images(32, 20), Conv4(1, 5, 28)),  # more images
+        (images(4, 80, 84, 3), Conv4(3, 5, 84)),
+        (images(32, 5), ResNet12(1, 5)),  # 8 million parameters
+        (images(FEWEST - 1, 5), Conv4(1, 5, 28)),
+    ],
+)
+def test_large_or_few_tasks_are_run_one_per_core(episodes: Episodes, network: nn.Module, cores: int) -> None:
+    expected = Execution("loop" if cores == 1 else "threads", None)
+    assert for_cpu(episodes, dict(network.named_parameters()), lambda: True) == expected
+
+
+def test_what_takes_no_stacks_is_run_one_per_core(cores: int) -> None:
+    assert for_cpu(images(32, 5), {}, lambda: False) == Execution("loop" if cores == 1 else "threads", None)
+
+
+class Branching(nn.Module):
+    """Looks at the values of its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = build("mlp")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x if x.mean() > 0 else -x)
+
+
+class Noisy(Branching):
+    """Random in its own way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + 0.01 * torch.randn_like(x))
+
+
+class Looping(Branching):
+    """Has an operation for which vmap makes a loop over the tasks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + torch.histc(torch.zeros(3).to(x), 3, 0, 1) + torch.bincount(x.detach().flatten().long())[0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_batch_norm", "conv_max_pool"])
+def test_usual_networks_take_stacks(name: str) -> None:
+    assert _takes_stacks(build(name))
+
+
+@pytest.mark.parametrize("network", [Branching, Noisy, Looping])
+def test_networks_that_vmap_refuses_or_slows_down_and_random_ones_take_none(network: type[nn.Module]) -> None:
+    made = network()
+    state = torch.get_rng_state()
+    assert not _takes_stacks(made)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_loss_that_looks_at_values_takes_no_stacks() -> None:
+    assert not _takes_stacks(build("mlp"), lambda outputs, y: outputs[y == 0].mean())
+
+
+def _takes_stacks(network: nn.Module, criterion=F.cross_entropy) -> bool:
+    network, episodes = network.double(), make_episodes()
+    learner = Learner(network, vectorised=True)
+
+    def loss(w: Params, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[()]]:
+        return criterion(learner(w, x), y), ()
+
+    return takes_stacks(loss, learner.params, episodes.support_x[0], episodes.support_y[0])
+
+
+@pytest.mark.parametrize("algorithm", [MAML, HFMAML])
+@pytest.mark.parametrize("name", ["mlp", "conv_group_norm", "conv_batch_norm", "conv_max_pool"])
+def test_auto_gives_the_gradients_of_a_loop(algorithm: type[MAML], name: str) -> None:
+    network, episodes = build(name), make_episodes(tasks=6)
+    of_loop = algorithm(network, 0.1, 2, tasks="loop").meta_gradient(episodes)
+    auto = algorithm(network, 0.1, 2)
+    assert auto._execution(episodes) == Execution("vmap", None)
+    error = norm(axpy(-1.0, of_loop, auto.meta_gradient(episodes))) / norm(of_loop)
+    assert error < (1e-12 if algorithm is MAML else 1e-7)
+
+
+def test_fresh_batches_are_stacked_too() -> None:
+    episodes = make_episodes(tasks=4)
+    x, y = (torch.stack([tensor, tensor.flip(1)], 1) for tensor in episodes[:2])
+    resampled = ResampledEpisodes(x, y, x, y, *episodes[2:])
+    network = build("conv_batch_norm")
+    auto = MAML(network, 0.1, 2)
+    assert auto._execution(resampled) == Execution("vmap", None)
+    of_loop = MAML(network, 0.1, 2, tasks="loop").meta_gradient(resampled)
+    assert norm(axpy(-1.0, of_loop, auto.meta_gradient(resampled))) < 1e-12 * norm(of_loop)
+
+
+@pytest.mark.parametrize("network", [Branching, Looping])
+def test_auto_trains_a_network_that_vmap_does_not_take(network: type[nn.Module]) -> None:
+    episodes = make_episodes(tasks=6)
+    auto = MAML(network().double(), 0.1)
+    assert auto._execution(episodes).tasks in ("loop", "threads")
+    auto.meta_loss(episodes).backward()
+    assert all(p.grad is not None for p in auto.network.parameters())
+
+
+def test_dropout_keeps_its_loop() -> None:
+    network = nn.Sequential(build("mlp"), nn.Dropout(0.5)).double()
+    assert MAML(network, 0.1)._execution(make_episodes(tasks=6)) == Execution("loop", None)
