@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12
-from lightning_maml.functional import Params, axpy, norm
+from lightning_maml.functional import axpy, norm
 
 OURS = {"ours-exact": MAML, "ours-fo": FOMAML, "ours-hf": HFMAML, "ours-compiled": partial(MAML, compiled=True)}
 FIRST_ORDER = ("ours-fo", "learn2learn-fo")
+TURN = 0.1
+"""Seconds of a method's turn at least, in which short calls follow each other as they do in training."""
 COMPILED = ("omniglot_5w1s_q1", "sinusoid")  # on the CPU it takes minutes for the others, and gains nothing
 
 
@@ -120,13 +122,14 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def seconds(function: Callable[[], object], device: str) -> float:
-    """Return the time of one call, to the end of what it started on the device."""
+def seconds(function: Callable[[], object], device: str, calls: int) -> float:
+    """Return the time of a call, one of so many in a row, to the end of what they started on the device."""
     start = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row]:
@@ -148,10 +151,11 @@ def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row
         of = expected[key in FIRST_ORDER]
         errors[key] = float(norm(axpy(-1.0, of, gradient)) / norm(of))
         peaks[key] = peak_mb(function, device)
+    calls = {key: max(1, int(TURN / seconds(function, device, 1))) for key, function in functions.items()}
     times: dict[str, list[float]] = {key: [] for key in functions}
     for _ in tqdm(range(rounds), desc=name):
         for key, function in functions.items():
-            times[key].append(1000 * seconds(function, device))
+            times[key].append(1000 * seconds(function, device, calls[key]))
     rows = []
     for key, values in times.items():
         first, median, third = statistics.quantiles(values, n=4)
@@ -178,7 +182,7 @@ def main() -> None:
     print("| workload | method | device | median, ms | quartiles apart, ms | relative error | peak, MB |\n|---|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row.workload} | {row.method} | {row.device} | {row.median_ms:.1f} | {row.iqr_ms:.1f} | {row.relative_error:.1e} "
+            f"| {row.workload} | {row.method} | {row.device} | {row.median_ms:.3g} | {row.iqr_ms:.2g} | {row.relative_error:.1e} "
             f"| {row.peak_mb:.0f} |"
         )
 

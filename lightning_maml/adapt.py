@@ -236,6 +236,8 @@ def first_of(function: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
 
 def cat_chunks(chunks: Sequence[Any]) -> Any:
     """Join the chunks that :func:`lightning_maml.task_map.map_tasks` yields along their task dimension."""
+    if len(chunks) == 1:
+        return chunks[0]
     return tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *chunks)
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from typing_extensions import override
@@ -61,7 +62,8 @@ class MAML(EpisodicModule):
         optimizer: From parameters to the meta-optimizer; by default Adam with its rate of 1e-3.
         lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
         tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: all as one; ``"auto"``: threads on
-            the CPU (a loop where dropout is active), with small tasks stacked where ``vmap`` takes the network, and vmap elsewhere.
+            the CPU (a loop where dropout is active), with small tasks stacked where ``vmap`` takes the network, and vmap elsewhere, of as
+            many tasks as there is memory for.
         chunk_size: Tasks that are one, vectorised, in a step of the loop or of a thread, or with ``"vmap"``; by default one, and all, and
             with ``"auto"`` what suits their size.
         adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what the
@@ -133,6 +135,7 @@ class MAML(EpisodicModule):
         if compiled:
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
+        self._fitting: int | None = None
         self._stackable: dict[tuple[torch.Size, bool], bool] = {}
 
     def _check_that_it_compiles(self) -> None:
@@ -169,6 +172,10 @@ class MAML(EpisodicModule):
         Returns:
             The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K steps.
         """
+        curve: AdaptationCurve = self._within_memory(self._evaluate, episodes)
+        return curve
+
+    def _evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
         learner = self._learner(episodes)
         self._check(learner, episodes)
         return self._adapt(learner, episodes, self.test_steps)
@@ -239,7 +246,7 @@ class MAML(EpisodicModule):
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
         learner, rates = self._learner(episodes), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
         self._check(learner, episodes)
-        result = self._training_gradient(learner, episodes)
+        result: MetaGradient = self._within_memory(partial(self._training_gradient, learner), episodes)
         self._stop_unless_finite(result)
         self._update_running_averages(episodes)
         loss = surrogate([learner.params, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss)
@@ -334,6 +341,19 @@ class MAML(EpisodicModule):
             **(execution or self._execution(episodes))._asdict(),
         }
 
+    def _within_memory(self, function: Callable[[AnyEpisodes], Any], episodes: AnyEpisodes) -> Any:
+        """Return ``function(episodes)``; where memory does not suffice for all tasks at once, and it is left open, stack half as many."""
+        while True:
+            try:
+                return function(episodes)
+            except torch.OutOfMemoryError:
+                stacked = self._fitting or len(episodes.support_x)
+                if self._execution(episodes) != Execution("vmap", self._fitting) or self._tasks != "auto" or stacked == 1:
+                    raise
+            self._fitting = stacked // 2
+            torch.get_device_module(self.device).empty_cache()
+            rank_zero_info(f"{self.device} has no memory for {stacked} tasks at once; from here on it takes {self._fitting}.")
+
     def _learner(self, episodes: AnyEpisodes) -> Learner:
         return Learner(self.network, self.batch_norm, vectorised=are_stacked(*self._execution(episodes)))
 
@@ -348,7 +368,7 @@ class MAML(EpisodicModule):
         if self._tasks != "auto":
             return Execution(self._tasks, chunk_size)
         if self.device.type != "cpu" and not drops_blocks(self.network):
-            return Execution("vmap", chunk_size)
+            return Execution("vmap", chunk_size or self._fitting)
         if self._is_random() or torch.get_num_threads() == 1:
             return Execution("loop", chunk_size)
         if chunk_size is not None:

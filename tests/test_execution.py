@@ -1,5 +1,7 @@
 """What "auto" chooses on the CPU: small tasks stacked where vmap takes the network, large ones one per core."""
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,3 +138,42 @@ def test_auto_trains_a_network_that_vmap_does_not_take(network: type[nn.Module])
 def test_dropout_keeps_its_loop() -> None:
     network = nn.Sequential(build("mlp"), nn.Dropout(0.5)).double()
     assert MAML(network, 0.1)._execution(make_episodes(tasks=6)) == Execution("loop", None)
+
+
+def test_what_memory_does_not_suffice_for_is_halved_until_it_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Accelerated(MAML):
+        """Is run as on an accelerator, whose memory is full with more than two tasks; no test machine has one that small."""
+
+        device = torch.device("cuda")
+
+        def _meta_gradient(self, learner, episodes, *rest):
+            if (self._execution(episodes).chunk_size or len(episodes.support_x)) > 2:
+                raise torch.OutOfMemoryError("full")
+            return super()._meta_gradient(learner, episodes, *rest)
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
+    network, episodes = build("mlp"), make_episodes(tasks=9)
+    model = Accelerated(network, 0.1)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            model.meta_loss(episodes)
+    assert model._execution(episodes) == Execution("vmap", 2)
+    assert caplog.text.count("memory") == 2  # 9 tasks, 4, 2
+    for given in ({"chunk_size": 4}, {"tasks": "vmap"}):
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            Accelerated(network, 0.1, **given).meta_loss(episodes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_takes_as_many_tasks_as_it_has_memory_for() -> None:
+    torch.cuda.empty_cache()
+    episodes = Episodes(*(tensor.cuda() for tensor in images(512, 40, 84, 3)))
+    torch.cuda.set_per_process_memory_fraction(2**33 / torch.cuda.mem_get_info()[1])  # 8 GiB
+    try:
+        model = MAML(Conv4(3, 5, 84, downsample="max"), 0.01).cuda()
+        model.meta_loss(episodes)
+        assert model._execution(episodes).chunk_size in range(1, 512)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
