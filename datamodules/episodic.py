@@ -6,6 +6,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, default_collate
 
+from lightning_maml.datamodules.prefetch import PrefetchingLoader
 from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resampling, Rotations, SmallClasses, TaskSampler
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 from lightning_maml.episodes import AnyEpisodes
@@ -45,7 +46,7 @@ class EpisodicDataModule(LightningDataModule):
         transforms: Of the images of whole episodes, on the device; by default none.
         small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
         seed: Of the episodes.
-        num_workers: Loader processes; drawing an episode takes about a millisecond, so 0 is mostly right.
+        num_workers: Loader processes; with 0, which is mostly right, a thread draws the next meta-batch while the current one is in use.
 
     Raises:
         ValueError: If a number is out of range; in ``setup``, if a split cannot serve the episodes asked for.
@@ -158,12 +159,13 @@ class EpisodicDataModule(LightningDataModule):
     def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[AnyEpisodes]:
         replicas, rank = self._replicas()
         sampler: Any = TaskSampler(tasks, fresh=fresh, num_replicas=replicas, rank=rank)
-        return DataLoader(
+        return PrefetchingLoader(
             self._dataset(split),
             batch_size=self.meta_batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
     def _replicas(self) -> tuple[int, int]:
