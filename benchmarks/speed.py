@@ -20,13 +20,21 @@ import torch
 import torch.nn.functional as F
 from peers import PEERS
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12
-from lightning_maml.functional import axpy, norm
+from lightning_maml.functional import Params, axpy, norm
 
-OURS = {"ours-exact": MAML, "ours-fo": FOMAML, "ours-hf": HFMAML, "ours-compiled": partial(MAML, compiled=True)}
-FIRST_ORDER = ("ours-fo", "learn2learn-fo")
+OURS = {
+    "ours-exact": MAML,
+    "ours-fo": FOMAML,
+    "ours-hf": HFMAML,
+    "ours-compiled": partial(MAML, compiled=True),
+    "ours-exact-bf16": MAML,
+    "ours-fo-bf16": FOMAML,
+}
+FIRST_ORDER = ("ours-fo", "ours-fo-bf16", "learn2learn-fo")
 TURN = 0.1
 """Seconds of a method's turn at least, in which short calls follow each other as they do in training."""
 COMPILED = ("omniglot_5w1s_q1", "sinusoid")  # on the CPU it takes minutes for the others, and gains nothing
@@ -100,8 +108,30 @@ def method(name: str, network: nn.Module, loss: Callable[[Tensor, Tensor], Tenso
     """Return what computes the meta-gradient once, by parameter names."""
     if name in PEERS:
         return lambda: PEERS[name](network, loss, episodes, workload.rate, workload.steps)
-    model = OURS[name](network, workload.rate, workload.steps, loss=loss).to(episodes.support_x.device)
-    return lambda: model.meta_gradient(episodes)
+    device = episodes.support_x.device
+    model = OURS[name](network, workload.rate, workload.steps, loss=loss).to(device)
+
+    def gradient() -> Params:
+        with torch.autocast(device.type, torch.bfloat16, enabled=name.endswith("bf16")):
+            return model.meta_gradient(episodes)
+
+    return gradient
+
+
+def limits(name: str, device: str) -> dict[str, float]:
+    """Return the milliseconds that exact and first-order meta-gradients would take at the machine's rate in large products of matrices."""
+    workload = WORKLOADS[name]
+    network = without_averages(workload.network()).to(device)
+    loss = F.mse_loss if workload.shape == (1,) else F.cross_entropy
+    a = torch.rand(4096, 4096, device=device)
+    rate = 2 * 4096**3 / min(seconds(lambda: a @ a, device, 1) for _ in range(5))
+    found = {}
+    for key in ("ours-exact", "ours-fo"):
+        model = OURS[key](network, workload.rate, workload.steps, loss=loss, tasks="loop").to(device)
+        with FlopCounterMode(display=False) as counter:
+            model.meta_gradient(workload.episodes(device))
+        found[key] = 1000 * counter.get_total_flops() / rate
+    return found
 
 
 def peak_mb(function: Callable[[], object], device: str) -> float:
@@ -185,6 +215,12 @@ def main() -> None:
             f"| {row.workload} | {row.method} | {row.device} | {row.median_ms:.3g} | {row.iqr_ms:.2g} | {row.relative_error:.1e} "
             f"| {row.peak_mb:.0f} |"
         )
+    print("\n| workload | method | its operations at the rate of large matrix products, ms | times as long |\n|---|---|---|---|")
+    for name in arguments.workload:
+        medians = {row.method: row.median_ms for row in rows if row.workload == name}
+        for key, limit in limits(name, arguments.device).items():
+            if key in medians:
+                print(f"| {name} | {key} | {limit:.3g} | {medians[key] / limit:.2g} |")
 
 
 if __name__ == "__main__":

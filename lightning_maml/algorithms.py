@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_maml.curvature import CurvatureName, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.episodic_module import LossFunction, OptimizerFactory, SchedulerFactory
+from lightning_maml.execution import TasksName
 from lightning_maml.functional import Params
 from lightning_maml.implicit import implicit_gradient, proximal
 from lightning_maml.learner import BatchNormPolicy, Learner
@@ -68,7 +69,7 @@ class HFMAML(MAML):
         batch_norm: BatchNormPolicy = "batch",
         optimizer: OptimizerFactory = torch.optim.Adam,
         lr_scheduler: SchedulerFactory | None = None,
-        tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
+        tasks: TasksName = "auto",
         chunk_size: int | None = None,
         adapt: PartName | None = None,
         head: str | None = None,
@@ -151,7 +152,7 @@ class MAMLPlusPlus(LSLR):
         batch_norm: BatchNormPolicy = "batch",
         optimizer: OptimizerFactory = torch.optim.Adam,
         lr_scheduler: SchedulerFactory | None = None,
-        tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
+        tasks: TasksName = "auto",
         chunk_size: int | None = None,
         adapt: PartName | None = None,
         head: str | None = None,
@@ -237,7 +238,7 @@ class IMAML(MAML):
         batch_norm: BatchNormPolicy = "batch",
         optimizer: OptimizerFactory = torch.optim.Adam,
         lr_scheduler: SchedulerFactory | None = None,
-        tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
+        tasks: TasksName = "auto",
         chunk_size: int | None = None,
         adapt: PartName | None = None,
         head: str | None = None,

@@ -9,7 +9,6 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torchvision.ops import DropBlock2d
 
 from lightning_maml.adapt import AdaptationCurve
 from lightning_maml.batch_statistics import batch_norms
@@ -173,11 +172,6 @@ class EpisodicModule(LightningModule):
                 batch_size=len(values),
                 sync_dist=not on_step,
             )
-
-
-def drops_blocks(network: nn.Module) -> bool:
-    """Return whether DropBlock is active, which fills its mask in place, as ``vmap`` cannot."""
-    return any(module.training and isinstance(module, DropBlock2d) for module in network.modules())
 
 
 def check_labels(episodes: AnyEpisodes, ways: int) -> None:

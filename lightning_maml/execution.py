@@ -2,16 +2,21 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
 
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.objective import Objective
+from lightning_maml.randomness import drops_blocks, is_random
 from lightning_maml.stack import Stack
-from lightning_maml.task_map import TaskExecution
+from lightning_maml.task_map import TaskExecution, check_chunk_size
+
+TasksName = Literal["auto"] | TaskExecution
+Result = TypeVar("Result")
 
 STACKED_INPUTS = 2**16
 """Numbers in the inputs of the tasks that are stacked on a CPU: with more, what a layer needs outgrows its caches (benchmarks/README.md)."""
@@ -30,7 +35,65 @@ class Execution(NamedTuple):
     chunk_size: int | None
 
 
-def for_cpu(episodes: AnyEpisodes, params: Params, takes_stacks: Callable[[], bool]) -> Execution:
+class Executor:
+    """Decides how a model's tasks are run: as the user has it, and what is left open by the device, the network and the tasks' size.
+
+    Args:
+        tasks: See :class:`lightning_maml.MAML`.
+        chunk_size: See there.
+        compiled: Tasks are stacked, so that they can be compiled.
+
+    Raises:
+        ValueError: If ``tasks`` is none of the four or does not stack what is to be compiled, or ``chunk_size`` is not positive.
+    """
+
+    def __init__(self, tasks: TasksName, chunk_size: int | None, compiled: bool) -> None:
+        if tasks not in ("auto", *get_args(TaskExecution)):
+            raise ValueError(f"Expected `tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got {tasks!r}.")
+        check_chunk_size(chunk_size)
+        if compiled and tasks not in ("auto", "vmap"):
+            raise ValueError(f"Expected `tasks` to be 'auto' or 'vmap' with `compiled=True` but got {tasks!r}; leave it uncompiled.")
+        self.tasks, self.chunk_size = tasks, chunk_size
+        self._compiled = compiled
+        self._fitting: int | None = None
+
+    def __call__(self, network: nn.Module, device: torch.device, episodes: AnyEpisodes, takes_stacks: Callable[[], bool]) -> Execution:
+        """Return how these tasks are run.
+
+        Args:
+            network: It decides by what it draws at random.
+            device: Where it is.
+            episodes: The meta-batch.
+            takes_stacks: Whether the network and its loss can be stacked; called where that would be a choice.
+        """
+        if self._compiled:
+            return Execution("vmap", self.chunk_size or self._fitting)
+        chunk_size = None if drops_blocks(network) else self.chunk_size
+        if self.tasks != "auto":
+            return Execution(self.tasks, chunk_size)
+        if device.type != "cpu" and not drops_blocks(network):
+            return Execution("vmap", chunk_size or self._fitting)
+        if is_random(network):
+            return Execution("loop", chunk_size)
+        if chunk_size is not None:
+            return Execution(_one_by_one(), chunk_size)
+        return for_cpu(episodes, sum(p.numel() for p in network.parameters()), takes_stacks)
+
+    def within_memory(self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes) -> Result:
+        """Return ``function(episodes)``; where the device has no memory for all tasks at once, and it is left open, half as many are stacked."""
+        while True:
+            try:
+                return function(episodes)
+            except torch.OutOfMemoryError:
+                stacked = self._fitting or len(episodes.support_x)
+                if self.tasks != "auto" or self.chunk_size is not None or stacked == 1:
+                    raise
+            self._fitting = stacked // 2
+            torch.get_device_module(episodes.support_x.device).empty_cache()
+            rank_zero_info(f"There is no memory for {stacked} tasks at once; from here on {self._fitting} are stacked.")
+
+
+def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], bool]) -> Execution:
     """Return what is fastest on the CPU for tasks of this size.
 
     A small task is mostly Python, which threads wait for each other in, and kernels that take microseconds: such tasks are stacked. Kernels
@@ -38,19 +101,21 @@ def for_cpu(episodes: AnyEpisodes, params: Params, takes_stacks: Callable[[], bo
 
     Args:
         episodes: The meta-batch.
-        params: The parameters.
+        parameters: How many numbers the network's parameters are.
         takes_stacks: Whether the network and its loss can be stacked; called where they would be.
     """
     cores, tasks = torch.get_num_threads(), len(episodes.support_x)
-    one_by_one = Execution("loop" if cores == 1 else "threads", None)
     inputs = max(1, sum(x[0].numel() for x in episodes[::2]))
-    parameters = max(1, sum(tensor.numel() for tensor in params.values()))
-    fitting = min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // parameters)
+    fitting = min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // max(1, parameters))
     if min(tasks, fitting) < FEWEST or not takes_stacks():
-        return one_by_one
+        return Execution(_one_by_one(), None)
     if tasks <= fitting:
         return Execution("vmap", None)
-    return one_by_one._replace(chunk_size=max(FEWEST, min(fitting, -(-tasks // cores))))
+    return Execution(_one_by_one(), max(FEWEST, min(fitting, -(-tasks // cores))))
+
+
+def _one_by_one() -> TaskExecution:
+    return "loop" if torch.get_num_threads() == 1 else "threads"
 
 
 def takes_stacks(loss: Callable[[Params, Tensor, Tensor], tuple[Tensor, Any]], params: Params, x: Tensor, y: Tensor) -> bool:
@@ -73,7 +138,7 @@ def takes_stacks(loss: Callable[[Params, Tensor, Tensor], tuple[Tensor, Any]], p
         except Exception:  # noqa: BLE001 # where it cannot run at all, it says so when it is run
             return False
         finally:
-            is_random = not torch.equal(random_state, torch.get_rng_state())
+            is_drawing = not torch.equal(random_state, torch.get_rng_state())
             torch.set_rng_state(random_state)
     slow = [warning for warning in caught if "batching rule" in str(warning.message) and "as_strided_" not in str(warning.message)]
-    return not slow and not is_random
+    return not slow and not is_drawing

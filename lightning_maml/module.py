@@ -7,9 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, cat_chunks, check_step_count
@@ -25,17 +23,17 @@ from lightning_maml.episodic_module import (
     SchedulerFactory,
     before,
     check_labels,
-    drops_blocks,
     with_accuracy,
 )
-from lightning_maml.execution import Execution, for_cpu, takes_stacks
+from lightning_maml.execution import Execution, Executor, TasksName, takes_stacks
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
 from lightning_maml.parts import PartName, adapting, head_of
+from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
-from lightning_maml.task_map import TaskExecution, are_stacked, check_chunk_size, map_tasks
+from lightning_maml.task_map import TaskExecution, are_stacked, map_tasks
 
 InnerRatesName = Literal["fixed"] | LearnedRatesName
 
@@ -97,7 +95,7 @@ class MAML(EpisodicModule):
         batch_norm: BatchNormPolicy = "batch",
         optimizer: OptimizerFactory = torch.optim.Adam,
         lr_scheduler: SchedulerFactory | None = None,
-        tasks: Literal["auto", "loop", "threads", "vmap"] = "auto",
+        tasks: TasksName = "auto",
         chunk_size: int | None = None,
         adapt: PartName | None = None,
         head: str | None = None,
@@ -107,9 +105,7 @@ class MAML(EpisodicModule):
         super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
         check_step_count(train_steps, "train_steps")
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
-        if tasks not in ("auto", "loop", "threads", "vmap"):
-            raise ValueError(f"Expected `tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got {tasks!r}.")
-        check_chunk_size(chunk_size)
+        self._executor = Executor(tasks, chunk_size, compiled)
         plain = {"inner_lr": inner_lr, "train_steps": train_steps, "test_steps": test_steps, "batch_norm": batch_norm, "tasks": tasks}
         self.save_hyperparameters(
             plain | {"chunk_size": chunk_size, "adapt": adapt, "head": head, "inner_rates": inner_rates, "compiled": compiled}
@@ -131,19 +127,16 @@ class MAML(EpisodicModule):
         self.learned_rates = None if inner_rates == "fixed" else LearnedRates(params, inner_lr, inner_rates, train_steps)
         self.step_statistics = StepStatistics(network, train_steps) if batch_norm == "per_step" else None
         self.probe_radius: float | None = None
-        self._tasks, self._chunk_size = tasks, chunk_size
         if compiled:
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
-        self._fitting: int | None = None
         self._stackable: dict[tuple[torch.Size, bool], bool] = {}
 
     def _check_that_it_compiles(self) -> None:
         reasons = {
             f"{type(self).__name__}, which has no gradient to compile": not self.compiles,
             "batch_norm='per_step', whose averages change": self.step_statistics is not None,
-            f"tasks={self._tasks!r}": self._tasks in ("loop", "threads"),
-            "a network that draws random numbers": self._is_random(),
+            "a network that draws random numbers": is_random(self.network),
         }
         if wrong := [reason for reason, holds in reasons.items() if holds]:
             raise ValueError(f"Expected a meta-gradient of stacked tasks with `compiled=True` but got {wrong[0]}; leave it uncompiled.")
@@ -172,7 +165,7 @@ class MAML(EpisodicModule):
         Returns:
             The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K steps.
         """
-        curve: AdaptationCurve = self._within_memory(self._evaluate, episodes)
+        curve: AdaptationCurve = self._executor.within_memory(self._evaluate, episodes)
         return curve
 
     def _evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -201,8 +194,8 @@ class MAML(EpisodicModule):
             support_x, support_y = support_x[None], support_y[None]
         steps = self.test_steps if steps is None else steps
         network = structural_copy(self.network).eval()
-        tasks: TaskExecution = "loop" if of_one or self._tasks == "loop" else "vmap"
-        chunk_size = None if tasks == "loop" else self._chunk_size or ADAPTED_AT_ONCE
+        tasks: TaskExecution = "loop" if of_one or self._executor.tasks == "loop" else "vmap"
+        chunk_size = None if tasks == "loop" else self._executor.chunk_size or ADAPTED_AT_ONCE
         learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
         self._check(learner, Episodes(support_x, support_y, support_x, support_y))
         adapted = adapted_parameters(
@@ -246,7 +239,7 @@ class MAML(EpisodicModule):
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
         learner, rates = self._learner(episodes), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
         self._check(learner, episodes)
-        result: MetaGradient = self._within_memory(partial(self._training_gradient, learner), episodes)
+        result: MetaGradient = self._executor.within_memory(partial(self._training_gradient, learner), episodes)
         self._stop_unless_finite(result)
         self._update_running_averages(episodes)
         loss = surrogate([learner.params, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss)
@@ -296,7 +289,7 @@ class MAML(EpisodicModule):
 
     def _head_that_ends(self, learner: Learner, episodes: AnyEpisodes) -> str | None:
         """Return the head where it alone adapts and is the network's end, so that the features before it need computing once only."""
-        if self.adapts != "head" or not isinstance(episodes, Episodes) or self.step_statistics is not None or self._is_random():
+        if self.adapts != "head" or not isinstance(episodes, Episodes) or self.step_statistics is not None or is_random(self.network):
             return None
         head = head_of(self.network, self.head)
         with torch.inference_mode(False), torch.no_grad():
@@ -341,19 +334,6 @@ class MAML(EpisodicModule):
             **(execution or self._execution(episodes))._asdict(),
         }
 
-    def _within_memory(self, function: Callable[[AnyEpisodes], Any], episodes: AnyEpisodes) -> Any:
-        """Return ``function(episodes)``; where memory does not suffice for all tasks at once, and it is left open, stack half as many."""
-        while True:
-            try:
-                return function(episodes)
-            except torch.OutOfMemoryError:
-                stacked = self._fitting or len(episodes.support_x)
-                if self._execution(episodes) != Execution("vmap", self._fitting) or self._tasks != "auto" or stacked == 1:
-                    raise
-            self._fitting = stacked // 2
-            torch.get_device_module(self.device).empty_cache()
-            rank_zero_info(f"{self.device} has no memory for {stacked} tasks at once; from here on it takes {self._fitting}.")
-
     def _learner(self, episodes: AnyEpisodes) -> Learner:
         return Learner(self.network, self.batch_norm, vectorised=are_stacked(*self._execution(episodes)))
 
@@ -361,19 +341,8 @@ class MAML(EpisodicModule):
         return HeadLearner(self.network, head, vectorised=are_stacked(*execution))
 
     def _execution(self, episodes: AnyEpisodes) -> Execution:
-        """Return how these tasks are run: as the user has it, and what is left open by the device and the tasks' size."""
-        if self._compiler is not None:
-            return Execution("vmap", self._chunk_size)
-        chunk_size = None if drops_blocks(self.network) else self._chunk_size
-        if self._tasks != "auto":
-            return Execution(self._tasks, chunk_size)
-        if self.device.type != "cpu" and not drops_blocks(self.network):
-            return Execution("vmap", chunk_size or self._fitting)
-        if self._is_random() or torch.get_num_threads() == 1:
-            return Execution("loop", chunk_size)
-        if chunk_size is not None:
-            return Execution("threads", chunk_size)
-        return for_cpu(episodes, self._adapting(), partial(self._takes_stacks, episodes))
+        """Return how these tasks are run."""
+        return self._executor(self.network, self.device, episodes, partial(self._takes_stacks, episodes))
 
     def _takes_stacks(self, episodes: AnyEpisodes) -> bool:
         x, y = support_set(type(episodes)(*(tensor[0] for tensor in episodes)))
@@ -382,9 +351,6 @@ class MAML(EpisodicModule):
             learner = Learner(self.network, self.batch_norm, vectorised=True)
             self._stackable[kind] = takes_stacks(self._support_loss(learner, self._averages(0)), learner.params, x, y)
         return self._stackable[kind]
-
-    def _is_random(self) -> bool:
-        return drops_blocks(self.network) or any(module.training and _draws_random_numbers(module) for module in self.network.modules())
 
     def _support_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
@@ -445,8 +411,3 @@ class MAML(EpisodicModule):
         if not math.isfinite(torch.stack([*largest.values()]).max()):
             broken = [name for name, size in largest.items() if not size.isfinite()]
             raise FloatingPointError(f"Expected a finite meta-gradient but it is not finite in {broken} {where}")
-
-
-def _draws_random_numbers(module: nn.Module) -> bool:
-    inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
-    return inside or isinstance(module, (_DropoutNd, nn.RReLU))

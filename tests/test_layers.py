@@ -19,6 +19,7 @@ ORDER = [
         "curvature",
         "rates",
         "parts",
+        "randomness",
         "task_map",
         "execution",
         "compilation",
