@@ -1,9 +1,10 @@
-"""Peak memory of one meta-gradient against the number of inner steps: a process for each method and N, of ours and of learn2learn.
+"""Peak memory of the meta-gradient of one task against the number of inner steps: a process for each method and N, of ours and of learn2learn.
 
 make learn2learn && .venv/bin/python benchmarks/memory.py     # a few minutes on 2 cores
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -16,12 +17,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 STEPS = (1, 2, 5, 10, 20)
+ALLOCATORS = {"as it is": {}, "returning": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+"""glibc keeps what is freed, in pieces that fit the next request or do not; with the threshold it returns it at once, and what counts is in use."""
 METHODS = ("ours-exact", "ours-hf", "ours-fo", "learn2learn", "learn2learn-fo")
 
 
 def measure(name: str, workload: str, steps: int, device: str) -> float:
     """Return the peak, in MB, of the second meta-gradient of a process beyond what there was before the first."""
-    chosen = WORKLOADS[workload]._replace(steps=steps)
+    chosen = WORKLOADS[workload]._replace(steps=steps, tasks=1)
     network = without_averages(chosen.network()).to(device)
     function = method(name, network, F.cross_entropy, chosen, chosen.episodes(device))
 
@@ -32,10 +35,10 @@ def measure(name: str, workload: str, steps: int, device: str) -> float:
     return peak_mb(twice, device)
 
 
-def in_its_own_process(*arguments: str) -> float:
+def in_its_own_process(environment: dict[str, str], *arguments: str) -> float:
     """Return what this file prints for one method and N."""
     command = [sys.executable, "-W", "ignore", __file__, "--one", *arguments]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return float(subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -51,18 +54,20 @@ def main() -> None:
         name, workload, steps, device = arguments.one
         print(measure(name, workload, int(steps), device))
         return
-    cases = tqdm([(name, steps) for name in arguments.method for steps in STEPS])
-    peaks = {(name, n): in_its_own_process(name, arguments.workload, str(n), arguments.device) for name, n in cases}
+    allocators = ["as it is"] if arguments.device == "cuda" else [*ALLOCATORS]
+    rows = []
+    for allocator, name, steps in tqdm([*itertools.product(allocators, arguments.method, STEPS)]):
+        peak = in_its_own_process(ALLOCATORS[allocator], name, arguments.workload, str(steps), arguments.device)
+        rows.append({"workload": arguments.workload, "allocator": allocator, "method": name, "steps": steps, "peak_mb": peak})
     if arguments.json is not None:
-        rows = [{"workload": arguments.workload, "method": name, "steps": n, "peak_mb": peak} for (name, n), peak in peaks.items()]
         arguments.json.write_text(json.dumps(rows, indent=1))
     kind = "allocated on CUDA" if arguments.device == "cuda" else f"resident, {os.cpu_count()} CPU cores"
     print(f"\nMB beyond the imports, network and tasks ({kind}), {arguments.workload}, torch {torch.__version__}\n")
-    print("| method |" + "".join(f" N = {n} |" for n in STEPS) + f" N = {STEPS[-1]} over N = {STEPS[0]} |")
-    print("|---|" + "---|" * (len(STEPS) + 1))
-    for name in arguments.method:
-        row = [peaks[name, n] for n in STEPS]
-        print(f"| {name} |" + "".join(f" {peak:.0f} |" for peak in row) + f" {row[-1] / row[0]:.2f} |")
+    print("| allocator | method |" + "".join(f" N = {n} |" for n in STEPS) + f" N = {STEPS[-1]} over N = {STEPS[0]} |")
+    print("|---|---|" + "---|" * (len(STEPS) + 1))
+    for allocator, name in itertools.product(allocators, arguments.method):
+        row = [found["peak_mb"] for found in rows if (found["allocator"], found["method"]) == (allocator, name)]
+        print(f"| {allocator} | {name} |" + "".join(f" {peak:.0f} |" for peak in row) + f" {row[-1] / row[0]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Executor:
         if is_random(network):
             return Execution("loop", chunk_size)
         if chunk_size is not None:
-            return Execution(_one_by_one(), chunk_size)
+            return Execution(_one_by_one(len(episodes.support_x)), chunk_size)
         return for_cpu(episodes, sum(p.numel() for p in network.parameters()), takes_stacks)
 
     def within_memory(self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes) -> Result:
@@ -108,14 +108,15 @@ def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], b
     inputs = max(1, sum(x[0].numel() for x in episodes[::2]))
     fitting = min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // max(1, parameters))
     if min(tasks, fitting) < FEWEST or not takes_stacks():
-        return Execution(_one_by_one(), None)
+        return Execution(_one_by_one(tasks), None)
     if tasks <= fitting:
         return Execution("vmap", None)
-    return Execution(_one_by_one(), max(FEWEST, min(fitting, -(-tasks // cores))))
+    return Execution(_one_by_one(tasks), max(FEWEST, min(fitting, -(-tasks // cores))))
 
 
-def _one_by_one() -> TaskExecution:
-    return "loop" if torch.get_num_threads() == 1 else "threads"
+def _one_by_one(tasks: int) -> TaskExecution:
+    """Return what gives each core a task; one task alone gets all cores."""
+    return "loop" if tasks == 1 or torch.get_num_threads() == 1 else "threads"
 
 
 def takes_stacks(loss: Callable[[Params, Tensor, Tensor], tuple[Tensor, Any]], params: Params, x: Tensor, y: Tensor) -> bool:

@@ -45,7 +45,8 @@ class TaskConvolution:
         tasks = x.shape[1]
         if weight.ndim < x.ndim:  # shared
             return _unflattened(self._convolved(1, x.flatten(0, 1), weight, bias), 0, tasks)
-        y = self._convolved(tasks, x.flatten(1, 2), weight.flatten(0, 1), None if bias is None else bias.flatten())
+        weight = weight.movedim(2, -1).flatten(0, 1).movedim(-1, 1)  # a copy, if any, has its channels last
+        y = self._convolved(tasks, x.flatten(1, 2), weight, None if bias is None else bias.flatten())
         return _unflattened(y, 1, tasks)
 
     def _convolved(self, tasks: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
@@ -199,8 +200,13 @@ class HeadLearner(Learner):
 
 def structural_copy(network: nn.Module) -> nn.Module:
     """Return other module objects over the same tensors."""
-    attributes = (value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    return copy.deepcopy(network, memo={id(tensor): tensor for tensor in chain(network.parameters(), network.buffers(), attributes)})
+    attributes = [value for module in network.modules() for value in vars(module).values()]
+    tensors = chain(network.parameters(), network.buffers(), (value for value in attributes if isinstance(value, Tensor)))
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    memo |= {
+        id(value): type(value)() for value in attributes if type(value) in (dict, OrderedDict) and not value
+    }  # hooks, mostly none: quicker
+    return copy.deepcopy(network, memo)
 
 
 def _check_running_averages(network: nn.Module, norms: list[str], policy: str) -> None:

@@ -130,6 +130,7 @@ class MAML(EpisodicModule):
         if compiled:
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
+        self._checked: tuple[Any, ...] = ()
         self._stackable: dict[tuple[torch.Size, bool], bool] = {}
 
     def _check_that_it_compiles(self) -> None:
@@ -394,11 +395,13 @@ class MAML(EpisodicModule):
         check_episodes(episodes)
         if episodes.support_y.is_floating_point():
             return
-        outputs = self._first_outputs(learner, episodes)
-        ways = int(episodes.support_y.max()) + 1
-        if outputs.shape[1] != ways:
+        kind = (self.network, self.network.training, episodes.support_x.shape[1:])
+        if self._checked[:-1] != kind:
+            self._checked = (*kind, self._first_outputs(learner, episodes).shape[1])
+        outputs, ways = self._checked[-1], int(episodes.support_y.max()) + 1
+        if outputs != ways:
             raise ValueError(
-                f"Expected `network` to have {ways} outputs, one per way of the episode, but got {outputs.shape[1]}; "
+                f"Expected `network` to have {ways} outputs, one per way of the episode, but got {outputs}; "
                 "give its head as many outputs as the datamodule has `ways`, and leave `test_ways` the same, because a head has one width."
             )
         check_labels(episodes, ways)

@@ -51,6 +51,10 @@ def test_large_or_few_tasks_are_run_one_per_core(episodes: Episodes, network: nn
     assert for_cpu(episodes, sum(p.numel() for p in network.parameters()), lambda: True) == expected
 
 
+def test_one_task_has_all_cores(cores: int) -> None:
+    assert for_cpu(images(1, 5), PARAMETERS, lambda: True) == Execution("loop", None)
+
+
 def test_what_takes_no_stacks_is_run_one_per_core(cores: int) -> None:
     assert for_cpu(images(32, 5), PARAMETERS, lambda: False) == Execution("loop" if cores == 1 else "threads", None)
 

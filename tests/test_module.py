@@ -302,7 +302,7 @@ def test_two_processes_test_every_task_once(tmp_path: Path) -> None:
     results = []
     for devices in (1, 2):
         torch.manual_seed(0)
-        module = MAML(Conv4(1, 3, 28, channels=2, activation="gelu"), inner_lr=0.5, test_steps=2, tasks="loop")  # alone as in a stack
+        module = MAML(Conv4(1, 3, 28, channels=2, activation="gelu"), inner_lr=0.5, test_steps=2, tasks="threads")
         data = GlyphsDataModule(ways=3, meta_batch_size=4, test_tasks=21)
         folder = tmp_path / str(devices)
         arguments = {"devices": devices, "strategy": "ddp_spawn" if devices > 1 else "auto", "callbacks": [EpisodePictures()]}
