@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 
@@ -18,8 +17,9 @@ class PrefetchingLoader(DataLoader[Any]):
 
 
 def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
-    with ThreadPoolExecutor(1, "prefetch", torch.set_num_threads, (1,)) as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
+    end = object()
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        coming = thread.submit(next, batches, end)
+        while (batch := coming.result()) is not end:
+            coming = thread.submit(next, batches, end)
             yield batch

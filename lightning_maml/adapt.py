@@ -184,7 +184,7 @@ def adapted_parameters(
 
         support = Episodes(support_x, support_y, support_x[:, :0], support_y[:, :0])
         adapted: Params = cat_chunks(list(map_tasks(last_point, support, tasks=tasks, chunk_size=chunk_size)))
-    return adapted
+    return adapted if steps else {name: tensor.clone() for name, tensor in adapted.items()}  # not the meta-parameters themselves
 
 
 def task_losses(

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -23,6 +24,9 @@ class Compiler:
 
     A program is traced: what the function finds other than its tensors (numbers, attributes of a network) stays as it was then. Copies of a
     compiler start without programs.
+
+    Raises:
+        ValueError: In a call, if the function draws random numbers.
     """
 
     def __init__(self) -> None:
@@ -41,13 +45,22 @@ class Compiler:
         with torch.no_grad():
             if kind not in self._programs:
                 self._programs[kind] = _compiled(function, params, rates, task, tensors)
-            return self._programs[kind](tensors)
+            with torch.autocast(device, enabled=False):  # its casts are in the program
+                return self._programs[kind](tensors)
+
+
+def state_of(module: Any) -> tuple[Any, ...]:
+    """Return what tells whether the same program serves: the module's parts, their modes, and which tensors they hold."""
+    if not isinstance(module, nn.Module):
+        return (module,)
+    tensors = chain(module.parameters(), module.buffers())
+    return (*((part, part.training) for part in module.modules()), *map(id, tensors))
 
 
 def _compiled(
     function: OfTasks, params: Params, rates: Sequence[Rates], task: AnyEpisodes, tensors: list[Tensor]
 ) -> Callable[[list[Tensor]], Any]:
-    """Return the program, which has run once, as a function of the tensors."""
+    """Return the program, which has run once, as a function of the tensors; it holds those of the network too, so that no other has their id."""
     of_result: list[TreeSpec] = []
 
     def of_tensors(*tensors: Tensor) -> list[Tensor]:
@@ -59,7 +72,14 @@ def _compiled(
         return found
 
     start = time.perf_counter()
-    program = torch.compile(make_fx(of_tensors)(*tensors))
-    program(*tensors)
+    random_state = torch.get_rng_state()
+    traced = make_fx(of_tensors)(*tensors)
+    if not torch.equal(random_state, torch.get_rng_state()):
+        raise ValueError(
+            "Expected a network and a loss that draw no random numbers with `compiled=True` but they drew some; leave it uncompiled."
+        )
+    program = torch.compile(traced)
+    with torch.autocast(task.support_x.device.type, enabled=False):
+        program(*tensors)
     rank_zero_info(f"Compiled the meta-gradient in {time.perf_counter() - start:.0f} s; it is used for batches of the same shapes.")
     return lambda tensors: tree_unflatten(program(*tensors), of_result[0])

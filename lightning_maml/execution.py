@@ -24,7 +24,7 @@ STACKED_INPUTS = 2**16
 STACKED_PARAMETERS = 2**22
 """Numbers in the parameters of the tasks that are stacked on a CPU; each task has its own."""
 
-FEWEST = 4
+FEWEST_STACKED = 4
 """Fewer tasks than these are not worth stacking."""
 
 
@@ -76,7 +76,7 @@ class Executor:
         if is_random(network):
             return Execution("loop", chunk_size)
         if chunk_size is not None:
-            return Execution(_one_by_one(len(episodes.support_x)), chunk_size)
+            return Execution(_one_by_one(-(-len(episodes.support_x) // chunk_size)), chunk_size)
         return for_cpu(episodes, sum(p.numel() for p in network.parameters()), takes_stacks)
 
     def within_memory(self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes) -> Result:
@@ -85,7 +85,7 @@ class Executor:
             try:
                 return function(episodes)
             except torch.OutOfMemoryError:
-                stacked = self._fitting or len(episodes.support_x)
+                stacked = min(self._fitting or len(episodes.support_x), len(episodes.support_x))
                 if self.tasks != "auto" or self.chunk_size is not None or stacked == 1:
                     raise
             self._fitting = stacked // 2
@@ -107,26 +107,26 @@ def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], b
     cores, tasks = torch.get_num_threads(), len(episodes.support_x)
     inputs = max(1, sum(x[0].numel() for x in episodes[::2]))
     fitting = min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // max(1, parameters))
-    if min(tasks, fitting) < FEWEST or not takes_stacks():
+    if min(tasks, fitting) < FEWEST_STACKED or not takes_stacks():
         return Execution(_one_by_one(tasks), None)
     if tasks <= fitting:
         return Execution("vmap", None)
-    return Execution(_one_by_one(tasks), max(FEWEST, min(fitting, -(-tasks // cores))))
+    chunks = cores * -(-tasks // (fitting * cores))  # so that no core waits for another
+    return Execution(_one_by_one(chunks), max(FEWEST_STACKED, -(-tasks // chunks)))
 
 
-def _one_by_one(tasks: int) -> TaskExecution:
-    """Return what gives each core a task; one task alone gets all cores."""
-    return "loop" if tasks == 1 or torch.get_num_threads() == 1 else "threads"
+def _one_by_one(chunks: int) -> TaskExecution:
+    """Return what gives each core a chunk of tasks; one alone gets all cores."""
+    return "loop" if chunks == 1 or torch.get_num_threads() == 1 else "threads"
 
 
-def takes_stacks(loss: Callable[[Params, Tensor, Tensor], tuple[Tensor, Any]], params: Params, x: Tensor, y: Tensor) -> bool:
+def takes_stacks(loss: Callable[[Params, Any], tuple[Tensor, Any]], params: Params, task: AnyEpisodes) -> bool:
     """Try whether ``loss`` with its gradient can be stacked: ``vmap`` takes it, without a loop of its own over tasks, and it is not random.
 
     Args:
-        loss: ``loss(params, x, y)`` of one task: a scalar and something else.
+        loss: ``loss(params, task)``: a scalar and something else.
         params: The parameters.
-        x: Inputs of one task, ``[B, ...]``.
-        y: Their labels or targets.
+        task: One task.
     """
     stack = Stack(2)
     random_state = torch.get_rng_state()
@@ -134,8 +134,8 @@ def takes_stacks(loss: Callable[[Params, Tensor, Tensor], tuple[Tensor, Any]], p
         warnings.simplefilter("always")
         try:
             w = {name: differentiable(tensor) for name, tensor in params.items()}
-            batch = [differentiable(tensor).expand(2, *tensor.shape) for tensor in (x, y)]
-            Objective(lambda w: stack.each(loss)(w, *batch), stack).gradient(stack.shared(w))
+            tasks = type(task)(*(differentiable(tensor).expand(2, *tensor.shape) for tensor in task))
+            Objective(lambda w: stack.each(loss)(w, tasks), stack).gradient(stack.shared(w))
         except Exception:  # noqa: BLE001 # where it cannot run at all, it says so when it is run
             return False
         finally:

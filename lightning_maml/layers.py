@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_maml.second_derivatives import BatchNorm, Convolution, times_differentiated
+from lightning_maml.second_derivatives import BatchNorm, Convolution, in_one_format, times_differentiated
 from lightning_maml.stack import in_stack
 
 warnings.filterwarnings("ignore", "There is a performance drop .* batching rule for aten::as_strided_")  # pooling to 1 x 1 is cheap
@@ -23,6 +23,7 @@ class TaskConvolution:
         layer: The convolution.
         channels: ``"last"``: on the CPU images get their channels last in memory, on which convolution, batch norm and pooling are up to ten
             times faster. ``"first"``: they stay as they are.
+        vectorised: It is called under ``vmap``.
     """
 
     def __init__(self, layer: Any, channels: Literal["first", "last"], vectorised: bool) -> None:
@@ -34,7 +35,10 @@ class TaskConvolution:
         layer = self._layer
         is_batch = x.ndim == len(layer.kernel_size) + 2
         if is_batch and _is_side_by_side():
-            y: Tensor = SideBySide.apply(self._side_by_side, x, layer.weight, layer.bias)
+            try:
+                y: Tensor = SideBySide.apply(self._side_by_side, x, layer.weight, layer.bias)
+            except NothingIsStackedError:
+                y = self._convolved(1, x, layer.weight, layer.bias)
         elif is_batch and not self._vectorised:
             y = self._convolved(1, x, layer.weight, layer.bias)
         else:
@@ -45,19 +49,24 @@ class TaskConvolution:
         tasks = x.shape[1]
         if weight.ndim < x.ndim:  # shared
             return _unflattened(self._convolved(1, x.flatten(0, 1), weight, bias), 0, tasks)
-        weight = weight.movedim(2, -1).flatten(0, 1).movedim(-1, 1)  # a copy, if any, has its channels last
+        last = self._wants_channels_last(weight[0])
+        weight = weight.movedim(2, -1).flatten(0, 1).movedim(-1, 1) if last else weight.flatten(0, 1)  # at most one copy
         y = self._convolved(tasks, x.flatten(1, 2), weight, None if bias is None else bias.flatten())
         return _unflattened(y, 1, tasks)
 
     def _convolved(self, tasks: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer = self._layer
-        if x.ndim == 4 and x.device.type == "cpu" and self.channels == "last":
-            x, weight = channels_last(x), weight.contiguous(memory_format=torch.channels_last)  # once, and not in each derivative
-        geometry = (layer.stride, layer.padding, layer.dilation, tasks * layer.groups)
-        if _writes_out_derivatives(x):
+        if self._wants_channels_last(x):
+            x, weight = channels_last(x), channels_last(weight)  # the weight once, and not in each derivative
+        sizes = (size if isinstance(size, tuple) else (size,) * (x.ndim - 2) for size in (layer.stride, layer.padding, layer.dilation))
+        geometry = (*sizes, tasks * layer.groups)
+        if _writes_out_derivatives(x, least=1 if tasks > 1 else 2):  # torch's own are wrong for one image in groups
             y: Tensor = Convolution.apply(x, weight, bias, geometry)
             return y
         return (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3](x, weight, bias, *geometry)
+
+    def _wants_channels_last(self, x: Tensor) -> bool:
+        return self.channels == "last" and x.ndim == 4 and x.device.type == "cpu"
 
 
 class TaskNorm:
@@ -71,7 +80,10 @@ class TaskNorm:
         """Return the normalised ``x``, ``[B, C, ...]``."""
         weight, bias, eps = self._layer.weight, self._layer.bias, self._layer.eps
         if _is_side_by_side() and not self.context:
-            z: Tensor = SideBySide.apply(self._side_by_side, x, weight, bias)
+            try:
+                z: Tensor = SideBySide.apply(self._side_by_side, x, weight, bias)
+            except NothingIsStackedError:
+                z = self._normalised(x, weight, bias)
             return z
         if not self._vectorised and not self.context:
             return self._normalised(x, weight, bias)
@@ -90,10 +102,15 @@ class TaskNorm:
         return _unflattened(self._normalised(x.flatten(1, 2), *of_all), 1, tasks)
 
     def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        x = in_one_format(x)
         if weight is None or bias is None or not _writes_out_derivatives(x):
             return F.batch_norm(x, None, None, weight, bias, training=True, eps=self._layer.eps)
         z: Tensor = BatchNorm.apply(x, weight, bias, self._layer.eps)
         return z
+
+
+class NothingIsStackedError(Exception):
+    """None of the tensors of a layer have tasks: it is as without ``vmap``."""
 
 
 class SideBySide(torch.autograd.Function):
@@ -101,16 +118,19 @@ class SideBySide(torch.autograd.Function):
 
     ``layer(x, *parameters)`` computes it for ``x``, ``[B, T, C, ...]``, and parameters that are all ``[T, ...]``, or all shared. It is
     called outside of ``vmap``, where it may use what ``vmap`` does not take.
+
+    Raises:
+        NothingIsStackedError: If no tensor has tasks.
     """
 
     @staticmethod
     def forward(layer: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
-        """Return the layer where nothing is stacked, as for constants."""
-        return layer(x.unsqueeze(1), *parameters).squeeze(1)
+        """Refuse to compute the layer of no task in particular."""
+        raise NothingIsStackedError
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing: of constants there is no gradient."""
+        """Keep nothing: ``forward`` returns nothing."""
 
     @staticmethod
     def vmap(
@@ -122,7 +142,7 @@ class SideBySide(torch.autograd.Function):
         x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:]) if of_x is None else x.movedim(of_x, 1)
         own = any(dim is not None for dim in of_parameters)
         stacked = [
-            p.expand(tasks, *p.shape) if p is not None and own and dim is None else p
+            p if p is None or not own else p.expand(tasks, *p.shape) if dim is None else p.movedim(dim, 0)
             for p, dim in zip(parameters, of_parameters, strict=True)
         ]
         return layer(x, *stacked), 1
@@ -144,21 +164,21 @@ def _unflattened(x: Tensor, dim: int, tasks: int) -> Tensor:
 
 
 def _is_side_by_side() -> bool:
-    """Return whether a stack's layer is one: ``torch.func``'s derivatives, which nobody announces, do not see through it."""
+    """Return whether to compute the layer of all tasks of a stack as one: only for autograd outside of ``vmap``, which is announced."""
     return in_stack() and times_differentiated() > 0
 
 
-def _writes_out_derivatives(x: Tensor) -> bool:
+def _writes_out_derivatives(x: Tensor, least: int = 2) -> bool:
     """Return whether to differentiate by what is written out: it knows no mixed types, and compilers do not see through it."""
     usual = not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or x.is_complex())
-    return usual and times_differentiated() == 2
+    return usual and times_differentiated() >= least
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return ``x``, ``[B, C, H, W]``, with its channels last in memory."""
+    """Return ``x``, ``[B, C, H, W]``, with its channels last in memory, with the strides of that format also where a dimension is 1.
+
+    By other strides torch takes one channel for another format, and its convolutions in groups are wrong for one image.
+    """
     channels, height, width = x.shape[1:]
-    if channels > 1 or x.requires_grad:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.contiguous().as_strided(
-        x.shape, (height * width, 1, width, 1)
-    )  # torch takes one channel for any format, and goes on in another
+    as_it_should_be = (channels * height * width, 1, channels * width, channels)
+    return x if x.stride() == as_it_should_be else x.clone(memory_format=torch.channels_last)

@@ -48,7 +48,7 @@ class Learner:
         if batch_norm not in get_args(BatchNormPolicy):
             raise ValueError(f"Expected `batch_norm` to be 'batch', 'support', 'running' or 'per_step' but got {batch_norm!r}.")
         self.params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self._network = network
+        self.network = network
         self._batch_norm = batch_norm
         self._vectorised = vectorised
         self._own = threading.local()
@@ -119,7 +119,7 @@ class Learner:
             for convolution in converting:
                 convolution.channels = "first"
             outputs = self._attempt(params, inputs, context, averages)
-            _VIEWING.add(self._network)
+            _VIEWING.add(self.network)
         self._own.has_run = True
         return outputs
 
@@ -132,13 +132,13 @@ class Learner:
 
     def _copy_of_this_thread(self) -> nn.Module:
         if not hasattr(self._own, "network"):
-            network = structural_copy(self._network)
+            network = structural_copy(self.network)
             self._own.norms, self._own.convolutions, self._own.has_run = [], [], False
             for module in network.modules():
                 if isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
                     self._take_statistics_of_the_batch(module)
                 elif is_plain_convolution(module):
-                    module.forward = TaskConvolution(module, "first" if self._network in _VIEWING else "last", self._vectorised)
+                    module.forward = TaskConvolution(module, "first" if self.network in _VIEWING else "last", self._vectorised)
                     self._own.convolutions.append(module.forward)
             self._own.network, self._own.places, self._own.buffers = network, _places(network), dict(network.named_buffers())
         own: nn.Module = self._own.network
@@ -205,7 +205,7 @@ def structural_copy(network: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     memo |= {
         id(value): type(value)() for value in attributes if type(value) in (dict, OrderedDict) and not value
-    }  # hooks, mostly none: quicker
+    }  # dicts of hooks, which are many
     return copy.deepcopy(network, memo)
 
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, cat_chunks, check_step_count
 from lightning_maml.batch_statistics import StepStatistics, batch_norms, entering_statistics, forget_running_averages
-from lightning_maml.compilation import Compiler
+from lightning_maml.compilation import Compiler, state_of
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, support_set
@@ -72,7 +72,7 @@ class MAML(EpisodicModule):
             :class:`LSLR` per layer and step, by :class:`MetaSGD` per parameter.
         compiled: Compile the meta-gradient as a whole, all tasks (or ``chunk_size``) as one, at the first batch of each shape: it takes from
             20 seconds to minutes, and pays for small networks. Numbers and flags that the network or the loss look at stay what they were
-            then.
+            then, and each new inner rate, unless it is learned, is compiled anew.
 
     Raises:
         ValueError: If an argument is out of range; in a step, if the network's outputs do not fit the episode's labels.
@@ -131,7 +131,7 @@ class MAML(EpisodicModule):
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
         self._checked: tuple[Any, ...] = ()
-        self._stackable: dict[tuple[torch.Size, bool], bool] = {}
+        self._stackable: dict[tuple[Any, ...], bool] = {}
 
     def _check_that_it_compiles(self) -> None:
         reasons = {
@@ -209,7 +209,7 @@ class MAML(EpisodicModule):
             chunk_size=chunk_size,
         )
         with torch.inference_mode(False), torch.no_grad():
-            adapted |= {name: average.expand(len(support_x), -1) for name, average in self._averages(steps).items()}
+            adapted |= {name: average.repeat(len(support_x), 1) for name, average in self._averages(steps).items()}
             networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x))
             return networks.network(0) if of_one else networks
 
@@ -264,9 +264,8 @@ class MAML(EpisodicModule):
             arguments |= losses | {"encode": partial(self._encode, learner, head)}
         call = None
         if self._compiler is not None:
-            modes = tuple(module.training for module in self.network.modules())
             weights = None if step_weights is None else tuple(step_weights)
-            call = partial(self._compiler, (curvature, self.probe_radius, weights, modes, head))
+            call = partial(self._compiler, (curvature, self.probe_radius, weights, head, *map(state_of, (self.network, self.loss))))
         return meta_gradient(
             **arguments,
             call=call,
@@ -346,11 +345,15 @@ class MAML(EpisodicModule):
         return self._executor(self.network, self.device, episodes, partial(self._takes_stacks, episodes))
 
     def _takes_stacks(self, episodes: AnyEpisodes) -> bool:
-        x, y = support_set(type(episodes)(*(tensor[0] for tensor in episodes)))
-        kind = (x.shape, self.network.training)
+        kind = (self.network, self.loss, self.network.training, *(tensor.shape[1:] for tensor in episodes))
         if kind not in self._stackable:
             learner = Learner(self.network, self.batch_norm, vectorised=True)
-            self._stackable[kind] = takes_stacks(self._support_loss(learner, self._averages(0)), learner.params, x, y)
+            support_loss, query_loss = self._support_loss(learner, self._averages(0)), self._query_loss(learner, self._averages(0))
+
+            def both(params: Params, task: AnyEpisodes) -> tuple[Tensor, tuple[()]]:
+                return support_loss(params, *support_set(task))[0] + query_loss(params, task)[0], ()
+
+            self._stackable[kind] = takes_stacks(both, learner.params, type(episodes)(*(tensor[0] for tensor in episodes)))
         return self._stackable[kind]
 
     def _support_loss(
@@ -395,10 +398,7 @@ class MAML(EpisodicModule):
         check_episodes(episodes)
         if episodes.support_y.is_floating_point():
             return
-        kind = (self.network, self.network.training, episodes.support_x.shape[1:])
-        if self._checked[:-1] != kind:
-            self._checked = (*kind, self._first_outputs(learner, episodes).shape[1])
-        outputs, ways = self._checked[-1], int(episodes.support_y.max()) + 1
+        outputs, ways = self._outputs(learner, episodes), int(episodes.support_y.max()) + 1
         if outputs != ways:
             raise ValueError(
                 f"Expected `network` to have {ways} outputs, one per way of the episode, but got {outputs}; "
@@ -406,11 +406,24 @@ class MAML(EpisodicModule):
             )
         check_labels(episodes, ways)
 
+    def _outputs(self, learner: Learner, episodes: AnyEpisodes) -> int:
+        """Return the width of the network's outputs, looked at once for networks whose parameters have the same shapes."""
+        shapes = tuple(p.shape for p in learner.params.values())
+        kind = (self.network, self.network.training, learner.network.training, episodes.support_x.shape[1:], shapes)
+        if self._checked[:-1] != kind:
+            self._checked = (*kind, self._first_outputs(learner, episodes).shape[1])
+        width: int = self._checked[-1]
+        return width
+
     def _stop_unless_finite(self, result: MetaGradient) -> None:
         where = f"at step {self.global_step} (inner_lr={self.inner_lr}, train_steps={self.train_steps}); lower inner_lr or check the data."
         self._stop_unless_losses_are_finite(result.query_loss, where)
         of_rates = {f"inner rate {step} of {name}": rate for step, rates in enumerate(result.inner_lr) for name, rate in rates.items()}
-        largest = {name: torch.linalg.vector_norm(gradient, float("inf")) for name, gradient in (result.grad | of_rates).items()}
+        largest = {
+            name: torch.linalg.vector_norm(gradient, float("inf"))
+            for name, gradient in (result.grad | of_rates).items()
+            if gradient.numel()
+        }
         if not math.isfinite(torch.stack([*largest.values()]).max()):
             broken = [name for name, size in largest.items() if not size.isfinite()]
             raise FloatingPointError(f"Expected a finite meta-gradient but it is not finite in {broken} {where}")

@@ -78,14 +78,28 @@ class _ConvolutionBackward(torch.autograd.Function):
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
+    x, weight = in_one_format(x), in_one_format(weight)
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(padding), groups)
 
 
 def _to_x_and_weight(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
     stride, padding, dilation, groups = geometry
+    g, x, weight = in_one_format(g), in_one_format(x), in_one_format(weight)
     others = (None, stride, padding, dilation, False, [0] * len(padding), groups)
     gradients: tuple[Tensor | None, ...] = _aten.convolution_backward(g, x, weight, *others, (*wanted, False))
     return gradients[:2]
+
+
+def in_one_format(x: Tensor) -> Tensor:
+    """Return ``x`` with the strides of its format.
+
+    Where a dimension is 1 others pass for it too, and torch's convolutions in groups and batch norm on the CPU are wrong by them.
+    """
+    if x.ndim != 4 or 1 not in x.shape or not x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    _, channels, height, width = x.shape
+    usual = x.stride() == (channels * height * width, 1, channels * width, channels)
+    return x if usual or x.is_contiguous() else x.clone(memory_format=torch.channels_last)
 
 
 class BatchNorm(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from networks import build, make_episodes, relative_error
 from test_meta_gradient import RATE, autograd_meta_gradient
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_maml import ANIL, FOMAML, HFMAML, LSLR, MAML, Reptile
 
@@ -65,3 +65,59 @@ def test_a_program_is_made_once_for_each_kind_of_batch(caplog: pytest.LogCapture
 def test_what_cannot_be_compiled_is_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=f"with `compiled=True` but got .*{message}"):
         make()
+
+
+class Noisy(nn.Module):
+    """Random in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = build("mlp")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x + torch.randn_like(x))
+
+
+def test_a_network_that_draws_in_its_own_way_is_refused() -> None:
+    with pytest.raises(ValueError, match="draw no random numbers with `compiled=True`"):
+        MAML(Noisy(), RATE, compiled=True).meta_loss(make_episodes())
+
+
+@pytest.fixture
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is right elsewhere; here it counts what is traced and when."""
+    monkeypatch.setattr(torch, "compile", lambda program: program)
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_a_program_is_not_used_for_another_network_loss_or_tensor() -> None:
+    network, episodes = build("conv_batch_norm"), make_episodes()
+    network[1].eval()
+    model, plain = (MAML(network, RATE, batch_norm="running", **given) for given in ({"compiled": True}, {"tasks": "loop"}))
+
+    def is_right() -> None:
+        assert relative_error(model.meta_gradient(episodes), plain.meta_gradient(episodes)) < 1e-12
+
+    is_right()
+    network[2] = nn.Tanh()
+    is_right()
+    network[1].running_mean = torch.full_like(network[1].running_mean, 0.3)
+    is_right()
+    network[1].running_mean.add_(0.3)  # in place: the program has the same tensor
+    is_right()
+    model.loss = plain.loss = nn.CrossEntropyLoss(label_smoothing=0.3)
+    is_right()
+    network.load_state_dict({name: tensor * 1.1 for name, tensor in network.state_dict().items()}, assign=True)
+    is_right()
+    assert len(model._compiler._programs) == 5
+
+
+@pytest.mark.usefixtures("traced_only")
+def test_finite_differences_stay_out_of_autocast() -> None:
+    network, episodes = build("mlp").float(), make_episodes()
+    episodes = episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())
+    of_float32 = HFMAML(network, RATE).meta_gradient(episodes)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = [HFMAML(network, RATE, compiled=compiled).meta_gradient(episodes) for compiled in (False, True)]
+    errors = [relative_error(gradient, of_float32) for gradient in gradients]
+    assert errors[1] < 2 * errors[0]

@@ -192,3 +192,16 @@ def test_networks_that_vmap_cannot_take_are_not_stacked_by_auto() -> None:
     labels = torch.arange(2).repeat(2, 2)
     episodes = Episodes(torch.rand(2, 4, 1, 16, 16), labels, torch.rand(2, 4, 1, 16, 16), labels)
     assert MAML(network, inner_lr=0.1, chunk_size=2).meta_loss(episodes).isfinite()
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "per_step"])
+def test_networks_adapted_in_no_steps_are_not_the_meta_trained_one(batch_norm: str) -> None:
+    network, episodes = build("conv_batch_norm"), make_episodes()
+    model = MAML(network, 0.1, batch_norm=batch_norm)
+    networks = model.adapt(episodes.support_x, episodes.support_y, steps=0)
+    before = networks(episodes.query_x)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(1)
+    assert torch.equal(networks(episodes.query_x), before)

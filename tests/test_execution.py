@@ -9,7 +9,7 @@ from networks import build, make_episodes
 from torch import Tensor, nn
 
 from lightning_maml import HFMAML, MAML, Conv4, Episodes, ResampledEpisodes, ResNet12
-from lightning_maml.execution import FEWEST, Execution, for_cpu, takes_stacks
+from lightning_maml.execution import FEWEST_STACKED, Execution, for_cpu, takes_stacks
 from lightning_maml.functional import Params, axpy, norm
 from lightning_maml.learner import Learner
 
@@ -33,6 +33,11 @@ def test_small_tasks_are_stacked_in_chunks_that_fit_the_caches_and_the_cores(cor
     assert found == {1: Execution("loop", 8), 2: Execution("threads", 8), 8: Execution("threads", 4)}[cores]
 
 
+def test_every_core_has_as_many_stacks(cores: int) -> None:
+    found = for_cpu(images(32, 3), PARAMETERS, lambda: True)  # 13 tasks would fit: on 2 cores 13, 13 and 6
+    assert found.chunk_size == {1: 11, 2: 8, 8: 4}[cores]
+
+
 def test_a_few_small_tasks_are_one_stack(cores: int) -> None:
     assert for_cpu(images(8, 5), PARAMETERS, lambda: True) == Execution("vmap", None)
 
@@ -43,7 +48,7 @@ def test_a_few_small_tasks_are_one_stack(cores: int) -> None:
         (images(32, 20), Conv4(1, 5, 28)),  # more images
         (images(4, 80, 84, 3), Conv4(3, 5, 84)),
         (images(32, 5), ResNet12(1, 5)),  # 8 million parameters
-        (images(FEWEST - 1, 5), Conv4(1, 5, 28)),
+        (images(FEWEST_STACKED - 1, 5), Conv4(1, 5, 28)),
     ],
 )
 def test_large_or_few_tasks_are_run_one_per_core(episodes: Episodes, network: nn.Module, cores: int) -> None:
@@ -105,10 +110,10 @@ def _takes_stacks(network: nn.Module, criterion=F.cross_entropy) -> bool:
     network, episodes = network.double(), make_episodes()
     learner = Learner(network, vectorised=True)
 
-    def loss(w: Params, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[()]]:
-        return criterion(learner(w, x), y), ()
+    def loss(w: Params, task: Episodes) -> tuple[Tensor, tuple[()]]:
+        return criterion(learner(w, task.support_x), task.support_y), ()
 
-    return takes_stacks(loss, learner.params, episodes.support_x[0], episodes.support_y[0])
+    return takes_stacks(loss, learner.params, Episodes(*(tensor[0] for tensor in episodes)))
 
 
 @pytest.mark.parametrize("algorithm", [MAML, HFMAML])
@@ -184,3 +189,39 @@ def test_a_gpu_takes_as_many_tasks_as_it_has_memory_for() -> None:
         assert model._execution(episodes).chunk_size in range(1, 512)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_network_or_loss_put_in_anothers_place_is_tried_anew() -> None:
+    episodes = make_episodes(tasks=6)
+    model = MAML(build("mlp"), 0.1)
+    assert model._execution(episodes).tasks == "vmap"
+    model.network = Branching().double()
+    assert model._execution(episodes).tasks != "vmap"
+    model.meta_loss(episodes).backward()
+
+
+class BranchingOnManyImages(Branching):
+    """Looks at the values of query sets alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if len(x) > 6 else self.head(x)
+
+
+def test_query_sets_are_tried_too() -> None:
+    assert MAML(BranchingOnManyImages().double(), 0.1)._execution(make_episodes(tasks=6)).tasks != "vmap"
+
+
+def test_a_head_put_in_anothers_place_is_seen() -> None:
+    network, episodes = nn.Sequential(build("mlp"), nn.Linear(3, 3).double()), make_episodes(tasks=2)
+    model = MAML(network, 0.1)
+    model.meta_loss(episodes)
+    model.evaluate(episodes)
+    network[1] = nn.Linear(3, 5).double()
+    with pytest.raises(ValueError, match="Expected `network` to have 3 outputs, one per way of the episode, but got 5"):
+        model.meta_loss(episodes)
+
+
+def test_an_empty_parameter_is_no_infinite_one() -> None:
+    network = build("mlp")
+    network.register_parameter("nothing", nn.Parameter(torch.zeros(0, dtype=torch.float64)))
+    MAML(network, 0.1).meta_loss(make_episodes())

@@ -1,5 +1,8 @@
 """The next batch is prepared while the current one is in use, and is the same as without."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -66,9 +69,22 @@ def test_what_drawing_raises_is_raised_where_the_batch_is_due() -> None:
 
 
 def test_the_callers_threads_are_left_alone() -> None:
-    before = torch.get_num_threads()
-    list(PrefetchingLoader(Numbers(), batch_size=2))
-    assert torch.get_num_threads() == before
+    """In a process of its own, whose number of threads torch takes from the machine only when it is first asked for."""
+    script = """
+import torch
+from torch.utils.data import TensorDataset
+from lightning_maml.datamodules.prefetch import PrefetchingLoader
+list(PrefetchingLoader(TensorDataset(torch.zeros(8)), batch_size=2))
+print(torch.get_num_threads())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    threads = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
+    assert int(threads) == len(os.sched_getaffinity(0))
+
+
+def test_a_batch_of_none_is_no_end() -> None:
+    numbers = PrefetchingLoader(Numbers(4), batch_size=2, collate_fn=lambda items: None if 0 in items else items)
+    assert list(numbers) == [None, [2, 3]]
 
 
 class Noise(EpisodicDataModule):
