@@ -86,11 +86,14 @@ def inner_path(
         keep_last_graph: Keep the last gradient's graph for a Hessian-vector product at ``w_{N-1}``.
     """
     path = InnerPath([w], [], [])
+    kept = [
+        {name: torch.empty_like(w[name]) for name in of_step} for of_step in rates
+    ]  # all at once: between graphs they would leave holes
     for j, (loss_at, rates_j) in enumerate(zip(support, rates, strict=True)):
         w = path.points[j]
         path.objectives.append(objective(loss_at(w)))
         gradient = path.objectives[j].gradient(w, rates_j.keys(), keep_graph=keep_last_graph and j == len(support) - 1)
-        path.points.append(descend(w, rates_j, gradient))
+        path.points.append({name: kept[j][name].copy_(p) if name in rates_j else p for name, p in descend(w, rates_j, gradient).items()})
         path.gradients.append(gradient if learned(rates_j) else {})
     return path
 

@@ -45,6 +45,8 @@ class Compiler:
         with torch.no_grad():
             if kind not in self._programs:
                 self._programs[kind] = _compiled(function, params, rates, task, tensors)
+            if autocast is None:
+                return self._programs[kind](tensors)
             with torch.autocast(device, enabled=False):  # its casts are in the program
                 return self._programs[kind](tensors)
 
@@ -53,8 +55,7 @@ def state_of(module: Any) -> tuple[Any, ...]:
     """Return what tells whether the same program serves: the module's parts, their modes, and which tensors they hold."""
     if not isinstance(module, nn.Module):
         return (module,)
-    tensors = chain(module.parameters(), module.buffers())
-    return (*((part, part.training) for part in module.modules()), *map(id, tensors))
+    return tuple((part, part.training, *map(id, chain(part._parameters.values(), part._buffers.values()))) for part in module.modules())
 
 
 def _compiled(
