@@ -86,9 +86,8 @@ def inner_path(
         keep_last_graph: Keep the last gradient's graph for a Hessian-vector product at ``w_{N-1}``.
     """
     path = InnerPath([w], [], [])
-    kept = [
-        {name: torch.empty_like(w[name]) for name in of_step} for of_step in rates
-    ]  # all at once: between graphs they would leave holes
+    # the memory of all points at once, for one by one they would lie between the graphs and leave holes
+    kept = [{name: torch.empty_like(w[name]) for name in of_step} for of_step in rates]
     for j, (loss_at, rates_j) in enumerate(zip(support, rates, strict=True)):
         w = path.points[j]
         path.objectives.append(objective(loss_at(w)))

@@ -136,7 +136,7 @@ def takes_stacks(loss: Callable[[Params, Any], tuple[Tensor, Any]], params: Para
             w = {name: differentiable(tensor) for name, tensor in params.items()}
             tasks = type(task)(*(differentiable(tensor).expand(2, *tensor.shape) for tensor in task))
             Objective(lambda w: stack.each(loss)(w, tasks), stack).gradient(stack.shared(w))
-        except Exception:  # noqa: BLE001 # where it cannot run at all, it says so when it is run
+        except Exception:  # noqa: BLE001 # under vmap any network may raise anything; what is wrong without it too is raised there
             return False
         finally:
             is_drawing = not torch.equal(random_state, torch.get_rng_state())

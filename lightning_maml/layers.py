@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_maml.second_derivatives import BatchNorm, Convolution, in_one_format, times_differentiated
+from lightning_maml.second_derivatives import BatchNorm, Convolution, channels_last, in_one_format, times_differentiated
 from lightning_maml.stack import in_stack
 
 warnings.filterwarnings("ignore", "There is a performance drop .* batching rule for aten::as_strided_")  # pooling to 1 x 1 is cheap
@@ -172,13 +172,3 @@ def _writes_out_derivatives(x: Tensor, least: int = 2) -> bool:
     """Return whether to differentiate by what is written out: it knows no mixed types, and compilers do not see through it."""
     usual = not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or x.is_complex())
     return usual and times_differentiated() >= least
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Return ``x``, ``[B, C, H, W]``, with its channels last in memory, with the strides of that format also where a dimension is 1.
-
-    By other strides torch takes one channel for another format, and its convolutions in groups are wrong for one image.
-    """
-    channels, height, width = x.shape[1:]
-    as_it_should_be = (channels * height * width, 1, channels * width, channels)
-    return x if x.stride() == as_it_should_be else x.clone(memory_format=torch.channels_last)

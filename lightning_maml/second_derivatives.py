@@ -90,16 +90,20 @@ def _to_x_and_weight(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, w
     return gradients[:2]
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Return ``x``, ``[B, C, H, W]``, with its channels last in memory, with the strides of that format also where a dimension is 1."""
+    _, channels, height, width = x.shape
+    strides = (channels * height * width, 1, channels * width, channels)
+    return x if x.stride() == strides else x.clone(memory_format=torch.channels_last)
+
+
 def in_one_format(x: Tensor) -> Tensor:
     """Return ``x`` with the strides of its format.
 
     Where a dimension is 1 others pass for it too, and torch's convolutions in groups and batch norm on the CPU are wrong by them.
     """
-    if x.ndim != 4 or 1 not in x.shape or not x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    _, channels, height, width = x.shape
-    usual = x.stride() == (channels * height * width, 1, channels * width, channels)
-    return x if usual or x.is_contiguous() else x.clone(memory_format=torch.channels_last)
+    is_last = x.ndim == 4 and 1 in x.shape and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return channels_last(x) if is_last else x
 
 
 class BatchNorm(torch.autograd.Function):
