@@ -185,8 +185,13 @@ def adapted_parameters(
             return {name: w[name] for name in names}
 
         support = Episodes(support_x, support_y, support_x[:, :0], support_y[:, :0])
-        adapted: Params = cat_chunks(list(map_tasks(last_point, support, tasks=tasks, chunk_size=chunk_size)))
-    return adapted if steps else {name: tensor.clone() for name, tensor in adapted.items()}  # not the meta-parameters themselves
+        adapted = {name: params[name].new_empty(len(support_x), *params[name].shape) for name in names}
+        done = 0
+        for chunk in map_tasks(last_point, support, tasks=tasks, chunk_size=chunk_size):
+            for name, tensor in chunk.items():  # as they come, so that the next chunk has this one's memory
+                adapted[name][done : done + len(tensor)] = tensor
+            done += len(tensor)
+    return adapted
 
 
 def task_losses(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_maml.second_derivatives import BatchNorm, Convolution, channels_last, in_one_format, times_differentiated
+from lightning_maml.convolutions import as_groups, channels_last, in_one_format
+from lightning_maml.second_derivatives import BatchNorm, Convolution, times_differentiated
 from lightning_maml.stack import in_stack
 
 warnings.filterwarnings("ignore", "There is a performance drop .* batching rule for aten::as_strided_")  # pooling to 1 x 1 is cheap
@@ -38,9 +39,9 @@ class TaskConvolution:
             try:
                 y: Tensor = SideBySide.apply(self._side_by_side, x, layer.weight, layer.bias)
             except NothingIsStackedError:
-                y = self._convolved(1, x, layer.weight, layer.bias)
+                y = self._convolved(x, layer.weight, layer.bias)
         elif is_batch and not self._vectorised:
-            y = self._convolved(1, x, layer.weight, layer.bias)
+            y = self._convolved(x, layer.weight, layer.bias)
         else:
             y = type(layer).forward(layer, x)
         return y
@@ -48,22 +49,24 @@ class TaskConvolution:
     def _side_by_side(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tasks = x.shape[1]
         if weight.ndim < x.ndim:  # shared
-            return _unflattened(self._convolved(1, x.flatten(0, 1), weight, bias), 0, tasks)
-        last = self._wants_channels_last(weight[0])
-        weight = weight.movedim(2, -1).flatten(0, 1).movedim(-1, 1) if last else weight.flatten(0, 1)  # at most one copy
-        y = self._convolved(tasks, x.flatten(1, 2), weight, None if bias is None else bias.flatten())
-        return _unflattened(y, 1, tasks)
+            return _unflattened(self._convolved(x.flatten(0, 1), weight, bias), 0, tasks)
+        if self._wants_channels_last(weight[0]) and weight.stride(0) > 0:  # one that is shared is not copied for each task
+            weight = weight.movedim(2, -1).contiguous().movedim(-1, 2)
+        return _unflattened(self._convolved(x.flatten(1, 2), weight, bias), 1, tasks)
 
-    def _convolved(self, tasks: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer = self._layer
+        are_stacked = weight.ndim > x.ndim
         if self._wants_channels_last(x):
-            x, weight = channels_last(x), channels_last(weight)  # the weight once, and not in each derivative
-        sizes = (size if isinstance(size, tuple) else (size,) * (x.ndim - 2) for size in (layer.stride, layer.padding, layer.dilation))
-        geometry = (*sizes, tasks * layer.groups)
-        if _writes_out_derivatives(x, least=1 if tasks > 1 else 2):  # torch's own are wrong for one image in groups
-            y: Tensor = Convolution.apply(x, weight, bias, geometry)
+            x, weight = channels_last(x), weight if are_stacked else channels_last(weight)  # the weight once, and not in each derivative
+        sizes = (layer.stride, layer.padding, layer.dilation)
+        stride, padding, dilation = (size if isinstance(size, tuple) else (size,) * (x.ndim - 2) for size in sizes)
+        if _writes_out_derivatives(x, least=1 if are_stacked else 2):  # torch's own are wrong for one image in groups
+            y: Tensor = Convolution.apply(x, weight, bias, (stride, padding, dilation, layer.groups))
             return y
-        return (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3](x, weight, bias, *geometry)
+        groups = layer.groups * (len(weight) if are_stacked else 1)
+        bias = None if bias is None else bias.flatten()
+        return (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3](x, as_groups(weight, x), bias, stride, padding, dilation, groups)
 
     def _wants_channels_last(self, x: Tensor) -> bool:
         return self.channels == "last" and x.ndim == 4 and x.device.type == "cpu"

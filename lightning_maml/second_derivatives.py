@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_maml.convolutions import Geometry, convolution, gradient_of_images, gradient_of_weight
+
 _aten = torch.ops.aten
 _here = threading.local()
-
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
 
 @contextmanager
@@ -34,20 +34,21 @@ def times_differentiated() -> int:
 
 
 class Convolution(torch.autograd.Function):
-    """``Convolution.apply(x, weight, bias, geometry)``: x * W + b, where geometry is torch's stride, padding, dilation and groups."""
+    """``Convolution.apply(x, weight, bias, geometry)``: x * W + b, of one task or of several side by side, see ``convolutions.py``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        """Return it for ``x``, ``[B, C, ...]``."""
+        """Return it for ``x``, ``[B, C, ...]``, or ``[B, T C, ...]``."""
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
-        return _convolution(x, weight, bias, geometry)
+        return convolution(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients."""
-        by_x, by_weight = _ConvolutionBackward.apply(g, *ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:2])
-        by_bias = g.sum([0, *range(2, g.ndim)]) if ctx.needs_input_grad[2] else None
+        x, weight = ctx.saved_tensors
+        by_x, by_weight = _ConvolutionBackward.apply(g, x, weight, ctx.geometry, ctx.needs_input_grad[:2])
+        by_bias = g.sum([0, *range(2, g.ndim)]).view(weight.shape[: 1 - x.ndim]) if ctx.needs_input_grad[2] else None
         return by_x, by_weight, by_bias, None
 
 
@@ -59,7 +60,8 @@ class _ConvolutionBackward(torch.autograd.Function):
         ctx.save_for_backward(g, x, weight)
         ctx.set_materialize_grads(False)
         ctx.geometry = geometry
-        return _to_x_and_weight(g, x, weight, geometry, wanted)
+        by_x = gradient_of_images(g, x, weight, geometry) if wanted[0] else None
+        return by_x, gradient_of_weight(g, x, weight, geometry) if wanted[1] else None
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -67,43 +69,13 @@ class _ConvolutionBackward(torch.autograd.Function):
         g, x, weight = ctx.saved_tensors
         by_g = by_x = by_weight = None
         if v is not None:
-            by_g = _convolution(v, weight, None, ctx.geometry)
-            by_weight = _to_x_and_weight(g, v, weight, ctx.geometry, (False, ctx.needs_input_grad[2]))[1]
+            by_g = convolution(v, weight, None, ctx.geometry)
+            by_weight = gradient_of_weight(g, v, weight, ctx.geometry) if ctx.needs_input_grad[2] else None
         if u is not None:
-            through_weight = _convolution(x, u, None, ctx.geometry)
+            through_weight = convolution(x, u, None, ctx.geometry)
             by_g = through_weight if by_g is None else by_g + through_weight
-            by_x = _to_x_and_weight(g, x, u, ctx.geometry, (ctx.needs_input_grad[1], False))[0]
+            by_x = gradient_of_images(g, x, u, ctx.geometry) if ctx.needs_input_grad[1] else None
         return by_g, by_x, by_weight, None, None
-
-
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    stride, padding, dilation, groups = geometry
-    x, weight = in_one_format(x), in_one_format(weight)
-    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(padding), groups)
-
-
-def _to_x_and_weight(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
-    stride, padding, dilation, groups = geometry
-    g, x, weight = in_one_format(g), in_one_format(x), in_one_format(weight)
-    others = (None, stride, padding, dilation, False, [0] * len(padding), groups)
-    gradients: tuple[Tensor | None, ...] = _aten.convolution_backward(g, x, weight, *others, (*wanted, False))
-    return gradients[:2]
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Return ``x``, ``[B, C, H, W]``, with its channels last in memory, with the strides of that format also where a dimension is 1."""
-    _, channels, height, width = x.shape
-    strides = (channels * height * width, 1, channels * width, channels)
-    return x if x.stride() == strides else x.clone(memory_format=torch.channels_last)
-
-
-def in_one_format(x: Tensor) -> Tensor:
-    """Return ``x`` with the strides of its format.
-
-    Where a dimension is 1 others pass for it too, and torch's convolutions in groups and batch norm on the CPU are wrong by them.
-    """
-    is_last = x.ndim == 4 and 1 in x.shape and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return channels_last(x) if is_last else x
 
 
 class BatchNorm(torch.autograd.Function):

@@ -9,7 +9,7 @@ from networks import WAYS, build, make_episodes, relative_error
 from test_meta_gradient import RATE, autograd_meta_gradient
 from torch import nn
 
-from lightning_maml.layers import channels_last
+from lightning_maml.convolutions import channels_last
 from lightning_maml.learner import HeadLearner, Learner
 from lightning_maml.meta_gradient import meta_gradient
 from lightning_maml.second_derivatives import differentiated

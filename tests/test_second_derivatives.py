@@ -71,6 +71,33 @@ def test_a_convolution_without_bias() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_one_weight_for_all_tasks_has_the_gradients_of_each(
+    has_bias: bool, groups: int, channels: int, size: int, images: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    tasks, geometry = 3, ((2, 1), (1, 1), (1, 1), groups)
+    x = torch.randn(images, tasks * groups * channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(4, channels, 3, 2, dtype=dtype), torch.randn(4, dtype=dtype) if has_bias else None
+
+    def derivatives(of_each: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(1)
+        leaves = [x.detach().requires_grad_(), *(of_each(p).requires_grad_() for p in (weight, bias) if p is not None)]
+        y = Convolution.apply(*leaves, *([] if has_bias else [None]), geometry)
+        first = torch.autograd.grad(y.square().mul(torch.randn(y.shape)).sum(), leaves, create_graph=True)
+        return [y, *first, *torch.autograd.grad(first, leaves, [torch.randn(g.shape, dtype=dtype) for g in first])]
+
+    shared, own = derivatives(lambda p: p.expand(tasks, *p.shape)), derivatives(lambda p: p.repeat(tasks, *[1] * p.ndim))
+    torch.testing.assert_close(shared, own, rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=1e-4 if dtype == torch.float32 else 1e-10)
+    of_task = F.conv2d(x.unflatten(1, (tasks, -1))[:, 1], weight, bias, *geometry)
+    torch.testing.assert_close(shared[0].unflatten(1, (tasks, -1))[:, 1], of_task)
+
+
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3, 5), (3, 3, 2, 4), (2, 3, 2, 2, 2)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_batch_norm_is_torchs(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
