@@ -101,8 +101,9 @@ class EpisodicDataModule(LightningDataModule):
             self._dataset(split)
 
     def train_dataloader(self) -> DataLoader[AnyEpisodes]:
-        """Return fresh episodes in every epoch."""
-        return self._loader("train", self.train_batches * self.meta_batch_size * self._replicas()[0], fresh=True)
+        """Return fresh episodes in every epoch, with ``overfit_batches`` the same ones."""
+        fresh = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
+        return self._loader("train", self.train_batches * self.meta_batch_size * self._replicas()[0], fresh)
 
     def val_dataloader(self) -> DataLoader[AnyEpisodes]:
         """Return the validation episodes."""
@@ -163,6 +164,7 @@ class EpisodicDataModule(LightningDataModule):
             self._dataset(split),
             batch_size=self.meta_batch_size,
             sampler=sampler,
+            generator=torch.Generator(),  # each iterator draws a number, and a resumed run makes more of them than one that is not
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from lightning_maml.datamodules.messages import first_five
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes
@@ -148,11 +148,11 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         raise ValueError(f"Expected {formula} to be at most {fewest}, the images of its smallest class, but {found}{cure}.")
 
 
-class TaskSampler(DistributedSampler[TaskKey]):
+class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
     """Yields the keys of an epoch's tasks that fall to this process: every R-th of them, so that none is drawn twice.
 
     With R processes of T tasks each, a step sees the same tasks as one process with R T. It is a ``DistributedSampler`` so that
-    Lightning sets its epoch and leaves it in place.
+    Lightning sets its epoch and leaves it in place, and a ``SequentialSampler`` so that it does so too with ``overfit_batches``.
 
     Args:
         tasks: Tasks per epoch over all processes.
@@ -164,10 +164,12 @@ class TaskSampler(DistributedSampler[TaskKey]):
     def __init__(self, tasks: int, *, fresh: bool, num_replicas: int = 1, rank: int = 0) -> None:
         self._tasks, self._fresh = tasks, fresh
         self.num_replicas, self.rank, self.epoch = num_replicas, rank, 0
+        self.given = 0
+        """How many of this process's tasks the next iterator leaves out, because they were given out before."""
 
-    def __iter__(self) -> Iterator[TaskKey]:
+    def __iter__(self) -> Iterator[TaskKey]:  # type: ignore[override]  # of a SequentialSampler it is the numbers
         epoch = self.epoch if self._fresh else 0
-        return ((epoch, number) for number in range(self.rank, self._tasks, self.num_replicas))
+        return ((epoch, number) for number in range(self.rank + self.given * self.num_replicas, self._tasks, self.num_replicas))
 
     def __len__(self) -> int:
         return len(range(self.rank, self._tasks, self.num_replicas))

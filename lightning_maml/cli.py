@@ -1,21 +1,23 @@
 """The command ``lightning-maml``."""
 
 import math
-import pickle
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_maml.callbacks import AdaptiveMetaStepsize  # imported, all callbacks may be named in configs without their module
+from lightning_maml.callbacks import (
+    AdaptiveMetaStepsize,
+    CheckpointOnInterrupt,
+)  # imported, all callbacks may be named in configs without their module
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
+from lightning_maml.checkpoints import read_checkpoint
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.datamodules import EpisodicDataModule
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes
@@ -23,14 +25,22 @@ from lightning_maml.episodic_module import EpisodicModule
 from lightning_maml.functional import axpy, norm
 from lightning_maml.module import MAML
 from lightning_maml.report import Adaptive, Settings, report
+from lightning_maml.repro import load_step
 from lightning_maml.smooth import kinks
 from lightning_maml.theory import paper_scale
 
 
 class _Trainer(Trainer):
-    """Lightning's trainer with one command more."""
+    """Lightning's trainer with two commands more."""
 
-    def measure(self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None = None, tasks: int = 16) -> None:
+    def measure(
+        self,
+        model: EpisodicModule,
+        datamodule: EpisodicDataModule,
+        ckpt_path: str | None = None,
+        tasks: int = 16,
+        weights_only: bool | None = None,
+    ) -> None:
         """Measure the theory's constants, and say what they imply and which conditions of the theorems hold.
 
         Args:
@@ -38,13 +48,14 @@ class _Trainer(Trainer):
             datamodule: Gives the training tasks.
             ckpt_path: A checkpoint whose weights to measure at instead.
             tasks: Training tasks to measure on.
+            weights_only: Without effect, nothing else is read; it is here so that the config that a fit leaves serves.
         """
         if not isinstance(model, MAML):
             raise TypeError(f"Expected MAML or one of its variants, of which the theory is, but got {type(model).__name__}.")
         if tasks < 2:
             raise ValueError(f"Expected `tasks` to be at least 2, for a deviation between them, but got {tasks}.")
         if ckpt_path is not None:
-            model.load_state_dict(torch.load(ckpt_path, weights_only=True, map_location="cpu")["state_dict"])
+            model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
         self.precision_plugin.convert_module(model).to(self.strategy.root_device).train()
         datamodule.trainer, self.training = self, True  # the episodes are those of training, and so are their transforms
         datamodule.prepare_data()
@@ -62,6 +73,22 @@ class _Trainer(Trainer):
             print(
                 f"\nThe meta-gradient of {type(model).__name__} differs from the exact one by {error:.2g} of it, on these tasks together."
             )
+
+    def replay(
+        self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None = None, weights_only: bool | None = None
+    ) -> None:
+        """Take a step again that broke a run.
+
+        Args:
+            model: The model, as that run had it.
+            datamodule: Without effect: the step's file holds its tasks.
+            ckpt_path: The step's file, which that run saved.
+            weights_only: Without effect, nothing else is read; it is here so that the config that a fit leaves serves.
+        """
+        if ckpt_path is None:
+            raise ValueError("Expected `ckpt_path` to be the file of a step that broke a run but got none.")
+        loss = model.meta_loss(load_step(model.train(), ckpt_path))
+        print(f"\nThe step of {ckpt_path} does not break this model: its query loss is {loss:.6g}, and its meta-gradient is finite.")
 
 
 def _settings(trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, episodes: AnyEpisodes) -> Settings:
@@ -88,8 +115,8 @@ def _settings(trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, epi
 class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and ``measure``."""
-        return LightningCLI.subcommands() | {"measure": {"model", "datamodule"}}
+        """Lightning's, ``measure`` and ``replay``."""
+        return LightningCLI.subcommands() | {"measure": {"model", "datamodule"}, "replay": {"model", "datamodule"}}
 
     def _parse_ckpt_path(self) -> None:
         """Do not merge the checkpoint's arguments into the config, where Lightning would: what is typed now decides."""
@@ -97,14 +124,10 @@ class _CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Say so where a checkpoint was trained with other arguments than those given now."""
         command = self.config[self.config.subcommand]
-        if self.config.subcommand == "measure" and command.ckpt_path is not None and not Path(command.ckpt_path).is_file():
+        if self.config.subcommand in ("measure", "replay") and command.ckpt_path is not None and not Path(command.ckpt_path).is_file():
             raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint but there is no file {command.ckpt_path}.")
         if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
-            try:
-                saved = torch.load(command.ckpt_path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ValueError(f"Expected {command.ckpt_path} to be a whole checkpoint but it cannot be read: {reason}") from error
+            saved = read_checkpoint(command.ckpt_path).get("hyper_parameters", {})
             given = command.model.init_args
             differing = [f"{name}={value} ({given[name]} now)" for name, value in saved.items() if name in given and given[name] != value]
             if differing:
@@ -123,7 +146,7 @@ class _CLI(LightningCLI):
 
 
 def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningCLI:
-    """Run ``lightning-maml fit | validate | test | predict | measure``.
+    """Run ``lightning-maml fit | validate | test | predict | measure | replay``.
 
     Args:
         args: The command line, by default the process's own.
@@ -140,7 +163,7 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        trainer_defaults={"callbacks": list(callbacks)},
+        trainer_defaults={"callbacks": [*callbacks, CheckpointOnInterrupt()]},
         args=args,
     )
 
@@ -151,7 +174,7 @@ def main(args: ArgsType = None) -> None:
         run(args)
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
         causes: list[BaseException] = [error]
-        while cause := causes[-1].__cause__ or causes[-1].__context__:
+        while cause := causes[-1].__cause__ or (None if causes[-1].__suppress_context__ else causes[-1].__context__):
             causes.append(cause)
         sentences = [str(cause) for cause in causes if str(cause).startswith("Expected ")]
         if not sentences:

@@ -2,20 +2,26 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_maml.adapt import AdaptationCurve
 from lightning_maml.batch_statistics import batch_norms
+from lightning_maml.checkpoints import WholeCheckpoints
 from lightning_maml.episodes import AnyEpisodes, support_set
-from lightning_maml.functional import differentiable
+from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.metrics import Estimate, TaskMean
+from lightning_maml.randomness import random_state, set_random_state
+from lightning_maml.repro import save_step
 
 LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
 """Outputs ``[B, ...]`` and labels or targets ``[B, ...]`` to their mean loss. Modules are named so that YAML may give their ``init_args``."""
@@ -52,9 +58,14 @@ class EpisodicModule(LightningModule):
         self.loss = loss
         self.batch_norm: BatchNormPolicy = batch_norm
         self.adaptation: Estimate | None = None
-        """Accuracy (for regression: loss) on the last test's tasks after 0 .. K steps, ``[K + 1]``."""
+        """Accuracy (for regression: loss) on the tasks of the last test, of its last loader, after 0 .. K steps, ``[K + 1]``."""
+        self.skips_non_finite = False
+        self.skipped = 0
+        """How many steps were skipped."""
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._test_figures = TaskMean()
+        self._test_figures: list[TaskMean] = []
+        self._gradients: Params = {}
+        self._random_state: dict[str, Any] | None = None  # from which training is to go on
 
     @abstractmethod
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -83,14 +94,75 @@ class EpisodicModule(LightningModule):
         monitor = getattr(scheduler, "monitor", "val/loss")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
 
+    def setup(self, stage: str) -> None:
+        """Have checkpoints written by :class:`lightning_maml.checkpoints.WholeCheckpoints`, unless the trainer was given a plugin for them.
+
+        Raises:
+            TypeError: If the trainer's strategy splits parameters over processes.
+        """
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise TypeError(
+                "Expected a strategy that keeps whole parameters in each process but got "
+                f"{type(self.trainer.strategy).__name__}; meta-gradients take other values for the parameters than the network holds: use 'ddp'."
+            )
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpoints()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add where the random generators stand for training, and the gradients of batches that the optimizer has yet to step on."""
+        checkpoint["random_state"] = random_state(self.device) if self._random_state is None else self._random_state
+        trainer = self.trainer
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
+            checkpoint["gradients"] = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take what an interrupted run needs to go on as if it had not been: the types of its weights, and its random numbers."""
+        if self._trainer is not None and self.trainer.training:
+            self.trainer.precision_plugin.convert_module(self)  # Lightning does so later, when the weights are already rounded
+            self._random_state = checkpoint.get("random_state")
+            self._gradients = checkpoint.get("gradients", {})
+
+    def on_train_start(self) -> None:
+        """Let the random numbers, and the sums of gradients, go on where the checkpoint has them."""
+        self._go_on_with_random_numbers()
+        for name, gradient in self._gradients.items():
+            self.get_parameter(name).grad = gradient.to(self.device)
+        self._gradients = {}
+
+    def on_validation_start(self) -> None:
+        """Keep random numbers of validation, if there are any, from those of training, which a run resumed after it would else miss."""
+        if not self.trainer.sanity_checking:
+            self._random_state = random_state(self.device)
+
+    def on_validation_end(self) -> None:
+        """Let the random numbers of training go on."""
+        if not self.trainer.sanity_checking:
+            self._go_on_with_random_numbers()
+
+    def _go_on_with_random_numbers(self) -> None:
+        if self._random_state is not None:
+            set_random_state(self._random_state, self.device)
+            self._random_state = None
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs of the network as it is, without adaptation."""
         outputs: Tensor = self.network(x)
         return outputs
 
-    def training_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor:
-        """Return the query loss, as a scalar whose backward pass deposits the meta-gradient."""
-        loss, query_loss, outputs = self._meta_step(batch)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of a compiled model: compilers know no second derivatives
+    def training_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor | None:
+        """Return the query loss, as a scalar whose backward pass deposits the meta-gradient; None for a step that is skipped.
+
+        Raises:
+            FloatingPointError: If the query loss or the meta-gradient is not finite, unless such steps are skipped
+                (:class:`lightning_maml.SkipNonFinite`). The step is saved for ``lightning-maml replay``.
+        """
+        before_it = random_state(self.device)
+        try:
+            loss, query_loss, outputs = self._meta_step(batch)
+        except FloatingPointError as error:
+            self._skip_or_stop(batch, before_it, error)
+            return None
         figures = with_accuracy(query_loss, outputs, batch)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
@@ -98,7 +170,7 @@ class EpisodicModule(LightningModule):
         self._log_means("train", figures, on_step=True)
         return loss
 
-    def validation_step(self, batch: AnyEpisodes, batch_idx: int) -> None:
+    def validation_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log loss and accuracy before and after adaptation."""
         curve = self.evaluate(batch)
         figures = with_accuracy(curve.loss, curve.aux, batch)
@@ -106,27 +178,40 @@ class EpisodicModule(LightningModule):
 
     def on_test_epoch_start(self) -> None:
         """Forget what an interrupted test left."""
-        self._test_figures.reset()
+        self._test_figures = [TaskMean().to(self.device) for _ in self.trainer.num_test_batches]
 
-    def test_step(self, batch: AnyEpisodes, batch_idx: int) -> None:
+    def test_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect loss and accuracy after 0 .. K steps."""
         curve = self.evaluate(batch)
         figures = with_accuracy(curve.loss, curve.aux, batch)
-        self._test_figures.update(torch.stack([*figures.values()], -1))
+        self._test_figures[dataloader_idx].update(torch.stack([*figures.values()], -1))
 
     def on_test_epoch_end(self) -> None:
-        """Log the means over all test tasks with their confidence intervals."""
-        estimate: Estimate = self._test_figures.compute()
-        for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
-            mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
-            self.adaptation = Estimate(mean, ci95, estimate.tasks)
-            self.log_dict({f"test/{name}": mean[-1], f"test/{name}_ci95": ci95[-1], f"test/{name}_before": mean[0]})
-        self.log_dict({f"test/{name}_step_{step}": value for step, value in enumerate(mean)})
+        """Log the means over all test tasks of each loader with their confidence intervals, several loaders named as Lightning does."""
+        estimates = [figures.compute() for figures in self._test_figures]
+        for loader, estimate in enumerate(estimates):
+            of_loader = f"/dataloader_idx_{loader}" if len(estimates) > 1 else ""
+            for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
+                mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
+                self.adaptation = Estimate(mean, ci95, estimate.tasks)
+                figures = {name: mean[-1], f"{name}_ci95": ci95[-1], f"{name}_before": mean[0]}
+                self.log_dict({f"test/{figure}{of_loader}": value for figure, value in figures.items()}, add_dataloader_idx=False)
+            self.log_dict({f"test/{name}_step_{step}{of_loader}": value for step, value in enumerate(mean)}, add_dataloader_idx=False)
 
-    def predict_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
         outputs: Tensor = self.evaluate(batch).aux[:, -1]
         return outputs
+
+    def _skip_or_stop(self, episodes: AnyEpisodes, before_it: dict[str, Any], error: FloatingPointError) -> None:
+        if self.skips_non_finite:
+            self.skipped += 1
+            self.log("train/skipped", float(self.skipped), prog_bar=True, batch_size=1)
+            return
+        path = save_step(self, episodes, before_it)
+        config = Path(self.trainer.log_dir or "") / "config.yaml"
+        command = f"`lightning-maml replay --config={config if config.is_file() else 'CONFIG'} --ckpt_path={path}`"
+        raise FloatingPointError(f"{error} Take the step again by {command}.") from None
 
     def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
         """Return what training steps log of the tasks before adaptation, each ``[T]``."""
@@ -138,7 +223,9 @@ class EpisodicModule(LightningModule):
         Raises:
             ValueError: If they are not of this shape.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        device = episodes.support_x.device
+        own_randomness = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with torch.inference_mode(False), torch.no_grad(), own_randomness:  # a resumed run looks once more
             first = type(episodes)(*(tensor[0] for tensor in episodes))
             outputs = learner(learner.params, differentiable(support_set(first)[0]))
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:

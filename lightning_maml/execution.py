@@ -79,18 +79,29 @@ class Executor:
             return Execution(_one_by_one(-(-len(episodes.support_x) // chunk_size)), chunk_size)
         return for_cpu(episodes, sum(p.numel() for p in network.parameters()), takes_stacks)
 
-    def within_memory(self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes) -> Result:
+    def within_memory(self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes, device: torch.device) -> Result:
         """Return ``function(episodes)``; where the device has no memory for all tasks at once, and it is left open, half as many are stacked."""
         while True:
             try:
                 return function(episodes)
-            except torch.OutOfMemoryError:
-                stacked = min(self._fitting or len(episodes.support_x), len(episodes.support_x))
-                if self.tasks != "auto" or self.chunk_size is not None or stacked == 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
                     raise
+                stacked = min(self._fitting or len(episodes.support_x), len(episodes.support_x))
+                if self.tasks != "auto" or self.chunk_size is not None or stacked == 1 or device.type == "cpu":
+                    raise torch.OutOfMemoryError(
+                        f"Expected memory for {len(episodes.support_x)} tasks but there is not enough (tasks={self.tasks!r}, "
+                        f"chunk_size={self.chunk_size}); with a smaller `chunk_size`, or tasks='loop', fewer are held at once; smaller are those "
+                        "with fewer `queries`, those of FO-MAML, and those of precision bf16-mixed."
+                    ) from error
             self._fitting = stacked // 2
-            torch.get_device_module(episodes.support_x.device).empty_cache()
+            torch.get_device_module(device).empty_cache()
             rank_zero_info(f"There is no memory for {stacked} tasks at once; from here on {self._fitting} are stacked.")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a device had no memory left, for which torch has no type of its own on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], bool]) -> Execution:

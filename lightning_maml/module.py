@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, cat_chunks, check_step_count
@@ -103,6 +104,11 @@ class MAML(EpisodicModule):
         compiled: bool = False,
     ) -> None:
         super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
+        if self.curvature == "exact" and any(isinstance(part, OptimizedModule) for part in network.modules()):
+            raise ValueError(
+                f"Expected a network that is not compiled, for the second derivatives of {type(self).__name__}, which torch.compile has not, but "
+                "got one with compiled parts; give it as it was, and for speed `compiled=True`, which compiles the whole meta-gradient."
+            )
         check_step_count(train_steps, "train_steps")
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         self._executor = Executor(tasks, chunk_size, compiled)
@@ -142,6 +148,7 @@ class MAML(EpisodicModule):
         if wrong := [reason for reason, holds in reasons.items() if holds]:
             raise ValueError(f"Expected a meta-gradient of stacked tasks with `compiled=True` but got {wrong[0]}; leave it uncompiled.")
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint whose learned rates or step averages are not those of this model, before its weights are looked at.
 
@@ -158,6 +165,7 @@ class MAML(EpisodicModule):
                 f"Expected a checkpoint with the inner rates and batch-norm averages of this model but got others ({len(theirs)} tensors, here "
                 f"{len(ours)}); give the model the `inner_rates`, `batch_norm`, `adapt` and `train_steps` that it was trained with."
             )
+        super().on_load_checkpoint(checkpoint)
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -166,7 +174,7 @@ class MAML(EpisodicModule):
         Returns:
             The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K steps.
         """
-        curve: AdaptationCurve = self._executor.within_memory(self._evaluate, episodes)
+        curve: AdaptationCurve = self._executor.within_memory(self._evaluate, episodes, self.device)
         return curve
 
     def _evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -240,7 +248,7 @@ class MAML(EpisodicModule):
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
         learner, rates = self._learner(episodes), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
         self._check(learner, episodes)
-        result: MetaGradient = self._executor.within_memory(partial(self._training_gradient, learner), episodes)
+        result: MetaGradient = self._executor.within_memory(partial(self._training_gradient, learner), episodes, self.device)
         self._stop_unless_finite(result)
         self._update_running_averages(episodes)
         loss = surrogate([learner.params, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss)

@@ -1,18 +1,25 @@
 """A checkpoint of any algorithm is loaded in another process, without running anything in it, and predicts the same."""
 
+import os
+import re
+import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from networks import make_episodes
+from lightning import Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from networks import build, make_episodes
 from test_parts import trainer
 from torch.utils.data import DataLoader
 
 import lightning_maml
-from lightning_maml import Conv4, MAMLPlusPlus
+from lightning_maml import MAML, Conv4, MAMLPlusPlus
+from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
 from lightning_maml.episodic_module import EpisodicModule
 
 
@@ -57,3 +64,115 @@ def test_another_process_loads_it(name: str, tmp_path: Path) -> None:
     outputs, hparams = torch.load(f"{path}.outputs", weights_only=True)
     torch.testing.assert_close(outputs, model.eval().evaluate(single).aux, rtol=1e-5, atol=1e-5)
     assert hparams["batch_norm"] == policy
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from lightning_maml.checkpoints import WholeCheckpoints
+os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+WholeCheckpoints().save_checkpoint({"step": 2, "weights": list(range(10_000))}, sys.argv[1])
+"""
+
+FULL_DISK = """
+import sys, torch
+from pathlib import Path
+from torch.utils.data import DataLoader
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from networks import make_episodes
+from lightning_maml import MAML, MLP
+folder = Path(sys.argv[1])
+episodes = make_episodes()
+data = DataLoader([episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())], batch_size=None)
+every = ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1, filename="{epoch}", save_last=True)
+model = MAML(MLP(64, 3, hidden=(200, 100)), 0.1)
+trainer = Trainer(max_epochs=20, logger=False, callbacks=[every], default_root_dir=folder, accelerator="cpu", enable_progress_bar=False)
+try:
+    trainer.fit(model, data)
+except OSError as error:
+    print("SAID:", error)
+    print("WHOLE:", *(torch.load(file, weights_only=True)["epoch"] for file in folder.glob("epoch=*.ckpt")))
+    print("LAST:", torch.load(folder / "last.ckpt", weights_only=True)["epoch"])
+    print("LEFT:", [file.name for file in folder.iterdir() if file.suffix != ".ckpt"])
+    print("WEIGHTS:", all(p.isfinite().all() for p in model.parameters()))
+"""
+
+
+def test_what_is_killed_while_it_writes_leaves_the_file_before(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"step": 1}, path)
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(path)], timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert read_checkpoint(path) == {"step": 1}
+    WholeCheckpoints().save_checkpoint({"step": 3}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"], "what was left half done is gone"
+
+
+def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(FULL_DISK)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs -o size=2m tmpfs {disk} && exec $0 $@"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount a disk of their own")
+    run = subprocess.run(
+        [*alone, sys.executable, str(script), str(disk)], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    said = dict(
+        line.split(": ", 1) for line in run.stdout.splitlines() if line.split(":")[0] in ("SAID", "WHOLE", "LAST", "LEFT", "WEIGHTS")
+    )
+    assert re.match(
+        r"Expected to write the checkpoint .*\.ckpt but it cannot be written: .*; make room and go on from the last checkpoint",
+        said["SAID"],
+    )
+    epochs = sorted(map(int, said["WHOLE"].split()))
+    assert epochs == [*range(len(epochs))]
+    assert len(epochs) > 1
+    assert int(said["LAST"]) in (epochs[-1], epochs[-1] - 1)
+    assert said["LEFT"] == "[]"
+    assert said["WEIGHTS"] == "True"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_what_is_cut_off_is_refused_and_the_one_before_is_offered(share: float, tmp_path: Path) -> None:
+    run, model, data = short_run(tmp_path)
+    for epoch in (1, 2, 3):
+        run.fit_loop.max_epochs = epoch
+        run.fit(model, data)
+        run.save_checkpoint(tmp_path / f"{epoch}.ckpt")
+        os.utime(tmp_path / f"{epoch}.ckpt", (epoch, epoch))
+    for name in ("2.ckpt", "3.ckpt"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
+    run, model, data = short_run(tmp_path)
+    with pytest.raises(ValueError, match=r"Expected .*3\.ckpt to be a whole checkpoint .*; go on from .*1\.ckpt, the newest whole one"):
+        run.fit(model, data, ckpt_path=tmp_path / "3.ckpt")
+    (tmp_path / "1.ckpt").unlink()
+    with pytest.raises(ValueError, match=r"Expected .*3\.ckpt to be a whole checkpoint .*; there is no whole one beside it"):
+        read_checkpoint(tmp_path / "3.ckpt")
+
+
+def test_a_checkpoint_that_is_not_there_is_said_to_be(tmp_path: Path) -> None:
+    run, model, data = short_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no\.ckpt"):
+        run.fit(model, data, ckpt_path=tmp_path / "no.ckpt")
+
+
+def test_a_trainers_own_way_of_writing_is_left_to_it(tmp_path: Path) -> None:
+    class Own(TorchCheckpointIO):
+        pass
+
+    own = Own()
+    run, model, data = short_run(tmp_path, plugins=[own])
+    run.fit(model, data)
+    assert run.strategy.checkpoint_io is own
+    run, model, data = short_run(tmp_path)
+    run.fit(model, data)
+    assert isinstance(run.strategy.checkpoint_io, WholeCheckpoints)
+
+
+def short_run(folder: Path, **options: Any) -> tuple[Trainer, MAML, DataLoader]:
+    return trainer(folder, **options), MAML(build("mlp"), 0.1), DataLoader([make_episodes()], batch_size=None)

@@ -10,6 +10,7 @@ ORDER = [
         "functional",
         "metrics",
         "backbones",
+        "convolutions",
         "second_derivatives",
         "stack",
         "objective",
@@ -26,12 +27,13 @@ ORDER = [
     ),
     *("adapt", "meta_gradient", "reptile", "implicit", "deploy"),
     *("theory", "measure", "report"),
-    *("smooth", "episodic_module", "module", "algorithms", "protonet"),
-    *("callbacks.independent_tasks", "callbacks.pictures", "callbacks.meta_stepsize", "callbacks.stationarity", "callbacks"),
+    *("smooth", "checkpoints", "repro", "episodic_module", "module", "algorithms", "protonet"),
+    *("callbacks.independent_tasks", "callbacks.pictures", "callbacks.meta_stepsize", "callbacks.stationarity"),
+    *("callbacks.interrupt", "callbacks.skip_non_finite", "callbacks"),
     *("compat.learn2learn", "compat"),
     *("cli", "__main__"),
 ]
-WITHOUT_LIGHTNING = ORDER[: ORDER.index("episodic_module")]
+WITHOUT_LIGHTNING = ORDER[: ORDER.index("checkpoints")]
 
 
 def imports(file: Path) -> set[str]:

@@ -1,0 +1,53 @@
+"""Ctrl-C ends a run between two steps."""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status of what SIGINT ended, by convention."""
+
+
+class CheckpointOnInterrupt(Callback):
+    """On Ctrl-C finishes the step, writes ``checkpoints/interrupted.ckpt`` where the logs are, and ends the process with status 130.
+
+    A run that goes on from there ends as one that was not interrupted. A second Ctrl-C ends the process at once. The command
+    ``lightning-maml fit`` has this callback. Outside of the main thread, where no signal arrives, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._is_interrupted = False
+        self._before: Any = None
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._on_signal)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Write the checkpoint and end, if any process was interrupted."""
+        if trainer.strategy.reduce_boolean_decision(self._is_interrupted, all=False):
+            path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "interrupted.ckpt"
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"Interrupted after step {trainer.global_step}; go on with ckpt_path={path}")
+            sys.exit(INTERRUPTED)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Listen no more."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def _on_signal(self, *_: Any) -> None:
+        self._is_interrupted = True
+        signal.signal(signal.SIGINT, self._before)
+        rank_zero_info("\nCtrl-C: the run ends after this step; once more, and it ends now.")

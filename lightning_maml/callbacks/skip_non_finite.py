@@ -1,0 +1,48 @@
+"""Training goes on past a meta-batch whose loss or meta-gradient is not finite."""
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_maml.episodic_module import EpisodicModule
+
+
+class SkipNonFinite(Callback):
+    """Skips and counts the meta-batches whose loss or meta-gradient is not finite, on which a run else stops.
+
+    Logged: ``train/skipped``, how many there were so far. The optimizer does not step on them.
+
+    Args:
+        at_most: With more skipped steps the run stops all the same.
+
+    Raises:
+        ValueError: If ``at_most`` is negative; when training starts, if there are several processes, which have to step together.
+        TypeError: If the module is none of this package.
+        FloatingPointError: In training, after more than ``at_most`` skipped steps.
+    """
+
+    def __init__(self, at_most: int = 100) -> None:
+        if at_most < 0:
+            raise ValueError(f"Expected `at_most` to be at least 0 but got {at_most}.")
+        self.at_most = at_most
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the module skip."""
+        if not isinstance(pl_module, EpisodicModule):
+            raise TypeError(f"Expected a module of lightning_maml for SkipNonFinite but got {type(pl_module).__name__}.")
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"Expected one process for SkipNonFinite but got {trainer.world_size}, which have to step together; remove it."
+            )
+        pl_module.skips_non_finite = True
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Stop where it is too many."""
+        if isinstance(pl_module, EpisodicModule) and pl_module.skipped > self.at_most:
+            raise FloatingPointError(
+                f"Expected at most {self.at_most} meta-batches without a finite loss and meta-gradient but there were {pl_module.skipped} by step "
+                f"{trainer.global_step}; lower inner_lr or check the data."
+            )

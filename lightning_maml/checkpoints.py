@@ -1,0 +1,84 @@
+"""Checkpoint files that are whole or not there."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from typing_extensions import override
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoint files, of which a process that dies while it writes leaves the one before, and no half of one.
+
+    Lightning writes into the system's folder for temporary files first; where that is another file system than the checkpoints', what is
+    killed while it copies leaves half a file in place of a good one. The models of this package set this in a trainer that has
+    Lightning's default.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write beside ``path``, to the disk, and put it in its place at once.
+
+        Raises:
+            OSError: If it cannot be written; the file that was there is as it was.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+            part.unlink(missing_ok=True)
+            raise OSError(
+                f"Expected to write the checkpoint {path} but it cannot be written: {_first_line(error)}; "
+                "make room and go on from the last checkpoint, which is as it was."
+            ) from error
+
+    @override
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Return the checkpoint, without running anything in it unless ``weights_only=False``.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is not whole, with the newest one beside it that is.
+        """
+        return read_checkpoint(path, map_location, weights_only is None or weights_only)
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
+    """Return the checkpoint at ``path``, see :meth:`WholeCheckpoints.load_checkpoint`."""
+    try:
+        checkpoint: dict[str, Any] = TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        before = _newest_whole(Path(path))
+        cure = f"go on from {before}, the newest whole one beside it" if before else "there is no whole one beside it"
+        raise ValueError(f"Expected {path} to be a whole checkpoint but it cannot be read: {_first_line(error)}; {cure}.") from error
+    return checkpoint
+
+
+def _newest_whole(path: Path) -> Path | None:
+    others = [other for other in path.parent.glob("*.ckpt") if other.name != path.name and _is_whole(other)]
+    return max(others, key=lambda other: other.stat().st_mtime_ns, default=None)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # noqa: BLE001 # whatever is wrong with it, it is not whole
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -1,0 +1,56 @@
+"""A step that broke, saved with all that it depends on but the model's own code, to be taken again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+
+from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
+from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes
+from lightning_maml.randomness import set_random_state
+
+_KINDS = {kind.__name__: kind for kind in (Episodes, ResampledEpisodes)}
+
+
+def save_step(module: LightningModule, episodes: AnyEpisodes, random_state: dict[str, Any]) -> Path:
+    """Save the step that ``module`` broke in, and return where.
+
+    Args:
+        module: The model, at the parameters before the step.
+        episodes: Its meta-batch.
+        random_state: Where the random generators stood before it.
+    """
+    trainer = module.trainer
+    name = f"step_{module.global_step}{f'_rank_{trainer.global_rank}' if trainer.world_size > 1 else ''}.repro"
+    path = Path(trainer.log_dir or trainer.default_root_dir) / name
+    step = {
+        "kind": type(episodes).__name__,
+        "episodes": [tensor.cpu() for tensor in episodes],
+        "state_dict": module.state_dict(),
+        "random_state": random_state,
+        "epoch": module.current_epoch,
+    }
+    WholeCheckpoints().save_checkpoint(step, path)
+    return path
+
+
+def load_step(module: LightningModule, path: str | Path) -> AnyEpisodes:
+    """Put ``module`` and the random generators where they were before the step at ``path``; return its meta-batch.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not whole, or no such step of such a model.
+    """
+    step = read_checkpoint(path)
+    if not {"kind", "episodes", "state_dict", "random_state"} <= step.keys() or step["kind"] not in _KINDS:
+        raise ValueError(f"Expected {path} to be a step that a run saved when it broke but it holds {', '.join(map(repr, step))}.")
+    dtypes = {tensor.dtype for tensor in step["state_dict"].values() if tensor.is_floating_point()}
+    module.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
+    try:
+        module.load_state_dict(step["state_dict"])
+    except RuntimeError as error:
+        raise ValueError(f"Expected the model that {path} was saved by but got another: {error}") from error
+    set_random_state(step["random_state"], module.device)
+    episodes: AnyEpisodes = _KINDS[step["kind"]](*(tensor.to(module.device) for tensor in step["episodes"]))
+    return episodes
