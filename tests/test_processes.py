@@ -1,0 +1,81 @@
+"""Several processes that share the tasks of a step are one process with all of them."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from networks import build, relative_error
+from run_of_processes import CASES, run
+
+from lightning_maml import HFMAML, MAML
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[1] / part) for part in ("tests", "benchmarks"))}
+
+DYING = """
+import os, signal, sys
+from lightning import Callback, Trainer
+from soak import Noise, network
+from lightning_maml import MAML
+
+class Dying(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=5, callbacks=[Dying()], **quiet).fit(MAML(network(), 0.1), Noise())
+print("came to the end")
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, threads = tmp_path_factory.mktemp("alone"), torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each of several: the order of sums depends on it
+    run(folder, 1)
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_shared_tasks_give_the_meta_gradient_of_one_process(processes: int, alone: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = Path(__file__).with_name("run_of_processes.py")
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path), str(processes)], env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, (algorithm, _) in enumerate(CASES):
+        ranks = [torch.load(tmp_path / f"case_{case}_rank_{rank}_of_{processes}.pt", weights_only=True) for rank in range(processes)]
+        one = torch.load(alone / f"case_{case}_rank_0_of_1.pt", weights_only=True)
+        for step, tasks in enumerate(one["tasks"]):
+            shared = torch.stack([rank["tasks"][step] for rank in ranks], 1).flatten(0, 1)
+            assert torch.equal(shared, tasks), "each task in one process"
+            # HF-MAML's differences make 1e-11 of the last bit in which the parameters differ after a step
+            bound = 1e-9 if algorithm is HFMAML and step else 1e-12
+            assert all(relative_error(rank["gradients"][step], one["gradients"][step]) < bound for rank in ranks)
+        assert all(relative_error(rank["end"], one["end"]) < 1e-11 for rank in ranks)
+        assert all(rank["tested"] == pytest.approx(one["tested"], abs=1e-7) for rank in ranks)
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    done = subprocess.run([sys.executable, str(script)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode not in (0, -signal.SIGALRM)
+    assert "came to the end" not in done.stdout
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_split_parameters_are_refused(strategy: type) -> None:
+    module = MAML(build("mlp"), 0.1)
+    module.trainer = Trainer(accelerator="cpu", logger=False)
+    module.trainer._accelerator_connector.strategy = strategy()  # a trainer itself takes them on GPUs only
+    with pytest.raises(TypeError, match=rf"Expected a strategy that keeps whole parameters .* but got {strategy.__name__}; .*'ddp'"):
+        module.setup("fit")
