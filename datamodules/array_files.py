@@ -13,6 +13,9 @@ from lightning_maml.datamodules.messages import first_five
 from lightning_maml.datamodules.pickles import read_pickle
 from lightning_maml.datamodules.sampler import ClassImages
 
+_HDF5_RATIO = 100
+"""How many times as large as an HDF5 file its images may be: torchmeta does not compress them, and photographs lose half at most."""
+
 
 class Split(NamedTuple):
     """The images of one split, before they are read.
@@ -75,10 +78,8 @@ def _check_images(what: object, images: Any, size: int) -> None:
 
 
 def _whole_numbers(what: str, value: Any) -> np.ndarray:
-    try:
-        numbers = np.asarray(value)
-    except ValueError:  # lists of several lengths
-        numbers = np.empty((0, 0))
+    is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)  # not of lists, which may share theirs 2^30 times
+    numbers = np.asarray(value) if is_list or isinstance(value, np.ndarray) else np.empty((0, 0))
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise ValueError(f"Expected {what} to hold lists of whole numbers but got {type(value).__name__} of another kind.")
     return numbers.astype(np.int64)
@@ -126,6 +127,21 @@ def _hdf5_classes(file: Path) -> Iterator[dict[str, Any]]:
         ) from error
     try:
         with h5py.File(file) as content:
-            yield dict(sorted(content["datasets"].items()))
-    except (OSError, KeyError, AttributeError) as error:  # h5py raises these on damaged files and on missing names
+            group = content["datasets"]
+            links = [content.get("datasets", getlink=True), *(group.get(name, getlink=True) for name in group)]
+            classes = dict(sorted(group.items()))
+            if not all(isinstance(link, h5py.HardLink) for link in links) or any(map(_lies_elsewhere, classes.values())):
+                raise ValueError(f"Expected {file} to hold its images itself but it refers to other files; it is not read.")
+            if sum(images.nbytes for images in classes.values()) > _HDF5_RATIO * file.stat().st_size:
+                raise ValueError(
+                    f"Expected the images of {file} to be at most {_HDF5_RATIO} times its size but they are more; it is not read."
+                )
+            yield classes
+    except ValueError:
+        raise
+    except Exception as error:  # h5py raises some ten kinds on damaged files
         raise ValueError(f"Expected {file} to be a whole HDF5 file with a group 'datasets' but it is not ({error}).") from error
+
+
+def _lies_elsewhere(images: Any) -> bool:
+    return images.external is not None or images.is_virtual

@@ -10,6 +10,8 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from lightning_maml.archives import check_archive
+
 _VERSION = 1
 
 
@@ -96,6 +98,7 @@ def read_cache(file: Path, source: str, shape: tuple[int, ...], *, checksums: bo
 
 
 def _load(file: Path, checksums: bool) -> dict[str, Any]:
+    check_archive(file)
     if checksums:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -107,6 +110,12 @@ def _load(file: Path, checksums: bool) -> dict[str, Any]:
 
 def _checked(cached: DecodedImages, shape: tuple[int, ...]) -> DecodedImages:
     images, labels = cached.images, cached.labels
-    if (images.dtype, images.shape, labels.shape) != (torch.uint8, shape, shape[:1]) or int(labels.max()) >= len(cached.names):
+    if not all(isinstance(text, str) for text in (*cached.names, *cached.unreadable)):
+        raise TypeError("its names are no strings")
+    if (
+        labels.dtype != torch.int64
+        or (images.dtype, images.shape, labels.shape) != (torch.uint8, shape, shape[:1])
+        or int(labels.max()) >= len(cached.names)
+    ):
         raise ValueError(f"{images.dtype} {list(images.shape)} with labels {list(labels.shape)} of {len(cached.names)} classes")
     return cached

@@ -26,6 +26,7 @@ ClassFiles = Mapping[str, Sequence[Path]]
 """The image files of each class."""
 
 _CHUNK = 64  # files that a worker decodes at a time
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # for EPS, another of Pillow's, it starts Ghostscript
 
 
 def check_on_corrupt(on_corrupt: str) -> None:
@@ -183,12 +184,22 @@ def _as_it_is(chunk: Any) -> Any:
 
 
 def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
-    """Return an image ``[size, size, 3]`` (RGB) or ``[size, size]`` (L), uint8."""
-    with Image.open(file) as image:
+    """Return an image ``[size, size, 3]`` (RGB) or ``[size, size]`` (L), uint8.
+
+    Whatever its name, it is read as one of the formats that `torchvision` lists, or GIF, and as nothing for which Pillow starts a program.
+
+    Raises:
+        OSError, SyntaxError, ValueError: If it is none of them, or damaged, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+    """
+    with Image.open(file, formats=_FORMATS) as image:
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"it has {image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS}), which you can set"
+            )
         if image.format == "JPEG":
             return pixels(image, mode, size)
         image.verify()  # its checksums, which decoding alone does not look at; JPEG has none
-    with Image.open(file) as image:
+    with Image.open(file, formats=_FORMATS) as image:
         return pixels(image, mode, size)
 
 

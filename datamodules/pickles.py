@@ -5,6 +5,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -64,6 +65,10 @@ class _Mapped:
         return self._mapped.readline()
 
 
+def _list_of_last(unpickler: "_Unpickler", size: int) -> None:
+    unpickler.stack[-size:] = [unpickler.stack[-size:]]
+
+
 class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C copies large strings of Python 2 twice
     stack: list[Any]
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
@@ -87,12 +92,21 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C copies l
 
     dispatch[pickle.BUILD[0]] = load_build
 
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # the other takes the memory before it looks for the bytes
+
+    # What was a tuple becomes a list: as a key, one that holds another twice, which holds another twice, would be hashed for ever.
+    dispatch[pickle.EMPTY_TUPLE[0]] = dispatch[pickle.EMPTY_LIST[0]]
+    dispatch[pickle.TUPLE[0]] = dispatch[pickle.LIST[0]]
+    dispatch[pickle.TUPLE1[0]] = partial(_list_of_last, size=1)
+    dispatch[pickle.TUPLE2[0]] = partial(_list_of_last, size=2)
+    dispatch[pickle.TUPLE3[0]] = partial(_list_of_last, size=3)
+
 
 class _Dtype:
     def __init__(self, code: Any, *_: Any) -> None:
         self._code, self._order = _text(code), "|"
 
-    def set_state(self, state: tuple[Any, ...]) -> None:
+    def set_state(self, state: list[Any]) -> None:
         self._order = _text(state[1])
 
     def numpy(self) -> np.dtype[Any]:
@@ -107,7 +121,7 @@ class _Array:
     def __init__(self, *_: Any) -> None:
         self.array: np.ndarray = np.empty(0)
 
-    def set_state(self, state: tuple[Any, ...]) -> None:
+    def set_state(self, state: list[Any]) -> None:
         _, shape, dtype, fortran, data = state
         self.array = _from_buffer(data, dtype, shape, "F" if fortran else "C").array
 
@@ -145,11 +159,11 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Return the value with arrays for their stand-ins, lists for tuples, and text for byte strings; ``done`` holds what it shares."""
+    """Return the value with arrays for their stand-ins and text for byte strings; ``done`` holds what it shares."""
     if id(value) not in done:
         if isinstance(value, dict):
             done[id(value)] = {_plain(key, done): _plain(item, done) for key, item in value.items()}
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, list):
             done[id(value)] = [_plain(item, done) for item in value]
         elif isinstance(value, _Array):
             done[id(value)] = value.array

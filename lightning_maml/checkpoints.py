@@ -1,12 +1,15 @@
 """Checkpoint files that are whole or not there."""
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
+
+from lightning_maml.archives import check_archive
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -57,7 +60,11 @@ class WholeCheckpoints(TorchCheckpointIO):
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
     """Return the checkpoint at ``path``, see :meth:`WholeCheckpoints.load_checkpoint`."""
     try:
+        if weights_only and "://" not in str(path) and Path(path).is_file():
+            check_archive(Path(path))
         checkpoint: dict[str, Any] = TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"it holds {type(checkpoint).__name__}")  # noqa: TRY004  it is the file that is wrong
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -74,6 +81,7 @@ def _newest_whole(path: Path) -> Path | None:
 
 def _is_whole(path: Path) -> bool:
     try:
+        check_archive(path)
         torch.load(path, weights_only=True, map_location="cpu")
     except Exception:  # noqa: BLE001 # whatever is wrong with it, it is not whole
         return False
@@ -81,4 +89,6 @@ def _is_whole(path: Path) -> bool:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # for which torch advises to run what is in the file
+        return "it is damaged or holds more than tensors and plain data, and nothing in it was run"
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -28,6 +28,7 @@ from lightning_maml.report import Adaptive, Settings, report
 from lightning_maml.repro import load_step
 from lightning_maml.smooth import kinks
 from lightning_maml.theory import paper_scale
+from lightning_maml.yaml_configs import bound_configs
 
 
 class _Trainer(Trainer):
@@ -155,6 +156,7 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
     Returns:
         The finished command with its ``trainer``, ``model`` and ``datamodule``.
     """
+    bound_configs()
     return _CLI(
         EpisodicModule,
         EpisodicDataModule,
@@ -172,6 +174,8 @@ def main(args: ArgsType = None) -> None:
     """Be the command ``lightning-maml``: what a user can cause ends it with one sentence, anything else with its traceback."""
     try:
         run(args)
+    except UnicodeDecodeError as error:
+        sys.exit(f"lightning-maml: Expected a config to be text in UTF-8 but it is not ({error}).")
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
         causes: list[BaseException] = [error]
         while cause := causes[-1].__cause__ or (None if causes[-1].__suppress_context__ else causes[-1].__context__):

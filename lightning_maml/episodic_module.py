@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning import LightningModule
@@ -12,10 +12,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve
 from lightning_maml.batch_statistics import batch_norms
-from lightning_maml.checkpoints import WholeCheckpoints
+from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
 from lightning_maml.episodes import AnyEpisodes, support_set
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner
@@ -93,6 +94,27 @@ class EpisodicModule(LightningModule):
         scheduler = self._lr_scheduler(optimizer)
         monitor = getattr(scheduler, "monitor", "val/loss")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+
+    @classmethod
+    @override
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Lightning's, but nothing in the file is run unless ``weights_only=False``.
+
+        Raises:
+            ValueError: If the file is not whole, or asks for more than tensors and plain data.
+        """
+        weights_only = weights_only is None or weights_only  # Lightning's None means False
+        if weights_only and isinstance(checkpoint_path, str | Path):
+            read_checkpoint(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
 
     def setup(self, stage: str) -> None:
         """Have checkpoints written by :class:`lightning_maml.checkpoints.WholeCheckpoints`, unless the trainer was given a plugin for them.

@@ -43,14 +43,14 @@ def load_step(module: LightningModule, path: str | Path) -> AnyEpisodes:
         ValueError: If it is not whole, or no such step of such a model.
     """
     step = read_checkpoint(path)
-    if not {"kind", "episodes", "state_dict", "random_state"} <= step.keys() or step["kind"] not in _KINDS:
+    if not {"kind", "episodes", "state_dict", "random_state"} <= step.keys() or step["kind"] not in [*_KINDS]:
         raise ValueError(f"Expected {path} to be a step that a run saved when it broke but it holds {', '.join(map(repr, step))}.")
-    dtypes = {tensor.dtype for tensor in step["state_dict"].values() if tensor.is_floating_point()}
-    module.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
     try:
+        dtypes = {tensor.dtype for tensor in step["state_dict"].values() if tensor.is_floating_point()}
+        module.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
         module.load_state_dict(step["state_dict"])
-    except RuntimeError as error:
-        raise ValueError(f"Expected the model that {path} was saved by but got another: {error}") from error
-    set_random_state(step["random_state"], module.device)
-    episodes: AnyEpisodes = _KINDS[step["kind"]](*(tensor.to(module.device) for tensor in step["episodes"]))
+        set_random_state(step["random_state"], module.device)
+        episodes: AnyEpisodes = _KINDS[step["kind"]](*(tensor.to(module.device) for tensor in step["episodes"]))
+    except Exception as error:
+        raise ValueError(f"Expected {path} to be a step that the same model saved but got another: {error}") from error
     return episodes

@@ -80,7 +80,7 @@ def test_replay_says_when_a_step_does_not_break(
     command = re.search(r"`lightning-maml (.*)`", str(end.value)).group(1).split()
     main([*command, "--model.inner_lr=0.1"])
     assert "does not break this model" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"Expected the model that .* was saved by but got another"):
+    with pytest.raises(SystemExit, match=r"Expected .* to be a step that the same model saved but got another"):
         main([*command, "--model.network.channels=8"])
     torch.save({"weights": 1}, "other.repro")
     with pytest.raises(SystemExit, match=r"Expected other\.repro to be a step that a run saved when it broke but it holds 'weights'"):

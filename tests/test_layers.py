@@ -27,7 +27,7 @@ ORDER = [
     ),
     *("adapt", "meta_gradient", "reptile", "implicit", "deploy"),
     *("theory", "measure", "report"),
-    *("smooth", "checkpoints", "repro", "episodic_module", "module", "algorithms", "protonet"),
+    *("smooth", "yaml_configs", "archives", "checkpoints", "repro", "episodic_module", "module", "algorithms", "protonet"),
     *("callbacks.independent_tasks", "callbacks.pictures", "callbacks.meta_stepsize", "callbacks.stationarity"),
     *("callbacks.interrupt", "callbacks.skip_non_finite", "callbacks"),
     *("compat.learn2learn", "compat"),
@@ -71,7 +71,9 @@ def test_the_algorithm_imports_no_lightning() -> None:
         assert not roots & {"lightning", "pytorch_lightning"}, name
 
 
-def test_datamodules_import_only_episodes_and_each_other() -> None:
+def test_datamodules_import_only_episodes_archives_and_each_other() -> None:
     for file in (PACKAGE / "datamodules").glob("*.py"):
         own = {module for module in imports(file) if module.startswith("lightning_maml")}
-        assert all(module.startswith(("lightning_maml.episodes", "lightning_maml.datamodules")) for module in own), file
+        assert all(
+            module.startswith(("lightning_maml.archives", "lightning_maml.episodes", "lightning_maml.datamodules")) for module in own
+        ), file
