@@ -65,7 +65,7 @@ FORBIDDEN = (
     "os.chmod",
     "os.symlink",
 )
-FORBIDDEN += ("os.link", "os.truncate", "shutil.", "subprocess.", "socket.", "ctypes.", "exec", "compile")
+FORBIDDEN += ("os.link", "os.truncate", "shutil.", "subprocess.", "socket.", "ctypes.")  # not exec: modules that are imported late call it
 
 Mutator = Callable[[bytes, int, int], bytes]
 
@@ -309,12 +309,6 @@ def _places(tree: Any, depth: int = 0) -> Any:
             yield from _places(value, depth + 1)
 
 
-def _imports(event: str, details: tuple[Any, ...]) -> bool:
-    """Return whether code is run because a module is imported that is installed."""
-    of = {"exec": getattr(details[0], "co_filename", ""), "compile": details[-1]}.get(event) if details else None
-    return isinstance(of, str) and of.startswith((sys.prefix, sys.base_prefix, str(CONFIGS.parent / "lightning_maml")))
-
-
 class Watch:
     """Notes down what is forbidden to readers: running, deleting, and writing to other places than a folder."""
 
@@ -325,7 +319,7 @@ class Watch:
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, details: tuple[Any, ...]) -> None:
-        if self._on and event.startswith(FORBIDDEN) and not _imports(event, details) and not any(t in str(details) for t in self._trusted):
+        if self._on and event.startswith(FORBIDDEN) and not any(t in str(details) for t in self._trusted):
             self.seen.append(f"{event} {str(details)[:200]}")
         if self._on and event == "open":
             path, _, flags = details

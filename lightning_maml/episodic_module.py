@@ -1,7 +1,8 @@
 """What few-shot algorithms share as Lightning modules: optimizer, steps, figures and the checks of batches."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -245,17 +246,21 @@ class EpisodicModule(LightningModule):
         Raises:
             ValueError: If they are not of this shape.
         """
-        device = episodes.support_x.device
-        own_randomness = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with torch.inference_mode(False), torch.no_grad(), own_randomness:  # a resumed run looks once more
-            first = type(episodes)(*(tensor[0] for tensor in episodes))
-            outputs = learner(learner.params, differentiable(support_set(first)[0]))
+        with self._first_support(episodes) as x, torch.no_grad():
+            outputs = learner(learner.params, x)
         if not isinstance(outputs, Tensor) or outputs.ndim != 2:
             got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(
                 f"Expected `network` to return one tensor of logits [examples, ways] but got {got}; wrap it in a module that does."
             )
         return outputs
+
+    @contextmanager
+    def _first_support(self, episodes: AnyEpisodes) -> Iterator[Tensor]:
+        """Give the first task's support inputs for a look at the network, whose random numbers a resumed run, which looks again, draws once more."""
+        device = episodes.support_x.device
+        with torch.inference_mode(False), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield differentiable(support_set(type(episodes)(*(tensor[0] for tensor in episodes)))[0])
 
     def _stop_unless_losses_are_finite(self, query_loss: Tensor, where: str) -> None:
         finite = query_loss.isfinite()

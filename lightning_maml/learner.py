@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_maml.batch_statistics import batch_norms, forget_running_averages
-from lightning_maml.functional import Params
+from lightning_maml.functional import Params, differentiable
 from lightning_maml.layers import TaskConvolution, TaskNorm, is_plain_convolution
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
@@ -92,6 +92,28 @@ class Learner:
         alone = len(arguments) == 1 and not named and isinstance(arguments[0], Tensor) and len(arguments[0]) == len(x)
         return alone and result is outputs
 
+    def run_again(self, x: Tensor) -> set[str]:
+        """Return the modules that a backward pass runs again, as ``torch.utils.checkpoint`` does, when they hold other values than those given."""
+        runs: list[str] = []
+        modules = self._copy_of_this_thread().named_modules()
+        hooks = [module.register_forward_pre_hook(lambda *_, name=name: runs.append(name)) for name, module in modules]
+        forward = 0
+        try:
+            with torch.enable_grad():
+                params = {name: differentiable(p).requires_grad_() for name, p in self.params.items()}
+                outputs = self._run(params, x, 0, {})
+                forward = len(runs)
+                if isinstance(outputs, Tensor) and outputs.requires_grad:
+                    torch.autograd.grad(outputs.sum(), [*params.values()], allow_unused=True)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error):
+                raise
+            return set(runs)  # the older form of checkpoints allows no such backward pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return set(runs[forward:])
+
     @contextmanager
     def _calls_of(self, head: str) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any], Any]]]:
         calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
@@ -108,19 +130,18 @@ class Learner:
         Where the network fails it is tried once more with channels first: one that views its images as rows needs that.
         """
         self._copy_of_this_thread()
-        random_state = None if self._own.has_run else torch.get_rng_state()
+        converting = [convolution for convolution in self._own.convolutions if convolution.channels == "last"]
+        random_state = torch.get_rng_state() if converting else None
         try:
             outputs = self._attempt(params, inputs, context, averages)
         except RuntimeError:
-            converting = [convolution for convolution in self._own.convolutions if convolution.channels == "last"]
-            if random_state is None or not converting:
+            if random_state is None:
                 raise
             torch.set_rng_state(random_state)
             for convolution in converting:
                 convolution.channels = "first"
             outputs = self._attempt(params, inputs, context, averages)
             _VIEWING.add(self.network)
-        self._own.has_run = True
         return outputs
 
     def _attempt(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
@@ -133,7 +154,7 @@ class Learner:
     def _copy_of_this_thread(self) -> nn.Module:
         if not hasattr(self._own, "network"):
             network = structural_copy(self.network)
-            self._own.norms, self._own.convolutions, self._own.has_run = [], [], False
+            self._own.norms, self._own.convolutions = [], []
             for module in network.modules():
                 if isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
                     self._take_statistics_of_the_batch(module)

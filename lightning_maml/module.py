@@ -224,6 +224,7 @@ class MAML(EpisodicModule):
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""
         learner = self._learner(episodes)
+        self._outputs(learner, episodes)
         return (self._training_gradient(learner, episodes) if curvature is None else self._meta_gradient(learner, episodes, curvature)).grad
 
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
@@ -402,11 +403,12 @@ class MAML(EpisodicModule):
         return task.query_x.new_zeros(()), {name: found[name] for name in in_training}
 
     def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
-        """Refuse episodes whose labels do not fit the network's outputs, before a loss function meets them."""
+        """Refuse what would give wrong numbers, or fail in the loss function: some networks, and episodes whose labels do not fit their outputs."""
         check_episodes(episodes)
-        if episodes.support_y.is_floating_point():
+        outputs = self._outputs(learner, episodes)
+        if outputs is None:
             return
-        outputs, ways = self._outputs(learner, episodes), int(episodes.support_y.max()) + 1
+        ways = int(episodes.support_y.max()) + 1
         if outputs != ways:
             raise ValueError(
                 f"Expected `network` to have {ways} outputs, one per way of the episode, but got {outputs}; "
@@ -414,13 +416,20 @@ class MAML(EpisodicModule):
             )
         check_labels(episodes, ways)
 
-    def _outputs(self, learner: Learner, episodes: AnyEpisodes) -> int:
-        """Return the width of the network's outputs, looked at once for networks whose parameters have the same shapes."""
-        shapes = tuple(p.shape for p in learner.params.values())
-        kind = (self.network, self.network.training, learner.network.training, episodes.support_x.shape[1:], shapes)
+    def _outputs(self, learner: Learner, episodes: AnyEpisodes) -> int | None:
+        """Return the width of the outputs for labels, looked at once for networks whose parameters have the same shapes; None for targets."""
+        shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
+        kind = (self.network, self.network.training, learner.network.training, episodes.support_x.shape[1:], shapes, are_labels)
         if self._checked[:-1] != kind:
-            self._checked = (*kind, self._first_outputs(learner, episodes).shape[1])
-        width: int = self._checked[-1]
+            with self._first_support(episodes) as x:
+                again = tuple(f"{name}." for name in learner.run_again(x))
+            if any(name.startswith(again) for name in self._adapting()):
+                raise ValueError(
+                    "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run them "
+                    "again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
+                )
+            self._checked = (*kind, self._first_outputs(learner, episodes).shape[1] if are_labels else None)
+        width: int | None = self._checked[-1]
         return width
 
     def _stop_unless_finite(self, result: MetaGradient) -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from networks import WAYS, build, conv_batch_norm, flat, make_episodes, relative_error
+from networks import IMAGE, WAYS, build, conv_batch_norm, flat, make_episodes, relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, meta_gradient
@@ -451,3 +452,27 @@ def test_the_untouched_network_is_the_forward_pass() -> None:
     network = MLP(64, 3)
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(MAML(network)(x), network(x))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool, inputs: int = IMAGE * IMAGE, outputs: int = WAYS) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 8))
+        self.middle, self.head = nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, outputs)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return self.head(checkpoint(self.middle, x, use_reentrant=self.reentrant) if self.training else self.middle(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpoints_which_run_with_other_parameters_are_refused(reentrant: bool) -> None:
+    model, episodes = MAML(Checkpointed(reentrant).double(), 0.1, 2, tasks="loop"), make_episodes()
+    for refused in (model.meta_loss, model.meta_gradient, model.evaluate):
+        with pytest.raises(ValueError, match="Expected a network whose adapting layers run once but got one with checkpoints"):
+            refused(episodes)
+    model.eval().evaluate(episodes)
+    x = torch.linspace(-1, 1, 6).reshape(2, 3, 1)
+    with pytest.raises(ValueError, match="Expected a network whose adapting layers run once"):
+        MAML(Checkpointed(reentrant, 1, 1), 0.1, loss=nn.MSELoss()).meta_loss(Episodes(x, x, x, x))
