@@ -336,3 +336,36 @@ def test_a_loss_that_is_no_scalar_is_refused(tasks: str) -> None:
     loss = lambda w, x, y: F.cross_entropy(learner(w, x), y, reduction="none")
     with pytest.raises(ValueError, match=r"to be a scalar but got shape \[6\]; use reduction='mean'"):
         meta_gradient(loss, learner.params, make_episodes(), inner_lr=RATE, steps=1, tasks=tasks)
+
+
+def test_losses_on_the_way_draw_their_data_at_their_points() -> None:
+    """A task that moves its images with the parameters: each loss sees them where it is taken."""
+    network, episodes, weights = build("mlp"), make_episodes(), [0.2, 0.3, 0.5]
+    loss, name = plain_loss(network), next(iter(dict(network.named_parameters())))
+
+    def sample(w: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 10 * w[name].detach().mean(), y
+
+    w = leaves(network)
+    total = torch.zeros((), dtype=torch.float64)
+    for s_x, s_y, q_x, q_y in zip(*episodes, strict=True):
+        point = w
+        for weight in weights:
+            gradient = torch.autograd.grad(loss(point, *sample(point, s_x, s_y)), list(point.values()), create_graph=True)
+            point = {key: p - RATE * g for (key, p), g in zip(point.items(), gradient, strict=True)}
+            total = total + weight * loss(point, *sample(point, q_x, q_y)) / 3
+    expected = dict(zip(w, torch.autograd.grad(total, list(w.values())), strict=True))
+    found = meta_gradient(loss, leaves(network), episodes, inner_lr=RATE, steps=3, step_weights=weights, sample=sample)
+    assert relative_error(found.grad, expected) < 1e-12
+
+
+def test_without_weights_the_losses_on_the_way_are_not_computed() -> None:
+    network, episodes, judged = build("mlp"), make_episodes(2), []
+    loss = plain_loss(network)
+
+    def query_loss(w: Params, task: Episodes) -> Tensor:
+        judged.append(task)
+        return loss(w, task.query_x, task.query_y)
+
+    meta_gradient(loss, leaves(network), episodes, inner_lr=RATE, steps=3, query_loss=query_loss)
+    assert len(judged) == 2

@@ -111,8 +111,15 @@ def test_first_order_needs_no_hessian_batch() -> None:
         gradient = torch.autograd.grad(loss(w, task.query_x, task.query_y), list(w.values()))
         expected = {name: total + g / 3 for (name, total), g in zip(expected.items(), gradient, strict=True)}
     assert relative_error(first_order, expected) < 1e-15
-    with pytest.raises(ValueError, match="Expected Hessian batches of at least one example with `curvature='exact'` but got none"):
-        meta_gradient(loss, leaves(network), without, **arguments)
+    for steps in (2, 1):
+        fewer = ResampledEpisodes(*(tensor[:, :steps] for tensor in without[:4]), *without[4:])
+        with pytest.raises(
+            ValueError, match=r"Expected Hessian batches of .* with `curvature='exact'` but got none; draw some .* needs none\.$"
+        ):
+            meta_gradient(loss, leaves(network), fewer, inner_lr=RATE, steps=steps)
+    meta_gradient(
+        loss, leaves(network), ResampledEpisodes(*(tensor[:, :0] for tensor in without[:4]), *without[4:]), inner_lr=RATE, steps=0
+    )
 
 
 def test_the_support_set_in_every_place_is_the_finite_sum_case() -> None:
