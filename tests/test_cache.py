@@ -1,6 +1,7 @@
 """The cache of decoded images: whole or not used, and mapped rather than read."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,25 @@ def test_a_disk_that_fills_up_leaves_the_old_cache_and_nothing_else(file: Path) 
     assert "could not write them ([Errno 27] File too large)" in failed.stderr
     assert [path.name for path in file.parent.iterdir()] == ["images.pt"]
     assert same(read_cache(file, "photos", SHAPE), content())
+
+
+def test_what_is_killed_while_it_writes_leaves_the_old_cache_and_its_part_is_removed_later(file: Path) -> None:
+    """Killed by the system in the middle of a write, by a limit on the size of its files."""
+    script = (
+        "import resource, signal, sys, torch; from pathlib import Path\n"
+        "from lightning_maml.datamodules.cache import DecodedImages, write_cache\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "images = DecodedImages(torch.zeros(50, 84, 84, 3, dtype=torch.uint8), torch.zeros(50).long(), ['x'], [])\n"
+        "write_cache(Path(sys.argv[1]), 'photos', images)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, file], check=False, capture_output=True).returncode == -signal.SIGXFSZ
+    assert same(read_cache(file, "photos", SHAPE, checksums=True), content())
+    (part,) = set(file.parent.iterdir()) - {file}
+    write_cache(file, "photos", content())
+    assert part.exists(), "another process may be writing it"
+    os.utime(part, (0, 0))
+    write_cache(file, "photos", content())
+    assert [path.name for path in file.parent.iterdir()] == ["images.pt"]
 
 
 def test_two_that_write_at_once_leave_a_whole_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
