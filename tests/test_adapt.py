@@ -36,6 +36,17 @@ def test_adapted_parameters_are_those_of_gradient_descent(steps: int, tasks: Any
             torch.testing.assert_close(adapted[name][t], tensor.detach(), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(("tasks", "chunk_size"), [("loop", None), ("threads", 3), ("vmap", None), ("vmap", 3)])
+def test_the_curve_is_the_query_loss_along_gradient_descent(tasks: Any, chunk_size: int | None) -> None:
+    network, episodes = build("mlp"), make_episodes(TASKS)
+    rates = [dict.fromkeys(dict(network.named_parameters()), rate) for rate in RATES]
+    curve = adaptation_curve(plain_loss(network), leaves(network), episodes, inner_lr=rates, steps=3, tasks=tasks, chunk_size=chunk_size)
+    for t, (s_x, s_y, q_x, q_y) in enumerate(zip(*episodes, strict=True)):
+        for step in range(4):
+            expected = plain_loss(network)(descended(leaves(network), s_x, s_y, step), q_x, q_y)
+            torch.testing.assert_close(curve.loss[t, step], expected.detach(), rtol=1e-12, atol=1e-14)
+
+
 def test_parameters_without_a_rate_are_not_returned_and_stay() -> None:
     network, episodes = build("mlp"), make_episodes(2)
     name = [*dict(network.named_parameters())][-1]

@@ -142,8 +142,39 @@ def test_rates_of_a_part_of_the_head() -> None:
     value = unrolled(plain_loss(build("mlp")), w, episodes, [{"3.weight": 0.4}] * STEPS, STEPS)
     assert relative_error(result.grad, dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))) < 1e-12
     resampled = ResampledEpisodes(*(tensor[:, None] for tensor in episodes[:2] * 2), *episodes[2:])
-    with pytest.raises(ValueError, match="Expected `encode` with Episodes"):
-        meta_gradient(loss, w, resampled, inner_lr=0.1, steps=1, encode=encode)
+    for data, changed in ((resampled, {}), (episodes, {"sample": lambda w, x, y: (x, y)}), (episodes, {"loss": [loss, loss]})):
+        arguments = {"loss": loss, "params": w, "episodes": data, "inner_lr": 0.1, "steps": 1, "encode": encode} | changed
+        with pytest.raises(ValueError, match=r"^Expected `encode` with Episodes, .* but got other data or losses\.$"):
+            meta_gradient(**arguments)
+
+
+def test_features_may_have_a_query_loss_of_their_own() -> None:
+    """Of labels smoothed on the query set alone."""
+    w, episodes = leaves(build("mlp")), make_episodes()
+
+    def features(params: Params, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x.flatten(1), params["1.weight"], params["1.bias"]))
+
+    def loss(params: Params, z: Tensor, y: Tensor, smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(F.linear(z, params["3.weight"], params["3.bias"]), y, label_smoothing=smoothing)
+
+    rates = {"3.weight": 0.4, "3.bias": 0.2}
+    result = meta_gradient(
+        loss,
+        w,
+        episodes,
+        inner_lr=rates,
+        steps=1,
+        query_loss=lambda params, task: loss(params, task.query_x, task.query_y, 0.5),
+        encode=lambda params, task: (features(params, task.support_x), features(params, task.query_x)),
+    )
+    assert result.inner_lr == [{}], "fixed rates have no gradient"
+    value = torch.zeros((), dtype=torch.float64)
+    for s_x, s_y, q_x, q_y in zip(*episodes, strict=True):
+        gradient = torch.autograd.grad(loss(w, features(w, s_x), s_y), [w[name] for name in rates], create_graph=True)
+        adapted = w | {name: w[name] - rates[name] * g for name, g in zip(rates, gradient, strict=True)}
+        value = value + loss(adapted, features(w, q_x), q_y, 0.5) / 3
+    assert relative_error(result.grad, dict(zip(w, torch.autograd.grad(value, list(w.values())), strict=True))) < 1e-12
 
 
 def test_without_inner_steps_it_is_the_gradient_of_the_query_loss() -> None:
