@@ -114,6 +114,22 @@ def test_sizes_take_equal_parts_of_what_the_bounds_allow() -> None:
     assert theory.finite_sum_sizes(1e9, L, rho, steps, gap=gap, **spread).tasks == 20
 
 
+def test_batches_of_the_stepsize() -> None:
+    spread = {"sigma": 30.0, "sample_sigma": 40.0}
+    one_step = theory.stepsize_batches("one_step", 2.0, 300.0, 0.05, 1, **spread)
+    assert one_step == (math.ceil((300 * 0.05 * 30 / 2) ** 2 / 2), (300 * 0.05 * 40) ** 2)
+    arguments = (*floats(L, 100 * RHO, ALPHA), N)
+    spread_of_gradient = 100 * C_L / (L * A**6)  # C_L is linear in rho
+    resampling = theory.stepsize_batches("resampling", *arguments, **spread)
+    assert resampling == (math.floor((30 * spread_of_gradient) ** 2 * 4 / 3) + 1, math.floor((8 * 40 * spread_of_gradient) ** 2) + 1)
+    finite_sum = theory.stepsize_batches("finite_sum", *arguments, sigma=300.0, b=2.0)
+    assert finite_sum == (math.ceil(2 * (300 * 100 * C_L / (100 * C_B * 2 + L * A**6)) ** 2), 0)
+
+
+def test_without_steps_any_inner_rate_will_do() -> None:
+    assert theory.largest_inner_lr(2.0, 0) == theory.recommended_inner_lr(2.0, 0) == math.inf
+
+
 def test_the_first_order_floor_ends_where_it_is_infinite() -> None:
     assert theory.first_order_floor(*floats(L, ALPHA), 2, 3.0) == close(3 / ((2 - A**4) / (A**2 * (A**2 - 1)) - 1))
     grown = Fraction(127, 100)  # its square is below 2, its cube is not, and c is below 1
@@ -158,6 +174,14 @@ def test_without_curvature_the_theorems_are_not_needed(flat: dict[str, float]) -
 CURVED = {"L": 2.0, "rho": 3.0, "alpha": 0.05, "steps": 2}
 NOISE = {"sample_sigma": 1.0, "hessian_sigma": 1.0}
 CALLS: list[tuple[Callable[..., object], dict[str, Any]]] = [
+    (theory.smoothness_constants, CURVED),
+    (theory.meta_stepsize, {"smoothness": 2.0, "scale": 0.1}),
+    (partial(theory.meta_smoothness, "finite_sum"), CURVED | {"gradient_norm": 1.0, "b": 1.0}),
+    (theory.largest_inner_lr, {"L": 2.0, "steps": 2}),
+    (theory.recommended_inner_lr, {"L": 2.0, "steps": 2}),
+    (partial(theory.stepsize_batches, "resampling"), CURVED | {"sigma": 1.0, "sample_sigma": 1.0, "b": 1.0}),
+    (theory.hessian_batch, {"alpha": 0.05, "hessian_sigma": 1.0}),
+    (theory.printed_probe_radius, {"rho": 3.0, "alpha": 0.05}),
     (theory.resampling_batches, {"L": 2.0, "rho": 3.0} | NOISE),
     (theory.hessian_free_error, CURVED | {"radius": 0.1, "query_gradient_norm": 1.0}),
     (theory.probe_radius, CURVED | {"epsilon": 0.1, "query_gradient_norm": 1.0}),
