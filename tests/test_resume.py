@@ -51,11 +51,11 @@ def ended(folder: Path, name: str, checkpoint: Path | None, workers: int = 0, no
     return {"step": run.global_step, "model": model.state_dict(), "optimizer": run.optimizers[0].state_dict()}
 
 
-def resumes_from_each(folder: Path, name: str, **options: Any) -> None:
+def resumes_from_each(folder: Path, name: str, every: int = 1, **options: Any) -> None:
     whole = ended(folder, name, None, **options)
     checkpoints = sorted(folder.glob("*.ckpt"))
     assert len(checkpoints) > whole["step"] >= 4
-    differing = [file.name for file in checkpoints if not is_same(ended(folder, name, file, **options), whole)]
+    differing = [file.name for file in checkpoints[::every] if not is_same(ended(folder, name, file, **options), whole)]
     assert not differing
 
 
@@ -81,7 +81,7 @@ def test_every_algorithm_goes_on_from_every_checkpoint(tmp_path: Path, name: str
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
 )
 def test_so_it_does_under_the_trainers_options(tmp_path: Path, options: dict[str, Any]) -> None:
-    resumes_from_each(tmp_path, "MAML with dropout", **options)
+    resumes_from_each(tmp_path, "MAML with dropout", every=2, **options)
 
 
 def test_runs_that_are_killed_go_on_from_the_last_checkpoint() -> None:
