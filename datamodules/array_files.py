@@ -1,6 +1,6 @@
 """Files that hold mini-ImageNet as arrays: two families of pickles, and HDF5."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,8 @@ def open_cache_pickle(file: Path, size: int) -> Split:
     images, class_dict = _entries(file, read_pickle(file), "image_data", "class_dict")
     _check_images(file, images, size)
     _check_dictionary(f"'class_dict' of {file}", class_dict)
+    if sum(len(numbers) for numbers in class_dict.values() if isinstance(numbers, Sized)) > len(images):
+        raise _not_shared_out(file, images)
     rows = {str(name): _whole_numbers(f"'class_dict' of {file}", class_dict[name]) for name in sorted(class_dict, key=str)}
     return _split(file, images, rows)
 
@@ -88,10 +90,14 @@ def _whole_numbers(what: str, value: Any) -> np.ndarray:
 def _split(file: Path, images: np.ndarray, rows: dict[str, np.ndarray]) -> Split:
     together = np.concatenate([np.empty(0, np.int64), *rows.values()])
     if len(np.unique(together)) < len(together) or not ((together >= 0) & (together < len(images))).all():
-        raise ValueError(f"Expected the classes of {file} to share out the numbers 0 .. {len(images) - 1} of its images but they do not.")
+        raise _not_shared_out(file, images)
     pixels = torch.from_numpy(np.require(images, requirements="W")).permute(0, 3, 1, 2)
     read = partial(ClassImages, pixels, [np.sort(members) for members in rows.values()], list(rows))
     return Split({name: len(members) for name, members in rows.items()}, read)
+
+
+def _not_shared_out(file: Path, images: np.ndarray) -> ValueError:
+    return ValueError(f"Expected the classes of {file} to share out the numbers 0 .. {len(images) - 1} of its images but they do not.")
 
 
 def open_hdf5(file: Path, size: int) -> Split:

@@ -1,8 +1,6 @@
 """Decoded images in one file, which later runs map into memory instead of decoding again."""
 
-import contextlib
 import os
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -12,7 +10,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from lightning_maml.archives import check_archive
+from lightning_maml.archives import check_archive, remove_abandoned
 
 _VERSION = 1
 
@@ -44,7 +42,7 @@ def write_cache(file: Path, source: str, content: DecodedImages) -> None:
     Raises:
         OSError: If the folder cannot be written or the disk is full.
     """
-    _remove_what_was_abandoned(file)
+    remove_abandoned(file.with_name(f".{file.name}.*"))
     part = file.with_name(f".{file.name}.{uuid4().hex}")  # of this process alone, on whichever machine it is
     stream = _writable(part)
     try:
@@ -53,14 +51,6 @@ def write_cache(file: Path, source: str, content: DecodedImages) -> None:
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _remove_what_was_abandoned(file: Path) -> None:
-    """Remove the parts that killed processes left: those to which nothing was written for an hour."""
-    for part in file.parent.glob(f".{file.name}.*"):
-        with contextlib.suppress(OSError):  # another process may be as quick
-            if time.time() - part.stat().st_mtime > 3600:
-                part.unlink()
 
 
 def _writable(part: Path) -> BinaryIO:

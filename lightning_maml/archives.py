@@ -1,6 +1,8 @@
-"""Files of torch.save that nobody vouches for ask for no more memory than they have bytes."""
+"""Files of torch.save that nobody vouches for, and parts of files that processes left."""
 
+import contextlib
 import os
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,7 +18,13 @@ def check_archive(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            pickles = [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl") and _is_stored(entry)]
+            if not entries or min(entry.header_offset for entry in entries) > 0:  # torch would look for its parts in other places
+                raise ValueError("it is no archive of torch.save")
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > os.path.getsize(file):
+                raise ValueError("it is compressed, as torch.save makes none")
+            if any(b"bytearray" in archive.read(entry) for entry in entries if entry.filename.lower().endswith(".pkl")):
+                raise ValueError("it asks for bytes of its own, as torch.save does for none of ours")
     except (
         zipfile.BadZipFile,
         NotImplementedError,
@@ -25,11 +33,11 @@ def check_archive(file: Path) -> None:
         EOFError,
     ) as error:  # as zipfile raises on damaged ones
         raise ValueError(f"it is no archive of torch.save: {error}") from error
-    if not all(map(_is_stored, entries)) or sum(entry.file_size for entry in entries) > os.path.getsize(file):
-        raise ValueError("it is compressed, as torch.save makes none")
-    if any(b"bytearray" in content for content in pickles):
-        raise ValueError("it asks for bytes of its own, as torch.save does for none of ours")
 
 
-def _is_stored(entry: zipfile.ZipInfo) -> bool:
-    return entry.compress_type == zipfile.ZIP_STORED
+def remove_abandoned(parts: Path) -> None:
+    """Remove the parts of files that killed processes left, those to which nothing was written for an hour; ``parts`` ends in a pattern."""
+    for part in parts.parent.glob(parts.name):
+        with contextlib.suppress(OSError):  # another process may be as quick
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()

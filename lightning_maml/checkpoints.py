@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from lightning_maml.archives import check_archive
+from lightning_maml.archives import check_archive, remove_abandoned
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -34,6 +34,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         part = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(path.with_name(".*.part"))
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -75,8 +76,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
 
 
 def _newest_whole(path: Path) -> Path | None:
-    others = [other for other in path.parent.glob("*.ckpt") if other.name != path.name and _is_whole(other)]
-    return max(others, key=lambda other: other.stat().st_mtime_ns, default=None)
+    others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime_ns, reverse=True)
+    return next((other for other in others if other.name != path.name and _is_whole(other)), None)
 
 
 def _is_whole(path: Path) -> bool:

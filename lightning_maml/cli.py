@@ -88,7 +88,11 @@ class _Trainer(Trainer):
         """
         if ckpt_path is None:
             raise ValueError("Expected `ckpt_path` to be the file of a step that broke a run but got none.")
-        loss = model.meta_loss(load_step(model.train(), ckpt_path))
+        episodes, epoch = load_step(model.to(self.strategy.root_device).train(), ckpt_path)
+        model.trainer = self  # whose epochs may change what it does
+        self.fit_loop.epoch_progress.current.processed = epoch  # type: ignore[attr-defined]  # Lightning declares a type without it
+        with self.precision_plugin.train_step_context():
+            loss = model.meta_loss(episodes)
         print(f"\nThe step of {ckpt_path} does not break this model: its query loss is {loss:.6g}, and its meta-gradient is finite.")
 
 
@@ -125,6 +129,8 @@ class _CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Say so where a checkpoint was trained with other arguments than those given now."""
         command = self.config[self.config.subcommand]
+        if command.get("ckpt_path") == "last":
+            command.ckpt_path = str(_last_checkpoint(Path(command.trainer.default_root_dir or "runs")))
         if self.config.subcommand in ("measure", "replay") and command.ckpt_path is not None and not Path(command.ckpt_path).is_file():
             raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint but there is no file {command.ckpt_path}.")
         if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
@@ -144,6 +150,16 @@ class _CLI(LightningCLI):
             kwargs["logger"] = [tensorboard, CSVLogger(folder, name="", version=tensorboard.version)]
             warnings.filterwarnings("ignore", "Experiment logs directory")  # that the two share it is meant
         return super().instantiate_trainer(**kwargs)
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    """Return the newest of the last checkpoints of the runs in a folder, where Lightning looks into that of the new run only."""
+    found = [path for name in ("last.ckpt", "interrupted.ckpt") for path in folder.rglob(f"checkpoints/{name}")]
+    if not found:
+        raise FileNotFoundError(
+            f"Expected `ckpt_path` 'last' to be the last checkpoint of a run in {folder} but there is none; give its path."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
 def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningCLI:
@@ -175,7 +191,7 @@ def main(args: ArgsType = None) -> None:
     try:
         run(args)
     except UnicodeDecodeError as error:
-        sys.exit(f"lightning-maml: Expected a config to be text in UTF-8 but it is not ({error}).")
+        sys.exit(f"lightning-maml: Expected configs and lists to be text in UTF-8 but one is not ({error}).")
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
         causes: list[BaseException] = [error]
         while cause := causes[-1].__cause__ or (None if causes[-1].__suppress_context__ else causes[-1].__context__):

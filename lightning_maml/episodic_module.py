@@ -64,6 +64,8 @@ class EpisodicModule(LightningModule):
         self.skips_non_finite = False
         self.skipped = 0
         """How many steps were skipped."""
+        self.run_folder = Path()
+        """Where the run keeps its logs; asking the trainer for it needs all processes."""
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._test_figures: list[TaskMean] = []
         self._gradients: Params = {}
@@ -112,9 +114,13 @@ class EpisodicModule(LightningModule):
         Raises:
             ValueError: If the file is not whole, or asks for more than tensors and plain data.
         """
-        weights_only = weights_only is None or weights_only  # Lightning's None means False
+        weights_only = weights_only is None or weights_only
         if weights_only and isinstance(checkpoint_path, str | Path):
-            read_checkpoint(checkpoint_path)
+            named = read_checkpoint(checkpoint_path).get("hyper_parameters") or {}
+            if "_instantiator" in named:  # Lightning would import and call what it names
+                raise ValueError(
+                    f"Expected {checkpoint_path} to hold plain hyperparameters but it names what makes the model; it is not loaded."
+                )
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
 
     def setup(self, stage: str) -> None:
@@ -128,6 +134,7 @@ class EpisodicModule(LightningModule):
                 "Expected a strategy that keeps whole parameters in each process but got "
                 f"{type(self.trainer.strategy).__name__}; meta-gradients take other values for the parameters than the network holds: use 'ddp'."
             )
+        self.run_folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpoints()
 
@@ -136,7 +143,10 @@ class EpisodicModule(LightningModule):
         checkpoint["random_state"] = random_state(self.device) if self._random_state is None else self._random_state
         trainer = self.trainer
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
-            checkpoint["gradients"] = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+            gradients = {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+            checkpoint["gradients"] = {name: trainer.strategy.reduce(grad, reduce_op="mean") for name, grad in gradients.items()}
+        if self.skipped:
+            checkpoint["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what an interrupted run needs to go on as if it had not been: the types of its weights, and its random numbers."""
@@ -144,6 +154,7 @@ class EpisodicModule(LightningModule):
             self.trainer.precision_plugin.convert_module(self)  # Lightning does so later, when the weights are already rounded
             self._random_state = checkpoint.get("random_state")
             self._gradients = checkpoint.get("gradients", {})
+            self.skipped = checkpoint.get("skipped", 0)
 
     def on_train_start(self) -> None:
         """Let the random numbers, and the sums of gradients, go on where the checkpoint has them."""
@@ -231,8 +242,8 @@ class EpisodicModule(LightningModule):
             self.skipped += 1
             self.log("train/skipped", float(self.skipped), prog_bar=True, batch_size=1)
             return
-        path = save_step(self, episodes, before_it)
-        config = Path(self.trainer.log_dir or "") / "config.yaml"
+        path = save_step(self, episodes, before_it, self.run_folder)
+        config = self.run_folder / "config.yaml"
         command = f"`lightning-maml replay --config={config if config.is_file() else 'CONFIG'} --ckpt_path={path}`"
         raise FloatingPointError(f"{error} Take the step again by {command}.") from None
 

@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_maml.episodes import AnyEpisodes
-from lightning_maml.functional import Params, differentiable
+from lightning_maml.functional import Params, differentiable, is_out_of_memory
 from lightning_maml.objective import Objective
 from lightning_maml.randomness import drops_blocks, is_random
 from lightning_maml.stack import Stack
@@ -89,19 +89,14 @@ class Executor:
                     raise
                 stacked = min(self._fitting or len(episodes.support_x), len(episodes.support_x))
                 if self.tasks != "auto" or self.chunk_size is not None or stacked == 1 or device.type == "cpu":
+                    fewer = "" if self.tasks == "loop" else "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "
                     raise torch.OutOfMemoryError(
                         f"Expected memory for {len(episodes.support_x)} tasks but there is not enough (tasks={self.tasks!r}, "
-                        f"chunk_size={self.chunk_size}); with a smaller `chunk_size`, or tasks='loop', fewer are held at once; smaller are those "
-                        "with fewer `queries`, those of FO-MAML, and those of precision bf16-mixed."
+                        f"chunk_size={self.chunk_size}); {fewer}smaller are tasks with fewer `queries`, of FO-MAML, and of precision bf16-mixed."
                     ) from error
             self._fitting = stacked // 2
             torch.get_device_module(device).empty_cache()
             rank_zero_info(f"There is no memory for {stacked} tasks at once; from here on {self._fitting} are stacked.")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a device had no memory left, for which torch has no type of its own on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], bool]) -> Execution:

@@ -33,3 +33,8 @@ def dot(x: Params, y: Params) -> Tensor:
 def scaled(a: float | Tensor, x: Params) -> Params:
     """Return ``a x``."""
     return {name: a * tensor for name, tensor in x.items()}
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a device had no memory left, for which torch has no type of its own on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -13,10 +13,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_maml.batch_statistics import batch_norms, forget_running_averages
-from lightning_maml.functional import Params, differentiable
+from lightning_maml.functional import Params, differentiable, is_out_of_memory
 from lightning_maml.layers import TaskConvolution, TaskNorm, is_plain_convolution
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
@@ -93,10 +95,13 @@ class Learner:
         return alone and result is outputs
 
     def run_again(self, x: Tensor) -> set[str]:
-        """Return the modules that a backward pass runs again, as ``torch.utils.checkpoint`` does, when they hold other values than those given."""
+        """Return the parameters, or with a dot at its end what all those of a module begin with, that a backward pass reads from the network.
+
+        So it does where ``torch.utils.checkpoint`` runs a part of it again, which then no longer holds the values that were given.
+        """
         runs: list[str] = []
         modules = self._copy_of_this_thread().named_modules()
-        hooks = [module.register_forward_pre_hook(lambda *_, name=name: runs.append(name)) for name, module in modules]
+        hooks = [module.register_forward_pre_hook(lambda *_, name=name: runs.append(name and f"{name}.")) for name, module in modules]
         forward = 0
         try:
             with torch.enable_grad():
@@ -104,7 +109,8 @@ class Learner:
                 outputs = self._run(params, x, 0, {})
                 forward = len(runs)
                 if isinstance(outputs, Tensor) and outputs.requires_grad:
-                    torch.autograd.grad(outputs.sum(), [*params.values()], allow_unused=True)
+                    with _Reading({id(p): name for name, p in self.params.items()}, runs):
+                        torch.autograd.grad(outputs.sum(), [*params.values()], allow_unused=True)
         except RuntimeError as error:
             if "checkpoint" not in str(error):
                 raise
@@ -134,8 +140,8 @@ class Learner:
         random_state = torch.get_rng_state() if converting else None
         try:
             outputs = self._attempt(params, inputs, context, averages)
-        except RuntimeError:
-            if random_state is None:
+        except RuntimeError as error:
+            if random_state is None or is_out_of_memory(error):
                 raise
             torch.set_rng_state(random_state)
             for convolution in converting:
@@ -198,6 +204,18 @@ def _holding(places: Places, tensors: Params) -> Iterator[None]:
     finally:
         for holder, key, tensor in before:
             holder[key] = tensor
+
+
+class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes down which of some tensors are read, by their names."""
+
+    def __init__(self, names: Mapping[int, str], seen: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names, self._seen = names, seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._seen += [self._names[id(tensor)] for tensor in tree_leaves((args, kwargs)) if id(tensor) in self._names]
+        return func(*args, **(kwargs or {}))
 
 
 class HeadLearner(Learner):

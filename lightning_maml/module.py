@@ -248,8 +248,12 @@ class MAML(EpisodicModule):
     @override
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
         learner, rates = self._learner(episodes), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
-        self._check(learner, episodes)
-        result: MetaGradient = self._executor.within_memory(partial(self._training_gradient, learner), episodes, self.device)
+
+        def of_checked(episodes: AnyEpisodes) -> MetaGradient:
+            self._check(learner, episodes)
+            return self._training_gradient(learner, episodes)
+
+        result: MetaGradient = self._executor.within_memory(of_checked, episodes, self.device)
         self._stop_unless_finite(result)
         self._update_running_averages(episodes)
         loss = surrogate([learner.params, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss)
@@ -422,7 +426,7 @@ class MAML(EpisodicModule):
         kind = (self.network, self.network.training, learner.network.training, episodes.support_x.shape[1:], shapes, are_labels)
         if self._checked[:-1] != kind:
             with self._first_support(episodes) as x:
-                again = tuple(f"{name}." for name in learner.run_again(x))
+                again = tuple(learner.run_again(x))
             if any(name.startswith(again) for name in self._adapting()):
                 raise ValueError(
                     "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run them "

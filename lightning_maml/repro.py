@@ -13,17 +13,18 @@ from lightning_maml.randomness import set_random_state
 _KINDS = {kind.__name__: kind for kind in (Episodes, ResampledEpisodes)}
 
 
-def save_step(module: LightningModule, episodes: AnyEpisodes, random_state: dict[str, Any]) -> Path:
+def save_step(module: LightningModule, episodes: AnyEpisodes, random_state: dict[str, Any], folder: Path) -> Path:
     """Save the step that ``module`` broke in, and return where.
 
     Args:
         module: The model, at the parameters before the step.
         episodes: Its meta-batch.
         random_state: Where the random generators stood before it.
+        folder: Where to save it.
     """
     trainer = module.trainer
     name = f"step_{module.global_step}{f'_rank_{trainer.global_rank}' if trainer.world_size > 1 else ''}.repro"
-    path = Path(trainer.log_dir or trainer.default_root_dir) / name
+    path = folder / name
     step = {
         "kind": type(episodes).__name__,
         "episodes": [tensor.cpu() for tensor in episodes],
@@ -35,15 +36,15 @@ def save_step(module: LightningModule, episodes: AnyEpisodes, random_state: dict
     return path
 
 
-def load_step(module: LightningModule, path: str | Path) -> AnyEpisodes:
-    """Put ``module`` and the random generators where they were before the step at ``path``; return its meta-batch.
+def load_step(module: LightningModule, path: str | Path) -> tuple[AnyEpisodes, int]:
+    """Put ``module`` and the random generators where they were before the step at ``path``; return its meta-batch and its epoch.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not whole, or no such step of such a model.
     """
     step = read_checkpoint(path)
-    if not {"kind", "episodes", "state_dict", "random_state"} <= step.keys() or step["kind"] not in [*_KINDS]:
+    if not {"kind", "episodes", "state_dict", "random_state", "epoch"} <= step.keys() or step["kind"] not in [*_KINDS]:
         raise ValueError(f"Expected {path} to be a step that a run saved when it broke but it holds {', '.join(map(repr, step))}.")
     try:
         dtypes = {tensor.dtype for tensor in step["state_dict"].values() if tensor.is_floating_point()}
@@ -53,4 +54,4 @@ def load_step(module: LightningModule, path: str | Path) -> AnyEpisodes:
         episodes: AnyEpisodes = _KINDS[step["kind"]](*(tensor.to(module.device) for tensor in step["episodes"]))
     except Exception as error:
         raise ValueError(f"Expected {path} to be a step that the same model saved but got another: {error}") from error
-    return episodes
+    return episodes, step["epoch"]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jsonargparse import get_loader, set_loader
-from yaml import YAMLError
+from yaml import CollectionNode, Node, SafeLoader, SequenceNode, YAMLError, compose
 
 _MOST_VALUES = 100_000
 _jsonargparse_yaml = get_loader("yaml")  # a safe loader: YAML can name no Python object
@@ -22,21 +22,21 @@ def load_yaml(text: str) -> Any:
         YAMLError: If it is no YAML, or asks for Python objects.
     """
     try:
-        value = _jsonargparse_yaml(text)
-        values = _unfolded(value, {})
+        values = _unfolded(compose(text, Loader=SafeLoader), {})
+        if values > _MOST_VALUES:
+            raise ValueError(
+                f"Expected YAML of at most {_MOST_VALUES} values but its aliases (*) repeat them to more; write out what is meant."
+            )
+        return _jsonargparse_yaml(text)
     except RecursionError as error:
         raise ValueError("Expected YAML of values that hold no more than some hundred others in each other but got deeper ones.") from error
-    if values > _MOST_VALUES:
-        raise ValueError(
-            f"Expected YAML of at most {_MOST_VALUES} values but its aliases (*) repeat them to more; write out what is meant."
-        )
-    return value
 
 
-def _unfolded(value: Any, counted: dict[int, int]) -> int:
-    if not isinstance(value, dict | list):
+def _unfolded(node: Node | None, counted: dict[int, int]) -> int:
+    """Return how many nodes there are with aliases followed, before merges and other tags make values of them."""
+    if not isinstance(node, CollectionNode):
         return 1
-    if id(value) not in counted:
-        inside = value.values() if isinstance(value, dict) else value
-        counted[id(value)] = 1 + sum(_unfolded(item, counted) for item in inside)
-    return counted[id(value)]
+    if id(node) not in counted:
+        pairs = node.value if isinstance(node, SequenceNode) else [part for pair in node.value for part in pair]
+        counted[id(node)] = 1 + sum(_unfolded(part, counted) for part in pairs)
+    return counted[id(node)]

@@ -143,6 +143,20 @@ def test_a_checkpoint_trained_with_the_same_arguments_is_not(in_tmp_path: Path) 
     assert [str(warning.message) for warning in caught if "trained with other arguments" in str(warning.message)] == []
 
 
+def test_the_last_checkpoint_is_that_of_the_last_run(in_tmp_path: Path) -> None:
+    with pytest.raises(
+        SystemExit, match="Expected `ckpt_path` 'last' to be the last checkpoint of a run in runs/glyphs_maml but there is none"
+    ):
+        main(["fit", config("glyphs_maml"), *SMALL, "--ckpt_path=last"])
+    first = run(["fit", config("glyphs_maml"), *SMALL])
+    second = run(["fit", config("glyphs_maml"), *SMALL, "--ckpt_path=last", f"--trainer.max_epochs={first.trainer.max_epochs + 1}"])
+    assert second.trainer.log_dir != first.trainer.log_dir
+    assert second.trainer.ckpt_path == f"{first.trainer.log_dir}/checkpoints/last.ckpt"
+    assert second.trainer.global_step == first.trainer.global_step * second.trainer.max_epochs // first.trainer.max_epochs
+    tested = run(["test", config("glyphs_maml"), *SMALL, "--ckpt_path=last"])
+    assert tested.trainer.ckpt_path == f"{second.trainer.log_dir}/checkpoints/last.ckpt"
+
+
 def test_a_checkpoint_that_cannot_be_read_is_named(in_tmp_path: Path) -> None:
     cli = run(["fit", config("glyphs_maml"), *SMALL])
     checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"

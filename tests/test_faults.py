@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from networks import flat, make_episodes
 from PIL import Image
 from soak import Noise, is_same, network
@@ -50,7 +51,8 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_taken_again(tmp_path
     ) as first:
         trainer(tmp_path, precision="32-true").fit(broken, Broken())
     again = model()
-    episodes = load_step(again, tmp_path / "step_2.repro")
+    episodes, epoch = load_step(again, tmp_path / "step_2.repro")
+    assert epoch == 0
     assert torch.equal(flat(dict(again.named_parameters())), flat(dict(broken.named_parameters())))
     assert episodes.support_x[1, 0].isnan().all()
     with pytest.raises(FloatingPointError) as second:
@@ -87,6 +89,24 @@ def test_replay_says_when_a_step_does_not_break(
         main([command[0], command[1], "--ckpt_path=other.repro"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--model=MAMLPlusPlus", "--model.multi_step_epochs=2", "--model.first_order_epochs=1", "--model.batch_norm=per_step"],
+        ["--trainer.precision=bf16-mixed", "--model=FOMAML"],
+    ],
+    ids=["annealing", "bf16"],
+)
+def test_steps_are_replayed_as_they_were_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--data.train_batches=2", "--data.meta_batch_size=2", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", f"--config={CONFIGS / 'glyphs_maml.yaml'}", *changes, *small, "--model.inner_lr=1e30"])
+    with pytest.raises(SystemExit, match="Expected a finite query loss") as replayed:
+        main(re.search(r"`lightning-maml (.*)`", str(end.value)).group(1).split())
+    assert str(end.value).startswith(str(replayed.value).split(" at step")[0])
+
+
 class Weights(Callback):
     """Keeps the weights after each step."""
 
@@ -115,6 +135,52 @@ def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(tmp_path: Path
 def test_what_cannot_skip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected `at_most` to be at least 0 but got -1"):
         SkipNonFinite(at_most=-1)
+    run = trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite()])
+    with pytest.raises(TypeError, match="Expected a module of lightning_maml for SkipNonFinite but got BoringModel"):
+        run.fit(BoringModel())
+
+
+def test_skipping_ends_with_its_run_and_the_count_goes_on_with_its_checkpoint(tmp_path: Path) -> None:
+    model = MAML(network(), 0.1)
+    run = trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite()])
+    run.fit(model, Broken())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(FloatingPointError, match="at step 2"):
+        trainer(tmp_path, precision="32-true").fit(model, Broken())
+    again = MAML(network(), 0.1)
+    trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite()], max_epochs=2).fit(again, Broken(), ckpt_path=tmp_path / "one.ckpt")
+    assert again.skipped == 1
+    trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite()]).fit(again, Broken())
+    assert again.skipped == 1, "another run counts anew"
+
+
+ONE_BREAKS = """
+import sys, torch
+from lightning import Trainer
+from soak import Noise, network
+from lightning_maml import MAML
+
+class Broken(Noise):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
+        if self.trainer.training and self.trainer.global_step == 2 and self.trainer.global_rank == int(sys.argv[1]):
+            batch.query_x[:] = torch.nan
+        return batch
+
+quiet = dict(logger=True, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[2])
+Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=5, **quiet).fit(MAML(network(), 0.1), Broken())
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_that_breaks_in_one_process_ends_all(tmp_path: Path, rank: int) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ONE_BREAKS)
+    command = [sys.executable, str(script), str(rank), str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0
+    assert f"step_2_rank_{rank}.repro" in done.stderr
+    assert [*tmp_path.rglob(f"step_2_rank_{rank}.repro")]
 
 
 OUT_OF_MEMORY = """
@@ -129,21 +195,20 @@ model.meta_loss(Episodes(x, y, x, y))
 """
 
 
-@pytest.mark.parametrize("tasks", ["vmap", "loop"])
-def test_without_memory_the_error_names_what_takes_less(tasks: str) -> None:
+@pytest.mark.parametrize(
+    ("tasks", "cure"),
+    [("vmap", "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "), ("loop", "")],
+    ids=["vmap", "loop"],
+)
+def test_without_memory_the_error_names_what_takes_less(tasks: str, cure: str) -> None:
     ended = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, tasks, "300"], capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 1
-    assert re.search(
-        rf"OutOfMemoryError: Expected memory for 16 tasks but there is not enough \(tasks='{tasks}', chunk_size=None\); with a smaller "
-        "`chunk_size`, or tasks='loop'", ended.stderr
-    )  # fmt: skip
+    found = f"OutOfMemoryError: Expected memory for 16 tasks but there is not enough (tasks='{tasks}', chunk_size=None); {cure}smaller are tasks with"
+    assert found in ended.stderr
 
 
 class Killed(Noise):
     """Its second loader process kills itself on the way."""
-
-    def class_images(self, split: str) -> Any:
-        return super().class_images(split)
 
     def train_dataloader(self) -> Any:
         loader = super().train_dataloader()
@@ -201,7 +266,11 @@ from lightning_maml import CheckpointOnInterrupt, MAML
 
 class Slow(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        (folder / "started").write_text(str(trainer.global_step))
+        (folder / "started").write_text(f"step {trainer.global_step}")
+        time.sleep(0.2)
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+        (folder / "started").write_text(f"validation after {trainer.global_step}")
         time.sleep(0.2)
 
 folder = Path(sys.argv[1])
@@ -213,7 +282,8 @@ torch.save(model.state_dict(), folder / "end.pt")
 """
 
 
-def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", ["step 3", "validation after 6", "validation after 12"], ids=["step", "validation", "last validation"])
+def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, at: str) -> None:
     def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         folder.mkdir(exist_ok=True)
         command = [sys.executable, "-c", INTERRUPTED, str(folder), *arguments]
@@ -222,7 +292,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) ->
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert start(whole).wait(120) == 0
     run = start(stopped)
-    while not (stopped / "started").exists() or (stopped / "started").read_text() not in ("3", "4", "5"):
+    while not (stopped / "started").exists() or (stopped / "started").read_text() != at:
         assert run.poll() is None
         time.sleep(0.02)
     run.send_signal(signal.SIGINT)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, meta_gradient
+from lightning_maml import ANIL, FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, meta_gradient
 from lightning_maml.callbacks import EpisodePictures
 from lightning_maml.datamodules import GlyphsDataModule
 from lightning_maml.functional import Params
@@ -452,6 +452,24 @@ def test_the_untouched_network_is_the_forward_pass() -> None:
     network = MLP(64, 3)
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(MAML(network)(x), network(x))
+
+
+class Own(nn.Module):
+    """Has parameters of no layer, under a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(8, IMAGE * IMAGE) / IMAGE), nn.Linear(8, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(lambda x: torch.tanh(F.linear(x, self.weight)), x.flatten(1), use_reentrant=False))
+
+
+def test_checkpoints_of_a_modules_own_parameters_are_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="Expected a network whose adapting layers run once"):
+        MAML(Own().double(), 0.1, 2, tasks="loop").meta_gradient(make_episodes())
+    ANIL(Own().double(), 0.1, 2, tasks="loop").meta_gradient(make_episodes())
 
 
 class Checkpointed(nn.Module):

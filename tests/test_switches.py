@@ -115,13 +115,11 @@ def test_validation_intervals(tmp_path: Path, algorithm: type[MAML], interval: d
 def test_clipping(tmp_path: Path, algorithm: type[MAML], kind: str) -> None:
     plain = fit(tmp_path, algorithm, max_epochs=1)[3].gradients[0]
     bound = float(plain.norm() if kind == "norm" else plain.abs().max()) / 3
-    clipped = fit(tmp_path, algorithm, max_epochs=1, gradient_clip_val=bound, gradient_clip_algorithm=kind)[2]
     start = flat(dict(algorithm(_seeded_network(), 0.1).named_parameters()))
     expected = plain / 3 if kind == "norm" else plain.clamp(-bound, bound)
     one = fit(tmp_path, algorithm, max_steps=1, gradient_clip_val=bound, gradient_clip_algorithm=kind)[2]
     moved = (start - flat(dict(one.named_parameters()))) / 0.1
     torch.testing.assert_close(moved.detach(), expected, rtol=1e-3, atol=1e-6)
-    assert clipped is not one
 
 
 def _seeded_network() -> torch.nn.Module:

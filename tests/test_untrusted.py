@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import struct
+import sys
 import tracemalloc
 import warnings
 import zipfile
@@ -92,6 +93,12 @@ def test_lists_that_share_their_parts_are_not_unfolded(tmp_path: Path) -> None:
             opened(write(tmp_path / "a.pkl", pickle.dumps(content)), SIZE)
 
 
+def test_numbers_that_classes_share_are_not_copied_for_each(tmp_path: Path) -> None:
+    content = {"image_data": IMAGES, "class_dict": dict.fromkeys(map(str, range(7000)), [0] * 20_000)}
+    with pytest.raises(ValueError, match=r"share out the numbers 0 \.\. 5 of its images"):
+        open_cache_pickle(write(tmp_path / "a.pkl", pickle.dumps(content)), SIZE)
+
+
 def test_no_memory_is_taken_for_bytes_that_are_not_there(tmp_path: Path) -> None:
     content = b"\x80\x05}(\x8c\x04data\x96" + struct.pack("<Q", 2**32) + b"abc"
     with pytest.raises(ValueError, match="cut short or damaged"):
@@ -123,6 +130,20 @@ def test_compressed_checkpoints_are_refused(tmp_path: Path) -> None:
     tracemalloc.reset_peak()
     with pytest.raises(ValueError, match=r"a.ckpt to be a whole checkpoint but it cannot be read: it is compressed"):
         read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_archives_that_torch_reads_otherwise_are_refused(tmp_path: Path) -> None:
+    """Python adds to the places that an archive names what stands before it, and tells capitals apart."""
+    torch.save({"state_dict": {}}, tmp_path / "whole")
+    write(tmp_path / "a.ckpt", bytes(100) + (tmp_path / "whole").read_bytes())
+    with pytest.raises(ValueError, match=r"cannot be read: it is no archive of torch\.save"):
+        read_checkpoint(tmp_path / "a.ckpt")
+    parts = archive({"state_dict": EmptyBytes()}, tmp_path)
+    with zipfile.ZipFile(tmp_path / "b.ckpt", "w") as capitals:
+        for name, part in parts.items():
+            capitals.writestr(name.replace("data.pkl", "DATA.PKL"), part)
+    with pytest.raises(ValueError, match="cannot be read: it asks for bytes of its own"):
+        read_checkpoint(tmp_path / "b.ckpt")
 
 
 def test_entries_that_overlap_are_refused(tmp_path: Path) -> None:
@@ -170,9 +191,23 @@ def test_models_are_loaded_without_running_anything(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
 
 
+def test_checkpoints_do_not_say_what_makes_a_model(tmp_path: Path) -> None:
+    (tmp_path / "a_module_of_mine.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Loss: pass\n")
+    model = MAML(MLP(2, 2), 0.1)
+    named = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "loss": {"class_path": "a_module_of_mine.Loss"}, "inner_lr": 0.1}
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": named, "pytorch-lightning_version": "2.6.0"}, tmp_path / "a.ckpt")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with pytest.raises(ValueError, match="to hold plain hyperparameters but it names what makes the model; it is not loaded"):
+            MAML.load_from_checkpoint(tmp_path / "a.ckpt", network=MLP(2, 2))
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_steps_of_other_things_are_refused(tmp_path: Path) -> None:
     model = MAML(MLP(2, 2), 0.1)
-    step = {"kind": "Episodes", "episodes": [torch.zeros(1)] * 4, "state_dict": model.state_dict(), "random_state": {}}
+    step = {"kind": "Episodes", "episodes": [torch.zeros(1)] * 4, "state_dict": model.state_dict(), "random_state": {}, "epoch": 0}
     for changed in (
         {"kind": []},
         {"kind": "Trainer"},
@@ -300,13 +335,15 @@ def aliases(levels: int) -> str:
     [
         (aliases(8), "at most 100000 values"),
         (aliases(400), "at most 100000 values"),
+        ("v0: &v0 {a: 1}\n" + "".join(f"v{n}: &v{n} {{<<: [{', '.join([f'*v{n - 1}'] * 9)}]}}\n" for n in range(1, 40)), "at most 100000"),
+        ("v0: &v0 [a: 1]\n" + "".join(f"v{n}: &v{n} !!pairs [a: *v{n - 1}, b: *v{n - 1}]\n" for n in range(1, 40)), "at most 100000"),
         ("a: &a [*a]", "hold no more than some hundred others"),
         ("a: " + "[" * 5000 + "]" * 5000, "hold no more than some hundred others"),
         ("trainer: {max_epochs: 1" + "0" * 5000 + "}", "Exceeds the limit"),
         ("model: !!python/object/apply:os.system ['echo ran']", "could not determine a constructor"),
-        ("model: \0", "control characters are not allowed"),
+        ("model: \0", "characters are not allowed"),
     ],
-    ids=["aliases", "many aliases", "itself", "deep", "long number", "object", "control"],
+    ids=["aliases", "many aliases", "merges", "pairs", "itself", "deep", "long number", "object", "control"],
 )
 def test_hostile_configs_are_reported(tmp_path: Path, text: str, reason: str, capfd: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "a.yaml", text.encode())
@@ -319,7 +356,7 @@ def test_hostile_configs_are_reported(tmp_path: Path, text: str, reason: str, ca
 
 def test_configs_that_are_no_text_are_reported(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", b"\xff\xfe\x00")
-    with pytest.raises(SystemExit, match="Expected a config to be text in UTF-8 but it is not"):
+    with pytest.raises(SystemExit, match="Expected configs and lists to be text in UTF-8 but one is not"):
         main(["fit", f"--config={tmp_path / 'a.yaml'}"])
 
 

@@ -15,7 +15,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class CheckpointOnInterrupt(Callback):
-    """On Ctrl-C finishes the step, writes ``checkpoints/interrupted.ckpt`` where the logs are, and ends the process with status 130.
+    """On Ctrl-C finishes the step, or the validation, writes ``checkpoints/interrupted.ckpt`` where the logs are, and ends the process with status 130.
 
     A run that goes on from there ends as one that was not interrupted. A second Ctrl-C ends the process at once. The command
     ``lightning-maml fit`` has this callback. Outside of the main thread, where no signal arrives, it does nothing.
@@ -28,12 +28,27 @@ class CheckpointOnInterrupt(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen."""
+        self._is_interrupted = False
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._on_signal)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Write the checkpoint and end, if any process was interrupted."""
+        self._end_if_interrupted(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do so too."""
+        if trainer.training or trainer.validating:
+            self._end_if_interrupted(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do so too."""
+        self._end_if_interrupted(trainer)
+
+    def _end_if_interrupted(self, trainer: Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(self._is_interrupted, all=False):
             path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "interrupted.ckpt"
             trainer.save_checkpoint(path)
@@ -50,4 +65,4 @@ class CheckpointOnInterrupt(Callback):
     def _on_signal(self, *_: Any) -> None:
         self._is_interrupted = True
         signal.signal(signal.SIGINT, self._before)
-        rank_zero_info("\nCtrl-C: the run ends after this step; once more, and it ends now.")
+        rank_zero_info("\nCtrl-C: the run ends after this step or validation; once more, and it ends now.")

@@ -11,7 +11,8 @@ from lightning_maml.episodic_module import EpisodicModule
 class SkipNonFinite(Callback):
     """Skips and counts the meta-batches whose loss or meta-gradient is not finite, on which a run else stops.
 
-    Logged: ``train/skipped``, how many there were so far. The optimizer does not step on them.
+    Logged: ``train/skipped``, how many there were so far. The optimizer does not step on them; where it steps on several meta-batches
+    (``accumulate_grad_batches``), theirs is a part of 0 in the mean.
 
     Args:
         at_most: With more skipped steps the run stops all the same.
@@ -28,15 +29,26 @@ class SkipNonFinite(Callback):
         self.at_most = at_most
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the module skip."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the module skip, and count from 0 or what a checkpoint has."""
         if not isinstance(pl_module, EpisodicModule):
             raise TypeError(f"Expected a module of lightning_maml for SkipNonFinite but got {type(pl_module).__name__}.")
         if trainer.world_size > 1:
             raise ValueError(
                 f"Expected one process for SkipNonFinite but got {trainer.world_size}, which have to step together; remove it."
             )
-        pl_module.skips_non_finite = True
+        pl_module.skips_non_finite, pl_module.skipped = True, 0
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the module skip no more."""
+        if isinstance(pl_module, EpisodicModule):
+            pl_module.skips_non_finite = False
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Have the module skip no more."""
+        self.teardown(trainer, pl_module, "fit")
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
