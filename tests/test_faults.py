@@ -138,6 +138,9 @@ def test_what_cannot_skip_is_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite()])
     with pytest.raises(TypeError, match="Expected a module of lightning_maml for SkipNonFinite but got BoringModel"):
         run.fit(BoringModel())
+    several = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    with pytest.raises(ValueError, match="Expected one process for SkipNonFinite but got 2, which have to step together; remove it"):
+        SkipNonFinite().setup(several, MAML(network(), 0.1), "fit")
 
 
 def test_skipping_ends_with_its_run_and_the_count_goes_on_with_its_checkpoint(tmp_path: Path) -> None:
