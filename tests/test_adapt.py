@@ -4,14 +4,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import build, leaves, make_episodes, plain_loss
 from torch import Tensor
 
-from lightning_maml.adapt import adaptation_curve, adapted_parameters
+from lightning_maml.adapt import Loss, adaptation_curve, adapted_parameters
 from lightning_maml.functional import Params
+from lightning_maml.learner import Learner
 
 RATES = [0.3, 0.2, 0.1]
 TASKS = 7
+
+
+def of_threads(tasks: str) -> Loss:
+    """A loss that several threads may call at once, as ``plain_loss`` may not be."""
+    learner = Learner(build("mlp"), vectorised=tasks == "vmap")
+    return lambda w, x, y: F.cross_entropy(learner(w, x), y)
 
 
 def descended(w: Params, x: Tensor, y: Tensor, steps: int) -> Params:
@@ -28,23 +36,23 @@ def test_adapted_parameters_are_those_of_gradient_descent(steps: int, tasks: Any
     network, episodes = build("mlp"), make_episodes(TASKS)
     rates = [dict.fromkeys(dict(network.named_parameters()), rate) for rate in RATES[: max(steps, 1)]]
     adapted = adapted_parameters(
-        plain_loss(network), leaves(network), *episodes[:2], inner_lr=rates, steps=steps, tasks=tasks, chunk_size=chunk_size
+        of_threads(tasks), leaves(network), *episodes[:2], inner_lr=rates, steps=steps, tasks=tasks, chunk_size=chunk_size
     )
     for t in range(TASKS):
         expected = descended(leaves(network), episodes.support_x[t], episodes.support_y[t], steps)
         for name, tensor in expected.items():
-            torch.testing.assert_close(adapted[name][t], tensor.detach(), rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(adapted[name][t], tensor.detach(), rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize(("tasks", "chunk_size"), [("loop", None), ("threads", 3), ("vmap", None), ("vmap", 3)])
 def test_the_curve_is_the_query_loss_along_gradient_descent(tasks: Any, chunk_size: int | None) -> None:
     network, episodes = build("mlp"), make_episodes(TASKS)
     rates = [dict.fromkeys(dict(network.named_parameters()), rate) for rate in RATES]
-    curve = adaptation_curve(plain_loss(network), leaves(network), episodes, inner_lr=rates, steps=3, tasks=tasks, chunk_size=chunk_size)
+    curve = adaptation_curve(of_threads(tasks), leaves(network), episodes, inner_lr=rates, steps=3, tasks=tasks, chunk_size=chunk_size)
     for t, (s_x, s_y, q_x, q_y) in enumerate(zip(*episodes, strict=True)):
         for step in range(4):
             expected = plain_loss(network)(descended(leaves(network), s_x, s_y, step), q_x, q_y)
-            torch.testing.assert_close(curve.loss[t, step], expected.detach(), rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(curve.loss[t, step], expected.detach(), rtol=1e-11, atol=1e-13)
 
 
 def test_parameters_without_a_rate_are_not_returned_and_stay() -> None:
@@ -57,7 +65,7 @@ def test_parameters_without_a_rate_are_not_returned_and_stay() -> None:
     for _ in range(2):
         (gradient,) = torch.autograd.grad(loss(w, episodes.support_x[1], episodes.support_y[1]), [w[name]])
         w |= {name: (w[name] - 0.5 * gradient).detach().requires_grad_()}
-    torch.testing.assert_close(adapted[name][1], w[name].detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(adapted[name][1], w[name].detach(), rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 3])
