@@ -136,9 +136,10 @@ def _hdf5_classes(file: Path) -> Iterator[dict[str, Any]]:
             group = content["datasets"]
             links = [content.get("datasets", getlink=True), *(group.get(name, getlink=True) for name in group)]
             classes = dict(sorted(group.items()))
-            if not all(isinstance(link, h5py.HardLink) for link in links) or any(map(_lies_elsewhere, classes.values())):
+            datasets = [images for images in classes.values() if isinstance(images, h5py.Dataset)]
+            if not all(isinstance(link, h5py.HardLink) for link in links) or any(map(_lies_elsewhere, datasets)):
                 raise ValueError(f"Expected {file} to hold its images itself but it refers to other files; it is not read.")
-            if sum(images.nbytes for images in classes.values()) > _HDF5_RATIO * file.stat().st_size:
+            if sum(images.nbytes for images in datasets) > _HDF5_RATIO * file.stat().st_size:
                 raise ValueError(
                     f"Expected the images of {file} to be at most {_HDF5_RATIO} times its size but they are more; it is not read."
                 )
