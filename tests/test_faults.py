@@ -141,6 +141,7 @@ def test_what_cannot_skip_is_refused(tmp_path: Path) -> None:
     several = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
     with pytest.raises(ValueError, match="Expected one process for SkipNonFinite but got 2, which have to step together; remove it"):
         SkipNonFinite().setup(several, MAML(network(), 0.1), "fit")
+    SkipNonFinite().setup(several, MAML(network(), 0.1), "test")
 
 
 def test_skipping_ends_with_its_run_and_the_count_goes_on_with_its_checkpoint(tmp_path: Path) -> None:

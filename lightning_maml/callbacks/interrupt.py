@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run between two steps."""
+"""Ctrl-C ends a run where a checkpoint of it is exact."""
 
 import signal
 import sys
@@ -40,7 +40,7 @@ class CheckpointOnInterrupt(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do so too."""
-        if trainer.training or trainer.validating:
+        if trainer.validating:  # and not before training, as a check
             self._end_if_interrupted(trainer)
 
     @override

@@ -31,6 +31,8 @@ class SkipNonFinite(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have the module skip, and count from 0 or what a checkpoint has."""
+        if stage != "fit":
+            return
         if not isinstance(pl_module, EpisodicModule):
             raise TypeError(f"Expected a module of lightning_maml for SkipNonFinite but got {type(pl_module).__name__}.")
         if trainer.world_size > 1:
