@@ -27,20 +27,22 @@ def test_batch_statistics_are_those_of_torch_in_training_mode(training: bool, ve
     torch.testing.assert_close(actual, build("conv_batch_norm").train()(image_batch(0)))
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("vectorised", [False, True])
-def test_support_statistics_normalise_the_query_set(vectorised: bool) -> None:
-    network = build("conv_batch_norm")
+def test_support_statistics_normalise_the_query_set(vectorised: bool, affine: bool) -> None:
+    network, reference, same = (build("conv_batch_norm") for _ in range(3))
+    for each in (network, reference, same):
+        each[1] = each[1] if affine else nn.BatchNorm2d(4, affine=False).double()
     support, query = image_batch(0), image_batch(1)
     learner = Learner(network, "support", vectorised=vectorised)
     assert learner.uses_support_statistics
 
-    reference = build("conv_batch_norm")
     reference[1].momentum = 1.0  # running averages become the last batch's statistics
     reference.train()(support)
     features = reference[0](support).detach()
     reference[1].running_var.copy_(features.var((0, 2, 3), correction=0))
     torch.testing.assert_close(learner(learner.params, query, statistics_of=support), reference.eval()(query))
-    torch.testing.assert_close(learner(learner.params, support), build("conv_batch_norm").train()(support))
+    torch.testing.assert_close(learner(learner.params, support), same.train()(support))
 
 
 def test_running_averages_are_used_in_evaluation_only() -> None:
