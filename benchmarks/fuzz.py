@@ -216,16 +216,16 @@ def configs(folder: Path) -> Reader:
     """Return the parser of configs, which imports the classes they name and reads the configs they name, as it says."""
     parser = command_parser()
     wholes = [_with_parts(file.name) for file in sorted(CONFIGS.glob("*.yaml"))]
-    seeds = {yaml.safe_dump({section: whole[section]}) for whole in wholes for section in whole} | {yaml.safe_dump(wholes[0])}
+    sections = {yaml.safe_dump({section: whole[section]}).encode() for whole in wholes for section in whole}
+    seeds = [yaml.safe_dump(whole).encode() for whole in wholes]
 
     def read(path: Path) -> None:
         with contextlib.redirect_stderr(io.StringIO()):
             parser.parse_args(["fit", f"--config={path}"])
 
     finds_modules = "json.dumps(sys.path)"  # a command of jsonargparse's
-    return Reader(
-        "x.yaml", [seed.encode() for seed in sorted(seeds)], read, (SystemExit, UnicodeDecodeError), mutate_yaml, (finds_modules,)
-    )
+    mutate = partial(mutate_yaml, seeds)
+    return Reader("x.yaml", [*sorted(sections), *seeds], read, (SystemExit, UnicodeDecodeError), mutate, (finds_modules,))
 
 
 READERS = {
@@ -281,9 +281,14 @@ ODDITIES = (
 )
 
 
-def mutate_yaml(data: bytes, most: int, seed: int) -> bytes:
-    """Put something odd, or another part, in place of a part of a config, three times of four; else any bytes."""
+def mutate_yaml(wholes: list[bytes], data: bytes, most: int, seed: int) -> bytes:
+    """Put something odd, or another part, in place of a part of a config, three times of four; else any bytes.
+
+    One time of ten the config is one of ``wholes``, for what the fuzzer keeps soon is full of what is refused at the first look.
+    """
     choice = random.Random(seed)
+    if choice.random() < 0.1:
+        data = choice.choice(wholes)
     try:
         tree = yaml.safe_load(data)
     except Exception:  # noqa: BLE001  no YAML any more
