@@ -12,10 +12,10 @@ from lightning_maml.datamodules.transforms import EpisodeTransforms
 from lightning_maml.episodes import AnyEpisodes
 
 Regime = Literal["finite_sum", "resampling"]
-Purpose = Literal["stepsize", "stationarity", "measure"]
+Purpose = Literal["stepsize", "stationarity", "measure", "fidelity"]
 
 _STREAMS = {"train": 0, "val": 1, "test": 2}
-_PURPOSES: dict[Purpose, int] = {"stepsize": 1, "stationarity": 2, "measure": 3}
+_PURPOSES: dict[Purpose, int] = {"stepsize": 1, "stationarity": 2, "measure": 3, "fidelity": 4}
 
 
 class EpisodicDataModule(LightningDataModule):

@@ -1,7 +1,7 @@
 """What few-shot algorithms share as Lightning modules: optimizer, steps, figures and the checks of batches."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -60,14 +60,14 @@ class EpisodicModule(LightningModule):
         self.loss = loss
         self.batch_norm: BatchNormPolicy = batch_norm
         self.adaptation: Estimate | None = None
-        """Accuracy (for regression: loss) on the tasks of the last test, of its last loader, after 0 .. K steps, ``[K + 1]``."""
+        """Accuracy (for regression: loss) on the tasks of the last validation or test, of its last loader, after 0 .. K steps, ``[K + 1]``."""
         self.skips_non_finite = False
         self.skipped = 0
         """How many steps were skipped."""
         self.run_folder = Path()
         """Where the run keeps its logs; asking the trainer for it needs all processes."""
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._test_figures: list[TaskMean] = []
+        self._figures: list[TaskMean] = []
         self._gradients: Params = {}
         self._random_state: dict[str, Any] | None = None  # from which training is to go on
 
@@ -201,41 +201,60 @@ class EpisodicModule(LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             figures = self._figures_before(batch) | figures
-        self._log_means("train", figures, on_step=True)
+        for name, values in figures.items():
+            self.log(f"train/{name}", values.mean(), prog_bar=name in ("loss", "accuracy"), batch_size=len(values))
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation left."""
+        self._start_judging(self.trainer.num_sanity_val_batches if self.trainer.sanity_checking else self.trainer.num_val_batches)
+
     def validation_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Log loss and accuracy before and after adaptation."""
-        curve = self.evaluate(batch)
-        figures = with_accuracy(curve.loss, curve.aux, batch)
-        self._log_means("val", {name: values[:, -1] for name, values in figures.items()} | before(figures), on_step=False)
+        """Collect loss and accuracy after 0 .. K steps."""
+        self._judge(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all validation tasks."""
+        self._log_estimates("val")
 
     def on_test_epoch_start(self) -> None:
         """Forget what an interrupted test left."""
-        self._test_figures = [TaskMean().to(self.device) for _ in self.trainer.num_test_batches]
+        self._start_judging(self.trainer.num_test_batches)
 
     def test_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect loss and accuracy after 0 .. K steps."""
-        curve = self.evaluate(batch)
-        figures = with_accuracy(curve.loss, curve.aux, batch)
-        self._test_figures[dataloader_idx].update(torch.stack([*figures.values()], -1))
+        self._judge(batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Log the means over all test tasks of each loader with their confidence intervals, several loaders named as Lightning does."""
-        estimates = [figures.compute() for figures in self._test_figures]
-        for loader, estimate in enumerate(estimates):
-            of_loader = f"/dataloader_idx_{loader}" if len(estimates) > 1 else ""
-            for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
-                mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
-                self.adaptation = Estimate(mean, ci95, estimate.tasks)
-                figures = {name: mean[-1], f"{name}_ci95": ci95[-1], f"{name}_before": mean[0]}
-                self.log_dict({f"test/{figure}{of_loader}": value for figure, value in figures.items()}, add_dataloader_idx=False)
-            self.log_dict({f"test/{name}_step_{step}{of_loader}": value for step, value in enumerate(mean)}, add_dataloader_idx=False)
+        """Log the means over all test tasks."""
+        self._log_estimates("test")
 
     def predict_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
         outputs: Tensor = self.evaluate(batch).aux[:, -1]
         return outputs
+
+    def _start_judging(self, batches_of_loaders: Sequence[int | float]) -> None:
+        self._figures = [TaskMean().to(self.device) for _ in batches_of_loaders]
+
+    def _judge(self, episodes: AnyEpisodes, loader: int) -> None:
+        curve = self.evaluate(episodes)
+        figures = with_accuracy(curve.loss, curve.aux, episodes)
+        self._figures[loader].update(torch.stack([*figures.values()], -1))
+
+    def _log_estimates(self, stage: str) -> None:
+        """Log the means over the tasks of each loader with their confidence intervals, several loaders named as Lightning does."""
+        estimates = [figures.compute() for figures in self._figures]
+        for loader, estimate in enumerate(estimates):
+            of_loader = f"/dataloader_idx_{loader}" if len(estimates) > 1 else ""
+            for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
+                mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
+                self.adaptation = Estimate(mean, ci95, estimate.tasks)
+                self.log(f"{stage}/{name}{of_loader}", mean[-1], prog_bar=stage == "val", add_dataloader_idx=False)
+                figures = {f"{name}_ci95": ci95[-1], f"{name}_before": mean[0]}
+                self.log_dict({f"{stage}/{figure}{of_loader}": value for figure, value in figures.items()}, add_dataloader_idx=False)
+            steps = {f"{stage}/{name}_step_{step}{of_loader}": value for step, value in enumerate(mean)}
+            self.log_dict(steps, add_dataloader_idx=False)
 
     def _skip_or_stop(self, episodes: AnyEpisodes, before_it: dict[str, Any], error: FloatingPointError) -> None:
         if self.skips_non_finite:
@@ -285,18 +304,6 @@ class EpisodicModule(LightningModule):
             with torch.no_grad():
                 images = episodes.query_x.shape[2:]
                 self.network(torch.cat([x.reshape(-1, *images) for x in (episodes.support_x, episodes.query_x)]))
-
-    def _log_means(self, stage: str, figures: dict[str, Tensor], on_step: bool) -> None:
-        for name, values in figures.items():
-            self.log(
-                f"{stage}/{name}",
-                values.mean(),
-                on_step=on_step,
-                on_epoch=not on_step,
-                prog_bar=name in ("loss", "accuracy"),
-                batch_size=len(values),
-                sync_dist=not on_step,
-            )
 
 
 def check_labels(episodes: AnyEpisodes, ways: int) -> None:

@@ -227,6 +227,14 @@ class MAML(EpisodicModule):
         self._outputs(learner, episodes)
         return (self._training_gradient(learner, episodes) if curvature is None else self._meta_gradient(learner, episodes, curvature)).grad
 
+    def losses(self, task: Episodes) -> tuple[Callable[[Params], Tensor], Callable[[Params], Tensor]]:
+        """Return the support and the query loss of a task, ``Episodes`` with one, as functions of the parameters, as they are in evaluation."""
+        learner = Learner(structural_copy(self.network).eval(), self.batch_norm)
+        averages = self._averages(self.test_steps)
+        support, query = self._support_loss(learner, averages), self._query_loss(learner, averages)
+        of_one = Episodes(*(tensor[0] for tensor in task))
+        return lambda w: support(w, of_one.support_x, of_one.support_y)[0], lambda w: query(w, of_one)[0]
+
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
         """Return what measures the theory's constants of some tasks at the current parameters.
 

@@ -28,8 +28,9 @@ ORDER = [
     *("adapt", "meta_gradient", "reptile", "implicit", "deploy"),
     *("theory", "measure", "report"),
     *("smooth", "yaml_configs", "archives", "checkpoints", "repro", "episodic_module", "module", "algorithms", "protonet"),
-    *("callbacks.independent_tasks", "callbacks.pictures", "callbacks.meta_stepsize", "callbacks.stationarity"),
-    *("callbacks.interrupt", "callbacks.skip_non_finite", "callbacks"),
+    *("callbacks.independent_tasks", "callbacks.monitor", "callbacks.meta_stepsize", "callbacks.stationarity", "callbacks.fidelity"),
+    *("callbacks.pictures", "callbacks.loss_map", "callbacks.training_pictures", "callbacks.interrupt", "callbacks.skip_non_finite"),
+    "callbacks",
     *("compat.learn2learn", "compat"),
     *("cli", "__main__"),
 ]

@@ -9,7 +9,8 @@ from networks import build, make_episodes
 from torch.utils.data import DataLoader
 
 from lightning_maml import MAML, MLP, Episodes
-from lightning_maml.callbacks import EpisodePictures, draw_adaptation, draw_episode
+from lightning_maml.callbacks import EpisodePictures, LossMapPicture, draw_adaptation, draw_episode
+from lightning_maml.callbacks.loss_map import loss_map
 from lightning_maml.metrics import Estimate
 
 
@@ -65,3 +66,41 @@ def test_pictures_are_written_where_there_is_something_to_show(tmp_path: Path) -
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="`max_classes` and `max_images` to be at least 1 but got 0 and 5"):
         EpisodePictures(max_classes=0)
+
+
+def test_the_loss_map_has_the_losses_of_the_path_at_its_ends(tmp_path: Path) -> None:
+    task, module = make_episodes(tasks=1), MAML(build("conv_batch_norm"), inner_lr=0.5, test_steps=3, batch_norm="support")
+    found = loss_map(module, task, resolution=5)
+    assert found.along.tolist() == pytest.approx([-0.5, 0, 0.5, 1, 1.5])
+    assert found.across.tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1])
+    query = module.evaluate(task).loss[0].tolist()
+    assert found.query[2, [1, 3]].tolist() == pytest.approx([query[0], query[-1]])
+    same = Episodes(task.support_x, task.support_y, task.support_x, task.support_y)
+    support = module.evaluate(same).loss[0].tolist()
+    assert found.support[2, [1, 3]].tolist() == pytest.approx([support[0], support[-1]])
+    assert found.path[0].tolist() == [0, 0]
+    assert found.path[-1].tolist() == pytest.approx([1, 0], abs=1e-6)
+    assert 0.3 < found.in_plane <= 1
+    assert loss_map(MAML(build("mlp"), inner_lr=0.5), task, 2).in_plane == pytest.approx(1), "one step is straight"
+
+
+def test_the_second_axis_of_the_loss_map_is_the_rest_of_the_query_gradient() -> None:
+    task, module = make_episodes(tasks=1), MAML(build("mlp"), inner_lr=1e-3)
+    found = loss_map(module, task, resolution=201)  # of points 1e-2 of the distance moved from one another
+    support_slope, query_slope = (float(values[101, 50] - values[99, 50]) for values in (found.support, found.query))
+    assert abs(support_slope) < 1e-3 * query_slope, "the first axis is the support gradient, to which this one is orthogonal"
+    assert query_slope > 0
+
+
+def test_the_loss_map_of_a_test_is_drawn(tmp_path: Path) -> None:
+    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "default_root_dir": tmp_path, "precision": "64-true"}
+    data = DataLoader([make_episodes()], batch_size=None)
+    Trainer(callbacks=[LossMapPicture(resolution=5)], **quiet).test(MAML(build("mlp")), data, verbose=False)
+    assert [file.name for file in tmp_path.glob("*.png")] == ["loss_map.png"]
+
+
+def test_no_map_is_drawn_of_what_does_not_move() -> None:
+    with pytest.raises(ValueError, match="Expected adaptation to move the parameters but it does not; use `test_steps`"):
+        loss_map(MAML(build("mlp"), test_steps=0), make_episodes(tasks=1), 5)
+    with pytest.raises(ValueError, match="Expected `resolution` to be at least 2 but got 1"):
+        LossMapPicture(resolution=1)

@@ -7,13 +7,42 @@ from lightning import Callback, LightningModule, Trainer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_maml.episodes import Episodes
 from lightning_maml.metrics import Estimate
 from lightning_maml.module import MAML
 
 
-class EpisodePictures(Callback):
+class FirstTaskPictures(Callback):
+    """Base of what draws the first test task at the end of a test, into the logger's folder, or the trainer's ``default_root_dir`` without one."""
+
+    def __init__(self) -> None:
+        self._task: Episodes | None = None
+
+    def draw(self, module: MAML, task: Episodes, folder: Path) -> None:
+        """Draw ``task``, ``Episodes`` with one, into files of ``folder``."""
+        raise NotImplementedError(f"{type(self).__name__} must define draw(module, task, folder).")
+
+    @override
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Episodes, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the first task."""
+        if batch_idx == 0 and dataloader_idx == 0:
+            self._task = Episodes(*(tensor[:1] for tensor in batch))
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw it."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked for by every process: they agree on it together
+        if isinstance(pl_module, MAML) and self._task is not None and trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.draw(pl_module, self._task, folder)
+            self._task = None
+
+
+class EpisodePictures(FirstTaskPictures):
     """Draws, at the end of a test, one episode and the adaptation curve.
 
     ``episode.png`` shows the support set and the query set of the first test task with the predicted classes before and after
@@ -26,32 +55,22 @@ class EpisodePictures(Callback):
     """
 
     def __init__(self, max_classes: int = 5, max_images: int = 5) -> None:
+        super().__init__()
         if max_classes < 1 or max_images < 1:
             raise ValueError(f"Expected `max_classes` and `max_images` to be at least 1 but got {max_classes} and {max_images}.")
         self._max_classes, self._max_images = max_classes, max_images
-        self._episode: Episodes | None = None
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Episodes, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep the first task."""
-        if batch_idx == 0 and dataloader_idx == 0:
-            self._episode = Episodes(*(tensor[:1] for tensor in batch))
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw and save both pictures."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked for by every process: they agree on it together
-        if not isinstance(pl_module, MAML) or self._episode is None or pl_module.adaptation is None or not trainer.is_global_zero:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        curve = draw_adaptation(pl_module.adaptation, "loss" if self._episode.query_y.is_floating_point() else "accuracy")
-        _save(curve, folder / "adaptation.png")
-        if self._episode.query_x.ndim == 5 and not self._episode.query_y.is_floating_point():
-            outputs_per_step: Tensor = pl_module.evaluate(self._episode).aux[0]
-            task = Episodes(*(tensor[0].cpu() for tensor in self._episode))
-            picture = draw_episode(task, outputs_per_step.argmax(-1).cpu(), self._max_classes, self._max_images)
-            _save(picture, folder / "episode.png")
-        self._episode = None
+    @override
+    def draw(self, module: MAML, task: Episodes, folder: Path) -> None:
+        """Draw both pictures."""
+        are_labels = not task.query_y.is_floating_point()
+        if module.adaptation is not None:
+            draw_adaptation(module.adaptation, "accuracy" if are_labels else "loss").savefig(folder / "adaptation.png")
+        if task.query_x.ndim == 5 and are_labels:
+            outputs_per_step: Tensor = module.evaluate(task).aux[0]
+            predictions = outputs_per_step.argmax(-1).cpu()
+            picture = draw_episode(Episodes(*(tensor[0].cpu() for tensor in task)), predictions, self._max_classes, self._max_images)
+            picture.savefig(folder / "episode.png")
 
 
 def draw_episode(task: Episodes, predictions: Tensor, max_classes: int, max_images: int) -> Figure:
@@ -105,7 +124,3 @@ def _show(axes: Axes, image: Tensor, title: str, color: str = "black") -> None:
     low, high = min(float(image.min()), 0.0), max(float(image.max()), 1.0)  # beyond 0 .. 1 where images were normalised
     axes.imshow((image.permute(1, 2, 0) - low) / (high - low))
     axes.set_title(title, fontsize=9, color=color)
-
-
-def _save(figure: Figure, file: Path) -> None:
-    figure.savefig(file)

@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
+from lightning_maml.callbacks.monitor import Monitor
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import Params, dot
+from lightning_maml.module import MAML
 
 
-class StationarityMonitor(Callback):
+class StationarityMonitor(Monitor):
     """Estimates ``|grad F(w)|``, the norm of the exact meta-gradient, on tasks of its own, and may stop there.
 
     Every ``n`` steps it draws some meta-batches independently of those trained on. The norm of their mean meta-gradient would be too
@@ -39,6 +39,8 @@ class StationarityMonitor(Callback):
         TypeError: If the module is not a :class:`lightning_maml.MAML`.
     """
 
+    purpose = "stationarity"
+
     def __init__(
         self,
         every_n_steps: int = 100,
@@ -47,38 +49,18 @@ class StationarityMonitor(Callback):
         tasks: int = 32,
         episodes: Iterable[AnyEpisodes] | None = None,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}.")
+        super().__init__(every_n_steps, tasks, episodes)
         if meta_batches < 3:
             raise ValueError(f"Expected `meta_batches` to be at least 3, for a standard error, but got {meta_batches}.")
         if stop_at is not None and not stop_at > 0:
             raise ValueError(f"Expected `stop_at` to be positive but got {stop_at}.")
         self.norm, self.standard_error = math.nan, math.nan
-        self._every_n_steps, self._stop_at, self._meta_batches = every_n_steps, stop_at, meta_batches
-        self._tasks = IndependentTasks("stationarity", tasks, episodes)
-        self._last_step = 0
+        self._stop_at, self._meta_batches = stop_at, meta_batches
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there are tasks to draw, and that they have what the exact meta-gradient needs."""
-        as_maml(self, pl_module)
-        self._tasks.check(trainer)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "regime", None) == "resampling" and data.hessian_shots == 0:
-            raise ValueError(
-                "Expected `hessian_shots` to be at least 1 for StationarityMonitor, which takes the exact meta-gradient, but got 0."
-            )
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Estimate the norm, where it is time to."""
-        if trainer.global_step % self._every_n_steps or trainer.global_step == self._last_step:  # the second: accumulated batches
-            return
-        self._last_step = trainer.global_step
-        module = as_maml(self, pl_module)
-        gradients = [module.meta_gradient(self._tasks.draw(trainer), "exact") for _ in range(self._meta_batches)]
-        if trainer.world_size > 1:
-            gradients = [{name: trainer.strategy.reduce(g, reduce_op="mean") for name, g in gradient.items()} for gradient in gradients]
+    def look(self, trainer: Trainer, module: MAML) -> None:
+        """Estimate the norm."""
+        gradients = [self.meta_gradient(trainer, module, self._tasks.draw(trainer), "exact") for _ in range(self._meta_batches)]
         self.norm, self.standard_error = norm_of_mean(gradients)
         module.log_dict({"train/meta_gradient_norm": self.norm, "train/meta_gradient_norm_se": self.standard_error})
         if self._stop_at is not None and self.norm + 2 * self.standard_error <= self._stop_at:
@@ -87,16 +69,6 @@ class StationarityMonitor(Callback):
                 f"within stop_at = {self._stop_at:.3g}."
             )
             trainer.should_stop = True
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return how far the tasks are drawn."""
-        return {"drawn": self._tasks.drawn, "last_step": self._last_step}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another run stopped."""
-        self._tasks.drawn, self._last_step = state_dict["drawn"], state_dict["last_step"]
 
 
 def norm_of_mean(samples: Sequence[Params]) -> tuple[float, float]:

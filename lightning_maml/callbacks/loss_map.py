@@ -1,0 +1,108 @@
+"""A map of a task's losses around the meta-parameters, with the way that adaptation takes."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_maml.callbacks.pictures import FirstTaskPictures
+from lightning_maml.deploy import AdaptedNetworks
+from lightning_maml.episodes import Episodes
+from lightning_maml.functional import Params, axpy, dot, norm, scaled
+from lightning_maml.module import MAML
+
+
+class LossMap(NamedTuple):
+    """The losses of one task on a plane through w_0 and w_K.
+
+    Attributes:
+        along: Positions on the first axis, from w_0 towards w_K, ``[R]``, in units of their distance.
+        across: Positions on the second, the part of the query gradient at w_0 that is orthogonal to the first, ``[R]``.
+        support: Support loss at each, ``[R (across), R (along)]``.
+        query: Query loss there.
+        path: Where w_0 .. w_K are, projected on the plane, ``[K + 1, 2]``.
+        in_plane: Share of the way's length that lies in the plane.
+    """
+
+    along: Tensor
+    across: Tensor
+    support: Tensor
+    query: Tensor
+    path: Tensor
+    in_plane: float
+
+
+class LossMapPicture(FirstTaskPictures):
+    """Draws, at the end of a test, the losses of the first test task around the meta-parameters w, and its inner path on them.
+
+    ``loss_map.png`` has two maps of the plane through w_0 = w and the adapted w_K that also contains the query gradient at w: the support
+    loss, which the path descends, and the query loss, for which it is meant. It is written to the logger's folder, or to the trainer's
+    ``default_root_dir`` without one. For :class:`lightning_maml.MAML` and its variants.
+
+    Args:
+        resolution: Points on each axis; their square is how many times the losses are computed.
+    """
+
+    def __init__(self, resolution: int = 25) -> None:
+        super().__init__()
+        if resolution < 2:
+            raise ValueError(f"Expected `resolution` to be at least 2 but got {resolution}.")
+        self._resolution = resolution
+
+    @override
+    def draw(self, module: MAML, task: Episodes, folder: Path) -> None:
+        """Draw the map."""
+        draw_loss_map(loss_map(module, task, self._resolution)).savefig(folder / "loss_map.png")
+
+
+def loss_map(module: MAML, task: Episodes, resolution: int) -> LossMap:
+    """Compute the losses of a task, ``Episodes`` with one, on the plane.
+
+    Raises:
+        ValueError: If adaptation does not move the parameters, so that there is no plane.
+    """
+    path = [_parameters(module, task, steps) for steps in range(module.test_steps + 1)]
+    way = axpy(-1.0, path[0], path[-1])
+    length = float(norm(way))
+    if not length:
+        raise ValueError("Expected adaptation to move the parameters but it does not; use `test_steps` and an `inner_lr` above 0.")
+    support, query = module.losses(task)
+    first = scaled(1 / length, way)
+    gradient = torch.func.grad(query)(path[0])
+    second = axpy(-float(dot(gradient, first)), first, gradient)
+    second = scaled(1 / max(float(norm(second)), 1e-12), second)
+
+    along, across = torch.linspace(-0.5, 1.5, resolution), torch.linspace(-1.0, 1.0, resolution)
+    rows = [axpy(float(y) * length, second, path[0]) for y in across]
+    with torch.no_grad():
+        values = [[torch.stack([loss(axpy(float(x) * length, first, row)) for loss in (support, query)]) for x in along] for row in rows]
+    maps = torch.stack([torch.stack(row) for row in values]).cpu()
+    offsets = [axpy(-1.0, path[0], point) for point in path]
+    projected = torch.tensor([[float(dot(offset, axis)) / length for axis in (first, second)] for offset in offsets])
+    steps = [float(norm(axpy(-1.0, before, after))) / length for before, after in pairwise(path)]
+    seen = torch.linalg.vector_norm(projected.diff(dim=0), dim=1)
+    return LossMap(along, across, maps[..., 0], maps[..., 1], projected, float(seen.sum()) / sum(steps))
+
+
+def _parameters(module: MAML, task: Episodes, steps: int) -> Params:
+    networks = cast(AdaptedNetworks, module.adapt(task.support_x, task.support_y, steps=steps))
+    return {name: p.detach() for name, p in networks.network(0).named_parameters()}
+
+
+def draw_loss_map(found: LossMap) -> Figure:
+    """Draw both losses, darker where they are smaller, with the way from w_0 to w_K."""
+    figure = Figure(figsize=(9, 4.1), layout="constrained")
+    for axes, values, name in zip(figure.subplots(1, 2), (found.support, found.query), ("support", "query"), strict=True):
+        levels = axes.contourf(found.along, found.across, values, levels=24, cmap="viridis")
+        axes.plot(*found.path.T, color="white", marker="o", markersize=4)
+        axes.annotate("w", found.path[0], color="white", textcoords="offset points", xytext=(-12, -4))
+        axes.set(title=f"{name} loss", xlabel="towards the adapted parameters", ylabel="along the rest of the query gradient")
+        figure.colorbar(levels, ax=axes)
+    figure.suptitle(
+        f"one task around w, and its inner path ({100 * found.in_plane:.0f} % of it in this plane); 1 = the distance moved", fontsize=10
+    )
+    return figure

@@ -1,0 +1,113 @@
+"""Pictures of how a run learns, drawn anew after every validation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_maml.callbacks.fidelity import Fidelity, MetaGradientMonitor
+
+
+class Validation(NamedTuple):
+    """What a validation found.
+
+    Attributes:
+        step: Optimizer steps until then.
+        mean: Accuracy on the validation tasks after adaptation, or for regression their loss.
+        ci95: Half-width of its 95 % confidence interval.
+        before: The same figure before adaptation.
+        train: Its mean in training since the validation before; nan where there was none.
+    """
+
+    step: int
+    mean: float
+    ci95: float
+    before: float
+    train: float
+
+
+class TrainingPictures(Callback):
+    """Draws after every validation what the run has come to.
+
+    ``learning.png`` shows the accuracy (for regression the loss) on the validation tasks, of the first loader, with its 95 % confidence
+    interval, before adaptation, and in training; with a :class:`lightning_maml.callbacks.MetaGradientMonitor` beside it, ``fidelity.png``
+    shows how close first-order and Hessian-free meta-gradients are to the exact one. They are written to the logger's folder, or to the
+    trainer's ``default_root_dir`` without one.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[Validation] = []
+        self._in_training: list[Tensor] = []
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the training figure, where the device has it."""
+        figure = "accuracy" if "train/accuracy" in trainer.callback_metrics else "loss"
+        self._in_training.append(trainer.callback_metrics[f"train/{figure}"].detach())
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw and save."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked for by every process: they agree on it together
+        found = trainer.callback_metrics
+        of_loader = "" if "val/loss" in found else "/dataloader_idx_0"
+        name = "accuracy" if f"val/accuracy{of_loader}" in found else "loss"
+        mean, ci95, before = (float(found[f"val/{name}{kind}{of_loader}"]) for kind in ("", "_ci95", "_before"))
+        train = float(torch.stack(self._in_training).mean()) if self._in_training else float("nan")
+        self.history.append(Validation(trainer.global_step, mean, ci95, before, train))
+        self._in_training = []
+        if not trainer.is_global_zero:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_learning(self.history, name).savefig(folder / "learning.png")
+        for monitor in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(monitor, MetaGradientMonitor) and monitor.history:
+                draw_fidelity(monitor.history).savefig(folder / "fidelity.png")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was found so far."""
+        return {"history": [tuple(found) for found in self.history]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another run stopped."""
+        self.history = [Validation(*found) for found in state_dict["history"]]
+
+
+def draw_learning(history: Sequence[Validation], figure_name: str) -> Figure:
+    """Draw the validation figure over meta-iterations with its 95 % confidence interval, beside those before adaptation and in training."""
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    steps, mean, ci95, before, train = torch.tensor(history, dtype=torch.float64).T
+    axes.plot(steps, mean, marker="o", label="validation tasks, adapted")
+    axes.fill_between(steps, mean - ci95.nan_to_num(), mean + ci95.nan_to_num(), alpha=0.25, label="95 % interval")
+    axes.plot(steps, train, marker=".", linestyle="--", label="training tasks, adapted")
+    axes.plot(steps, before, marker=".", color="tab:gray", label="validation tasks, before adaptation")
+    axes.set(xlabel="meta-iterations", ylabel=f"query {figure_name}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_fidelity(history: Mapping[int, Mapping[str, Fidelity]]) -> Figure:
+    """Draw the cosine with the exact meta-gradient, and the relative error, of each approximation over meta-iterations."""
+    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    angle, error = figure.subplots(1, 2)
+    for name in next(iter(history.values())):
+        found = [of_step[name] for of_step in history.values()]
+        angle.plot(list(history), [each.cosine for each in found], marker="o", label=name.replace("_", " "))
+        error.semilogy(list(history), [each.error for each in found], marker="o", label=name.replace("_", " "))
+    angle.set(xlabel="meta-iterations", ylabel="cosine with the exact meta-gradient")
+    error.set(xlabel="meta-iterations", ylabel="relative error")
+    for axes in (angle, error):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
