@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check learn2learn clean
+.PHONY: demo test test-all check reproduce learn2learn clean
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py
@@ -17,6 +17,13 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Accuracies: benchmarks/reproduce.py has the rows. make reproduce ROW=omniglot_5w1s_maml ROOT=data SEEDS="0 1 2" ITERATIONS=3000
+ROOT ?= data
+SEEDS ?= 0 1 2
+ITERATIONS ?= 3000
+reproduce: .venv/installed
+	$(BIN)/python benchmarks/reproduce.py $(ROW) --root $(ROOT) --seeds $(SEEDS) --iterations $(ITERATIONS)
 
 # learn2learn 0.2.0, with which tests compare: its C files were made for Pythons before 3.11 and are made anew from their sources. Of what it
 # asks for, qpth, which its MAML and ANIL do not use, would bring back numpy 1.

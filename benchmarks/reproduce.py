@@ -1,0 +1,200 @@
+"""Accuracies from the shipped configs: trains and tests a row of the tables, over several seeds, and writes the tables anew.
+
+make reproduce ROW=omniglot_5w1s_maml                                     # or, with all that can be set:
+.venv/bin/python benchmarks/reproduce.py omniglot_5w1s_maml --root DATA --seeds 0 1 2 --iterations 3000
+.venv/bin/python benchmarks/reproduce.py --list                           # the rows
+.venv/bin/python benchmarks/reproduce.py                                  # the tables alone
+
+A run that is there (benchmarks/accuracy/ROW-SEED-ITERATIONS.json) is not done again. On a GPU give --iterations 60000, as the papers have.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+
+from lightning_maml.cli import run
+
+HERE = Path(__file__).resolve().parent
+CONFIGS, RUNS, PAGE = HERE.parent / "configs", HERE / "accuracy", HERE / "accuracy.md"
+TASKS = (600, 10_000)
+
+ALGORITHMS = {
+    "maml": ["--model=MAML"],
+    "hfmaml": ["--model=HFMAML"],
+    "fomaml": ["--model=FOMAML"],
+    "anil": ["--model=ANIL"],
+    "metasgd": ["--model=MetaSGD"],
+    "mamlplusplus": ["--model=MAMLPlusPlus", "--model.multi_step_epochs=2"],
+}
+OMNIGLOT = ("omniglot_5w1s", "omniglot_5w5s", "omniglot_20w1s", "omniglot_20w5s")
+PUBLISHED = {
+    "maml": ("98.7 ± 0.4", "99.9 ± 0.1", "95.8 ± 0.3", "98.9 ± 0.2"),  # Finn et al. 2017
+    "fomaml": ("98.3 ± 0.5", "99.2 ± 0.2", "89.4 ± 0.5", "97.9 ± 0.1"),  # Nichol et al. 2018
+    "anil": ("", "", "96.2 ± 0.5", "98.0 ± 0.3"),  # Raghu et al. 2020
+    "metasgd": ("99.53 ± 0.26", "99.93 ± 0.09", "95.93 ± 0.38", "98.97 ± 0.19"),  # Li et al. 2017
+    "mamlplusplus": ("99.47", "99.93", "97.65", "99.33"),  # Antoniou et al. 2019
+}
+
+
+def rows() -> dict[str, list[str]]:
+    """Return the config of every row of the tables, and what is changed in it."""
+    found = {}
+    for algorithm, chosen in ALGORITHMS.items():
+        for setting in OMNIGLOT:
+            found[f"{setting}_{algorithm}"] = [f"{CONFIGS / setting}_maml.yaml", *chosen]
+            found[f"{setting}_{algorithm}_relu"] = [*found[f"{setting}_{algorithm}"], "--model.network.activation=relu"]
+        # Caltech-101 in mini-ImageNet's form: smooth network, 42 x 42 pixels
+        config = CONFIGS / f"mini_imagenet_quick_5w5s_{'fomaml' if algorithm == 'fomaml' else 'maml'}.yaml"
+        found[f"caltech_5w5s_{algorithm}"] = [str(config), *chosen]
+        found[f"caltech_5w1s_{algorithm}"] = [str(config), *chosen, "--data.shots=1"]
+        for setting in ("mini_imagenet_5w1s", "mini_imagenet_5w5s"):
+            found[f"{setting}_{algorithm}"] = [f"{CONFIGS / setting}_maml.yaml", *chosen]
+            found[f"{setting}_{algorithm}_smooth"] = [f"{CONFIGS / setting}_hfmaml_smooth.yaml", *chosen]
+    return found
+
+
+class Judged(NamedTuple):
+    """Accuracy on test tasks, in percent, with the half-width of its 95 % confidence interval."""
+
+    tasks: int
+    accuracy: float
+    ci95: float
+
+
+class Run(NamedTuple):
+    """One training and its tests."""
+
+    row: str
+    seed: int
+    iterations: int
+    meta_batch_size: int
+    train_steps: int
+    test_steps: int
+    inner_lr: float
+    test_queries: int
+    batch_norm: str
+    judged: list[Judged]
+    minutes: float
+    machine: str
+
+
+def machine() -> str:
+    """Return what the run is on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    return f"{torch.get_num_threads()} of {os.cpu_count()} cores, {names[0] if names else platform.processor()}"
+
+
+def reproduce(row: str, seed: int, iterations: int, root: str) -> None:
+    """Train and test once, unless that was done, and keep what came of it."""
+    config, *chosen = rows()[row]
+    epochs = yaml.safe_load(Path(config).read_text())["trainer"]["max_epochs"]
+    batches = -(-iterations // epochs)
+    file = RUNS / f"{row}-{seed}-{epochs * batches}.json"
+    if file.exists():
+        return
+    seeds = [f"--seed_everything={seed}", f"--data.seed={seed}"]
+    length = [f"--data.train_batches={batches}", f"--trainer.default_root_dir=runs/reproduce/{row}"]
+    start = time.perf_counter()
+    done = run(["fit", f"--config={config}", f"--data.root={root}", *chosen, *seeds, *length])
+    minutes = (time.perf_counter() - start) / 60
+    model, data, judged = done.model, done.datamodule, []
+    for data.test_tasks in TASKS:
+        done.trainer.test(model, datamodule=data, ckpt_path="best", verbose=False)
+        mean, ci95, tasks = model.adaptation
+        judged.append(Judged(tasks, 100 * float(mean[-1]), 100 * float(ci95[-1])))
+    settings = (model.train_steps, model.test_steps, model.inner_lr, data.test_queries, model.batch_norm)
+    found = Run(row, seed, epochs * batches, data.meta_batch_size, *settings, judged, minutes, machine())
+    RUNS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(found._asdict(), indent=1) + "\n")
+
+
+def runs() -> list[Run]:
+    """Return the runs that were done."""
+    found = [Run(**json.loads(file.read_text())) for file in sorted(RUNS.glob("*.json"))]
+    return [each._replace(judged=[Judged(*judged) for judged in each.judged]) for each in found]
+
+
+def tables(found: Iterable[Run]) -> str:
+    """Return a table for each setting: a line for each row, its seeds together."""
+    lines, groups = [], dict[tuple[str, int], list[Run]]()
+    for each in found:
+        groups.setdefault((each.row, each.iterations), []).append(each)
+    settings = dict.fromkeys(re.sub(r"_(5|20)w(1|5)s_.*", r"_\1w\2s", row) for row, _ in groups)
+    for setting in settings:
+        lines += ["", f"## {setting}", "", _HEAD, "|---" * (_HEAD.count("|") - 1) + "|"]
+        ordered = sorted((key for key in groups if key[0].startswith(f"{setting}_")), key=lambda key: _place(*key))
+        lines += [_line(setting, groups[key]) for key in ordered]
+    return "\n".join(lines)
+
+
+_HEAD = (
+    "| row | iterations of tasks | N, K, inner rate | queries | batch norm | 600 tasks, each seed | 10,000 tasks, mean over seeds "
+    "| each seed | published | minutes | machine |"
+)
+
+
+def _place(row: str, iterations: int) -> tuple[bool, int, int]:
+    algorithm = row.split("s_", 1)[1].split("_")[0]
+    return row.endswith(("_relu", "_smooth")), [*ALGORITHMS].index(algorithm), iterations
+
+
+def _line(setting: str, seeds: list[Run]) -> str:
+    one = seeds[0]
+    of_few, of_many = ([each.judged[number] for each in seeds] for number in (0, 1))
+    mean = statistics.mean(each.accuracy for each in of_many)
+    spread = f", sd {statistics.stdev(each.accuracy for each in of_many):.2f}" if len(seeds) > 1 else ""
+    algorithm = one.row.removeprefix(f"{setting}_").split("_")[0]
+    published = PUBLISHED.get(algorithm, ("",) * 4)[OMNIGLOT.index(setting)] if setting in OMNIGLOT else ""
+    cells = (
+        f"`{one.row}`",
+        f"{one.iterations} of {one.meta_batch_size}",
+        f"{one.train_steps}, {one.test_steps}, {one.inner_lr:g}",
+        str(one.test_queries),
+        one.batch_norm,
+        ", ".join(f"{each.accuracy:.1f} ± {each.ci95:.1f}" for each in of_few),
+        f"**{mean:.2f}** ({len(seeds)} seed{'s' if len(seeds) > 1 else ''}{spread})",
+        ", ".join(f"{each.accuracy:.2f} ± {each.ci95:.2f}" for each in of_many),
+        published or "-",
+        f"{statistics.median(each.minutes for each in seeds):.0f}",
+        one.machine,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+MARK = "<!-- what follows is written by benchmarks/reproduce.py -->\n"
+
+
+def main() -> None:
+    """Do the runs that are asked for, then write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("row", nargs="*", choices=[*rows(), []], metavar="ROW", help="one of --list")
+    parser.add_argument("--list", action="store_true", help="print the rows that there are")
+    parser.add_argument("--root", default="data", help="folder of the images")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=3000, help="meta-iterations; the papers' are 60,000")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(rows()))
+        return
+    for row in arguments.row:
+        for seed in arguments.seeds:
+            reproduce(row, seed, arguments.iterations, arguments.root)
+    text = tables(runs())
+    PAGE.write_text(PAGE.read_text().split(MARK)[0] + MARK + text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
