@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check reproduce learn2learn clean
+.PHONY: demo test test-all check docs reproduce release minimum learn2learn clean
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py
@@ -17,6 +17,27 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site: build/docs/index.html. Warnings are errors; the notebooks are run, and kept in build/docs-cache until they change.
+docs: .venv/docs-installed
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --doctree-dir build/docs-trees --conf-dir docs . build/docs
+
+# What would be published, and the demo from it in an environment that has nothing else.
+release: .venv/installed
+	rm -rf dist build/release
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet dist/*.whl
+	cd build/release && bin/python -c "import lightning_maml as m; assert 'site-packages' in m.__file__, m.__file__"
+	build/release/bin/python benchmarks/demo.py
+
+# The tests with the oldest versions that pyproject.toml allows; needs uv.
+minimum:
+	uv venv --clear --python 3.11 build/minimum
+	uv pip install --python build/minimum/bin/python --resolution lowest-direct --editable . --group dev
+	build/minimum/bin/python -m pytest -m "not slow"
 
 # Accuracies: benchmarks/reproduce.py has the rows. make reproduce ROW=omniglot_5w1s_maml ROOT=data SEEDS="0 1 2" ITERATIONS=3000
 ROOT ?= data
@@ -40,6 +61,10 @@ learn2learn: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"  # 25.1: the first that installs dependency groups
 	$(BIN)/python -m pip install --editable . --group dev
+	touch $@
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_maml.callbacks import LossMapPicture, MetaGradientMonitor
 from lightning_maml.cli import run
 from lightning_maml.metrics import Estimate
 
@@ -47,7 +48,8 @@ def train_and_test(name: str) -> Row:
     """Meta-train one shipped config and test its best checkpoint."""
     print(f"\n=== {name} ===", flush=True)
     timer = IterationTimer()
-    cli = run(["fit", f"--config={ROOT / 'configs' / f'glyphs_{name}.yaml'}"], callbacks=[timer])
+    watching = [timer, MetaGradientMonitor(), LossMapPicture()]
+    cli = run(["fit", f"--config={ROOT / 'configs' / f'glyphs_{name}.yaml'}"], callbacks=watching)
     cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best", verbose=False)
     return Row(type(cli.model).__name__, cli.model.adaptation, 1000 * statistics.median(timer.seconds), cli.trainer.log_dir)
 
@@ -63,7 +65,7 @@ def main() -> None:
     print(f"{'':8}{'before':>16}{'after adaptation':>20}{'ms / meta-iteration':>22}   pictures")
     for row in rows:
         before, after = (f"{100 * row.accuracy.mean[end]:.1f} ± {100 * row.accuracy.ci95[end]:.1f} %" for end in (0, -1))
-        print(f"{row.algorithm:8}{before:>16}{after:>20}{row.milliseconds:>22.0f}   {row.folder}/episode.png, adaptation.png")
+        print(f"{row.algorithm:8}{before:>16}{after:>20}{row.milliseconds:>22.0f}   {row.folder}/*.png")
 
 
 if __name__ == "__main__":

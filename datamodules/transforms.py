@@ -15,8 +15,8 @@ STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "metaoptnet": ((120.39586 / 255, 115.59361 / 255, 104.54012 / 255), (70.68188 / 255, 68.27635 / 255, 72.54505 / 255)),
 }
-"""Mean and standard deviation of the colours, for images in 0 .. 1: of ImageNet, as torchvision's networks use them; and of mini-ImageNet's
-training classes, as MetaOptNet (Lee et al. 2019) and its descendants use them."""
+"""Mean and standard deviation of the colours of images in 0 .. 1, those of ImageNet, as torchvision's networks use them, and those of
+mini-ImageNet's training classes, as MetaOptNet (Lee et al. 2019) and its descendants use them."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EpisodeTransforms:
         vary: ``"image"``: ``train`` draws anew for each image (it is called once for each, which takes half a millisecond for crop, flip and jitter on a CPU);
             ``"task"``: once for each task, for all of its images alike.
         normalize: Last, in training and testing: ``"imagenet"`` or ``"metaoptnet"`` by their statistics of the three colours, see
-            :data:`STATISTICS`; ``"none"``: images stay in 0 .. 1, as in the MAML paper. Other statistics: ``v2.Normalize`` in both lists.
+            :data:`lightning_maml.datamodules.transforms.STATISTICS`; ``"none"``: images stay in 0 .. 1, as in the MAML paper. Other statistics: ``v2.Normalize`` in both lists.
 
     Raises:
         TypeError: If ``train`` or ``test`` is no list.

@@ -100,7 +100,7 @@ def hessian_lipschitz(
     Args:
         loss: The function, three times differentiable: with ReLU rho does not exist.
         w: Where.
-        leading: What :func:`smoothness` returned there; computed if None.
+        leading: What :func:`lightning_maml.measure.smoothness` returned there; computed if None.
         restarts: Starts; the largest value counts.
         iterations: Steps at most from each.
         tolerance: Stop when the norm changes by less, relative to itself.
@@ -278,7 +278,7 @@ class Probe:
         Args:
             inner_lr: alpha.
             steps: N; 0 measures at the meta-parameters alone.
-            restarts: See :func:`hessian_lipschitz`; with 0 rho is not measured and comes out 0.
+            restarts: See :func:`lightning_maml.measure.hessian_lipschitz`; with 0 rho is not measured and comes out 0.
             tolerance: Relative change at which both iterations stop.
 
         Returns:

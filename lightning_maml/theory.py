@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 from lightning_maml.curvature import CurvatureName
 
 Rule = Literal["one_step", "resampling", "finite_sum"]
-"""Which meta-stepsize: Fallah eq. 17, Ji eq. 14 or Ji eq. 22."""
+"""The meta-stepsize of Fallah eq. 17, of Ji eq. 14 or of Ji eq. 22."""
 
 
 class SmoothnessConstants(NamedTuple):

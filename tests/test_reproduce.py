@@ -1,0 +1,60 @@
+"""Accuracy tables: their rows are configs that parse, the page has what the runs found, and one row runs from end to end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import reproduce
+from reproduce import MARK, PAGE, Judged, Run, rows, runs, tables
+
+from lightning_maml.cli import run
+
+ONE = Run("omniglot_5w1s_maml", 0, 3000, 32, 1, 3, 0.4, 1, "batch", [Judged(600, 98.0, 0.5), Judged(10_000, 98.5, 0.12)], 12.4, "a machine")
+
+
+@pytest.mark.parametrize("row", [row for row in rows() if row.startswith(("omniglot_20w1s", "caltech_5w1s", "mini_imagenet_5w5s"))])
+def test_rows_are_configs(row: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config, *changed = rows()[row]
+    with pytest.raises(SystemExit) as ended:
+        run(["fit", f"--config={config}", *changed, "--print_config"])
+    assert ended.value.code in (None, 0)
+    printed = capsys.readouterr().out
+    assert ("activation: relu" in printed) == (
+        row.endswith("_relu") or row in [f"mini_imagenet_5w5s_{name}" for name in reproduce.ALGORITHMS]
+    )
+    named = next(argument for argument in changed if argument.startswith("--model=")).removeprefix("--model=")
+    assert f"class_path: lightning_maml.{named}\n" in printed
+
+
+def test_a_table_has_every_seed_their_mean_and_the_published_figure() -> None:
+    second = ONE._replace(seed=1, judged=[Judged(600, 97.0, 0.6), Judged(10_000, 97.5, 0.13)], minutes=14.4)
+    other = ONE._replace(row="omniglot_5w1s_hfmaml_relu")
+    lines = tables([other, second, ONE]).splitlines()
+    assert lines[1] == "## omniglot_5w1s"
+    assert [cell.strip() for cell in lines[5].split("|")[1:-1]] == [
+        *("`omniglot_5w1s_maml`", "3000 of 32", "1, 3, 0.4", "1", "batch", "97.0 ± 0.6, 98.0 ± 0.5", "**98.00** (2 seeds, sd 0.71)"),
+        *("97.50 ± 0.13, 98.50 ± 0.12", "98.7 ± 0.4", "13", "a machine"),
+    ]
+    assert "(1 seed)" in lines[6]
+    assert len(lines) == 7
+
+
+def test_the_page_has_what_the_runs_found() -> None:
+    assert PAGE.read_text().split(MARK)[1] == tables(runs()) + "\n"
+
+
+def test_a_row_is_trained_tested_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    glyphs = {"glyphs_maml": [str(reproduce.CONFIGS / "glyphs_maml.yaml"), "--model=MAML", "--trainer.enable_progress_bar=false"]}
+    monkeypatch.setattr(reproduce, "rows", lambda: glyphs)
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "accuracy")
+    monkeypatch.setattr(reproduce, "TASKS", (6, 10))
+    monkeypatch.setattr(reproduce, "run", lambda arguments: run([word for word in arguments if not word.startswith("--data.root")]))
+    monkeypatch.chdir(tmp_path)
+    reproduce.reproduce("glyphs_maml", 3, 5, "data")
+    file = tmp_path / "accuracy" / "glyphs_maml-3-8.json"  # four epochs of two
+    found = json.loads(file.read_text())
+    assert [judged[0] for judged in found["judged"]] == [6, 10]
+    assert (found["seed"], found["iterations"], found["test_steps"]) == (3, 8, 3)
+    before = file.stat().st_mtime_ns
+    reproduce.reproduce("glyphs_maml", 3, 5, "data")
+    assert file.stat().st_mtime_ns == before, "it is not done again"
