@@ -18,9 +18,9 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site: build/docs/index.html. Warnings are errors; the notebooks are run, and kept in build/docs-cache until they change.
+# The site: build/docs/index.html. Warnings are errors; the notebooks are run.
 docs: .venv/docs-installed
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --doctree-dir build/docs-trees --conf-dir docs . build/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --define nb_execution_mode=force --doctree-dir build/docs-trees --conf-dir docs . build/docs
 
 # What would be published, and the demo from it in an environment that has nothing else.
 release: .venv/installed
@@ -44,6 +44,7 @@ ROOT ?= data
 SEEDS ?= 0 1 2
 ITERATIONS ?= 3000
 reproduce: .venv/installed
+	@test -n "$(ROW)" || (echo "Expected ROW to be a row of the tables but got none: $(BIN)/python benchmarks/reproduce.py --list has them."; exit 1)
 	$(BIN)/python benchmarks/reproduce.py $(ROW) --root $(ROOT) --seeds $(SEEDS) --iterations $(ITERATIONS)
 
 # learn2learn 0.2.0, with which tests compare: its C files were made for Pythons before 3.11 and are made anew from their sources. Of what it

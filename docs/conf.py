@@ -19,7 +19,7 @@ html_extra_path = ["site"]  # leads from the top to docs/index.html
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "cache"
+nb_execution_mode = "cache"  # `make docs` runs all
 nb_execution_cache_path = "build/docs-cache"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True

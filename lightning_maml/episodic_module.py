@@ -207,7 +207,7 @@ class EpisodicModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted validation left."""
-        self._start_judging(self.trainer.num_sanity_val_batches if self.trainer.sanity_checking else self.trainer.num_val_batches)
+        self._start_judging(self.trainer.num_val_batches)
 
     def validation_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect loss and accuracy after 0 .. K steps."""
@@ -244,17 +244,19 @@ class EpisodicModule(LightningModule):
 
     def _log_estimates(self, stage: str) -> None:
         """Log the means over the tasks of each loader with their confidence intervals, several loaders named as Lightning does."""
-        estimates = [figures.compute() for figures in self._figures]
-        for loader, estimate in enumerate(estimates):
-            of_loader = f"/dataloader_idx_{loader}" if len(estimates) > 1 else ""
+        for loader, figures in enumerate(self._figures):
+            if not figures.update_called:  # an empty loader, or steps of a subclass's own
+                continue
+            of_loader, estimate = f"/dataloader_idx_{loader}" if len(self._figures) > 1 else "", figures.compute()
             for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
                 mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
                 self.adaptation = Estimate(mean, ci95, estimate.tasks)
-                self.log(f"{stage}/{name}{of_loader}", mean[-1], prog_bar=stage == "val", add_dataloader_idx=False)
-                figures = {f"{name}_ci95": ci95[-1], f"{name}_before": mean[0]}
-                self.log_dict({f"{stage}/{figure}{of_loader}": value for figure, value in figures.items()}, add_dataloader_idx=False)
-            steps = {f"{stage}/{name}_step_{step}{of_loader}": value for step, value in enumerate(mean)}
-            self.log_dict(steps, add_dataloader_idx=False)
+                self.log(f"{stage}/{name}{of_loader}", mean[-1], prog_bar=stage == "val", sync_dist=True, add_dataloader_idx=False)
+                beside = {f"{name}_ci95": ci95[-1], f"{name}_before": mean[0]}
+                if name == "accuracy" or estimate.mean.shape[-1] == 1:
+                    beside |= {f"{name}_step_{step}": value for step, value in enumerate(mean)}
+                values = {f"{stage}/{figure}{of_loader}": value for figure, value in beside.items()}
+                self.log_dict(values, sync_dist=True, add_dataloader_idx=False)
 
     def _skip_or_stop(self, episodes: AnyEpisodes, before_it: dict[str, Any], error: FloatingPointError) -> None:
         if self.skips_non_finite:

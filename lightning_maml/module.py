@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +39,27 @@ from lightning_maml.task_map import TaskExecution, are_stacked, map_tasks
 InnerRatesName = Literal["fixed"] | LearnedRatesName
 
 
+class TaskPath(NamedTuple):
+    """What adaptation to a task descends on, and where it goes.
+
+    Attributes:
+        points: w_0 .. w_K, all trainable parameters.
+        support: The support loss at such a point, which the path descends.
+        query: The query loss there.
+    """
+
+    points: list[Params]
+    support: Callable[[Params], Tensor]
+    query: Callable[[Params], Tensor]
+
+
 class MAML(EpisodicModule):
     """Model-agnostic meta-learning by the exact meta-gradient of N inner steps (Ji et al. 2022; N = 1: Fallah et al. 2020, Algorithm 1).
 
     Batches are :class:`lightning_maml.Episodes` (Ji's Algorithm 2) or, with fresh samples for every inner step and for the curvature (Ji's
     Algorithm 1), :class:`lightning_maml.ResampledEpisodes`. Every optimizer, scheduler, clipping and accumulation setting of Lightning
     applies to the meta-parameters. Logged: ``train/``, ``val/`` and ``test/`` ``loss`` and, for classification, ``accuracy`` on the query
-    sets after adaptation, and both ``_before`` it (in training on the steps that are logged). ``test`` adds ``accuracy_ci95``, the
+    sets after adaptation, and both ``_before`` it (in training on the steps that are logged). Validation and test add ``_ci95``, the
     half-width of the 95 % confidence interval over the tasks, and ``accuracy_step_0 .. K``.
 
     Args:
@@ -72,7 +86,7 @@ class MAML(EpisodicModule):
             parameter tensor), ``"per_layer_and_step"`` or ``"per_parameter"`` (one for each element). By default fixed; learned by
             :class:`LSLR` per layer and step, by :class:`MetaSGD` per parameter.
         compiled: Compile the meta-gradient as a whole, all tasks (or ``chunk_size``) as one, at the first batch of each shape: it takes from
-            20 seconds to minutes, and pays for small networks. Numbers and flags that the network or the loss look at stay what they were
+            10 seconds to minutes, and pays for small networks. Numbers and flags that the network or the loss look at stay what they were
             then, and each new inner rate, unless it is learned, is compiled anew.
 
     Raises:
@@ -104,11 +118,8 @@ class MAML(EpisodicModule):
         compiled: bool = False,
     ) -> None:
         super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
-        if self.curvature == "exact" and any(isinstance(part, OptimizedModule) for part in network.modules()):
-            raise ValueError(
-                f"Expected a network that is not compiled, for the second derivatives of {type(self).__name__}, which torch.compile has not, but "
-                "got one with compiled parts; give it as it was, and for speed `compiled=True`, which compiles the whole meta-gradient."
-            )
+        if self.curvature == "exact":
+            check_not_compiled(network, type(self).__name__)
         check_step_count(train_steps, "train_steps")
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         self._executor = Executor(tasks, chunk_size, compiled)
@@ -223,17 +234,39 @@ class MAML(EpisodicModule):
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""
-        learner = self._learner(episodes)
-        self._outputs(learner, episodes)
-        return (self._training_gradient(learner, episodes) if curvature is None else self._meta_gradient(learner, episodes, curvature)).grad
 
-    def losses(self, task: Episodes) -> tuple[Callable[[Params], Tensor], Callable[[Params], Tensor]]:
-        """Return the support and the query loss of a task, ``Episodes`` with one, as functions of the parameters, as they are in evaluation."""
+        def of(episodes: AnyEpisodes) -> Params:
+            learner = self._learner(episodes)
+            self._outputs(learner, episodes)
+            if curvature is None:
+                return self._training_gradient(learner, episodes).grad
+            return self._meta_gradient(learner, episodes, curvature).grad
+
+        gradient: Params = self._executor.within_memory(of, episodes, self.device)
+        return gradient
+
+    def inner_path(self, task: Episodes) -> TaskPath:
+        """Return the way that adaptation takes for a task, ``Episodes`` with one, in evaluation, and the losses that it is about.
+
+        Raises:
+            ValueError: With ``batch_norm="per_step"``, where each step has a loss of its own.
+        """
+        if self.step_statistics is not None:
+            raise ValueError("Expected one loss for all inner steps but got batch_norm='per_step'; use another `batch_norm`.")
         learner = Learner(structural_copy(self.network).eval(), self.batch_norm)
-        averages = self._averages(self.test_steps)
-        support, query = self._support_loss(learner, averages), self._query_loss(learner, averages)
+        support, query = self._support_loss(learner), self._query_loss(learner)
+        task = Episodes(*map(differentiable, task))
         of_one = Episodes(*(tensor[0] for tensor in task))
-        return lambda w: support(w, of_one.support_x, of_one.support_y)[0], lambda w: query(w, of_one)[0]
+        support_set, rates = (task.support_x, task.support_y), self._rates()
+        ends = [
+            adapted_parameters(support, learner.params, *support_set, inner_lr=rates, steps=steps, has_aux=True)
+            for steps in range(self.test_steps + 1)
+        ]
+        return TaskPath(
+            [learner.params | {name: p[0] for name, p in end.items()} for end in ends],
+            lambda w: support(w, of_one.support_x, of_one.support_y)[0],
+            lambda w: query(w, of_one)[0],
+        )
 
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
         """Return what measures the theory's constants of some tasks at the current parameters.
@@ -456,3 +489,16 @@ class MAML(EpisodicModule):
         if not math.isfinite(torch.stack([*largest.values()]).max()):
             broken = [name for name, size in largest.items() if not size.isfinite()]
             raise FloatingPointError(f"Expected a finite meta-gradient but it is not finite in {broken} {where}")
+
+
+def check_not_compiled(network: nn.Module, what_needs_it: str) -> None:
+    """Check that a network has second derivatives.
+
+    Raises:
+        ValueError: If a part of it is compiled.
+    """
+    if any(isinstance(part, OptimizedModule) for part in network.modules()):
+        raise ValueError(
+            f"Expected a network that is not compiled, for the second derivatives of {what_needs_it}, which torch.compile has not, but "
+            "got one with compiled parts; give it as it was, and for speed `compiled=True`, which compiles the whole meta-gradient."
+        )

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision
 from PIL import Image
 from torchvision.datasets import FakeData
 
+from lightning_maml import MAML, MLP, Episodes
 from lightning_maml.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,7 @@ def run_python(code: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_first_example_runs_as_it_stands(tmp_path: Path) -> None:
     printed = run_python(blocks(README, "python")[0], tmp_path)
     accuracy = re.search(r"test/accuracy\s+│?\s*([0-9.]+)", printed)
@@ -37,9 +40,29 @@ def test_the_first_example_runs_as_it_stands(tmp_path: Path) -> None:
     assert float(accuracy[1]) > 0.7, "an untrained network gets under 0.6"
 
 
+SHORT = """
+import functools, lightning
+lightning.Trainer = functools.partial(lightning.Trainer, limit_train_batches=3, limit_val_batches=1, limit_test_batches=1)
+"""
+
+
+def test_the_blocks_of_the_readme_run(tmp_path: Path) -> None:
+    names: dict = {"model": MAML(MLP(4, 3), inner_lr=0.1)}
+    support, query = torch.rand(2, 3, 4), torch.rand(2, 6, 4)
+    names |= {"support_x": support, "support_y": torch.arange(3).repeat(2, 1), "query_x": query, "query_y": torch.arange(3).repeat(2, 2)}
+    example, episodes, adapt = blocks(README, "python")
+    run_python(SHORT + example, tmp_path)
+    exec(compile(episodes, "README.md", "exec"), names)  # noqa: S102  it is our README
+    assert isinstance(names["episodes"], Episodes)
+    names |= {"many_support_x": support, "many_support_y": names["support_y"], "support_x": support[0], "support_y": torch.arange(3)}
+    exec(compile(adapt, "README.md", "exec"), names)  # noqa: S102
+    assert names["network"](query[0]).shape == (6, 3)
+    assert names["networks"](query).shape == (2, 6, 3)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page.read_text(), "python")], ids=lambda page: page.stem)
 def test_the_python_of_each_page_runs_from_top_to_bottom(tmp_path: Path, page: Path) -> None:
-    run_python("\n".join(blocks(page.read_text(), "python")), tmp_path)
+    run_python(SHORT + "\n".join(blocks(page.read_text(), "python")), tmp_path)
 
 
 def test_every_block_is_run_by_a_test() -> None:

@@ -12,9 +12,8 @@ from networks import build, flat, leaves, make_episodes, plain_loss, unrolled
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_maml import FOMAML, HFMAML, MAML, Conv4, ProtoNet
-from lightning_maml.callbacks import MetaGradientMonitor
-from lightning_maml.callbacks.fidelity import compare
+from lightning_maml import FOMAML, HFMAML, IMAML, MAML, Conv4, MAMLPlusPlus, ProtoNet, Reptile
+from lightning_maml.callbacks import MetaGradientMonitor, StationarityMonitor, compare
 from lightning_maml.datamodules import GlyphsDataModule
 
 RATE, STEPS = 0.3, 2
@@ -77,6 +76,46 @@ def test_kinks_show(tmp_path: Path) -> None:
     assert errors["relu"] > 0.1
 
 
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        partial(MAML, adapt="head"),
+        partial(MAML, batch_norm="per_step"),
+        partial(MAML, inner_rates="per_layer_and_step"),
+        partial(Reptile, adapt="all"),
+        partial(IMAML, inner_rates="fixed"),
+        partial(MAMLPlusPlus, multi_step_epochs=1),
+    ],
+)
+def test_it_watches_all_that_adapt(tmp_path: Path, algorithm: Any) -> None:
+    monitor = MetaGradientMonitor(every_n_steps=4, episodes=[make_episodes(seed=9)])
+    module = algorithm(build("conv_batch_norm"), inner_lr=0.05, train_steps=2, optimizer=partial(torch.optim.SGD, lr=0.01))
+    fit(tmp_path, module, monitor, precision="64-true")
+    assert monitor.history[4]["hessian_free"].error < 1e-4
+
+
+def test_it_watches_fresh_samples(tmp_path: Path) -> None:
+    monitor = MetaGradientMonitor(every_n_steps=2, tasks=2)
+    data = GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=2, regime="resampling", train_steps=2)
+    module = MAML(Conv4(1, 3, 28, channels=4, activation="gelu"), inner_lr=0.1, train_steps=2)
+    Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, callbacks=[monitor], limit_val_batches=0, **QUIET).fit(module, data)
+    assert monitor.history[2]["hessian_free"].error < 0.01
+
+
+def test_the_run_does_not_notice_that_it_is_watched(tmp_path: Path) -> None:
+    def trained(*callbacks: Callback) -> torch.Tensor:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 50), nn.Tanh(), nn.Dropout(0.5), nn.Linear(50, 3)).double()
+        torch.manual_seed(1)
+        fit(tmp_path, MAML(network, RATE, optimizer=partial(torch.optim.SGD, lr=0.1)), *callbacks, precision="64-true")
+        return flat(dict(network.named_parameters()))
+
+    tasks = [make_episodes(seed=k) for k in range(9)]
+    alone = trained()
+    assert torch.equal(alone, trained(MetaGradientMonitor(every_n_steps=1, episodes=tasks)))
+    assert torch.equal(alone, trained(StationarityMonitor(every_n_steps=1, meta_batches=3, episodes=tasks)))
+
+
 def test_dropout_is_the_same_in_all_three(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 50), nn.Tanh(), nn.Dropout(0.5), nn.Linear(50, 3)).double()
@@ -110,5 +149,7 @@ def test_nothing_compares_with_zero() -> None:
 def test_what_it_cannot_look_at_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected `every_n_steps` to be at least 1 but got 0"):
         MetaGradientMonitor(every_n_steps=0)
+    with pytest.raises(ValueError, match="Expected a network that is not compiled, for the second derivatives of MetaGradientMonitor"):
+        fit(tmp_path, FOMAML(torch.compile(build("mlp"))), MetaGradientMonitor(episodes=[make_episodes()]))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Expected MAML or one of its variants for MetaGradientMonitor but got ProtoNet"):
         fit(tmp_path, ProtoNet(build("mlp")), MetaGradientMonitor(episodes=[make_episodes()]))

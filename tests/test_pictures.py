@@ -6,11 +6,11 @@ import pytest
 import torch
 from lightning import Trainer
 from networks import build, make_episodes
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_maml import MAML, MLP, Episodes
-from lightning_maml.callbacks import EpisodePictures, LossMapPicture, draw_adaptation, draw_episode
-from lightning_maml.callbacks.loss_map import loss_map
+from lightning_maml.callbacks import EpisodePictures, LossMapPicture, draw_adaptation, draw_episode, loss_map
 from lightning_maml.metrics import Estimate
 
 
@@ -90,6 +90,32 @@ def test_the_second_axis_of_the_loss_map_is_the_rest_of_the_query_gradient() -> 
     support_slope, query_slope = (float(values[101, 50] - values[99, 50]) for values in (found.support, found.query))
     assert abs(support_slope) < 1e-3 * query_slope, "the first axis is the support gradient, to which this one is orthogonal"
     assert query_slope > 0
+
+
+def test_the_loss_map_has_what_is_trained_alone_and_needs_no_vmap() -> None:
+    class Peeks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("mlp")
+            self.inner[1].requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert float(x.sum()) != 0  # what vmap refuses
+            return self.inner(x)
+
+    module, task = MAML(Peeks(), inner_lr=0.5), make_episodes(tasks=1)
+    points = module.inner_path(task).points
+    assert [sorted(point) for point in points] == [["inner.3.bias", "inner.3.weight"]] * 2
+    assert 0 < loss_map(module, task, 3).in_plane <= 1
+
+
+def test_a_map_that_cannot_be_drawn_does_not_end_the_test(tmp_path: Path) -> None:
+    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "default_root_dir": tmp_path, "precision": "64-true"}
+    data = DataLoader([make_episodes()], batch_size=None)
+    for module in (MAML(build("mlp"), test_steps=0), MAML(build("conv_batch_norm"), batch_norm="per_step")):
+        with pytest.warns(UserWarning, match="LossMapPicture draws nothing: Expected"):
+            assert Trainer(callbacks=[LossMapPicture(5)], **quiet).test(module, data, verbose=False)
+    assert list(tmp_path.glob("*.png")) == []
 
 
 def test_the_loss_map_of_a_test_is_drawn(tmp_path: Path) -> None:

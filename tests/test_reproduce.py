@@ -5,11 +5,28 @@ from pathlib import Path
 
 import pytest
 import reproduce
+import torch
 from reproduce import MARK, PAGE, Judged, Run, rows, runs, tables
 
+from lightning_maml import MAML, Conv4
 from lightning_maml.cli import run
+from lightning_maml.datamodules import GlyphsDataModule
 
-ONE = Run("omniglot_5w1s_maml", 0, 3000, 32, 1, 3, 0.4, 1, "batch", [Judged(600, 98.0, 0.5), Judged(10_000, 98.5, 0.12)], 12.4, "a machine")
+ONE = Run(
+    "omniglot_5w1s_maml",
+    0,
+    3000,
+    32,
+    1,
+    3,
+    0.4,
+    1,
+    "batch",
+    [Judged(600, 98.0, 0.5), Judged(10_000, 98.5, 0.12)],
+    12.4,
+    "a machine",
+    "versions",
+)
 
 
 @pytest.mark.parametrize("row", [row for row in rows() if row.startswith(("omniglot_20w1s", "caltech_5w1s", "mini_imagenet_5w5s"))])
@@ -29,14 +46,17 @@ def test_rows_are_configs(row: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_table_has_every_seed_their_mean_and_the_published_figure() -> None:
     second = ONE._replace(seed=1, judged=[Judged(600, 97.0, 0.6), Judged(10_000, 97.5, 0.13)], minutes=14.4)
     other = ONE._replace(row="omniglot_5w1s_hfmaml_relu")
-    lines = tables([other, second, ONE]).splitlines()
+    elsewhere = ONE._replace(machine="a GPU")
+    lines = tables([other, second, ONE, elsewhere]).splitlines()
     assert lines[1] == "## omniglot_5w1s"
     assert [cell.strip() for cell in lines[5].split("|")[1:-1]] == [
         *("`omniglot_5w1s_maml`", "3000 of 32", "1, 3, 0.4", "1", "batch", "97.0 ± 0.6, 98.0 ± 0.5", "**98.00** (2 seeds, sd 0.71)"),
         *("97.50 ± 0.13, 98.50 ± 0.12", "98.7 ± 0.4", "13", "a machine"),
     ]
     assert "(1 seed)" in lines[6]
-    assert len(lines) == 7
+    assert lines[6].endswith("| a GPU |"), "other machines have lines of their own"
+    assert lines[7].startswith("| `omniglot_5w1s_hfmaml_relu` |")
+    assert len(lines) == 8
 
 
 def test_the_page_has_what_the_runs_found() -> None:
@@ -51,9 +71,15 @@ def test_a_row_is_trained_tested_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(reproduce, "run", lambda arguments: run([word for word in arguments if not word.startswith("--data.root")]))
     monkeypatch.chdir(tmp_path)
     reproduce.reproduce("glyphs_maml", 3, 5, "data")
+    checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
     file = tmp_path / "accuracy" / "glyphs_maml-3-8.json"  # four epochs of two
     found = json.loads(file.read_text())
-    assert [judged[0] for judged in found["judged"]] == [6, 10]
+    data, model = GlyphsDataModule(seed=3, test_tasks=10), MAML.load_from_checkpoint(checkpoint, network=Conv4(1, 5, 28, 32, "gelu"))
+    data.setup("test")
+    tasks = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
+    right = torch.cat([(model.evaluate(task).aux[:, -1].argmax(-1) == task.query_y).double().mean(-1) for task in tasks])
+    assert found["judged"][1] == [10, pytest.approx(100 * float(right.mean())), pytest.approx(196 * float(right.std()) / 10**0.5)]
+    assert found["judged"][0][:2] == [6, pytest.approx(100 * float(right[:6].mean()))]
     assert (found["seed"], found["iterations"], found["test_steps"]) == (3, 8, 3)
     before = file.stat().st_mtime_ns
     reproduce.reproduce("glyphs_maml", 3, 5, "data")

@@ -245,7 +245,10 @@ def test_several_loaders_are_judged_one_by_one(tmp_path: Path, algorithm: type[M
         assert {f"{name}/dataloader_idx_{number}": value for name, value in one.items()}.items() <= together[number].items()
     assert {"test/accuracy", "test/accuracy_ci95", "test/accuracy_step_1", "test/loss_before"} < alone[0].keys()
     validated = trainer(tmp_path, precision="32-true").validate(module, loaders, verbose=False)
-    assert [len(figures) for figures in validated] == [4, 4]
+    for number, one in enumerate(alone):
+        assert {f"{name}/dataloader_idx_{number}".replace("test/", "val/"): v for name, v in one.items()}.items() <= validated[
+            number
+        ].items()
     predicted = trainer(tmp_path, precision="32-true").predict(module, loaders)
     assert [len(torch.cat(outputs)) for outputs in predicted] == [7, 5]
 

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from networks import build, make_episodes
 from torch.utils.data import DataLoader
 
-from lightning_maml import MAML, MLP, Episodes, ProtoNet
+from lightning_maml import MAML, MLP, Conv4, Episodes, ProtoNet, SkipNonFinite
 from lightning_maml.callbacks import MetaGradientMonitor, TrainingPictures, draw_learning
 from lightning_maml.callbacks.training_pictures import Validation
+from lightning_maml.datamodules import GlyphsDataModule
 
 
 def in_float32(seed: int, tasks: int = 4) -> Episodes:
@@ -76,6 +79,34 @@ def test_a_run_that_goes_on_draws_on(tmp_path: Path) -> None:
     fit(tmp_path, module(), half, epochs=1).save_checkpoint(tmp_path / "half.ckpt")
     fit(tmp_path, module(), rest, checkpoint=tmp_path / "half.ckpt")
     assert rest.history == whole.history
+
+
+def test_so_it_does_between_two_validations(tmp_path: Path) -> None:
+    def pictures(*others: Callback, checkpoint: Path | None = None) -> TrainingPictures:
+        torch.manual_seed(0)
+        found, data = TrainingPictures(), GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=4, val_tasks=4)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        run = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, callbacks=[found, *others], **quiet)
+        run.fit(MAML(Conv4(1, 3, 28, channels=4, activation="gelu"), 0.3), data, ckpt_path=checkpoint)
+        return found
+
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    assert pictures(keep).history == pictures(checkpoint=tmp_path / "step=2.ckpt").history
+
+
+def test_skipped_steps_are_no_figures(tmp_path: Path) -> None:
+    broken = TRAIN[0]._replace(query_x=torch.full_like(TRAIN[0].query_x, torch.nan))
+    some, without = TrainingPictures(), TrainingPictures()
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+    for pictures, batches in ((some, [broken, TRAIN[1], broken, TRAIN[2]]), (without, TRAIN[1:3])):
+        run = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, callbacks=[SkipNonFinite(), pictures], **quiet)
+        run.fit(module(), loader(batches), loader(VAL))
+    assert some.history[0].train == without.history[0].train
+
+
+def test_other_modules_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Expected a module of lightning_maml for TrainingPictures but got BoringModel"):
+        fit(tmp_path, BoringModel(), TrainingPictures())
 
 
 def test_several_loaders_baselines_and_regression_are_drawn_too(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Callbacks for any run of :class:`lightning_maml.MAML` and its variants."""
 
+from lightning_maml.callbacks.fidelity import Fidelity as Fidelity
 from lightning_maml.callbacks.fidelity import MetaGradientMonitor as MetaGradientMonitor
+from lightning_maml.callbacks.fidelity import compare as compare
 from lightning_maml.callbacks.interrupt import CheckpointOnInterrupt as CheckpointOnInterrupt
 from lightning_maml.callbacks.loss_map import LossMapPicture as LossMapPicture
 from lightning_maml.callbacks.loss_map import draw_loss_map as draw_loss_map
+from lightning_maml.callbacks.loss_map import loss_map as loss_map
 from lightning_maml.callbacks.meta_stepsize import AdaptiveMetaStepsize as AdaptiveMetaStepsize
 from lightning_maml.callbacks.pictures import EpisodePictures as EpisodePictures
 from lightning_maml.callbacks.pictures import draw_adaptation as draw_adaptation

@@ -36,8 +36,10 @@ class MetaGradientMonitor(Monitor):
     relative to the norm of the exact meta-gradient; kept as ``history``, by steps, which
     :class:`lightning_maml.callbacks.TrainingPictures` draws.
 
-    One look costs some five meta-gradients. The network must be one for exact curvature; on one with kinks the
-    Hessian-free meta-gradient is off (Fallah et al. 2020 assume a smooth one), and this shows by how much.
+    One look costs some five meta-gradients. All three are MAML's own, of N steps, all query weight on the last, in the precision of the
+    parameters: no autocast, none of what :class:`lightning_maml.Reptile` or :class:`lightning_maml.MAMLPlusPlus` change; of
+    :class:`lightning_maml.IMAML` the exact one is the implicit gradient. On a network with kinks the Hessian-free meta-gradient is off
+    (Fallah et al. 2020 assume a smooth one), and this shows by how much; a precision below float32 shows too.
 
     Args:
         every_n_steps: Optimizer steps between two looks.
@@ -86,6 +88,7 @@ class MetaGradientMonitor(Monitor):
 
 def compare(approximate: Params, exact: Params) -> Fidelity:
     """Return how ``approximate`` compares with ``exact``; nan where either is zero."""
+    approximate, exact = ({name: tensor.double() for name, tensor in each.items()} for each in (approximate, exact))
     sizes = float(norm(approximate)), float(norm(exact))
     if not all(sizes):
         return Fidelity(float("nan"), float("nan"))

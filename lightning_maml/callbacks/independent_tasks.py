@@ -23,6 +23,7 @@ class IndependentTasks:
             raise ValueError(f"Expected `tasks` to be at least 1 but got {tasks}.")
         self.drawn = 0
         """How many meta-batches were drawn; to be restored for the stream to go on where it was."""
+        self.are_given = episodes is not None
         self._purpose, self._tasks, self._episodes = purpose, tasks, episodes
         self._stream: Iterator[AnyEpisodes] | None = None
 

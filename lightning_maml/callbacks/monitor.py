@@ -10,7 +10,8 @@ from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import Params
-from lightning_maml.module import MAML
+from lightning_maml.module import MAML, check_not_compiled
+from lightning_maml.randomness import random_state, set_random_state
 
 
 class Monitor(Callback):
@@ -45,11 +46,11 @@ class Monitor(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there are tasks to draw, and that they have what the exact meta-gradient needs."""
-        as_maml(self, pl_module)
+        """Check that there are tasks to draw, and that tasks and network have what the exact meta-gradient needs."""
+        check_not_compiled(as_maml(self, pl_module).network, type(self).__name__)
         self._tasks.check(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "regime", None) == "resampling" and data.hessian_shots == 0:
+        if not self._tasks.are_given and getattr(data, "regime", None) == "resampling" and data.hessian_shots == 0:
             raise ValueError(
                 f"Expected `hessian_shots` to be at least 1 for {type(self).__name__}, which takes the exact meta-gradient, but got 0."
             )
@@ -60,7 +61,9 @@ class Monitor(Callback):
         if trainer.global_step % self._every_n_steps or trainer.global_step == self._last_step:  # the second: accumulated batches
             return
         self._last_step = trainer.global_step
+        where_it_stands = random_state(pl_module.device)
         self.look(trainer, as_maml(self, pl_module))
+        set_random_state(where_it_stands, pl_module.device)  # who is looked at must not notice
 
     @override
     def state_dict(self) -> dict[str, Any]:

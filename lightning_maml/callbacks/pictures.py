@@ -35,10 +35,9 @@ class FirstTaskPictures(Callback):
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw it."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked for by every process: they agree on it together
         if isinstance(pl_module, MAML) and self._task is not None and trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.draw(pl_module, self._task, folder)
+            pl_module.run_folder.mkdir(parents=True, exist_ok=True)
+            self.draw(pl_module, self._task, pl_module.run_folder)
             self._task = None
 
 

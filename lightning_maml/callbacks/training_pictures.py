@@ -1,8 +1,7 @@
 """Pictures of how a run learns, drawn anew after every validation."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -11,17 +10,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_maml.callbacks.fidelity import Fidelity, MetaGradientMonitor
+from lightning_maml.episodic_module import EpisodicModule
 
 
 class Validation(NamedTuple):
-    """What a validation found.
+    """What a validation found, and training before it.
 
     Attributes:
         step: Optimizer steps until then.
         mean: Accuracy on the validation tasks after adaptation, or for regression their loss.
         ci95: Half-width of its 95 % confidence interval.
         before: The same figure before adaptation.
-        train: Its mean in training since the validation before; nan where there was none.
+        train: Its mean in training, after N steps, since the validation before, in this process; nan where there was none.
     """
 
     step: int
@@ -42,27 +42,36 @@ class TrainingPictures(Callback):
 
     def __init__(self) -> None:
         self.history: list[Validation] = []
-        self._in_training: list[Tensor] = []
+        self._sum: float | Tensor = 0.0
+        self._steps = 0
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there will be something to draw."""
+        if not isinstance(pl_module, EpisodicModule):
+            raise TypeError(f"Expected a module of lightning_maml for TrainingPictures but got {type(pl_module).__name__}.")
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the training figure, where the device has it."""
-        figure = "accuracy" if "train/accuracy" in trainer.callback_metrics else "loss"
-        self._in_training.append(trainer.callback_metrics[f"train/{figure}"].detach())
+        """Add up the training figure, where the device has it; of skipped steps there is none."""
+        if outputs:
+            figure = "accuracy" if "train/accuracy" in trainer.callback_metrics else "loss"
+            self._sum = self._sum + trainer.callback_metrics[f"train/{figure}"].detach()
+            self._steps += 1
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and save."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked for by every process: they agree on it together
+        folder = cast(EpisodicModule, pl_module).run_folder
         found = trainer.callback_metrics
         of_loader = "" if "val/loss" in found else "/dataloader_idx_0"
         name = "accuracy" if f"val/accuracy{of_loader}" in found else "loss"
         mean, ci95, before = (float(found[f"val/{name}{kind}{of_loader}"]) for kind in ("", "_ci95", "_before"))
-        train = float(torch.stack(self._in_training).mean()) if self._in_training else float("nan")
+        train = float(self._sum) / self._steps if self._steps else float("nan")
         self.history.append(Validation(trainer.global_step, mean, ci95, before, train))
-        self._in_training = []
+        self._sum, self._steps = 0.0, 0
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,12 +83,13 @@ class TrainingPictures(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what was found so far."""
-        return {"history": [tuple(found) for found in self.history]}
+        return {"history": [tuple(found) for found in self.history], "sum": float(self._sum), "steps": self._steps}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another run stopped."""
         self.history = [Validation(*found) for found in state_dict["history"]]
+        self._sum, self._steps = state_dict["sum"], state_dict["steps"]
 
 
 def draw_learning(history: Sequence[Validation], figure_name: str) -> Figure:
@@ -87,9 +97,9 @@ def draw_learning(history: Sequence[Validation], figure_name: str) -> Figure:
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     steps, mean, ci95, before, train = torch.tensor(history, dtype=torch.float64).T
-    axes.plot(steps, mean, marker="o", label="validation tasks, adapted")
+    axes.plot(steps, mean, marker="o", label="validation tasks, after K steps")
     axes.fill_between(steps, mean - ci95.nan_to_num(), mean + ci95.nan_to_num(), alpha=0.25, label="95 % interval")
-    axes.plot(steps, train, marker=".", linestyle="--", label="training tasks, adapted")
+    axes.plot(steps, train, marker=".", linestyle="--", label="training tasks, after N steps")
     axes.plot(steps, before, marker=".", color="tab:gray", label="validation tasks, before adaptation")
     axes.set(xlabel="meta-iterations", ylabel=f"query {figure_name}")
     axes.grid(alpha=0.3)
