@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -84,3 +85,16 @@ def _compiled(
         program(*tensors)
     rank_zero_info(f"Compiled the meta-gradient in {time.perf_counter() - start:.0f} s; it is used for batches of the same shapes.")
     return lambda tensors: tree_unflatten(program(*tensors), of_result[0])
+
+
+def check_not_compiled(network: nn.Module, what_needs_it: str) -> None:
+    """Check that a network has second derivatives.
+
+    Raises:
+        ValueError: If a part of it is compiled.
+    """
+    if any(isinstance(part, OptimizedModule) for part in network.modules()):
+        raise ValueError(
+            f"Expected a network that is not compiled, for the second derivatives of {what_needs_it}, which torch.compile has not, but "
+            "got one with compiled parts; give it as it was, and for speed `compiled=True`, which compiles the whole meta-gradient."
+        )

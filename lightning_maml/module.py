@@ -8,12 +8,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, cat_chunks, check_step_count
 from lightning_maml.batch_statistics import StepStatistics, batch_norms, entering_statistics, forget_running_averages
-from lightning_maml.compilation import Compiler, state_of
+from lightning_maml.compilation import Compiler, check_not_compiled, state_of
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, support_set
@@ -246,7 +245,10 @@ class MAML(EpisodicModule):
         return gradient
 
     def inner_path(self, task: Episodes) -> TaskPath:
-        """Return the way that adaptation takes for a task, ``Episodes`` with one, in evaluation, and the losses that it is about.
+        """Return the way that adaptation takes for a task in evaluation, and the losses that it is about.
+
+        Args:
+            task: ``Episodes`` with one task: support set ``[1, S, ...]`` and query set ``[1, Q, ...]``.
 
         Raises:
             ValueError: With ``batch_norm="per_step"``, where each step has a loss of its own.
@@ -489,16 +491,3 @@ class MAML(EpisodicModule):
         if not math.isfinite(torch.stack([*largest.values()]).max()):
             broken = [name for name, size in largest.items() if not size.isfinite()]
             raise FloatingPointError(f"Expected a finite meta-gradient but it is not finite in {broken} {where}")
-
-
-def check_not_compiled(network: nn.Module, what_needs_it: str) -> None:
-    """Check that a network has second derivatives.
-
-    Raises:
-        ValueError: If a part of it is compiled.
-    """
-    if any(isinstance(part, OptimizedModule) for part in network.modules()):
-        raise ValueError(
-            f"Expected a network that is not compiled, for the second derivatives of {what_needs_it}, which torch.compile has not, but "
-            "got one with compiled parts; give it as it was, and for speed `compiled=True`, which compiles the whole meta-gradient."
-        )

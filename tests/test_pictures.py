@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_maml import MAML, MLP, Episodes
-from lightning_maml.callbacks import EpisodePictures, LossMapPicture, draw_adaptation, draw_episode, loss_map
+from lightning_maml.callbacks import EpisodePictures, LossMapPicture, draw_adaptation, draw_episode, draw_loss_map, loss_map
 from lightning_maml.metrics import Estimate
 
 
@@ -123,6 +123,8 @@ def test_the_loss_map_of_a_test_is_drawn(tmp_path: Path) -> None:
     data = DataLoader([make_episodes()], batch_size=None)
     Trainer(callbacks=[LossMapPicture(resolution=5)], **quiet).test(MAML(build("mlp")), data, verbose=False)
     assert [file.name for file in tmp_path.glob("*.png")] == ["loss_map.png"]
+    rounded = MAML(build("mlp").bfloat16(), inner_lr=0.5)
+    draw_loss_map(loss_map(rounded, Episodes(*(t.bfloat16() if t.is_floating_point() else t for t in make_episodes(tasks=1))), 5))
 
 
 def test_no_map_is_drawn_of_what_does_not_move() -> None:

@@ -27,14 +27,14 @@ def loader(batches: list[Episodes]) -> DataLoader[Any]:
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
+QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
 TRAIN, VAL = [in_float32(seed) for seed in range(4)], [in_float32(seed) for seed in range(10, 13)]
 
 
 def fit(
     folder: Path, module: LightningModule, *callbacks: Callback, val: Any = None, checkpoint: Path | None = None, epochs: int = 2
 ) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
-    run = Trainer(default_root_dir=folder, accelerator="cpu", max_epochs=epochs, callbacks=[*callbacks], **quiet)
+    run = Trainer(default_root_dir=folder, accelerator="cpu", max_epochs=epochs, callbacks=[*callbacks], **QUIET)
     run.fit(module, loader(TRAIN), loader(VAL) if val is None else val, ckpt_path=checkpoint)
     return run
 
@@ -85,8 +85,13 @@ def test_so_it_does_between_two_validations(tmp_path: Path) -> None:
     def pictures(*others: Callback, checkpoint: Path | None = None) -> TrainingPictures:
         torch.manual_seed(0)
         found, data = TrainingPictures(), GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=4, val_tasks=4)
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-        run = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, callbacks=[found, *others], **quiet)
+        run = Trainer(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            max_epochs=1,
+            callbacks=[found, *others],
+            **(QUIET | {"enable_checkpointing": True}),
+        )
         run.fit(MAML(Conv4(1, 3, 28, channels=4, activation="gelu"), 0.3), data, ckpt_path=checkpoint)
         return found
 
@@ -97,11 +102,21 @@ def test_so_it_does_between_two_validations(tmp_path: Path) -> None:
 def test_skipped_steps_are_no_figures(tmp_path: Path) -> None:
     broken = TRAIN[0]._replace(query_x=torch.full_like(TRAIN[0].query_x, torch.nan))
     some, without = TrainingPictures(), TrainingPictures()
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
     for pictures, batches in ((some, [broken, TRAIN[1], broken, TRAIN[2]]), (without, TRAIN[1:3])):
-        run = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, callbacks=[SkipNonFinite(), pictures], **quiet)
+        run = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, callbacks=[SkipNonFinite(), pictures], **QUIET)
         run.fit(module(), loader(batches), loader(VAL))
     assert some.history[0].train == without.history[0].train
+
+
+def test_a_subclass_may_judge_in_its_own_way(tmp_path: Path) -> None:
+    class Own(MAML):
+        def validation_step(self, batch: Episodes, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("val/loss", 0.25)
+
+    run = fit(tmp_path, Own(build("mlp").float(), 0.3), TrainingPictures())
+    assert run.callback_metrics["val/loss"] == 0.25
+    assert "val/loss_ci95" not in run.callback_metrics
+    assert list(tmp_path.glob("*.png")) == []
 
 
 def test_other_modules_are_refused(tmp_path: Path) -> None:
@@ -123,9 +138,8 @@ def test_several_loaders_baselines_and_regression_are_drawn_too(tmp_path: Path) 
         support, query = batch.support_x.flatten(2), batch.query_x.flatten(2)
         return Episodes(support, support[:, :, :1], query, query[:, :, :1])
 
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
     pictures = TrainingPictures()
-    run = Trainer(default_root_dir=tmp_path / "targets", accelerator="cpu", max_epochs=1, callbacks=[pictures], **quiet)
+    run = Trainer(default_root_dir=tmp_path / "targets", accelerator="cpu", max_epochs=1, callbacks=[pictures], **QUIET)
     model = MAML(MLP(64, 1), 0.01, loss=torch.nn.MSELoss())
     run.fit(model, loader([regression(batch) for batch in TRAIN]), loader([regression(batch) for batch in VAL]))
     assert pictures.history[0].mean == pytest.approx(float(run.callback_metrics["val/loss"]))

@@ -23,9 +23,13 @@ class IndependentTasks:
             raise ValueError(f"Expected `tasks` to be at least 1 but got {tasks}.")
         self.drawn = 0
         """How many meta-batches were drawn; to be restored for the stream to go on where it was."""
-        self.are_given = episodes is not None
         self._purpose, self._tasks, self._episodes = purpose, tasks, episodes
         self._stream: Iterator[AnyEpisodes] | None = None
+
+    @property
+    def are_given(self) -> bool:
+        """Whether they are the user's."""
+        return self._episodes is not None
 
     def check(self, trainer: Trainer) -> None:
         """Check that there is something to draw from.

@@ -7,10 +7,11 @@ from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
+from lightning_maml.compilation import check_not_compiled
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import Params
-from lightning_maml.module import MAML, check_not_compiled
+from lightning_maml.module import MAML
 from lightning_maml.randomness import random_state, set_random_state
 
 

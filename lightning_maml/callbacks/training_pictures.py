@@ -67,6 +67,8 @@ class TrainingPictures(Callback):
         folder = cast(EpisodicModule, pl_module).run_folder
         found = trainer.callback_metrics
         of_loader = "" if "val/loss" in found else "/dataloader_idx_0"
+        if f"val/loss_ci95{of_loader}" not in found:  # a subclass judges in its own way, or there was nothing to judge
+            return
         name = "accuracy" if f"val/accuracy{of_loader}" in found else "loss"
         mean, ci95, before = (float(found[f"val/{name}{kind}{of_loader}"]) for kind in ("", "_ci95", "_before"))
         train = float(self._sum) / self._steps if self._steps else float("nan")
