@@ -22,6 +22,8 @@ from typing import NamedTuple
 import lightning
 import torch
 import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import lightning_maml
 from lightning_maml.cli import run
@@ -40,6 +42,7 @@ ALGORITHMS = {
 }
 OMNIGLOT = ("omniglot_5w1s", "omniglot_5w5s", "omniglot_20w1s", "omniglot_20w5s")
 MINI_IMAGENET = ("mini_imagenet_5w1s", "mini_imagenet_5w5s")
+SETTINGS = (*OMNIGLOT, "caltech_5w1s", "caltech_5w5s", *MINI_IMAGENET)
 PUBLISHED = {  # after 60,000 iterations or so, with ReLU; settings in the order of OMNIGLOT, then MINI_IMAGENET
     "maml": ("98.7 ± 0.4", "99.9 ± 0.1", "95.8 ± 0.3", "98.9 ± 0.2", "48.70 ± 1.84", "63.11 ± 0.92"),  # Finn et al. 2017
     # Nichol et al. 2018; on mini-ImageNet Finn et al. 2017
@@ -132,17 +135,49 @@ def runs() -> list[Run]:
     return [each._replace(judged=[Judged(*judged) for judged in each.judged]) for each in found]
 
 
-def tables(found: Iterable[Run]) -> str:
-    """Return a table for each setting: a line for each row, its seeds together."""
-    lines, groups = [], dict[str, list[Run]]()
+def by_setting(found: Iterable[Run]) -> dict[str, list[list[Run]]]:
+    """Return the runs of each setting in the order of the tables, those together that differ by their seed."""
+    groups = dict[str, list[Run]]()
     for each in found:
-        alike = each._replace(seed=0, judged=[], minutes=0.0)  # what is on one line: the same settings, machine and versions
+        alike = each._replace(seed=0, judged=[], minutes=0.0)  # the same settings, machine and versions
         groups.setdefault(str(alike), []).append(each)
     ordered = sorted(groups.values(), key=_place)
-    for setting in dict.fromkeys(re.sub(r"(_\d+w\ds)_.*", r"\1", seeds[0].row) for seeds in groups.values()):
+    of_settings = {setting: [seeds for seeds in ordered if seeds[0].row.startswith(f"{setting}_")] for setting in SETTINGS}
+    return {setting: lines for setting, lines in of_settings.items() if lines}
+
+
+def tables(found: Iterable[Run]) -> str:
+    """Return a table for each setting: a line for each row, its seeds together."""
+    lines = []
+    for setting, groups in by_setting(found).items():
         lines += ["", f"## {setting}", "", _HEAD, "|---" * (_HEAD.count("|") - 1) + "|"]
-        lines += [_line(setting, seeds) for seeds in ordered if seeds[0].row.startswith(f"{setting}_")]
+        lines += [_line(setting, seeds) for seeds in groups]
     return "\n".join(lines)
+
+
+def draw(found: Iterable[Run]) -> Figure:
+    """Draw for each setting the accuracy on the most tasks of each row and seed with its interval, beside the published one."""
+    settings = by_setting(found)
+    heights = [1 + len(groups) for groups in settings.values()]
+    figure = Figure(figsize=(9, 1 + 0.35 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(settings), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (setting, groups) in zip(panels, settings.items(), strict=True):
+        _draw_setting(axes, setting, groups)
+    panels[-1].set_xlabel("test accuracy, %")
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower right", ncols=2)
+    return figure
+
+
+def _draw_setting(axes: Axes, setting: str, groups: list[list[Run]]) -> None:
+    for place, seeds in enumerate(groups):
+        if published := re.match(r"[\d.]+", _published(setting, seeds[0])):
+            axes.plot(float(published[0]), place, "D", color="0.6", fillstyle="none", label="published, of 60,000 iterations or so")
+        for each, shift in zip(seeds, torch.linspace(-0.2, 0.2, len(seeds) + 2)[1:-1].tolist(), strict=True):
+            _, accuracy, ci95 = each.judged[-1]
+            axes.errorbar(accuracy, place + shift, xerr=ci95, fmt="C0o", markersize=4, label="here, a seed with its 95 % interval")
+    axes.set(title=setting, ylim=(len(groups) - 0.4, -0.6))
+    axes.set_yticks(range(len(groups)), [f"{_algorithm(setting, seeds[0])}, {seeds[0].iterations} iterations" for seeds in groups])
 
 
 _HEAD = (
@@ -157,13 +192,20 @@ def _place(seeds: list[Run]) -> tuple[bool, int, int]:
     return row.endswith(("_relu", "_smooth")), [*ALGORITHMS].index(algorithm), seeds[0].iterations
 
 
+def _algorithm(setting: str, one: Run) -> str:
+    return one.row.removeprefix(f"{setting}_").replace("_", ", ")
+
+
+def _published(setting: str, one: Run) -> str:
+    algorithm = _algorithm(setting, one).split(",")[0]
+    return dict(zip((*OMNIGLOT, *MINI_IMAGENET), PUBLISHED.get(algorithm, ()), strict=False)).get(setting, "")
+
+
 def _line(setting: str, seeds: list[Run]) -> str:
     one = seeds[0]
     of_few, of_many = ([each.judged[number] for each in seeds] for number in (0, 1))
     mean = statistics.mean(each.accuracy for each in of_many)
     spread = f", sd {statistics.stdev(each.accuracy for each in of_many):.2f}" if len(seeds) > 1 else ""
-    algorithm = one.row.removeprefix(f"{setting}_").split("_")[0]
-    published = dict(zip((*OMNIGLOT, *MINI_IMAGENET), PUBLISHED.get(algorithm, ()), strict=False)).get(setting, "")
     cells = (
         f"`{one.row}`",
         f"{one.iterations} of {one.meta_batch_size}",
@@ -173,7 +215,7 @@ def _line(setting: str, seeds: list[Run]) -> str:
         ", ".join(f"{each.accuracy:.1f} ± {each.ci95:.1f}" for each in of_few),
         f"**{mean:.2f}** ({len(seeds)} seed{'s' if len(seeds) > 1 else ''}{spread})",
         ", ".join(f"{each.accuracy:.2f} ± {each.ci95:.2f}" for each in of_many),
-        published or "-",
+        _published(setting, one) or "-",
         f"{statistics.median(each.minutes for each in seeds):.0f}",
         one.machine,
     )
@@ -201,6 +243,7 @@ def main() -> None:
             reproduce(row, seed, arguments.iterations, arguments.root)
     text = tables(runs())
     PAGE.write_text(PAGE.read_text().split(MARK)[0] + MARK + text + "\n")
+    draw(runs()).savefig(PAGE.with_suffix(".png"), dpi=110)
     print(text)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import reproduce
 import torch
-from reproduce import MARK, PAGE, Judged, Run, rows, runs, tables
+from reproduce import MARK, PAGE, Judged, Run, draw, rows, runs, tables
 
 from lightning_maml import MAML, Conv4
 from lightning_maml.cli import run
@@ -57,6 +57,18 @@ def test_a_table_has_every_seed_their_mean_and_the_published_figure() -> None:
     assert lines[6].endswith("| a GPU |"), "other machines have lines of their own"
     assert lines[7].startswith("| `omniglot_5w1s_hfmaml_relu` |")
     assert len(lines) == 8
+
+
+def test_the_picture_has_every_seed_with_its_interval_beside_the_published_figure() -> None:
+    second = ONE._replace(seed=1, judged=[Judged(600, 97.0, 0.6), Judged(10_000, 97.5, 0.13)])
+    unpublished = ONE._replace(row="omniglot_5w1s_hfmaml")
+    of_setting, other = draw([ONE._replace(row="caltech_5w1s_maml"), second, unpublished, ONE]).axes
+    assert (of_setting.get_title(), other.get_title()) == ("omniglot_5w1s", "caltech_5w1s")
+    assert [label.get_text() for label in of_setting.get_yticklabels()] == ["maml, 3000 iterations", "hfmaml, 3000 iterations"]
+    marks = sorted((float(x), round(float(y))) for line in of_setting.lines for x, y in [line.get_xydata()[0]])
+    assert marks == [(97.5, 0), (98.5, 0), (98.5, 1), (98.7, 0)]
+    intervals = sorted(tuple(part[:, 0]) for bars in of_setting.collections for part in bars.get_segments())
+    assert intervals == [pytest.approx((mean - ci, mean + ci)) for mean, ci in ((97.5, 0.13), (98.5, 0.12), (98.5, 0.12))]
 
 
 def test_the_page_has_what_the_runs_found() -> None:
