@@ -72,7 +72,8 @@ class Executor:
         if self.tasks != "auto":
             return Execution(self.tasks, chunk_size)
         if device.type != "cpu" and not drops_blocks(network):
-            return Execution("vmap", chunk_size or self._fitting)
+            left_open = chunk_size is None and not is_random(network)
+            return Execution("loop", None) if left_open and not takes_stacks() else Execution("vmap", chunk_size or self._fitting)
         if is_random(network):
             return Execution("loop", chunk_size)
         if chunk_size is not None:

@@ -74,8 +74,8 @@ class MAML(EpisodicModule):
         optimizer: From parameters to the meta-optimizer; by default Adam with its rate of 1e-3.
         lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
         tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: all as one; ``"auto"``: threads on
-            the CPU (a loop where dropout is active), with small tasks stacked where ``vmap`` takes the network, and vmap elsewhere, of as
-            many tasks as there is memory for.
+            the CPU (a loop where dropout is active), with small tasks stacked, and elsewhere vmap of as many tasks as there is memory for;
+            a network that vmap does not take is not stacked.
         chunk_size: Tasks that are one, vectorised, in a step of the loop or of a thread, or with ``"vmap"``; by default one, and all, and
             with ``"auto"`` what suits their size.
         adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what the

@@ -9,7 +9,7 @@ from networks import build, make_episodes
 from torch import Tensor, nn
 
 from lightning_maml import HFMAML, MAML, Conv4, Episodes, ResampledEpisodes, ResNet12
-from lightning_maml.execution import FEWEST_STACKED, Execution, for_cpu, takes_stacks
+from lightning_maml.execution import FEWEST_STACKED, Execution, Executor, for_cpu, takes_stacks
 from lightning_maml.functional import Params, axpy, norm
 from lightning_maml.learner import Learner
 
@@ -145,6 +145,18 @@ def test_auto_trains_a_network_that_vmap_does_not_take(network: type[nn.Module])
     assert auto._execution(episodes).tasks in ("loop", "threads")
     auto.meta_loss(episodes).backward()
     assert all(p.grad is not None for p in auto.network.parameters())
+
+
+def test_on_an_accelerator_too_it_is_run_one_by_one() -> None:
+    def on_gpu(network: nn.Module, chunk_size: int | None, takes_stacks: bool) -> Execution:
+        return Executor("auto", chunk_size, compiled=False)(network, torch.device("cuda"), make_episodes(), lambda: takes_stacks)
+
+    assert on_gpu(build("mlp"), None, takes_stacks=True) == Execution("vmap", None)
+    assert on_gpu(Branching(), None, takes_stacks=False) == Execution("loop", None)
+    assert on_gpu(Branching(), 2, takes_stacks=False) == Execution("vmap", 2), "as the user has it"
+    assert on_gpu(nn.Sequential(build("mlp"), nn.Dropout(0.5)), None, takes_stacks=False) == Execution("vmap", None), (
+        "not tried: it would draw"
+    )
 
 
 def test_dropout_keeps_its_loop() -> None:
