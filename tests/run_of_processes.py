@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from soak import Noise, network
 
 from lightning_maml import FOMAML, HFMAML, MAML
+from lightning_maml.callbacks import TrainingPictures
 
 TASKS, STEPS = 4, 2
 CASES = [(algorithm, regime) for algorithm in (MAML, FOMAML, HFMAML) for regime in ("finite_sum", "resampling")]
@@ -33,7 +34,8 @@ def run(folder: Path, processes: int, **arguments: Any) -> None:
     """Train each case for some steps, test it, and write down what this process saw."""
     for number, (algorithm, regime) in enumerate(CASES):
         torch.manual_seed(0)
-        seen, model = Seen(), algorithm(network(), 0.1, STEPS, optimizer=partial(torch.optim.SGD, lr=0.1), tasks="loop")
+        seen, pictures = Seen(), TrainingPictures()
+        model = algorithm(network(), 0.1, STEPS, optimizer=partial(torch.optim.SGD, lr=0.1), tasks="loop")
         sizes = {"meta_batch_size": TASKS // processes, "train_batches": 3, "val_tasks": 5, "test_tasks": 7}
         data = Noise(regime=regime, train_steps=STEPS, **sizes)
         trainer = Trainer(
@@ -45,13 +47,14 @@ def run(folder: Path, processes: int, **arguments: Any) -> None:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[seen],
+            callbacks=[seen, pictures],
             default_root_dir=folder,
             **arguments,
         )
         trainer.fit(model, data)
         tested = trainer.test(model, data, verbose=False)[0]
         found = {"tasks": seen.tasks, "gradients": seen.gradients, "end": model.state_dict(), "tested": tested}
+        found["history"] = [list(validation) for validation in pictures.history]
         torch.save(found, folder / f"case_{number}_rank_{trainer.global_rank}_of_{processes}.pt")
 
 

@@ -61,6 +61,8 @@ def test_shared_tasks_give_the_meta_gradient_of_one_process(processes: int, alon
             assert all(relative_error(rank["gradients"][step], one["gradients"][step]) < bound for rank in ranks)
         assert all(relative_error(rank["end"], one["end"]) < 1e-11 for rank in ranks)
         assert all(rank["tested"] == pytest.approx(one["tested"], abs=1e-7) for rank in ranks)
+        assert len(one["history"]) == 2
+        assert all(rank["history"] == [pytest.approx(validation, abs=1e-6) for validation in one["history"]] for rank in ranks)
 
 
 ACCUMULATING = """

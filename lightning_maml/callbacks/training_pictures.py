@@ -53,7 +53,7 @@ class TrainingPictures(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Add up the training figure, where the device has it; of skipped steps there is none."""
+        """Add up this process's training figures, where the device has them; of skipped steps there are none."""
         if outputs:
             figure = "accuracy" if "train/accuracy" in trainer.callback_metrics else "loss"
             self._sum = self._sum + trainer.callback_metrics[f"train/{figure}"].detach()
@@ -71,7 +71,9 @@ class TrainingPictures(Callback):
             return
         name = "accuracy" if f"val/accuracy{of_loader}" in found else "loss"
         mean, ci95, before = (float(found[f"val/{name}{kind}{of_loader}"]) for kind in ("", "_ci95", "_before"))
-        train = float(self._sum) / self._steps if self._steps else float("nan")
+        of_all = torch.tensor([float(self._sum), float(self._steps)], device=pl_module.device)
+        total, steps = trainer.strategy.reduce(of_all, reduce_op="sum").tolist()
+        train = total / steps if steps else float("nan")
         self.history.append(Validation(trainer.global_step, mean, ci95, before, train))
         self._sum, self._steps = 0.0, 0
         if not trainer.is_global_zero:
