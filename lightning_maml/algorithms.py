@@ -36,7 +36,8 @@ class HFMAML(MAML):
     """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
 
     Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network: with ReLU or max-pooling
-    it does worse than :class:`FOMAML`, so it warns about them. Use GELU, softplus or SiLU with strides or average pooling.
+    it does worse than :class:`FOMAML`, so it warns about them: about layers when it is made, about functions at the first batch. Use GELU,
+    softplus or SiLU with strides or average pooling.
 
     Args:
         network: As in :class:`MAML`, as are all arguments but ``probe_radius``.
@@ -84,12 +85,18 @@ class HFMAML(MAML):
         hessian_vector_product(self.curvature, probe_radius)  # refuses a radius that is not positive
         self.save_hyperparameters("probe_radius")
         self.probe_radius = probe_radius
-        if found := kinks(network):
+        self._warned = False
+        self._warn_of_kinks(kinks(network))
+
+    @override
+    def _warn_of_kinks(self, found: list[str]) -> None:
+        if found and not self._warned:
             warnings.warn(
                 f"HFMAML needs a twice differentiable network but got kinks in {', '.join(found)}: its finite differences are then worse than "
                 "no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
-                stacklevel=2,
+                stacklevel=3,
             )
+            self._warned = True
 
 
 class ANIL(MAML):

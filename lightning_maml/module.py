@@ -33,6 +33,7 @@ from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
+from lightning_maml.smooth import KinkWatch
 from lightning_maml.task_map import TaskExecution, are_stacked, map_tasks
 
 InnerRatesName = Literal["fixed"] | LearnedRatesName
@@ -468,8 +469,9 @@ class MAML(EpisodicModule):
         shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
         kind = (self.network, self.network.training, learner.network.training, episodes.support_x.shape[1:], shapes, are_labels)
         if self._checked[:-1] != kind:
-            with self._first_support(episodes) as x:
+            with self._first_support(episodes) as x, KinkWatch() as kinks:
                 again = tuple(learner.run_again(x))
+            self._warn_of_kinks(kinks.found)
             if any(name.startswith(again) for name in self._adapting()):
                 raise ValueError(
                     "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run them "
@@ -478,6 +480,9 @@ class MAML(EpisodicModule):
             self._checked = (*kind, self._first_outputs(learner, episodes).shape[1] if are_labels else None)
         width: int | None = self._checked[-1]
         return width
+
+    def _warn_of_kinks(self, found: list[str]) -> None:
+        """Warn where the network's operations are not as differentiable as the algorithm needs."""
 
     def _stop_unless_finite(self, result: MetaGradient) -> None:
         where = f"at step {self.global_step} (inner_lr={self.inner_lr}, train_steps={self.train_steps}); lower inner_lr or check the data."

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -252,6 +253,48 @@ def test_kinks_depend_on_an_elus_alpha(layer: nn.Module, warns: bool) -> None:
         warnings.simplefilter("always")
         HFMAML(nn.Sequential(nn.Linear(2, 2), layer))
     assert bool(caught) is warns
+
+
+class Pooled(nn.Module):
+    """Has its kinks in functions."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.features, self.head, self.activation = nn.Conv2d(1, 4, 3), nn.Linear(4, 3), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.activation(self.features(x)).mean((2, 3)))
+
+
+SMOOTH = {"gelu": F.gelu, "softplus": F.softplus, "silu": F.silu, "elu": F.elu, "tanh": torch.tanh, "average": lambda x: F.avg_pool2d(x, 2)}
+KINKED = {
+    "relu": F.relu,
+    "hardtanh": F.relu6,
+    "elu": F.selu,
+    "leaky_relu": F.leaky_relu,
+    "abs": torch.abs,
+    "threshold": lambda x: F.threshold(x, 0, 0),
+    "max_pool2d_with_indices": lambda x: F.max_pool2d(x, 2),
+    "amax": lambda x: x.amax((2, 3), keepdim=True),
+    "max": lambda x: x.max(3, True)[0],
+}
+
+
+@pytest.mark.parametrize("name", KINKED)
+def test_hf_maml_warns_once_about_kinks_of_functions_at_the_first_batch(name: str) -> None:
+    model, episodes = HFMAML(Pooled(KINKED[name]).double(), 0.1), make_episodes(tasks=2)
+    with pytest.warns(UserWarning, match=f"kinks in {name}:"):
+        model.meta_loss(episodes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval().evaluate(episodes)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_functions_are_no_kinks(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HFMAML(Pooled(SMOOTH[name]).double(), 0.1).meta_loss(make_episodes(tasks=2))
 
 
 def test_a_network_that_returns_no_tensor_of_logits_is_refused(tmp_path: Path) -> None:
