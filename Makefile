@@ -43,10 +43,9 @@ minimum:
 # Accuracies: benchmarks/reproduce.py has the rows. make reproduce ROW=omniglot_5w1s_maml ROOT=data SEEDS="0 1 2" ITERATIONS=3000
 ROOT ?= data
 SEEDS ?= 0 1 2
-ITERATIONS ?= 3000
 reproduce: .venv/installed
 	@test -n "$(ROW)" || (echo "Expected ROW to be a row of the tables but got none: $(BIN)/python benchmarks/reproduce.py --list has them."; exit 1)
-	$(BIN)/python benchmarks/reproduce.py $(ROW) --root $(ROOT) --seeds $(SEEDS) --iterations $(ITERATIONS)
+	$(BIN)/python benchmarks/reproduce.py $(ROW) --root $(ROOT) --seeds $(SEEDS) $(ITERATIONS:%=--iterations %)
 
 # learn2learn 0.2.0, with which tests compare: its C files were made for Pythons before 3.11 and are made anew from their sources. Of what it
 # asks for, qpth, which its MAML and ANIL do not use, would bring back numpy 1.

@@ -23,7 +23,7 @@ from PIL.Image import LANCZOS
 from torchvision.transforms import Compose, Resize, ToTensor
 from tqdm import tqdm
 
-from lightning_maml import MAML
+from lightning_maml import MAML, keep_freed_memory
 from lightning_maml.datamodules import OmniglotDataModule
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.learner import Learner
@@ -122,6 +122,7 @@ def theirs(tasks: l2l.data.TaskDataset, iterations: int, device: str) -> float:
 
 def main() -> None:
     """Time both in turns, print the table."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="data", help="folder of Omniglot")
     parser.add_argument("--rounds", type=int, default=5)

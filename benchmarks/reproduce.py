@@ -5,7 +5,8 @@ make reproduce ROW=omniglot_5w1s_maml                                     # or, 
 .venv/bin/python benchmarks/reproduce.py --list                           # the rows
 .venv/bin/python benchmarks/reproduce.py                                  # the tables alone
 
-A run that is there (benchmarks/accuracy/ROW-SEED-ITERATIONS.json) is not done again. On a GPU give --iterations 60000, as the papers have.
+A run leaves its figures in benchmarks/accuracy/ROW-SEED-ITERATIONS.json, in place of those of such a run before it, and `git diff` says
+whether they differ. On a GPU give --iterations 60000, as the papers have.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import lightning_maml
+from lightning_maml import keep_freed_memory
 from lightning_maml.cli import run
 
 HERE = Path(__file__).resolve().parent
@@ -104,18 +106,14 @@ def machine() -> str:
     return f"{torch.get_num_threads()} of {os.cpu_count()} cores, {names[0] if names else platform.processor()}"
 
 
-def reproduce(row: str, seed: int, iterations: int, root: str) -> None:
-    """Train and test once, unless that was done, and keep what came of it."""
+def reproduce(row: str, seed: int, iterations: int | None, root: str) -> None:
+    """Train, for as long as the config has it or for so many iterations, and test, and keep what came of it."""
     config, *chosen = rows()[row]
     epochs = yaml.safe_load(Path(config).read_text())["trainer"]["max_epochs"]
-    batches = -(-iterations // epochs)
-    file = RUNS / f"{row}-{seed}-{epochs * batches}.json"
-    if file.exists():
-        return
-    seeds = [f"--seed_everything={seed}", f"--data.seed={seed}"]
-    length = [f"--data.train_batches={batches}", f"--trainer.default_root_dir=runs/reproduce/{row}"]
+    length = [] if iterations is None else [f"--data.train_batches={-(-iterations // epochs)}"]
+    settings = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir=runs/reproduce/{row}"]
     start = time.perf_counter()
-    done = run(["fit", f"--config={config}", f"--data.root={root}", *chosen, *seeds, *length])
+    done = run(["fit", f"--config={config}", f"--data.root={root}", *chosen, *settings, *length])
     minutes = (time.perf_counter() - start) / 60
     model, data, judged = done.model, done.datamodule, []
     for data.test_tasks in TASKS:
@@ -123,10 +121,10 @@ def reproduce(row: str, seed: int, iterations: int, root: str) -> None:
         mean, ci95, tasks = model.adaptation
         judged.append(Judged(tasks, 100 * float(mean[-1]), 100 * float(ci95[-1])))
     versions = f"lightning_maml {lightning_maml.__version__}, lightning {lightning.__version__}, torch {torch.__version__}"
-    settings = (model.train_steps, model.test_steps, model.inner_lr, data.test_queries, model.batch_norm)
-    found = Run(row, seed, epochs * batches, data.meta_batch_size, *settings, judged, minutes, machine(), versions)
+    protocol = (model.train_steps, model.test_steps, model.inner_lr, data.test_queries, model.batch_norm)
+    found = Run(row, seed, epochs * data.train_batches, data.meta_batch_size, *protocol, judged, minutes, machine(), versions)
     RUNS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(found._asdict(), indent=1) + "\n")
+    (RUNS / f"{row}-{seed}-{found.iterations}.json").write_text(json.dumps(found._asdict(), indent=1) + "\n")
 
 
 def runs() -> list[Run]:
@@ -181,7 +179,7 @@ def _draw_setting(axes: Axes, setting: str, groups: list[list[Run]]) -> None:
 
 
 _HEAD = (
-    "| row | iterations of tasks | N, K, inner rate | queries | batch norm | 600 tasks, each seed | 10,000 tasks, mean over seeds "
+    "| row | iterations x tasks | N, K, inner rate | queries | batch norm | 600 tasks, each seed | 10,000 tasks, mean over seeds "
     "| each seed | published | minutes | machine |"
 )
 
@@ -208,7 +206,7 @@ def _line(setting: str, seeds: list[Run]) -> str:
     spread = f", sd {statistics.stdev(each.accuracy for each in of_many):.2f}" if len(seeds) > 1 else ""
     cells = (
         f"`{one.row}`",
-        f"{one.iterations} of {one.meta_batch_size}",
+        f"{one.iterations} x {one.meta_batch_size}",
         f"{one.train_steps}, {one.test_steps}, {one.inner_lr:g}",
         str(one.test_queries),
         one.batch_norm,
@@ -227,13 +225,14 @@ MARK = "<!-- what follows is written by benchmarks/reproduce.py -->\n"
 
 def main() -> None:
     """Do the runs that are asked for, then write the tables."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     # argparse holds the empty list of no rows against the choices too
     parser.add_argument("row", nargs="*", choices=[*rows(), []], metavar="ROW", help="one of --list")
     parser.add_argument("--list", action="store_true", help="print the rows that there are")
     parser.add_argument("--root", default="data", help="folder of the images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=3000, help="meta-iterations; the papers' are 60,000")
+    parser.add_argument("--iterations", type=int, help="meta-iterations, by default as many as the config has; the papers' are 60,000")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(rows()))

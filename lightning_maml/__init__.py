@@ -11,6 +11,7 @@ from lightning_maml.algorithms import LSLR as LSLR
 from lightning_maml.algorithms import MAMLPlusPlus as MAMLPlusPlus
 from lightning_maml.algorithms import MetaSGD as MetaSGD
 from lightning_maml.algorithms import Reptile as Reptile
+from lightning_maml.allocator import keep_freed_memory as keep_freed_memory
 from lightning_maml.backbones import MLP as MLP
 from lightning_maml.backbones import Conv4 as Conv4
 from lightning_maml.backbones import ResNet12 as ResNet12

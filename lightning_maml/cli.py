@@ -12,6 +12,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_maml.allocator import keep_freed_memory
 from lightning_maml.callbacks import (
     AdaptiveMetaStepsize,
     CheckpointOnInterrupt,
@@ -188,6 +189,7 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
 
 def main(args: ArgsType = None) -> None:
     """Be the command ``lightning-maml``: what a user can cause ends it with one sentence, anything else with its traceback."""
+    keep_freed_memory()
     try:
         run(args)
     except UnicodeDecodeError as error:

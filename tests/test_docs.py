@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from lightning import Trainer
 from PIL import Image
 from torchvision.datasets import FakeData
 
-from lightning_maml import MAML, MLP, Episodes
+from lightning_maml import MAML, MLP, Conv4, Episodes
 from lightning_maml.cli import run
+from lightning_maml.datamodules import ImageFolderDataModule
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -66,7 +68,12 @@ def test_the_python_of_each_page_runs_from_top_to_bottom(tmp_path: Path, page: P
 
 
 def test_every_block_is_run_by_a_test() -> None:
-    elsewhere = {"migration": r"(before \w+|after)", "own_data": "own", "many_processes": "on eight GPUs"}  # test_migration.py, below, none
+    elsewhere = {
+        "migration": r"(before \w+|after)",
+        "own_data": "own",
+        "deployment": "photos",
+        "many_processes": "on eight GPUs",
+    }  # test_migration.py, below, none
     for page in PAGES:
         kinds = set(re.findall(r"^```python(.*)$", page.read_text(), re.MULTILINE))
         for kind in kinds - {""}:
@@ -107,6 +114,32 @@ def write_photos(folder: Path) -> None:
         (folder / f"class {number}").mkdir(parents=True)
         for image in range(20):
             Image.new("RGB", (90, 70), (6 * number, 12 * image, 0)).save(folder / f"class {number}" / f"{image}.jpg")
+
+
+def test_a_trained_model_classifies_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_photos(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    data = ImageFolderDataModule("photos", queries=2, meta_batch_size=1, train_batches=1, val_tasks=1)
+    network = Conv4(in_channels=3, ways=5, image_size=84, channels=32, activation="gelu")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", **quiet)
+    trainer.fit(MAML(network, inner_lr=0.1), data)
+    trainer.save_checkpoint("trained.ckpt")
+    for number in range(5):
+        kind = Path("five new kinds", f"kind {number}")
+        kind.mkdir(parents=True)
+        for image in range(1 + number % 2):
+            (kind / f"{image}.jpg").hardlink_to(Path("photos", f"class {number}", f"{image}.jpg"))
+    Path("unknown").symlink_to(Path("photos", "class 7").resolve())
+    (example,) = blocks((ROOT / "docs" / "deployment.md").read_text(), "python photos")
+    names: dict = {}
+    exec(compile(example, "deployment.md", "exec"), names)  # noqa: S102
+    assert set(names["names"]) <= {f"kind {number}" for number in range(5)}
+    assert len(names["names"]) == 20
+    data.setup()
+    of_all = 255 * names["read"](sorted(Path("photos").glob("*/*.jpg")))
+    for image in data.class_images("train").images[:20]:
+        assert (of_all == image).flatten(1).all(1).any(), "they are read as the datamodule reads them"
 
 
 OWN_DATA = (ROOT / "docs" / "own_data.md").read_text()

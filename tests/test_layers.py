@@ -8,6 +8,7 @@ ORDER = [
     *(
         "episodes",
         "functional",
+        "allocator",
         "metrics",
         "backbones",
         "convolutions",

@@ -1,0 +1,49 @@
+"""What glibc is told to do with memory that is freed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+HELD = """
+import torch
+from lightning_maml import keep_freed_memory
+
+def resident():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))) / 1024
+
+{call}
+before = resident()
+tensor = torch.ones(75_000_000)
+del tensor
+print(resident() - before)
+"""
+
+
+def held(call: str, **environment: str) -> float:
+    """Return the megabytes that a process holds after it made and freed a tensor of 300 MB."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    command = [sys.executable, "-c", HELD.format(call=call)]
+    return float(subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
+def test_freed_memory_is_kept_where_it_is_asked_for() -> None:
+    assert held("") < 100
+    assert held("keep_freed_memory()") > 250
+    assert held("from lightning_maml.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass") > 250
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
+def test_settings_of_the_environment_are_left_alone() -> None:
+    assert held("keep_freed_memory()", MALLOC_ARENA_MAX="4") < 100
+    assert held("keep_freed_memory()", GLIBC_TUNABLES="glibc.malloc.tcache_count=5") < 100
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_maml import allocator
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("it was loaded"))
+    allocator.keep_freed_memory()
