@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_maml import MAML, Conv4, keep_freed_memory
+from lightning_maml import MAML, Conv4
 
 WAYS, RATE = 5, 0.4
 
@@ -34,7 +34,6 @@ def seconds(function: Callable[[], object]) -> float:
 
 def main() -> None:
     """Time both in turns and print the ratio of each round."""
-    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=1)

@@ -17,8 +17,6 @@ from speed import OURS, WORKLOADS, method, seconds, without_averages
 from torch import nn
 from tqdm import tqdm
 
-from lightning_maml import keep_freed_memory
-
 STEPS, TASKS = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -49,7 +47,6 @@ def medians(functions: Sequence[Callable[[], Any]], device: str, rounds: int, de
 
 def main() -> None:
     """Measure and print the tables."""
-    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", nargs="+", choices=OURS, default=["ours-exact", "ours-hf", "ours-fo"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

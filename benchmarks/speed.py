@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12, keep_freed_memory
+from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12
 from lightning_maml.functional import Params, axpy, norm
 
 OURS = {
@@ -207,7 +207,6 @@ def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row
 
 def main() -> None:
     """Measure, print the table, write the rows."""
-    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS])
     parser.add_argument("--method", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
