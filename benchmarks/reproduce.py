@@ -162,7 +162,7 @@ def draw(found: Iterable[Run]) -> Figure:
     for axes, (setting, groups) in zip(panels, settings.items(), strict=True):
         _draw_setting(axes, setting, groups)
     panels[-1].set_xlabel("test accuracy, %")
-    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower right", ncols=2)
     return figure
 
@@ -242,7 +242,8 @@ def main() -> None:
             reproduce(row, seed, arguments.iterations, arguments.root)
     text = tables(runs())
     PAGE.write_text(PAGE.read_text().split(MARK)[0] + MARK + text + "\n")
-    draw(runs()).savefig(PAGE.with_suffix(".png"), dpi=110)
+    if text:
+        draw(runs()).savefig(PAGE.with_suffix(".png"), dpi=110)
     print(text)
 
 

@@ -20,7 +20,7 @@ from lightning_maml.meta_gradient import MetaGradient
 from lightning_maml.module import MAML, InnerRatesName
 from lightning_maml.parts import PartName
 from lightning_maml.reptile import reptile_gradient
-from lightning_maml.smooth import kinks
+from lightning_maml.smooth import kinked_operations, kinks
 
 
 class FOMAML(MAML):
@@ -36,8 +36,8 @@ class HFMAML(MAML):
     """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
 
     Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network: with ReLU or max-pooling
-    it does worse than :class:`FOMAML`, so it warns about them: about layers when it is made, about functions at the first batch. Use GELU,
-    softplus or SiLU with strides or average pooling.
+    it does worse than :class:`FOMAML`, so it warns about them: about layers when it is made, and where there are none about functions at the first batch.
+    Use GELU, softplus or SiLU with strides or average pooling.
 
     Args:
         network: As in :class:`MAML`, as are all arguments but ``probe_radius``.
@@ -89,6 +89,9 @@ class HFMAML(MAML):
         self._warn_of_kinks(kinks(network))
 
     @override
+    def _inspect(self, run: Callable[[], Tensor]) -> None:
+        self._warn_of_kinks(kinked_operations(run))
+
     def _warn_of_kinks(self, found: list[str]) -> None:
         if found and not self._warned:
             warnings.warn(

@@ -12,13 +12,13 @@ def keep_freed_memory() -> None:
     """Have this process keep the memory that tensors on the CPU free, for the next ones.
 
     By itself glibc gives large blocks back to Linux when they are freed, and gets them anew, page by page and zeroed: on a CPU that is up to a
-    fifth of the time of a meta-gradient (benchmarks/README.md). Call it first; the command ``lightning-maml`` does. The process then holds
-    to its end what it needed once. It does nothing on other systems, nor where the environment has settings
-    for glibc's allocator (``MALLOC_...``, ``GLIBC_TUNABLES``).
+    quarter of the time of a meta-gradient (benchmarks/README.md). Call it first; the command ``lightning-maml`` does. The process then holds
+    to its end what it needed once. Blocks of more than 64 MB are kept in the main thread only, before glibc 2.35 none of more than 32 MB. It
+    does nothing on other systems, nor where the environment has settings for glibc's allocator (``MALLOC_...``, ``GLIBC_TUNABLES``).
     """
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for threshold in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            mallopt(threshold, _MOST)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *setting: 0)
+    # before 2.35 glibc refuses more than 32 MB; the second setting alone would hold the first one down
+    if mallopt(_MMAP_THRESHOLD, _MOST) or mallopt(_MMAP_THRESHOLD, 2**25):
+        mallopt(_TRIM_THRESHOLD, _MOST)

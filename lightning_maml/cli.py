@@ -21,13 +21,14 @@ from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
 from lightning_maml.checkpoints import read_checkpoint
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.datamodules import EpisodicDataModule
-from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes
+from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, support_set
 from lightning_maml.episodic_module import EpisodicModule
 from lightning_maml.functional import axpy, norm
+from lightning_maml.learner import Learner
 from lightning_maml.module import MAML
 from lightning_maml.report import Adaptive, Settings, report
 from lightning_maml.repro import load_step
-from lightning_maml.smooth import kinks
+from lightning_maml.smooth import kinked_operations, kinks
 from lightning_maml.theory import paper_scale
 from lightning_maml.yaml_configs import bound_configs
 
@@ -114,8 +115,15 @@ def _settings(trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, epi
         resampling=(episodes.support_x.shape[2], episodes.hessian_x.shape[2]) if isinstance(episodes, ResampledEpisodes) else None,
         probe_radius=model.probe_radius or default_probe_radius(episodes.query_x.dtype),
         stepsize=stepsize,
-        kinks=kinks(model.network),
+        kinks=kinks(model.network) or _kinked_operations(model, episodes),
     )
+
+
+def _kinked_operations(model: MAML, episodes: AnyEpisodes) -> list[str]:
+    learner = Learner(model.network, model.batch_norm)
+    x = support_set(type(episodes)(*(tensor[0] for tensor in episodes)))[0]
+    found: list[str] = kinked_operations(lambda: learner(learner.params, x))
+    return found
 
 
 class _CLI(LightningCLI):

@@ -33,7 +33,6 @@ from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
-from lightning_maml.smooth import KinkWatch
 from lightning_maml.task_map import TaskExecution, are_stacked, map_tasks
 
 InnerRatesName = Literal["fixed"] | LearnedRatesName
@@ -76,7 +75,7 @@ class MAML(EpisodicModule):
         lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
         tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: all as one; ``"auto"``: threads on
             the CPU (a loop where dropout is active), with small tasks stacked, and elsewhere vmap of as many tasks as there is memory for;
-            a network that vmap does not take is not stacked.
+            with ``chunk_size`` left open, and without dropout, a network that vmap does not take is not stacked.
         chunk_size: Tasks that are one, vectorised, in a step of the loop or of a thread, or with ``"vmap"``; by default one, and all, and
             with ``"auto"`` what suits their size.
         adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what the
@@ -469,20 +468,21 @@ class MAML(EpisodicModule):
         shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
         kind = (self.network, self.network.training, learner.network.training, episodes.support_x.shape[1:], shapes, are_labels)
         if self._checked[:-1] != kind:
-            with self._first_support(episodes) as x, KinkWatch() as kinks:
+            with self._first_support(episodes) as x:
                 again = tuple(learner.run_again(x))
-            self._warn_of_kinks(kinks.found)
             if any(name.startswith(again) for name in self._adapting()):
                 raise ValueError(
                     "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run them "
                     "again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
                 )
             self._checked = (*kind, self._first_outputs(learner, episodes).shape[1] if are_labels else None)
+            with self._first_support(episodes) as x:
+                self._inspect(partial(learner, learner.params, x))
         width: int | None = self._checked[-1]
         return width
 
-    def _warn_of_kinks(self, found: list[str]) -> None:
-        """Warn where the network's operations are not as differentiable as the algorithm needs."""
+    def _inspect(self, run: Callable[[], Tensor]) -> None:
+        """Look at the network while it runs, once for each kind of batch."""
 
     def _stop_unless_finite(self, result: MetaGradient) -> None:
         where = f"at step {self.global_step} (inner_lr={self.inner_lr}, train_steps={self.train_steps}); lower inner_lr or check the data."

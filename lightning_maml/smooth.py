@@ -1,7 +1,9 @@
 """Where a network is not twice differentiable."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,27 +27,37 @@ def kinks(network: nn.Module) -> list[str]:
 _KINKED = {
     *("relu", "leaky_relu", "_prelu_kernel", "rrelu_with_noise", "threshold"),
     *("hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink"),
-    *("abs", "maximum", "minimum", "amax", "amin", "max", "min"),
+    *("abs", "maximum", "minimum", "amax", "amin", "max", "min", "topk", "sort", "median"),
     *("max_pool2d_with_indices", "max_pool3d_with_indices", "fractional_max_pool2d", "fractional_max_pool3d"),
     *("adaptive_max_pool2d", "adaptive_max_pool3d"),
 }
 """Operations, as torch names them inside: pooling in one dimension is one of two."""
 
 
-class KinkWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees, while it is entered, the operations that are not twice differentiable, also those of functions, which are no layers.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model calls it too
+def kinked_operations(run: Callable[[], Any]) -> list[str]:
+    """Return the operations in ``run()`` that are not twice differentiable, as torch names them: also of functions, which are no layers.
 
-    Attributes:
-        found: Their names in torch, ``"relu"`` for instance, in the order of their first call.
+    It sees activations, pooling, maxima, absolute values and clamps that cut values off, and takes them for kinks also where their results are
+    detached. It does not see what masks and ``torch.where`` do.
     """
+    watch = _Watch()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), watch:
+        run()
+    return watch.found
 
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.removesuffix("_")
-        has_kink = name in _KINKED or (name == "elu" and len(args) > 1 and args[1] * (args[3] if len(args) > 3 else 1) != 1)
-        if has_kink and name not in self.found:
+        before = args[0].clone() if name.startswith("clamp") else None
+        result = func(*args, **(kwargs or {}))
+        cuts = before is not None and not torch.equal(before, result)
+        bends = name == "elu" and len(args) > 1 and args[1] * (args[3] if len(args) > 3 else 1) != 1
+        if (name in _KINKED or cuts or bends) and name not in self.found:
             self.found.append(name)
-        return func(*args, **(kwargs or {}))
+        return result

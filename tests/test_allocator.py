@@ -47,3 +47,28 @@ def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("it was loaded"))
     allocator.keep_freed_memory()
+
+
+def test_a_glibc_that_refuses_large_blocks_gets_the_largest_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_maml import allocator
+
+    taken = {}
+
+    class Old:
+        @staticmethod
+        def mallopt(parameter: int, value: int) -> int:
+            if parameter == -3 and value > 2**25:
+                return 0
+            taken[parameter] = value
+            return 1
+
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: Old)
+    allocator.keep_freed_memory()
+    assert taken == {-3: 2**25, -1: 2**31 - 1}
+    taken.clear()
+    monkeypatch.setattr(Old, "mallopt", staticmethod(lambda parameter, value: taken.update({parameter: value}) or 0))
+    allocator.keep_freed_memory()
+    assert -1 not in taken, "alone it would hold the other threshold down"

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -266,7 +267,15 @@ class Pooled(nn.Module):
         return self.head(self.activation(self.features(x)).mean((2, 3)))
 
 
-SMOOTH = {"gelu": F.gelu, "softplus": F.softplus, "silu": F.silu, "elu": F.elu, "tanh": torch.tanh, "average": lambda x: F.avg_pool2d(x, 2)}
+SMOOTH = {
+    "gelu": F.gelu,
+    "softplus": F.softplus,
+    "silu": F.silu,
+    "elu": F.elu,
+    "tanh": torch.tanh,
+    "average": lambda x: F.avg_pool2d(x, 2),
+    "normalize": F.normalize,
+}
 KINKED = {
     "relu": F.relu,
     "hardtanh": F.relu6,
@@ -277,6 +286,8 @@ KINKED = {
     "max_pool2d_with_indices": lambda x: F.max_pool2d(x, 2),
     "amax": lambda x: x.amax((2, 3), keepdim=True),
     "max": lambda x: x.max(3, True)[0],
+    "clamp": lambda x: x.clamp(min=0),
+    "clamp_min": lambda x: torch.clamp_min(x, 0),
 }
 
 
@@ -288,6 +299,14 @@ def test_hf_maml_warns_once_about_kinks_of_functions_at_the_first_batch(name: st
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.eval().evaluate(episodes)
+
+
+@pytest.mark.parametrize("algorithm", [FOMAML, HFMAML])
+def test_networks_with_a_function_that_is_compiled_as_a_whole_are_trained(algorithm: type[MAML]) -> None:
+    activation = torch.compile(F.gelu if algorithm is FOMAML else F.relu, fullgraph=True, backend="eager")
+    model = algorithm(Pooled(activation).double(), 0.1, tasks="loop")
+    with pytest.warns(UserWarning, match="kinks in relu") if algorithm is HFMAML else nullcontext():
+        model.meta_loss(make_episodes(tasks=2))
 
 
 @pytest.mark.parametrize("name", SMOOTH)

@@ -147,6 +147,13 @@ def test_the_command_measures_a_config_and_a_checkpoint(tmp_path: Path, capsys: 
     assert constants_of(at_checkpoint) != constants_of(at_first)
 
 
+@pytest.mark.parametrize("regime", ["finite_sum", "resampling"])
+def test_kinks_of_functions_are_seen_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, regime: str) -> None:
+    monkeypatch.setattr(torch.nn.GELU, "forward", lambda self, x: torch.relu(x))
+    main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", f"--data.regime={regime}", *SMALL])
+    assert "it has kinks in relu" in capsys.readouterr().out
+
+
 def constants_of(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith(("  L ", "  rho ", "  sigma", "  b "))]
 

@@ -21,7 +21,7 @@ class Validation(NamedTuple):
         mean: Accuracy on the validation tasks after adaptation, or for regression their loss.
         ci95: Half-width of its 95 % confidence interval.
         before: The same figure before adaptation.
-        train: Its mean in training, after N steps, since the validation before, in this process; nan where there was none.
+        train: Its mean in training, after N steps, since the validation before, over all processes; nan where there was none.
     """
 
     step: int
@@ -50,6 +50,8 @@ class TrainingPictures(Callback):
         """Check that there will be something to draw."""
         if not isinstance(pl_module, EpisodicModule):
             raise TypeError(f"Expected a module of lightning_maml for TrainingPictures but got {type(pl_module).__name__}.")
+        if not trainer.is_global_zero:  # what a checkpoint has is process 0's
+            self._sum, self._steps = 0.0, 0
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
