@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,14 @@ def test_so_it_does_between_two_validations(tmp_path: Path) -> None:
 
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     assert pictures(keep).history == pictures(checkpoint=tmp_path / "step=2.ckpt").history
+
+
+@pytest.mark.parametrize(("is_global_zero", "steps"), [(True, 2), (False, 0)])
+def test_the_sums_of_a_checkpoint_are_those_of_one_process(is_global_zero: bool, steps: int) -> None:
+    pictures = TrainingPictures()
+    pictures.load_state_dict({"history": [], "sum": 1.5, "steps": 2})
+    pictures.on_fit_start(SimpleNamespace(is_global_zero=is_global_zero), module())  # type: ignore[arg-type]
+    assert pictures.state_dict()["steps"] == steps
 
 
 def test_skipped_steps_are_no_figures(tmp_path: Path) -> None:
