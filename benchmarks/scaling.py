@@ -45,6 +45,12 @@ def medians(functions: Sequence[Callable[[], Any]], device: str, rounds: int, de
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
+def line(values: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
+    """Return start and slope of the line with the least relative errors."""
+    slope, start = np.polyfit(values, times, 1, w=1 / np.array(times))
+    return float(start), float(slope)
+
+
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -59,15 +65,23 @@ def main() -> None:
             "",
             f"{workload}, ms",
             "",
-            f"| {what} |" + "".join(f" {value} |" for value in values) + " line, ms | furthest from it, % |",
+            f"| {what} |"
+            + "".join(f" {value} |" for value in values)
+            + " line, ms | furthest from it, % | slope of the first half, of the second |",
         ]
-        lines += ["|---|" + "---|" * (len(values) + 2)]
+        lines += ["|---|" + "---|" * (len(values) + 3)]
+        middle = len(values) // 2
         for name in arguments.method:
             functions = [of(name, workload, device, **{what: value}) for value in values]
             times = medians(functions, device, arguments.rounds, f"{workload}, {what}, {name}")
-            slope, start = np.polyfit(values, times, 1, w=1 / np.array(times))
+            start, slope = line(values, times)
             off = 100 * max(abs((start + slope * np.array(values)) / times - 1))
-            lines.append(f"| {name} |" + "".join(f" {t:.3g} |" for t in times) + f" {start:.3g} + {slope:.3g} x | {off:.0f} |")
+            few, many = line(values[: middle + 1], times[: middle + 1])[1], line(values[middle:], times[middle:])[1]
+            lines.append(
+                f"| {name} |"
+                + "".join(f" {t:.3g} |" for t in times)
+                + f" {start:.3g} + {slope:.3g} x | {off:.0f} | {few:.3g}, {many:.3g} ({100 * (many / few - 1):+.0f} %) |"
+            )
     if device == "cpu":
         numbers = [2**k for k in range(cores.bit_length()) if 2**k <= cores]
         lines += ["", "omniglot_5w1s_q1, ms", "", "| cores |" + "".join(f" {n} |" for n in numbers) + " most over 1 |"]

@@ -103,8 +103,8 @@ class Executor:
 def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], bool]) -> Execution:
     """Return what is fastest on the CPU for tasks of this size.
 
-    A small task is mostly Python, which threads wait for each other in, and kernels that take microseconds: such tasks are stacked. Kernels
-    of large ones are slower where tasks are stacked.
+    A small task is mostly Python, which threads wait for each other in, and kernels that take microseconds: such tasks are stacked, a few of
+    them run one after the other. Kernels of large ones are slower where tasks are stacked.
 
     Args:
         episodes: The meta-batch.
@@ -114,7 +114,9 @@ def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], b
     cores, tasks = torch.get_num_threads(), len(episodes.support_x)
     inputs = max(1, sum(x[0].numel() for x in episodes[::2]))
     fitting = min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // max(1, parameters))
-    if min(tasks, fitting) < FEWEST_STACKED or not takes_stacks():
+    if fitting >= FEWEST_STACKED > tasks:
+        return Execution("loop", None)
+    if fitting < FEWEST_STACKED or not takes_stacks():
         return Execution(_one_by_one(tasks), None)
     if tasks <= fitting:
         return Execution("vmap", None)

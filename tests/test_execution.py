@@ -48,16 +48,16 @@ def test_a_few_small_tasks_are_one_stack(cores: int) -> None:
         (images(32, 20), Conv4(1, 5, 28)),  # more images
         (images(4, 80, 84, 3), Conv4(3, 5, 84)),
         (images(32, 5), ResNet12(1, 5)),  # 8 million parameters
-        (images(FEWEST_STACKED - 1, 5), Conv4(1, 5, 28)),
     ],
 )
-def test_large_or_few_tasks_are_run_one_per_core(episodes: Episodes, network: nn.Module, cores: int) -> None:
+def test_large_tasks_are_run_one_per_core(episodes: Episodes, network: nn.Module, cores: int) -> None:
     expected = Execution("loop" if cores == 1 else "threads", None)
     assert for_cpu(episodes, sum(p.numel() for p in network.parameters()), lambda: True) == expected
 
 
-def test_one_task_has_all_cores(cores: int) -> None:
-    assert for_cpu(images(1, 5), PARAMETERS, lambda: True) == Execution("loop", None)
+@pytest.mark.parametrize("episodes", [images(1, 80), images(1, 5), images(FEWEST_STACKED - 1, 5)])
+def test_one_task_and_a_few_small_ones_have_all_cores(episodes: Episodes, cores: int) -> None:
+    assert for_cpu(episodes, PARAMETERS, lambda: True) == Execution("loop", None)
 
 
 def test_what_takes_no_stacks_is_run_one_per_core(cores: int) -> None:
