@@ -17,6 +17,8 @@ from speed import OURS, WORKLOADS, method, seconds, without_averages
 from torch import nn
 from tqdm import tqdm
 
+from lightning_maml import keep_freed_memory
+
 STEPS, TASKS = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -53,6 +55,7 @@ def line(values: Sequence[float], times: Sequence[float]) -> tuple[float, float]
 
 def main() -> None:
     """Measure and print the tables."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", nargs="+", choices=OURS, default=["ours-exact", "ours-hf", "ours-fo"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12
+from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12, keep_freed_memory
 from lightning_maml.functional import Params, axpy, norm
 
 OURS = {
@@ -214,8 +214,7 @@ def errors(name: str, methods: list[str], device: str) -> dict[str, float]:
 def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row]:
     """Check every method's meta-gradient, then time them, in float32, in turns.
 
-    The check has a process of its own: the memory that it leaves to the C library would serve the methods of the main thread, the peers', and
-    no training has such a check before it.
+    The check has a process of its own, to leave no memory behind.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
         found = apart.submit(errors, name, methods, device).result()
@@ -240,6 +239,7 @@ def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row
 
 def main() -> None:
     """Measure, print the table, write the rows."""
+    keep_freed_memory()  # for all methods, as the command `lightning-maml` does: what one method leaves to the next is the same then
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS])
     parser.add_argument("--method", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])

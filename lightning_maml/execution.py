@@ -1,4 +1,4 @@
-"""How tasks are run where it is left open: small ones stacked, large ones one per core."""
+"""How tasks are run where it is left open: small ones stacked, larger ones one per core, and the largest one after the other on all cores."""
 
 import warnings
 from collections.abc import Callable
@@ -26,6 +26,10 @@ STACKED_PARAMETERS = 2**22
 
 FEWEST_STACKED = 4
 """Fewer tasks than these are not worth stacking."""
+
+
+LARGE_INPUTS = 2**19
+"""Numbers in the inputs of a task that keeps all cores of a CPU busy alone, and of which one per core would need more memory."""
 
 
 class Execution(NamedTuple):
@@ -104,7 +108,8 @@ def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], b
     """Return what is fastest on the CPU for tasks of this size.
 
     A small task is mostly Python, which threads wait for each other in, and kernels that take microseconds: such tasks are stacked, a few of
-    them run one after the other. Kernels of large ones are slower where tasks are stacked.
+    them run one after the other. Kernels of larger ones are slower where tasks are stacked. The largest have tensors that a thread of Python
+    gets from Linux anew each time, even where the main thread has kept them (:func:`lightning_maml.keep_freed_memory`).
 
     Args:
         episodes: The meta-batch.
@@ -114,7 +119,7 @@ def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], b
     cores, tasks = torch.get_num_threads(), len(episodes.support_x)
     inputs = max(1, sum(x[0].numel() for x in episodes[::2]))
     fitting = min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // max(1, parameters))
-    if fitting >= FEWEST_STACKED > tasks:
+    if fitting >= FEWEST_STACKED > tasks or inputs >= LARGE_INPUTS:
         return Execution("loop", None)
     if fitting < FEWEST_STACKED or not takes_stacks():
         return Execution(_one_by_one(tasks), None)
