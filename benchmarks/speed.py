@@ -7,6 +7,7 @@ make learn2learn && .venv/bin/python -m pip install --group bench
 
 import argparse
 import copy
+import ctypes
 import json
 import multiprocessing
 import os
@@ -162,6 +163,7 @@ def peak_mb(function: Callable[[], object], device: str) -> float:
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back to Linux
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = _resident("VmRSS")
     function()
@@ -188,8 +190,11 @@ def relative_error(actual: Params, expected: Params) -> float:
     return float(norm(axpy(-1.0, expected, {name: tensor.double() for name, tensor in actual.items()})) / norm(expected))
 
 
-def errors(name: str, methods: list[str], device: str) -> dict[str, float]:
-    """Return how far each method is off in float32, relative to autograd through the unrolled loop in float64; raise where one is in float64."""
+def errors_and_peaks(name: str, methods: list[str], device: str) -> dict[str, tuple[float, float]]:
+    """Return how far each method is off in float32, and its peak memory in MB; raise where one is off in float64.
+
+    The errors are relative to autograd through the unrolled loop in float64.
+    """
     workload = WORKLOADS[name]
     workload = workload._replace(shape=workload.checked_shape or workload.shape)
     network, loss, episodes = start(workload, device)
@@ -207,24 +212,23 @@ def errors(name: str, methods: list[str], device: str) -> dict[str, float]:
                 raise RuntimeError(
                     f"Expected the meta-gradient of {key} on {name} to be right but in float64 it is off by {in_double:.1e}."
                 )
-        found[key] = relative_error(method(key, copy.deepcopy(network), loss, workload, episodes)(), of)
+        function = method(key, copy.deepcopy(network), loss, workload, episodes)
+        found[key] = relative_error(function(), of), peak_mb(function, device)
     return found
 
 
 def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row]:
     """Check every method's meta-gradient, then time them, in float32, in turns.
 
-    The check has a process of its own, to leave no memory behind.
+    The check has a process of its own, to leave no memory behind, and without freed memory that is kept, which would hide the peaks.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-        found = apart.submit(errors, name, methods, device).result()
+        found = apart.submit(errors_and_peaks, name, methods, device).result()
     workload = WORKLOADS[name]
     network, loss, episodes = start(workload, device)
     functions = {key: method(key, copy.deepcopy(network), loss, workload, episodes) for key in methods}
-    peaks = {}
-    for key, function in functions.items():
-        function()
-        peaks[key] = peak_mb(function, device)
+    for function in functions.values():
+        function()  # the first call compiles
     calls = {key: max(1, int(TURN / seconds(function, device, 1))) for key, function in functions.items()}
     times: dict[str, list[float]] = {key: [] for key in functions}
     for _ in tqdm(range(rounds), desc=name):
@@ -233,7 +237,7 @@ def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row
     rows = []
     for key, values in times.items():
         first, median, third = statistics.quantiles(values, n=4)
-        rows.append(Row(name, key, device, median, third - first, found[key], peaks[key]))
+        rows.append(Row(name, key, device, median, third - first, *found[key]))
     return rows
 
 

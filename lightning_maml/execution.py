@@ -28,8 +28,8 @@ FEWEST_STACKED = 4
 """Fewer tasks than these are not worth stacking."""
 
 
-LARGE_INPUTS = 2**19
-"""Numbers in the inputs of a task that keeps all cores of a CPU busy alone, and of which one per core would need more memory."""
+LARGE_INPUTS = 2**20
+"""Numbers in the inputs of a task that keeps all cores of a CPU busy alone (measured on 2); one per core would need more memory."""
 
 
 class Execution(NamedTuple):

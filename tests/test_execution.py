@@ -1,4 +1,4 @@
-"""What "auto" chooses on the CPU: small tasks stacked where vmap takes the network, large ones one per core."""
+"""What "auto" chooses on the CPU: small tasks stacked where vmap takes the network, larger ones one per core, the largest in a loop."""
 
 import logging
 
@@ -47,6 +47,7 @@ def test_a_few_small_tasks_are_one_stack(cores: int) -> None:
     [
         (images(32, 20), Conv4(1, 5, 28)),  # more images
         (images(4, 80, 28, 3), Conv4(3, 5, 28)),
+        (images(4, 24, 84, 3), Conv4(3, 5, 84)),
         (images(32, 5), ResNet12(1, 5)),  # 8 million parameters
     ],
 )
@@ -55,7 +56,7 @@ def test_larger_tasks_are_run_one_per_core(episodes: Episodes, network: nn.Modul
     assert for_cpu(episodes, sum(p.numel() for p in network.parameters()), lambda: True) == expected
 
 
-@pytest.mark.parametrize("episodes", [images(1, 80), images(1, 5), images(FEWEST_STACKED - 1, 5), images(4, 80, 84, 3)])
+@pytest.mark.parametrize("episodes", [images(1, 80), images(1, 5), images(FEWEST_STACKED - 1, 5), images(4, 25, 84, 3)])
 def test_one_task_a_few_small_ones_and_the_largest_have_all_cores(episodes: Episodes, cores: int) -> None:
     assert for_cpu(episodes, PARAMETERS, lambda: True) == Execution("loop", None)
 
