@@ -57,7 +57,7 @@ class Workload(NamedTuple):
     steps: int
     rate: float
     checked_shape: tuple[int, ...] | None = None
-    """Of the images of the check, where with those of ``shape`` it would take more than 24 GB."""
+    """Of the images of the check, and so of error and peak, where with those of ``shape`` it would take more than 24 GB."""
 
     def episodes(self, device: str) -> Episodes:
         """Return the tasks; for inputs of one number, sinusoids of regression."""

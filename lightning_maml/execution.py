@@ -27,7 +27,6 @@ STACKED_PARAMETERS = 2**22
 FEWEST_STACKED = 4
 """Fewer tasks than these are not worth stacking."""
 
-
 LARGE_INPUTS = 2**20
 """Numbers in the inputs of a task that keeps all cores of a CPU busy alone (measured on 2); one per core would need more memory."""
 

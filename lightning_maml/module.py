@@ -75,8 +75,8 @@ class MAML(EpisodicModule):
         lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
         tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: all as one; ``"auto"``: threads on
             the CPU, with small tasks stacked (a loop of the largest, of up to three small ones and where dropout is active), and elsewhere
-            vmap of as many tasks as there is memory for;
-            with ``chunk_size`` left open, and without dropout, a network that vmap does not take is not stacked.
+            vmap of as many tasks as there is memory for; with ``chunk_size`` left open, and without dropout, a network that vmap does not
+            take is not stacked.
         chunk_size: Tasks that are one, vectorised, in a step of the loop or of a thread, or with ``"vmap"``; by default one, and all, and
             with ``"auto"`` what suits their size.
         adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what the
