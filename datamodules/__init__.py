@@ -3,6 +3,9 @@
 from lightning_maml.datamodules.adapters import EasyFSLDataModule as EasyFSLDataModule
 from lightning_maml.datamodules.adapters import Learn2LearnDataModule as Learn2LearnDataModule
 from lightning_maml.datamodules.adapters import TorchmetaDataModule as TorchmetaDataModule
+from lightning_maml.datamodules.adapters import meta_batch as meta_batch
+from lightning_maml.datamodules.adapters import relabelled as relabelled
+from lightning_maml.datamodules.adapters import task_of_examples as task_of_examples
 from lightning_maml.datamodules.episodic import EpisodicDataModule as EpisodicDataModule
 from lightning_maml.datamodules.few_shot import FewShotDataModule as FewShotDataModule
 from lightning_maml.datamodules.glyphs import GlyphsDataModule as GlyphsDataModule

@@ -14,7 +14,7 @@ from lightning_maml.datamodules.messages import first_five
 from lightning_maml.episodes import Episodes
 
 Labels = Tensor | Sequence[Any]
-"""Labels of any kind: integers, strings or other things that can be compared."""
+"""Labels of any kind: integers, strings or other things that can be told apart."""
 
 
 class Taskset(Protocol):
@@ -25,18 +25,23 @@ class Taskset(Protocol):
 
 
 def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list[Any]]:
-    """Return a task's labels as ``0 .. ways - 1``, in the order of the classes, and the classes by these numbers.
+    """Return a task's labels as ``0 .. ways - 1``, ``[S]`` and ``[Q]``, and the classes by these numbers.
+
+    Labels that are these numbers already are kept. Others are numbered at random, anew each time: were a class's number a function of the class,
+    a network could learn it by heart and would not need to adapt.
 
     Raises:
         ValueError: If a query is of a class that the support set lacks.
     """
     support, query = ([label.item() if isinstance(label, Tensor) else label for label in labels] for labels in (support_y, query_y))
-    classes = sorted(set(support))
-    if unknown := sorted(set(query) - set(support)):
+    found = list(dict.fromkeys(support))
+    if unknown := set(query) - set(support):
         raise ValueError(
-            f"Expected queries of the classes of the support set, {_first_five(classes)}, but got some of {_first_five(unknown)}; "
+            f"Expected queries of the classes of the support set, {_first_five(found)}, but got some of {_first_five(unknown)}; "
             "give each class of a task support examples."
         )
+    ways = len(found)
+    classes = [*range(ways)] if set(found) == {*range(ways)} else [found[number] for number in torch.randperm(ways).tolist()]
     numbers = {label: number for number, label in enumerate(classes)}
     return torch.tensor([numbers[label] for label in support]), torch.tensor([numbers[label] for label in query]), classes
 
@@ -60,14 +65,16 @@ def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
             f"Expected more than {shots} examples of each class of a task, {shots} for the support set and some to query, but got "
             f"{_first_five(f'{count} of {label}' for label, count in short.items())}; sample more or lower `shots`."
         )
-    support = [row for label in sorted(rows) for row in rows[label][:shots]]
-    query = [row for label in sorted(rows) for row in rows[label][shots:]]
+    support = [row for of_class in rows.values() for row in of_class[:shots]]
+    query = [row for of_class in rows.values() for row in of_class[shots:]]
     support_y, query_y, _ = relabelled([labels[row] for row in support], [labels[row] for row in query])
-    return Episodes(x[support], support_y, x[query], query_y)
+    return Episodes(x[support], support_y.to(x.device), x[query], query_y.to(x.device))
 
 
 def task_of_easyfsl(batch: Sequence[Any]) -> Episodes:
     """Return a task (without the dimension T) of what easyfsl's ``TaskSampler`` collates.
+
+    Its labels, which depend on the class (they are in the order of a set of class ids), are numbered anew at random.
 
     Raises:
         ValueError: If that is not support images, their labels, query images, their labels and class ids.
@@ -75,8 +82,9 @@ def task_of_easyfsl(batch: Sequence[Any]) -> Episodes:
     if not isinstance(batch, Sequence) or len(batch) != 5:
         raise ValueError(f"Expected easyfsl's support images, labels, query images, labels and class ids but got {_kind(batch)}.")
     support_x, support_y, query_x, query_y, _ = batch
-    support_y, query_y, _ = relabelled(support_y, query_y)
-    return Episodes(support_x, support_y, query_x, query_y)
+    support_y, query_y, classes = relabelled(support_y, query_y)
+    numbers = torch.randperm(len(classes))
+    return Episodes(support_x, numbers[support_y], query_x, numbers[query_y])
 
 
 def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
@@ -262,6 +270,11 @@ class _Converted:
 
     def __iter__(self) -> Iterator[Episodes]:
         batches = iter(self._batches)
+        if batches is self._batches:
+            raise ValueError(
+                f"Expected a loader, which can be gone through in every epoch, but got a {type(batches).__name__}, which can be only once; "
+                "give the loader itself."
+            )
         while few := list(islice(batches, self._size)):
             yield self._convert(few)
 

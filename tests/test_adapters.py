@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_maml import MAML, Episodes
 from lightning_maml.datamodules import EasyFSLDataModule, Learn2LearnDataModule, TorchmetaDataModule
-from lightning_maml.datamodules.adapters import relabelled, task_of_examples
+from lightning_maml.datamodules.adapters import relabelled, task_of_easyfsl, task_of_examples
 
 WAYS, SHOTS, QUERIES = 3, 2, 4
 
@@ -89,8 +89,13 @@ def test_every_form_gives_the_episodes_it_holds(name: str) -> None:
     for batch in batches:
         assert isinstance(batch, Episodes)
         assert [tensor.shape for tensor in batch] == [(2, 6, 2), (2, 6), (2, 12, 2), (2, 12)]
-        assert torch.equal(batch.support_x[..., 0].long(), batch.support_y)
-        assert torch.equal(batch.query_x[..., 0].long(), batch.query_y)
+        for number in range(len(batch.support_x)):
+            classes = {(int(x), int(y)) for xs, ys in (batch[:2], batch[2:]) for x, y in zip(xs[number, :, 0], ys[number], strict=True)}
+            assert [sorted(column) for column in zip(*classes, strict=True)] == [
+                [*range(WAYS)],
+                [*range(WAYS)],
+            ]  # one number for each class
+            assert name == "easyfsl" or all(of_class == number for of_class, number in classes)
         for support, query in zip(batch.support_x, batch.query_x, strict=True):
             rows = [tuple(row) for part in (support, query) for row in part.tolist()]
             assert sorted(rows) == [(label, number) for label in range(WAYS) for number in range(SHOTS + QUERIES)]
@@ -109,11 +114,50 @@ def test_a_pipeline_trains_and_tests(name: str, tmp_path: Path) -> None:
     assert "test/accuracy" in run.callback_metrics
 
 
-def test_labels_of_any_kind_are_numbered_in_each_task() -> None:
-    support, query, classes = relabelled(["wolf", "ape", "cat"], ["cat", "cat", "wolf"])
-    assert (support.tolist(), query.tolist(), classes) == ([2, 0, 1], [1, 1, 2], ["ape", "cat", "wolf"])
-    support, query, classes = relabelled(torch.tensor([40, 7]), torch.tensor([7, 7, 40]))
-    assert (support.tolist(), query.tolist(), classes) == ([1, 0], [0, 0, 1], [7, 40])
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [(["wolf", "ape", "cat"], ["cat", "cat", "wolf"]), (torch.tensor([40, 7]), torch.tensor([7, 7, 40])), ([1, "1"], ["1"])],
+)
+def test_labels_of_any_kind_are_numbered_in_each_task(given, asked) -> None:
+    support, query, classes = relabelled(given, asked)
+    assert sorted(set(support.tolist())) == [*range(len(given))]
+    assert [classes[number] for number in support] == list(given)
+    assert [classes[number] for number in query] == list(asked)
+
+
+def test_labels_that_are_numbers_of_the_ways_are_kept() -> None:
+    support, query, classes = relabelled(torch.tensor([2, 0, 1]), torch.tensor([1, 1, 2]))
+    assert (support.tolist(), query.tolist(), classes) == ([2, 0, 1], [1, 1, 2], [0, 1, 2])
+
+
+def easyfsl_task(classes: list[int]) -> Episodes:
+    labels = torch.arange(len(classes))  # of classes in an order of their own
+    images = torch.tensor(classes).float()[:, None]
+    return task_of_easyfsl((images, labels, images, labels, classes))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda classes: task_of_examples(torch.tensor(classes * 2).float()[:, None], classes * 2, shots=1),
+        lambda classes: easyfsl_task(sorted(classes)),
+    ],
+    ids=["examples", "easyfsl"],
+)
+def test_the_number_of_a_class_says_nothing_of_the_class(draw) -> None:
+    torch.manual_seed(0)
+    order = random.Random(0)
+    numbers: dict[int, list[int]] = {}
+    for _ in range(1500):
+        task = draw(order.sample(range(30), 5))
+        for image, number in zip(task.support_x[:, 0].tolist(), task.support_y.tolist(), strict=True):
+            numbers.setdefault(int(image), []).append(number)
+        assert dict(zip(task.support_x[:, 0].tolist(), task.support_y.tolist(), strict=True)) == dict(
+            zip(task.query_x[:, 0].tolist(), task.query_y.tolist(), strict=True)
+        )
+    means = [sum(of_class) / len(of_class) for of_class in numbers.values()]  # some 250 each: the mean of 2 has a standard error of 0.09
+    assert len(means) == 30
+    assert all(abs(mean - 2) < 0.45 for mean in means)
 
 
 def test_classes_may_have_different_numbers_of_queries() -> None:
@@ -141,6 +185,7 @@ class Alternating(Taskset):
         (lambda: Learn2LearnDataModule(Taskset(), shots=0), "Expected `shots` to be at least 1 but got 0"),
         (lambda: EasyFSLDataModule([(1, 2)]), "easyfsl's support images, .* but got 2 items"),
         (lambda: EasyFSLDataModule([], meta_batch_size=0), "Expected `meta_batch_size` to be at least 1 but got 0"),
+        (lambda: TorchmetaDataModule(iter(torchmeta_loader(1, 2))), "gone through in every epoch, but got a list_iterator"),
         (lambda: TorchmetaDataModule([{"support": 1}]), r"torchmeta's .* but got \['support'\]"),
         (lambda: TorchmetaDataModule([torch.zeros(2)]), "torchmeta's .* but got Tensor"),
     ],

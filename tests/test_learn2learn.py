@@ -4,6 +4,7 @@ from argparse import ArgumentParser
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,10 +168,40 @@ def test_frozen_features_use_batch_statistics_in_any_mode() -> None:
 def test_arguments_are_attributes() -> None:
     model = build("maml", whole())
     assert (model.adaptation_lr, model.adaptation_steps, model.train_ways, model.lr) == (RATE, STEPS, WAYS, 0.001)
+    assert (LightningMAML.adaptation_lr, LightningMAML.train_ways) == (0.1, 5)
+
+
+def test_attributes_may_be_set_later() -> None:
+    longer, changed = build("maml", whole(), adaptation_steps=7, adaptation_lr=0.01, lr=0.5), build("maml", whole())
+    changed.adaptation_steps, changed.adaptation_lr, changed.lr = 7, 0.01, 0.5
+    task = Taskset().sample()
+    losses = [model.meta_learn(task, 0, WAYS, SHOTS, QUERIES)[0] for model in (longer, changed, build("maml", whole()))]
+    assert losses[0] == losses[1] != losses[2]
+    (optimizer,), _ = changed.configure_optimizers()
+    assert optimizer.defaults["lr"] == 0.5
+
+
+def test_a_taskset_that_runs_dry_says_so(tmp_path: Path) -> None:
+    class Dry(Taskset):
+        left = 3
+
+        def sample(self) -> tuple[Tensor, Tensor]:
+            if self.left == 0:
+                raise StopIteration
+            self.left -= 1
+            return super().sample()
+
+    run = Trainer(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="Expected 4 tasks of the taskset but it gave no more at number 3"):
+        run.fit(build("maml", whole()), train_dataloaders=EpisodicBatcher(Dry(), epoch_length=4).train_dataloader())
 
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Expected `train_ways` and `test_ways` to be the same, .* but got 5 and 3"):
         LightningMAML(whole(), train_ways=5, test_ways=3)
+    data = EpisodicBatcher(Taskset())
+    data.trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(ValueError, match="Expected one process but got 2"):
+        data.train_dataloader()
     with pytest.raises(ValueError, match="Expected a task of 3 ways with 2 shots and 1 queries, 9 examples, but got 15"):
         build("maml", whole()).meta_learn(Taskset().sample(), 0, WAYS, SHOTS, 1)

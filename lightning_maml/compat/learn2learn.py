@@ -4,7 +4,7 @@
 ``from lightning_maml.compat.learn2learn import EpisodicBatcher, LightningANIL, LightningMAML``; learn2learn itself is needed for its
 tasksets only. Batches are learn2learn's: one task ``(data, labels)``, class by class, its first ``shots`` of each class the support set; a
 meta-batch is the trainer's ``accumulate_grad_batches``. Checkpoints have learn2learn's names of parameters. What differs: dropout is
-inactive in evaluation, and the running averages of batch norm, of which no number depends, stay as they are.
+inactive in evaluation, and the running averages of batch norm, on which no number depends, stay as they are.
 """
 
 from argparse import ArgumentParser
@@ -22,20 +22,6 @@ from lightning_maml.functional import Params
 from lightning_maml.learner import Learner
 from lightning_maml.meta_gradient import meta_gradient, surrogate
 
-_DEFAULTS: dict[str, int | float] = {
-    "train_ways": 5,
-    "train_shots": 1,
-    "train_queries": 1,
-    "test_ways": 5,
-    "test_shots": 1,
-    "test_queries": 1,
-    "lr": 0.001,
-    "scheduler_step": 20,
-    "scheduler_decay": 1.0,
-    "adaptation_steps": 1,
-    "adaptation_lr": 0.1,
-}
-
 _FEATURES = "(features)"  # no parameter's name
 
 Task = tuple[Tensor, Tensor]
@@ -51,14 +37,28 @@ class LightningEpisodicModule(LightningModule):
             ``lr`` of Adam (0.001), ``scheduler_step`` (20) and ``scheduler_decay`` (1.0) of its schedule, ``adaptation_steps`` N (1) and
             ``adaptation_lr`` alpha (0.1). Others are passed over, as in learn2learn, whose users hand over all arguments of their program.
 
+    They are attributes, which may be set later too.
+
     Raises:
         ValueError: If ``train_ways`` and ``test_ways`` differ.
     """
 
+    train_ways: int = 5
+    train_shots: int = 1
+    train_queries: int = 1
+    test_ways: int = 5
+    test_shots: int = 1
+    test_queries: int = 1
+    lr: float = 0.001
+    scheduler_step: int = 20
+    scheduler_decay: float = 1.0
+    adaptation_steps: int = 1
+    adaptation_lr: float = 0.1
+
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None, **kwargs: Any) -> None:
         super().__init__()
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
-        chosen = {name: kwargs.get(name, default) for name, default in _DEFAULTS.items()}
+        chosen = {name: kwargs.get(name, default) for name, default in self._defaults().items()}
         self.save_hyperparameters(chosen)
         for name, value in chosen.items():
             setattr(self, name, value)
@@ -68,11 +68,15 @@ class LightningEpisodicModule(LightningModule):
                 f"and {chosen['test_ways']}."
             )
 
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        return {name: getattr(cls, name) for name in LightningEpisodicModule.__annotations__}
+
     @staticmethod
     def add_model_specific_args(parent_parser: ArgumentParser) -> ArgumentParser:
         """Return a parser with the arguments of these classes beside those of ``parent_parser``."""
         parser = ArgumentParser(parents=[parent_parser], add_help=True, conflict_handler="resolve")
-        for name, default in _DEFAULTS.items():
+        for name, default in LightningEpisodicModule._defaults().items():
             parser.add_argument(f"--{name}", type=type(default), default=default)
         parser.add_argument("--data_parallel", action="store_true", help="has no effect; give the Trainer several devices")
         return parser
@@ -95,12 +99,12 @@ class LightningEpisodicModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return Adam and its schedule."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
-        step, decay = self.hparams["scheduler_step"], self.hparams["scheduler_decay"]
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=step, gamma=decay)]
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=self.scheduler_step, gamma=self.scheduler_decay)
+        return [optimizer], [schedule]
 
     def _step(self, stage: str, batch: Task, batch_idx: int) -> Tensor:
-        sizes = (self.hparams[f"{'train' if stage == 'train' else 'test'}_{name}"] for name in ("ways", "shots", "queries"))
+        sizes = (getattr(self, f"{'train' if stage == 'train' else 'test'}_{name}") for name in ("ways", "shots", "queries"))
         loss, accuracy = self.meta_learn(batch, batch_idx, *sizes)
         for name, value in (("loss", loss), ("accuracy", accuracy)):
             self.log(f"{stage}_{name}", value.detach(), on_step=False, on_epoch=True, prog_bar=name == "accuracy", batch_size=1)
@@ -108,8 +112,7 @@ class LightningEpisodicModule(LightningModule):
 
     def _learn(self, loss: Loss, params: Params, episodes: Episodes, adapts: list[str]) -> tuple[Tensor, Tensor]:
         """Adapt the parameters named ``adapts`` to one task."""
-        rates = dict.fromkeys(adapts, self.hparams["adaptation_lr"])
-        steps = self.hparams["adaptation_steps"]
+        rates, steps = dict.fromkeys(adapts, self.adaptation_lr), self.adaptation_steps
         if torch.is_grad_enabled():
             result = meta_gradient(loss, params, episodes, inner_lr=rates, steps=steps, has_aux=True)
             value, outputs = surrogate([params], [result.grad], result.query_loss), result.aux[0]
@@ -216,7 +219,16 @@ class EpisodicBatcher(LightningDataModule):
         self.epoch_length = epoch_length
 
     def train_dataloader(self) -> DataLoader[Task]:
-        """Return the training tasks."""
+        """Return the training tasks.
+
+        Raises:
+            ValueError: If there are several processes, each of which would draw the same tasks.
+        """
+        if self.trainer is not None and self.trainer.world_size > 1:
+            raise ValueError(
+                f"Expected one process but got {self.trainer.world_size}: the tasks of a taskset would be the same ones in each; use one device, "
+                "or a datamodule of this library."
+            )
         return DataLoader(_Sampled(self.train_tasks, self.epoch_length), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Task]:
@@ -236,7 +248,12 @@ class _Sampled(Dataset[Task]):
         return self._length
 
     def __getitem__(self, number: int) -> Task:
-        task: Task = self._tasks.sample()
+        try:
+            task: Task = self._tasks.sample()
+        except StopIteration as error:  # by itself it would end the epoch, and the training, without a word
+            raise ValueError(
+                f"Expected {self._length} tasks of the taskset but it gave no more at number {number}; let it have more."
+            ) from error
         return task
 
 
