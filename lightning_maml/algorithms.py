@@ -53,9 +53,12 @@ class HFMAML(MAML):
         adapt: Which parameters take the inner steps.
         head: Name of the submodule that is the head.
         inner_rates: Whether and how the inner rates are learned.
+        compiled: Whether to compile the meta-gradient.
         probe_radius: h, how far from the inner point the two gradients are taken, in units of the parameters; by default the cube root of
             the machine epsilon (4.9e-3 in float32).
-        compiled: Whether to compile the meta-gradient.
+
+    Raises:
+        ValueError: As of :class:`MAML`, and if ``probe_radius`` is not positive.
     """
 
     curvature = "finite_difference"
@@ -75,8 +78,8 @@ class HFMAML(MAML):
         adapt: PartName | None = None,
         head: str | None = None,
         inner_rates: InnerRatesName | None = None,
-        probe_radius: float | None = None,
         compiled: bool = False,
+        probe_radius: float | None = None,
     ) -> None:
         super().__init__(
             *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
@@ -270,6 +273,10 @@ class IMAML(MAML):
             raise ValueError(f"Expected `cg_steps` to be at least 0 but got {cg_steps}.")
         self.save_hyperparameters("proximal_strength", "cg_steps")
         self.proximal_strength, self.cg_steps = proximal_strength, cg_steps
+
+    @override
+    def _adaptation(self) -> dict[str, Any]:
+        return super()._adaptation() | {"proximal_strength": self.proximal_strength}
 
     @override
     def _support_loss(

@@ -21,13 +21,15 @@ class AdaptedNetworks(nn.Module):
         adapted: The parameters that adapted, and running averages of the tasks, ``[T, ...]`` each. The others are the network's.
         batch_norm: Which statistics its batch-norm layers use, see :class:`lightning_maml.MAML`.
         support_x: Inputs of the support sets, ``[T, S, ...]``, whose statistics ``"support"`` keeps.
+        stacked: Whether the networks are called as one, by vmap, or one after the other.
 
     Raises:
         ValueError: If with ``"support"`` a batch-norm layer is called more than once.
     """
 
-    def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Tensor) -> None:
+    def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Tensor, stacked: bool) -> None:
         super().__init__()
+        self._stacked = stacked
         self._network = copy.deepcopy(network).eval().requires_grad_(False)
         self._names = list(adapted)
         norms = batch_norms(self._network)
@@ -48,8 +50,15 @@ class AdaptedNetworks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs ``[T, Q, ...]`` for queries ``[T, Q, ...]``, those of each task by its own network."""
         states = dict(zip(self._names, self._states, strict=True))
-        outputs: Tensor = torch.func.vmap(lambda state, x: torch.func.functional_call(self._network, state, (x,)))(states, x)
-        return outputs
+
+        def call(state: Params, x: Tensor) -> Tensor:
+            outputs: Tensor = torch.func.functional_call(self._network, state, (x,))
+            return outputs
+
+        if self._stacked:
+            outputs: Tensor = torch.func.vmap(call)(states, x)
+            return outputs
+        return torch.stack([call({name: state[task] for name, state in states.items()}, x[task]) for task in range(len(x))])
 
     def network(self, task: int) -> nn.Module:
         """Return the network of one task, a module of the same class as the meta-trained one, for queries ``[Q, ...]``."""

@@ -10,6 +10,7 @@ import torch
 from lightning import LightningModule
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -140,6 +141,7 @@ class EpisodicModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add where the random generators stand for training, and the gradients of batches that the optimizer has yet to step on."""
+        checkpoint["adaptation"] = self._adaptation()
         checkpoint["random_state"] = random_state(self.device) if self._random_state is None else self._random_state
         trainer = self.trainer
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
@@ -149,12 +151,23 @@ class EpisodicModule(LightningModule):
             checkpoint["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take what an interrupted run needs to go on as if it had not been: the types of its weights, and its random numbers."""
+        """Take what an interrupted run needs to go on as if it had not been: the types of its weights, and its random numbers.
+
+        Warns of a checkpoint whose model adapted in another way.
+        """
+        theirs, ours = checkpoint.get("adaptation", {}), self._adaptation()
+        if theirs and (differing := [name for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)]):
+            trained, here = (", ".join(f"{name} {kept.get(name)}" for name in differing) for kept in (theirs, ours))
+            rank_zero_warn(f"The checkpoint's model adapts with {trained} but this one with {here}; make it as the other was made.")
         if self._trainer is not None and self.trainer.training:
             self.trainer.precision_plugin.convert_module(self)  # Lightning does so later, when the weights are already rounded
             self._random_state = checkpoint.get("random_state")
             self._gradients = checkpoint.get("gradients", {})
             self.skipped = checkpoint.get("skipped", 0)
+
+    def _adaptation(self) -> dict[str, Any]:
+        """Return what adaptation depends on beside the weights and the hyperparameters, in plain words."""
+        return {"loss": getattr(self.loss, "__qualname__", type(self.loss).__qualname__)}
 
     def on_train_start(self) -> None:
         """Let the random numbers, and the sums of gradients, go on where the checkpoint has them."""

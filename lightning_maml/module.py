@@ -1,6 +1,7 @@
 """MAML as a Lightning module; its variants are in algorithms.py, the mathematics in meta_gradient.py."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -10,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_maml.adapt import AdaptationCurve, adaptation_curve, adapted_parameters, cat_chunks, check_step_count
+from lightning_maml.adapt import (
+    AdaptationCurve,
+    adaptation_curve,
+    adapted_parameters,
+    cat_chunks,
+    check_step_count,
+    inner_path,
+    task_losses,
+)
 from lightning_maml.batch_statistics import StepStatistics, batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.compilation import Compiler, check_not_compiled, state_of
 from lightning_maml.curvature import CurvatureName
@@ -30,9 +39,10 @@ from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
+from lightning_maml.objective import Objective
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import is_random
-from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
+from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps, without_graph
 from lightning_maml.task_map import TaskExecution, are_stacked, map_tasks
 
 InnerRatesName = Literal["fixed"] | LearnedRatesName
@@ -179,6 +189,10 @@ class MAML(EpisodicModule):
         super().on_load_checkpoint(checkpoint)
 
     @override
+    def _adaptation(self) -> dict[str, Any]:
+        return super()._adaptation() | {"adapt": self.adapts}
+
+    @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
         """Adapt to each task in ``test_steps`` steps.
 
@@ -206,18 +220,20 @@ class MAML(EpisodicModule):
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
             it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
-            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Many tasks are vectorised, ``chunk_size`` or else 32 at once;
-            with ``tasks="loop"`` the adaptation is not, but their network still is.
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Many tasks are vectorised, ``chunk_size`` or else 32 at once, but
+            for ``tasks="loop"`` and networks that vmap does not take: these go one by one, in adaptation and afterwards.
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
             support_x, support_y = support_x[None], support_y[None]
         steps = self.test_steps if steps is None else steps
+        support = Episodes(support_x, support_y, support_x, support_y)
         network = structural_copy(self.network).eval()
-        tasks: TaskExecution = "loop" if of_one or self._executor.tasks == "loop" else "vmap"
-        chunk_size = None if tasks == "loop" else self._executor.chunk_size or ADAPTED_AT_ONCE
-        learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
-        self._check(learner, Episodes(support_x, support_y, support_x, support_y))
+        stacked = not of_one and self._executor.tasks != "loop" and self._takes_stacks(support, network)
+        tasks: TaskExecution = "vmap" if stacked else "loop"
+        chunk_size = self._executor.chunk_size or ADAPTED_AT_ONCE if stacked else None
+        learner = Learner(network, self.batch_norm, vectorised=stacked)
+        self._check(learner, support)
         adapted = adapted_parameters(
             [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],
             *(learner.params, support_x, support_y),
@@ -229,7 +245,7 @@ class MAML(EpisodicModule):
         )
         with torch.inference_mode(False), torch.no_grad():
             adapted |= {name: average.repeat(len(support_x), 1) for name, average in self._averages(steps).items()}
-            networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x))
+            networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x), stacked)
             return networks.network(0) if of_one else networks
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
@@ -258,18 +274,13 @@ class MAML(EpisodicModule):
             raise ValueError("Expected one loss for all inner steps but got batch_norm='per_step'; use another `batch_norm`.")
         learner = Learner(structural_copy(self.network).eval(), self.batch_norm)
         support, query = self._support_loss(learner), self._query_loss(learner)
-        task = Episodes(*map(differentiable, task))
-        of_one = Episodes(*(tensor[0] for tensor in task))
-        support_set, rates = (task.support_x, task.support_y), self._rates()
-        ends = [
-            adapted_parameters(support, learner.params, *support_set, inner_lr=rates, steps=steps, has_aux=True)
-            for steps in range(self.test_steps + 1)
-        ]
-        return TaskPath(
-            [learner.params | {name: p[0] for name, p in end.items()} for end in ends],
-            lambda w: support(w, of_one.support_x, of_one.support_y)[0],
-            lambda w: query(w, of_one)[0],
-        )
+        with torch.inference_mode(False), torch.no_grad():
+            of_one = Episodes(*(differentiable(tensor[0]) for tensor in task))
+            w = {name: differentiable(p) for name, p in learner.params.items()}
+            rates = without_graph(rates_of_steps(self._rates(), w, self.test_steps))
+            losses = task_losses(support, of_one, self.test_steps, None, True, None)
+            points = inner_path(losses.support, Objective, w, rates).points
+        return TaskPath(points, lambda w: support(w, of_one.support_x, of_one.support_y)[0], lambda w: query(w, of_one)[0])
 
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
         """Return what measures the theory's constants of some tasks at the current parameters.
@@ -399,12 +410,13 @@ class MAML(EpisodicModule):
 
     def _execution(self, episodes: AnyEpisodes) -> Execution:
         """Return how these tasks are run."""
-        return self._executor(self.network, self.device, episodes, partial(self._takes_stacks, episodes))
+        return self._executor(self.network, self.device, episodes, partial(self._takes_stacks, episodes, self.network))
 
-    def _takes_stacks(self, episodes: AnyEpisodes) -> bool:
-        kind = (self.network, self.loss, self.network.training, *(tensor.shape[1:] for tensor in episodes))
+    def _takes_stacks(self, episodes: AnyEpisodes, network: nn.Module) -> bool:
+        """Return whether tasks can be stacked for ``network``, this one's or a structural copy in another mode."""
+        kind = (self.network, self.loss, network.training, *(tensor.shape[1:] for tensor in episodes))
         if kind not in self._stackable:
-            learner = Learner(self.network, self.batch_norm, vectorised=True)
+            learner = Learner(network, self.batch_norm, vectorised=True)
             support_loss, query_loss = self._support_loss(learner, self._averages(0)), self._query_loss(learner, self._averages(0))
 
             def both(params: Params, task: AnyEpisodes) -> tuple[Tensor, tuple[()]]:
@@ -455,6 +467,11 @@ class MAML(EpisodicModule):
         check_episodes(episodes)
         outputs = self._outputs(learner, episodes)
         if outputs is None:
+            if episodes.support_y.shape[2:] == (1,) and (self.loss is F.cross_entropy or isinstance(self.loss, nn.CrossEntropyLoss)):
+                raise ValueError(
+                    "Expected a loss for regression but got the cross-entropy, which of one output is always 0; give the model "
+                    "`loss=torch.nn.functional.mse_loss`."
+                )
             return
         ways = int(episodes.support_y.max()) + 1
         if outputs != ways:
@@ -476,11 +493,22 @@ class MAML(EpisodicModule):
                     "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run them "
                     "again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
                 )
+            with self._first_support(episodes) as x, torch.no_grad():
+                self._warn_unless_the_head_ends(learner, x)
             self._checked = (*kind, self._first_outputs(learner, episodes).shape[1] if are_labels else None)
             with self._first_support(episodes) as x:
                 self._inspect(partial(learner, learner.params, x))
         width: int | None = self._checked[-1]
         return width
+
+    def _warn_unless_the_head_ends(self, learner: Learner, x: Tensor) -> None:
+        if self.adapts == "all" or self.head is not None or learner.ends_with(last := head_of(self.network), x):
+            return
+        warnings.warn(
+            f"The last layer with trainable parameters, {last!r}, is taken for the network's head, but what it gives are not the network's outputs; "
+            f"name the head: `head={last!r}`, if it is that.",
+            stacklevel=2,
+        )
 
     def _inspect(self, run: Callable[[], Tensor]) -> None:
         """Look at the network while it runs, once for each kind of batch."""

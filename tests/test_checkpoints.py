@@ -5,20 +5,23 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning import Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from networks import build, make_episodes
 from test_parts import trainer
+from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_maml
-from lightning_maml import MAML, Conv4, MAMLPlusPlus
+from lightning_maml import ANIL, FOMAML, IMAML, MAML, MLP, Conv4, MAMLPlusPlus
 from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
 from lightning_maml.episodic_module import EpisodicModule
 
@@ -96,6 +99,35 @@ except OSError as error:
     print("LEFT:", [file.name for file in folder.iterdir() if file.suffix != ".ckpt"])
     print("WEIGHTS:", all(p.isfinite().all() for p in model.parameters()))
 """
+
+
+@pytest.mark.parametrize(
+    ("saved", "arguments", "loaded", "message"),
+    [
+        (MAML, {"loss": F.mse_loss}, MAML, "adapts with loss mse_loss but this one with loss cross_entropy; make it as"),
+        (
+            MAML,
+            {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+            MAML,
+            "with loss CrossEntropyLoss but this one with loss cross_entropy;",
+        ),
+        (ANIL, {}, MAML, "with adapt head but this one with adapt all;"),
+        (MAML, {}, IMAML, "with proximal_strength None but this one with proximal_strength 2.0;"),
+        (MAML, {"loss": F.mse_loss}, partial(MAML, loss=F.mse_loss), None),
+        (MAML, {}, FOMAML, None),
+    ],
+)
+def test_a_checkpoint_says_how_its_model_adapts(saved, arguments, loaded, message: str | None, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=0)
+    run.fit(saved(MLP(4, 2), **arguments), DataLoader([make_episodes()], batch_size=None))
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    given = loaded.keywords if isinstance(loaded, partial) else {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        getattr(loaded, "func", loaded).load_from_checkpoint(tmp_path / "model.ckpt", network=MLP(4, 2), **given)
+    found = [str(warning.message) for warning in caught if "adapts with" in str(warning.message)]
+    assert len(found) == (message is not None)
+    assert message is None or message in found[0]
 
 
 def test_what_is_killed_while_it_writes_leaves_the_file_before(tmp_path: Path) -> None:

@@ -68,6 +68,25 @@ def test_adapting_leaves_the_model_as_it_is_and_needs_no_evaluation_mode() -> No
     assert not networks(episodes.query_x).requires_grad
 
 
+class Recurrent(nn.Module):
+    """vmap does not take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, WAYS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x.squeeze(1))[0][:, -1])
+
+
+@pytest.mark.parametrize("tasks", ["auto", "threads", "loop"])
+def test_networks_that_vmap_does_not_take_are_adapted_one_by_one(tasks: str) -> None:
+    torch.manual_seed(0)
+    model, episodes = MAML(Recurrent(), inner_lr=0.3, test_steps=2, tasks=tasks).double().eval(), make_episodes(tasks=3)
+    networks = model.adapt(episodes.support_x, episodes.support_y)
+    torch.testing.assert_close(networks(episodes.query_x), model.evaluate(episodes).aux[:, -1], rtol=1e-10, atol=1e-12)
+
+
 def test_regression_tasks_are_adapted_together() -> None:
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
     model = MAML(network, inner_lr=0.1, test_steps=2, loss=F.mse_loss)

@@ -169,6 +169,13 @@ def test_regression_by_mean_squared_error_learns_a_sinusoid(tmp_path: Path, algo
     assert not any("accuracy" in name for name in run.callback_metrics)
 
 
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss()])
+def test_regression_by_the_cross_entropy_of_one_output_is_refused(loss) -> None:
+    episodes = Episodes(torch.rand(2, 5, 3), torch.rand(2, 5, 1), torch.rand(2, 5, 3), torch.rand(2, 5, 1))
+    with pytest.raises(ValueError, match="cross-entropy, which of one output is always 0; give the model `loss="):
+        MAML(MLP(3, 1), loss=loss).meta_loss(episodes)
+
+
 def test_a_non_finite_loss_stops_before_the_optimizer(tmp_path: Path) -> None:
     network = build("mlp").float()
     good, bad = single(make_episodes()), single(make_episodes())

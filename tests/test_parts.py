@@ -1,12 +1,13 @@
 """Which parameters adapt, and the named algorithms that differ in it or learn their inner rates, under real trainers."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lightning import Trainer
-from networks import build, flat, leaves, make_episodes, plain_loss, relative_error, unrolled
+from networks import IMAGE, WAYS, build, flat, leaves, make_episodes, plain_loss, relative_error, unrolled
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18
@@ -79,6 +80,25 @@ def test_networks_that_cannot_be_parted_are_refused() -> None:
         BOIL(nn.Linear(4, 2))
     with pytest.raises(ValueError, match="trainable parameters but all of them are frozen"):
         MAML(build("mlp").requires_grad_(False))
+
+
+class HeadFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier, self.body = nn.Linear(6, WAYS), nn.Sequential(nn.Flatten(), nn.Linear(IMAGE**2, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.body(x))
+
+
+@pytest.mark.parametrize("algorithm", [ANIL, BOIL])
+def test_a_head_that_is_not_the_end_is_warned_of_unless_it_is_named(algorithm: type[MAML]) -> None:
+    with pytest.warns(UserWarning, match=r"'body.1', is taken for the network's head, but what it gives are not the network's outputs"):
+        algorithm(HeadFirst().double()).meta_loss(make_episodes())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The last layer")
+        algorithm(HeadFirst().double(), head="classifier").meta_loss(make_episodes())
+        algorithm(build("mlp")).meta_loss(make_episodes())
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(MAML, ANIL), (ANIL, BOIL), (BOIL, MAML)])
