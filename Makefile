@@ -1,4 +1,4 @@
-# Everything works on a machine that has Python 3.11 or newer and make: what is needed is installed into .venv.
+# A machine needs Python 3.11 or newer and make, for learn2learn a C compiler too and for minimum uv: all else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 

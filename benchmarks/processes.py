@@ -137,6 +137,8 @@ def main() -> None:
     given = parser.parse_args()
     workload = WORKLOADS[given.workload]
     if given.step_ms is not None:
+        if None in (given.latency_us, given.gigabytes_per_second, given.parameters):
+            parser.error("Expected --latency-us, --gigabytes-per-second and --parameters beside --step-ms but got not all of them.")
         draws = np.random.RandomState(0).lognormal(0.0, given.spread, 1000) * given.step_ms / 1000
         ring = Ring(given.latency_us / 1e6, given.gigabytes_per_second * 1e9)
         print(*table(draws.tolist(), workload.tasks, ring, 4 * given.parameters), sep="\n")

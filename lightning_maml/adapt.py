@@ -167,7 +167,7 @@ def adapted_parameters(
         steps: N.
         has_aux: The losses return ``(loss, aux)``.
         tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`.
-        chunk_size: Tasks that are one, see there.
+        chunk_size: How many tasks are vectorised together, see there.
     """
     check_step_count(steps)
     rates = rates_of_steps(inner_lr, params, max(steps, 1))
@@ -258,7 +258,7 @@ def check_step_count(steps: int, name: str = "steps") -> None:
         raise ValueError(f"Expected `{name}` to be at least 0 but got {steps}.")
 
 
-def check_steps(episodes: ResampledEpisodes, steps: int) -> None:
+def check_support_batches(episodes: ResampledEpisodes, steps: int) -> None:
     """Check that there is a batch for every inner step.
 
     Raises:

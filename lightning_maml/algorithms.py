@@ -49,7 +49,7 @@ class HFMAML(MAML):
         optimizer: From parameters to the meta-optimizer.
         lr_scheduler: From the optimizer to its scheduler.
         tasks: How tasks are run.
-        chunk_size: Tasks that are one.
+        chunk_size: How many tasks are vectorised together.
         adapt: Which parameters take the inner steps.
         head: Name of the submodule that is the head.
         inner_rates: Whether and how the inner rates are learned.
@@ -146,7 +146,7 @@ class MAMLPlusPlus(LSLR):
         optimizer: From parameters to the meta-optimizer.
         lr_scheduler: From the optimizer to its scheduler.
         tasks: How tasks are run.
-        chunk_size: Tasks that are one.
+        chunk_size: How many tasks are vectorised together.
         adapt: Which parameters take the inner steps.
         head: Name of the submodule that is the head.
         inner_rates: Whether and how the inner rates are learned.
@@ -231,7 +231,7 @@ class IMAML(MAML):
         optimizer: From parameters to the meta-optimizer.
         lr_scheduler: From the optimizer to its scheduler.
         tasks: How tasks are run.
-        chunk_size: Tasks that are one.
+        chunk_size: How many tasks are vectorised together.
         adapt: Which parameters take the inner steps.
         head: Name of the submodule that is the head.
         inner_rates: ``"fixed"``.

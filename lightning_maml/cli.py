@@ -21,7 +21,7 @@ from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
 from lightning_maml.checkpoints import read_checkpoint
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.datamodules import EpisodicDataModule
-from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, support_set
+from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, first_task, support_set
 from lightning_maml.episodic_module import EpisodicModule
 from lightning_maml.functional import axpy, norm
 from lightning_maml.learner import Learner
@@ -121,7 +121,7 @@ def _settings(trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, epi
 
 def _kinked_operations(model: MAML, episodes: AnyEpisodes) -> list[str]:
     learner = Learner(model.network, model.batch_norm)
-    x = support_set(type(episodes)(*(tensor[0] for tensor in episodes)))[0]
+    x = support_set(first_task(episodes))[0]
     found: list[str] = kinked_operations(lambda: learner(learner.params, x))
     return found
 

@@ -51,6 +51,11 @@ AnyEpisodes = Episodes | ResampledEpisodes
 """A meta-batch of either case."""
 
 
+def first_task(episodes: AnyEpisodes) -> AnyEpisodes:
+    """Return the first task of a meta-batch, without the dimension of tasks."""
+    return type(episodes)(*(tensor[0] for tensor in episodes))
+
+
 def support_set(task: AnyEpisodes) -> tuple[Tensor, Tensor]:
     """Return the inputs and labels of one task's support set; where there is one per step, of the first step's."""
     return (task.support_x, task.support_y) if isinstance(task, Episodes) else (task.support_x[0], task.support_y[0])

@@ -1,6 +1,5 @@
 """What few-shot algorithms share as Lightning modules: optimizer, steps, figures and the checks of batches."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing_extensions import override
 from lightning_maml.adapt import AdaptationCurve
 from lightning_maml.batch_statistics import batch_norms
 from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
-from lightning_maml.episodes import AnyEpisodes, support_set
+from lightning_maml.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.metrics import Estimate, TaskMean
@@ -72,13 +71,13 @@ class EpisodicModule(LightningModule):
         self._gradients: Params = {}
         self._random_state: dict[str, Any] | None = None  # from which training is to go on
 
-    @abstractmethod
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
         """Return the query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K inner steps."""
+        raise NotImplementedError(f"{type(self).__name__} must define evaluate(episodes).")
 
-    @abstractmethod
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
         """Return the scalar to call ``backward`` on, and each task's query loss ``[T]`` and query outputs ``[T, Q, ...]``."""
+        raise NotImplementedError(f"{type(self).__name__} must define _meta_step(episodes).")
 
     def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
         """Return the query loss as a scalar whose backward pass deposits the meta-gradient, for a training loop without a trainer.
@@ -305,7 +304,7 @@ class EpisodicModule(LightningModule):
         """Give the first task's support inputs for a look at the network, whose random numbers a resumed run, which looks again, draws once more."""
         device = episodes.support_x.device
         with torch.inference_mode(False), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield differentiable(support_set(type(episodes)(*(tensor[0] for tensor in episodes)))[0])
+            yield differentiable(support_set(first_task(episodes))[0])
 
     def _stop_unless_losses_are_finite(self, query_loss: Tensor, where: str) -> None:
         finite = query_loss.isfinite()
@@ -346,8 +345,3 @@ def with_accuracy(loss: Tensor, outputs: Tensor, episodes: AnyEpisodes) -> dict[
         return {"loss": loss}
     labels = labels.view(len(labels), *[1] * (outputs.ndim - 3), -1)
     return {"loss": loss, "accuracy": (outputs.argmax(-1) == labels).float().mean(-1)}
-
-
-def before(figures: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return of figures ``[T, K + 1]`` those before adaptation, ``[T]``, named so."""
-    return {f"{name}_before": values[:, 0] for name, values in figures.items()}

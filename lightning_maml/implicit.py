@@ -69,7 +69,7 @@ def implicit_gradient(
         query_loss: ``query_loss(params, task)``, without proximal term.
         has_aux: The losses return ``(loss, aux)``.
         tasks: How tasks are run.
-        chunk_size: Tasks that are one.
+        chunk_size: How many tasks are vectorised together.
 
     Raises:
         ValueError: If an argument is out of range.

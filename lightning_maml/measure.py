@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_steps, inner_path, task_losses
+from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_support_batches, inner_path, task_losses
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable, dot, norm, scaled
@@ -211,7 +211,7 @@ class Probe:
         query_loss: As in :func:`lightning_maml.meta_gradient`.
         has_aux: The losses return ``(loss, aux)``.
         tasks: ``"loop"`` or ``"threads"``, see :func:`lightning_maml.task_map.map_tasks`; for :meth:`gradient_norms` also ``"vmap"``.
-        chunk_size: Tasks that are one, in :meth:`gradient_norms` alone.
+        chunk_size: How many tasks are vectorised together, in :meth:`gradient_norms` alone.
         seed: Of directions and of halves.
         progress: Show progress bars.
 
@@ -287,7 +287,7 @@ class Probe:
         check_step_count(steps)
         rates = rates_of_steps(inner_lr, self._params, steps)
         if isinstance(self._episodes, ResampledEpisodes) and steps:
-            check_steps(self._episodes, steps)
+            check_support_batches(self._episodes, steps)
 
         def of_one_task(task: AnyEpisodes) -> Tensor:
             losses = task_losses(self._loss, task, steps, self._query_loss, self._has_aux, None)

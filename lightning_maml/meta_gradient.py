@@ -16,7 +16,7 @@ from lightning_maml.adapt import (
     TaskLosses,
     cat_chunks,
     check_step_count,
-    check_steps,
+    check_support_batches,
     inner_path,
     task_losses,
 )
@@ -131,7 +131,7 @@ def meta_gradient(
             likelihood ratio, so that its derivatives are unbiased.
         tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`. ``"threads"`` needs a ``loss`` that several threads
             may call at once, which one through ``functional_call`` on a shared module is not.
-        chunk_size: Tasks that are one.
+        chunk_size: How many tasks are vectorised together.
         step_weights: Weights of the query losses after steps 1 .. N in what is differentiated (the multi-step loss of Antoniou et al.
             2019, section 4); by default 0 .. 0, 1. The query losses returned are those after step N in any case.
         encode: ``encode(params, task)``, the features of a task's support and query inputs, which take these inputs' place; for
@@ -151,7 +151,7 @@ def meta_gradient(
     if step_weights is not None and len(step_weights) != steps:
         raise ValueError(f"Expected `step_weights` to hold {steps} weights, one per inner step, but got {len(step_weights)}.")
     if isinstance(episodes, ResampledEpisodes):
-        check_steps(episodes, steps)
+        check_support_batches(episodes, steps)
         if curvature != "none" and steps > 0 and episodes.hessian_x.shape[2] == 0:
             raise ValueError(
                 f"Expected Hessian batches of at least one example with `curvature={curvature!r}` but got none; "

@@ -24,13 +24,12 @@ from lightning_maml.batch_statistics import StepStatistics, batch_norms, enterin
 from lightning_maml.compilation import Compiler, check_not_compiled, state_of
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
-from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, support_set
+from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, first_task, support_set
 from lightning_maml.episodic_module import (
     EpisodicModule,
     LossFunction,
     OptimizerFactory,
     SchedulerFactory,
-    before,
     check_labels,
     with_accuracy,
 )
@@ -87,7 +86,7 @@ class MAML(EpisodicModule):
             the CPU, with small tasks stacked (a loop of the largest, of up to three small ones and where dropout is active), and elsewhere
             vmap of as many tasks as there is memory for; with ``chunk_size`` left open, and without dropout, a network that vmap does not
             take is not stacked.
-        chunk_size: Tasks that are one, vectorised, in a step of the loop or of a thread, or with ``"vmap"``; by default one, and all, and
+        chunk_size: How many tasks are vectorised together in a step of the loop or of a thread, or with ``"vmap"``; by default one, and all, and
             with ``"auto"`` what suits their size.
         adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what the
             class is named for: all, :class:`ANIL` its head, :class:`BOIL` its body.
@@ -317,7 +316,7 @@ class MAML(EpisodicModule):
     @override
     def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
         curve = self._adapt(self._learner(episodes), episodes, 0)
-        return before(with_accuracy(curve.loss, curve.aux, episodes))
+        return {f"{name}_before": values[:, 0] for name, values in with_accuracy(curve.loss, curve.aux, episodes).items()}
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
         return self._meta_gradient(learner, episodes, self.curvature)
@@ -332,8 +331,7 @@ class MAML(EpisodicModule):
             arguments |= losses | {"encode": partial(self._encode, learner, head)}
         call = None
         if self._compiler is not None:
-            weights = None if step_weights is None else tuple(step_weights)
-            call = partial(self._compiler, (curvature, self.probe_radius, weights, head, *map(state_of, (self.network, self.loss))))
+            call = partial(self._compiler, (curvature, self.probe_radius, head, *map(state_of, (self.network, self.loss))))
         return meta_gradient(
             **arguments,
             call=call,
@@ -422,7 +420,7 @@ class MAML(EpisodicModule):
             def both(params: Params, task: AnyEpisodes) -> tuple[Tensor, tuple[()]]:
                 return support_loss(params, *support_set(task))[0] + query_loss(params, task)[0], ()
 
-            self._stackable[kind] = takes_stacks(both, learner.params, type(episodes)(*(tensor[0] for tensor in episodes)))
+            self._stackable[kind] = takes_stacks(both, learner.params, first_task(episodes))
         return self._stackable[kind]
 
     def _support_loss(

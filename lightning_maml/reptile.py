@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_steps, end_of_path, task_losses
+from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_support_batches, end_of_path, task_losses
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, differentiable
 from lightning_maml.meta_gradient import MetaGradient, mean_over_tasks
@@ -35,7 +35,7 @@ def reptile_gradient(
     rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)
     if isinstance(episodes, ResampledEpisodes):
-        check_steps(episodes, steps)
+        check_support_batches(episodes, steps)
 
     with torch.inference_mode(False), torch.no_grad():
         episodes = type(episodes)(*map(differentiable, episodes))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.episodes import AnyEpisodes, first_task
 from lightning_maml.stack import ONE, Stack
 
 TaskExecution = Literal["loop", "threads", "vmap"]
@@ -25,7 +25,7 @@ def map_tasks(
         episodes: The meta-batch.
         tasks: ``"loop"``: one after the other; ``"threads"``: one for each CPU core, each on one core, so ``function`` must be safe to call
             from several threads and must not draw random numbers; ``"vmap"``: all as one.
-        chunk_size: Tasks that are one in any of the three; by default 1, with ``"vmap"`` all.
+        chunk_size: How many tasks are vectorised together in any of the three; by default 1, with ``"vmap"`` all.
 
     Raises:
         ValueError: If ``tasks`` is none of the three, or ``chunk_size`` is not positive.
@@ -43,7 +43,7 @@ def map_tasks(
     def of_chunk(chunk: AnyEpisodes) -> Any:
         if stacked:
             return function(chunk, Stack(len(chunk.support_x)))
-        result = function(type(chunk)(*(tensor[0] for tensor in chunk)), ONE)
+        result = function(first_task(chunk), ONE)
         return tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result)
 
     run = _in_the_callers_modes(of_chunk, episodes.support_x.device.type)

@@ -1,5 +1,7 @@
 """A network as a pure function: its batch-norm policies against torch's own layers, and that it is left alone."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -287,6 +289,23 @@ def test_the_exact_meta_gradient_of_odd_layers(kind: str) -> None:
     loss = lambda w, x, y: F.cross_entropy(learner(w, x), y)
     expected = autograd_meta_gradient(network, episodes, 2, F.cross_entropy)
     assert relative_error(meta_gradient(loss, learner.params, episodes, inner_lr=RATE, steps=2).grad, expected) < 1e-12
+
+
+SHORTCUTS = """
+import torch
+from lightning_maml import MAML, Episodes
+torch.set_num_threads(2)
+network = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1, stride=2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(1024, 5))
+images, labels = torch.rand(2, 15, 3, 16, 16), torch.arange(5).repeat(2, 3)
+model = MAML(network, inner_lr=0.1, train_steps=2, tasks="loop")
+for _ in range(150):
+    model.meta_loss(Episodes(images, labels, images, labels)).backward()
+"""
+
+
+def test_strided_convolutions_of_single_pixels_leave_the_memory_of_others_alone() -> None:
+    run = subprocess.run([sys.executable, "-c", SHORTCUTS], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_forward_pass_that_was_replaced_stays() -> None:

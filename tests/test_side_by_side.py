@@ -39,6 +39,10 @@ def on_sequences() -> nn.Module:
     )
 
 
+def of_single_pixels() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 1, stride=(2, 3)), nn.SiLU(), nn.Conv2d(4, 4, 1), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 12, WAYS))
+
+
 class Nested(nn.Module):
     """Has a convolution whose weights another one makes."""
 
@@ -95,7 +99,10 @@ def integer_sizes() -> nn.Module:
 
 
 NETWORKS = {
-    **{make.__name__: make for make in (to_one_pixel, in_groups, on_sequences, Nested, Viewing, Positional, integer_sizes)},
+    **{
+        make.__name__: make
+        for make in (to_one_pixel, in_groups, of_single_pixels, on_sequences, Nested, Viewing, Positional, integer_sizes)
+    },
     "frozen layer": frozen(Viewing, "layer"),
     "frozen weight": frozen(Viewing, "layer.weight"),
     "frozen bias": frozen(Viewing, "layer.bias"),
