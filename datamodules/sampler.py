@@ -144,7 +144,7 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
             warnings.warn(f"Split {split!r}: {found}; without them {len(large)} classes are left.", stacklevel=5)
             return [data.members[number] for number in large]
         fewest = min(map(len, data.members))
-        cure = "; leave these out by small_classes='drop'" if data.names else ""
+        cure = "; leave these out by small_classes='drop'" if data.names and large else ""
         raise ValueError(f"Expected {formula} to be at most {fewest}, the images of its smallest class, but {found}{cure}.")
 
 

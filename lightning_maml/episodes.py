@@ -1,6 +1,6 @@
 """What a meta-batch is: T few-shot tasks, each with its support, query and, in the resampling case, Hessian batches."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -59,6 +59,19 @@ def first_task(episodes: AnyEpisodes) -> AnyEpisodes:
 def support_set(task: AnyEpisodes) -> tuple[Tensor, Tensor]:
     """Return the inputs and labels of one task's support set; where there is one per step, of the first step's."""
     return (task.support_x, task.support_y) if isinstance(task, Episodes) else (task.support_x[0], task.support_y[0])
+
+
+def check_type(batch: Any) -> None:
+    """Check that ``batch`` is a meta-batch at all.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(batch, Episodes | ResampledEpisodes):
+        raise TypeError(
+            f"Expected a batch of `lightning_maml.Episodes` but got {type(batch).__name__}; let the loader return "
+            "Episodes(support_x, support_y, query_x, query_y), whose tensors have the tasks in front."
+        )
 
 
 def check_episodes(episodes: AnyEpisodes) -> None:

@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_maml.adapt import AdaptationCurve
 from lightning_maml.batch_statistics import batch_norms
 from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
-from lightning_maml.episodes import AnyEpisodes, first_task, support_set
+from lightning_maml.episodes import AnyEpisodes, check_type, first_task, support_set
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.metrics import Estimate, TaskMean
@@ -87,6 +87,7 @@ class EpisodicModule(LightningModule):
                 (:class:`lightning_maml.MAMLPlusPlus`) and there is no trainer.
             FloatingPointError: If the query loss or the meta-gradient is not finite.
         """
+        check_type(episodes)
         return self._meta_step(episodes)[0]
 
     def configure_optimizers(self) -> Any:
@@ -203,6 +204,7 @@ class EpisodicModule(LightningModule):
             FloatingPointError: If the query loss or the meta-gradient is not finite, unless such steps are skipped
                 (:class:`lightning_maml.SkipNonFinite`). The step is saved for ``lightning-maml replay``.
         """
+        check_type(batch)
         before_it = random_state(self.device)
         try:
             loss, query_loss, outputs = self._meta_step(batch)
@@ -243,6 +245,7 @@ class EpisodicModule(LightningModule):
 
     def predict_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
+        check_type(batch)
         outputs: Tensor = self.evaluate(batch).aux[:, -1]
         return outputs
 
@@ -250,6 +253,7 @@ class EpisodicModule(LightningModule):
         self._figures = [TaskMean().to(self.device) for _ in batches_of_loaders]
 
     def _judge(self, episodes: AnyEpisodes, loader: int) -> None:
+        check_type(episodes)
         curve = self.evaluate(episodes)
         figures = with_accuracy(curve.loss, curve.aux, episodes)
         self._figures[loader].update(torch.stack([*figures.values()], -1))

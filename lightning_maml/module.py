@@ -493,11 +493,27 @@ class MAML(EpisodicModule):
                 )
             with self._first_support(episodes) as x, torch.no_grad():
                 self._warn_unless_the_head_ends(learner, x)
+            if not are_labels:
+                self._check_targets(learner, episodes)
             self._checked = (*kind, self._first_outputs(learner, episodes).shape[1] if are_labels else None)
             with self._first_support(episodes) as x:
                 self._inspect(partial(learner, learner.params, x))
         width: int | None = self._checked[-1]
         return width
+
+    def _check_targets(self, learner: Learner, episodes: AnyEpisodes) -> None:
+        """Refuse targets of another shape than the outputs where the loss is one of torch's, which warn and broadcast."""
+        target = differentiable(support_set(first_task(episodes))[1])
+        with self._first_support(episodes) as x, torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Using a target size")
+            outputs = learner(learner.params, x)
+            try:
+                self.loss(outputs, target)
+            except UserWarning:
+                raise ValueError(
+                    f"Expected targets of the shape of the network's outputs, {list(outputs.shape)}, but got {list(target.shape)}; reshape them, "
+                    "y[..., None] for instance, or the outputs."
+                ) from None
 
     def _warn_unless_the_head_ends(self, learner: Learner, x: Tensor) -> None:
         if self.adapts == "all" or self.head is not None or learner.ends_with(last := head_of(self.network), x):

@@ -176,6 +176,26 @@ def test_regression_by_the_cross_entropy_of_one_output_is_refused(loss) -> None:
         MAML(MLP(3, 1), loss=loss).meta_loss(episodes)
 
 
+@pytest.mark.parametrize("loss", [F.mse_loss, nn.L1Loss()])
+def test_targets_that_would_be_broadcast_are_refused(loss) -> None:
+    episodes = Episodes(torch.rand(2, 5, 3), torch.rand(2, 5), torch.rand(2, 4, 3), torch.rand(2, 4))
+    model = MAML(MLP(3, 1), loss=loss)
+    with pytest.raises(ValueError, match=r"targets of the shape of the network's outputs, \[5, 1\], but got \[5\]; reshape them"):
+        model.meta_loss(episodes)
+    model.meta_loss(episodes._replace(support_y=episodes.support_y[..., None], query_y=episodes.query_y[..., None])).backward()
+
+
+def test_what_is_no_batch_of_episodes_is_refused(tmp_path: Path) -> None:
+    images, labels = torch.rand(2, 6, 3), torch.arange(2).repeat(2, 3)
+    message = r"Expected a batch of `lightning_maml.Episodes` but got {}; let the loader return Episodes\(support_x,"
+    with pytest.raises(TypeError, match=message.format("tuple")):
+        MAML(MLP(3, 2)).meta_loss((images, labels, images, labels))
+    batches = DataLoader([(images, labels, images, labels)], batch_size=None)
+    for name in ("fit", "validate", "test", "predict"):
+        with pytest.raises(TypeError, match=message.format("(list|tuple)")):
+            getattr(trainer(tmp_path), name)(MAML(MLP(3, 2)), batches)
+
+
 def test_a_non_finite_loss_stops_before_the_optimizer(tmp_path: Path) -> None:
     network = build("mlp").float()
     good, bad = single(make_episodes()), single(make_episodes())

@@ -1,5 +1,6 @@
 """Which parameters adapt, and the named algorithms that differ in it or learn their inner rates, under real trainers."""
 
+import copy
 import warnings
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,21 @@ def test_networks_that_cannot_be_parted_are_refused() -> None:
         BOIL(nn.Linear(4, 2))
     with pytest.raises(ValueError, match="trainable parameters but all of them are frozen"):
         MAML(build("mlp").requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "of_head"), [(ANIL, MAML), (partial(HFMAML, adapt="head"), HFMAML), (partial(FOMAML, adapt="head"), FOMAML), (MAML, MAML)]
+)
+def test_a_head_on_a_frozen_body_is_all_that_trains(algorithm, of_head: type[MAML]) -> None:
+    network, episodes = build("conv_batch_norm"), make_episodes()
+    network[:-1].requires_grad_(False)
+    alone = copy.deepcopy(network[-1])
+    algorithm(network, inner_lr=RATE, train_steps=STEPS).meta_loss(episodes).backward()
+    with torch.no_grad():
+        features = [torch.stack([network[:-1].train()(x) for x in xs]) for xs in (episodes.support_x, episodes.query_x)]
+    of_head(alone, inner_lr=RATE, train_steps=STEPS).meta_loss(episodes._replace(support_x=features[0], query_x=features[1])).backward()
+    torch.testing.assert_close(network[-1].weight.grad, alone.weight.grad, rtol=1e-6, atol=1e-12)
+    assert all(p.grad is None for p in network[:-1].parameters())
 
 
 class HeadFirst(nn.Module):
