@@ -5,11 +5,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_maml import MAML, Episodes
 from lightning_maml.datamodules import EasyFSLDataModule, Learn2LearnDataModule, TorchmetaDataModule
@@ -158,6 +159,26 @@ def test_the_number_of_a_class_says_nothing_of_the_class(draw) -> None:
     means = [sum(of_class) / len(of_class) for of_class in numbers.values()]  # some 250 each: the mean of 2 has a standard error of 0.09
     assert len(means) == 30
     assert all(abs(mean - 2) < 0.45 for mean in means)
+
+
+def test_real_tasksets_that_keep_the_labels_of_the_dataset_too() -> None:
+    l2l = pytest.importorskip("learn2learn")
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    labels = torch.arange(20).repeat_interleave(6)
+    dataset = l2l.data.MetaDataset(TensorDataset(labels[:, None].float(), labels))
+    draw = l2l.data.transforms
+    transforms = [draw.NWays(dataset, 3), draw.KShots(dataset, 5), draw.LoadData(dataset)]
+    data = Learn2LearnDataModule(l2l.data.TaskDataset(dataset, transforms, num_tasks=-1), shots=2, meta_batch_size=8, train_batches=60)
+    numbers: dict[int, list[int]] = {}
+    for batch in data.train_dataloader():
+        for image, number in zip(batch.support_x.flatten().tolist(), batch.support_y.flatten().tolist(), strict=True):
+            numbers.setdefault(int(image), []).append(number)
+    # of some 60 tasks each: the mean of 1 has a standard error of 0.1
+    means = [sum(of_class) / len(of_class) for of_class in numbers.values()]
+    assert len(means) == 20
+    assert all(abs(mean - 1) < 0.5 for mean in means)
 
 
 def test_classes_may_have_different_numbers_of_queries() -> None:
