@@ -360,6 +360,7 @@ class MAML(EpisodicModule):
         head = head_of(self.network, self.head)
         with torch.inference_mode(False), torch.no_grad():
             ends = learner.ends_with(head, differentiable(episodes.support_x[0]))
+        self._warn_of_the_head(ends)
         return head if ends and not batch_norms(self.network.get_submodule(head)) else None
 
     def _encode(self, learner: Learner, head: str, params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
@@ -491,8 +492,9 @@ class MAML(EpisodicModule):
                     "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run them "
                     "again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
                 )
-            with self._first_support(episodes) as x, torch.no_grad():
-                self._warn_unless_the_head_ends(learner, x)
+            if self.adapts == "body":
+                with self._first_support(episodes) as x, torch.no_grad():
+                    self._warn_of_the_head(learner.ends_with(head_of(self.network, self.head), x))
             if not are_labels:
                 self._check_targets(learner, episodes)
             self._checked = (*kind, self._first_outputs(learner, episodes).shape[1] if are_labels else None)
@@ -515,14 +517,14 @@ class MAML(EpisodicModule):
                     "y[..., None] for instance, or the outputs."
                 ) from None
 
-    def _warn_unless_the_head_ends(self, learner: Learner, x: Tensor) -> None:
-        if self.adapts == "all" or self.head is not None or learner.ends_with(last := head_of(self.network), x):
-            return
-        warnings.warn(
-            f"The last layer with trainable parameters, {last!r}, is taken for the network's head, but what it gives are not the network's outputs; "
-            f"name the head: `head={last!r}`, if it is that.",
-            stacklevel=2,
-        )
+    def _warn_of_the_head(self, ends: bool) -> None:
+        if self.head is None and not ends:
+            last = head_of(self.network)
+            warnings.warn(
+                f"The last layer with trainable parameters, {last!r}, is taken for the network's head, but what it gives are not the network's "
+                f"outputs; name the head: `head={last!r}`, if it is that.",
+                stacklevel=2,
+            )
 
     def _inspect(self, run: Callable[[], Tensor]) -> None:
         """Look at the network while it runs, once for each kind of batch."""
