@@ -27,7 +27,7 @@ class Taskset(Protocol):
 def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list[Any]]:
     """Return a task's labels as ``0 .. ways - 1``, ``[S]`` and ``[Q]``, and the classes by these numbers.
 
-    Labels that are these numbers already are kept. Others are numbered at random, anew each time: were a class's number a function of the class,
+    Labels that are these numbers already are kept, as those of a sampler that gave them out. Others are numbered at random, anew each time: were a class's number a function of the class,
     a network could learn it by heart and would not need to adapt.
 
     Raises:
@@ -35,15 +35,16 @@ def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list
     """
     support, query = ([label.item() if isinstance(label, Tensor) else label for label in labels] for labels in (support_y, query_y))
     found = list(dict.fromkeys(support))
-    if unknown := set(query) - set(support):
+    if unknown := [label for label in dict.fromkeys(query) if label not in found]:
         raise ValueError(
             f"Expected queries of the classes of the support set, {_first_five(found)}, but got some of {_first_five(unknown)}; "
             "give each class of a task support examples."
         )
     ways = len(found)
-    classes = [*range(ways)] if set(found) == {*range(ways)} else [found[number] for number in torch.randperm(ways).tolist()]
+    classes = sorted(found) if set(found) == {*range(ways)} else [found[number] for number in torch.randperm(ways).tolist()]
     numbers = {label: number for number, label in enumerate(classes)}
-    return torch.tensor([numbers[label] for label in support]), torch.tensor([numbers[label] for label in query]), classes
+    support_numbers, query_numbers = (torch.tensor([numbers[label] for label in labels], dtype=torch.long) for labels in (support, query))
+    return support_numbers, query_numbers, classes
 
 
 def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
@@ -264,19 +265,22 @@ class _Converted:
 
     def __init__(self, batches: Iterable[Any], convert: Callable[[list[Any]], Episodes], size: int) -> None:
         self._batches, self._convert, self._size = batches, convert, size
+        self._gave = False
 
     def __len__(self) -> int:
         return math.ceil(len(cast(Sized, self._batches)) / self._size)
 
     def __iter__(self) -> Iterator[Episodes]:
-        batches = iter(self._batches)
-        if batches is self._batches:
-            raise ValueError(
-                f"Expected a loader, which can be gone through in every epoch, but got a {type(batches).__name__}, which can be only once; "
-                "give the loader itself."
-            )
+        batches, passes = iter(self._batches), 0
         while few := list(islice(batches, self._size)):
+            passes += 1
             yield self._convert(few)
+        if self._gave and not passes:
+            raise ValueError(
+                f"Expected a loader that can be gone through in every epoch but this one ({type(self._batches).__name__}) gave nothing the second "
+                "time; give a loader, not its iterator."
+            )
+        self._gave = passes > 0
 
 
 def _check_positive(**numbers: int) -> None:

@@ -275,8 +275,8 @@ class IMAML(MAML):
         self.proximal_strength, self.cg_steps = proximal_strength, cg_steps
 
     @override
-    def _adaptation(self) -> dict[str, Any]:
-        return super()._adaptation() | {"proximal_strength": self.proximal_strength}
+    def _adapts_by(self) -> dict[str, Any]:
+        return super()._adapts_by() | {"proximal_strength": self.proximal_strength}
 
     @override
     def _support_loss(

@@ -1,9 +1,11 @@
 """Networks adapted to their tasks, as plain modules for new queries."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_maml.batch_statistics import batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.functional import Params
@@ -27,7 +29,7 @@ class AdaptedNetworks(nn.Module):
         ValueError: If with ``"support"`` a batch-norm layer is called more than once.
     """
 
-    def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Tensor, stacked: bool) -> None:
+    def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Tensor, stacked: bool = True) -> None:
         super().__init__()
         self._stacked = stacked
         self._network = copy.deepcopy(network).eval().requires_grad_(False)
@@ -47,18 +49,24 @@ class AdaptedNetworks(nn.Module):
                 states += [torch.stack(tensors) for tensors in zip(*(found[name] for found in each), strict=True)]
         self._states = nn.ParameterList(nn.Parameter(state, requires_grad=False) for state in states)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs ``[T, Q, ...]`` for queries ``[T, Q, ...]``, those of each task by its own network."""
-        states = dict(zip(self._names, self._states, strict=True))
+    def forward(self, x: Tensor) -> Any:
+        """Return the outputs ``[T, Q, ...]`` for queries ``[T, Q, ...]``, those of each task by its own network.
 
-        def call(state: Params, x: Tensor) -> Tensor:
-            outputs: Tensor = torch.func.functional_call(self._network, state, (x,))
-            return outputs
+        Raises:
+            ValueError: If these are queries of more or fewer tasks.
+        """
+        states = dict(zip(self._names, self._states, strict=True))
+        tasks = len(self._states[0])
+        if len(x) != tasks:
+            raise ValueError(f"Expected queries [T, Q, ...] of the {tasks} tasks that were adapted to but got shape {list(x.shape)}.")
+
+        def call(state: Params, x: Tensor) -> Any:
+            return torch.func.functional_call(self._network, state, (x,))
 
         if self._stacked:
-            outputs: Tensor = torch.func.vmap(call)(states, x)
-            return outputs
-        return torch.stack([call({name: state[task] for name, state in states.items()}, x[task]) for task in range(len(x))])
+            return torch.func.vmap(call)(states, x)
+        each = [call({name: state[task] for name, state in states.items()}, x[task]) for task in range(tasks)]
+        return tree_map(lambda *outputs: torch.stack(outputs), *each)
 
     def network(self, task: int) -> nn.Module:
         """Return the network of one task, a module of the same class as the meta-trained one, for queries ``[Q, ...]``."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -141,7 +142,7 @@ class EpisodicModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add where the random generators stand for training, and the gradients of batches that the optimizer has yet to step on."""
-        checkpoint["adaptation"] = self._adaptation()
+        checkpoint["adapts_by"] = self._adapts_by()
         checkpoint["random_state"] = random_state(self.device) if self._random_state is None else self._random_state
         trainer = self.trainer
         if trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
@@ -155,19 +156,21 @@ class EpisodicModule(LightningModule):
 
         Warns of a checkpoint whose model adapted in another way.
         """
-        theirs, ours = checkpoint.get("adaptation", {}), self._adaptation()
+        theirs, ours = checkpoint.get("adapts_by", {}), self._adapts_by()
         if theirs and (differing := [name for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)]):
             trained, here = (", ".join(f"{name} {kept.get(name)}" for name in differing) for kept in (theirs, ours))
-            rank_zero_warn(f"The checkpoint's model adapts with {trained} but this one with {here}; make it as the other was made.")
+            rank_zero_warn(
+                f"The checkpoint's model adapts with {trained} but this one with {here}; unless that is meant, make it as the other was made."
+            )
         if self._trainer is not None and self.trainer.training:
             self.trainer.precision_plugin.convert_module(self)  # Lightning does so later, when the weights are already rounded
             self._random_state = checkpoint.get("random_state")
             self._gradients = checkpoint.get("gradients", {})
             self.skipped = checkpoint.get("skipped", 0)
 
-    def _adaptation(self) -> dict[str, Any]:
+    def _adapts_by(self) -> dict[str, Any]:
         """Return what adaptation depends on beside the weights and the hyperparameters, in plain words."""
-        return {"loss": getattr(self.loss, "__qualname__", type(self.loss).__qualname__)}
+        return {"loss": described(self.loss)}
 
     def on_train_start(self) -> None:
         """Let the random numbers, and the sums of gradients, go on where the checkpoint has them."""
@@ -288,15 +291,15 @@ class EpisodicModule(LightningModule):
         """Return what training steps log of the tasks before adaptation, each ``[T]``."""
         return {}
 
-    def _first_outputs(self, learner: Learner, episodes: AnyEpisodes) -> Tensor:
-        """Return the network's outputs for the first task's support set, ``[S, D]``.
+    def _first_outputs(self, learner: Learner, episodes: AnyEpisodes, *, are_logits: bool = True) -> Any:
+        """Return the network's outputs for the first task's support set.
 
         Raises:
-            ValueError: If they are not of this shape.
+            ValueError: If they are to be logits and are not ``[S, D]``.
         """
         with self._first_support(episodes) as x, torch.no_grad():
             outputs = learner(learner.params, x)
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        if are_logits and (not isinstance(outputs, Tensor) or outputs.ndim != 2):
             got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(
                 f"Expected `network` to return one tensor of logits [examples, ways] but got {got}; wrap it in a module that does."
@@ -322,6 +325,18 @@ class EpisodicModule(LightningModule):
             with torch.no_grad():
                 images = episodes.query_x.shape[2:]
                 self.network(torch.cat([x.reshape(-1, *images) for x in (episodes.support_x, episodes.query_x)]))
+
+
+def described(loss: Any) -> str:
+    """Return the name of a loss, with the settings of a module or a partial function."""
+    if isinstance(loss, partial):
+        return f"{described(loss.func)} with {dict(loss.keywords)}"
+    if not isinstance(loss, nn.Module):
+        return str(getattr(loss, "__qualname__", type(loss).__qualname__))
+    settings = {
+        name: value for name, value in vars(loss).items() if isinstance(value, str | int | float) and name[0] != "_" and name != "training"
+    }
+    return f"{type(loss).__qualname__} with {settings}" if settings else type(loss).__qualname__
 
 
 def check_labels(episodes: AnyEpisodes, ways: int) -> None:

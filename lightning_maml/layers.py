@@ -59,11 +59,10 @@ class TaskConvolution:
         are_stacked = weight.ndim > x.ndim
         sizes = (layer.stride, layer.padding, layer.dilation)
         stride, padding, dilation = (size if isinstance(size, tuple) else (size,) * (x.ndim - 2) for size in sizes)
-        if set(layer.kernel_size) == {1} and max(stride) > 1 and not any(padding):
-            # what it reads, taken beforehand: with a stride oneDNN's gradient of such a weight writes past its end (channels last, several threads)
-            pixels: Any = (..., *(slice(None, None, step) for step in stride))
-            x, stride = x[pixels], (1,) * len(stride)
         if self._wants_channels_last(x):
+            if set(layer.kernel_size) == {1} and max(stride) > 1 and not any(padding):
+                # what it reads, taken beforehand: with a stride oneDNN's gradient of such a weight writes past its end, in several threads
+                x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
             x, weight = channels_last(x), weight if are_stacked else channels_last(weight)  # the weight once, and not in each derivative
         if _writes_out_derivatives(x, least=1 if are_stacked else 2):  # torch's own are wrong for one image in groups
             y: Tensor = Convolution.apply(x, weight, bias, (stride, padding, dilation, layer.groups))

@@ -1,13 +1,13 @@
 """MAML as a Lightning module; its variants are in algorithms.py, the mathematics in meta_gradient.py."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -43,6 +43,9 @@ from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps, without_graph
 from lightning_maml.task_map import TaskExecution, are_stacked, map_tasks
+
+_ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+"""Losses of torch's that broadcast."""
 
 InnerRatesName = Literal["fixed"] | LearnedRatesName
 
@@ -188,8 +191,8 @@ class MAML(EpisodicModule):
         super().on_load_checkpoint(checkpoint)
 
     @override
-    def _adaptation(self) -> dict[str, Any]:
-        return super()._adaptation() | {"adapt": self.adapts}
+    def _adapts_by(self) -> dict[str, Any]:
+        return super()._adapts_by() | {"adapt": self.adapts}
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -228,11 +231,12 @@ class MAML(EpisodicModule):
         steps = self.test_steps if steps is None else steps
         support = Episodes(support_x, support_y, support_x, support_y)
         network = structural_copy(self.network).eval()
-        stacked = not of_one and self._executor.tasks != "loop" and self._takes_stacks(support, network)
+        self._check(Learner(network, self.batch_norm), support)
+        chosen = self._executor.tasks
+        stacked = not of_one and (chosen == "vmap" or (chosen != "loop" and self._takes_stacks(support, network)))
         tasks: TaskExecution = "vmap" if stacked else "loop"
         chunk_size = self._executor.chunk_size or ADAPTED_AT_ONCE if stacked else None
         learner = Learner(network, self.batch_norm, vectorised=stacked)
-        self._check(learner, support)
         adapted = adapted_parameters(
             [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],
             *(learner.params, support_x, support_y),
@@ -275,7 +279,7 @@ class MAML(EpisodicModule):
         support, query = self._support_loss(learner), self._query_loss(learner)
         with torch.inference_mode(False), torch.no_grad():
             of_one = Episodes(*(differentiable(tensor[0]) for tensor in task))
-            w = {name: differentiable(p) for name, p in learner.params.items()}
+            w = {name: p.detach().clone() for name, p in learner.params.items()}
             rates = without_graph(rates_of_steps(self._rates(), w, self.test_steps))
             losses = task_losses(support, of_one, self.test_steps, None, True, None)
             points = inner_path(losses.support, Objective, w, rates).points
@@ -464,24 +468,40 @@ class MAML(EpisodicModule):
     def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse what would give wrong numbers, or fail in the loss function: some networks, and episodes whose labels do not fit their outputs."""
         check_episodes(episodes)
-        outputs = self._outputs(learner, episodes)
-        if outputs is None:
-            if episodes.support_y.shape[2:] == (1,) and (self.loss is F.cross_entropy or isinstance(self.loss, nn.CrossEntropyLoss)):
-                raise ValueError(
-                    "Expected a loss for regression but got the cross-entropy, which of one output is always 0; give the model "
-                    "`loss=torch.nn.functional.mse_loss`."
-                )
+        shape = self._outputs(learner, episodes)
+        if episodes.support_y.is_floating_point():
+            self._check_targets(shape, support_set(first_task(episodes))[1])
+            self._check_targets(shape, first_task(episodes).query_y)
             return
         ways = int(episodes.support_y.max()) + 1
-        if outputs != ways:
+        if shape != (ways,):
             raise ValueError(
-                f"Expected `network` to have {ways} outputs, one per way of the episode, but got {outputs}; "
+                f"Expected `network` to have {ways} outputs, one per way of the episode, but got {shape[0]}; "
                 "give its head as many outputs as the datamodule has `ways`, and leave `test_ways` the same, because a head has one width."
             )
         check_labels(episodes, ways)
 
-    def _outputs(self, learner: Learner, episodes: AnyEpisodes) -> int | None:
-        """Return the width of the outputs for labels, looked at once for networks whose parameters have the same shapes; None for targets."""
+    def _check_targets(self, shape: torch.Size | None, targets: Tensor) -> None:
+        """Refuse targets that torch's losses would take, and give something else for: it broadcasts, or is always zero."""
+        loss: Any = self.loss
+        while isinstance(loss, partial):
+            loss = loss.func
+        if (loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)) and targets.shape[1:] in ((), (1,)):
+            raise ValueError(
+                "Expected a loss for regression but got the cross-entropy, which of one output is always 0; give the model "
+                "`loss=torch.nn.functional.mse_loss`."
+            )
+        if (loss in _ELEMENTWISE or type(loss) in _ELEMENTWISE) and shape not in (None, targets.shape[1:]):
+            raise ValueError(
+                f"Expected targets of the shape of the network's outputs, [examples, {', '.join(map(str, shape))}], but got "
+                f"{list(targets.shape)}; reshape them, y[..., None] for instance, or the outputs."
+            )
+
+    def _outputs(self, learner: Learner, episodes: AnyEpisodes) -> Any:
+        """Return the shape of the outputs for one example, looked at once for networks whose parameters have the same shapes.
+
+        For labels it is the width alone, for targets None where the outputs are no tensor.
+        """
         shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
         kind = (self.network, self.network.training, learner.network.training, episodes.support_x.shape[1:], shapes, are_labels)
         if self._checked[:-1] != kind:
@@ -495,35 +515,18 @@ class MAML(EpisodicModule):
             if self.adapts == "body":
                 with self._first_support(episodes) as x, torch.no_grad():
                     self._warn_of_the_head(learner.ends_with(head_of(self.network, self.head), x))
-            if not are_labels:
-                self._check_targets(learner, episodes)
-            self._checked = (*kind, self._first_outputs(learner, episodes).shape[1] if are_labels else None)
+            outputs = self._first_outputs(learner, episodes, are_logits=are_labels)
+            self._checked = (*kind, outputs.shape[1:] if isinstance(outputs, Tensor) else None)
             with self._first_support(episodes) as x:
                 self._inspect(partial(learner, learner.params, x))
-        width: int | None = self._checked[-1]
-        return width
-
-    def _check_targets(self, learner: Learner, episodes: AnyEpisodes) -> None:
-        """Refuse targets of another shape than the outputs where the loss is one of torch's, which warn and broadcast."""
-        target = differentiable(support_set(first_task(episodes))[1])
-        with self._first_support(episodes) as x, torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("error", "Using a target size")
-            outputs = learner(learner.params, x)
-            try:
-                self.loss(outputs, target)
-            except UserWarning:
-                raise ValueError(
-                    f"Expected targets of the shape of the network's outputs, {list(outputs.shape)}, but got {list(target.shape)}; reshape them, "
-                    "y[..., None] for instance, or the outputs."
-                ) from None
+        return self._checked[-1]
 
     def _warn_of_the_head(self, ends: bool) -> None:
         if self.head is None and not ends:
             last = head_of(self.network)
-            warnings.warn(
+            rank_zero_warn(
                 f"The last layer with trainable parameters, {last!r}, is taken for the network's head, but what it gives are not the network's "
-                f"outputs; name the head: `head={last!r}`, if it is that.",
-                stacklevel=2,
+                f"outputs; name the head: `head={last!r}`, if it is that."
             )
 
     def _inspect(self, run: Callable[[], Tensor]) -> None:

@@ -101,7 +101,7 @@ class ProtoNet(EpisodicModule):
             (prototypes,) = cat_chunks([*chunks])
             head = {"1.weight": 2 * prototypes, "1.bias": -prototypes.square().sum(-1)}
             classifier = nn.Linear(prototypes.shape[-1], ways, device=prototypes.device, dtype=prototypes.dtype)
-            networks = AdaptedNetworks(nn.Sequential(network, classifier), head, self.batch_norm, support.support_x, tasks == "vmap")
+            networks = AdaptedNetworks(nn.Sequential(network, classifier), head, self.batch_norm, support.support_x, self._tasks != "loop")
             return networks.network(0) if of_one else networks
 
     @override

@@ -104,13 +104,25 @@ except OSError as error:
 @pytest.mark.parametrize(
     ("saved", "arguments", "loaded", "message"),
     [
-        (MAML, {"loss": F.mse_loss}, MAML, "adapts with loss mse_loss but this one with loss cross_entropy; make it as"),
+        (
+            MAML,
+            {"loss": F.mse_loss},
+            MAML,
+            "adapts with loss mse_loss but this one with loss cross_entropy; unless that is meant, make it as",
+        ),
         (
             MAML,
             {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
-            MAML,
-            "with loss CrossEntropyLoss but this one with loss cross_entropy;",
+            partial(MAML, loss=nn.CrossEntropyLoss()),
+            "'label_smoothing': 0.1} but this one with loss CrossEntropyLoss with {'reduction': 'mean', 'ignore_index': -100, 'label_smoothing': 0.0};",
         ),
+        (
+            MAML,
+            {"loss": partial(F.cross_entropy, label_smoothing=0.1)},
+            MAML,
+            "loss cross_entropy with {'label_smoothing': 0.1} but this one with loss cross_entropy;",
+        ),
+        (MAML, {"loss": nn.MSELoss()}, partial(MAML, loss=nn.MSELoss()), None),
         (ANIL, {}, MAML, "with adapt head but this one with adapt all;"),
         (MAML, {}, IMAML, "with proximal_strength None but this one with proximal_strength 2.0;"),
         (MAML, {"loss": F.mse_loss}, partial(MAML, loss=F.mse_loss), None),

@@ -87,6 +87,41 @@ def test_networks_that_vmap_does_not_take_are_adapted_one_by_one(tasks: str) -> 
     torch.testing.assert_close(networks(episodes.query_x), model.evaluate(episodes).aux[:, -1], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("tasks", ["vmap", "loop"])
+def test_queries_of_other_tasks_than_were_adapted_to_are_refused(tasks: str) -> None:
+    model, episodes = model_and_episodes(tasks=tasks)
+    networks = model.adapt(episodes.support_x, episodes.support_y)
+    for wrong in (episodes.query_x[:3], episodes.query_x.repeat(2, 1, 1, 1, 1), episodes.query_x[0]):
+        with pytest.raises(ValueError, match=r"Expected queries \[T, Q, ...\] of the 4 tasks that were adapted to but got shape"):
+            networks(wrong)
+
+
+def test_bad_labels_say_nothing_of_the_network() -> None:
+    model, episodes = model_and_episodes()
+    with pytest.raises(ValueError, match="one per way of the episode"):
+        model.adapt(episodes.support_x, episodes.support_y + 1)
+    assert not model._stackable
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, scale = self.layer(x).split(1, -1)
+        return mean, F.softplus(scale)
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop"])
+def test_networks_with_several_outputs(tasks: str) -> None:
+    model = MAML(TwoOutputs(), inner_lr=0.1, loss=lambda outputs, y: F.gaussian_nll_loss(outputs[0], y, outputs[1]), tasks=tasks)
+    x, y = torch.randn(3, 5, 2), torch.randn(3, 5, 1)
+    mean, scale = model.adapt(x, y)(x)
+    expected = model.eval().evaluate(Episodes(x, y, x, y)).aux
+    torch.testing.assert_close((mean, scale), (expected[0][:, -1], expected[1][:, -1]))
+
+
 def test_regression_tasks_are_adapted_together() -> None:
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
     model = MAML(network, inner_lr=0.1, test_steps=2, loss=F.mse_loss)

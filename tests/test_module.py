@@ -169,20 +169,29 @@ def test_regression_by_mean_squared_error_learns_a_sinusoid(tmp_path: Path, algo
     assert not any("accuracy" in name for name in run.callback_metrics)
 
 
-@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss()])
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(), partial(F.cross_entropy, label_smoothing=0.1)])
 def test_regression_by_the_cross_entropy_of_one_output_is_refused(loss) -> None:
     episodes = Episodes(torch.rand(2, 5, 3), torch.rand(2, 5, 1), torch.rand(2, 5, 3), torch.rand(2, 5, 1))
     with pytest.raises(ValueError, match="cross-entropy, which of one output is always 0; give the model `loss="):
         MAML(MLP(3, 1), loss=loss).meta_loss(episodes)
+    with pytest.raises(ValueError, match="Expected a loss for regression"):
+        MAML(MLP(3, 1), loss=loss).meta_loss(episodes._replace(support_y=episodes.support_y[..., 0], query_y=episodes.query_y[..., 0]))
 
 
 @pytest.mark.parametrize("loss", [F.mse_loss, nn.L1Loss()])
 def test_targets_that_would_be_broadcast_are_refused(loss) -> None:
     episodes = Episodes(torch.rand(2, 5, 3), torch.rand(2, 5), torch.rand(2, 4, 3), torch.rand(2, 4))
     model = MAML(MLP(3, 1), loss=loss)
-    with pytest.raises(ValueError, match=r"targets of the shape of the network's outputs, \[5, 1\], but got \[5\]; reshape them"):
-        model.meta_loss(episodes)
-    model.meta_loss(episodes._replace(support_y=episodes.support_y[..., None], query_y=episodes.query_y[..., None])).backward()
+    fitting = episodes._replace(support_y=episodes.support_y[..., None], query_y=episodes.query_y[..., None])
+    model.meta_loss(fitting).backward()
+    for wrong, size in (
+        (episodes, 5),
+        (fitting._replace(query_y=episodes.query_y), 4),
+        (fitting._replace(support_y=episodes.support_y), 5),
+    ):
+        with pytest.raises(ValueError, match=rf"shape of the network's outputs, \[examples, 1\], but got \[{size}\]; reshape them"):
+            model.meta_loss(wrong)
+    MAML(MLP(3, 1), loss=lambda outputs, y: F.mse_loss(outputs, y) + F.mse_loss(outputs.mean(), y.mean())).meta_loss(fitting).backward()
 
 
 def test_what_is_no_batch_of_episodes_is_refused(tmp_path: Path) -> None:

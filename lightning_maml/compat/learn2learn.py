@@ -78,7 +78,7 @@ class LightningEpisodicModule(LightningModule):
         parser = ArgumentParser(parents=[parent_parser], add_help=True, conflict_handler="resolve")
         for name, default in LightningEpisodicModule._defaults().items():
             parser.add_argument(f"--{name}", type=type(default), default=default)
-        parser.add_argument("--data_parallel", action="store_true", help="has no effect; give the Trainer several devices")
+        parser.add_argument("--data_parallel", action="store_true", help="has no effect")
         return parser
 
     def meta_learn(self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int) -> tuple[Tensor, Tensor]:
@@ -250,7 +250,7 @@ class _Sampled(Dataset[Task]):
     def __getitem__(self, number: int) -> Task:
         try:
             task: Task = self._tasks.sample()
-        except StopIteration as error:  # by itself it would end the epoch, and the training, without a word
+        except (StopIteration, IndexError) as error:  # by itself it would end the epoch, and the training, without a word
             raise ValueError(
                 f"Expected {self._length} tasks of the taskset but it gave no more at number {number}; let it have more."
             ) from error
