@@ -27,8 +27,8 @@ class Taskset(Protocol):
 def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list[Any]]:
     """Return a task's labels as ``0 .. ways - 1``, ``[S]`` and ``[Q]``, and the classes by these numbers.
 
-    Labels that are these numbers already are kept, as those of a sampler that gave them out. Others are numbered at random, anew each time: were a class's number a function of the class,
-    a network could learn it by heart and would not need to adapt.
+    Labels that are these numbers already are kept, as those of a sampler that gave them out. Others are numbered at random, anew each
+    time: were a class's number a function of the class, a network could learn it by heart and would not need to adapt.
 
     Raises:
         ValueError: If a query is of a class that the support set lacks.
