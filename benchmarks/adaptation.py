@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_maml import MAML, Conv4
+from lightning_maml import MAML, Conv4, keep_freed_memory
 
 WAYS, RATE = 5, 0.4
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--channels", type=int, default=64, help="width of the network")
     arguments = parser.parse_args()
+    keep_freed_memory()
     network = Conv4(1, WAYS, 28, channels=arguments.channels)
     model = MAML(network, inner_lr=RATE, test_steps=arguments.steps)
     support_x, support_y = noise(arguments.tasks, shots=1)

@@ -33,7 +33,7 @@ from lightning_maml.episodic_module import (
     check_labels,
     with_accuracy,
 )
-from lightning_maml.execution import Execution, Executor, TasksName, takes_stacks
+from lightning_maml.execution import Execution, Executor, TasksName, stacks, takes_stacks
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
@@ -42,7 +42,7 @@ from lightning_maml.objective import Objective
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps, without_graph
-from lightning_maml.task_map import TaskExecution, are_stacked, map_tasks
+from lightning_maml.task_map import are_stacked, map_tasks
 
 _ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 """Losses of torch's that broadcast."""
@@ -222,8 +222,8 @@ class MAML(EpisodicModule):
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
             it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
-            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Many tasks are vectorised, ``chunk_size`` or else 32 at once, but
-            for ``tasks="loop"`` and networks that vmap does not take: these go one by one, in adaptation and afterwards.
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Many tasks are vectorised, ``chunk_size`` or else 32 at once, on a CPU
+            in as many threads as it has cores, but for ``tasks="loop"`` and networks that vmap does not take: these go one by one, in adaptation and afterwards.
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
@@ -232,10 +232,8 @@ class MAML(EpisodicModule):
         support = Episodes(support_x, support_y, support_x, support_y)
         network = structural_copy(self.network).eval()
         self._check(Learner(network, self.batch_norm), support)
-        chosen = self._executor.tasks
-        stacked = not of_one and (chosen == "vmap" or (chosen != "loop" and self._takes_stacks(support, network)))
-        tasks: TaskExecution = "vmap" if stacked else "loop"
-        chunk_size = self._executor.chunk_size or ADAPTED_AT_ONCE if stacked else None
+        tasks, chunk_size = Execution("loop", None) if of_one else self._execution_of_adaptation(support, network)
+        stacked = are_stacked(tasks, chunk_size)
         learner = Learner(network, self.batch_norm, vectorised=stacked)
         adapted = adapted_parameters(
             [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],
@@ -250,6 +248,14 @@ class MAML(EpisodicModule):
             adapted |= {name: average.repeat(len(support_x), 1) for name, average in self._averages(steps).items()}
             networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x), stacked)
             return networks.network(0) if of_one else networks
+
+    def _execution_of_adaptation(self, support: Episodes, network: nn.Module) -> Execution:
+        chosen, chunk_size = self._executor.tasks, self._executor.chunk_size
+        if chosen == "loop" or (chosen != "vmap" and not self._takes_stacks(support, network)):
+            return Execution("loop", None)
+        if chosen == "vmap" or chunk_size is not None or self.device.type != "cpu":
+            return Execution("vmap", chunk_size or ADAPTED_AT_ONCE)
+        return stacks(len(support.support_x), ADAPTED_AT_ONCE)
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""

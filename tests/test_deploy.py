@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -85,6 +87,31 @@ def test_networks_that_vmap_does_not_take_are_adapted_one_by_one(tasks: str) -> 
     model, episodes = MAML(Recurrent(), inner_lr=0.3, test_steps=2, tasks=tasks).double().eval(), make_episodes(tasks=3)
     networks = model.adapt(episodes.support_x, episodes.support_y)
     torch.testing.assert_close(networks(episodes.query_x), model.evaluate(episodes).aux[:, -1], rtol=1e-10, atol=1e-12)
+
+
+class Watched(nn.Module):
+    """Notes down the threads that it is called in."""
+
+    threads: ClassVar[set[int]] = set()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = build("conv_batch_norm")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.threads.add(threading.get_ident())
+        return self.body(x)
+
+
+def test_many_tasks_are_adapted_in_stacks_one_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    torch.manual_seed(0)
+    model, episodes = MAML(Watched(), inner_lr=0.3, test_steps=2).double().eval(), make_episodes(tasks=70)
+    expected = model.evaluate(episodes).aux[:, -1]
+    Watched.threads.clear()
+    networks = model.adapt(episodes.support_x, episodes.support_y)
+    assert Watched.threads - {threading.get_ident()}
+    torch.testing.assert_close(networks(episodes.query_x), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("tasks", ["vmap", "loop"])
