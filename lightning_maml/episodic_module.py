@@ -73,7 +73,11 @@ class EpisodicModule(LightningModule):
         self._random_state: dict[str, Any] | None = None  # from which training is to go on
 
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
-        """Return the query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K inner steps."""
+        """Return the query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K inner steps.
+
+        Raises:
+            TypeError: If these are no episodes.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define evaluate(episodes).")
 
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,7 +252,6 @@ class EpisodicModule(LightningModule):
 
     def predict_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
-        check_type(batch)
         outputs: Tensor = self.evaluate(batch).aux[:, -1]
         return outputs
 
@@ -256,7 +259,6 @@ class EpisodicModule(LightningModule):
         self._figures = [TaskMean().to(self.device) for _ in batches_of_loaders]
 
     def _judge(self, episodes: AnyEpisodes, loader: int) -> None:
-        check_type(episodes)
         curve = self.evaluate(episodes)
         figures = with_accuracy(curve.loss, curve.aux, episodes)
         self._figures[loader].update(torch.stack([*figures.values()], -1))
@@ -308,10 +310,25 @@ class EpisodicModule(LightningModule):
 
     @contextmanager
     def _first_support(self, episodes: AnyEpisodes) -> Iterator[Tensor]:
-        """Give the first task's support inputs for a look at the network, whose random numbers a resumed run, which looks again, draws once more."""
+        """Give the first task's support inputs for a look at the network, whose random numbers a resumed run, which looks again, draws once more.
+
+        Raises:
+            ValueError: If the network fails, and the inputs are of another type than its parameters.
+        """
         device = episodes.support_x.device
         with torch.inference_mode(False), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield differentiable(support_set(first_task(episodes))[0])
+            x = differentiable(support_set(first_task(episodes))[0])
+            try:
+                yield x
+            except RuntimeError as error:
+                types = {p.dtype for p in self.network.parameters()}
+                if not types or x.dtype in types:
+                    raise
+                of_bytes = " / 255" if x.dtype == torch.uint8 else ""
+                raise ValueError(
+                    f"Expected inputs of {' or '.join(map(str, types))}, the network's own, but it fails on {x.dtype} ({error}); "
+                    f"give it x.to({next(iter(types))}){of_bytes}."
+                ) from error
 
     def _stop_unless_losses_are_finite(self, query_loss: Tensor, where: str) -> None:
         finite = query_loss.isfinite()

@@ -24,7 +24,7 @@ from lightning_maml.batch_statistics import StepStatistics, batch_norms, enterin
 from lightning_maml.compilation import Compiler, check_not_compiled, state_of
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
-from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, first_task, support_set
+from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, check_type, first_task, support_set
 from lightning_maml.episodic_module import (
     EpisodicModule,
     LossFunction,
@@ -201,6 +201,7 @@ class MAML(EpisodicModule):
         Returns:
             The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K steps.
         """
+        check_type(episodes)
         curve: AdaptationCurve = self._executor.within_memory(self._evaluate, episodes, self.device)
         return curve
 
@@ -259,6 +260,7 @@ class MAML(EpisodicModule):
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""
+        check_type(episodes)
 
         def of(episodes: AnyEpisodes) -> Params:
             learner = self._learner(episodes)

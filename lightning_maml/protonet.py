@@ -1,6 +1,7 @@
 """Prototypical networks, the metric baseline: no inner loop, a query belongs to the class whose mean embedding is nearest."""
 
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +10,12 @@ from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, cat_chunks
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
-from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
+from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes, check_type, first_task
 from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory, check_labels
+from lightning_maml.execution import takes_stacks
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
-from lightning_maml.randomness import drops_blocks
+from lightning_maml.randomness import drops_blocks, is_random
 from lightning_maml.second_derivatives import differentiated
 from lightning_maml.task_map import TaskExecution, map_tasks
 
@@ -33,7 +35,7 @@ class ProtoNet(EpisodicModule):
         optimizer: From parameters to the optimizer; by default Adam with its rate of 1e-3.
         lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
         tasks: ``"vmap"``: the tasks of a meta-batch together; ``"loop"``: one after the other, for networks that vmap cannot take;
-            ``"auto"``: a loop where DropBlock is active, together elsewhere.
+            ``"auto"``: together where vmap takes the network.
 
     Raises:
         ValueError: If the network does not fit the batch-norm policy; in a step, if the labels are not classes ``0 .. ways - 1`` of which
@@ -60,9 +62,11 @@ class ProtoNet(EpisodicModule):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop' or 'vmap' but got {tasks!r}.")
         self.save_hyperparameters({"batch_norm": batch_norm, "tasks": tasks})
         self._tasks: Literal["auto", "loop", "vmap"] = tasks
+        self._stackable: dict[tuple[Any, ...], bool] = {}
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
+        check_type(episodes)
         with torch.inference_mode(False), torch.no_grad():
             loss, outputs = self._classify(type(episodes)(*map(differentiable, episodes)))
         return AdaptationCurve(loss[:, None], outputs[:, None])
@@ -89,19 +93,19 @@ class ProtoNet(EpisodicModule):
         with torch.inference_mode(False), torch.no_grad():
             support = Episodes(*map(differentiable, (support_x, support_y, support_x, support_y)))
             network = structural_copy(self.network).eval()
-            learner = self._learner(network)
-            ways = self._check(learner, support)
+            ways = self._check(network, support)
+            tasks = self._task_execution(network, support, ways)
+            learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
 
             def means(task: Episodes) -> tuple[Tensor]:
                 return (class_means(learner(learner.params, task.support_x), task.support_y, ways),)
 
-            tasks = self._task_execution()
             chunk_size = ADAPTED_AT_ONCE if tasks == "vmap" else None
             chunks = map_tasks(lambda task, stack: stack.each(means)(task), support, tasks=tasks, chunk_size=chunk_size)
             (prototypes,) = cat_chunks([*chunks])
             head = {"1.weight": 2 * prototypes, "1.bias": -prototypes.square().sum(-1)}
             classifier = nn.Linear(prototypes.shape[-1], ways, device=prototypes.device, dtype=prototypes.dtype)
-            networks = AdaptedNetworks(nn.Sequential(network, classifier), head, self.batch_norm, support.support_x, self._tasks != "loop")
+            networks = AdaptedNetworks(nn.Sequential(network, classifier), head, self.batch_norm, support.support_x, tasks == "vmap")
             return networks.network(0) if of_one else networks
 
     @override
@@ -113,35 +117,31 @@ class ProtoNet(EpisodicModule):
 
     def _classify(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor]:
         """Return the query losses ``[T]`` and logits ``[T, Q, ways]``."""
-        learner = self._learner(self.network)
-        ways = self._check(learner, episodes)
-
-        def of_one_task(task: Episodes) -> tuple[Tensor, Tensor]:
-            with differentiated(1):
-                support, query = self._embed(learner, task)
-            logits = -(query[:, None] - class_means(support, task.support_y, ways)).square().sum(-1)
-            return self.loss(logits, task.query_y), logits
-
-        loss, logits = cat_chunks([*map_tasks(lambda task, stack: stack.each(of_one_task)(task), episodes, tasks=self._task_execution())])
+        ways = self._check(self.network, episodes)
+        tasks = self._task_execution(self.network, episodes, ways)
+        learner = Learner(self.network, self.batch_norm, vectorised=tasks == "vmap")
+        of_task = partial(self._of_task, learner, ways, learner.params)
+        loss, logits = cat_chunks([*map_tasks(lambda task, stack: stack.each(of_task)(task), episodes, tasks=tasks)])
         return loss, logits
 
-    def _learner(self, network: nn.Module) -> Learner:
-        return Learner(network, self.batch_norm, vectorised=self._task_execution() == "vmap")
+    def _of_task(self, learner: Learner, ways: int, params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
+        with differentiated(1):
+            support, query = _embedded(learner, params, task)
+        logits = -(query[:, None] - class_means(support, task.support_y, ways)).square().sum(-1)
+        return self.loss(logits, task.query_y), logits
 
-    def _task_execution(self) -> TaskExecution:
+    def _task_execution(self, network: nn.Module, episodes: AnyEpisodes, ways: int) -> TaskExecution:
         if self._tasks != "auto":
             return self._tasks
-        return "loop" if drops_blocks(self.network) else "vmap"
+        if is_random(network):  # its masks are drawn under vmap too, but for DropBlock's
+            return "loop" if drops_blocks(network) else "vmap"
+        kind = (self.network, self.loss, network.training, *(tensor.shape[1:] for tensor in episodes))
+        if kind not in self._stackable:
+            learner = Learner(network, self.batch_norm, vectorised=True)
+            self._stackable[kind] = takes_stacks(partial(self._of_task, learner, ways), learner.params, first_task(episodes))
+        return "vmap" if self._stackable[kind] else "loop"
 
-    def _embed(self, learner: Learner, task: Episodes) -> tuple[Tensor, Tensor]:
-        params: Params = learner.params
-        if learner.uses_support_statistics:
-            return learner(params, task.support_x), learner(params, task.query_x, statistics_of=task.support_x)
-        embedded = learner(params, torch.cat([task.support_x, task.query_x]))
-        shots = len(task.support_x)
-        return embedded[:shots], embedded[shots:]
-
-    def _check(self, learner: Learner, episodes: AnyEpisodes) -> int:
+    def _check(self, network: nn.Module, episodes: AnyEpisodes) -> int:
         """Refuse episodes that have no prototypes, and return their ways."""
         if isinstance(episodes, ResampledEpisodes):
             raise TypeError("Expected Episodes, which have one support set per task, but got ResampledEpisodes; use regime='finite_sum'.")
@@ -152,8 +152,16 @@ class ProtoNet(EpisodicModule):
         check_labels(episodes, ways)
         if any(len(labels.unique()) < ways for labels in episodes.support_y):
             raise ValueError(f"Expected every support set to hold examples of all {ways} classes, but one lacks some.")
-        self._first_outputs(learner, episodes)
+        self._first_outputs(Learner(network, self.batch_norm), episodes)
         return ways
+
+
+def _embedded(learner: Learner, params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
+    if learner.uses_support_statistics:
+        return learner(params, task.support_x), learner(params, task.query_x, statistics_of=task.support_x)
+    embedded = learner(params, torch.cat([task.support_x, task.query_x]))
+    shots = len(task.support_x)
+    return embedded[:shots], embedded[shots:]
 
 
 def class_means(embedded: Tensor, labels: Tensor, ways: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_maml import ANIL, FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, meta_gradient
+from lightning_maml import ANIL, FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ProtoNet, meta_gradient
 from lightning_maml.callbacks import EpisodePictures
 from lightning_maml.datamodules import GlyphsDataModule
 from lightning_maml.functional import Params
@@ -192,6 +192,16 @@ def test_targets_that_would_be_broadcast_are_refused(loss) -> None:
         with pytest.raises(ValueError, match=rf"shape of the network's outputs, \[examples, 1\], but got \[{size}\]; reshape them"):
             model.meta_loss(wrong)
     MAML(MLP(3, 1), loss=lambda outputs, y: F.mse_loss(outputs, y) + F.mse_loss(outputs.mean(), y.mean())).meta_loss(fitting).backward()
+
+
+@pytest.mark.parametrize(("dtype", "cure"), [(torch.float64, r"x.to\(torch.float32\)\."), (torch.uint8, r"x.to\(torch.float32\) / 255")])
+@pytest.mark.parametrize("algorithm", [MAML, ProtoNet])
+def test_inputs_of_another_type_than_the_networks_are_refused(algorithm: type[MAML], dtype: torch.dtype, cure: str) -> None:
+    model, episodes = algorithm(build("mlp").float()), make_episodes()
+    other = episodes._replace(support_x=episodes.support_x.to(dtype), query_x=episodes.query_x.to(dtype))
+    for act in (model.meta_loss, model.evaluate, lambda episodes: model.adapt(*episodes[:2])):
+        with pytest.raises(ValueError, match=f"Expected inputs of torch.float32, the network's own, but it fails on {dtype} .*{cure}"):
+            act(other)
 
 
 def test_what_is_no_batch_of_episodes_is_refused(tmp_path: Path) -> None:

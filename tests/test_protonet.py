@@ -71,6 +71,24 @@ def test_tasks_one_by_one_are_the_same() -> None:
     torch.testing.assert_close(together.evaluate(episodes), one_by_one.evaluate(episodes))
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x.squeeze(1))[0][:, -1]
+
+
+def test_a_network_that_vmap_does_not_take_is_run_one_by_one() -> None:
+    episodes = make_episodes()
+    auto, one_by_one = ProtoNet(Recurrent()).double().eval(), ProtoNet(Recurrent(), tasks="loop").double().eval()
+    one_by_one.load_state_dict(auto.state_dict())
+    torch.testing.assert_close(auto.evaluate(episodes), one_by_one.evaluate(episodes))
+    networks = auto.adapt(*episodes[:2])
+    torch.testing.assert_close(networks(episodes.query_x).log_softmax(-1), auto.evaluate(episodes).aux[:, 0].log_softmax(-1))
+
+
 def test_adapting_leaves_the_model_as_it_is() -> None:
     class Casting(nn.Module):
         def __init__(self) -> None:
