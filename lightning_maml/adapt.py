@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
-from lightning_maml.functional import Params, differentiable
+from lightning_maml.functional import Params, constants
 from lightning_maml.objective import BatchLoss, Objective
-from lightning_maml.rates import InnerRates, Rates, descend, learned, rates_of_steps, without_graph
+from lightning_maml.rates import InnerRates, Rates, descend, learned, rates_of_steps
 from lightning_maml.stack import ONE, Stack
 from lightning_maml.task_map import TaskExecution, map_tasks
 
@@ -129,9 +129,7 @@ def adaptation_curve(
         raise ValueError(f"Expected `steps` to be at most {episodes.support_x.shape[1]}, the support batches of a task, but got {steps}.")
 
     with torch.inference_mode(False), torch.no_grad():
-        episodes = type(episodes)(*map(differentiable, episodes))
-        params = {name: differentiable(tensor) for name, tensor in params.items()}
-        rates = without_graph(rates)
+        episodes, params, rates = constants((episodes, params, rates))
 
         def judge(task: AnyEpisodes, stack: Stack) -> AdaptationCurve:
             losses = task_losses(loss, task, steps, query_loss, has_aux, sample, stack)
@@ -174,9 +172,7 @@ def adapted_parameters(
     check_episodes(Episodes(support_x, support_y, support_x, support_y))
 
     with torch.inference_mode(False), torch.no_grad():
-        support_x, support_y = differentiable(support_x), differentiable(support_y)
-        params = {name: differentiable(tensor) for name, tensor in params.items()}
-        rates = without_graph(rates)
+        support_x, support_y, params, rates = constants((support_x, support_y, params, rates))
         names = {name: None for of_step in rates for name in of_step}
 
         def last_point(task: Episodes, stack: Stack) -> Params:

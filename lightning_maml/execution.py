@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_maml.episodes import AnyEpisodes
-from lightning_maml.functional import Params, differentiable, is_out_of_memory
+from lightning_maml.functional import Params, constants, is_out_of_memory
 from lightning_maml.objective import Objective
 from lightning_maml.randomness import drops_blocks, is_random
 from lightning_maml.stack import Stack
@@ -152,8 +152,8 @@ def takes_stacks(loss: Callable[[Params, Any], tuple[Tensor, Any]], params: Para
     with torch.inference_mode(False), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            w = {name: differentiable(tensor) for name, tensor in params.items()}
-            tasks = type(task)(*(differentiable(tensor).expand(2, *tensor.shape) for tensor in task))
+            w, task = constants((params, task))
+            tasks = type(task)(*(tensor.expand(2, *tensor.shape) for tensor in task))
             Objective(lambda w: stack.each(loss)(w, tasks), stack).gradient(stack.shared(w))
         except Exception:  # noqa: BLE001 # under vmap any network may raise anything; what is wrong without it too is raised there
             return False

@@ -1,8 +1,12 @@
 """Parameters as ``dict[str, Tensor]``, and the few vector operations that the algorithms are written in."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+Tree = TypeVar("Tree")
 Params = dict[str, Tensor]
 """A point w in parameter space, or a direction v: one tensor per parameter name."""
 
@@ -10,6 +14,12 @@ Params = dict[str, Tensor]
 def differentiable(tensor: Tensor) -> Tensor:
     """Return ``tensor`` without its graph, and as a copy if it was made in inference mode, which rules out differentiating."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def constants(tree: Tree) -> Tree:
+    """Return tensors in tuples, lists and dicts as :func:`differentiable` has them."""
+    of_tensors: Tree = tree_map_only(Tensor, differentiable, tree)
+    return of_tensors
 
 
 def axpy(a: float | Tensor, x: Params, y: Params) -> Params:

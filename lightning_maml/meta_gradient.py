@@ -22,9 +22,9 @@ from lightning_maml.adapt import (
 )
 from lightning_maml.curvature import CurvatureName, HessianVectorProduct, exact, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
-from lightning_maml.functional import Params, axpy, differentiable, scaled
+from lightning_maml.functional import Params, axpy, constants, scaled
 from lightning_maml.objective import Objective, twice_differentiable
-from lightning_maml.rates import InnerRates, Rates, applied, gradient_of_rates, learned, rates_of_steps, without_graph
+from lightning_maml.rates import InnerRates, Rates, applied, gradient_of_rates, learned, rates_of_steps
 from lightning_maml.stack import Stack
 from lightning_maml.task_map import TaskExecution, map_tasks
 
@@ -151,20 +151,13 @@ def meta_gradient(
     if step_weights is not None and len(step_weights) != steps:
         raise ValueError(f"Expected `step_weights` to hold {steps} weights, one per inner step, but got {len(step_weights)}.")
     if isinstance(episodes, ResampledEpisodes):
-        check_support_batches(episodes, steps)
-        if curvature != "none" and steps > 0 and episodes.hessian_x.shape[2] == 0:
-            raise ValueError(
-                f"Expected Hessian batches of at least one example with `curvature={curvature!r}` but got none; "
-                "draw some (a datamodule's `hessian_shots`), or train FO-MAML, which needs none."
-            )
+        _check_batches(episodes, steps, curvature)
     if encode is not None and (isinstance(episodes, ResampledEpisodes) or sample is not None or not callable(loss)):
         raise ValueError("Expected `encode` with Episodes, whose features are computed once, and one loss, but got other data or losses.")
 
     attention = twice_differentiable() if curvature == "exact" else nullcontext()
     with torch.inference_mode(False), attention:
-        episodes = type(episodes)(*map(differentiable, episodes))
-        params = {name: differentiable(tensor) for name, tensor in params.items()}
-        rates = without_graph(rates)
+        episodes, params, rates = constants((episodes, params, rates))
 
         def of_tasks(stack: Stack, params: Params, rates: list[Rates], task: AnyEpisodes) -> MetaGradient:
             def at(w: Params, loss: Loss | Sequence[Loss], query_loss: QueryLoss | Sequence[QueryLoss] | None) -> MetaGradient:
@@ -185,6 +178,15 @@ def meta_gradient(
             return result
 
         return mean_over_tasks(called, episodes, tasks, chunk_size)
+
+
+def _check_batches(episodes: ResampledEpisodes, steps: int, curvature: CurvatureName) -> None:
+    check_support_batches(episodes, steps)
+    if curvature != "none" and steps > 0 and episodes.hessian_x.shape[2] == 0:
+        raise ValueError(
+            f"Expected Hessian batches of at least one example with `curvature={curvature!r}` but got none; "
+            "draw some (a datamodule's `hessian_shots`), or train FO-MAML, which needs none."
+        )
 
 
 def _of_features(loss: Any, query_loss: Any) -> tuple[Loss, QueryLoss]:

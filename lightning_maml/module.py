@@ -34,14 +34,14 @@ from lightning_maml.episodic_module import (
     with_accuracy,
 )
 from lightning_maml.execution import Execution, Executor, TasksName, stacks, takes_stacks
-from lightning_maml.functional import Params, differentiable
+from lightning_maml.functional import Params, constants, differentiable
 from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
 from lightning_maml.objective import Objective
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import is_random
-from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps, without_graph
+from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
 from lightning_maml.task_map import are_stacked, map_tasks
 
 _ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
@@ -286,9 +286,9 @@ class MAML(EpisodicModule):
         learner = Learner(structural_copy(self.network).eval(), self.batch_norm)
         support, query = self._support_loss(learner), self._query_loss(learner)
         with torch.inference_mode(False), torch.no_grad():
-            of_one = Episodes(*(differentiable(tensor[0]) for tensor in task))
+            of_one = first_task(constants(task))
             w = {name: p.detach().clone() for name, p in learner.params.items()}
-            rates = without_graph(rates_of_steps(self._rates(), w, self.test_steps))
+            rates = constants(rates_of_steps(self._rates(), w, self.test_steps))
             losses = task_losses(support, of_one, self.test_steps, None, True, None)
             points = inner_path(losses.support, Objective, w, rates).points
         return TaskPath(points, lambda w: support(w, of_one.support_x, of_one.support_y)[0], lambda w: query(w, of_one)[0])
@@ -358,7 +358,7 @@ class MAML(EpisodicModule):
         execution = self._execution(episodes)
         if (head := self._head_that_ends(learner, episodes)) is not None:
             with torch.inference_mode(False), torch.no_grad():
-                episodes = type(episodes)(*map(differentiable, episodes))
+                episodes = constants(episodes)
                 encode = partial(self._encode, learner, head, learner.params)
                 chunks = map_tasks(lambda task, stack: stack.each(encode)(task), episodes, **execution._asdict())
                 support_x, query_x = cat_chunks([*chunks])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_maml.functional import Params
+from lightning_maml.randomness import set_torch_random_state, torch_random_state
 from lightning_maml.second_derivatives import differentiated
 from lightning_maml.stack import ONE, Stack
 
@@ -38,7 +39,7 @@ class Objective:
     def __init__(self, loss: BatchLoss, stack: Stack = ONE) -> None:
         self.stack = stack
         self._loss = loss
-        self._random_state: tuple[Tensor, Tensor | None] | None = None
+        self._random_state: dict[str, Any] | None = None
         self._kept: tuple[Params, Params, Params] | None = None
 
     def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
@@ -107,15 +108,15 @@ class Objective:
     def _same_randomness(self, w: Params) -> Iterator[None]:
         device = next(iter(w.values())).device
         if self._random_state is None:
-            self._random_state = _random_state(device)
+            self._random_state = torch_random_state(device)
             yield
             return
-        now = _random_state(device)
-        _set_random_state(self._random_state, device)
+        now = torch_random_state(device)
+        set_torch_random_state(self._random_state, device)
         try:
             yield
         finally:
-            _set_random_state(now, device)
+            set_torch_random_state(now, device)
 
 
 def _pull_back_gradient(leaves: Params, gradient: Params, v: Params, retain_graph: bool = False) -> Params:
@@ -125,14 +126,3 @@ def _pull_back_gradient(leaves: Params, gradient: Params, v: Params, retain_grap
     outputs, cotangents = zip(*curved, strict=True)
     product = torch.autograd.grad(outputs, list(leaves.values()), cotangents, retain_graph=retain_graph, materialize_grads=True)
     return dict(zip(leaves, product, strict=True))
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
-    return torch.get_rng_state(), own
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.get_device_module(device).set_rng_state(state[1])

@@ -13,7 +13,7 @@ from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes, check_type, first_task
 from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory, check_labels
 from lightning_maml.execution import takes_stacks
-from lightning_maml.functional import Params, differentiable
+from lightning_maml.functional import Params, constants
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
 from lightning_maml.randomness import drops_blocks, is_random
 from lightning_maml.second_derivatives import differentiated
@@ -68,7 +68,7 @@ class ProtoNet(EpisodicModule):
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
         check_type(episodes)
         with torch.inference_mode(False), torch.no_grad():
-            loss, outputs = self._classify(type(episodes)(*map(differentiable, episodes)))
+            loss, outputs = self._classify(constants(episodes))
         return AdaptationCurve(loss[:, None], outputs[:, None])
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> nn.Module:
@@ -91,7 +91,7 @@ class ProtoNet(EpisodicModule):
         if of_one:
             support_x, support_y = support_x[None], support_y[None]
         with torch.inference_mode(False), torch.no_grad():
-            support = Episodes(*map(differentiable, (support_x, support_y, support_x, support_y)))
+            support = constants(Episodes(support_x, support_y, support_x, support_y))
             network = structural_copy(self.network).eval()
             ways = self._check(network, support)
             tasks = self._task_execution(network, support, ways)

@@ -28,16 +28,27 @@ def _draws(module: nn.Module) -> bool:
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return where the random generators of torch, of the device, of numpy and of Python stand, in plain types."""
     name, key, *rest = np.random.get_state()  # the one that others draw from
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
-    return {"torch": torch.get_rng_state(), device.type: own, "numpy": (name, np.asarray(key).tolist(), *rest), "python": random.getstate()}
+    of_torch = torch_random_state(device)
+    return of_torch | {"numpy": (name, np.asarray(key).tolist(), *rest), "python": random.getstate()}
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Set the generators to where ``state`` has them; the device's only if it is of the kind that the state was taken on."""
-    torch.set_rng_state(state["torch"])
-    if state.get(device.type) is not None:
-        torch.get_device_module(device).set_rng_state(state[device.type])
+    set_torch_random_state(state, device)
     name, key, *rest = state["numpy"]
     np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
     version, internal, following = state["python"]
     random.setstate((version, tuple(internal), following))
+
+
+def torch_random_state(device: torch.device) -> dict[str, Any]:
+    """Return where the random generators of torch and of the device stand."""
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    return {"torch": torch.get_rng_state(), device.type: own}
+
+
+def set_torch_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set them to where ``state`` has them; the device's only if it is of the kind that the state was taken on."""
+    torch.set_rng_state(state["torch"])
+    if state.get(device.type) is not None:
+        torch.get_device_module(device).set_rng_state(state[device.type])

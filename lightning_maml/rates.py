@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_maml.functional import Params, differentiable
+from lightning_maml.functional import Params
 
 Rates = Mapping[str, Tensor | float]
 """The diagonal of A in one step: for each parameter that adapts, a number, or a tensor that broadcasts to it. The others do not adapt."""
@@ -67,12 +67,7 @@ def rates_of_steps(inner_lr: InnerRates, params: Params, steps: int) -> list[Rat
         raise ValueError("Expected `inner_lr` to hold the rates of at least one inner step but it is empty.")
     for rates in given:
         _check(rates, params)
-    return [given[min(step, len(given) - 1)] for step in range(steps)]
-
-
-def without_graph(rates: Sequence[Rates]) -> list[Rates]:
-    """Return the rates of each step as constants."""
-    return [{name: differentiable(rate) if isinstance(rate, Tensor) else rate for name, rate in of_step.items()} for of_step in rates]
+    return [dict(given[min(step, len(given) - 1)]) for step in range(steps)]
 
 
 def descend(w: Params, rates: Rates, gradient: Params) -> Params:

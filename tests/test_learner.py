@@ -277,6 +277,7 @@ ODD_LAYERS = {
     "scripted": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), torch.jit.trace(nn.Softplus(), torch.rand(2, 2, 6, 6).double())),
     "complex": Complex,
     "without bias": lambda: nn.Conv2d(1, 2, 3, bias=False),
+    "strided, of single pixels": lambda: nn.Conv2d(1, 6, 1, stride=(2, 3)),
     "norm without affine": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False)),
 }
 
