@@ -7,12 +7,14 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py
 
-# Two at a time; passive: threads that wait leave the cores to the others.
+# Two at a time, each with one thread but where it asks for two; passive: threads that wait leave the cores to the others.
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+
 test: .venv/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(THREADS) $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: .venv/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
+	$(THREADS) $(BIN)/python -m pytest -n 2
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -38,7 +40,7 @@ release: .venv/installed
 minimum:
 	uv venv --clear --python 3.11 build/minimum
 	uv pip install --python build/minimum/bin/python --resolution lowest-direct --editable . --group dev
-	OMP_WAIT_POLICY=passive build/minimum/bin/python -m pytest -n 2 -m "not slow"
+	$(THREADS) build/minimum/bin/python -m pytest -n 2 -m "not slow"
 
 # Accuracies: benchmarks/reproduce.py has the rows. make reproduce ROW=omniglot_5w1s_maml ROOT=data SEEDS="0 1 2" ITERATIONS=3000
 ROOT ?= data

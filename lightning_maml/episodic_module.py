@@ -356,18 +356,6 @@ def described(loss: Any) -> str:
     return f"{type(loss).__qualname__} with {settings}" if settings else type(loss).__qualname__
 
 
-def check_labels(episodes: AnyEpisodes, ways: int) -> None:
-    """Check that labels are from 0 to ``ways - 1``.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    labels = torch.cat([y.flatten() for y in episodes[1::2]])
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= ways:
-        raise ValueError(f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to {high}.")
-
-
 def with_accuracy(loss: Tensor, outputs: Tensor, episodes: AnyEpisodes) -> dict[str, Tensor]:
     """Return ``loss``, the query losses ``[T, ...]``, and except for regression ``accuracy``, the share of query labels that are right.
 

@@ -30,7 +30,6 @@ from lightning_maml.episodic_module import (
     LossFunction,
     OptimizerFactory,
     SchedulerFactory,
-    check_labels,
     with_accuracy,
 )
 from lightning_maml.execution import Execution, Executor, TasksName, stacks, takes_stacks
@@ -42,10 +41,8 @@ from lightning_maml.objective import Objective
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
+from lightning_maml.targets import check_labels, check_targets
 from lightning_maml.task_map import are_stacked, map_tasks
-
-_ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
-"""Losses of torch's that broadcast."""
 
 InnerRatesName = Literal["fixed"] | LearnedRatesName
 
@@ -223,8 +220,9 @@ class MAML(EpisodicModule):
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
             it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
-            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Many tasks are vectorised, ``chunk_size`` or else 32 at once, on a CPU
-            in as many threads as it has cores, but for ``tasks="loop"`` and networks that vmap does not take: these go one by one, in adaptation and afterwards.
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Many tasks are vectorised, ``chunk_size`` or else
+            32 at once, on a CPU one such stack per core; with ``tasks="loop"``, and where vmap does not take the network, they go one by one,
+            in adaptation and afterwards.
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
@@ -478,8 +476,8 @@ class MAML(EpisodicModule):
         check_episodes(episodes)
         shape = self._outputs(learner, episodes)
         if episodes.support_y.is_floating_point():
-            self._check_targets(shape, support_set(first_task(episodes))[1])
-            self._check_targets(shape, first_task(episodes).query_y)
+            for targets in (support_set(first_task(episodes))[1], first_task(episodes).query_y):
+                check_targets(targets, shape, self.loss)
             return
         ways = int(episodes.support_y.max()) + 1
         if shape != (ways,):
@@ -488,22 +486,6 @@ class MAML(EpisodicModule):
                 "give its head as many outputs as the datamodule has `ways`, and leave `test_ways` the same, because a head has one width."
             )
         check_labels(episodes, ways)
-
-    def _check_targets(self, shape: torch.Size | None, targets: Tensor) -> None:
-        """Refuse targets that torch's losses would take, and give something else for: it broadcasts, or is always zero."""
-        loss: Any = self.loss
-        while isinstance(loss, partial):
-            loss = loss.func
-        if (loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)) and targets.shape[1:] in ((), (1,)):
-            raise ValueError(
-                "Expected a loss for regression but got the cross-entropy, which of one output is always 0; give the model "
-                "`loss=torch.nn.functional.mse_loss`."
-            )
-        if (loss in _ELEMENTWISE or type(loss) in _ELEMENTWISE) and shape not in (None, targets.shape[1:]):
-            raise ValueError(
-                f"Expected targets of the shape of the network's outputs, [examples, {', '.join(map(str, shape))}], but got "
-                f"{list(targets.shape)}; reshape them, y[..., None] for instance, or the outputs."
-            )
 
     def _outputs(self, learner: Learner, episodes: AnyEpisodes) -> Any:
         """Return the shape of the outputs for one example, looked at once for networks whose parameters have the same shapes.

@@ -11,12 +11,13 @@ from typing_extensions import override
 from lightning_maml.adapt import AdaptationCurve, cat_chunks
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes, check_type, first_task
-from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory, check_labels
+from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory
 from lightning_maml.execution import takes_stacks
 from lightning_maml.functional import Params, constants
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
 from lightning_maml.randomness import drops_blocks, is_random
 from lightning_maml.second_derivatives import differentiated
+from lightning_maml.targets import check_labels
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 

@@ -103,8 +103,8 @@ class Watched(nn.Module):
         return self.body(x)
 
 
-def test_many_tasks_are_adapted_in_stacks_one_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+@pytest.mark.usefixtures("two_threads")
+def test_many_tasks_are_adapted_in_stacks_one_per_core() -> None:
     torch.manual_seed(0)
     model, episodes = MAML(Watched(), inner_lr=0.3, test_steps=2).double().eval(), make_episodes(tasks=70)
     expected = model.evaluate(episodes).aux[:, -1]

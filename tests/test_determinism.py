@@ -54,6 +54,7 @@ def test_another_process_ends_with_the_same_weights(tmp_path: Path) -> None:
         assert torch.equal(weights, trained(algorithm))
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("algorithm", "bound"), [(MAML, 1e-11), (FOMAML, 1e-11), (HFMAML, 1e-6)])  # differences magnify rounding
 def test_ways_of_running_tasks_change_weights_by_rounding(algorithm: type[MAML], bound: float) -> None:
     loop = trained(algorithm, "64-true", "loop")

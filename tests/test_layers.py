@@ -10,6 +10,7 @@ ORDER = [
         "functional",
         "allocator",
         "metrics",
+        "targets",
         "backbones",
         "convolutions",
         "second_derivatives",

@@ -129,6 +129,7 @@ def test_every_execution_gives_the_same_meta_gradient(name: str, tasks: str, chu
         assert relative_error(actual.grad, exact) < bound
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_tasks_in_threads_do_not_change_the_number_of_threads() -> None:
     network, episodes = build("mlp"), make_episodes(tasks=5)
     learner = Learner(network)
@@ -178,6 +179,7 @@ def test_attention_has_an_exact_meta_gradient() -> None:
         assert relative_error(actual, expected) < 1e-12
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_threads_refuse_a_loss_that_draws_random_numbers() -> None:
     network, episodes = build("mlp"), make_episodes()
     with pytest.raises(RuntimeError, match="use tasks='loop'"):

@@ -371,6 +371,7 @@ def test_a_network_that_returns_no_tensor_of_logits_is_refused(tmp_path: Path) -
         trainer(tmp_path).fit(MAML(Two(64, 3)), loader())
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_tensors_that_a_network_keeps_as_plain_attributes_do_not_stop_a_test(tmp_path: Path) -> None:
     class Grid(MLP):
         def forward(self, x: Tensor) -> Tensor:
