@@ -115,22 +115,16 @@ def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], b
         parameters: How many numbers the network's parameters are.
         takes_stacks: Whether the network and its loss can be stacked; called where they would be.
     """
-    tasks = len(episodes.support_x)
+    cores, tasks = torch.get_num_threads(), len(episodes.support_x)
     inputs = max(1, sum(x[0].numel() for x in episodes[::2]))
     fitting = min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // max(1, parameters))
     if fitting >= FEWEST_STACKED > tasks or inputs >= LARGE_INPUTS:
         return Execution("loop", None)
     if fitting < FEWEST_STACKED or not takes_stacks():
         return Execution(_one_by_one(tasks), None)
-    return stacks(tasks, fitting)
-
-
-def stacks(tasks: int, fitting: int) -> Execution:
-    """Return how a CPU runs tasks of which at most ``fitting`` are stacked: as one stack, or in stacks that keep its cores busy equally long."""
     if tasks <= fitting:
         return Execution("vmap", None)
-    cores = torch.get_num_threads()
-    chunks = cores * -(-tasks // (fitting * cores))
+    chunks = cores * -(-tasks // (fitting * cores))  # so that no core waits for another
     return Execution(_one_by_one(chunks), max(FEWEST_STACKED, -(-tasks // chunks)))
 
 

@@ -32,7 +32,7 @@ from lightning_maml.episodic_module import (
     SchedulerFactory,
     with_accuracy,
 )
-from lightning_maml.execution import Execution, Executor, TasksName, stacks, takes_stacks
+from lightning_maml.execution import Execution, Executor, TasksName, takes_stacks
 from lightning_maml.functional import Params, constants, differentiable
 from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
@@ -220,9 +220,8 @@ class MAML(EpisodicModule):
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
             it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
-            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Many tasks are vectorised, ``chunk_size`` or else
-            32 at once, on a CPU one such stack per core; with ``tasks="loop"``, and where vmap does not take the network, they go one by one,
-            in adaptation and afterwards.
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. They are adapted as tasks are run in training, but not
+            more than 32 at once unless ``chunk_size`` is larger, and called as one unless vmap does not take the network, or with ``tasks="loop"``.
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
@@ -231,30 +230,25 @@ class MAML(EpisodicModule):
         support = Episodes(support_x, support_y, support_x, support_y)
         network = structural_copy(self.network).eval()
         self._check(Learner(network, self.batch_norm), support)
-        tasks, chunk_size = Execution("loop", None) if of_one else self._execution_of_adaptation(support, network)
-        stacked = are_stacked(tasks, chunk_size)
-        learner = Learner(network, self.batch_norm, vectorised=stacked)
+        takes_stacks = partial(self._takes_stacks, support, network)
+        stacked = not of_one and self._executor.tasks != "loop" and (self._executor.tasks == "vmap" or takes_stacks())
+        execution = Execution("loop", None)
+        if not of_one:
+            execution = self._executor(network, self.device, Episodes(*support[:2], support_x[:, :0], support_y[:, :0]), takes_stacks)
+            execution = Execution("vmap", ADAPTED_AT_ONCE) if execution == ("vmap", None) else execution
+        learner = Learner(network, self.batch_norm, vectorised=are_stacked(*execution))
         adapted = adapted_parameters(
             [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],
             *(learner.params, support_x, support_y),
             inner_lr=self._rates(),
             steps=steps,
             has_aux=True,
-            tasks=tasks,
-            chunk_size=chunk_size,
+            **execution._asdict(),
         )
         with torch.inference_mode(False), torch.no_grad():
             adapted |= {name: average.repeat(len(support_x), 1) for name, average in self._averages(steps).items()}
             networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x), stacked)
             return networks.network(0) if of_one else networks
-
-    def _execution_of_adaptation(self, support: Episodes, network: nn.Module) -> Execution:
-        chosen, chunk_size = self._executor.tasks, self._executor.chunk_size
-        if chosen == "loop" or (chosen != "vmap" and not self._takes_stacks(support, network)):
-            return Execution("loop", None)
-        if chosen == "vmap" or chunk_size is not None or self.device.type != "cpu":
-            return Execution("vmap", chunk_size or ADAPTED_AT_ONCE)
-        return stacks(len(support.support_x), ADAPTED_AT_ONCE)
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""

@@ -106,7 +106,7 @@ class Watched(nn.Module):
 @pytest.mark.usefixtures("two_threads")
 def test_many_tasks_are_adapted_in_stacks_one_per_core() -> None:
     torch.manual_seed(0)
-    model, episodes = MAML(Watched(), inner_lr=0.3, test_steps=2).double().eval(), make_episodes(tasks=70)
+    model, episodes = MAML(Watched(), inner_lr=0.3, test_steps=2).double().eval(), make_episodes(tasks=400)
     expected = model.evaluate(episodes).aux[:, -1]
     Watched.threads.clear()
     networks = model.adapt(episodes.support_x, episodes.support_y)
