@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
-from lightning_maml.functional import Params, constants
+from lightning_maml.functional import Params, detached
 from lightning_maml.objective import BatchLoss, Objective
 from lightning_maml.rates import InnerRates, Rates, descend, learned, rates_of_steps
 from lightning_maml.stack import ONE, Stack
@@ -129,7 +129,7 @@ def adaptation_curve(
         raise ValueError(f"Expected `steps` to be at most {episodes.support_x.shape[1]}, the support batches of a task, but got {steps}.")
 
     with torch.inference_mode(False), torch.no_grad():
-        episodes, params, rates = constants((episodes, params, rates))
+        episodes, params, rates = detached((episodes, params, rates))
 
         def judge(task: AnyEpisodes, stack: Stack) -> AdaptationCurve:
             losses = task_losses(loss, task, steps, query_loss, has_aux, sample, stack)
@@ -153,6 +153,7 @@ def adapted_parameters(
     has_aux: bool = False,
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
+    may_draw: bool = True,
 ) -> Params:
     """Return ``w_N`` of each task, ``[T, ...]``: the parameters that adapt, that is, those which have a rate.
 
@@ -166,13 +167,14 @@ def adapted_parameters(
         has_aux: The losses return ``(loss, aux)``.
         tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`.
         chunk_size: How many tasks are vectorised together, see there.
+        may_draw: Whether the losses might draw random numbers, see there.
     """
     check_step_count(steps)
     rates = rates_of_steps(inner_lr, params, max(steps, 1))
     check_episodes(Episodes(support_x, support_y, support_x, support_y))
 
     with torch.inference_mode(False), torch.no_grad():
-        support_x, support_y, params, rates = constants((support_x, support_y, params, rates))
+        support_x, support_y, params, rates = detached((support_x, support_y, params, rates))
         names = {name: None for of_step in rates for name in of_step}
 
         def last_point(task: Episodes, stack: Stack) -> Params:
@@ -183,7 +185,7 @@ def adapted_parameters(
         support = Episodes(support_x, support_y, support_x[:, :0], support_y[:, :0])
         adapted = {name: params[name].new_empty(len(support_x), *params[name].shape) for name in names}
         done = 0
-        for chunk in map_tasks(last_point, support, tasks=tasks, chunk_size=chunk_size):
+        for chunk in map_tasks(last_point, support, tasks=tasks, chunk_size=chunk_size, may_draw=may_draw):
             for name, tensor in chunk.items():  # as they come, so that the next chunk has this one's memory
                 adapted[name][done : done + len(tensor)] = tensor
             done += len(tensor)

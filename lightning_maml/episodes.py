@@ -78,7 +78,7 @@ def check_episodes(episodes: AnyEpisodes) -> None:
     """Check that the tensors of a meta-batch agree on its tasks, steps and examples.
 
     Raises:
-        ValueError: If a tensor lacks its task, step or example dimension, or if their sizes disagree.
+        ValueError: If a tensor lacks its task, step or example dimension, or if their sizes or the inputs' types disagree.
     """
     resampled = isinstance(episodes, ResampledEpisodes)
     dimensions = {name: ["tasks", "examples"] for name in episodes._fields}
@@ -93,6 +93,10 @@ def check_episodes(episodes: AnyEpisodes) -> None:
     if len({len(tensor) for tensor in episodes}) > 1:
         sizes = {name: len(tensor) for name, tensor in episodes._asdict().items()}
         raise ValueError(f"Expected all tensors of `episodes` to hold the same number of tasks but got {sizes}.")
+    if len(types := {tensor.dtype for tensor in episodes[::2]}) > 1:
+        raise ValueError(
+            f"Expected all inputs of `episodes` to be of one type but got {' and '.join(sorted(map(str, types)))}; convert them."
+        )
     if len(episodes.support_x) == 0:
         raise ValueError("Expected `episodes` to hold at least one task but got none.")
     if resampled and len({tensor.shape[1] for tensor in episodes[:4]}) > 1:

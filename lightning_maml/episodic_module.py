@@ -1,5 +1,6 @@
 """What few-shot algorithms share as Lightning modules: optimizer, steps, figures and the checks of batches."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +32,9 @@ LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+_OF_TYPES = re.compile("same dtype|expected scalar type|should be the same|not implemented for '")
+"""What torch says where a layer does not take its inputs' type."""
 
 
 class EpisodicModule(LightningModule):
@@ -313,7 +317,7 @@ class EpisodicModule(LightningModule):
         """Give the first task's support inputs for a look at the network, whose random numbers a resumed run, which looks again, draws once more.
 
         Raises:
-            ValueError: If the network fails, and the inputs are of another type than its parameters.
+            ValueError: If the network fails for their type, which is not its parameters'.
         """
         device = episodes.support_x.device
         with torch.inference_mode(False), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -321,13 +325,12 @@ class EpisodicModule(LightningModule):
             try:
                 yield x
             except RuntimeError as error:
-                types = {p.dtype for p in self.network.parameters()}
-                if not types or x.dtype in types:
+                dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+                if x.dtype == dtype or not _OF_TYPES.search(str(error)):
                     raise
                 of_bytes = " / 255" if x.dtype == torch.uint8 else ""
                 raise ValueError(
-                    f"Expected inputs of {' or '.join(map(str, types))}, the network's own, but it fails on {x.dtype} ({error}); "
-                    f"give it x.to({next(iter(types))}){of_bytes}."
+                    f"Expected inputs of the network's type, {dtype}, but it fails on {x.dtype}; give it x.to({dtype}){of_bytes}."
                 ) from error
 
     def _stop_unless_losses_are_finite(self, query_loss: Tensor, where: str) -> None:

@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_maml.episodes import AnyEpisodes
-from lightning_maml.functional import Params, constants, is_out_of_memory
+from lightning_maml.functional import Params, detached, is_out_of_memory
 from lightning_maml.objective import Objective
 from lightning_maml.randomness import drops_blocks, is_random
 from lightning_maml.stack import Stack
@@ -146,7 +146,7 @@ def takes_stacks(loss: Callable[[Params, Any], tuple[Tensor, Any]], params: Para
     with torch.inference_mode(False), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            w, task = constants((params, task))
+            w, task = detached((params, task))
             tasks = type(task)(*(tensor.expand(2, *tensor.shape) for tensor in task))
             Objective(lambda w: stack.each(loss)(w, tasks), stack).gradient(stack.shared(w))
         except Exception:  # noqa: BLE001 # under vmap any network may raise anything; what is wrong without it too is raised there

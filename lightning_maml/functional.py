@@ -16,7 +16,7 @@ def differentiable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def constants(tree: Tree) -> Tree:
+def detached(tree: Tree) -> Tree:
     """Return tensors in tuples, lists and dicts as :func:`differentiable` has them."""
     of_tensors: Tree = tree_map_only(Tensor, differentiable, tree)
     return of_tensors

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_maml.adapt import Loss, QueryLoss, end_of_path, task_losses
 from lightning_maml.curvature import CurvatureName, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes
-from lightning_maml.functional import Params, axpy, constants, dot
+from lightning_maml.functional import Params, axpy, detached, dot
 from lightning_maml.meta_gradient import MetaGradient, mean_over_tasks
 from lightning_maml.objective import Objective, twice_differentiable
 from lightning_maml.rates import InnerRates, rates_of_steps
@@ -86,7 +86,7 @@ def implicit_gradient(
     product = hessian_vector_product(curvature, probe_radius)
 
     with torch.inference_mode(False), twice_differentiable():
-        episodes, params, rates = constants((episodes, params, rates))
+        episodes, params, rates = detached((episodes, params, rates))
 
         def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
             losses = task_losses(loss, task, steps, query_loss, has_aux, None, stack)

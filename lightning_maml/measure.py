@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_support_batches, inner_path, task_losses
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
-from lightning_maml.functional import Params, axpy, constants, dot, norm, scaled
+from lightning_maml.functional import Params, axpy, detached, dot, norm, scaled
 from lightning_maml.objective import BatchLoss, Objective, twice_differentiable
 from lightning_maml.rates import rates_of_steps
 from lightning_maml.stack import Stack
@@ -240,7 +240,7 @@ class Probe:
         self._loss, self._query_loss, self._has_aux = loss, query_loss, has_aux
         self._tasks, self._chunk_size, self._seed = tasks, chunk_size, seed
         with torch.inference_mode(False):
-            self._params, self._episodes = constants((params, episodes))
+            self._params, self._episodes = detached((params, episodes))
 
     def constants(self, inner_lr: float, steps: int) -> Constants:
         """Return everything that is measured below, with L and rho along the inner path."""

@@ -22,7 +22,7 @@ from lightning_maml.adapt import (
 )
 from lightning_maml.curvature import CurvatureName, HessianVectorProduct, exact, hessian_vector_product
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
-from lightning_maml.functional import Params, axpy, constants, scaled
+from lightning_maml.functional import Params, axpy, detached, scaled
 from lightning_maml.objective import Objective, twice_differentiable
 from lightning_maml.rates import InnerRates, Rates, applied, gradient_of_rates, learned, rates_of_steps
 from lightning_maml.stack import Stack
@@ -157,7 +157,7 @@ def meta_gradient(
 
     attention = twice_differentiable() if curvature == "exact" else nullcontext()
     with torch.inference_mode(False), attention:
-        episodes, params, rates = constants((episodes, params, rates))
+        episodes, params, rates = detached((episodes, params, rates))
 
         def of_tasks(stack: Stack, params: Params, rates: list[Rates], task: AnyEpisodes) -> MetaGradient:
             def at(w: Params, loss: Loss | Sequence[Loss], query_loss: QueryLoss | Sequence[QueryLoss] | None) -> MetaGradient:

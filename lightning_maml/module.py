@@ -32,8 +32,8 @@ from lightning_maml.episodic_module import (
     SchedulerFactory,
     with_accuracy,
 )
-from lightning_maml.execution import Execution, Executor, TasksName, takes_stacks
-from lightning_maml.functional import Params, constants, differentiable
+from lightning_maml.execution import Execution, Executor, TasksName, for_cpu, takes_stacks
+from lightning_maml.functional import Params, detached, differentiable
 from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
@@ -220,8 +220,9 @@ class MAML(EpisodicModule):
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
             it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
-            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. They are adapted as tasks are run in training, but not
-            more than 32 at once unless ``chunk_size`` is larger, and called as one unless vmap does not take the network, or with ``tasks="loop"``.
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Those are adapted and called
+            one by one with ``tasks="loop"`` and where vmap does not take the network, else called as one, and adapted as ``"auto"`` runs training
+            on a CPU, or 32 (``chunk_size``) at once.
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
@@ -230,12 +231,9 @@ class MAML(EpisodicModule):
         support = Episodes(support_x, support_y, support_x, support_y)
         network = structural_copy(self.network).eval()
         self._check(Learner(network, self.batch_norm), support)
-        takes_stacks = partial(self._takes_stacks, support, network)
-        stacked = not of_one and self._executor.tasks != "loop" and (self._executor.tasks == "vmap" or takes_stacks())
-        execution = Execution("loop", None)
-        if not of_one:
-            execution = self._executor(network, self.device, Episodes(*support[:2], support_x[:, :0], support_y[:, :0]), takes_stacks)
-            execution = Execution("vmap", ADAPTED_AT_ONCE) if execution == ("vmap", None) else execution
+        chosen = self._executor.tasks
+        as_one = not of_one and (chosen == "vmap" or (chosen != "loop" and self._takes_stacks(support, network)))
+        execution = self._execution_of_adaptation(support) if as_one else Execution("loop", None)
         learner = Learner(network, self.batch_norm, vectorised=are_stacked(*execution))
         adapted = adapted_parameters(
             [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],
@@ -243,12 +241,21 @@ class MAML(EpisodicModule):
             inner_lr=self._rates(),
             steps=steps,
             has_aux=True,
+            may_draw=execution.tasks != "threads",  # the look at stacks has found none
             **execution._asdict(),
         )
         with torch.inference_mode(False), torch.no_grad():
             adapted |= {name: average.repeat(len(support_x), 1) for name, average in self._averages(steps).items()}
-            networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x), stacked)
+            networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x), as_one)
             return networks.network(0) if of_one else networks
+
+    def _execution_of_adaptation(self, support: Episodes) -> Execution:
+        """Return how tasks that vmap takes are adapted to: on a CPU as in training, there by support sets alone."""
+        chosen, chunk_size = self._executor.tasks, self._executor.chunk_size
+        if chosen != "auto" or chunk_size is not None or self.device.type != "cpu":
+            return Execution("vmap", chunk_size or ADAPTED_AT_ONCE)
+        alone = support._replace(query_x=support.query_x[:, :0])
+        return for_cpu(alone, sum(p.numel() for p in self.network.parameters()), lambda: True)
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""
@@ -278,9 +285,9 @@ class MAML(EpisodicModule):
         learner = Learner(structural_copy(self.network).eval(), self.batch_norm)
         support, query = self._support_loss(learner), self._query_loss(learner)
         with torch.inference_mode(False), torch.no_grad():
-            of_one = first_task(constants(task))
+            of_one = first_task(detached(task))
             w = {name: p.detach().clone() for name, p in learner.params.items()}
-            rates = constants(rates_of_steps(self._rates(), w, self.test_steps))
+            rates = detached(rates_of_steps(self._rates(), w, self.test_steps))
             losses = task_losses(support, of_one, self.test_steps, None, True, None)
             points = inner_path(losses.support, Objective, w, rates).points
         return TaskPath(points, lambda w: support(w, of_one.support_x, of_one.support_y)[0], lambda w: query(w, of_one)[0])
@@ -350,7 +357,7 @@ class MAML(EpisodicModule):
         execution = self._execution(episodes)
         if (head := self._head_that_ends(learner, episodes)) is not None:
             with torch.inference_mode(False), torch.no_grad():
-                episodes = constants(episodes)
+                episodes = detached(episodes)
                 encode = partial(self._encode, learner, head, learner.params)
                 chunks = map_tasks(lambda task, stack: stack.each(encode)(task), episodes, **execution._asdict())
                 support_x, query_x = cat_chunks([*chunks])
@@ -417,7 +424,7 @@ class MAML(EpisodicModule):
 
     def _takes_stacks(self, episodes: AnyEpisodes, network: nn.Module) -> bool:
         """Return whether tasks can be stacked for ``network``, this one's or a structural copy in another mode."""
-        kind = (self.network, self.loss, network.training, *(tensor.shape[1:] for tensor in episodes))
+        kind = (self.network, id(self.loss), network.training, *((tensor.dtype, tensor.shape[1:]) for tensor in episodes))
         if kind not in self._stackable:
             learner = Learner(network, self.batch_norm, vectorised=True)
             support_loss, query_loss = self._support_loss(learner, self._averages(0)), self._query_loss(learner, self._averages(0))
@@ -487,7 +494,8 @@ class MAML(EpisodicModule):
         For labels it is the width alone, for targets None where the outputs are no tensor.
         """
         shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
-        kind = (self.network, self.network.training, learner.network.training, episodes.support_x.shape[1:], shapes, are_labels)
+        of_inputs = (episodes.support_x.dtype, episodes.support_x.shape[1:])
+        kind = (self.network, self.network.training, learner.network.training, of_inputs, shapes, are_labels)
         if self._checked[:-1] != kind:
             with self._first_support(episodes) as x:
                 again = tuple(learner.run_again(x))

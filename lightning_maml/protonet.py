@@ -10,13 +10,12 @@ from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, cat_chunks
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
-from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes, check_type, first_task
+from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes, check_type
 from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory
-from lightning_maml.execution import takes_stacks
-from lightning_maml.functional import Params, constants
+from lightning_maml.functional import detached
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
-from lightning_maml.randomness import drops_blocks, is_random
 from lightning_maml.second_derivatives import differentiated
+from lightning_maml.stack import Stack
 from lightning_maml.targets import check_labels
 from lightning_maml.task_map import TaskExecution, map_tasks
 
@@ -69,7 +68,7 @@ class ProtoNet(EpisodicModule):
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
         check_type(episodes)
         with torch.inference_mode(False), torch.no_grad():
-            loss, outputs = self._classify(constants(episodes))
+            loss, outputs = self._classify(detached(episodes))
         return AdaptationCurve(loss[:, None], outputs[:, None])
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> nn.Module:
@@ -92,11 +91,9 @@ class ProtoNet(EpisodicModule):
         if of_one:
             support_x, support_y = support_x[None], support_y[None]
         with torch.inference_mode(False), torch.no_grad():
-            support = constants(Episodes(support_x, support_y, support_x, support_y))
+            support = detached(Episodes(support_x, support_y, support_x, support_y))
             network = structural_copy(self.network).eval()
-            ways = self._check(network, support)
-            tasks = self._task_execution(network, support, ways)
-            learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
+            learner, ways, tasks = self._looked_at(network, support)
 
             def means(task: Episodes) -> tuple[Tensor]:
                 return (class_means(learner(learner.params, task.support_x), task.support_y, ways),)
@@ -118,49 +115,63 @@ class ProtoNet(EpisodicModule):
 
     def _classify(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor]:
         """Return the query losses ``[T]`` and logits ``[T, Q, ways]``."""
-        ways = self._check(self.network, episodes)
-        tasks = self._task_execution(self.network, episodes, ways)
-        learner = Learner(self.network, self.batch_norm, vectorised=tasks == "vmap")
-        of_task = partial(self._of_task, learner, ways, learner.params)
+        learner, ways, tasks = self._looked_at(self.network, episodes)
+        of_task = partial(self._of_task, learner, ways)
         loss, logits = cat_chunks([*map_tasks(lambda task, stack: stack.each(of_task)(task), episodes, tasks=tasks)])
         return loss, logits
 
-    def _of_task(self, learner: Learner, ways: int, params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
+    def _of_task(self, learner: Learner, ways: int, task: Episodes) -> tuple[Tensor, Tensor]:
         with differentiated(1):
-            support, query = _embedded(learner, params, task)
+            support, query = _embedded(learner, task)
         logits = -(query[:, None] - class_means(support, task.support_y, ways)).square().sum(-1)
         return self.loss(logits, task.query_y), logits
 
-    def _task_execution(self, network: nn.Module, episodes: AnyEpisodes, ways: int) -> TaskExecution:
-        if self._tasks != "auto":
-            return self._tasks
-        if is_random(network):  # its masks are drawn under vmap too, but for DropBlock's
-            return "loop" if drops_blocks(network) else "vmap"
-        kind = (self.network, self.loss, network.training, *(tensor.shape[1:] for tensor in episodes))
+    def _looked_at(self, network: nn.Module, episodes: AnyEpisodes) -> tuple[Learner, int, TaskExecution]:
+        """Refuse episodes that have no prototypes, and return what embeds them, their ways, and how tasks are run."""
+        tasks: TaskExecution = "vmap" if self._tasks == "auto" else self._tasks
+        learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
+        ways = ways_of(episodes)
+        kind = (self.network, id(self.loss), network.training, *((tensor.dtype, tensor.shape[1:]) for tensor in episodes))
         if kind not in self._stackable:
-            learner = Learner(network, self.batch_norm, vectorised=True)
-            self._stackable[kind] = takes_stacks(partial(self._of_task, learner, ways), learner.params, first_task(episodes))
-        return "vmap" if self._stackable[kind] else "loop"
+            self._first_outputs(learner, episodes)
+            self._stackable[kind] = self._tasks != "auto" or self._takes_vmap(learner, ways, episodes)
+        if tasks == "vmap" and not self._stackable[kind]:
+            learner, tasks = Learner(network, self.batch_norm), "loop"
+        return learner, ways, tasks
 
-    def _check(self, network: nn.Module, episodes: AnyEpisodes) -> int:
-        """Refuse episodes that have no prototypes, and return their ways."""
-        if isinstance(episodes, ResampledEpisodes):
-            raise TypeError("Expected Episodes, which have one support set per task, but got ResampledEpisodes; use regime='finite_sum'.")
-        check_episodes(episodes)
-        if episodes.support_y.is_floating_point():
-            raise ValueError("Expected labels, of classes that have prototypes, but got floating-point targets; ProtoNet only classifies.")
-        ways = int(episodes.support_y.max()) + 1
-        check_labels(episodes, ways)
-        if any(len(labels.unique()) < ways for labels in episodes.support_y):
-            raise ValueError(f"Expected every support set to hold examples of all {ways} classes, but one lacks some.")
-        self._first_outputs(Learner(network, self.batch_norm), episodes)
-        return ways
+    def _takes_vmap(self, learner: Learner, ways: int, episodes: AnyEpisodes) -> bool:
+        with self._first_support(episodes), torch.no_grad():
+            task = Episodes(*(tensor[:1] for tensor in detached(episodes)))
+            try:
+                Stack(1).each(partial(self._of_task, learner, ways))(task)
+            except Exception:  # noqa: BLE001 # under vmap any network may raise anything; what is wrong without it too is raised there
+                return False
+        return True
 
 
-def _embedded(learner: Learner, params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
+def ways_of(episodes: AnyEpisodes) -> int:
+    """Return the number of classes of episodes that have a prototype for each.
+
+    Raises:
+        TypeError: If they have several support sets.
+        ValueError: If a label is none of those, or one has no example.
+    """
+    if isinstance(episodes, ResampledEpisodes):
+        raise TypeError("Expected Episodes, which have one support set per task, but got ResampledEpisodes; use regime='finite_sum'.")
+    check_episodes(episodes)
+    if episodes.support_y.is_floating_point():
+        raise ValueError("Expected labels, of classes that have prototypes, but got floating-point targets; ProtoNet only classifies.")
+    ways = int(episodes.support_y.max()) + 1
+    check_labels(episodes, ways)
+    if any(len(labels.unique()) < ways for labels in episodes.support_y):
+        raise ValueError(f"Expected every support set to hold examples of all {ways} classes, but one lacks some.")
+    return ways
+
+
+def _embedded(learner: Learner, task: Episodes) -> tuple[Tensor, Tensor]:
     if learner.uses_support_statistics:
-        return learner(params, task.support_x), learner(params, task.query_x, statistics_of=task.support_x)
-    embedded = learner(params, torch.cat([task.support_x, task.query_x]))
+        return learner(learner.params, task.support_x), learner(learner.params, task.query_x, statistics_of=task.support_x)
+    embedded = learner(learner.params, torch.cat([task.support_x, task.query_x]))
     shots = len(task.support_x)
     return embedded[:shots], embedded[shots:]
 

@@ -7,7 +7,7 @@ import torch
 
 from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_support_batches, end_of_path, task_losses
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
-from lightning_maml.functional import Params, axpy, constants
+from lightning_maml.functional import Params, axpy, detached
 from lightning_maml.meta_gradient import MetaGradient, mean_over_tasks
 from lightning_maml.objective import Objective
 from lightning_maml.rates import InnerRates, rates_of_steps
@@ -38,7 +38,7 @@ def reptile_gradient(
         check_support_batches(episodes, steps)
 
     with torch.inference_mode(False), torch.no_grad():
-        episodes, params, rates = constants((episodes, params, rates))
+        episodes, params, rates = detached((episodes, params, rates))
 
         def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
             losses = task_losses(loss, task, steps, query_loss, has_aux, None, stack)

@@ -15,7 +15,12 @@ TaskExecution = Literal["loop", "threads", "vmap"]
 
 
 def map_tasks(
-    function: Callable[[Any, Stack], Any], episodes: AnyEpisodes, *, tasks: TaskExecution, chunk_size: int | None = None
+    function: Callable[[Any, Stack], Any],
+    episodes: AnyEpisodes,
+    *,
+    tasks: TaskExecution,
+    chunk_size: int | None = None,
+    may_draw: bool = True,
 ) -> Iterator[Any]:
     """Yield ``function``'s results for all tasks in their order, a chunk of tasks at a time with a leading task dimension.
 
@@ -26,6 +31,7 @@ def map_tasks(
         tasks: ``"loop"``: one after the other; ``"threads"``: one for each CPU core, each on one core, so ``function`` must be safe to call
             from several threads and must not draw random numbers; ``"vmap"``: all as one.
         chunk_size: How many tasks are vectorised together in any of the three; by default 1, with ``"vmap"`` all.
+        may_draw: Whether ``function`` might draw random numbers, for which threads then look: others that draw meanwhile are taken for it.
 
     Raises:
         ValueError: If ``tasks`` is none of the three, or ``chunk_size`` is not positive.
@@ -47,7 +53,7 @@ def map_tasks(
         return tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result)
 
     run = _in_the_callers_modes(of_chunk, episodes.support_x.device.type)
-    yield from _in_threads(run, chunks) if tasks == "threads" else map(run, chunks)
+    yield from _in_threads(run, chunks, may_draw) if tasks == "threads" else map(run, chunks)
 
 
 def are_stacked(tasks: TaskExecution, chunk_size: int | None) -> bool:
@@ -80,7 +86,7 @@ def _in_the_callers_modes(function: Callable[[Any], Any], device: str) -> Callab
     return run
 
 
-def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes]) -> Iterator[Any]:
+def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes], may_draw: bool) -> Iterator[Any]:
     """Run one chunk per core.
 
     The caller's own thread is held to one core as well: it works on the results meanwhile, and its idle helper threads would spin on
@@ -94,7 +100,7 @@ def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes]) -
             yield from pool.map(function, chunks)
     finally:
         torch.set_num_threads(cores)
-    if not torch.equal(random_state, torch.get_rng_state()):
+    if may_draw and not torch.equal(random_state, torch.get_rng_state()):
         raise RuntimeError(
             "Expected a loss that draws no random numbers with `tasks='threads'` but its random state moved, and threads share one "
             "random generator; use tasks='loop'."

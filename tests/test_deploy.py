@@ -81,25 +81,64 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.squeeze(1))[0][:, -1])
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("tasks", ["auto", "threads", "loop"])
-def test_networks_that_vmap_does_not_take_are_adapted_one_by_one(tasks: str) -> None:
+def test_networks_that_vmap_does_not_take_are_adapted_one_by_one(tasks: str, chunk_size: int | None) -> None:
     torch.manual_seed(0)
-    model, episodes = MAML(Recurrent(), inner_lr=0.3, test_steps=2, tasks=tasks).double().eval(), make_episodes(tasks=3)
+    model = MAML(Recurrent(), inner_lr=0.3, test_steps=2, tasks=tasks).double().eval()
+    episodes = make_episodes(tasks=3)
+    model, judging = MAML(model.network, inner_lr=0.3, test_steps=2, tasks=tasks, chunk_size=chunk_size).eval(), model
     networks = model.adapt(episodes.support_x, episodes.support_y)
-    torch.testing.assert_close(networks(episodes.query_x), model.evaluate(episodes).aux[:, -1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(networks(episodes.query_x), judging.evaluate(episodes).aux[:, -1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("tasks", ["auto", "threads", "loop"])
+def test_networks_that_draw_in_evaluation_are_adapted_one_by_one(tasks: str, chunk_size: int | None) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = build("mlp")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x + torch.randn_like(x))
+
+    episodes = make_episodes(tasks=6)
+    networks = MAML(Noisy(), inner_lr=0.3, tasks=tasks, chunk_size=chunk_size).double().adapt(*episodes[:2])
+    assert networks(episodes.query_x).shape == (*episodes.query_y.shape, WAYS)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_others_may_draw_while_many_tasks_are_adapted_to() -> None:
+    class Drawn(nn.Module):
+        """Draws where it is not looked at, as another thread of the program might."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = build("mlp")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if threading.current_thread() is not threading.main_thread():
+                torch.rand(1)
+            return self.body(x)
+
+    episodes = make_episodes(tasks=400)
+    assert MAML(Drawn(), inner_lr=0.3).double().adapt(*episodes[:2])(episodes.query_x).shape == (*episodes.query_y.shape, WAYS)
 
 
 class Watched(nn.Module):
-    """Notes down the threads that it is called in."""
+    """Notes down the thread of each call."""
 
-    threads: ClassVar[set[int]] = set()
+    threads: ClassVar[list[int]] = []
 
     def __init__(self) -> None:
         super().__init__()
         self.body = build("conv_batch_norm")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.threads.add(threading.get_ident())
+        self.threads.append(threading.get_ident())
         return self.body(x)
 
 
@@ -110,7 +149,8 @@ def test_many_tasks_are_adapted_in_stacks_one_per_core() -> None:
     expected = model.evaluate(episodes).aux[:, -1]
     Watched.threads.clear()
     networks = model.adapt(episodes.support_x, episodes.support_y)
-    assert Watched.threads - {threading.get_ident()}
+    assert set(Watched.threads) - {threading.get_ident()}
+    assert len(Watched.threads) < 20
     torch.testing.assert_close(networks(episodes.query_x), expected, rtol=1e-10, atol=1e-12)
 
 

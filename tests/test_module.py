@@ -195,13 +195,24 @@ def test_targets_that_would_be_broadcast_are_refused(loss) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "cure"), [(torch.float64, r"x.to\(torch.float32\)\."), (torch.uint8, r"x.to\(torch.float32\) / 255")])
+@pytest.mark.parametrize("name", ["mlp", "conv_batch_norm"])
 @pytest.mark.parametrize("algorithm", [MAML, ProtoNet])
-def test_inputs_of_another_type_than_the_networks_are_refused(algorithm: type[MAML], dtype: torch.dtype, cure: str) -> None:
-    model, episodes = algorithm(build("mlp").float()), make_episodes()
+def test_inputs_of_another_type_than_the_networks_are_refused(algorithm: type[MAML], name: str, dtype: torch.dtype, cure: str) -> None:
+    model, episodes = algorithm(build(name).float()), single(make_episodes())
     other = episodes._replace(support_x=episodes.support_x.to(dtype), query_x=episodes.query_x.to(dtype))
     for act in (model.meta_loss, model.evaluate, lambda episodes: model.adapt(*episodes[:2])):
-        with pytest.raises(ValueError, match=f"Expected inputs of torch.float32, the network's own, but it fails on {dtype} .*{cure}"):
+        act(episodes)
+        with pytest.raises(ValueError, match=f"Expected inputs of the network's type, torch.float32, but it fails on {dtype}; .*{cure}"):
             act(other)
+        with pytest.raises(ValueError, match="all inputs of `episodes` to be of one type but got torch"):
+            model.meta_loss(episodes._replace(query_x=other.query_x))
+
+
+def test_other_faults_of_a_network_of_integers_are_its_own() -> None:
+    words, labels = torch.randint(7, (2, 6, 3)), torch.arange(2).repeat(2, 3)
+    network = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(11, 2))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        MAML(network).meta_loss(Episodes(words, labels, words, labels))
 
 
 def test_what_is_no_batch_of_episodes_is_refused(tmp_path: Path) -> None:
@@ -408,6 +419,7 @@ def test_datamodules_follow_the_trainers_precision(tmp_path: Path, precision: st
     assert module.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}[precision]
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_two_processes_test_every_task_once(tmp_path: Path) -> None:
     results = []
     for devices in (1, 2):

@@ -1,5 +1,6 @@
 """Prototypical networks against the paper's formulas, and under real trainers."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -74,19 +75,47 @@ def test_tasks_one_by_one_are_the_same() -> None:
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(8, 6, batch_first=True)
+        self.lstm, self.dropout = nn.LSTM(8, 6, batch_first=True), nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lstm(x.squeeze(1))[0][:, -1]
+        return self.dropout(self.lstm(x.squeeze(1))[0][:, -1])
 
 
 def test_a_network_that_vmap_does_not_take_is_run_one_by_one() -> None:
     episodes = make_episodes()
     auto, one_by_one = ProtoNet(Recurrent()).double().eval(), ProtoNet(Recurrent(), tasks="loop").double().eval()
     one_by_one.load_state_dict(auto.state_dict())
+    auto.train().meta_loss(episodes).backward()
+    auto.eval()
     torch.testing.assert_close(auto.evaluate(episodes), one_by_one.evaluate(episodes))
     networks = auto.adapt(*episodes[:2])
     torch.testing.assert_close(networks(episodes.query_x).log_softmax(-1), auto.evaluate(episodes).aux[:, 0].log_softmax(-1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_others_are_run_together(frozen: bool) -> None:
+    calls = []
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.dropout = build("conv_batch_norm").requires_grad_(not frozen), nn.Dropout(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return self.dropout(self.body(x))
+
+    model, episodes = ProtoNet(Watched(), loss=Unhashable()).double(), make_episodes()
+    model.meta_loss(episodes)
+    calls.clear()
+    model.meta_loss(episodes)
+    assert len(calls) == 1
+
+
+@dataclass
+class Unhashable:
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, labels)
 
 
 def test_adapting_leaves_the_model_as_it_is() -> None:

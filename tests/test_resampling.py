@@ -190,6 +190,7 @@ def test_a_split_too_small_for_fresh_batches_is_refused() -> None:
         GlyphsDataModule(regime="fresh")
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML])
 @pytest.mark.parametrize("batch_norm", ["batch", "support", "running"])
 def test_one_sgd_step_under_a_trainer_is_the_meta_gradient(tmp_path: Path, algorithm: type[MAML], batch_norm: str) -> None:
