@@ -220,9 +220,9 @@ class MAML(EpisodicModule):
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
             it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
-            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. Those are adapted and called
-            one by one with ``tasks="loop"`` and where vmap does not take the network, else called as one, and adapted as ``"auto"`` runs training
-            on a CPU, or 32 (``chunk_size``) at once.
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. With ``tasks="loop"``, and where vmap does not take the network,
+            these are adapted and called one by one; otherwise called as one, and adapted 32 (``chunk_size``) at once, or with ``"auto"`` on a
+            CPU as many as in training.
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
