@@ -93,10 +93,6 @@ def check_episodes(episodes: AnyEpisodes) -> None:
     if len({len(tensor) for tensor in episodes}) > 1:
         sizes = {name: len(tensor) for name, tensor in episodes._asdict().items()}
         raise ValueError(f"Expected all tensors of `episodes` to hold the same number of tasks but got {sizes}.")
-    if len(types := {tensor.dtype for tensor in episodes[::2]}) > 1:
-        raise ValueError(
-            f"Expected all inputs of `episodes` to be of one type but got {' and '.join(sorted(map(str, types)))}; convert them."
-        )
     if len(episodes.support_x) == 0:
         raise ValueError("Expected `episodes` to hold at least one task but got none.")
     if resampled and len({tensor.shape[1] for tensor in episodes[:4]}) > 1:
@@ -106,3 +102,7 @@ def check_episodes(episodes: AnyEpisodes) -> None:
         of_x, of_y = (getattr(episodes, name).shape[len(dimensions[name]) - 1] for name in (x, y))
         if of_x != of_y:
             raise ValueError(f"Expected `{x}` and `{y}` to hold the same number of examples but got {of_x} and {of_y}.")
+    if len(types := {tensor.dtype for tensor in episodes[::2]}) > 1:
+        raise ValueError(
+            f"Expected all inputs of `episodes` to be of one type but got {' and '.join(sorted(map(str, types)))}; convert them."
+        )
