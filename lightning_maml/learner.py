@@ -54,7 +54,7 @@ class Learner:
         self._batch_norm = batch_norm
         self._vectorised = vectorised
         self._own = threading.local()
-        norms = [*batch_norms(network)]
+        norms = [] if batch_norm == "batch" else [*batch_norms(network)]
         self.uses_support_statistics = batch_norm == "support" and bool(norms)
         if batch_norm in ("running", "per_step"):
             _check_running_averages(network, norms, batch_norm)
