@@ -21,6 +21,9 @@ Result = TypeVar("Result")
 STACKED_INPUTS = 2**16
 """Numbers in the inputs of the tasks that are stacked on a CPU: with more, what a layer needs outgrows its caches (benchmarks/README.md)."""
 
+ADAPTED_INPUTS = 2 * STACKED_INPUTS
+"""The same where tasks are only adapted to, by first derivatives, which keep half as much."""
+
 STACKED_PARAMETERS = 2**22
 """Numbers in the parameters of the tasks that are stacked on a CPU; each task has its own."""
 
@@ -103,7 +106,7 @@ class Executor:
             rank_zero_info(f"There is no memory for {stacked} tasks at once; from here on {self._fitting} are stacked.")
 
 
-def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], bool]) -> Execution:
+def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], bool], stacked_inputs: int = STACKED_INPUTS) -> Execution:
     """Return what is fastest on the CPU for tasks of this size.
 
     A small task is mostly Python, which threads wait for each other in, and kernels that take microseconds: such tasks are stacked, a few of
@@ -114,10 +117,11 @@ def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], b
         episodes: The meta-batch.
         parameters: How many numbers the network's parameters are.
         takes_stacks: Whether the network and its loss can be stacked; called where they would be.
+        stacked_inputs: Numbers in the inputs of the tasks that are stacked at most.
     """
     cores, tasks = torch.get_num_threads(), len(episodes.support_x)
     inputs = max(1, sum(x[0].numel() for x in episodes[::2]))
-    fitting = min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // max(1, parameters))
+    fitting = min(stacked_inputs // inputs, STACKED_PARAMETERS // max(1, parameters))
     if fitting >= FEWEST_STACKED > tasks or inputs >= LARGE_INPUTS:
         return Execution("loop", None)
     if fitting < FEWEST_STACKED or not takes_stacks():

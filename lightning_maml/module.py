@@ -32,7 +32,7 @@ from lightning_maml.episodic_module import (
     SchedulerFactory,
     with_accuracy,
 )
-from lightning_maml.execution import Execution, Executor, TasksName, for_cpu, takes_stacks
+from lightning_maml.execution import ADAPTED_INPUTS, Execution, Executor, TasksName, for_cpu, takes_stacks
 from lightning_maml.functional import Params, detached, differentiable
 from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
@@ -255,7 +255,7 @@ class MAML(EpisodicModule):
         if chosen != "auto" or chunk_size is not None or self.device.type != "cpu":
             return Execution("vmap", chunk_size or ADAPTED_AT_ONCE)
         alone = support._replace(query_x=support.query_x[:, :0])
-        return for_cpu(alone, sum(p.numel() for p in self.network.parameters()), lambda: True)
+        return for_cpu(alone, sum(p.numel() for p in self.network.parameters()), lambda: True, ADAPTED_INPUTS)
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""
