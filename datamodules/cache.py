@@ -1,16 +1,15 @@
 """Decoded images in one file, which later runs map into memory instead of decoding again."""
 
-import os
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-from lightning_maml.archives import check_archive, remove_abandoned
+from lightning_maml.archives import check_archive, whole_file
 
 _VERSION = 1
 
@@ -42,36 +41,15 @@ def write_cache(file: Path, source: str, content: DecodedImages) -> None:
     Raises:
         OSError: If the folder cannot be written or the disk is full.
     """
-    remove_abandoned(file.with_name(f".{file.name}.*"))
-    part = file.with_name(f".{file.name}.{uuid4().hex}")  # of this process alone, on whichever machine it is
-    stream = _writable(part)
     try:
-        with stream:
-            _save(stream, {"version": _VERSION, "source": source, **content._asdict()})
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _writable(part: Path) -> BinaryIO:
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        return part.open("xb")
-    except OSError as error:
-        raise OSError(
-            f"Expected to write into {part.parent} but could not ({error}); choose a writable `root`, with links to the data."
-        ) from error
-
-
-def _save(stream: BinaryIO, content: dict[str, Any]) -> None:
-    try:
-        torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+        with whole_file(file, writer=uuid4().hex) as stream:  # processes on several machines may share the folder
+            torch.save({"version": _VERSION, "source": source, **content._asdict()}, stream)
     except (OSError, RuntimeError) as error:  # torch raises either where the disk is full
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        size = content["images"].nbytes / 1e6
-        raise OSError(f"Expected room for {size:.0f} MB beside {stream.name} but could not write them ({reason}).") from error
+        raise OSError(
+            f"Expected to write {content.images.nbytes / 1e6:.0f} MB into {file.parent} but could not ({reason}); make room, or choose a "
+            "writable `root`, with links to the data."
+        ) from error
 
 
 def read_cache(file: Path, source: str, shape: tuple[int, ...], *, checksums: bool = False) -> DecodedImages | None:

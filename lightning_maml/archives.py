@@ -1,10 +1,14 @@
-"""Files of torch.save that nobody vouches for, and parts of files that processes left."""
+"""Files of torch.save: those that nobody vouches for are checked, those that are written are whole or not there."""
 
 import contextlib
 import os
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+_PART = ".lightning_maml-part"
 
 
 def check_archive(file: Path) -> None:
@@ -35,9 +39,33 @@ def check_archive(file: Path) -> None:
         raise ValueError(f"it is no archive of torch.save: {error}") from error
 
 
-def remove_abandoned(parts: Path) -> None:
-    """Remove the parts of files that killed processes left, those to which nothing was written for an hour; ``parts`` ends in a pattern."""
-    for part in parts.parent.glob(parts.name):
+@contextlib.contextmanager
+def whole_file(path: Path, writer: str = "") -> Iterator[BinaryIO]:
+    """Give a file that takes the place of ``path`` when all of it is on the disk; where that fails, ``path`` is left as it was.
+
+    Args:
+        path: The file to be.
+        writer: A name of this process alone, where several may write to ``path`` at once; by default none does.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
+    part = path.with_name(f".{path.name}{writer}{_PART}")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the parts of files that killed processes left, those to which nothing was written for an hour."""
+    for part in folder.glob(f".*{_PART}"):
         with contextlib.suppress(OSError):  # another process may be as quick
             if time.time() - part.stat().st_mtime > 3600:
                 part.unlink()

@@ -1,6 +1,5 @@
 """Checkpoint files that are whole or not there."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from lightning_maml.archives import check_archive, remove_abandoned
+from lightning_maml.archives import check_archive, whole_file
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -30,18 +29,10 @@ class WholeCheckpoints(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
-        part = path.with_name(f".{path.name}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(path.with_name(".*.part"))
-            with part.open("wb") as file:
+            with whole_file(Path(path)) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
         except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
-            part.unlink(missing_ok=True)
             raise OSError(
                 f"Expected to write the checkpoint {path} but it cannot be written: {_first_line(error)}; "
                 "make room and go on from the last checkpoint, which is as it was."
