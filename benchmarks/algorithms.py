@@ -143,7 +143,8 @@ def main() -> None:
             finished.write_text(json.dumps([run._asdict() for run in runs]))
     seconds = seconds_per_iteration([run.name for run in runs], data)
     print(
-        f"\n{os.cpu_count()} CPU cores\n\n| algorithm | N, inner rate | test accuracy, % | untrained, % | seconds per iteration |\n|---|---|---|---|---|"
+        f"\n{os.cpu_count()} CPU cores\n\n| algorithm | N, inner rate | test accuracy, % | untrained, % | seconds per iteration |\n"
+        "|---|---|---|---|---|"
     )
     for run in runs:
         accuracy = f"{100 * run.accuracy:.1f} ± {100 * run.ci95:.1f}"

@@ -1,6 +1,6 @@
-"""Whole training on real Omniglot, 5-way 1-shot: Trainer.fit, loading and logging included, against learn2learn's loop with its own data pipeline.
+"""Whole training on real Omniglot, 5-way 1-shot: Trainer.fit with loading and logging against learn2learn's loop and data pipeline.
 
-make learn2learn && .venv/bin/python benchmarks/end_to_end.py --root DATA     # some minutes on 2 cores; DATA/omniglot-py as torchvision has it
+make learn2learn && .venv/bin/python benchmarks/end_to_end.py --root DATA     # some minutes on 2 cores; DATA/omniglot-py as in torchvision
 """
 
 import argparse
@@ -81,7 +81,7 @@ def ours(root: str, iterations: int, accelerator: str) -> tuple[float, float]:
 
 
 def learn2learns_tasks(root: str) -> l2l.data.TaskDataset:
-    """Return the tasks of learn2learn's ``examples/vision/maml_omniglot.py``, which decodes and resizes every image whenever it is drawn."""
+    """Return the tasks of learn2learn's ``examples/vision/maml_omniglot.py``, which decodes and resizes images whenever they are drawn."""
     scaled = Compose([Resize(28, interpolation=LANCZOS), ToTensor(), lambda x: 1.0 - x])
     with patch.object(torchvision.datasets.Omniglot, "_check_integrity", lambda self: True):  # of the archives: the folders are there
         dataset = l2l.data.MetaDataset(l2l.vision.datasets.FullOmniglot(root, transform=scaled))
@@ -136,7 +136,8 @@ def main() -> None:
         iteration, gradient = ours(arguments.root, arguments.iterations, arguments.device.replace("cuda", "gpu"))
         rounds.append((iteration, gradient, theirs(tasks, max(1, arguments.iterations // 4), arguments.device)))
     print(
-        f"\nOmniglot, 5-way 1-shot, {TASKS} tasks, OmniglotCNN, {arguments.device}, {os.cpu_count()} CPU cores, medians of {len(rounds)} rounds\n"
+        f"\nOmniglot, 5-way 1-shot, {TASKS} tasks, OmniglotCNN, {arguments.device}, {os.cpu_count()} CPU cores, medians of {len(rounds)} "
+        "rounds\n"
     )
     columns = {
         "Trainer.fit, ms": [1000 * iteration for iteration, _, _ in rounds],

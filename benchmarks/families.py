@@ -85,7 +85,7 @@ def nonconvex_sigma(w: Tensor) -> float:
     return float(gradients.var(correction=0).sqrt())
 
 
-# Sampled tasks on the line: l(w; theta, zeta) = cos(w) + (G + theta) w + zeta w^2 / 2 with noise theta and zeta, so L = rho = 1 in the mean.
+# Sampled tasks on the line: l(w; theta, zeta) = cos(w) + (G + theta) w + zeta w^2 / 2, noise theta and zeta, so L = rho = 1 in the mean.
 
 
 def cosine_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:

@@ -110,7 +110,8 @@ def main() -> None:
             ci95 = 1.96 * accuracies.std() / TEST_TASKS**0.5
             rows.append(f"| {name} | {label} | {100 * accuracies.mean():.2f} ± {100 * ci95:.2f} | {minutes:.1f} |")
     print(
-        f"\n{EPOCHS * ITERATIONS_PER_EPOCH} iterations of {META_BATCH} tasks, tested on {TEST_TASKS}, {torch.get_default_dtype()}; {os.cpu_count()} CPU cores"
+        f"\n{EPOCHS * ITERATIONS_PER_EPOCH} iterations of {META_BATCH} tasks, tested on {TEST_TASKS}, {torch.get_default_dtype()}; "
+        f"{os.cpu_count()} CPU cores"
     )
     print("\n| algorithm | training | test accuracy, % | minutes |\n|---|---|---|---|", *rows, sep="\n")
 

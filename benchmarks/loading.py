@@ -119,8 +119,9 @@ def main() -> None:
     print("data | | until training may begin | memory then | memory when all images were used\n--- | --- | --- | --- | ---")
     print("\n".join(rows))
     print(
-        f"\nAn episode of 5 classes with 5 support and 15 query images each, from the cache, without workers: median {statistics.median(times):.2f} ms, "
-        f"of {len(times)} between {times[len(times) // 20]:.2f} and {times[-len(times) // 20]:.2f} ms (5 and 95 %)"
+        "\nAn episode of 5 classes with 5 support and 15 query images each, from the cache, without workers: median "
+        f"{statistics.median(times):.2f} ms, of {len(times)} between {times[len(times) // 20]:.2f} and {times[-len(times) // 20]:.2f} ms "
+        "(5 and 95 %)"
     )
 
 

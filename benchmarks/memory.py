@@ -1,4 +1,4 @@
-"""Peak memory of the meta-gradient of one task against the number of inner steps: a process for each method and N, of ours and of learn2learn.
+"""Peak memory of the meta-gradient of one task against the number of inner steps: a process for each method and N, ours and learn2learn's.
 
 make learn2learn && .venv/bin/python benchmarks/memory.py     # a few minutes on 2 cores
 """
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 STEPS = (1, 2, 5, 10, 20)
 ALLOCATORS = {"as it is": {}, "returning": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
-"""glibc keeps what is freed, in pieces that fit the next request or do not; with the threshold it returns it at once, and what counts is in use."""
+"""glibc keeps what is freed, in pieces that may fit the next request; with the threshold it returns it at once: what counts is in use."""
 METHODS = ("ours-exact", "ours-hf", "ours-fo", "learn2learn", "learn2learn-fo")
 
 

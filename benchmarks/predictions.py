@@ -256,8 +256,8 @@ def unbounded_smoothness() -> Finding:
         "unbounded smoothness",
         "F has no bounded smoothness: it grows with the task gradient (F Lemma 4.8; J Props 1, 7)",
         "|F''(w)| <= a^2N L + C_L |l'(w)|, C_L = (rho / L) a^(2N-1) (a^N - 1)",
-        f"sup |F''| from {series[0].y[0]:.2f} to {series[0].y[-1]:.0f} (N = 1) and {series[2].y[-1]:.0f} (N = 5), exponent of the gradient {min(growth):.2f} .. {max(growth):.2f}; "
-        f"{min(ratios):.2f} .. {max(ratios):.2f} of the bound there, {largest:.3f} at most",
+        f"sup |F''| from {series[0].y[0]:.2f} to {series[0].y[-1]:.0f} (N = 1) and {series[2].y[-1]:.0f} (N = 5), exponent of the gradient "
+        f"{min(growth):.2f} .. {max(growth):.2f}; {min(ratios):.2f} .. {max(ratios):.2f} of the bound there, {largest:.3f} at most",
         largest <= 1 + 1e-9 and all(0.9 < exponent < 1.1 for exponent in growth),
         Panel("1 + gradient of the loss", "sup |F''|", series),
     )
@@ -274,7 +274,8 @@ def blow_up() -> Finding:
         "alpha must shrink with N",
         "alpha has to scale like 1/N, or smoothness and cost grow exponentially (J Sec 3.2, Cor 6)",
         "sup |F''| = (1 + alpha L)^2N; at alpha = 1/(8NL) between 1.266 and e^(1/4) = 1.284",
-        f"alpha L = 0.5: {', '.join(f'{value:.3g}' for value in fixed)} for N = 1, 2, 5, 10, 20; alpha = 1/(8NL): {min(scaled):.3f} .. {max(scaled):.3f}",
+        f"alpha L = 0.5: {', '.join(f'{value:.3g}' for value in fixed)} for N = 1, 2, 5, 10, 20; "
+        f"alpha = 1/(8NL): {min(scaled):.3f} .. {max(scaled):.3f}",
         all(abs(f / p - 1) < 1e-6 for f, p in zip(fixed, predicted, strict=True)) and max(scaled) < math.exp(0.25),
         Panel(
             "N",
@@ -319,7 +320,8 @@ def sampling_bias() -> Finding:
         "sampling bias",
         "sampling the inner step biases the gradient by O(alpha L sigma~ / sqrt D_in) (F Lemma 4.10, eq 20)",
         "bias <= alpha L sigma~ / sqrt(D_in)",
-        f"{min(ratios):.3f} .. {max(ratios):.3f} of the bound; true exponent of D_in {slope(SAMPLES, biases):.2f}: the bound is safe, and pessimistic",
+        f"{min(ratios):.3f} .. {max(ratios):.3f} of the bound; true exponent of D_in {slope(SAMPLES, biases):.2f}: the bound is safe, and "
+        "pessimistic",
         max(ratios) <= 1,
         Panel("D_in", "bias", [Series("measured", SAMPLES, biases), Series("bound", SAMPLES, bounds, "k--")]),
     )
@@ -548,8 +550,8 @@ def adaptive_where_fixed_diverges() -> Finding:
         counts = (len(adaptive) - 1, len(paper) - 1)
         holds &= all(abs(count / expected - 1) <= 0.2 for count, expected in zip(counts, reference, strict=True))
         texts.append(
-            f"N = {steps}: adaptive {len(adaptive) - 1} iterations ({len(paper) - 1} with the papers' constant), 1/|Hess F(w*)| diverges in {len(diverged) - 1}, "
-            f"1/|Hess F(w_0)| takes {len(slow) - 1}"
+            f"N = {steps}: adaptive {len(adaptive) - 1} iterations ({len(paper) - 1} with the papers' constant), 1/|Hess F(w*)| diverges "
+            f"in {len(diverged) - 1}, 1/|Hess F(w_0)| takes {len(slow) - 1}"
         )
         for name, norms in (("adaptive", adaptive), ("papers' constant", paper), ("1/|Hess F(w*)|", diverged), ("1/|Hess F(w_0)|", slow)):
             series.append(Series(f"{name}, N = {steps}", range(1, len(norms) + 1), [min(norm, 1e12) for norm in norms], style))
@@ -557,8 +559,8 @@ def adaptive_where_fixed_diverges() -> Finding:
         "P12",
         "adaptive against fixed steps",
         "an adaptive meta-stepsize is needed where smoothness varies (F Sec 4.2; J Sec 3.3)",
-        "quartic tasks from |w_0| = 20: beta = scale / L^ converges to 1e-6 (in 224 and 51 iterations, 2769 and 4667 with the papers' constant, within "
-        "20 %), beta = 1/|Hess F(w*)| diverges within 3",
+        "quartic tasks from |w_0| = 20: beta = scale / L^ converges to 1e-6 (in 224 and 51 iterations, 2769 and 4667 with the papers' "
+        "constant, within 20 %), beta = 1/|Hess F(w*)| diverges within 3",
         "; ".join(texts),
         holds,
         Panel("iteration", "|grad F|", series),

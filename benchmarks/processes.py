@@ -109,7 +109,10 @@ def table(computations: Sequence[float], tasks: int, ring: Ring, size: int) -> l
         size: Of these, in bytes.
     """
     lines = [
-        f"| processes | a step of {tasks} tasks each, ms | of this the sum | tasks per second | efficiency | a step of {TOGETHER} tasks, ms | efficiency |",
+        (
+            f"| processes | a step of {tasks} tasks each, ms | of this the sum | tasks per second | efficiency "
+            f"| a step of {TOGETHER} tasks, ms | efficiency |"
+        ),
         "|---|---|---|---|---|---|---|",
     ]
     alone = statistics.mean(computations)
@@ -117,8 +120,8 @@ def table(computations: Sequence[float], tasks: int, ring: Ring, size: int) -> l
         wait, most = ring.seconds(processes, size), slowest(computations, processes)
         whole = most * -(-TOGETHER // processes) / tasks + wait
         lines.append(
-            f"| {processes} | {1000 * (most + wait):.1f} | {1000 * wait:.2f} | {processes * tasks / (most + wait):,.0f} | {alone / (most + wait):.2f} "
-            f"| {1000 * whole:.1f} | {alone * TOGETHER / tasks / processes / whole:.2f} |"
+            f"| {processes} | {1000 * (most + wait):.1f} | {1000 * wait:.2f} | {processes * tasks / (most + wait):,.0f} | "
+            f"{alone / (most + wait):.2f} | {1000 * whole:.1f} | {alone * TOGETHER / tasks / processes / whole:.2f} |"
         )
     return lines
 

@@ -1,6 +1,6 @@
 """What second-order training of a ResNet-12 costs: 84 x 84, 5-way 5-shot, 15 queries per class, N = 5, one task at a time, on the CPU.
 
-MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/resnet12.py   # some minutes; prints the largest memory of this process, its imports included, and the time
+MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/resnet12.py   # some minutes; prints time and largest memory, imports included
 """
 
 import argparse

@@ -240,7 +240,7 @@ class EasyFSLDataModule(_Loaders):
 
 
 class TorchmetaDataModule(_Loaders):
-    """Episodes of torchmeta's ``BatchMetaDataLoader``, or of whatever else gives ``{"train": (x, y), "test": (x, y)}`` with ``x`` ``[T, S, ...]``.
+    """Episodes of torchmeta's ``BatchMetaDataLoader``, or of others that give ``{"train": (x, y), "test": (x, y)}``, ``x`` ``[T, S, ...]``.
 
     An epoch is as long as the loader; where that is all combinations of classes, set the trainer's ``limit_train_batches``.
 
@@ -277,8 +277,8 @@ class _Converted:
             yield self._convert(few)
         if self._gave and not passes:
             raise ValueError(
-                f"Expected a loader that can be gone through in every epoch but this one ({type(self._batches).__name__}) gave nothing the second "
-                "time; give a loader, not its iterator."
+                f"Expected a loader that can be gone through in every epoch but this one ({type(self._batches).__name__}) gave nothing the "
+                "second time; give a loader, not its iterator."
             )
         self._gave = passes > 0
 

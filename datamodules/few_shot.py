@@ -190,7 +190,8 @@ def _item(item: Any, which: str, image_key: str, label_key: str) -> tuple[Any, A
     if isinstance(item, dict):
         if image_key not in item or label_key not in item:
             raise TypeError(
-                f"Expected {which} to hold {image_key!r} and {label_key!r} but it holds {', '.join(map(repr, item))}; give image_key, label_key."
+                f"Expected {which} to hold {image_key!r} and {label_key!r} but it holds {', '.join(map(repr, item))}; give image_key, "
+                "label_key."
             )
         return item[image_key], item[label_key]
     if not isinstance(item, (tuple, list)) or len(item) != 2:

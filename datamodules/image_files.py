@@ -194,7 +194,8 @@ def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
     with Image.open(file, formats=_FORMATS) as image:
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
-                f"it has {image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS}), which you can set"
+                f"it has {image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS}), which you "
+                "can set"
             )
         if image.format == "JPEG":
             return pixels(image, mode, size)
@@ -216,7 +217,7 @@ def pixels(image: Image.Image, mode: Mode, size: int | None) -> np.ndarray:
 
 
 def list_class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files, sorted, of each class: of each folder in ``folder``, at any depth; hidden files and folders are passed over."""
+    """Return the image files, sorted, of each class: of each folder in ``folder``, at any depth; what is hidden is passed over."""
     return {place.name: _images_below(place) for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")}
 
 

@@ -93,7 +93,8 @@ def _refuse_web_page(place: Path) -> None:
             start = stream.read(200)
         if re.match(rb"\s*<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
             raise ValueError(
-                f"Expected {place} to hold data but it is a web page, as hosts send in place of large files; download it again, in a browser."
+                f"Expected {place} to hold data but it is a web page, as hosts send in place of large files; download it again, in a "
+                "browser."
             )
 
 
@@ -148,8 +149,8 @@ def _list_files(path: Path, split: str) -> dict[str, list[Path]]:
     _names_in.cache_clear()
     if missing:
         raise FileNotFoundError(
-            f"Expected the {len(rows)} images of {path} in its folder images, in itself, or there in a folder per class, but {len(missing)} "
-            f"are missing: {first_five(missing)}."
+            f"Expected the {len(rows)} images of {path} in its folder images, in itself, or there in a folder per class, but "
+            f"{len(missing)} are missing: {first_five(missing)}."
         )
     return classes
 

@@ -18,8 +18,8 @@ def read_pickle(file: Path) -> Any:
     """Read arrays, lists, dictionaries, strings and numbers, pickled by Python 2 or 3.
 
     Nothing that the pickle names is imported: what numpy needs to describe an array is done here, everything else refused. Raw arrays stay
-    in the file, which is mapped copy-on-write: reading costs neither time nor memory until pixels are used. (Pickles of Python 3 in protocol
-    2 or older hold them as text, which is decoded in memory.)
+    in the file, which is mapped copy-on-write: reading costs neither time nor memory until pixels are used. (Pickles of Python 3 in
+    protocol 2 or older hold them as text, which is decoded in memory.)
 
     Returns:
         What was pickled, byte strings of Python 2 as text.

@@ -10,7 +10,7 @@ from lightning_maml.datamodules.sampler import TaskSampler
 
 
 class PrefetchingLoader(DataLoader[Any]):
-    """A data loader that prepares the next batch while the current one is in use: in a thread, where there are no worker processes to do it.
+    """A data loader that prepares the next batch while the current one is in use, in a thread where there are no worker processes.
 
     It begins when the first batch is asked for, not when Lightning makes its iterator, before it sets the epoch. With a
     :class:`lightning_maml.datamodules.TaskSampler` checkpoints hold how far the epoch is, and a resumed one goes on from there.

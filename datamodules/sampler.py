@@ -99,7 +99,7 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
             )
 
     def __getitem__(self, key: TaskKey) -> AnyEpisodes:
-        """Return one task, its images as they are stored and in the order of their labels, without the leading dimension of a meta-batch."""
+        """Return one task, images as they are stored and in the order of their labels, without the leading dimension of a meta-batch."""
         random = np.random.RandomState([*self._seed, *key])  # a frozen stream: the same episodes whatever numpy's version
         drawn = [self._draw_rows(random, number) for number in random.choice(self._classes, self._ways, replace=False)]
         turns = [turn for _, turn in drawn]
@@ -119,7 +119,7 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         return random.permutation(members)[: self._images_per_class], int(turns)
 
     def _labelled(self, rows: Tensor, turns: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the images of rows ``[..., ways, per class]``, those of each class turned, as ``[..., ways * per class, C, H, W]``; and labels."""
+        """Return the images of rows ``[..., ways, per class]``, each class turned, as ``[..., ways * per class, C, H, W]``; and labels."""
         *leading, ways, per_class = rows.shape
         images = torch.unflatten(torch.index_select(self._pixels, 0, rows.flatten()), 0, tuple(rows.shape))
         if any(turns):

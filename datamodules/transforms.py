@@ -29,14 +29,16 @@ class EpisodeTransforms:
         resize: Height and width that all images are resized to first, in pixels; by default they stay as they are.
         train: In training, one after the other: random crop, flip, colour jitter.
         test: In validation, test and prediction. They get many images at once, so what they draw at random is the same for all of them.
-        vary: ``"image"``: ``train`` draws anew for each image (it is called once for each, which takes half a millisecond for crop, flip and jitter on a CPU);
-            ``"task"``: once for each task, for all of its images alike.
+        vary: ``"image"``: ``train`` draws anew for each image (it is called once for each, which takes half a millisecond for crop, flip
+            and jitter on a CPU); ``"task"``: once for each task, for all of its images alike.
         normalize: Last, in training and testing: ``"imagenet"`` or ``"metaoptnet"`` by their statistics of the three colours, see
-            :data:`lightning_maml.datamodules.transforms.STATISTICS`; ``"none"``: images stay in 0 .. 1, as in the MAML paper. Other statistics: ``v2.Normalize`` in both lists.
+            :data:`lightning_maml.datamodules.transforms.STATISTICS`; ``"none"``: images stay in 0 .. 1, as in the MAML paper. Other
+            statistics: ``v2.Normalize`` in both lists.
 
     Raises:
         TypeError: If ``train`` or ``test`` is no list.
-        ValueError: If ``resize`` is not positive, ``vary`` or ``normalize`` unknown; when called, if images that are to be normalised do not have three channels.
+        ValueError: If ``resize`` is not positive, ``vary`` or ``normalize`` unknown; when called, if images that are to be normalised do
+            not have three channels.
     """
 
     resize: int | None = None

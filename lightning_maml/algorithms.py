@@ -36,8 +36,8 @@ class HFMAML(MAML):
     """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
 
     Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network: with ReLU or max-pooling
-    it does worse than :class:`FOMAML`, so it warns about them: about layers when it is made, and where there are none about functions at the first batch.
-    Use GELU, softplus or SiLU with strides or average pooling.
+    it does worse than :class:`FOMAML`, so it warns about them: about layers when it is made, and where there are none about functions at
+    the first batch. Use GELU, softplus or SiLU with strides or average pooling.
 
     Args:
         network: As in :class:`MAML`, as are all arguments but ``probe_radius``.
@@ -98,8 +98,8 @@ class HFMAML(MAML):
     def _warn_of_kinks(self, found: list[str]) -> None:
         if found and not self._warned:
             warnings.warn(
-                f"HFMAML needs a twice differentiable network but got kinks in {', '.join(found)}: its finite differences are then worse than "
-                "no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
+                f"HFMAML needs a twice differentiable network but got kinks in {', '.join(found)}: its finite differences are then worse "
+                "than no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
                 stacklevel=3,
             )
             self._warned = True
@@ -184,22 +184,22 @@ class MAMLPlusPlus(LSLR):
         self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
 
     def step_weights(self, epoch: int) -> list[float]:
-        """Return the weights of the query losses after steps 1 .. N: the earlier ones shrink linearly from 1/N to 0, the last takes the rest."""
+        """Return the weights of the query losses after steps 1 .. N: earlier ones shrink linearly from 1/N to 0, the last has the rest."""
         earlier = max(0.0, 1 - epoch / self.multi_step_epochs) / self.train_steps if self.multi_step_epochs and self.train_steps else 0.0
         return [earlier] * (self.train_steps - 1) + [1 - earlier * (self.train_steps - 1)] * (self.train_steps > 0)
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
         if self._trainer is None and (self.multi_step_epochs or self.first_order_epochs):
             raise ValueError(
-                "Expected a trainer, over whose epochs MAMLPlusPlus anneals, but there is none; train with one, or set `multi_step_epochs` and "
-                "`first_order_epochs` to 0."
+                "Expected a trainer, over whose epochs MAMLPlusPlus anneals, but there is none; train with one, or set `multi_step_epochs` "
+                "and `first_order_epochs` to 0."
             )
         curvature = "none" if self.current_epoch < self.first_order_epochs else self.curvature
         return self._meta_gradient(learner, episodes, curvature, self.step_weights(self.current_epoch))
 
 
 class Reptile(MAML):
-    """Reptile (Nichol et al. 2018): the meta-gradient is the way back from the adapted parameters, ``w_0 - w_N``. Arguments as :class:`MAML`.
+    """Reptile (Nichol et al. 2018): the meta-gradient is the way back from the adapted parameters, ``w_0 - w_N``. Arguments are MAML's.
 
     With SGD of rate epsilon a step is the paper's ``w <- w + epsilon (w_N - w)``. The query sets are judged, not trained on. With
     ``ResampledEpisodes`` each inner step has a mini-batch of its own, as in the paper. Its inner rates cannot be learned, and what does not
@@ -217,9 +217,9 @@ class Reptile(MAML):
 class IMAML(MAML):
     """iMAML (Rajeswaran et al. 2019): a proximal term holds the adapted parameters near, and the meta-gradient is that of the minimum.
 
-    It needs no path, so N may be as large as the minimum asks for, at the price of gradients alone. The paper's "Hessian-free" iMAML is this
-    with another inner solver, and has nothing to do with :class:`HFMAML`. Its inner rates cannot be learned: the minimum does not depend
-    on them.
+    It needs no path, so N may be as large as the minimum asks for, at the price of gradients alone. The paper's "Hessian-free" iMAML is
+    this with another inner solver, and has nothing to do with :class:`HFMAML`. Its inner rates cannot be learned: the minimum does not
+    depend on them.
 
     Args:
         network: As in :class:`MAML`, as are all arguments but the last two.

@@ -11,10 +11,10 @@ _MOST = 2**31 - 1
 def keep_freed_memory() -> None:
     """Have this process keep the memory that tensors on the CPU free, for the next ones.
 
-    By itself glibc gives large blocks back to Linux when they are freed, and gets them anew, page by page and zeroed: on a CPU that is up to half
-    of the time of a meta-gradient (benchmarks/README.md). Call it first; the command ``lightning-maml`` does. The process then holds
-    to its end what it needed once. Blocks of more than 64 MB are kept in the main thread only, before glibc 2.35 none of more than 32 MB. It
-    does nothing on other systems, nor where the environment has settings for glibc's allocator (``MALLOC_...``, ``GLIBC_TUNABLES``).
+    By itself glibc gives large blocks back to Linux when they are freed, and gets them anew, page by page and zeroed: on a CPU that is up
+    to half of the time of a meta-gradient (benchmarks/README.md). Call it first; the command ``lightning-maml`` does. The process then
+    holds to its end what it needed once. Blocks of more than 64 MB are kept in the main thread only, before glibc 2.35 none of more than 32
+    MB. It does nothing on other systems, nor where the environment has settings for glibc's allocator (``MALLOC_...``, ``GLIBC_TUNABLES``).
     """
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

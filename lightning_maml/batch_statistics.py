@@ -67,8 +67,8 @@ def entering_statistics(network: nn.Module, params: Params, x: Tensor, *, correc
     def note(name: str, entering: Tensor) -> None:
         if name in found:
             raise ValueError(
-                f"Expected each batch norm to be called once but {name!r} is called again, and can keep one set of statistics only; give each "
-                "call a layer of its own, or use `batch_norm='batch'`."
+                f"Expected each batch norm to be called once but {name!r} is called again, and can keep one set of statistics only; give "
+                "each call a layer of its own, or use `batch_norm='batch'`."
             )
         variance, mean = torch.var_mean(entering, [0, *range(2, entering.ndim)], correction=correction)
         found[name] = mean, variance

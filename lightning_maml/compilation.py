@@ -62,7 +62,7 @@ def state_of(module: Any) -> tuple[Any, ...]:
 def _compiled(
     function: OfTasks, params: Params, rates: Sequence[Rates], task: AnyEpisodes, tensors: list[Tensor]
 ) -> Callable[[list[Tensor]], Any]:
-    """Return the program, which has run once, as a function of the tensors; it holds those of the network too, so that no other has their id."""
+    """Return the program, run once, as a function of the tensors; it holds those of the network too, so that no other has their id."""
     of_result: list[TreeSpec] = []
 
     def of_tensors(*tensors: Tensor) -> list[Tensor]:

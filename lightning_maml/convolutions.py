@@ -1,8 +1,8 @@
 """torch's convolution for one task or several: in groups, or as one convolution where all tasks have the same weight.
 
-The images of T tasks side by side are ``[B, T C, ...]``; weight and bias have the tasks in front. Before the first inner step all tasks have one
-weight, expanded, whose tasks lie zero apart in memory. It is applied to the tasks as to the depth of a volume, of which each plane is convolved
-alone: up to five times as fast as in groups. Its gradient is that of each task all the same.
+The images of T tasks side by side are ``[B, T C, ...]``; weight and bias have the tasks in front. Before the first inner step all tasks
+have one weight, expanded, whose tasks lie zero apart in memory. It is applied to the tasks as to the depth of a volume, of which each plane
+is convolved alone: up to five times as fast as in groups. Its gradient is that of each task all the same.
 """
 
 from typing import Any

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Episodes(NamedTuple):
-    """A meta-batch of T tasks in the finite-sum case: each task owns a fixed support set and a fixed query set (Ji et al. 2022, section 2.2).
+    """A meta-batch of T tasks in the finite-sum case: each task owns one support set and one query set (Ji et al. 2022, section 2.2).
 
     A NamedTuple of tensors, so Lightning moves it between devices, a DataLoader stacks and pins it, and
     ``torch.func.vmap`` maps over its tasks. One task is the same type without the leading ``T``.

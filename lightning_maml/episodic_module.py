@@ -28,7 +28,7 @@ from lightning_maml.randomness import random_state, set_random_state
 from lightning_maml.repro import save_step
 
 LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
-"""Outputs ``[B, ...]`` and labels or targets ``[B, ...]`` to their mean loss. Modules are named so that YAML may give their ``init_args``."""
+"""Outputs ``[B, ...]`` and labels or targets ``[B, ...]`` to their mean loss. Modules are named so that YAML may have ``init_args``."""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -65,7 +65,7 @@ class EpisodicModule(LightningModule):
         self.loss = loss
         self.batch_norm: BatchNormPolicy = batch_norm
         self.adaptation: Estimate | None = None
-        """Accuracy (for regression: loss) on the tasks of the last validation or test, of its last loader, after 0 .. K steps, ``[K + 1]``."""
+        """Accuracy (in regression: loss) on the tasks of the last validation or test (its last loader) after 0 .. K steps, ``[K + 1]``."""
         self.skips_non_finite = False
         self.skipped = 0
         """How many steps were skipped."""
@@ -142,7 +142,8 @@ class EpisodicModule(LightningModule):
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
             raise TypeError(
                 "Expected a strategy that keeps whole parameters in each process but got "
-                f"{type(self.trainer.strategy).__name__}; meta-gradients take other values for the parameters than the network holds: use 'ddp'."
+                f"{type(self.trainer.strategy).__name__}; meta-gradients take other values for the parameters than the network holds: use "
+                "'ddp'."
             )
         self.run_folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -168,7 +169,8 @@ class EpisodicModule(LightningModule):
         if theirs and (differing := [name for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)]):
             trained, here = (", ".join(f"{name} {kept.get(name)}" for name in differing) for kept in (theirs, ours))
             rank_zero_warn(
-                f"The checkpoint's model adapts with {trained} but this one with {here}; unless that is meant, make it as the other was made."
+                f"The checkpoint's model adapts with {trained} but this one with {here}; unless that is meant, make it as the other was "
+                "made."
             )
         if self._trainer is not None and self.trainer.training:
             self.trainer.precision_plugin.convert_module(self)  # Lightning does so later, when the weights are already rounded
@@ -314,7 +316,7 @@ class EpisodicModule(LightningModule):
 
     @contextmanager
     def _first_support(self, episodes: AnyEpisodes) -> Iterator[Tensor]:
-        """Give the first task's support inputs for a look at the network, whose random numbers a resumed run, which looks again, draws once more.
+        """Give the first task's support inputs for a look at the network, whose random numbers a resumed run draws once more.
 
         Raises:
             ValueError: If the network fails for their type, which is not its parameters'.

@@ -1,4 +1,4 @@
-"""How tasks are run where it is left open: small ones stacked, larger ones one per core, and the largest one after the other on all cores."""
+"""How tasks are run where it is left open: small ones stacked, larger ones one per core, the largest one after the other on all cores."""
 
 import warnings
 from collections.abc import Callable
@@ -19,7 +19,7 @@ TasksName = Literal["auto"] | TaskExecution
 Result = TypeVar("Result")
 
 STACKED_INPUTS = 2**16
-"""Numbers in the inputs of the tasks that are stacked on a CPU: with more, what a layer needs outgrows its caches (benchmarks/README.md)."""
+"""Numbers in the inputs of the tasks that are stacked on a CPU: with more, layers outgrow its caches (benchmarks/README.md)."""
 
 ADAPTED_INPUTS = 2 * STACKED_INPUTS
 """The same where tasks are only adapted to, by first derivatives, which keep half as much."""
@@ -87,7 +87,7 @@ class Executor:
         return for_cpu(episodes, sum(p.numel() for p in network.parameters()), takes_stacks)
 
     def within_memory(self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes, device: torch.device) -> Result:
-        """Return ``function(episodes)``; where the device has no memory for all tasks at once, and it is left open, half as many are stacked."""
+        """Return ``function(episodes)``; where memory for all tasks at once is lacking, and it is left open, half as many are stacked."""
         while True:
             try:
                 return function(episodes)
@@ -99,7 +99,8 @@ class Executor:
                     fewer = "" if self.tasks == "loop" else "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "
                     raise torch.OutOfMemoryError(
                         f"Expected memory for {len(episodes.support_x)} tasks but there is not enough (tasks={self.tasks!r}, "
-                        f"chunk_size={self.chunk_size}); {fewer}smaller are tasks with fewer `queries`, of FO-MAML, and of precision bf16-mixed."
+                        f"chunk_size={self.chunk_size}); {fewer}smaller are tasks with fewer `queries`, of FO-MAML, and of precision "
+                        "bf16-mixed."
                     ) from error
             self._fitting = stacked // 2
             torch.get_device_module(device).empty_cache()
@@ -109,9 +110,9 @@ class Executor:
 def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], bool], stacked_inputs: int = STACKED_INPUTS) -> Execution:
     """Return what is fastest on the CPU for tasks of this size.
 
-    A small task is mostly Python, which threads wait for each other in, and kernels that take microseconds: such tasks are stacked, a few of
-    them run one after the other. Kernels of larger ones are slower where tasks are stacked. The largest have tensors that a thread of Python
-    gets from Linux anew each time, even where the main thread has kept them (:func:`lightning_maml.keep_freed_memory`).
+    A small task is mostly Python, which threads wait for each other in, and kernels that take microseconds: such tasks are stacked, a few
+    of them run one after the other. Kernels of larger ones are slower where tasks are stacked. The largest have tensors that a thread of
+    Python gets from Linux anew each time, even where the main thread has kept them (:func:`lightning_maml.keep_freed_memory`).
 
     Args:
         episodes: The meta-batch.

@@ -17,7 +17,7 @@ def differentiable(tensor: Tensor) -> Tensor:
 
 
 def detached(tree: Tree) -> Tree:
-    """Return tensors in tuples, lists and dicts as :func:`differentiable` has them; torch's own functions of trees take five times as long."""
+    """Return tensors in tuples, lists and dicts as :func:`differentiable` has them; torch's functions of trees take five times as long."""
     found: Any = tree
     if isinstance(tree, Tensor):
         found = differentiable(tree)

@@ -22,8 +22,8 @@ class TaskConvolution:
 
     Args:
         layer: The convolution.
-        channels: ``"last"``: on the CPU images get their channels last in memory, on which convolution, batch norm and pooling are up to ten
-            times faster. ``"first"``: they stay as they are.
+        channels: ``"last"``: on the CPU images get their channels last in memory, on which convolution, batch norm and pooling are up to
+            ten times faster. ``"first"``: they stay as they are.
         vectorised: It is called under ``vmap``.
     """
 

@@ -37,13 +37,13 @@ class Learner:
         network: Any module; its training mode (dropout) is kept.
         batch_norm: Which statistics its batch-norm layers normalise by. ``"batch"``: those of the batch at hand, the query set's own
             on the query set (transductive, as in the MAML papers). ``"support"``: those of the support set, on both sets. ``"running"``:
-            the running averages in the layers that are in evaluation mode, and the batch's in those in training mode; ``"per_step"``: the same,
-            with the averages that are given to the call.
+            the running averages in the layers that are in evaluation mode, and the batch's in those in training mode; ``"per_step"``: the
+            same, with the averages that are given to the call.
         vectorised: It is called under ``vmap``.
 
     Raises:
-        ValueError: If there is no such policy, or it does not fit the network's batch norm: no running averages for ``"running"``, or a class with a forward
-            pass of its own for ``"support"``.
+        ValueError: If there is no such policy, or it does not fit the network's batch norm: no running averages for ``"running"``, or a
+            class with a forward pass of its own for ``"support"``.
     """
 
     def __init__(self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False) -> None:
@@ -85,7 +85,7 @@ class Learner:
         return features[len(inputs) - len(x) :]
 
     def ends_with(self, head: str, x: Tensor) -> bool:
-        """Return whether the outputs for ``x`` are those of the submodule ``head`` for one tensor ``[B, ...]`` of features, and nothing else."""
+        """Return whether the outputs for ``x`` are those of the submodule ``head`` for one tensor ``[B, ...]`` of features and no more."""
         with self._calls_of(head) as calls:
             outputs = self._run(self.params, x, 0, {})
         if len(calls) != 1:
@@ -95,7 +95,7 @@ class Learner:
         return alone and result is outputs
 
     def run_again(self, x: Tensor) -> set[str]:
-        """Return the parameters, or with a dot at its end what all those of a module begin with, that a backward pass reads from the network.
+        """Return the parameters, or ending in a dot what all those of a module begin with, that a backward pass reads from the network.
 
         So it does where ``torch.utils.checkpoint`` runs a part of it again, which then no longer holds the values that were given.
         """

@@ -86,17 +86,17 @@ class MAML(EpisodicModule):
             the CPU, with small tasks stacked (a loop of the largest, of up to three small ones and where dropout is active), and elsewhere
             vmap of as many tasks as there is memory for; with ``chunk_size`` left open, and without dropout, a network that vmap does not
             take is not stacked.
-        chunk_size: How many tasks are vectorised together in a step of the loop or of a thread, or with ``"vmap"``; by default one, and all, and
-            with ``"auto"`` what suits their size.
-        adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what the
-            class is named for: all, :class:`ANIL` its head, :class:`BOIL` its body.
+        chunk_size: How many tasks are vectorised together in a step of the loop or of a thread, or with ``"vmap"``; by default one, and
+            all, and with ``"auto"`` what suits their size.
+        adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what
+            the class is named for: all, :class:`ANIL` its head, :class:`BOIL` its body.
         head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own.
         inner_rates: ``"fixed"``: all are ``inner_lr``; or learned with the network, from ``inner_lr`` on: ``"per_layer"`` (one for each
             parameter tensor), ``"per_layer_and_step"`` or ``"per_parameter"`` (one for each element). By default fixed; learned by
             :class:`LSLR` per layer and step, by :class:`MetaSGD` per parameter.
-        compiled: Compile the meta-gradient as a whole, all tasks (or ``chunk_size``) as one, at the first batch of each shape: it takes from
-            10 seconds to minutes, and pays for small networks. Numbers and flags that the network or the loss look at stay what they were
-            then, and each new inner rate, unless it is learned, is compiled anew.
+        compiled: Compile the meta-gradient as a whole, all tasks (or ``chunk_size``) as one, at the first batch of each shape: it takes
+            from 10 seconds to minutes, and pays for small networks. Numbers and flags that the network or the loss look at stay what they
+            were then, and each new inner rate, unless it is learned, is compiled anew.
 
     Raises:
         ValueError: If an argument is out of range; in a step, if the network's outputs do not fit the episode's labels.
@@ -182,8 +182,8 @@ class MAML(EpisodicModule):
         )
         if theirs != ours:
             raise ValueError(
-                f"Expected a checkpoint with the inner rates and batch-norm averages of this model but got others ({len(theirs)} tensors, here "
-                f"{len(ours)}); give the model the `inner_rates`, `batch_norm`, `adapt` and `train_steps` that it was trained with."
+                f"Expected a checkpoint with the inner rates and batch-norm averages of this model but got others ({len(theirs)} tensors, "
+                f"here {len(ours)}); give the model the `inner_rates`, `batch_norm`, `adapt` and `train_steps` that it was trained with."
             )
         super().on_load_checkpoint(checkpoint)
 
@@ -214,15 +214,16 @@ class MAML(EpisodicModule):
 
         Args:
             support_x: Inputs of the support set, ``[S, ...]``; of many tasks ``[T, S, ...]``.
-            support_y: Their labels ``0 .. ways - 1``, ``[S]`` or ``[T, S]``. Regression targets always are those of many tasks, ``[T, S, ...]``.
+            support_y: Their labels ``0 .. ways - 1``, ``[S]`` or ``[T, S]``. Regression targets are always those of many tasks,
+                ``[T, S, ...]``.
             steps: Inner steps; by default ``test_steps``.
 
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
             it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
-            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. With ``tasks="loop"``, and where vmap does not take the network,
-            these are adapted and called one by one; otherwise called as one, and adapted 32 (``chunk_size``) at once, or with ``"auto"`` on a
-            CPU as many as in training.
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. With ``tasks="loop"``, and where vmap does not take the
+            network, these are adapted and called one by one; otherwise called as one, and adapted 32 (``chunk_size``) at once, or with
+            ``"auto"`` on a CPU as many as in training.
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
@@ -258,7 +259,7 @@ class MAML(EpisodicModule):
         return for_cpu(alone, sum(p.numel() for p in self.network.parameters()), lambda: True, ADAPTED_INPUTS)
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
-        """Return the meta-gradient of some tasks at the current parameters, by default what the algorithm trains by, without that of its rates."""
+        """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, without that of its rates."""
         check_type(episodes)
 
         def of(episodes: AnyEpisodes) -> Params:
@@ -296,8 +297,8 @@ class MAML(EpisodicModule):
         """Return what measures the theory's constants of some tasks at the current parameters.
 
         Raises:
-            ValueError: If not all parameters adapt at one fixed rate, or the algorithm's meta-gradient is not the query loss's, as the theory
-                has both.
+            ValueError: If not all parameters adapt at one fixed rate, or the algorithm's meta-gradient is not the query loss's, as the
+                theory has both.
         """
         own = (type(self)._training_gradient, type(self)._meta_gradient)
         if own != (MAML._training_gradient, MAML._meta_gradient):
@@ -473,7 +474,7 @@ class MAML(EpisodicModule):
         return task.query_x.new_zeros(()), {name: found[name] for name in in_training}
 
     def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
-        """Refuse what would give wrong numbers, or fail in the loss function: some networks, and episodes whose labels do not fit their outputs."""
+        """Refuse what would give wrong numbers, or fail in the loss: some networks, and episodes whose labels do not fit their outputs."""
         check_episodes(episodes)
         shape = self._outputs(learner, episodes)
         if episodes.support_y.is_floating_point():
@@ -501,8 +502,8 @@ class MAML(EpisodicModule):
                 again = tuple(learner.run_again(x))
             if any(name.startswith(again) for name in self._adapting()):
                 raise ValueError(
-                    "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run them "
-                    "again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
+                    "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run "
+                    "them again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
                 )
             if self.adapts == "body":
                 with self._first_support(episodes) as x, torch.no_grad():
@@ -517,8 +518,8 @@ class MAML(EpisodicModule):
         if self.head is None and not ends:
             last = head_of(self.network)
             rank_zero_warn(
-                f"The last layer with trainable parameters, {last!r}, is taken for the network's head, but what it gives are not the network's "
-                f"outputs; name the head: `head={last!r}`, if it is that."
+                f"The last layer with trainable parameters, {last!r}, is taken for the network's head, but what it gives are not the "
+                f"network's outputs; name the head: `head={last!r}`, if it is that."
             )
 
     def _inspect(self, run: Callable[[], Tensor]) -> None:

@@ -72,7 +72,7 @@ class Objective:
 
     @staticmethod
     def pull_back(function: Callable[[Params], Tensors], w: Params) -> tuple[Tensors, Callable[[Tensors], Params]]:
-        """Return ``function(w)``, without a graph, and what takes a gradient with respect to these tensors back to one with respect to ``w``."""
+        """Return ``function(w)``, without a graph, and what takes the gradients of these tensors back to those of ``w``."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
         with torch.enable_grad(), differentiated(1):
             outputs = function(leaves)

@@ -18,8 +18,8 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
         head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own.
 
     Raises:
-        ValueError: If ``part`` is none of the three, the network, the head or a body that is to adapt has no trainable parameters, or head and
-            body share some.
+        ValueError: If ``part`` is none of the three, the network, the head or a body that is to adapt has no trainable parameters, or head
+            and body share some.
     """
     if part not in ("all", "head", "body"):
         raise ValueError(f"Expected `adapt` to be 'all', 'head' or 'body' but got {part!r}.")
@@ -32,8 +32,8 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
     of_head = {name for name in params if name.startswith(f"{last}.")}
     if not of_head or (part == "body" and len(of_head) == len(params)):
         raise ValueError(
-            f"Expected `head` to name a submodule that has some of the trainable parameters, but not all, but got {last!r}; the layers that have "
-            f"any are {_owners(network)}, and with one alone there is no other part than 'all'."
+            f"Expected `head` to name a submodule that has some of the trainable parameters, but not all, but got {last!r}; the layers "
+            f"that have any are {_owners(network)}, and with one alone there is no other part than 'all'."
         )
     every = dict(network.named_parameters(remove_duplicate=False))
     heads = {id(p) for name, p in every.items() if name.startswith(f"{last}.")}

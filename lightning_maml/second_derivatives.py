@@ -1,7 +1,7 @@
 """Convolution and batch norm with their second derivatives written out, for where a Hessian-vector product is taken.
 
-Autograd's own second derivative of batch norm is some twenty passes over the activations, that of a convolution runs kernels as large as its image.
-Here both are made of the kernels of their first derivatives.
+Autograd's own second derivative of batch norm is some twenty passes over the activations, that of a convolution runs kernels as large as
+its image. Here both are made of the kernels of their first derivatives.
 """
 
 import threading
@@ -79,7 +79,7 @@ class _ConvolutionBackward(torch.autograd.Function):
 
 
 class BatchNorm(torch.autograd.Function):
-    """``BatchNorm.apply(x, weight, bias, eps)``: w y + b, where y = r (x - m), with mean m and r = (variance + eps)^(-1/2) of each channel."""
+    """``BatchNorm.apply(x, weight, bias, eps)``: w y + b, where y = r (x - m), m is a channel's mean and r = (variance + eps)^(-1/2)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -38,8 +38,8 @@ _KINKED = {
 def kinked_operations(run: Callable[[], Any]) -> list[str]:
     """Return the operations in ``run()`` that are not twice differentiable, as torch names them: also of functions, which are no layers.
 
-    It sees activations, pooling, maxima, absolute values and clamps that cut values off, and takes them for kinks also where their results are
-    detached. It does not see what masks and ``torch.where`` do.
+    It sees activations, pooling, maxima, absolute values and clamps that cut values off, and takes them for kinks also where their results
+    are detached. It does not see what masks and ``torch.where`` do.
     """
     watch = _Watch()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), watch:

@@ -25,8 +25,8 @@ def map_tasks(
     """Yield ``function``'s results for all tasks in their order, a chunk of tasks at a time with a leading task dimension.
 
     Args:
-        function: Takes one task (the same type as ``episodes`` without the leading ``T``) and :data:`lightning_maml.stack.ONE`, or a chunk of
-            tasks and what they are stacked as; it returns tensors in tuples and dicts, those of a chunk with its tasks in front.
+        function: Takes one task (the same type as ``episodes`` without the leading ``T``) and :data:`lightning_maml.stack.ONE`, or a chunk
+            of tasks and what they are stacked as; it returns tensors in tuples and dicts, those of a chunk with its tasks in front.
         episodes: The meta-batch.
         tasks: ``"loop"``: one after the other; ``"threads"``: one for each CPU core, each on one core, so ``function`` must be safe to call
             from several threads and must not draw random numbers; ``"vmap"``: all as one.

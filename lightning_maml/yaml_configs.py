@@ -10,7 +10,7 @@ _jsonargparse_yaml = get_loader("yaml")  # a safe loader: YAML can name no Pytho
 
 
 def bound_configs() -> None:
-    """Have jsonargparse, and so LightningCLI, report YAML that is too deep or unfolds to too much, where it would break off or never end."""
+    """Have jsonargparse, and so LightningCLI, report YAML that is too deep or unfolds to too much, where it would fail or never end."""
     set_loader("yaml", load_yaml, (YAMLError, ValueError))
 
 

@@ -114,7 +114,10 @@ except OSError as error:
             MAML,
             {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
             partial(MAML, loss=nn.CrossEntropyLoss()),
-            "'label_smoothing': 0.1} but this one with loss CrossEntropyLoss with {'reduction': 'mean', 'ignore_index': -100, 'label_smoothing': 0.0};",
+            (
+                "'label_smoothing': 0.1} but this one with loss CrossEntropyLoss with {'reduction': 'mean', 'ignore_index': -100, "
+                "'label_smoothing': 0.0};"
+            ),
         ),
         (
             MAML,

@@ -1,4 +1,4 @@
-"""The same seed gives the same weights: in another process, with workers, with each way of running tasks, and drawn on any Python the same tasks."""
+"""The same seed gives the same weights: in another process, with workers, however tasks are run; any Python draws the same tasks."""
 
 import hashlib
 import subprocess

@@ -1,4 +1,4 @@
-"""The classes that stand in for learn2learn's, against autograd through the unrolled loop and, where it is installed, against learn2learn."""
+"""The classes that stand in for learn2learn's, against autograd through the unrolled loop and, where installed, learn2learn."""
 
 from argparse import ArgumentParser
 from collections import OrderedDict

@@ -192,7 +192,10 @@ def write_classification_split(root: Path, images: Encoded) -> None:
     [
         (
             write_wrong_classes,
-            "64 train, 16 val, 20 test classes in .*, .*, but got 64 train, 3 val, 20 test classes; for other data take ImageFolderDataModule",
+            (
+                "64 train, 16 val, 20 test classes in .*, .*, but got 64 train, 3 val, 20 test classes; for other data take "
+                "ImageFolderDataModule"
+            ),
         ),
         (write_classification_split, r"share no class but 100 are both in train and in val \(n0.*, \.\.\.\): .* ordinary classification"),
     ],

@@ -1,4 +1,4 @@
-"""Rates by parameter and step: parts that do not adapt, and rates that are learned, against autograd through the unrolled loop in float64."""
+"""Rates by parameter and step: parts that do not adapt, and learned rates, against autograd through the unrolled loop in float64."""
 
 from itertools import pairwise
 

@@ -1,4 +1,7 @@
-"""The constants of the theorems, term by term, in fractions: as the papers print them (and where they err, as their proofs do), with sizes for which every term matters."""
+"""The constants of the theorems, term by term, in fractions: as the papers print them or, where they err, as their proofs do.
+
+The sizes are such that every term matters.
+"""
 
 import math
 import re
@@ -164,7 +167,10 @@ def test_a_theorem_that_does_not_hold_bounds_nothing() -> None:
 
 @pytest.mark.parametrize("flat", [{"L": 1, "rho": 0, "alpha": 0.1, "steps": 1}, {"L": 1, "rho": 1, "alpha": 0.1, "steps": 0}])
 def test_without_curvature_the_theorems_are_not_needed(flat: dict[str, float]) -> None:
-    message = "Expected rho, alpha and N to be positive but one of them is 0: then C_L = 0, the meta-objective is smooth, and needs no such bound."
+    message = (
+        "Expected rho, alpha and N to be positive but one of them is 0: then C_L = 0, the meta-objective is smooth, and needs no such "
+        "bound."
+    )
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         theory.finite_sum_convergence(**flat, sigma=1, b=1, mean_square_b=1, tasks=9)
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):

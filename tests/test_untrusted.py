@@ -1,4 +1,4 @@
-"""Files that were made to harm: nothing in them runs, no other file is read, and none takes more memory or time than a file of its size may.
+"""Files that were made to harm: nothing in them runs, no other file is read, none takes more memory or time than a file of its size may.
 
 Those of `hostile/` were found by `benchmarks/fuzz.py`, which begins with them.
 """
@@ -38,7 +38,7 @@ IMAGES = np.zeros((6, SIZE, SIZE, 3), np.uint8)
 
 @pytest.fixture(autouse=True)
 def within_bounds(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Give up after ten minutes, where a hostile file could take for ever; and allow 50 MB, but to the parser of configs, whose own are more."""
+    """Give up after ten minutes, where a hostile file could take for ever; and allow 50 MB, but more to the parser of configs."""
 
     def give_up(*_: object) -> None:
         raise TimeoutError(request.node.name)

@@ -31,9 +31,9 @@ class Fidelity(NamedTuple):
 class MetaGradientMonitor(Monitor):
     """Compares the first-order and the Hessian-free meta-gradient with the exact one, on the network as it is being trained.
 
-    Whichever algorithm it is trained by: of FO-MAML or HF-MAML it says whether they hold on this network, of MAML what they would cost. Logged:
-    ``train/first_order_cosine``, ``train/first_order_error``, ``train/hessian_free_cosine`` and ``train/hessian_free_error``, the error
-    relative to the norm of the exact meta-gradient; kept as ``history``, by steps, which
+    Whichever algorithm it is trained by: of FO-MAML or HF-MAML it says whether they hold on this network, of MAML what they would cost.
+    Logged: ``train/first_order_cosine``, ``train/first_order_error``, ``train/hessian_free_cosine`` and ``train/hessian_free_error``, the
+    error relative to the norm of the exact meta-gradient; kept as ``history``, by steps, which
     :class:`lightning_maml.callbacks.TrainingPictures` draws.
 
     One look costs some five meta-gradients. All three are MAML's own, of N steps, all query weight on the last, in the precision of the
@@ -44,7 +44,8 @@ class MetaGradientMonitor(Monitor):
     Args:
         every_n_steps: Optimizer steps between two looks.
         tasks: Tasks per look and process.
-        episodes: Meta-batches like those trained on, drawn independently of them. By default the datamodule's, if it is one of this package.
+        episodes: Meta-batches like those trained on, drawn independently of them. By default the datamodule's, if it is one of this
+            package.
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if there is nothing to draw tasks from, or no Hessian batches.

@@ -40,8 +40,9 @@ class IndependentTasks:
         if self._episodes is None and not hasattr(trainer.datamodule, "independent_episodes"):  # type: ignore[attr-defined]
             data = trainer.datamodule  # type: ignore[attr-defined]
             raise ValueError(
-                f"Expected a datamodule of lightning_maml, which draws independent tasks, but got {type(data).__name__ if data else 'none'}; "
-                "give the callback `episodes`, an iterable of meta-batches like those trained on but drawn independently of them."
+                "Expected a datamodule of lightning_maml, which draws independent tasks, but got "
+                f"{type(data).__name__ if data else 'none'}; give the callback `episodes`, an iterable of meta-batches like those trained "
+                "on but drawn independently of them."
             )
 
     def draw(self, trainer: Trainer) -> AnyEpisodes:
@@ -64,8 +65,8 @@ def _again_and_again(episodes: Iterable[AnyEpisodes]) -> Iterator[AnyEpisodes]:
             yield before
         if before is None:
             raise ValueError(
-                "Expected `episodes` to hold meta-batches each time it is gone through but it gave none; give a list or a loader that is not empty, "
-                "not a generator, which is exhausted after the first time."
+                "Expected `episodes` to hold meta-batches each time it is gone through but it gave none; give a list or a loader that is "
+                "not empty, not a generator, which is exhausted after the first time."
             )
 
 

@@ -15,7 +15,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class CheckpointOnInterrupt(Callback):
-    """On Ctrl-C finishes the step, or the validation, writes ``checkpoints/interrupted.ckpt`` where the logs are, and ends the process with status 130.
+    """On Ctrl-C finishes the step or validation, writes ``checkpoints/interrupted.ckpt`` where the logs are, and ends with status 130.
 
     A run that goes on from there ends as one that was not interrupted. A second Ctrl-C ends the process at once. The command
     ``lightning-maml fit`` has this callback. Outside of the main thread, where no signal arrives, it does nothing.

@@ -91,8 +91,8 @@ class AdaptiveMetaStepsize(Callback):
         if trainer.lr_scheduler_configs:
             scheduler = type(trainer.lr_scheduler_configs[0].scheduler).__name__
             raise ValueError(
-                f"Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got {scheduler}; set the model's `lr_scheduler` to null, "
-                "or remove the callback."
+                f"Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got {scheduler}; set the model's `lr_scheduler` to "
+                "null, or remove the callback."
             )
         module = as_maml(self, pl_module)
         if self.rule == "one_step" and module.train_steps != 1:

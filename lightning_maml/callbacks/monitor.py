@@ -21,7 +21,8 @@ class Monitor(Callback):
     Args:
         every_n_steps: Optimizer steps between two looks.
         tasks: Tasks per meta-batch and process.
-        episodes: Meta-batches like those trained on, drawn independently of them; by default the datamodule's, if it is one of this package.
+        episodes: Meta-batches like those trained on, drawn independently of them; by default the datamodule's, if it is one of this
+            package.
     """
 
     purpose: ClassVar[str]

@@ -15,7 +15,7 @@ from lightning_maml.module import MAML
 
 
 class FirstTaskPictures(Callback):
-    """Base of what draws the first test task at the end of a test, into the logger's folder, or the trainer's ``default_root_dir`` without one."""
+    """Base of what draws the first test task at the end of a test, into the logger's folder, or without one ``default_root_dir``."""
 
     def __init__(self) -> None:
         self._task: Episodes | None = None
@@ -46,7 +46,8 @@ class EpisodePictures(FirstTaskPictures):
 
     ``episode.png`` shows the support set and the query set of the first test task with the predicted classes before and after
     adaptation; ``adaptation.png`` the accuracy over all test tasks after 0 .. K steps with its 95 % confidence interval. They are written
-    to the logger's folder, or to the trainer's ``default_root_dir`` without one. For :class:`lightning_maml.MAML` and its variants, on images.
+    to the logger's folder, or to the trainer's ``default_root_dir`` without one. For :class:`lightning_maml.MAML` and its variants, on
+    images.
 
     Args:
         max_classes: Classes of the episode that are drawn.

@@ -57,6 +57,6 @@ class SkipNonFinite(Callback):
         """Stop where it is too many."""
         if isinstance(pl_module, EpisodicModule) and pl_module.skipped > self.at_most:
             raise FloatingPointError(
-                f"Expected at most {self.at_most} meta-batches without a finite loss and meta-gradient but there were {pl_module.skipped} by step "
-                f"{trainer.global_step}; lower inner_lr or check the data."
+                f"Expected at most {self.at_most} meta-batches without a finite loss and meta-gradient but there were {pl_module.skipped} "
+                f"by step {trainer.global_step}; lower inner_lr or check the data."
             )

@@ -29,7 +29,7 @@ Task = tuple[Tensor, Tensor]
 
 
 class LightningEpisodicModule(LightningModule):
-    """What the algorithms share: steps that log ``{train,valid,test}_{loss,accuracy}``, Adam and a step schedule, and command-line arguments.
+    """What the algorithms share: steps that log ``{train,valid,test}_{loss,accuracy}``, Adam with a step schedule, command-line arguments.
 
     Args:
         loss: Outputs and labels to their mean loss; by default the cross-entropy.
@@ -226,8 +226,8 @@ class EpisodicBatcher(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.world_size > 1:
             raise ValueError(
-                f"Expected one process but got {self.trainer.world_size}: the tasks of a taskset would be the same ones in each; use one device, "
-                "or a datamodule of this library."
+                f"Expected one process but got {self.trainer.world_size}: the tasks of a taskset would be the same ones in each; use one "
+                "device, or a datamodule of this library."
             )
         return DataLoader(_Sampled(self.train_tasks, self.epoch_length), batch_size=None)
 
@@ -262,8 +262,8 @@ def _split(x: Tensor, y: Tensor, ways: int, shots: int, queries: int) -> Episode
     per_class = shots + queries
     if len(x) != ways * per_class:
         raise ValueError(
-            f"Expected a task of {ways} ways with {shots} shots and {queries} queries, {ways * per_class} examples, but got {len(x)}; give the "
-            "taskset and the algorithm the same numbers."
+            f"Expected a task of {ways} ways with {shots} shots and {queries} queries, {ways * per_class} examples, but got {len(x)}; give "
+            "the taskset and the algorithm the same numbers."
         )
     place = torch.arange(len(x), device=x.device) % per_class
     support, query = place < shots, place >= shots
