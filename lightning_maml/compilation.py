@@ -75,7 +75,7 @@ def _compiled(
 
     start = time.perf_counter()
     random_state = torch.get_rng_state()
-    traced = make_fx(of_tensors)(*tensors)
+    traced = make_fx(of_tensors, {torch.ops.aten.convolution.default: _bias_apart})(*tensors)
     if not torch.equal(random_state, torch.get_rng_state()):
         raise ValueError(
             "Expected a network and a loss that draw no random numbers with `compiled=True` but they drew some; leave it uncompiled."
@@ -85,6 +85,13 @@ def _compiled(
         program(*tensors)
     rank_zero_info(f"Compiled the meta-gradient in {time.perf_counter() - start:.0f} s; it is used for batches of the same shapes.")
     return lambda tensors: tree_unflatten(program(*tensors), of_result[0])
+
+
+def _bias_apart(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
+    """Compute a convolution and add its bias: up to torch 2.9 at least, compilers take no bias that is a view, as stacked tasks have."""
+    if bias is None:
+        return NotImplemented  # it is traced as it is
+    return torch.convolution(x, weight, None, *options) + bias.view(-1, *[1] * (x.ndim - 2))
 
 
 def check_not_compiled(network: nn.Module, what_needs_it: str) -> None:

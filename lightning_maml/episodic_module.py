@@ -209,7 +209,6 @@ class EpisodicModule(LightningModule):
         outputs: Tensor = self.network(x)
         return outputs
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of a compiled model: compilers know no second derivatives
     def training_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor | None:
         """Return the query loss, as a scalar whose backward pass deposits the meta-gradient; None for a step that is skipped.
 
@@ -217,6 +216,11 @@ class EpisodicModule(LightningModule):
             FloatingPointError: If the query loss or the meta-gradient is not finite, unless such steps are skipped
                 (:class:`lightning_maml.SkipNonFinite`). The step is saved for ``lightning-maml replay``.
         """
+        loss: Tensor | None = self._train_on(batch)
+        return loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of a compiled model: compilers know no second derivatives
+    def _train_on(self, batch: AnyEpisodes) -> Tensor | None:
         check_type(batch)
         before_it = random_state(self.device)
         try:
@@ -258,16 +262,20 @@ class EpisodicModule(LightningModule):
 
     def predict_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
-        outputs: Tensor = self.evaluate(batch).aux[:, -1]
+        outputs: Tensor = self._evaluate_uncompiled(batch).aux[:, -1]
         return outputs
 
     def _start_judging(self, batches_of_loaders: Sequence[int | float]) -> None:
         self._figures = [TaskMean().to(self.device) for _ in batches_of_loaders]
 
     def _judge(self, episodes: AnyEpisodes, loader: int) -> None:
-        curve = self.evaluate(episodes)
+        curve = self._evaluate_uncompiled(episodes)
         figures = with_accuracy(curve.loss, curve.aux, episodes)
         self._figures[loader].update(torch.stack([*figures.values()], -1))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as in training
+    def _evaluate_uncompiled(self, episodes: AnyEpisodes) -> AdaptationCurve:
+        return self.evaluate(episodes)
 
     def _log_estimates(self, stage: str) -> None:
         """Log the means over the tasks of each loader with their confidence intervals, several loaders named as Lightning does."""
