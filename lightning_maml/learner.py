@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -162,7 +163,9 @@ class Learner:
             network = structural_copy(self.network)
             self._own.norms, self._own.convolutions = [], []
             for module in network.modules():
-                if isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
+                if self._vectorised and isinstance(module, OptimizedModule):
+                    module.forward = module._orig_mod.__call__  # torch's compiler fails under vmap
+                elif isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
                     self._take_statistics_of_the_batch(module)
                 elif is_plain_convolution(module):
                     module.forward = TaskConvolution(module, "first" if self.network in _VIEWING else "last", self._vectorised)

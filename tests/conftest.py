@@ -21,3 +21,9 @@ def threads_for_tasks(request: pytest.FixtureRequest) -> None:
     of_test = getattr(request.node, "callspec", None)
     if of_test is not None and "'threads'" in repr(of_test.params):
         request.getfixturevalue("two_threads")
+
+
+@pytest.fixture(autouse=True)
+def compiler_without_a_past() -> None:
+    """Let torch's compiler forget other tests' shapes, of which it makes programs for any shape, and code it gave up on."""
+    torch.compiler.reset()
