@@ -45,7 +45,7 @@ def write_cache(file: Path, source: str, content: DecodedImages) -> None:
         with whole_file(file, writer=uuid4().hex) as stream:  # processes on several machines may share the folder
             torch.save({"version": _VERSION, "source": source, **content._asdict()}, stream)
     except (OSError, RuntimeError) as error:  # torch raises either where the disk is full
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(
             f"Expected to write {content.images.nbytes / 1e6:.0f} MB into {file.parent} but could not ({reason}); make room, or choose a "
             "writable `root`, with links to the data."

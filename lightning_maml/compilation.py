@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -92,16 +91,3 @@ def _bias_apart(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -
     if bias is None:
         return NotImplemented  # it is traced as it is
     return torch.convolution(x, weight, None, *options) + bias.view(-1, *[1] * (x.ndim - 2))
-
-
-def check_not_compiled(network: nn.Module, what_needs_it: str) -> None:
-    """Check that a network has second derivatives.
-
-    Raises:
-        ValueError: If a part of it is compiled.
-    """
-    if any(isinstance(part, OptimizedModule) for part in network.modules()):
-        raise ValueError(
-            f"Expected a network that is not compiled, for the second derivatives of {what_needs_it}, which torch.compile has not, but "
-            "got one with compiled parts; give it as it was, and for speed `compiled=True`, which compiles the whole meta-gradient."
-        )

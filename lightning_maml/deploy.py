@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_maml.batch_statistics import batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.functional import Params
-from lightning_maml.learner import BatchNormPolicy
+from lightning_maml.learner import BatchNormPolicy, run_uncompiled
 
 ADAPTED_AT_ONCE = 32
 """Tasks that are vectorised at once by default: more are slower on a CPU, where what they need outgrows its caches."""
@@ -63,6 +63,7 @@ class AdaptedNetworks(nn.Module):
         def call(state: Params, x: Tensor) -> Any:
             return torch.func.functional_call(self._network, state, (x,))
 
+        run_uncompiled(self._network)  # here, since copies and pickles of compiled networks are compiled anew
         if self._stacked:
             return torch.func.vmap(call)(states, x)
         each = [call({name: state[task] for name, state in states.items()}, x[task]) for task in range(tasks)]

@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
@@ -61,6 +62,7 @@ class EpisodicModule(LightningModule):
     ) -> None:
         super().__init__()
         Learner(network, batch_norm)  # refuses a network that the policy does not fit
+        _warn_if_compiled(network)
         self.network = network
         self.loss = loss
         self.batch_norm: BatchNormPolicy = batch_norm
@@ -219,7 +221,8 @@ class EpisodicModule(LightningModule):
         loss: Tensor | None = self._train_on(batch)
         return loss
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of a compiled model: compilers know no second derivatives
+    # of a compiled model: compilers know no second derivatives; around the hook itself torch 2.7 would not have it
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _train_on(self, batch: AnyEpisodes) -> Tensor | None:
         check_type(batch)
         before_it = random_state(self.device)
@@ -273,7 +276,7 @@ class EpisodicModule(LightningModule):
         figures = with_accuracy(curve.loss, curve.aux, episodes)
         self._figures[loader].update(torch.stack([*figures.values()], -1))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as in training
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _evaluate_uncompiled(self, episodes: AnyEpisodes) -> AdaptationCurve:
         return self.evaluate(episodes)
 
@@ -355,6 +358,14 @@ class EpisodicModule(LightningModule):
             with torch.no_grad():
                 images = episodes.query_x.shape[2:]
                 self.network(torch.cat([x.reshape(-1, *images) for x in (episodes.support_x, episodes.query_x)]))
+
+
+def _warn_if_compiled(network: nn.Module) -> None:
+    if any(isinstance(part, OptimizedModule) or part._compiled_call_impl is not None for part in network.modules()):
+        rank_zero_warn(
+            "The network was given to torch.compile, but tasks run it as it was before, because each runs a copy with other parameters; "
+            "give it uncompiled. `compiled=True` compiles the whole meta-gradient, for the algorithms that have it."
+        )
 
 
 def described(loss: Any) -> str:

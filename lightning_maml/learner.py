@@ -163,9 +163,7 @@ class Learner:
             network = structural_copy(self.network)
             self._own.norms, self._own.convolutions = [], []
             for module in network.modules():
-                if self._vectorised and isinstance(module, OptimizedModule):
-                    module.forward = module._orig_mod.__call__  # torch's compiler fails under vmap
-                elif isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
+                if isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
                     self._take_statistics_of_the_batch(module)
                 elif is_plain_convolution(module):
                     module.forward = TaskConvolution(module, "first" if self.network in _VIEWING else "last", self._vectorised)
@@ -241,14 +239,26 @@ class HeadLearner(Learner):
 
 
 def structural_copy(network: nn.Module) -> nn.Module:
-    """Return other module objects over the same tensors."""
+    """Return other module objects over the same tensors; those given to ``torch.compile`` run as they were before it.
+
+    It would compile each copy anew, knows no second derivatives and fails under ``vmap``.
+    """
     attributes = [value for module in network.modules() for value in vars(module).values()]
     tensors = chain(network.parameters(), network.buffers(), (value for value in attributes if isinstance(value, Tensor)))
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     memo |= {
         id(value): type(value)() for value in attributes if type(value) in (dict, OrderedDict) and not value
     }  # dicts of hooks, which are many
-    return copy.deepcopy(network, memo)
+    copied = copy.deepcopy(network, memo)
+    run_uncompiled(copied)
+    return copied
+
+
+def run_uncompiled(network: nn.Module) -> None:
+    """Have the parts of a network that were given to ``torch.compile`` run as they were before it."""
+    for part in network.modules():
+        if isinstance(part, OptimizedModule):
+            part.forward = part._orig_mod.__call__
 
 
 def _check_running_averages(network: nn.Module, norms: list[str], policy: str) -> None:

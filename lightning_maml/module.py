@@ -21,7 +21,7 @@ from lightning_maml.adapt import (
     task_losses,
 )
 from lightning_maml.batch_statistics import StepStatistics, batch_norms, entering_statistics, forget_running_averages
-from lightning_maml.compilation import Compiler, check_not_compiled, state_of
+from lightning_maml.compilation import Compiler, state_of
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, check_type, first_task, support_set
@@ -127,8 +127,6 @@ class MAML(EpisodicModule):
         compiled: bool = False,
     ) -> None:
         super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
-        if self.curvature == "exact":
-            check_not_compiled(network, type(self).__name__)
         check_step_count(train_steps, "train_steps")
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         self._executor = Executor(tasks, chunk_size, compiled)

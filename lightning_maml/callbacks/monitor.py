@@ -7,7 +7,6 @@ from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
-from lightning_maml.compilation import check_not_compiled
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import Params
@@ -48,8 +47,8 @@ class Monitor(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there are tasks to draw, and that tasks and network have what the exact meta-gradient needs."""
-        check_not_compiled(as_maml(self, pl_module).network, type(self).__name__)
+        """Check that there are tasks to draw, and that they have what the exact meta-gradient needs."""
+        as_maml(self, pl_module)
         self._tasks.check(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not self._tasks.are_given and getattr(data, "regime", None) == "resampling" and data.hessian_shots == 0:
