@@ -194,11 +194,13 @@ def soak(kills: int, processes: int, seed: int) -> Counter[tuple[str, str]]:
         trials = ((folders[name], taken, name) for name, taken in zip(MODELS, seconds, strict=True))
         rounds = [(*trial, seed + number) for trial in trials for number in range(kills)]
         random.Random(seed).shuffle(rounds)
+        killed = 0
         with tqdm(total=kills, desc="Kills") as bar:
             for trial, outcome in zip(rounds, pool.imap(_killed_run, rounds), strict=True):
                 found[trial[2], outcome] += 1
+                killed += not outcome.startswith("too")
                 bar.update(not outcome.startswith("too"))
-                if bar.n == kills:
+                if killed == kills:
                     break
         pool.terminate()
     return found

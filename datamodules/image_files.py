@@ -127,17 +127,19 @@ def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, de
     images = torch.empty(len(files), size, size, *([3] if mode == "RGB" else []), dtype=torch.uint8)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(paths) for paths in classes.values()]))
     unreadable: list[str] = []
+    done = 0  # and not bar.n, which stands still where progress bars are switched off
     with tqdm(total=len(files), desc=description, unit="image") as bar:
         for part, problems in _in_parallel(_Chunks(files, size, mode)):
             for number, problem in problems.items():
-                file = files[bar.n + number]
+                file = files[done + number]
                 if not problem.is_of_the_content:
                     raise OSError(f"Expected to read {file} but {problem.message}; see to that and start again.")
                 if on_corrupt == "raise":
                     raise OSError(f"Expected {file} to be an image but it cannot be read ({problem.message}); copy or unpack it again.")
-                labels[bar.n + number] = -1
+                labels[done + number] = -1
                 unreadable.append(f"{file} ({problem.message})")
-            images[bar.n : bar.n + len(part)] = torch.from_numpy(part)
+            images[done : done + len(part)] = torch.from_numpy(part)
+            done += len(part)
             bar.update(len(part))
     return DecodedImages(images, labels, list(classes), unreadable)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -308,9 +309,16 @@ def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, at
     assert is_same(*(torch.load(folder / "end.pt", weights_only=True) for folder in (stopped, whole)))
 
 
-def test_the_signal_is_as_before_after_a_run(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    trainer(tmp_path, callbacks=[CheckpointOnInterrupt()], precision="64-true").fit(
-        MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1), torch.utils.data.DataLoader([make_episodes()], batch_size=None)
-    )
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_signal_is_as_before_after_a_run(tmp_path: Path, fails: bool) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, *_) -> None:
+            if fails:
+                raise ZeroDivisionError
+
+    before, model = signal.getsignal(signal.SIGINT), MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        trainer(tmp_path, callbacks=[CheckpointOnInterrupt(), Fails()], precision="64-true").fit(
+            model, torch.utils.data.DataLoader([make_episodes()], batch_size=None)
+        )
     assert signal.getsignal(signal.SIGINT) is before
