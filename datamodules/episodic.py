@@ -7,7 +7,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_maml.datamodules.prefetch import PrefetchingLoader
-from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resampling, Rotations, SmallClasses, TaskSampler
+from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resampling, Rotations, SmallClasses, TaskSampler, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 from lightning_maml.episodes import AnyEpisodes
 
@@ -159,6 +159,8 @@ class EpisodicDataModule(LightningDataModule):
 
     def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[AnyEpisodes]:
         replicas, rank = self._replicas()
+        if tasks < replicas:
+            raise ValueError(f"Expected `{split}_tasks` to be at least {replicas}, one for each process, but got {tasks}.")
         sampler: Any = TaskSampler(tasks, fresh=fresh, num_replicas=replicas, rank=rank)
         return PrefetchingLoader(
             self._dataset(split),
@@ -176,12 +178,11 @@ class EpisodicDataModule(LightningDataModule):
     def _check_arguments(self) -> None:
         least = dict.fromkeys(("shots", "queries", "test_shots", "test_queries"), 1)
         least |= dict.fromkeys(("meta_batch_size", "train_batches", "val_tasks", "test_tasks", "train_steps"), 1)
-        least |= {"ways": 2, "test_ways": 2, "hessian_shots": 0, "seed": 0, "num_workers": 0}
+        least |= {"ways": 2, "test_ways": 2, "hessian_shots": 0, "num_workers": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"Expected `{name}` to be at least {bound} but got {getattr(self, name)}.")
-        if self.seed >= 2**32:
-            raise ValueError(f"Expected `seed` to be below 2**32 but got {self.seed}.")
+        check_seed("seed", self.seed)
         if self.rotations not in ("none", "classes", "augment"):
             raise ValueError(f"Expected `rotations` to be 'none', 'classes' or 'augment' but got {self.rotations!r}.")
         if self.small_classes not in ("raise", "drop"):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lightning_maml.datamodules.class_splits import Shares, check_disjoint, check_shares, split_classes
 from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
 from lightning_maml.datamodules.image_files import pixels
-from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses
+from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 
 
@@ -107,6 +107,7 @@ class FewShotDataModule(EpisodicDataModule):
             num_workers=num_workers,
         )
         check_shares(shares)
+        check_seed("split_seed", split_seed)
         if (val is None) != (test is None):
             raise ValueError("Expected both `val` and `test`, or neither for a split of the classes of `train`, but got one of them.")
         if image_size is not None and image_size < 1:
@@ -175,7 +176,8 @@ def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str
     values, classes = np.unique(np.array(labels), return_inverse=True)
     names = _class_names(dataset, label_key)
     members = [np.flatnonzero(classes == number) for number in range(len(values))]
-    return ClassImages(images, members, [str(names[value]) if names and values.dtype.kind == "i" else str(value) for value in values])
+    named = range(len(names)) if values.dtype.kind == "i" else ()
+    return ClassImages(images, members, [str(names[value] if value in named else value) for value in values])
 
 
 def _class_names(dataset: Any, label_key: str) -> Sequence[Any]:

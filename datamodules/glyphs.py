@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
-from lightning_maml.datamodules.sampler import ClassImages, Rotations
+from lightning_maml.datamodules.sampler import ClassImages, Rotations, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 
 CLASSES = {"train": 400, "val": 50, "test": 100}
@@ -93,8 +93,7 @@ class GlyphsDataModule(EpisodicDataModule):
             seed=seed,
             num_workers=num_workers,
         )
-        if glyph_seed < 0:
-            raise ValueError(f"Expected `glyph_seed` to be at least 0 but got {glyph_seed}.")
+        check_seed("glyph_seed", glyph_seed)
         self.glyph_seed = glyph_seed
 
     def class_images(self, split: str) -> ClassImages:

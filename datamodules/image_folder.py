@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_maml.datamodules.class_splits import Shares, check_disjoint, check_shares, split_classes
 from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
 from lightning_maml.datamodules.image_files import CachedImageFiles, OnCorrupt, check_on_corrupt, list_class_folders
-from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses
+from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 
 _SPLITS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
@@ -99,6 +99,7 @@ class ImageFolderDataModule(EpisodicDataModule):
         )
         check_on_corrupt(on_corrupt)
         check_shares(shares)
+        check_seed("split_seed", split_seed)
         if image_size < 1:
             raise ValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
         self.root = Path(root).expanduser()

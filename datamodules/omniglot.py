@@ -9,7 +9,7 @@ import torchvision
 from lightning_maml.datamodules.cache import DecodedImages, read_cache, write_cache
 from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
 from lightning_maml.datamodules.image_files import decode, rows_of_classes
-from lightning_maml.datamodules.sampler import ClassImages, Rotations
+from lightning_maml.datamodules.sampler import ClassImages, Rotations, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -116,6 +116,7 @@ class OmniglotDataModule(EpisodicDataModule):
         )
         if split not in ("random", "vinyals", "lake"):
             raise ValueError(f"Expected `split` to be 'random', 'vinyals' or 'lake' but got {split!r}.")
+        check_seed("split_seed", split_seed)
         self.root = Path(root).expanduser()
         self.split, self.split_seed = split, split_seed
         self._download = download

@@ -31,6 +31,16 @@ class Resampling(NamedTuple):
     hessian_shots: int
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Check an argument of that name.
+
+    Raises:
+        ValueError: If numpy takes no such seed.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"Expected `{name}` to be from 0 to 2**32 - 1 but got {seed}.")
+
+
 class ClassImages(NamedTuple):
     """All images of one split.
 

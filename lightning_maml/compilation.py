@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import Params
+from lightning_maml.randomness import has_drawn, torch_random_state
 from lightning_maml.rates import Rates, learned
 
 OfTasks = Callable[[Params, Sequence[Rates], AnyEpisodes], Any]
@@ -73,14 +74,15 @@ def _compiled(
         return found
 
     start = time.perf_counter()
-    random_state = torch.get_rng_state()
+    device = task.support_x.device
+    before = torch_random_state(device)
     traced = make_fx(of_tensors, {torch.ops.aten.convolution.default: _bias_apart})(*tensors)
-    if not torch.equal(random_state, torch.get_rng_state()):
+    if has_drawn(before, device):
         raise ValueError(
             "Expected a network and a loss that draw no random numbers with `compiled=True` but they drew some; leave it uncompiled."
         )
     program = torch.compile(traced)
-    with torch.autocast(task.support_x.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         program(*tensors)
     rank_zero_info(f"Compiled the meta-gradient in {time.perf_counter() - start:.0f} s; it is used for batches of the same shapes.")
     return lambda tensors: tree_unflatten(program(*tensors), of_result[0])

@@ -61,25 +61,19 @@ def support_set(task: AnyEpisodes) -> tuple[Tensor, Tensor]:
     return (task.support_x, task.support_y) if isinstance(task, Episodes) else (task.support_x[0], task.support_y[0])
 
 
-def check_type(batch: Any) -> None:
-    """Check that ``batch`` is a meta-batch at all.
+def check_episodes(episodes: Any) -> None:
+    """Check that this is a meta-batch, and that its tensors agree on its tasks, steps and examples.
 
     Raises:
         TypeError: If it is something else.
+        ValueError: If a tensor lacks its task, step or example dimension, if their sizes or the inputs' types disagree, or if there is no
+            task or no example.
     """
-    if not isinstance(batch, Episodes | ResampledEpisodes):
+    if not isinstance(episodes, Episodes | ResampledEpisodes):
         raise TypeError(
-            f"Expected a batch of `lightning_maml.Episodes` but got {type(batch).__name__}; let the loader return "
+            f"Expected a batch of `lightning_maml.Episodes` but got {type(episodes).__name__}; let the loader return "
             "Episodes(support_x, support_y, query_x, query_y), whose tensors have the tasks in front."
         )
-
-
-def check_episodes(episodes: AnyEpisodes) -> None:
-    """Check that the tensors of a meta-batch agree on its tasks, steps and examples.
-
-    Raises:
-        ValueError: If a tensor lacks its task, step or example dimension, or if their sizes or the inputs' types disagree.
-    """
     resampled = isinstance(episodes, ResampledEpisodes)
     dimensions = {name: ["tasks", "examples"] for name in episodes._fields}
     if resampled:
@@ -102,6 +96,8 @@ def check_episodes(episodes: AnyEpisodes) -> None:
         of_x, of_y = (getattr(episodes, name).shape[len(dimensions[name]) - 1] for name in (x, y))
         if of_x != of_y:
             raise ValueError(f"Expected `{x}` and `{y}` to hold the same number of examples but got {of_x} and {of_y}.")
+        if of_x == 0 and x != "hessian_x":
+            raise ValueError(f"Expected `{x}` to hold at least one example per task but got none.")
     if len(types := {tensor.dtype for tensor in episodes[::2]}) > 1:
         raise ValueError(
             f"Expected all inputs of `episodes` to be of one type but got {' and '.join(sorted(map(str, types)))}; convert them."

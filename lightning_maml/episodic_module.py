@@ -21,11 +21,11 @@ from typing_extensions import override
 from lightning_maml.adapt import AdaptationCurve
 from lightning_maml.batch_statistics import batch_norms
 from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
-from lightning_maml.episodes import AnyEpisodes, check_type, first_task, support_set
+from lightning_maml.episodes import AnyEpisodes, check_episodes, first_task, support_set
 from lightning_maml.functional import Params, differentiable
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.metrics import Estimate, TaskMean
-from lightning_maml.randomness import random_state, set_random_state
+from lightning_maml.randomness import random_state, set_random_state, set_torch_random_state, torch_random_state
 from lightning_maml.repro import save_step
 
 LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
@@ -98,7 +98,7 @@ class EpisodicModule(LightningModule):
                 (:class:`lightning_maml.MAMLPlusPlus`) and there is no trainer.
             FloatingPointError: If the query loss or the meta-gradient is not finite.
         """
-        check_type(episodes)
+        check_episodes(episodes)
         return self._meta_step(episodes)[0]
 
     def configure_optimizers(self) -> Any:
@@ -147,6 +147,7 @@ class EpisodicModule(LightningModule):
                 f"{type(self.trainer.strategy).__name__}; meta-gradients take other values for the parameters than the network holds: use "
                 "'ddp'."
             )
+        self._random_state, self._gradients = None, {}  # what a run that was broken off left
         self.run_folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpoints()
@@ -224,7 +225,7 @@ class EpisodicModule(LightningModule):
     # of a compiled model: compilers know no second derivatives; around the hook itself torch 2.7 would not have it
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _train_on(self, batch: AnyEpisodes) -> Tensor | None:
-        check_type(batch)
+        check_episodes(batch)
         before_it = random_state(self.device)
         try:
             loss, query_loss, outputs = self._meta_step(batch)
@@ -333,7 +334,8 @@ class EpisodicModule(LightningModule):
             ValueError: If the network fails for their type, which is not its parameters'.
         """
         device = episodes.support_x.device
-        with torch.inference_mode(False), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        before = torch_random_state(device)
+        with torch.inference_mode(False):
             x = differentiable(support_set(first_task(episodes))[0])
             try:
                 yield x
@@ -345,6 +347,8 @@ class EpisodicModule(LightningModule):
                 raise ValueError(
                     f"Expected inputs of the network's type, {dtype}, but it fails on {x.dtype}; give it x.to({dtype}){of_bytes}."
                 ) from error
+            finally:
+                set_torch_random_state(before, device)
 
     def _stop_unless_losses_are_finite(self, query_loss: Tensor, where: str) -> None:
         finite = query_loss.isfinite()

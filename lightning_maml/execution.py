@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import Params, detached, is_out_of_memory
 from lightning_maml.objective import Objective
-from lightning_maml.randomness import drops_blocks, is_random
+from lightning_maml.randomness import drops_blocks, is_random, set_torch_random_state, torch_random_state
 from lightning_maml.stack import Stack
 from lightning_maml.task_map import TaskExecution, check_chunk_size
 
@@ -147,7 +147,8 @@ def takes_stacks(loss: Callable[[Params, Any], tuple[Tensor, Any]], params: Para
         task: One task.
     """
     stack = Stack(2)
-    random_state = torch.get_rng_state()
+    device = task.support_x.device
+    before = torch_random_state(device)
     with torch.inference_mode(False), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -157,7 +158,9 @@ def takes_stacks(loss: Callable[[Params, Any], tuple[Tensor, Any]], params: Para
         except Exception:  # noqa: BLE001 # under vmap any network may raise anything; what is wrong without it too is raised there
             return False
         finally:
-            is_drawing = not torch.equal(random_state, torch.get_rng_state())
-            torch.set_rng_state(random_state)
+            is_drawing = not torch.equal(
+                before["torch"], torch.get_rng_state()
+            )  # numbers drawn on a GPU are no reason: tasks are stacked there
+            set_torch_random_state(before, device)
     slow = [warning for warning in caught if "batching rule" in str(warning.message) and "as_strided_" not in str(warning.message)]
     return not slow and not is_drawing

@@ -80,7 +80,7 @@ def implicit_gradient(
             "Expected Episodes, whose one support set has a minimum to be at, but got ResampledEpisodes; use regime='finite_sum'."
         )
     if steps < 1:
-        raise ValueError(f"Expected at least one inner step, towards the minimum that the implicit gradient is of, but got {steps}.")
+        raise ValueError(f"Expected `steps` to be at least 1, towards the minimum that the implicit gradient is of, but got {steps}.")
     rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)
     product = hessian_vector_product(curvature, probe_radius)

@@ -124,7 +124,7 @@ def hessian_lipschitz(
                 return Measured(math.nan, evaluations, u)
             if value > best.value:
                 best = Measured(value, 0, u)
-            if abs(value - before) <= tolerance * value:
+            if not value or abs(value - before) <= tolerance * value:
                 break
             h = max(largest.value / value * default_probe_radius(dtype), torch.finfo(dtype).eps ** (1 / 2))
             climbed = axpy(value if dot(t, u) >= 0 else -value, u, t)
@@ -159,9 +159,9 @@ class Spread(NamedTuple):
         gradient_norm: Mean over tasks of ``|grad l_T|``, of the query loss.
         sigma: Standard deviation of that gradient over tasks, nan with one; in the resampling case without what sampling the batch adds
             to it.
-        sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan with one query sample. Halves of a
-            query set are
-            what it is measured on: with batch norm, whose statistics are then the halves' own, it is not quite that of single samples.
+        sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan with one query sample. It is
+            measured on halves of a query set: with batch norm, whose statistics are then the halves' own, it is not quite that of single
+            samples.
         b: Mean over tasks of ``|grad l_S - grad l_T|``.
         mean_square_b: Mean of its square, b-tilde.
         gradient_evaluations: Spent on it.

@@ -24,7 +24,7 @@ from lightning_maml.batch_statistics import StepStatistics, batch_norms, enterin
 from lightning_maml.compilation import Compiler, state_of
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
-from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, check_type, first_task, support_set
+from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, first_task, support_set
 from lightning_maml.episodic_module import (
     EpisodicModule,
     LossFunction,
@@ -196,7 +196,7 @@ class MAML(EpisodicModule):
         Returns:
             The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K steps.
         """
-        check_type(episodes)
+        check_episodes(episodes)
         curve: AdaptationCurve = self._executor.within_memory(self._evaluate, episodes, self.device)
         return curve
 
@@ -229,6 +229,7 @@ class MAML(EpisodicModule):
         steps = self.test_steps if steps is None else steps
         support = Episodes(support_x, support_y, support_x, support_y)
         network = structural_copy(self.network).eval()
+        check_episodes(support)
         self._check(Learner(network, self.batch_norm), support)
         chosen = self._executor.tasks
         as_one = not of_one and (chosen == "vmap" or (chosen != "loop" and self._takes_stacks(support, network)))
@@ -258,7 +259,7 @@ class MAML(EpisodicModule):
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, without that of its rates."""
-        check_type(episodes)
+        check_episodes(episodes)
 
         def of(episodes: AnyEpisodes) -> Params:
             learner = self._learner(episodes)
@@ -281,6 +282,7 @@ class MAML(EpisodicModule):
         """
         if self.step_statistics is not None:
             raise ValueError("Expected one loss for all inner steps but got batch_norm='per_step'; use another `batch_norm`.")
+        check_episodes(task)
         learner = Learner(structural_copy(self.network).eval(), self.batch_norm)
         support, query = self._support_loss(learner), self._query_loss(learner)
         with torch.inference_mode(False), torch.no_grad():
@@ -295,6 +297,20 @@ class MAML(EpisodicModule):
         """Return what measures the theory's constants of some tasks at the current parameters.
 
         Raises:
+            ValueError: If the theory is not about such a model (:meth:`check_for_theory`), or if each step has a loss of its own.
+        """
+        self.check_for_theory()
+        check_episodes(episodes)
+        if self.step_statistics is not None and not self.training:
+            raise ValueError(
+                "Expected one loss for all inner steps but got batch_norm='per_step' in evaluation mode; use another `batch_norm`."
+            )
+        return Probe(**self._arguments(self._learner(episodes), episodes), progress=progress)
+
+    def check_for_theory(self) -> None:
+        """Check that the theory's constants and stepsizes are about such a model.
+
+        Raises:
             ValueError: If not all parameters adapt at one fixed rate, or the algorithm's meta-gradient is not the query loss's, as the
                 theory has both.
         """
@@ -307,7 +323,6 @@ class MAML(EpisodicModule):
                 f"adapt={self.adapts!r} with {'fixed' if self.learned_rates is None else 'learned'} rates; use adapt='all' and "
                 "inner_rates='fixed'."
             )
-        return Probe(**self._arguments(self._learner(episodes), episodes), progress=progress)
 
     @override
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
@@ -473,7 +488,6 @@ class MAML(EpisodicModule):
 
     def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse what would give wrong numbers, or fail in the loss: some networks, and episodes whose labels do not fit their outputs."""
-        check_episodes(episodes)
         shape = self._outputs(learner, episodes)
         if episodes.support_y.is_floating_point():
             for targets in (support_set(first_task(episodes))[1], first_task(episodes).query_y):

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, cat_chunks
 from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
-from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes, check_type
+from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory
 from lightning_maml.functional import detached
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
@@ -66,7 +66,7 @@ class ProtoNet(EpisodicModule):
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
-        check_type(episodes)
+        check_episodes(episodes)
         with torch.inference_mode(False), torch.no_grad():
             loss, outputs = self._classify(detached(episodes))
         return AdaptationCurve(loss[:, None], outputs[:, None])
@@ -92,6 +92,7 @@ class ProtoNet(EpisodicModule):
             support_x, support_y = support_x[None], support_y[None]
         with torch.inference_mode(False), torch.no_grad():
             support = detached(Episodes(support_x, support_y, support_x, support_y))
+            check_episodes(support)
             network = structural_copy(self.network).eval()
             learner, ways, tasks = self._looked_at(network, support)
 
@@ -158,7 +159,6 @@ def ways_of(episodes: AnyEpisodes) -> int:
     """
     if isinstance(episodes, ResampledEpisodes):
         raise TypeError("Expected Episodes, which have one support set per task, but got ResampledEpisodes; use regime='finite_sum'.")
-    check_episodes(episodes)
     if episodes.support_y.is_floating_point():
         raise ValueError("Expected labels, of classes that have prototypes, but got floating-point targets; ProtoNet only classifies.")
     ways = int(episodes.support_y.max()) + 1

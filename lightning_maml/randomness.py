@@ -52,3 +52,9 @@ def set_torch_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if state.get(device.type) is not None:
         torch.get_device_module(device).set_rng_state(state[device.type])
+
+
+def has_drawn(before: dict[str, Any], device: torch.device) -> bool:
+    """Return whether numbers of torch or of the device were drawn since :func:`torch_random_state` gave ``before``."""
+    now = torch_random_state(device)
+    return any(state is not None and not torch.equal(state, now[name]) for name, state in before.items())

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_maml.episodes import AnyEpisodes, first_task
+from lightning_maml.randomness import has_drawn, torch_random_state
 from lightning_maml.stack import ONE, Stack
 
 TaskExecution = Literal["loop", "threads", "vmap"]
@@ -53,7 +54,7 @@ def map_tasks(
         return tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result)
 
     run = _in_the_callers_modes(of_chunk, episodes.support_x.device.type)
-    yield from _in_threads(run, chunks, may_draw) if tasks == "threads" else map(run, chunks)
+    yield from _in_threads(run, chunks, episodes.support_x.device, may_draw) if tasks == "threads" else map(run, chunks)
 
 
 def are_stacked(tasks: TaskExecution, chunk_size: int | None) -> bool:
@@ -86,13 +87,13 @@ def _in_the_callers_modes(function: Callable[[Any], Any], device: str) -> Callab
     return run
 
 
-def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes], may_draw: bool) -> Iterator[Any]:
+def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes], device: torch.device, may_draw: bool) -> Iterator[Any]:
     """Run one chunk per core.
 
     The caller's own thread is held to one core as well: it works on the results meanwhile, and its idle helper threads would spin on
     the cores that the tasks need.
     """
-    random_state = torch.get_rng_state()
+    before = torch_random_state(device)
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -100,7 +101,7 @@ def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes], m
             yield from pool.map(function, chunks)
     finally:
         torch.set_num_threads(cores)
-    if may_draw and not torch.equal(random_state, torch.get_rng_state()):
+    if may_draw and has_drawn(before, device):
         raise RuntimeError(
             "Expected a loss that draws no random numbers with `tasks='threads'` but its random state moved, and threads share one "
             "random generator; use tasks='loop'."

@@ -106,6 +106,14 @@ def test_dictionaries_as_hugging_face_gives_them() -> None:
         datamodule(HuggingFace(items)).class_images("train")
 
 
+def test_numbers_without_a_name_are_their_own() -> None:
+    class Named(Items):
+        classes = ("cat", "dog")
+
+    data = Named([(np.full((8, 8), number, np.uint8), number % 3) for number in range(12)])
+    assert datamodule(data, data, data, ways=2).class_images("train").names == ["cat", "dog", "2"]
+
+
 @pytest.mark.parametrize("label", ["owl", 3, np.int64(3), torch.tensor(3), True], ids=["str", "int", "numpy", "tensor", "bool"])
 def test_labels_of_any_kind(label) -> None:
     other = {"owl": "cat", True: False}.get(label if isinstance(label, (str, bool)) else None, 0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning import Trainer
 
 from lightning_maml.datamodules import GlyphsDataModule
 
@@ -43,9 +44,9 @@ def test_test_episodes_may_have_another_shape() -> None:
         ({"test_shots": 0}, "`test_shots` to be at least 1 but got 0"),
         ({"meta_batch_size": 0}, "`meta_batch_size` to be at least 1 but got 0"),
         ({"num_workers": -1}, "`num_workers` to be at least 0 but got -1"),
-        ({"seed": -1}, "`seed` to be at least 0 but got -1"),
-        ({"seed": 2**32}, r"`seed` to be below 2\*\*32 but got 4294967296"),
-        ({"glyph_seed": -1}, "`glyph_seed` to be at least 0 but got -1"),
+        ({"seed": -1}, r"`seed` to be from 0 to 2\*\*32 - 1 but got -1"),
+        ({"seed": 2**32}, r"`seed` to be from 0 to 2\*\*32 - 1 but got 4294967296"),
+        ({"glyph_seed": -1}, r"`glyph_seed` to be from 0 to 2\*\*32 - 1 but got -1"),
         ({"rotations": "all"}, "`rotations` to be 'none', 'classes' or 'augment' but got 'all'"),
     ],
 )
@@ -57,3 +58,11 @@ def test_arguments_out_of_range_are_refused(arguments: dict, message: str) -> No
 def test_episodes_the_split_cannot_serve_are_refused_before_training() -> None:
     with pytest.raises(ValueError, match="the ways of split 'val' to be at most 50, its classes, but got 51"):
         GlyphsDataModule(test_ways=51).setup("fit")
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_fewer_tasks_than_processes_are_refused(split: str) -> None:
+    data = GlyphsDataModule(val_tasks=3, test_tasks=3)
+    data.trainer = Trainer(accelerator="cpu", devices=4, logger=False)
+    with pytest.raises(ValueError, match=f"Expected `{split}_tasks` to be at least 4, one for each process, but got 3"):
+        getattr(data, f"{split}_dataloader")()

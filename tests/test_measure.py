@@ -129,6 +129,13 @@ def test_single_precision_gives_the_same_constants_on_a_convolutional_network(se
     assert (single.L, single.rho) == (pytest.approx(exact.L, rel=1e-3), pytest.approx(exact.rho, rel=0.02))
 
 
+def test_where_the_hessian_changes_at_a_kink_alone_the_search_ends() -> None:
+    """Huber's loss of a point so near its kink that the first step of the search crosses it, and later ones do not."""
+    near = 1 - 0.5 * torch.finfo(torch.float64).eps ** (1 / 3)
+    loss = lambda w: torch.nn.functional.huber_loss(w["w"], torch.zeros(1).double())
+    assert hessian_lipschitz(loss, {"w": torch.tensor([near], dtype=torch.float64)}).value > 0
+
+
 def test_half_precision_is_refused() -> None:
     w = {"w": W["w"].bfloat16()}
     with pytest.raises(ValueError, match="parameters in float32 or float64 to measure with but got torch"):

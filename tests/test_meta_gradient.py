@@ -324,6 +324,8 @@ def test_arguments_out_of_range_are_refused(change: dict, message: str) -> None:
         ({"support_y": torch.zeros(3, 5)}, "`support_x` and `support_y` to hold the same number of examples but got 6 and 5"),
         ({"query_y": torch.zeros(2, 9)}, "same number of tasks"),
         ({"support_x": torch.zeros(6)}, "at least the dimensions"),
+        ({"support_x": torch.zeros(3, 0, 64), "support_y": torch.zeros(3, 0)}, "`support_x` to hold at least one example per task"),
+        ({"query_x": torch.zeros(3, 0, 64), "query_y": torch.zeros(3, 0)}, "`query_x` to hold at least one example per task"),
     ],
 )
 def test_episodes_that_do_not_fit_are_refused(change: dict, message: str) -> None:

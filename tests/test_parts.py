@@ -218,7 +218,14 @@ def test_the_theory_is_of_one_rate_for_all_parameters(tmp_path: Path) -> None:
     for model in (ANIL(build("mlp"), optimizer=partial(torch.optim.SGD, lr=0.1)), MetaSGD(build("mlp"))):
         with pytest.raises(ValueError, match="Expected one fixed inner rate for all parameters"):
             model.probe(make_episodes())
+        run = trainer(tmp_path, callbacks=[AdaptiveMetaStepsize(episodes=[make_episodes()])])
         with pytest.raises(ValueError, match="Expected one fixed inner rate for all parameters"):
-            trainer(tmp_path, callbacks=[AdaptiveMetaStepsize(episodes=[make_episodes()])]).fit(
-                model, DataLoader([make_episodes()], batch_size=None)
-            )
+            run.fit(model, DataLoader([make_episodes()], batch_size=None))
+        assert run.fit_loop.epoch_loop.batch_progress.total.ready == 0, "no step was taken"
+
+
+def test_averages_of_steps_have_no_constants_in_evaluation() -> None:
+    model = MAML(build("conv_batch_norm"), batch_norm="per_step").double()
+    assert model.probe(make_episodes()).gradient_norms().isfinite().all()
+    with pytest.raises(ValueError, match="Expected one loss for all inner steps but got batch_norm='per_step' in evaluation mode"):
+        model.eval().probe(make_episodes())

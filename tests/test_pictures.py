@@ -9,7 +9,7 @@ from networks import build, make_episodes
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_maml import MAML, MLP, Episodes
+from lightning_maml import MAML, MLP, Episodes, ResampledEpisodes
 from lightning_maml.callbacks import EpisodePictures, LossMapPicture, draw_adaptation, draw_episode, draw_loss_map, loss_map
 from lightning_maml.metrics import Estimate
 
@@ -61,6 +61,14 @@ def test_pictures_are_written_where_there_is_something_to_show(tmp_path: Path) -
     targets = Episodes(vectors.support_x, vectors.support_x[:, :, :1], vectors.query_x, vectors.query_x[:, :, :1])
     targets = Episodes(*(tensor.float() for tensor in targets))
     assert run_test(MAML(MLP(64, 1), loss=torch.nn.MSELoss(), test_steps=2), targets, tmp_path / "targets") == ["adaptation.png"]
+
+
+def test_of_tasks_with_several_support_sets_no_picture_is_drawn(tmp_path: Path) -> None:
+    several = ResampledEpisodes(*(torch.stack([tensor] * 2, 1) for tensor in make_episodes()[:2] * 2), *make_episodes()[2:])
+    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "default_root_dir": tmp_path, "precision": "64-true"}
+    run = Trainer(callbacks=[EpisodePictures()], **quiet)
+    assert run.test(MAML(build("mlp"), train_steps=2), DataLoader([several], batch_size=None))
+    assert list(tmp_path.glob("*.png")) == []
 
 
 def test_sizes_below_one_are_refused() -> None:

@@ -9,7 +9,7 @@ from lightning import Callback, Trainer
 from soak import MODELS, PHASES, Noise, is_same, soak
 from test_parts import trainer
 
-from lightning_maml import AdaptiveMetaStepsize
+from lightning_maml import MAML, AdaptiveMetaStepsize
 
 EPOCHS = 2
 
@@ -82,6 +82,23 @@ def test_every_algorithm_goes_on_from_every_checkpoint(tmp_path: Path, name: str
 )
 def test_so_it_does_under_the_trainers_options(tmp_path: Path, options: dict[str, Any]) -> None:
     resumes_from_each(tmp_path, "MAML with dropout", every=2, **options)
+
+
+def test_a_validation_that_was_broken_off_leaves_no_random_numbers(tmp_path: Path) -> None:
+    class BrokenOff(Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            raise ZeroDivisionError
+
+    def fitted(model: MAML) -> dict[str, Any]:
+        torch.manual_seed(0)
+        trainer(tmp_path, precision="32-true").fit(model.train(), Noise())
+        return model.state_dict()
+
+    models = [MODELS["MAML with dropout"]() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, precision="32-true", callbacks=[BrokenOff()]).validate(models[1], Noise())
+    assert is_same(*map(fitted, models))
 
 
 def test_runs_that_are_killed_go_on_from_the_last_checkpoint() -> None:

@@ -89,7 +89,7 @@ class MetaGradientMonitor(Monitor):
 
 def compare(approximate: Params, exact: Params) -> Fidelity:
     """Return how ``approximate`` compares with ``exact``; nan where either is zero."""
-    approximate, exact = ({name: tensor.double() for name, tensor in each.items()} for each in (approximate, exact))
+    approximate, exact = ({name: tensor.cpu().double() for name, tensor in each.items()} for each in (approximate, exact))
     sizes = float(norm(approximate)), float(norm(exact))
     if not all(sizes):
         return Fidelity(float("nan"), float("nan"))

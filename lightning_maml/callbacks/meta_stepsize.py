@@ -95,6 +95,7 @@ class AdaptiveMetaStepsize(Callback):
                 "null, or remove the callback."
             )
         module = as_maml(self, pl_module)
+        module.check_for_theory()
         if self.rule == "one_step" and module.train_steps != 1:
             raise ValueError(f"Expected train_steps=1 with rule 'one_step' but got {module.train_steps}; use 'resampling' or 'finite_sum'.")
         self._tasks.check(trainer)
@@ -153,7 +154,8 @@ def _over_processes(trainer: Trainer, number: float, operation: str) -> float:
         number = float(trainer.strategy.reduce(on_device, reduce_op=operation))
     if not math.isfinite(number):
         raise FloatingPointError(
-            f"Expected finite curvature and gradients for the meta-stepsize but got {number} at step {trainer.global_step}."
+            f"Expected finite curvature and gradients for the meta-stepsize but got {number} at step {trainer.global_step}; lower the "
+            "rates or check the data."
         )
     return number
 

@@ -26,10 +26,10 @@ class FirstTaskPictures(Callback):
 
     @override
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Episodes, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Keep the first task."""
-        if batch_idx == 0 and dataloader_idx == 0:
+        if batch_idx == 0 and dataloader_idx == 0 and isinstance(batch, Episodes):
             self._task = Episodes(*(tensor[:1] for tensor in batch))
 
     @override

@@ -78,7 +78,7 @@ def norm_of_mean(samples: Sequence[Params]) -> tuple[float, float]:
     sample at a time. The norm is the root ``x`` of the estimate (0 where that is negative), and its error ``sqrt(x^2 + s) - x``: about
     ``s / (2 x)`` away from 0, and ``sqrt(s)`` there.
     """
-    products = torch.stack([torch.stack([dot(a, b).double() for b in samples]) for a in samples])
+    products = torch.stack([torch.stack([dot(a, b).cpu().double() for b in samples]) for a in samples])
     square = _mean_off_diagonal(products)
     count = len(samples)
     keep = [[j for j in range(count) if j != i] for i in range(count)]
