@@ -17,8 +17,9 @@ from lightning_maml.functional import Params
 from lightning_maml.implicit import implicit_gradient, proximal
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.meta_gradient import MetaGradient
-from lightning_maml.module import MAML, InnerRatesName
+from lightning_maml.module import MAML
 from lightning_maml.parts import PartName
+from lightning_maml.rates import InnerRatesName
 from lightning_maml.reptile import reptile_gradient
 from lightning_maml.smooth import kinked_operations, kinks
 

@@ -11,9 +11,6 @@ from lightning_maml.batch_statistics import batch_norms, entering_statistics, fo
 from lightning_maml.functional import Params
 from lightning_maml.learner import BatchNormPolicy, run_uncompiled
 
-ADAPTED_AT_ONCE = 32
-"""Tasks that are vectorised at once by default: more are slower on a CPU, where what they need outgrows its caches."""
-
 
 class AdaptedNetworks(nn.Module):
     """The networks of T tasks, each with its own adapted parameters, called at once.

@@ -1,8 +1,6 @@
 """What few-shot algorithms share as Lightning modules: optimizer, steps, figures and the checks of batches."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -21,11 +19,11 @@ from typing_extensions import override
 from lightning_maml.adapt import AdaptationCurve
 from lightning_maml.batch_statistics import batch_norms
 from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
-from lightning_maml.episodes import AnyEpisodes, check_episodes, first_task, support_set
-from lightning_maml.functional import Params, differentiable
+from lightning_maml.episodes import AnyEpisodes, check_episodes
+from lightning_maml.functional import Params
 from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.metrics import Estimate, TaskMean
-from lightning_maml.randomness import random_state, set_random_state, set_torch_random_state, torch_random_state
+from lightning_maml.randomness import random_state, set_random_state
 from lightning_maml.repro import save_step
 
 LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
@@ -33,9 +31,6 @@ LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-
-_OF_TYPES = re.compile("same dtype|expected scalar type|should be the same|not implemented for '")
-"""What torch says where a layer does not take its inputs' type."""
 
 
 class EpisodicModule(LightningModule):
@@ -75,6 +70,7 @@ class EpisodicModule(LightningModule):
         """Where the run keeps its logs; asking the trainer for it needs all processes."""
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._figures: list[TaskMean] = []
+        self._stackable: dict[tuple[Any, ...], tuple[LossFunction, bool]] = {}
         self._gradients: Params = {}
         self._random_state: dict[str, Any] | None = None  # from which training is to go on
 
@@ -311,44 +307,20 @@ class EpisodicModule(LightningModule):
         """Return what training steps log of the tasks before adaptation, each ``[T]``."""
         return {}
 
-    def _first_outputs(self, learner: Learner, episodes: AnyEpisodes, *, are_logits: bool = True) -> Any:
-        """Return the network's outputs for the first task's support set.
+    def _once_for_its_kind(self, network: nn.Module, episodes: AnyEpisodes, look: Callable[[], bool]) -> bool:
+        """Return whether tasks can be stacked, as ``look`` found for the first batch of such types and shapes.
 
-        Raises:
-            ValueError: If they are to be logits and are not ``[S, D]``.
+        Args:
+            network: This one, or a copy in another mode.
+            episodes: The batch.
+            look: Finds out.
         """
-        with self._first_support(episodes) as x, torch.no_grad():
-            outputs = learner(learner.params, x)
-        if are_logits and (not isinstance(outputs, Tensor) or outputs.ndim != 2):
-            got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(
-                f"Expected `network` to return one tensor of logits [examples, ways] but got {got}; wrap it in a module that does."
-            )
-        return outputs
-
-    @contextmanager
-    def _first_support(self, episodes: AnyEpisodes) -> Iterator[Tensor]:
-        """Give the first task's support inputs for a look at the network, whose random numbers a resumed run draws once more.
-
-        Raises:
-            ValueError: If the network fails for their type, which is not its parameters'.
-        """
-        device = episodes.support_x.device
-        before = torch_random_state(device)
-        with torch.inference_mode(False):
-            x = differentiable(support_set(first_task(episodes))[0])
-            try:
-                yield x
-            except RuntimeError as error:
-                dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
-                if x.dtype == dtype or not _OF_TYPES.search(str(error)):
-                    raise
-                of_bytes = " / 255" if x.dtype == torch.uint8 else ""
-                raise ValueError(
-                    f"Expected inputs of the network's type, {dtype}, but it fails on {x.dtype}; give it x.to({dtype}){of_bytes}."
-                ) from error
-            finally:
-                set_torch_random_state(before, device)
+        kind = (self.network, network.training, *((tensor.dtype, tensor.shape[1:]) for tensor in episodes))
+        loss, found = self._stackable.get(kind, (None, False))
+        if loss is not self.loss:
+            found = look()
+            self._stackable[kind] = self.loss, found
+        return found
 
     def _stop_unless_losses_are_finite(self, query_loss: Tensor, where: str) -> None:
         finite = query_loss.isfinite()

@@ -8,7 +8,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.episodes import AnyEpisodes, Episodes
 from lightning_maml.functional import Params, detached, is_out_of_memory
 from lightning_maml.objective import Objective
 from lightning_maml.randomness import drops_blocks, is_random, set_torch_random_state, torch_random_state
@@ -23,6 +23,9 @@ STACKED_INPUTS = 2**16
 
 ADAPTED_INPUTS = 2 * STACKED_INPUTS
 """The same where tasks are only adapted to, by first derivatives, which keep half as much."""
+
+ADAPTED_AT_ONCE = 32
+"""Tasks that are adapted to at once where ``vmap`` is asked for: more are slower on a CPU, where what they need outgrows its caches."""
 
 STACKED_PARAMETERS = 2**22
 """Numbers in the parameters of the tasks that are stacked on a CPU; each task has its own."""
@@ -85,6 +88,13 @@ class Executor:
         if chunk_size is not None:
             return Execution(_one_by_one(-(-len(episodes.support_x) // chunk_size)), chunk_size)
         return for_cpu(episodes, sum(p.numel() for p in network.parameters()), takes_stacks)
+
+    def of_adaptation(self, network: nn.Module, device: torch.device, support: Episodes) -> Execution:
+        """Return how tasks that can be stacked are adapted to: on a CPU as in training, there by support sets alone."""
+        if self.tasks != "auto" or self.chunk_size is not None or device.type != "cpu":
+            return Execution("vmap", self.chunk_size or ADAPTED_AT_ONCE)
+        alone = support._replace(query_x=support.query_x[:, :0])
+        return for_cpu(alone, sum(p.numel() for p in network.parameters()), lambda: True, ADAPTED_INPUTS)
 
     def within_memory(self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes, device: torch.device) -> Result:
         """Return ``function(episodes)``; where memory for all tasks at once is lacking, and it is left open, half as many are stacked."""

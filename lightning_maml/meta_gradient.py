@@ -53,6 +53,16 @@ class MetaGradient(NamedTuple):
     inner_lr: list[Params]
 
 
+def not_finite(result: MetaGradient) -> list[str]:
+    """Return the names of the parameters and inner rates whose gradient is not finite."""
+    of_rates = {f"inner rate {step} of {name}": rate for step, rates in enumerate(result.inner_lr) for name, rate in rates.items()}
+    gradients = {name: gradient for name, gradient in (result.grad | of_rates).items() if gradient.numel()}
+    largest = {name: torch.linalg.vector_norm(gradient, float("inf")) for name, gradient in gradients.items()}
+    if torch.stack([*largest.values()]).max().isfinite():  # a GPU is waited for once
+        return []
+    return [name for name, size in largest.items() if not size.isfinite()]
+
+
 def pull_back(
     losses: TaskLosses,
     objective: Differentiate,

@@ -1,13 +1,11 @@
 """MAML as a Lightning module; its variants are in algorithms.py, the mathematics in meta_gradient.py."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -23,7 +21,7 @@ from lightning_maml.adapt import (
 from lightning_maml.batch_statistics import StepStatistics, batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.compilation import Compiler, state_of
 from lightning_maml.curvature import CurvatureName
-from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
+from lightning_maml.deploy import AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, first_task, support_set
 from lightning_maml.episodic_module import (
     EpisodicModule,
@@ -32,19 +30,18 @@ from lightning_maml.episodic_module import (
     SchedulerFactory,
     with_accuracy,
 )
-from lightning_maml.execution import ADAPTED_INPUTS, Execution, Executor, TasksName, for_cpu, takes_stacks
+from lightning_maml.execution import Execution, Executor, TasksName, takes_stacks
+from lightning_maml.first_look import FirstLook, Seen
 from lightning_maml.functional import Params, detached, differentiable
 from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
-from lightning_maml.meta_gradient import MetaGradient, meta_gradient, surrogate
+from lightning_maml.meta_gradient import MetaGradient, meta_gradient, not_finite, surrogate
 from lightning_maml.objective import Objective
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import is_random
-from lightning_maml.rates import InnerRates, LearnedRates, LearnedRatesName, learned, rates_of_steps
+from lightning_maml.rates import InnerRates, InnerRatesName, LearnedRates, check_inner_rates, learned, rates_of_steps
 from lightning_maml.targets import check_labels, check_targets
 from lightning_maml.task_map import are_stacked, map_tasks
-
-InnerRatesName = Literal["fixed"] | LearnedRatesName
 
 
 class TaskPath(NamedTuple):
@@ -135,9 +132,7 @@ class MAML(EpisodicModule):
             plain | {"chunk_size": chunk_size, "adapt": adapt, "head": head, "inner_rates": inner_rates, "compiled": compiled}
         )
         inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
-        if inner_rates not in ("fixed", *get_args(LearnedRatesName)):
-            names = ", ".join(map(repr, get_args(LearnedRatesName)))
-            raise ValueError(f"Expected `inner_rates` to be 'fixed', {names} but got {inner_rates!r}.")
+        check_inner_rates(inner_rates)
         if inner_rates != "fixed" and not self.learns_rates:
             raise ValueError(
                 f"Expected `inner_rates` to be 'fixed' with {type(self).__name__}, which cannot learn them, but got {inner_rates!r}."
@@ -154,8 +149,7 @@ class MAML(EpisodicModule):
         if compiled:
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
-        self._checked: tuple[Any, ...] = ()
-        self._stackable: dict[tuple[Any, ...], bool] = {}
+        self._first_look = FirstLook(adapt, head)
 
     def _check_that_it_compiles(self) -> None:
         reasons = {
@@ -233,7 +227,7 @@ class MAML(EpisodicModule):
         self._check(Learner(network, self.batch_norm), support)
         chosen = self._executor.tasks
         as_one = not of_one and (chosen == "vmap" or (chosen != "loop" and self._takes_stacks(support, network)))
-        execution = self._execution_of_adaptation(support) if as_one else Execution("loop", None)
+        execution = self._executor.of_adaptation(self.network, self.device, support) if as_one else Execution("loop", None)
         learner = Learner(network, self.batch_norm, vectorised=are_stacked(*execution))
         adapted = adapted_parameters(
             [self._support_loss(learner, self._averages(j)) for j in range(steps + 1)],
@@ -249,21 +243,13 @@ class MAML(EpisodicModule):
             networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x), as_one)
             return networks.network(0) if of_one else networks
 
-    def _execution_of_adaptation(self, support: Episodes) -> Execution:
-        """Return how tasks that vmap takes are adapted to: on a CPU as in training, there by support sets alone."""
-        chosen, chunk_size = self._executor.tasks, self._executor.chunk_size
-        if chosen != "auto" or chunk_size is not None or self.device.type != "cpu":
-            return Execution("vmap", chunk_size or ADAPTED_AT_ONCE)
-        alone = support._replace(query_x=support.query_x[:, :0])
-        return for_cpu(alone, sum(p.numel() for p in self.network.parameters()), lambda: True, ADAPTED_INPUTS)
-
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, without that of its rates."""
         check_episodes(episodes)
 
         def of(episodes: AnyEpisodes) -> Params:
             learner = self._learner(episodes)
-            self._outputs(learner, episodes)
+            self._look(learner, episodes)
             if curvature is None:
                 return self._training_gradient(learner, episodes).grad
             return self._meta_gradient(learner, episodes, curvature).grad
@@ -383,9 +369,7 @@ class MAML(EpisodicModule):
         if self.adapts != "head" or not isinstance(episodes, Episodes) or self.step_statistics is not None or is_random(self.network):
             return None
         head = head_of(self.network, self.head)
-        with torch.inference_mode(False), torch.no_grad():
-            ends = learner.ends_with(head, differentiable(episodes.support_x[0]))
-        self._warn_of_the_head(ends)
+        ends = self._look(learner, episodes).ends_with_head
         return head if ends and not batch_norms(self.network.get_submodule(head)) else None
 
     def _encode(self, learner: Learner, head: str, params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
@@ -438,16 +422,17 @@ class MAML(EpisodicModule):
 
     def _takes_stacks(self, episodes: AnyEpisodes, network: nn.Module) -> bool:
         """Return whether tasks can be stacked for ``network``, this one's or a structural copy in another mode."""
-        kind = (self.network, id(self.loss), network.training, *((tensor.dtype, tensor.shape[1:]) for tensor in episodes))
-        if kind not in self._stackable:
+
+        def look() -> bool:
             learner = Learner(network, self.batch_norm, vectorised=True)
             support_loss, query_loss = self._support_loss(learner, self._averages(0)), self._query_loss(learner, self._averages(0))
 
             def both(params: Params, task: AnyEpisodes) -> tuple[Tensor, tuple[()]]:
                 return support_loss(params, *support_set(task))[0] + query_loss(params, task)[0], ()
 
-            self._stackable[kind] = takes_stacks(both, learner.params, first_task(episodes))
-        return self._stackable[kind]
+            return takes_stacks(both, learner.params, first_task(episodes))
+
+        return self._once_for_its_kind(network, episodes, look)
 
     def _support_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
@@ -488,11 +473,12 @@ class MAML(EpisodicModule):
 
     def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse what would give wrong numbers, or fail in the loss: some networks, and episodes whose labels do not fit their outputs."""
-        shape = self._outputs(learner, episodes)
+        shape = self._look(learner, episodes).outputs
         if episodes.support_y.is_floating_point():
             for targets in (support_set(first_task(episodes))[1], first_task(episodes).query_y):
                 check_targets(targets, shape, self.loss)
             return
+        assert shape is not None, "with labels there are logits"
         ways = int(episodes.support_y.max()) + 1
         if shape != (ways,):
             raise ValueError(
@@ -501,38 +487,8 @@ class MAML(EpisodicModule):
             )
         check_labels(episodes, ways)
 
-    def _outputs(self, learner: Learner, episodes: AnyEpisodes) -> Any:
-        """Return the shape of the outputs for one example, looked at once for networks whose parameters have the same shapes.
-
-        For labels it is the width alone, for targets None where the outputs are no tensor.
-        """
-        shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
-        of_inputs = (episodes.support_x.dtype, episodes.support_x.shape[1:])
-        kind = (self.network, self.network.training, learner.network.training, of_inputs, shapes, are_labels)
-        if self._checked[:-1] != kind:
-            with self._first_support(episodes) as x:
-                again = tuple(learner.run_again(x))
-            if any(name.startswith(again) for name in self._adapting()):
-                raise ValueError(
-                    "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run "
-                    "them again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
-                )
-            if self.adapts == "body":
-                with self._first_support(episodes) as x, torch.no_grad():
-                    self._warn_of_the_head(learner.ends_with(head_of(self.network, self.head), x))
-            outputs = self._first_outputs(learner, episodes, are_logits=are_labels)
-            self._checked = (*kind, outputs.shape[1:] if isinstance(outputs, Tensor) else None)
-            with self._first_support(episodes) as x:
-                self._inspect(partial(learner, learner.params, x))
-        return self._checked[-1]
-
-    def _warn_of_the_head(self, ends: bool) -> None:
-        if self.head is None and not ends:
-            last = head_of(self.network)
-            rank_zero_warn(
-                f"The last layer with trainable parameters, {last!r}, is taken for the network's head, but what it gives are not the "
-                f"network's outputs; name the head: `head={last!r}`, if it is that."
-            )
+    def _look(self, learner: Learner, episodes: AnyEpisodes) -> Seen:
+        return self._first_look(self.network, learner, episodes, self._inspect)
 
     def _inspect(self, run: Callable[[], Tensor]) -> None:
         """Look at the network while it runs, once for each kind of batch."""
@@ -540,12 +496,5 @@ class MAML(EpisodicModule):
     def _stop_unless_finite(self, result: MetaGradient) -> None:
         where = f"at step {self.global_step} (inner_lr={self.inner_lr}, train_steps={self.train_steps}); lower inner_lr or check the data."
         self._stop_unless_losses_are_finite(result.query_loss, where)
-        of_rates = {f"inner rate {step} of {name}": rate for step, rates in enumerate(result.inner_lr) for name, rate in rates.items()}
-        largest = {
-            name: torch.linalg.vector_norm(gradient, float("inf"))
-            for name, gradient in (result.grad | of_rates).items()
-            if gradient.numel()
-        }
-        if not math.isfinite(torch.stack([*largest.values()]).max()):
-            broken = [name for name, size in largest.items() if not size.isfinite()]
+        if broken := not_finite(result):
             raise FloatingPointError(f"Expected a finite meta-gradient but it is not finite in {broken} {where}")

@@ -1,7 +1,7 @@
 """Prototypical networks, the metric baseline: no inner loop, a query belongs to the class whose mean embedding is nearest."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, cat_chunks
-from lightning_maml.deploy import ADAPTED_AT_ONCE, AdaptedNetworks
+from lightning_maml.deploy import AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory
+from lightning_maml.execution import ADAPTED_AT_ONCE
+from lightning_maml.first_look import first_outputs, first_support
 from lightning_maml.functional import detached
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
 from lightning_maml.second_derivatives import differentiated
@@ -62,7 +64,6 @@ class ProtoNet(EpisodicModule):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop' or 'vmap' but got {tasks!r}.")
         self.save_hyperparameters({"batch_norm": batch_norm, "tasks": tasks})
         self._tasks: Literal["auto", "loop", "vmap"] = tasks
-        self._stackable: dict[tuple[Any, ...], bool] = {}
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -132,16 +133,17 @@ class ProtoNet(EpisodicModule):
         tasks: TaskExecution = "vmap" if self._tasks == "auto" else self._tasks
         learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
         ways = ways_of(episodes)
-        kind = (self.network, id(self.loss), network.training, *((tensor.dtype, tensor.shape[1:]) for tensor in episodes))
-        if kind not in self._stackable:
-            self._first_outputs(learner, episodes)
-            self._stackable[kind] = self._tasks != "auto" or self._takes_vmap(learner, ways, episodes)
-        if tasks == "vmap" and not self._stackable[kind]:
+
+        def look() -> bool:
+            first_outputs(learner, episodes)
+            return self._tasks != "auto" or self._takes_vmap(learner, ways, episodes)
+
+        if not self._once_for_its_kind(network, episodes, look) and tasks == "vmap":
             learner, tasks = Learner(network, self.batch_norm), "loop"
         return learner, ways, tasks
 
     def _takes_vmap(self, learner: Learner, ways: int, episodes: AnyEpisodes) -> bool:
-        with self._first_support(episodes), torch.no_grad():
+        with first_support(learner, episodes), torch.no_grad():
             task = Episodes(*(tensor[:1] for tensor in detached(episodes)))
             try:
                 Stack(1).each(partial(self._of_task, learner, ways))(task)

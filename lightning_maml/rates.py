@@ -1,7 +1,7 @@
 """The inner rates A: one number, or a number or tensor for each parameter that adapts, the same in every step or not."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,18 @@ InnerRates = float | Tensor | Rates | Sequence[Rates]
 """One rate for all parameters, rates by parameter, or such rates for each step, of which the last serve all further steps."""
 
 LearnedRatesName = Literal["per_layer", "per_layer_and_step", "per_parameter"]
+InnerRatesName = Literal["fixed"] | LearnedRatesName
+
+
+def check_inner_rates(inner_rates: str) -> None:
+    """Check an argument of that name.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    if inner_rates not in ("fixed", *get_args(LearnedRatesName)):
+        names = ", ".join(map(repr, get_args(LearnedRatesName)))
+        raise ValueError(f"Expected `inner_rates` to be 'fixed', {names} but got {inner_rates!r}.")
 
 
 class LearnedRates(nn.Module):

@@ -26,6 +26,7 @@ ORDER = [
         "task_map",
         "execution",
         "compilation",
+        "first_look",
     ),
     *("adapt", "meta_gradient", "reptile", "implicit", "deploy"),
     *("theory", "measure", "report"),

@@ -1,0 +1,137 @@
+"""A look at a network on the first batch of each kind: whether it can be trained on such, and what it returns."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_maml.episodes import AnyEpisodes, first_task, support_set
+from lightning_maml.functional import differentiable
+from lightning_maml.learner import Learner
+from lightning_maml.parts import PartName, adapting, head_of
+from lightning_maml.randomness import set_torch_random_state, torch_random_state
+
+_OF_TYPES = re.compile("same dtype|expected scalar type|should be the same|not implemented for '")
+"""What torch says where a layer does not take its inputs' type."""
+
+
+class Seen(NamedTuple):
+    """What was found.
+
+    Attributes:
+        outputs: Shape of the outputs for one example; None where they are no tensor.
+        ends_with_head: Whether the outputs are those of the head alone; False where it was not looked for, as all adapts.
+    """
+
+    outputs: torch.Size | None
+    ends_with_head: bool
+
+
+class FirstLook:
+    """Looks at a network where a batch is of another kind than the last one, and otherwise returns what it saw.
+
+    Kinds differ by the types and shapes of inputs and parameters, and by the network's mode.
+
+    Args:
+        part: Which parameters adapt.
+        head: Name of the head, if it was named.
+    """
+
+    def __init__(self, part: PartName, head: str | None) -> None:
+        self._part: PartName = part
+        self._head = head
+        self._kind: tuple[Any, ...] = ()
+        self._seen = Seen(None, False)
+
+    def __call__(
+        self, network: nn.Module, learner: Learner, episodes: AnyEpisodes, inspect: Callable[[Callable[[], Tensor]], None]
+    ) -> Seen:
+        """Return what was seen.
+
+        Args:
+            network: The model's, which says whether it is still the same.
+            learner: Of it, or of a copy.
+            episodes: The batch.
+            inspect: Looks at the network while it runs, by the function that it is given.
+
+        Raises:
+            ValueError: If layers that adapt run again in the backward pass, or there are labels but no logits.
+        """
+        shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
+        of_inputs = (episodes.support_x.dtype, episodes.support_x.shape[1:])
+        kind = (network, network.training, learner.network.training, of_inputs, shapes, are_labels)
+        if self._kind != kind:
+            self._seen = self._look(learner, episodes, are_labels)
+            with first_support(learner, episodes) as x:
+                inspect(partial(learner, learner.params, x))
+            self._kind = kind
+        return self._seen
+
+    def _look(self, learner: Learner, episodes: AnyEpisodes, are_labels: bool) -> Seen:
+        with first_support(learner, episodes) as x:
+            again = tuple(learner.run_again(x))
+        if any(name.startswith(again) for name in adapting(learner.network, self._part, self._head)):
+            raise ValueError(
+                "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run "
+                "them again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
+            )
+        ends = self._part != "all" and self._ends_with_head(learner, episodes)
+        outputs = first_outputs(learner, episodes, are_logits=are_labels)
+        return Seen(outputs.shape[1:] if isinstance(outputs, Tensor) else None, ends)
+
+    def _ends_with_head(self, learner: Learner, episodes: AnyEpisodes) -> bool:
+        head = head_of(learner.network, self._head)
+        with first_support(learner, episodes) as x, torch.no_grad():
+            ends = learner.ends_with(head, x)
+        if self._head is None and not ends:
+            rank_zero_warn(
+                f"The last layer with trainable parameters, {head!r}, is taken for the network's head, but what it gives are not the "
+                f"network's outputs; name the head: `head={head!r}`, if it is that."
+            )
+        return ends
+
+
+def first_outputs(learner: Learner, episodes: AnyEpisodes, *, are_logits: bool = True) -> Any:
+    """Return the network's outputs for the first task's support set.
+
+    Raises:
+        ValueError: If they are to be logits and are not ``[S, D]``.
+    """
+    with first_support(learner, episodes) as x, torch.no_grad():
+        outputs = learner(learner.params, x)
+    if are_logits and (not isinstance(outputs, Tensor) or outputs.ndim != 2):
+        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"Expected `network` to return one tensor of logits [examples, ways] but got {got}; wrap it in a module that does."
+        )
+    return outputs
+
+
+@contextmanager
+def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Tensor]:
+    """Give the first task's support inputs for a look at the network; the random numbers that it draws are drawn again afterwards.
+
+    Raises:
+        ValueError: If the network fails for their type, which is not its parameters'.
+    """
+    device = episodes.support_x.device
+    before = torch_random_state(device)  # a run that goes on looks once more
+    with torch.inference_mode(False):
+        x = differentiable(support_set(first_task(episodes))[0])
+        try:
+            yield x
+        except RuntimeError as error:
+            dtype = next((p.dtype for p in learner.network.parameters()), x.dtype)
+            if x.dtype == dtype or not _OF_TYPES.search(str(error)):
+                raise
+            of_bytes = " / 255" if x.dtype == torch.uint8 else ""
+            raise ValueError(
+                f"Expected inputs of the network's type, {dtype}, but it fails on {x.dtype}; give it x.to({dtype}){of_bytes}."
+            ) from error
+        finally:
+            set_torch_random_state(before, device)
