@@ -1,4 +1,5 @@
-# A machine needs Python 3.11 or newer and make, for learn2learn a C compiler too and for minimum uv: all else is installed into .venv.
+# A machine needs Python 3.11 or newer and make, for tests a C++ compiler, for learn2learn a C compiler and for minimum uv: all else is
+# installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -223,7 +223,7 @@ def _characters(folder: Path) -> list[Path]:
 
 _CURE = (
     "unpack images_background.zip and images_evaluation.zip, from the folder python/ of github.com/brendenlake/omniglot, into `root`, "
-    "or set download=True where there is a network."
+    "or set download=True where the internet can be reached."
 )
 _HALF = "it is half extracted: delete it and unpack its archive again."
 

@@ -166,9 +166,6 @@ def test_ones_own_images_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_photos(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     (text,) = blocks(OWN_DATA, "yaml")
-    model = (
-        "{class_path: FOMAML, init_args: {network: {class_path: Conv4, init_args: {in_channels: 3, ways: 5, image_size: 84, channels: 4}}}}"
-    )
-    Path("own.yaml").write_text(f"{text}\nmodel: {model}\n")
+    Path("own.yaml").write_text(text)
     cli = run(["fit", "--config=own.yaml", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
     assert cli.datamodule.transforms.normalize == "imagenet"
