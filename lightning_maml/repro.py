@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule
 
 from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
@@ -47,9 +46,10 @@ def load_step(module: LightningModule, path: str | Path) -> tuple[AnyEpisodes, i
     if not {"kind", "episodes", "state_dict", "random_state", "epoch"} <= step.keys() or step["kind"] not in [*_KINDS]:
         raise ValueError(f"Expected {path} to be a step that a run saved when it broke but it holds {', '.join(map(repr, step))}.")
     try:
-        dtypes = {tensor.dtype for tensor in step["state_dict"].values() if tensor.is_floating_point()}
-        module.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
-        module.load_state_dict(step["state_dict"])
+        saved = step["state_dict"]
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(saved[name].dtype) if name in saved else tensor.data
+        module.load_state_dict(saved)
         set_random_state(step["random_state"], module.device)
         episodes: AnyEpisodes = _KINDS[step["kind"]](*(tensor.to(module.device) for tensor in step["episodes"]))
     except Exception as error:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from lightning_maml import FOMAML, HFMAML, MAML, CheckpointOnInterrupt, ProtoNet, SkipNonFinite
 from lightning_maml.cli import main
 from lightning_maml.datamodules import ImageFolderDataModule
-from lightning_maml.repro import load_step
+from lightning_maml.randomness import random_state
+from lightning_maml.repro import load_step, save_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[1] / part) for part in ("tests", "benchmarks"))}
@@ -106,6 +107,20 @@ def test_steps_are_replayed_as_they_were_taken(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(SystemExit, match="Expected a finite query loss") as replayed:
         main(re.search(r"`lightning-maml (.*)`", str(end.value)).group(1).split())
     assert str(end.value).startswith(str(replayed.value).split(" at step")[0])
+
+
+def test_weights_are_of_the_types_that_they_were_of(tmp_path: Path) -> None:
+    def mixed() -> MAML:
+        model = MAML(network(), 0.1)
+        model.network[0].bias.data = model.network[0].bias.data.double()
+        return model
+
+    broken, again = mixed(), MAML(network(), 0.1)
+    broken.trainer = trainer(tmp_path)
+    path = save_step(broken, make_episodes(), random_state(broken.device), tmp_path)
+    load_step(again, path)
+    assert is_same(again.state_dict(), broken.state_dict())
+    assert {name: p.dtype for name, p in again.named_parameters()} == {name: p.dtype for name, p in broken.named_parameters()}
 
 
 class Weights(Callback):
