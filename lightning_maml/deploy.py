@@ -30,6 +30,7 @@ class AdaptedNetworks(nn.Module):
         super().__init__()
         self._stacked = stacked
         self._network = copy.deepcopy(network).eval().requires_grad_(False)
+        run_uncompiled(self._network)
         self._names = list(adapted)
         norms = batch_norms(self._network)
         if batch_norm in ("batch", "support"):
@@ -60,7 +61,7 @@ class AdaptedNetworks(nn.Module):
         def call(state: Params, x: Tensor) -> Any:
             return torch.func.functional_call(self._network, state, (x,))
 
-        run_uncompiled(self._network)  # here, since copies and pickles of compiled networks are compiled anew
+        run_uncompiled(self._network)  # copies and pickles of compiled networks are compiled anew
         if self._stacked:
             return torch.func.vmap(call)(states, x)
         each = [call({name: state[task] for name, state in states.items()}, x[task]) for task in range(tasks)]
@@ -69,5 +70,6 @@ class AdaptedNetworks(nn.Module):
     def network(self, task: int) -> nn.Module:
         """Return the network of one task, a module of the same class as the meta-trained one, for queries ``[Q, ...]``."""
         network = copy.deepcopy(self._network)
+        run_uncompiled(network)
         network.load_state_dict({name: state[task] for name, state in zip(self._names, self._states, strict=True)}, strict=False)
         return network

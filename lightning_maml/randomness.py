@@ -43,7 +43,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 def torch_random_state(device: torch.device) -> dict[str, Any]:
     """Return where the random generators of torch and of the device stand."""
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*_numbered(device))
     return {"torch": torch.get_rng_state(), device.type: own}
 
 
@@ -51,7 +51,11 @@ def set_torch_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Set them to where ``state`` has them; the device's only if it is of the kind that the state was taken on."""
     torch.set_rng_state(state["torch"])
     if state.get(device.type) is not None:
-        torch.get_device_module(device).set_rng_state(state[device.type])
+        torch.get_device_module(device).set_rng_state(state[device.type], *_numbered(device))
+
+
+def _numbered(device: torch.device) -> list[torch.device]:
+    return [] if device.type == "mps" else [device]  # of which there is one
 
 
 def has_drawn(before: dict[str, Any], device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule
 
 from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
@@ -47,6 +48,8 @@ def load_step(module: LightningModule, path: str | Path) -> tuple[AnyEpisodes, i
         raise ValueError(f"Expected {path} to be a step that a run saved when it broke but it holds {', '.join(map(repr, step))}.")
     try:
         saved = step["state_dict"]
+        dtypes = {tensor.dtype for tensor in saved.values() if tensor.is_floating_point()}
+        module.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))  # what is not saved, too
         for name, tensor in module.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(saved[name].dtype) if name in saved else tensor.data
         module.load_state_dict(saved)

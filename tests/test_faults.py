@@ -112,15 +112,17 @@ def test_steps_are_replayed_as_they_were_taken(tmp_path: Path, monkeypatch: pyte
 def test_weights_are_of_the_types_that_they_were_of(tmp_path: Path) -> None:
     def mixed() -> MAML:
         model = MAML(network(), 0.1)
-        model.network[0].bias.data = model.network[0].bias.data.double()
+        model.network.register_buffer("unsaved", torch.zeros(1), persistent=False)
         return model
 
-    broken, again = mixed(), MAML(network(), 0.1)
+    broken, again = mixed().double(), mixed()
+    broken.network[0].bias.data = broken.network[0].bias.data.float()
     broken.trainer = trainer(tmp_path)
     path = save_step(broken, make_episodes(), random_state(broken.device), tmp_path)
     load_step(again, path)
     assert is_same(again.state_dict(), broken.state_dict())
     assert {name: p.dtype for name, p in again.named_parameters()} == {name: p.dtype for name, p in broken.named_parameters()}
+    assert again.network.unsaved.dtype == torch.float64
 
 
 class Weights(Callback):

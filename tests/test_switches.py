@@ -256,8 +256,8 @@ def test_several_loaders_are_judged_one_by_one(tmp_path: Path, algorithm: type[M
 
 
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, IMAML, ProtoNet])
-@pytest.mark.parametrize("tasks", ["loop", "vmap"])
-def test_a_network_given_compiled_runs_as_it_was(algorithm: type[EpisodicModule], tasks: Any) -> None:
+@pytest.mark.parametrize(("tasks", "batch_norm"), [("loop", "batch"), ("vmap", "support")])
+def test_a_network_given_compiled_runs_as_it_was(algorithm: type[EpisodicModule], tasks: Any, batch_norm: Any) -> None:
     data = Noise()
     data.setup()
     episodes = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -267,10 +267,11 @@ def test_a_network_given_compiled_runs_as_it_was(algorithm: type[EpisodicModule]
     expected, *others = [], [], []
     for given, found in ((plain, expected), (in_place, others[0]), (wrapped, others[1])):
         with nullcontext() if given is plain else pytest.warns(UserWarning, match="given to torch.compile, but tasks run it as it was"):
-            model = algorithm(given, tasks=tasks)
+            model = algorithm(given, tasks=tasks, batch_norm=batch_norm)
         model.meta_loss(episodes).backward()
         found += [p.grad for p in model.parameters()]
         found += [model.evaluate(episodes).aux, model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)]
+        found.append(model.adapt(episodes.support_x[0], episodes.support_y[0])(episodes.query_x[0]))
     for found in others:
         torch.testing.assert_close(found, expected)
 
