@@ -174,5 +174,5 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             IMAML(build("mlp"), **arguments)
-    with pytest.raises(ValueError, match="Expected at least one inner step"):
+    with pytest.raises(ValueError, match="Expected `steps` to be at least 1"):
         gradient_of("mlp", steps=0)
