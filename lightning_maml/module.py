@@ -283,7 +283,8 @@ class MAML(EpisodicModule):
         """Return what measures the theory's constants of some tasks at the current parameters.
 
         Raises:
-            ValueError: If the theory is not about such a model (:meth:`lightning_maml.MAML.check_for_theory`), or if each step has a loss of its own.
+            ValueError: If the theory is not about such a model (:meth:`lightning_maml.MAML.check_for_theory`), or if each step has a loss
+                of its own.
         """
         self.check_for_theory()
         check_episodes(episodes)
