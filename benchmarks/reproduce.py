@@ -107,7 +107,7 @@ def machine() -> str:
 
 
 def reproduce(row: str, seed: int, iterations: int | None, root: str) -> None:
-    """Train, for as long as the config has it or for so many iterations, and test, and keep what came of it."""
+    """Train, for as long as the config has it or for so many iterations, and test, and keep what came of it, after each of the tests."""
     config, *chosen = rows()[row]
     epochs = yaml.safe_load(Path(config).read_text())["trainer"]["max_epochs"]
     length = [] if iterations is None else [f"--data.train_batches={-(-iterations // epochs)}"]
@@ -116,15 +116,15 @@ def reproduce(row: str, seed: int, iterations: int | None, root: str) -> None:
     done = run(["fit", f"--config={config}", f"--data.root={root}", *chosen, *settings, *length])
     minutes = (time.perf_counter() - start) / 60
     model, data, judged = done.model, done.datamodule, []
-    for data.test_tasks in TASKS:
-        done.trainer.test(model, datamodule=data, ckpt_path="best", verbose=False)
-        mean, ci95, tasks = model.adaptation
-        judged.append(Judged(tasks, 100 * float(mean[-1]), 100 * float(ci95[-1])))
     versions = f"lightning_maml {lightning_maml.__version__}, lightning {lightning.__version__}, torch {torch.__version__}"
     protocol = (model.train_steps, model.test_steps, model.inner_lr, data.test_queries, model.batch_norm)
     found = Run(row, seed, epochs * data.train_batches, data.meta_batch_size, *protocol, judged, minutes, machine(), versions)
     RUNS.mkdir(exist_ok=True)
-    (RUNS / f"{row}-{seed}-{found.iterations}.json").write_text(json.dumps(found._asdict(), indent=1) + "\n")
+    for data.test_tasks in TASKS:
+        done.trainer.test(model, datamodule=data, ckpt_path="best", verbose=False)
+        mean, ci95, tasks = model.adaptation
+        judged.append(Judged(tasks, 100 * float(mean[-1]), 100 * float(ci95[-1])))
+        (RUNS / f"{row}-{seed}-{found.iterations}.json").write_text(json.dumps(found._asdict(), indent=1) + "\n")
 
 
 def runs() -> list[Run]:
@@ -201,9 +201,8 @@ def _published(setting: str, one: Run) -> str:
 
 def _line(setting: str, seeds: list[Run]) -> str:
     one = seeds[0]
-    of_few, of_many = ([each.judged[number] for each in seeds] for number in (0, 1))
-    mean = statistics.mean(each.accuracy for each in of_many)
-    spread = f", sd {statistics.stdev(each.accuracy for each in of_many):.2f}" if len(seeds) > 1 else ""
+    of_few = [each.judged[0] for each in seeds]
+    of_many = [each.judged[1] for each in seeds if len(each.judged) > 1]  # others were cut off before
     cells = (
         f"`{one.row}`",
         f"{one.iterations} x {one.meta_batch_size}",
@@ -211,13 +210,19 @@ def _line(setting: str, seeds: list[Run]) -> str:
         str(one.test_queries),
         one.batch_norm,
         ", ".join(f"{each.accuracy:.1f} ± {each.ci95:.1f}" for each in of_few),
-        f"**{mean:.2f}** ({len(seeds)} seed{'s' if len(seeds) > 1 else ''}{spread})",
-        ", ".join(f"{each.accuracy:.2f} ± {each.ci95:.2f}" for each in of_many),
+        _mean(of_many) if of_many else "-",
+        ", ".join(f"{each.accuracy:.2f} ± {each.ci95:.2f}" for each in of_many) or "-",
         _published(setting, one) or "-",
         f"{statistics.median(each.minutes for each in seeds):.0f}",
         one.machine,
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _mean(of_seeds: list[Judged]) -> str:
+    mean = statistics.mean(each.accuracy for each in of_seeds)
+    spread = f", sd {statistics.stdev(each.accuracy for each in of_seeds):.2f}" if len(of_seeds) > 1 else ""
+    return f"**{mean:.2f}** ({len(of_seeds)} seed{'s' if len(of_seeds) > 1 else ''}{spread})"
 
 
 MARK = "<!-- what follows is written by benchmarks/reproduce.py -->\n"

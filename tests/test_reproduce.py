@@ -57,6 +57,9 @@ def test_a_table_has_every_seed_their_mean_and_the_published_figure() -> None:
     assert lines[6].endswith("| a GPU |"), "other machines have lines of their own"
     assert lines[7].startswith("| `omniglot_5w1s_hfmaml_relu` |")
     assert len(lines) == 8
+    cut_off = ONE._replace(judged=ONE.judged[:1])
+    assert [cell.strip() for cell in tables([cut_off]).splitlines()[5].split("|")[6:9]] == ["98.0 ± 0.5", "-", "-"]
+    assert "**97.50** (1 seed)" in tables([cut_off, second])
 
 
 def test_the_picture_has_every_seed_with_its_interval_beside_the_published_figure() -> None:
@@ -93,3 +96,7 @@ def test_a_row_is_trained_tested_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["judged"][1] == [10, pytest.approx(100 * float(right.mean())), pytest.approx(196 * float(right.std()) / 10**0.5)]
     assert found["judged"][0][:2] == [6, pytest.approx(100 * float(right[:6].mean()))]
     assert (found["seed"], found["iterations"], found["test_steps"]) == (3, 8, 3)
+    monkeypatch.setattr(reproduce, "TASKS", (6, 0))
+    with pytest.raises(ValueError, match="Expected `test_tasks` to be at least 1"):
+        reproduce.reproduce("glyphs_maml", 3, 5, "data")
+    assert json.loads(file.read_text())["judged"] == found["judged"][:1], "what was found before it broke off is kept"
