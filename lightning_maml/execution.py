@@ -168,9 +168,8 @@ def takes_stacks(loss: Callable[[Params, Any], tuple[Tensor, Any]], params: Para
         except Exception:  # noqa: BLE001 # under vmap any network may raise anything; what is wrong without it too is raised there
             return False
         finally:
-            is_drawing = not torch.equal(
-                before["torch"], torch.get_rng_state()
-            )  # numbers drawn on a GPU are no reason: tasks are stacked there
+            # numbers drawn on a GPU are no reason: tasks are stacked there
+            is_drawing = not torch.equal(before["torch"], torch.get_rng_state())
             set_torch_random_state(before, device)
     slow = [warning for warning in caught if "batching rule" in str(warning.message) and "as_strided_" not in str(warning.message)]
     return not slow and not is_drawing
