@@ -425,6 +425,7 @@ class MAML(EpisodicModule):
         """Return whether tasks can be stacked for ``network``, this one's or a structural copy in another mode."""
 
         def look() -> bool:
+            self._check(Learner(network, self.batch_norm), episodes)  # what is wrong with the batch says nothing about stacks
             learner = Learner(network, self.batch_norm, vectorised=True)
             support_loss, query_loss = self._support_loss(learner, self._averages(0)), self._query_loss(learner, self._averages(0))
 

@@ -239,3 +239,11 @@ def test_an_empty_parameter_is_no_infinite_one() -> None:
     network = build("mlp")
     network.register_parameter("nothing", nn.Parameter(torch.zeros(0, dtype=torch.float64)))
     MAML(network, 0.1).meta_loss(make_episodes())
+
+
+def test_a_first_batch_that_is_refused_does_not_decide_how_later_ones_are_run() -> None:
+    episodes = make_episodes(tasks=6)
+    model = MAML(build("mlp"), 0.1)
+    with pytest.raises(ValueError, match="to have 8 outputs"):
+        model.meta_loss(episodes._replace(support_y=episodes.support_y + 5))
+    assert model._execution(episodes).tasks == "vmap"
