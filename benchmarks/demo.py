@@ -50,7 +50,7 @@ def train_and_test(name: str) -> Row:
     timer = IterationTimer()
     watching = [timer, MetaGradientMonitor(), LossMapPicture()]
     cli = run(["fit", f"--config={ROOT / 'configs' / f'glyphs_{name}.yaml'}"], callbacks=watching)
-    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best", verbose=False)
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=cli.trainer.checkpoint_callback.best_model_path, verbose=False)
     return Row(type(cli.model).__name__, cli.model.adaptation, 1000 * statistics.median(timer.seconds), cli.trainer.log_dir)
 
 

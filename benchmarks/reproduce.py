@@ -2,6 +2,7 @@
 
 make reproduce ROW=omniglot_5w1s_maml                                     # or, with all that can be set:
 .venv/bin/python benchmarks/reproduce.py omniglot_5w1s_maml --root DATA --seeds 0 1 2 --iterations 3000
+.venv/bin/python benchmarks/reproduce.py omniglot_5w1s_maml --seeds 1 --resume   # goes on with a run that was cut off
 .venv/bin/python benchmarks/reproduce.py --list                           # the rows
 .venv/bin/python benchmarks/reproduce.py                                  # the tables alone
 
@@ -15,7 +16,6 @@ import os
 import platform
 import re
 import statistics
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import lightning
 import torch
 import yaml
+from lightning.pytorch.callbacks import Timer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -81,7 +82,7 @@ class Judged(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training and its tests; ``minutes`` are those of the training, from the start of the command, decoding included."""
+    """One training and its tests; ``minutes`` are those of the training with its validations, of all its parts if it was cut off."""
 
     row: str
     seed: int
@@ -106,22 +107,27 @@ def machine() -> str:
     return f"{torch.get_num_threads()} of {os.cpu_count()} cores, {names[0] if names else platform.processor()}"
 
 
-def reproduce(row: str, seed: int, iterations: int | None, root: str) -> None:
-    """Train, for as long as the config has it or for so many iterations, and test, and keep what came of it, after each of the tests."""
+def reproduce(row: str, seed: int, iterations: int | None, root: str, *, resume: bool = False) -> None:
+    """Train, for as long as the config has it or for so many iterations, and test, and keep what came of it, after each of the tests.
+
+    With ``resume`` a training that was cut off goes on from its last checkpoint, and one that ended is only tested.
+    """
     config, *chosen = rows()[row]
     epochs = yaml.safe_load(Path(config).read_text())["trainer"]["max_epochs"]
     length = [] if iterations is None else [f"--data.train_batches={-(-iterations // epochs)}"]
-    settings = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir=runs/reproduce/{row}"]
-    start = time.perf_counter()
-    done = run(["fit", f"--config={config}", f"--data.root={root}", *chosen, *settings, *length])
-    minutes = (time.perf_counter() - start) / 60
+    folder = Path("runs", "reproduce", f"{row}-{seed}-{iterations or 'as-configured'}")
+    settings = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={folder}"]
+    start = ["--ckpt_path=last"] if resume and [*folder.rglob("*.ckpt")] else []
+    timer = Timer()
+    done = run(["fit", f"--config={config}", f"--data.root={root}", *chosen, *settings, *length, *start], [timer])
+    minutes = timer.time_elapsed("train") / 60
     model, data, judged = done.model, done.datamodule, []
     versions = f"lightning_maml {lightning_maml.__version__}, lightning {lightning.__version__}, torch {torch.__version__}"
     protocol = (model.train_steps, model.test_steps, model.inner_lr, data.test_queries, model.batch_norm)
     found = Run(row, seed, epochs * data.train_batches, data.meta_batch_size, *protocol, judged, minutes, machine(), versions)
     RUNS.mkdir(exist_ok=True)
     for data.test_tasks in TASKS:
-        done.trainer.test(model, datamodule=data, ckpt_path="best", verbose=False)
+        done.trainer.test(model, datamodule=data, ckpt_path=done.trainer.checkpoint_callback.best_model_path, verbose=False)
         mean, ci95, tasks = model.adaptation
         judged.append(Judged(tasks, 100 * float(mean[-1]), 100 * float(ci95[-1])))
         (RUNS / f"{row}-{seed}-{found.iterations}.json").write_text(json.dumps(found._asdict(), indent=1) + "\n")
@@ -238,13 +244,14 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder of the images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, help="meta-iterations, by default as many as the config has; the papers' are 60,000")
+    parser.add_argument("--resume", action="store_true", help="go on with runs that were cut off, where there are any")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(rows()))
         return
     for row in arguments.row:
         for seed in arguments.seeds:
-            reproduce(row, seed, arguments.iterations, arguments.root)
+            reproduce(row, seed, arguments.iterations, arguments.root, resume=arguments.resume)
     text = tables(runs())
     PAGE.write_text(PAGE.read_text().split(MARK)[0] + MARK + text + "\n")
     if text:

@@ -17,6 +17,7 @@ from lightning_maml.backbones import Conv4 as Conv4
 from lightning_maml.backbones import ResNet12 as ResNet12
 from lightning_maml.callbacks import AdaptiveMetaStepsize as AdaptiveMetaStepsize
 from lightning_maml.callbacks import CheckpointOnInterrupt as CheckpointOnInterrupt
+from lightning_maml.callbacks import KeepBestCheckpoints as KeepBestCheckpoints
 from lightning_maml.callbacks import SkipNonFinite as SkipNonFinite
 from lightning_maml.callbacks import StationarityMonitor as StationarityMonitor
 from lightning_maml.deploy import AdaptedNetworks as AdaptedNetworks

@@ -16,6 +16,7 @@ from lightning_maml.allocator import keep_freed_memory
 from lightning_maml.callbacks import (
     AdaptiveMetaStepsize,
     CheckpointOnInterrupt,
+    KeepBestCheckpoints,
 )  # imported, all callbacks may be named in configs without their module
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
 from lightning_maml.checkpoints import read_checkpoint
@@ -190,7 +191,7 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [*callbacks, CheckpointOnInterrupt()]},
+        trainer_defaults={"callbacks": [*callbacks, CheckpointOnInterrupt(), KeepBestCheckpoints()]},
         args=args,
     )
 

@@ -33,6 +33,7 @@ ORDER = [
     *("smooth", "yaml_configs", "archives", "checkpoints", "repro", "episodic_module", "module", "algorithms", "protonet"),
     *("callbacks.independent_tasks", "callbacks.monitor", "callbacks.meta_stepsize", "callbacks.stationarity", "callbacks.fidelity"),
     *("callbacks.pictures", "callbacks.loss_map", "callbacks.training_pictures", "callbacks.interrupt", "callbacks.skip_non_finite"),
+    "callbacks.best_checkpoints",
     "callbacks",
     *("compat.learn2learn", "compat"),
     *("cli", "__main__"),

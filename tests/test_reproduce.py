@@ -1,11 +1,15 @@
 """Accuracy tables: their rows are configs that parse, the page has what the runs found, and one row runs from end to end."""
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reproduce
 import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.cli import LightningCLI
 from reproduce import MARK, PAGE, Judged, Run, draw, rows, runs, tables
 
 from lightning_maml import MAML, Conv4
@@ -78,13 +82,24 @@ def test_the_page_has_what_the_runs_found() -> None:
     assert PAGE.read_text().split(MARK)[1] == tables(runs()) + "\n"
 
 
-def test_a_row_is_trained_tested_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    glyphs = {"glyphs_maml": [str(reproduce.CONFIGS / "glyphs_maml.yaml"), "--model=MAML", "--trainer.enable_progress_bar=false"]}
-    monkeypatch.setattr(reproduce, "rows", lambda: glyphs)
+@pytest.fixture
+def on_glyphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Has a row on generated characters, which need no folder."""
+
+    def run_without_root(arguments: list[str], callbacks: list[Callback]) -> LightningCLI:
+        return run([word for word in arguments if not word.startswith("--data.root")], callbacks)
+
+    short = ["--trainer.enable_progress_bar=false", "--data.val_tasks=4"]
+    glyphs = [str(reproduce.CONFIGS / "glyphs_maml.yaml"), "--model=MAML", *short]
+    monkeypatch.setattr(reproduce, "rows", lambda: {"glyphs_maml": glyphs})
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "accuracy")
     monkeypatch.setattr(reproduce, "TASKS", (6, 10))
-    monkeypatch.setattr(reproduce, "run", lambda arguments: run([word for word in arguments if not word.startswith("--data.root")]))
+    monkeypatch.setattr(reproduce, "run", run_without_root)
     monkeypatch.chdir(tmp_path)
+    return monkeypatch
+
+
+def test_a_row_is_trained_tested_and_kept(tmp_path: Path, on_glyphs: pytest.MonkeyPatch) -> None:
     reproduce.reproduce("glyphs_maml", 3, 5, "data")
     checkpoint = next((tmp_path / "runs").rglob("best.ckpt"))
     file = tmp_path / "accuracy" / "glyphs_maml-3-8.json"  # four epochs of two
@@ -96,7 +111,34 @@ def test_a_row_is_trained_tested_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["judged"][1] == [10, pytest.approx(100 * float(right.mean())), pytest.approx(196 * float(right.std()) / 10**0.5)]
     assert found["judged"][0][:2] == [6, pytest.approx(100 * float(right[:6].mean()))]
     assert (found["seed"], found["iterations"], found["test_steps"]) == (3, 8, 3)
-    monkeypatch.setattr(reproduce, "TASKS", (6, 0))
+    on_glyphs.setattr(reproduce, "TASKS", (6, 0))
     with pytest.raises(ValueError, match="Expected `test_tasks` to be at least 1"):
         reproduce.reproduce("glyphs_maml", 3, 5, "data")
     assert json.loads(file.read_text())["judged"] == found["judged"][:1], "what was found before it broke off is kept"
+
+
+class CutOff(Callback):
+    """As if the machine went down in the third epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 2:
+            raise ZeroDivisionError
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, on_glyphs: pytest.MonkeyPatch) -> None:
+    reproduce.reproduce("glyphs_maml", 3, 5, "data", resume=True)  # there is nothing to go on with
+    file = tmp_path / "accuracy" / "glyphs_maml-3-8.json"
+    whole = json.loads(file.read_text())
+    file.unlink()
+    trainings = reproduce.run
+    on_glyphs.setattr(reproduce, "run", lambda arguments, callbacks: trainings(arguments, [*callbacks, CutOff()]))
+    with pytest.raises(ZeroDivisionError):
+        reproduce.reproduce("glyphs_maml", 3, 5, "data")
+    on_glyphs.setattr(reproduce, "run", trainings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The dirpath has changed")  # Lightning's, where it forgets the best checkpoint
+        reproduce.reproduce("glyphs_maml", 3, 5, "data", resume=True)
+    assert json.loads(file.read_text())["judged"] == whole["judged"]
+    on_glyphs.setattr(reproduce, "run", lambda arguments, callbacks: trainings(arguments, [*callbacks, CutOff()]))
+    reproduce.reproduce("glyphs_maml", 3, 5, "data", resume=True)  # does not train: nothing is left of it but its tests
+    assert json.loads(file.read_text())["judged"] == whole["judged"]

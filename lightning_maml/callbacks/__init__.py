@@ -1,5 +1,6 @@
 """Callbacks for any run of :class:`lightning_maml.MAML` and its variants."""
 
+from lightning_maml.callbacks.best_checkpoints import KeepBestCheckpoints as KeepBestCheckpoints
 from lightning_maml.callbacks.fidelity import Fidelity as Fidelity
 from lightning_maml.callbacks.fidelity import MetaGradientMonitor as MetaGradientMonitor
 from lightning_maml.callbacks.fidelity import compare as compare
