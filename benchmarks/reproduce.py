@@ -110,14 +110,15 @@ def machine() -> str:
 def reproduce(row: str, seed: int, iterations: int | None, root: str, *, resume: bool = False) -> None:
     """Train, for as long as the config has it or for so many iterations, and test, and keep what came of it, after each of the tests.
 
-    With ``resume`` a training that was cut off goes on from its last checkpoint, and one that ended is only tested.
+    With ``resume`` the newest such training that left a checkpoint goes on from there; one that ended is only tested.
     """
     config, *chosen = rows()[row]
     epochs = yaml.safe_load(Path(config).read_text())["trainer"]["max_epochs"]
     length = [] if iterations is None else [f"--data.train_batches={-(-iterations // epochs)}"]
     folder = Path("runs", "reproduce", f"{row}-{seed}-{iterations or 'as-configured'}")
     settings = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={folder}"]
-    start = ["--ckpt_path=last"] if resume and [*folder.rglob("*.ckpt")] else []
+    is_begun = any(path.name in ("last.ckpt", "interrupted.ckpt") for path in folder.rglob("*.ckpt"))
+    start = ["--ckpt_path=last"] if resume and is_begun else []
     timer = Timer()
     done = run(["fit", f"--config={config}", f"--data.root={root}", *chosen, *settings, *length, *start], [timer])
     minutes = timer.time_elapsed("train") / 60
@@ -244,7 +245,7 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder of the images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, help="meta-iterations, by default as many as the config has; the papers' are 60,000")
-    parser.add_argument("--resume", action="store_true", help="go on with runs that were cut off, where there are any")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of such a run, where there is one")
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(rows()))

@@ -244,12 +244,16 @@ class MAML(EpisodicModule):
             return networks.network(0) if of_one else networks
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
-        """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, without that of its rates."""
+        """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, without that of its rates.
+
+        Raises:
+            ValueError: If the tasks' labels do not fit the network's outputs.
+        """
         check_episodes(episodes)
 
         def of(episodes: AnyEpisodes) -> Params:
             learner = self._learner(episodes)
-            self._look(learner, episodes)
+            self._check(learner, episodes)
             if curvature is None:
                 return self._training_gradient(learner, episodes).grad
             return self._meta_gradient(learner, episodes, curvature).grad
@@ -283,8 +287,8 @@ class MAML(EpisodicModule):
         """Return what measures the theory's constants of some tasks at the current parameters.
 
         Raises:
-            ValueError: If the theory is not about such a model (:meth:`lightning_maml.MAML.check_for_theory`), or if each step has a loss
-                of its own.
+            ValueError: If the theory is not about such a model (:meth:`lightning_maml.MAML.check_for_theory`), if each step has a loss of
+                its own, or if the tasks' labels do not fit the network's outputs.
         """
         self.check_for_theory()
         check_episodes(episodes)
@@ -292,7 +296,9 @@ class MAML(EpisodicModule):
             raise ValueError(
                 "Expected one loss for all inner steps but got batch_norm='per_step' in evaluation mode; use another `batch_norm`."
             )
-        return Probe(**self._arguments(self._learner(episodes), episodes), progress=progress)
+        learner = self._learner(episodes)
+        self._check(learner, episodes)
+        return Probe(**self._arguments(learner, episodes), progress=progress)
 
     def check_for_theory(self) -> None:
         """Check that the theory's constants and stepsizes are about such a model.

@@ -1,7 +1,6 @@
 """The best checkpoint of a run that goes on in another folder is the best of all of it."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +10,51 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_maml.archives import whole_file
+from lightning_maml.checkpoints import read_checkpoint
 
 
 class KeepBestCheckpoints(Callback):
-    """Where a run goes on from a checkpoint in another folder, takes those that were kept so far along, to be compared with new ones.
+    """Where a run goes on from a checkpoint in another folder, takes its best ones so far along, to be compared with new ones.
 
     Lightning's ``ModelCheckpoint`` forgets there how good they were, and its best one would be that of the epochs which were left. They are
-    looked for beside the checkpoint that the run goes on from, and copied; where one is missing, it is as Lightning has it. The command
-    ``lightning-maml fit`` has this callback.
+    looked for beside the checkpoint that the run goes on from, and copied; where one is missing, or is another one by now, or the new
+    folder has one of its name, it is as Lightning has it. The command ``lightning-maml fit`` has this callback.
     """
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Copy them, and have the checkpoint say where they are now."""
-        beside, states = Path(str(trainer.ckpt_path)).parent, checkpoint.get("callbacks", {})
+        states = checkpoint["callbacks"]
         for callback in trainer.checkpoint_callbacks:
-            state = states.get(callback.state_key)
-            if not isinstance(callback, ModelCheckpoint) or state is None or state["dirpath"] == callback.dirpath:
+            key = callback.state_key
+            if not isinstance(callback, ModelCheckpoint) or states.get(key, {}).get("dirpath", callback.dirpath) == callback.dirpath:
                 continue
-            if trainer.state.fn != TrainerFn.FITTING:
-                del states[callback.state_key]  # a test keeps none
+            if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
+                del states[key]  # here none is kept
                 continue
-            kept = [path for path in {*state["best_k_models"], state["best_model_path"]} if path]
-            names = [os.path.relpath(path, state["dirpath"]) for path in kept]
-            if names and all((beside / name).is_file() for name in names):
-                for name in names if trainer.is_global_zero else ():
-                    _copy(beside / name, Path(str(callback.dirpath), name))
-                states[callback.state_key] = _moved(state, str(callback.dirpath))
+            beside, folder = Path(str(trainer.ckpt_path)).parent, str(callback.dirpath)
+            states[key] = trainer.strategy.broadcast(_moved(states[key], key, beside, folder) if trainer.is_global_zero else None)
 
 
-def _copy(source: Path, target: Path) -> None:
-    with whole_file(target) as file:
-        file.write(source.read_bytes())
-    shutil.copystat(source, target)  # its time, by which the newest is known
-
-
-def _moved(state: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Return the state of a ``ModelCheckpoint`` whose best checkpoints are in another folder, in its own spelling."""
-
-    def moved(path: str) -> str:
-        return os.path.join(folder, os.path.relpath(path, state["dirpath"])) if path else ""
-
-    best = {moved(path): score for path, score in state["best_k_models"].items()}
-    paths = {name: moved(state[name]) for name in ("best_model_path", "kth_best_model_path")}
+def _moved(state: dict[str, Any], key: str, beside: Path, folder: str) -> dict[str, Any]:
+    """Copy the best checkpoints of a ``ModelCheckpoint`` into its new folder and return its state there, or as it was if that cannot be."""
+    names = {path: os.path.relpath(path, state["dirpath"]) for path in state["best_k_models"]}
+    copies = {path: os.path.join(folder, name) for path, name in names.items()}  # in the spelling of Lightning, which compares them
+    if "://" in folder or any(".." in Path(name).parts or os.path.exists(copies[path]) for path, name in names.items()):
+        return state
+    if not all(_has_score(beside / name, key, state["best_k_models"][path]) for path, name in names.items()):
+        return state
+    for path, copy in copies.items():
+        with whole_file(Path(copy)) as file:
+            file.write((beside / names[path]).read_bytes())
+    best = {copies[path]: score for path, score in state["best_k_models"].items()}
+    paths = {name: copies.get(state[name], state[name]) for name in ("best_model_path", "kth_best_model_path")}
     return state | paths | {"dirpath": folder, "best_k_models": best}
+
+
+def _has_score(file: Path, key: str, score: Any) -> bool:
+    """Return whether a checkpoint is the one of this score, and not one that took its place since."""
+    try:
+        return float(read_checkpoint(file)["callbacks"][key]["current_score"]) == float(score)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
