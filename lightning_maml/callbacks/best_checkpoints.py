@@ -29,7 +29,7 @@ class KeepBestCheckpoints(Callback):
             key = callback.state_key
             if not isinstance(callback, ModelCheckpoint) or states.get(key, {}).get("dirpath", callback.dirpath) == callback.dirpath:
                 continue
-            if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
+            if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:  # type: ignore[attr-defined]
                 del states[key]  # here none is kept
                 continue
             beside, folder = Path(str(trainer.ckpt_path)).parent, str(callback.dirpath)
