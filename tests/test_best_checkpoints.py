@@ -14,10 +14,10 @@ from test_parts import trainer
 from lightning_maml import KeepBestCheckpoints
 
 
-def trained(folder: Path, epochs: int, checkpoint: Path | None = None, best: int = 2, **options: Any) -> Trainer:
+def trained(folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any) -> Trainer:
     """Train for epochs of two steps, the first of which are the best; checkpoints are in ``folder``."""
     kept = [
-        ModelCheckpoint(folder, monitor="step", mode="min", save_top_k=best, filename="{step}"),
+        ModelCheckpoint(folder, monitor="step", mode="min", save_top_k=2, filename="{step}"),
         ModelCheckpoint(folder, filename="last"),
     ]
     settings = {"precision": "32-true", "enable_checkpointing": True, "max_epochs": epochs, "callbacks": [KeepBestCheckpoints(), *kept]}
@@ -51,7 +51,7 @@ def test_several_go_along_through_several_folders(tmp_path: Path) -> None:
 def test_one_that_took_anothers_place_since_is_not_taken_for_it(tmp_path: Path) -> None:
     trained(tmp_path / "first", 2)
     shutil.copy(tmp_path / "first" / "step=4.ckpt", tmp_path / "first" / "step=2.ckpt")
-    run = trained(tmp_path / "second", 3, tmp_path / "first" / "last.ckpt", best=2)
+    run = trained(tmp_path / "second", 3, tmp_path / "first" / "last.ckpt")
     assert of_best(run) == ("step=6.ckpt", {"step=6.ckpt": 6})
     assert names(tmp_path / "second") == {"step=6.ckpt", "last.ckpt"}
 

@@ -247,3 +247,12 @@ def test_a_first_batch_that_is_refused_does_not_decide_how_later_ones_are_run() 
     with pytest.raises(ValueError, match="to have 8 outputs"):
         model.meta_loss(episodes._replace(support_y=episodes.support_y + 5))
     assert model._execution(episodes).tasks == "vmap"
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
+@pytest.mark.parametrize("measured", ["meta_gradient", "probe"])
+def test_what_is_measured_is_checked_as_a_step_is(tasks: str, measured: str) -> None:
+    episodes = make_episodes(tasks=6)
+    of_two_ways = episodes._replace(support_y=episodes.support_y % 2, query_y=episodes.query_y % 2)
+    with pytest.raises(ValueError, match="Expected `network` to have 2 outputs, one per way of the episode, but got 3"):
+        getattr(MAML(build("mlp"), 0.1, tasks=tasks), measured)(of_two_ways)
