@@ -111,10 +111,10 @@ NETWORKS = {
 
 
 def episodes(shots: int) -> Episodes:
-    """Of images with two channels; no shots stand for a support set of one image, of the first class."""
+    """Of images with two channels; no shots stand for a support set of one image, of the last class: it says how many there are."""
     found = make_episodes(tasks=4, shots=max(shots, 1))
     x, q = (torch.cat([tensor, 1 - tensor.square()], 2) for tensor in (found.support_x, found.query_x))
-    return Episodes(x[:, :1], found.support_y[:, :1], q, found.query_y) if shots == 0 else Episodes(x, found.support_y, q, found.query_y)
+    return Episodes(x[:, -1:], found.support_y[:, -1:], q, found.query_y) if shots == 0 else Episodes(x, found.support_y, q, found.query_y)
 
 
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML])
