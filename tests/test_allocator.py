@@ -1,18 +1,21 @@
 """What glibc is told to do with memory that is freed."""
 
 import os
-import subprocess
 import sys
 
+import another_process
 import pytest
 
 HELD = """
-import torch
+import os, sys, torch
 from lightning_maml import keep_freed_memory
 
 def resident():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS"))) / 1024
 
+for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+    del os.environ[name]
+os.environ |= dict(setting.split("=", 1) for setting in sys.argv[1:])
 {call}
 before = resident()
 tensor = torch.ones(75_000_000)
@@ -21,11 +24,9 @@ print(resident() - before)
 """
 
 
-def held(call: str, **environment: str) -> float:
+def held(call: str, *environment: str) -> float:
     """Return the megabytes that a process holds after it made and freed a tensor of 300 MB."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
-    command = [sys.executable, "-c", HELD.format(call=call)]
-    return float(subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return float(another_process.run(HELD.format(call=call), *environment).stdout.splitlines()[-1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
@@ -37,8 +38,8 @@ def test_freed_memory_is_kept_where_it_is_asked_for() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
 def test_settings_of_the_environment_are_left_alone() -> None:
-    assert held("keep_freed_memory()", MALLOC_ARENA_MAX="4") < 100
-    assert held("keep_freed_memory()", GLIBC_TUNABLES="glibc.malloc.tcache_count=5") < 100
+    assert held("keep_freed_memory()", "MALLOC_ARENA_MAX=4") < 100
+    assert held("keep_freed_memory()", "GLIBC_TUNABLES=glibc.malloc.tcache_count=5") < 100
 
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

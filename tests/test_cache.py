@@ -2,10 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import another_process
 import numpy as np
 import pytest
 import torch
@@ -112,8 +111,8 @@ def test_the_images_are_mapped_not_read(tmp_path: Path) -> None:
         "assert int(cached.images[1500].sum()) == 84 * 84 * 3\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    grown = subprocess.run([sys.executable, "-c", script, tmp_path / "images.pt"], capture_output=True, text=True, check=True).stdout
-    assert int(grown) * 1024 < images.nbytes / 3
+    grown = another_process.run(script, tmp_path / "images.pt")
+    assert int(grown.stdout) * 1024 < images.nbytes / 3
 
 
 def test_a_disk_that_fills_up_leaves_the_old_cache_and_nothing_else(file: Path) -> None:
@@ -125,7 +124,7 @@ def test_a_disk_that_fills_up_leaves_the_old_cache_and_nothing_else(file: Path) 
         "images = DecodedImages(torch.zeros(50, 84, 84, 3, dtype=torch.uint8), torch.zeros(50).long(), ['x'], [])\n"
         "write_cache(Path(sys.argv[1]), 'photos', images)"
     )
-    failed = subprocess.run([sys.executable, "-c", script, file], capture_output=True, text=True, check=False)
+    failed = another_process.run(script, file)
     assert failed.returncode == 1
     assert f"OSError: Expected to write 1 MB into {file.parent} but could not ([Errno 27] File too large); make room" in failed.stderr
     assert [path.name for path in file.parent.iterdir()] == ["images.pt"]
@@ -141,7 +140,7 @@ def test_what_is_killed_while_it_writes_leaves_the_old_cache_and_its_part_is_rem
         "images = DecodedImages(torch.zeros(50, 84, 84, 3, dtype=torch.uint8), torch.zeros(50).long(), ['x'], [])\n"
         "write_cache(Path(sys.argv[1]), 'photos', images)"
     )
-    assert subprocess.run([sys.executable, "-c", script, file], check=False, capture_output=True).returncode == -signal.SIGXFSZ
+    assert another_process.run(script, file).returncode == -signal.SIGXFSZ
     assert same(read_cache(file, "photos", SHAPE, checksums=True), content())
     (part,) = set(file.parent.iterdir()) - {file}
     write_cache(file, "photos", content())

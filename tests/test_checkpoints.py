@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import another_process
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,8 @@ def test_another_process_loads_it(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     run.save_checkpoint(path)
     torch.save(tuple(single), f"{path}.tasks")
-    subprocess.run([sys.executable, "-c", LOADING, str(path), name, "3"], check=True, timeout=300, cwd=tmp_path)
+    loaded = another_process.run(LOADING, path, name, 3, folder=tmp_path)
+    assert loaded.returncode == 0, loaded.stderr
     outputs, hparams = torch.load(f"{path}.outputs", weights_only=True)
     torch.testing.assert_close(outputs, model.eval().evaluate(single).aux, rtol=1e-5, atol=1e-5)
     assert hparams["batch_norm"] == policy
@@ -148,8 +150,7 @@ def test_a_checkpoint_says_how_its_model_adapts(saved, arguments, loaded, messag
 def test_what_is_killed_while_it_writes_leaves_the_file_before(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     WholeCheckpoints().save_checkpoint({"step": 1}, path)
-    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(path)], timeout=300, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    assert another_process.run(KILLED_WHILE_WRITING, path).returncode == -signal.SIGKILL
     assert read_checkpoint(path) == {"step": 1}
     WholeCheckpoints().save_checkpoint({"step": 3}, path)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"], "what was left half done is gone"

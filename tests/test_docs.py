@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import another_process
 import pytest
 import torch
 import torchvision
@@ -64,7 +65,8 @@ def test_the_blocks_of_the_readme_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page.read_text(), "python")], ids=lambda page: page.stem)
 def test_the_python_of_each_page_runs_from_top_to_bottom(tmp_path: Path, page: Path) -> None:
-    run_python(SHORT + "\n".join(blocks(page.read_text(), "python")), tmp_path)
+    done = another_process.run(SHORT + "\n".join(blocks(page.read_text(), "python")), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_block_is_run_by_a_test() -> None:

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import another_process
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -194,7 +195,7 @@ Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=5, **quiet).fit
 """
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_step_that_breaks_in_one_process_ends_all(tmp_path: Path, rank: int) -> None:
     script = tmp_path / "script.py"
     script.write_text(ONE_BREAKS)
@@ -223,7 +224,7 @@ model.meta_loss(Episodes(x, y, x, y))
     ids=["vmap", "loop"],
 )
 def test_without_memory_the_error_names_what_takes_less(tasks: str, cure: str) -> None:
-    ended = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, tasks, "300"], capture_output=True, text=True, timeout=300, check=False)
+    ended = another_process.run(OUT_OF_MEMORY, tasks, 300)
     assert ended.returncode == 1
     found = f"Expected memory for 16 tasks but there is not enough (tasks='{tasks}', chunk_size=None); {cure}smaller are tasks with"
     assert f"OutOfMemoryError: {found}" in ended.stderr
@@ -306,23 +307,21 @@ torch.save(model.state_dict(), folder / "end.pt")
 
 @pytest.mark.parametrize("at", ["step 3", "validation after 6", "validation after 12"], ids=["step", "validation", "last validation"])
 def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, at: str) -> None:
-    def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", INTERRUPTED, str(folder), *arguments]
-        return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert start(whole).wait(120) == 0
-    run = start(stopped)
+    whole.mkdir()
+    stopped.mkdir()
+    assert another_process.run(INTERRUPTED, whole).returncode == 0
+    run = another_process.start(INTERRUPTED, stopped, prints_into=tmp_path)
     while not (stopped / "started").exists() or (stopped / "started").read_text() != at:
-        assert run.poll() is None
+        assert run.is_alive()
         time.sleep(0.02)
-    run.send_signal(signal.SIGINT)
-    assert run.wait(60) == 128 + signal.SIGINT
+    os.kill(run.pid, signal.SIGINT)
+    run.join(60)
+    assert run.exitcode == 128 + signal.SIGINT
     checkpoint = stopped / "checkpoints" / "interrupted.ckpt"
-    assert f"ckpt_path={checkpoint}" in run.stderr.read()
+    assert f"ckpt_path={checkpoint}" in (tmp_path / "stderr").read_text()
     assert not (stopped / "end.pt").exists()
-    assert start(stopped, str(checkpoint)).wait(120) == 0
+    assert another_process.run(INTERRUPTED, stopped, checkpoint).returncode == 0
     assert is_same(*(torch.load(folder / "end.pt", weights_only=True) for folder in (stopped, whole)))
 
 

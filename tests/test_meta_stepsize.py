@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import another_process
 import pytest
 import torch
 from families import (
@@ -167,7 +168,7 @@ def test_the_rate_is_set_per_optimizer_step_not_per_batch(tmp_path: Path) -> Non
 
 
 def glyphs(**arguments: Any) -> GlyphsDataModule:
-    return GlyphsDataModule(**({"ways": 3, "queries": 2, "meta_batch_size": 4, "train_batches": 4} | arguments))
+    return GlyphsDataModule(**({"ways": 3, "queries": 2, "meta_batch_size": 4, "train_batches": 4, "val_tasks": 4} | arguments))
 
 
 def small_network() -> nn.Module:
@@ -230,20 +231,22 @@ class SaveRates(Watch):
         torch.save(self.rates, self.folder / f"{trainer.global_rank}.pt")
 
 
-def test_every_process_sets_the_same_rate(tmp_path: Path) -> None:
-    def fit(folder: Path, tasks: int, meta_batch_size: int, **arguments: Any) -> list[list[float]]:
-        folder.mkdir()
-        stepsize = AdaptiveMetaStepsize(scale=1.0, every_n_steps=2, tasks=tasks)
-        module = MAML(small_network().double(), inner_lr=0.1, optimizer=SGD)
-        run = trainer(folder, stepsize, SaveRates(folder), precision="64-true", **arguments)
-        run.fit(module, glyphs(meta_batch_size=meta_batch_size))
-        return [torch.load(file) for file in sorted(folder.glob("*.pt"))]
+def rated(folder: Path, tasks: int, **arguments: Any) -> None:
+    stepsize = AdaptiveMetaStepsize(scale=1.0, every_n_steps=2, tasks=tasks)
+    module = MAML(small_network().double(), inner_lr=0.1, optimizer=SGD)
+    trainer(folder, stepsize, SaveRates(folder), precision="64-true", **arguments).fit(module, glyphs(meta_batch_size=tasks))
 
-    two = fit(tmp_path / "two", tasks=2, meta_batch_size=2, devices=2, strategy="ddp_spawn")
-    one = fit(tmp_path / "one", tasks=4, meta_batch_size=4)
-    assert two[0] == two[1]
-    assert len(set(two[0])) > 1
-    assert two[0] == pytest.approx(one[0], rel=1e-6), "the same tasks, shared out"
+
+def test_every_process_sets_the_same_rate(tmp_path: Path) -> None:
+    of_one, of_two = (tmp_path / name for name in ("one", "two"))
+    of_one.mkdir()
+    of_two.mkdir()
+    rated(of_one, 4)
+    another_process.in_two("test_meta_stepsize.rated", of_two, 2)
+    (one,), (first, second) = ([torch.load(file) for file in sorted(folder.glob("*.pt"))] for folder in (of_one, of_two))
+    assert first == second
+    assert len(set(first)) > 1
+    assert first == pytest.approx(one, rel=1e-6), "the same tasks, shared out"
 
 
 @pytest.mark.parametrize(("algorithm", "regime"), [(MAML, "finite_sum"), (HFMAML, "resampling")])

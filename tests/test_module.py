@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import another_process
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,7 +147,7 @@ def test_every_execution_evaluates_alike(tasks: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
+@pytest.mark.parametrize("tasks", ["vmap", *(pytest.param(tasks, marks=pytest.mark.slow) for tasks in ("loop", "threads"))])
 def test_regression_by_mean_squared_error_learns_a_sinusoid(tmp_path: Path, algorithm: type[MAML], tasks: str) -> None:
     random = torch.Generator().manual_seed(0)
 
@@ -419,20 +420,23 @@ def test_datamodules_follow_the_trainers_precision(tmp_path: Path, precision: st
     assert module.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}[precision]
 
 
+def judged(folder: Path, **arguments) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    module = MAML(Conv4(1, 3, 28, channels=2, activation="gelu"), inner_lr=0.5, test_steps=2, tasks="threads")
+    run = trainer(folder, callbacks=[EpisodePictures()], logger=CSVLogger(folder), **arguments)
+    run.test(module, GlyphsDataModule(ways=3, meta_batch_size=4, test_tasks=21), verbose=False)
+    torch.save({name: value.item() for name, value in run.callback_metrics.items()}, folder / f"{run.global_rank}.pt")
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_two_processes_test_every_task_once(tmp_path: Path) -> None:
-    results = []
-    for devices in (1, 2):
-        torch.manual_seed(0)
-        module = MAML(Conv4(1, 3, 28, channels=2, activation="gelu"), inner_lr=0.5, test_steps=2, tasks="threads")
-        data = GlyphsDataModule(ways=3, meta_batch_size=4, test_tasks=21)
-        folder = tmp_path / str(devices)
-        arguments = {"devices": devices, "strategy": "ddp_spawn" if devices > 1 else "auto", "callbacks": [EpisodePictures()]}
-        run = trainer(folder, **arguments, logger=CSVLogger(folder))
-        run.test(module, data, verbose=False)
-        results.append({name: value.item() for name, value in run.callback_metrics.items()})
-        assert len(list(folder.rglob("*.png"))) == 2
-    assert results[1] == pytest.approx(results[0], abs=1e-6)
+    of_one, of_two = (tmp_path / name for name in ("one", "two"))
+    judged(of_one)
+    another_process.in_two("test_module.judged", of_two)
+    assert all(len(list(folder.rglob("*.png"))) == 2 for folder in (of_one, of_two))
+    one, two = (torch.load(folder / "0.pt") for folder in (of_one, of_two))
+    assert two == pytest.approx(one, abs=1e-6)
 
 
 def test_running_averages_follow_training_and_serve_evaluation(tmp_path: Path) -> None:

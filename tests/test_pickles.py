@@ -4,10 +4,10 @@ import collections
 import os
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import another_process
 import numpy as np
 import pytest
 from mini_imagenet_files import write_python2_pickle
@@ -164,6 +164,6 @@ def test_arrays_are_mapped_not_read(tmp_path: Path, form: str) -> None:
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     file = write(tmp_path / "a.pkl", content)
-    grown = subprocess.run([sys.executable, "-c", script, file], capture_output=True, text=True, check=True).stdout
-    assert int(grown) * 1024 < images.nbytes / 3
+    grown = another_process.run(script, file)
+    assert int(grown.stdout) * 1024 < images.nbytes / 3
     assert file.read_bytes() == content, "writing to the array leaves the file as it was"

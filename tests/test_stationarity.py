@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import another_process
 import pytest
 import torch
 from families import (
@@ -116,7 +117,7 @@ def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_draws_on(tmp_path: Path) -> None:
-    data = GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=4)
+    data = GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=4, val_tasks=2)
 
     def fit(epochs: int, checkpoint: Path | None = None) -> float:
         torch.manual_seed(0)
@@ -147,21 +148,22 @@ class SaveFigures(Callback):
         torch.save([of_norm.norm, of_norm.standard_error, *fidelity, *pictures.history[0][:4]], self.folder / f"{trainer.global_rank}.pt")
 
 
-def test_processes_share_the_tasks_and_agree(tmp_path: Path) -> None:
-    def fit(folder: Path, tasks: int, **arguments: Any) -> list[list[float]]:
-        folder.mkdir()
-        torch.manual_seed(0)
-        module = MAML(Conv4(1, 3, 28, channels=2, activation="gelu"), inner_lr=0.1, optimizer=partial(torch.optim.SGD, lr=0.1))
-        watching = [StationarityMonitor(1, tasks=tasks, meta_batches=3), MetaGradientMonitor(1, tasks=tasks), TrainingPictures()]
-        run = trainer(folder, *watching, SaveFigures(folder), **arguments)
-        run.fit(module, GlyphsDataModule(ways=3, meta_batch_size=tasks, train_batches=2, val_tasks=6))
-        assert (folder / "fidelity.png").is_file()
-        return [torch.load(file) for file in sorted(folder.glob("*.pt"))]
+def watched(folder: Path, tasks: int, **arguments: Any) -> None:
+    torch.manual_seed(0)
+    module = MAML(Conv4(1, 3, 28, channels=2, activation="gelu"), inner_lr=0.1, optimizer=partial(torch.optim.SGD, lr=0.1))
+    watching = [StationarityMonitor(1, tasks=tasks, meta_batches=3), MetaGradientMonitor(1, tasks=tasks), TrainingPictures()]
+    run = trainer(folder, *watching, SaveFigures(folder), **arguments)
+    run.fit(module, GlyphsDataModule(ways=3, meta_batch_size=tasks, train_batches=2, val_tasks=6))
+    assert (folder / "fidelity.png").is_file()
 
-    two = fit(tmp_path / "two", 2, devices=2, strategy="ddp_spawn")
-    one = fit(tmp_path / "one", 4)
-    assert two[0] == two[1]
-    assert two[0] == pytest.approx(one[0], rel=1e-6, abs=1e-9)
+
+def test_processes_share_the_tasks_and_agree(tmp_path: Path) -> None:
+    of_one, of_two = (tmp_path / name for name in ("one", "two"))
+    watched(of_one, 4)
+    another_process.in_two("test_stationarity.watched", of_two, 2)
+    (one,), (first, second) = ([torch.load(file) for file in sorted(folder.glob("*.pt"))] for folder in (of_one, of_two))
+    assert first == second
+    assert first == pytest.approx(one, rel=1e-6, abs=1e-9)
 
 
 def test_hessian_batches_are_asked_for(tmp_path: Path) -> None:
