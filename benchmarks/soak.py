@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,13 +185,13 @@ def is_same(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-def soak(kills: int, processes: int, seed: int) -> Counter[tuple[str, str]]:
+def soak(kills: int, processes: int, seed: int, names: Iterable[str] = MODELS) -> Counter[tuple[str, str]]:
     """Kill and resume until ``kills`` runs were killed after their first checkpoint and before their end; count how it went."""
     found: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as temporary, multiprocessing.get_context("fork").Pool(processes) as pool:
-        folders = {name: Path(temporary) / str(number) for number, name in enumerate(MODELS)}
+        folders = {name: Path(temporary) / str(number) for number, name in enumerate(names)}
         seconds = pool.starmap(whole_run, [(folder, name) for name, folder in folders.items()])
-        trials = ((folders[name], taken, name) for name, taken in zip(MODELS, seconds, strict=True))
+        trials = ((folder, taken, name) for (name, folder), taken in zip(folders.items(), seconds, strict=True))
         rounds = [(*trial, seed + number) for trial in trials for number in range(kills)]
         random.Random(seed).shuffle(rounds)
         killed = 0

@@ -12,6 +12,7 @@ from test_parts import trainer
 from lightning_maml import MAML, AdaptiveMetaStepsize
 
 EPOCHS = 2
+MUCH_LIKE_MAML = ("FO-MAML", "LSLR", "Reptile")
 
 
 class Checkpoints(Callback):
@@ -59,7 +60,7 @@ def resumes_from_each(folder: Path, name: str, every: int = 1, **options: Any) -
     assert not differing
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in MUCH_LIKE_MAML)) for name in MODELS])
 def test_every_algorithm_goes_on_from_every_checkpoint(tmp_path: Path, name: str) -> None:
     resumes_from_each(tmp_path, name)
 
@@ -102,6 +103,6 @@ def test_a_validation_that_was_broken_off_leaves_no_random_numbers(tmp_path: Pat
 
 
 def test_runs_that_are_killed_go_on_from_the_last_checkpoint() -> None:
-    outcomes = {outcome for _, outcome in soak(kills=4, processes=1, seed=0)}
+    outcomes = {outcome for _, outcome in soak(kills=4, processes=1, seed=0, names=["MAML with dropout", "MAML, adaptive meta-stepsize"])}
     assert outcomes <= {*PHASES, "too early", "too late"}
     assert outcomes & {*PHASES}

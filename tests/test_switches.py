@@ -29,7 +29,8 @@ from lightning_maml import FOMAML, HFMAML, IMAML, MAML, ProtoNet
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.episodic_module import EpisodicModule
 
-ALGORITHMS = [MAML, FOMAML, HFMAML]
+slow = pytest.mark.slow
+ALGORITHMS = [MAML, pytest.param(FOMAML, marks=slow), HFMAML]
 BATCHES = 4
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -280,7 +281,7 @@ def _refuse(program: Any, inputs: Any) -> None:
     raise AssertionError("This is not to be compiled.")
 
 
-@every_algorithm
+@pytest.mark.parametrize("algorithm", [MAML, pytest.param(FOMAML, marks=slow), pytest.param(HFMAML, marks=slow)])
 def test_a_compiled_model_trains_as_it_does_uncompiled(tmp_path: Path, algorithm: type[MAML]) -> None:
     ends = []
     for wrapped in (False, True):
@@ -305,7 +306,13 @@ def test_the_tuner_finds_a_rate_and_a_batch_size(tmp_path: Path, algorithm: type
     assert len(next(iter(data.train_dataloader())).support_x) == data.meta_batch_size > 2
 
 
-@every_algorithm
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MAML:
+    """Return a model of an algorithm, fitted without a switch."""
+    model: MAML = fit(tmp_path_factory.mktemp("plain"), request.param)[2]
+    return model
+
+
 @pytest.mark.parametrize(
     "switches",
     [
@@ -320,9 +327,9 @@ def test_the_tuner_finds_a_rate_and_a_batch_size(tmp_path: Path, algorithm: type
     ],
     ids=lambda switches: next(iter(switches)),
 )
-def test_switches_that_change_no_number(tmp_path: Path, algorithm: type[MAML], switches: dict[str, Any]) -> None:
+def test_switches_that_change_no_number(tmp_path: Path, plain: MAML, switches: dict[str, Any]) -> None:
     try:
-        plain, switched = (fit(tmp_path, algorithm, **options)[2] for options in ({}, switches))
+        switched = fit(tmp_path, type(plain), **switches)[2]
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(*(flat(dict(model.named_parameters())) for model in (plain, switched)))
