@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import another_process
 import pytest
 import torch
 from lightning import Trainer
@@ -83,7 +84,7 @@ def end(callbacks, path=None):
     torch.manual_seed(0)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision="64-true")
     model = MAML(network(), 0.1, optimizer=partial(torch.optim.SGD, lr=0.1))
-    run = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, accumulate_grad_batches=2, callbacks=callbacks, **quiet)
+    run = Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, accumulate_grad_batches=2, callbacks=callbacks, **quiet)
     run.fit(model, Noise(), ckpt_path=path)
     return flat(dict(model.named_parameters()))
 
@@ -95,11 +96,7 @@ assert torch.allclose(whole, resumed, rtol=0, atol=1e-14), (whole - resumed).abs
 
 
 def test_a_run_that_goes_on_amid_an_accumulation_has_the_gradients_of_all(tmp_path: Path) -> None:
-    script = tmp_path / "accumulating.py"
-    script.write_text(ACCUMULATING)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False
-    )
+    done = another_process.run(ACCUMULATING, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

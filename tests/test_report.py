@@ -147,7 +147,7 @@ def test_the_command_measures_a_config_and_a_checkpoint(tmp_path: Path, capsys: 
     assert constants_of(at_checkpoint) != constants_of(at_first)
 
 
-@pytest.mark.parametrize("regime", ["finite_sum", "resampling"])
+@pytest.mark.parametrize("regime", [pytest.param("finite_sum", marks=pytest.mark.slow), "resampling"])
 def test_kinks_of_functions_are_seen_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, regime: str) -> None:
     monkeypatch.setattr(torch.nn.GELU, "forward", lambda self, x: torch.relu(x))
     main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", f"--data.regime={regime}", *SMALL])
