@@ -1,9 +1,8 @@
 """A network as a pure function: its batch-norm policies against torch's own layers, and that it is left alone."""
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import another_process
 import pytest
 import torch
 import torch.nn.functional as F
@@ -305,7 +304,7 @@ for _ in range(150):
 
 
 def test_strided_convolutions_of_single_pixels_leave_the_memory_of_others_alone() -> None:
-    run = subprocess.run([sys.executable, "-c", SHORTCUTS], capture_output=True, text=True, check=False)
+    run = another_process.run(SHORTCUTS)
     assert run.returncode == 0, run.stderr
 
 
