@@ -130,7 +130,7 @@ def test_the_meta_gradient_is_the_explicit_product_of_runs_drawn_at_each_inner_p
     assert relative_error(actual, {"drift": expected}) < 1e-12
 
 
-@pytest.mark.parametrize("algorithm", example.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [pytest.param(name, marks=[pytest.mark.slow] * (name != "HF-MAML")) for name in example.ALGORITHMS])
 def test_it_learns(algorithm: str) -> None:
     torch.manual_seed(0)
     policy = example.build_policy()
