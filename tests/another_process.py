@@ -1,4 +1,7 @@
-"""Code in another process, forked from one that has imported the package: a new interpreter takes several seconds for the imports."""
+"""Code in another process, forked from one that has imported the package: a new interpreter takes several seconds for the imports.
+
+What is of the interpreter's start or end, such as modules that are missing or functions of ``atexit``, is not seen here.
+"""
 
 import multiprocessing
 import os
@@ -15,7 +18,8 @@ SERVER.set_forkserver_preload(["lightning_maml.cli"])
 
 def start(code: str, *arguments: object, prints_into: Path, folder: Path | None = None) -> ForkServerProcess:
     """Run it as ``python -c`` would, in ``folder``; what it prints goes to the files stdout and stderr of ``prints_into``."""
-    process = SERVER.Process(target=_execute, args=(code, [str(argument) for argument in arguments], prints_into, folder or Path.cwd()))
+    words = [str(argument) for argument in arguments]
+    process = SERVER.Process(target=_execute, args=(code, words, dict(os.environ), prints_into, folder or Path.cwd()))
     process.start()
     return process
 
@@ -28,24 +32,32 @@ def run(code: str, *arguments: object, folder: Path | None = None) -> subprocess
         if process.exitcode is None:
             process.kill()
             process.join()
+            raise subprocess.TimeoutExpired(code, 300)
         stdout, stderr = ((Path(printed) / name).read_text() for name in ("stdout", "stderr"))
-    assert process.exitcode is not None
     return subprocess.CompletedProcess(code, process.exitcode, stdout, stderr)
 
 
+def output(code: str, *arguments: object, folder: Path | None = None) -> str:
+    """Run it to its good end; return what it printed."""
+    done = run(code, *arguments, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def in_two(function: str, folder: Path, *numbers: int) -> None:
-    """Call it, a test module's, as ``function(folder, *numbers, devices=2, ...)`` where Lightning forks another one."""
+    """Call it, a test module's, as ``function(folder, *numbers, devices=2, ...)`` where Lightning forks the two."""
     module, name = function.split(".")
     arguments = ", ".join([f"Path({str(folder)!r})", *map(str, numbers), "devices=2, strategy='ddp_fork'"])
-    done = run(f"from pathlib import Path\nfrom {module} import {name}\n{name}({arguments})")
-    assert done.returncode == 0, done.stderr
+    output(f"from pathlib import Path\nfrom {module} import {name}\n{name}({arguments})")
 
 
-def _execute(code: str, arguments: list[str], prints_into: Path, folder: Path) -> None:
+def _execute(code: str, arguments: list[str], environment: dict[str, str], prints_into: Path, folder: Path) -> None:
     for descriptor, name in enumerate(("stdout", "stderr"), start=1):
         with (prints_into / name).open("wb") as file:
             os.dup2(file.fileno(), descriptor)
     os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
     sys.argv = ["-c", *arguments]
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     exec(compile(code, "<string>", "exec"), vars(main))  # noqa: S102  it is code of our tests

@@ -26,7 +26,7 @@ print(resident() - before)
 
 def held(call: str, *environment: str) -> float:
     """Return the megabytes that a process holds after it made and freed a tensor of 300 MB."""
-    return float(another_process.run(HELD.format(call=call), *environment).stdout.splitlines()[-1])
+    return float(another_process.output(HELD.format(call=call), *environment).splitlines()[-1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")

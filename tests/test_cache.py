@@ -114,8 +114,8 @@ def test_the_images_are_mapped_not_read(tmp_path: Path) -> None:
         "    assert int(cached.images[count // 2].sum()) == 84 * 84 * 3\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    grown = another_process.run(script, folder=tmp_path)
-    assert int(grown.stdout) * 1024 < images.nbytes / 3
+    grown = another_process.output(script, folder=tmp_path)
+    assert int(grown) * 1024 < images.nbytes / 3
 
 
 def test_a_disk_that_fills_up_leaves_the_old_cache_and_nothing_else(file: Path) -> None:

@@ -296,13 +296,24 @@ def test_print_config_round_trips(name: str, in_tmp_path: Path, capsys: pytest.C
     assert yaml.safe_load(printed)["model"]["init_args"]["inner_lr"] == 0.4
 
 
-def test_the_command_exits_as_it_should(in_tmp_path: Path) -> None:
-    arguments = ["fit", config("glyphs_fomaml"), "--trainer.fast_dev_run=1"]
-    script, module = [Path(sys.executable).parent / "lightning-maml"], [sys.executable, "-m", "lightning_maml"]
-    assert subprocess.run([*script, *arguments], capture_output=True, check=False).returncode == 0
-    refused = subprocess.run([*module, *arguments, "--model.inner_rate=1"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert "inner_rate" in refused.stderr
+SCRIPT, MODULE = [str(Path(sys.executable).parent / "lightning-maml")], [sys.executable, "-m", "lightning_maml"]
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "status"),
+    [
+        (SCRIPT, "--model.inner_lr=0.1", 0),
+        (MODULE, "--model.inner_rate=0.1", 2),
+        pytest.param(SCRIPT, "--model.inner_rate=0.1", 2, marks=pytest.mark.slow),
+        pytest.param(MODULE, "--model.inner_lr=0.1", 0, marks=pytest.mark.slow),
+    ],
+    ids=["script", "module, refused", "script, refused", "module"],
+)
+def test_the_command_exits_as_it_should(in_tmp_path: Path, command: list[str], argument: str, status: int) -> None:
+    arguments = ["fit", config("glyphs_fomaml"), "--trainer.fast_dev_run=1", argument]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert ("inner_rate" in done.stderr) == (status != 0)
 
 
 def test_a_typo_in_a_datamodule_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,6 +159,7 @@ def test_without_progress_bars_the_images_are_the_same(tree: Path, tmp_path: Pat
     code = "import sys; from test_image_folder import prepared; from pathlib import Path; prepared(Path(sys.argv[1]), on_corrupt='skip')"
     for place in (tree, other):
         (place / "species 24" / "000.png").write_bytes(b"no image")
+    assert "TQDM_DISABLE" not in os.environ
     environment = os.environ | {"TQDM_DISABLE": "1", "PYTHONPATH": str(Path(__file__).parent)}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(other)], env=environment, check=True)
     with_bars, without = (prepared(place, on_corrupt="skip").class_images("train") for place in (tree, other))

@@ -304,8 +304,7 @@ for _ in range(150):
 
 
 def test_strided_convolutions_of_single_pixels_leave_the_memory_of_others_alone() -> None:
-    run = another_process.run(SHORTCUTS)
-    assert run.returncode == 0, run.stderr
+    another_process.output(SHORTCUTS)
 
 
 def test_a_forward_pass_that_was_replaced_stays() -> None:

@@ -33,10 +33,10 @@ ONE = Run(
 )
 
 
-SOON = [row for row in rows() if row.startswith("omniglot_20w1s") or row.endswith(("_maml", "_hfmaml_relu"))]
+QUICK = [row for row in rows() if row.startswith("omniglot_20w1s") or row.endswith(("_maml", "_hfmaml_relu"))]
 
 
-@pytest.mark.parametrize("row", [row if row in SOON else pytest.param(row, marks=pytest.mark.slow) for row in rows()])
+@pytest.mark.parametrize("row", [row if row in QUICK else pytest.param(row, marks=pytest.mark.slow) for row in rows()])
 def test_rows_are_configs(row: str, capsys: pytest.CaptureFixture[str]) -> None:
     config, *changed = rows()[row]
     with pytest.raises(SystemExit) as ended:

@@ -1,5 +1,6 @@
 """A run that goes on from any of its checkpoints ends as the one that was never stopped: bit for bit on the CPU."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from test_parts import trainer
 from lightning_maml import MAML, AdaptiveMetaStepsize
 
 EPOCHS = 2
-MUCH_LIKE_MAML = ("FO-MAML", "LSLR", "Reptile")
+LATER = ("FO-MAML", "LSLR", "Reptile")
+QUICK = ("MAML with dropout", "MAML, adaptive meta-stepsize")
 
 
 class Checkpoints(Callback):
@@ -60,7 +62,7 @@ def resumes_from_each(folder: Path, name: str, every: int = 1, **options: Any) -
     assert not differing
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in MUCH_LIKE_MAML)) for name in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LATER)) for name in MODELS])
 def test_every_algorithm_goes_on_from_every_checkpoint(tmp_path: Path, name: str) -> None:
     resumes_from_each(tmp_path, name)
 
@@ -102,7 +104,8 @@ def test_a_validation_that_was_broken_off_leaves_no_random_numbers(tmp_path: Pat
     assert is_same(*map(fitted, models))
 
 
-def test_runs_that_are_killed_go_on_from_the_last_checkpoint() -> None:
-    outcomes = {outcome for _, outcome in soak(kills=4, processes=1, seed=0, names=["MAML with dropout", "MAML, adaptive meta-stepsize"])}
+@pytest.mark.parametrize("names", [QUICK, pytest.param(MODELS, marks=pytest.mark.slow)], ids=["two", "all"])
+def test_runs_that_are_killed_go_on_from_the_last_checkpoint(names: Iterable[str]) -> None:
+    outcomes = {outcome for _, outcome in soak(kills=4, processes=1, seed=0, names=names)}
     assert outcomes <= {*PHASES, "too early", "too late"}
     assert outcomes & {*PHASES}
