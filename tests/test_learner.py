@@ -295,10 +295,11 @@ SHORTCUTS = """
 import torch
 from lightning_maml import MAML, Episodes
 torch.set_num_threads(2)
-network = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1, stride=2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(1024, 5))
-images, labels = torch.rand(2, 15, 3, 16, 16), torch.arange(5).repeat(2, 3)
+pooled = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+network = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 1, stride=2), *pooled, torch.nn.Linear(64, 5))
+images, labels = torch.rand(2, 5, 3, 84, 84), torch.arange(5).repeat(2, 1)
 model = MAML(network, inner_lr=0.1, train_steps=2, tasks="loop")
-for _ in range(150):
+for _ in range(5):
     model.meta_loss(Episodes(images, labels, images, labels)).backward()
 """
 
