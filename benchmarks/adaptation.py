@@ -33,7 +33,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Time both in turns and print the ratio of each round."""
+    """Time the methods in turns, and print medians and ranges over the rounds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=1)

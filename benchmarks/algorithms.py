@@ -2,7 +2,7 @@
 
 python benchmarks/algorithms.py --root DATA     # about 40 minutes on 2 cores; goes on where it was interrupted
 
-The times are taken at the end, of all algorithms in turns, so they compare even where other work ran beside the trainings.
+The times are taken at the end, with all algorithms in turns, so they are comparable even if other work ran during the trainings.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WAYS, STEPS, RATE, EPOCHS = 20, 3, 0.4, 5
 ROUNDS, STEPS_TIMED = 3, 12
 EPISODES = {"ways": WAYS, "shots": 1, "queries": 1, "rotations": "classes", "meta_batch_size": 4, "train_batches": 120}
 IMPLICIT_STEPS, IMPLICIT_RATE = 16, 0.1
-"""iMAML needs its inner problem solved: its paper's 16 steps, of a rate at which the proximal term of strength 2 does not diverge."""
+"""iMAML needs its inner problem solved: its paper's 16 steps, at a rate with which the proximal term of strength 2 does not diverge."""
 
 
 def network(ways: int | None = WAYS) -> Conv4:
@@ -46,7 +46,7 @@ def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
 
 
 def gradient_based(algorithm: type[MAML], rate: float = RATE, steps: int = STEPS, **arguments: Any) -> Callable[[], MAML]:
-    """Return what makes the model."""
+    """Return a function that builds the model."""
     chosen = {"optimizer": optimizer, "lr_scheduler": schedule, **arguments}
     return lambda: algorithm(network(), inner_lr=rate, train_steps=steps, **chosen)
 
@@ -67,7 +67,7 @@ MODELS: dict[str, Callable[[], EpisodicModule]] = {
 
 
 class Run(NamedTuple):
-    """What one algorithm came to; accuracies of the best of the checkpoints on the test tasks, untrained at the initial weights."""
+    """The result of one algorithm: accuracy on the test tasks, of the best checkpoint and, as ``untrained``, of the initial weights."""
 
     name: str
     steps: str
@@ -77,7 +77,7 @@ class Run(NamedTuple):
 
 
 class Clock(Callback):
-    """Takes the wall time of every training step, its data and optimizer included."""
+    """Callback that takes the wall time of every training step, including its data and optimizer."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -95,7 +95,7 @@ QUIET = {"logger": False, "enable_model_summary": False, "num_sanity_val_steps":
 
 
 def train(name: str, data: OmniglotDataModule, folder: Path) -> Run:
-    """Meta-train one algorithm, from the seed of all, and test its best checkpoint."""
+    """Meta-train one algorithm, from the seed that all share, and test its best checkpoint."""
     seed_everything(0, verbose=False)
     model = MODELS[name]()
     best = ModelCheckpoint(folder / name, monitor="val/accuracy", mode="max")
@@ -108,7 +108,7 @@ def train(name: str, data: OmniglotDataModule, folder: Path) -> Run:
 
 
 def seconds_per_iteration(names: list[str], data: OmniglotDataModule) -> dict[str, float]:
-    """Return the median over some rounds, in each of which every algorithm takes some steps."""
+    """Return each algorithm's median over some rounds, in each of which every algorithm takes some steps."""
     rounds: dict[str, list[float]] = {name: [] for name in names}
     for _ in tqdm(range(ROUNDS), desc="Timing"):
         for name, seconds in rounds.items():
@@ -127,7 +127,7 @@ def seconds_per_iteration(names: list[str], data: OmniglotDataModule) -> dict[st
 
 
 def main() -> None:
-    """Run what has not been run, print the table."""
+    """Run what has not been run yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="data", help="folder of Omniglot")
     parser.add_argument("--out", type=Path, default=Path("runs/algorithms"))

@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 class IterationTimer(Callback):
-    """Takes the wall time of every meta-iteration, from one batch's end to the next one's, so that loading counts."""
+    """Callback that takes the wall time of every meta-iteration, from one batch's end to the next one's, so that loading counts."""
 
     def __init__(self) -> None:
         self._last: float | None = None
@@ -37,7 +37,7 @@ class IterationTimer(Callback):
         self._last = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Take the time since the batch before."""
+        """Take the time since the previous batch."""
         now = time.perf_counter()
         if self._last is not None:
             self.seconds.append(now - self._last)

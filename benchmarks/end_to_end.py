@@ -49,12 +49,12 @@ class Timed(MAML):
 
 
 class Clock(Callback):
-    """Times the iterations after the first few, all between them included."""
+    """Callback that times the iterations after the first few, including everything between them."""
 
     start = seconds = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Start after the first iterations, and look at the time after each further one."""
+        """Start the clock after the first iterations, and read it after each later one."""
         if batch_idx == WARM - 1:
             self.start, pl_module.seconds = time.perf_counter(), 0.0
         self.seconds = time.perf_counter() - self.start
@@ -83,7 +83,7 @@ def ours(root: str, iterations: int, accelerator: str) -> tuple[float, float]:
 def learn2learns_tasks(root: str) -> l2l.data.TaskDataset:
     """Return the tasks of learn2learn's ``examples/vision/maml_omniglot.py``, which decodes and resizes images whenever they are drawn."""
     scaled = Compose([Resize(28, interpolation=LANCZOS), ToTensor(), lambda x: 1.0 - x])
-    with patch.object(torchvision.datasets.Omniglot, "_check_integrity", lambda self: True):  # of the archives: the folders are there
+    with patch.object(torchvision.datasets.Omniglot, "_check_integrity", lambda self: True):  # it checks archives; the folders are there
         dataset = l2l.data.MetaDataset(l2l.vision.datasets.FullOmniglot(root, transform=scaled))
     steps = [
         FusedNWaysKShots(dataset, n=WAYS, k=2),

@@ -1,6 +1,6 @@
 """Families of tasks with known constants, on which the theory's predictions can be checked.
 
-Losses are ``loss(params, x, y)`` of ``params["w"]``.
+Losses are functions ``loss(params, x, y)`` of ``params["w"]``.
 """
 
 from functools import partial
@@ -16,13 +16,13 @@ DOUBLE = torch.float64
 
 
 def finite_sum(x: Tensor, y: Tensor | None = None) -> Episodes:
-    """Return tasks whose support and query loss are the same exact loss, ``x`` ``[T, 1, ...]``."""
+    """Return tasks whose support and query losses are the same exact loss; ``x`` is ``[T, 1, ...]``."""
     y = torch.zeros(len(x), 1, dtype=DOUBLE) if y is None else y
     return Episodes(x, y, x, y)
 
 
 def meta_objective(w: Tensor, loss: Loss, tasks: Episodes, alpha: float, steps: int) -> Tensor:
-    """F(w) through the unrolled inner loop, differentiable as often as wanted: what the package's own derivatives are judged by."""
+    """Return F(w) through the unrolled inner loop, differentiable any number of times: the reference for the package's own derivatives."""
     values = []
     for task in (Episodes(*task) for task in zip(*tasks, strict=True)):
         u = w
@@ -44,18 +44,18 @@ def quadratic_tasks(spread: float = 1.0) -> Episodes:
 
 
 def quadratic_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-    """With ``x = c_i`` and ``y = diag A_i``."""
+    """Return the loss of a quadratic task, with ``x = c_i`` and ``y = diag A_i``."""
     return (y * (params["w"] - x) ** 2).sum() / 2
 
 
 def quadratic_meta_gradient(w: Tensor, alpha: float, steps: int, spread: float = 1.0) -> Tensor:
-    """Grad F by closed form: F = mean_i sum_d A (1 - alpha A)^(2N) (w - c)^2 / 2."""
+    """Return grad F in closed form: F = mean_i sum_d A (1 - alpha A)^(2N) (w - c)^2 / 2."""
     a = QUADRATIC_CURVATURES
     return (a * (1 - alpha * a) ** (2 * steps) * (w - spread * QUADRATIC_CENTRES)).mean(0)
 
 
 def quadratic_sigma(w: Tensor, spread: float = 1.0) -> float:
-    """The standard deviation of the task gradients at ``w``."""
+    """Return the standard deviation of the task gradients at ``w``."""
     gradients = QUADRATIC_CURVATURES * (w - spread * QUADRATIC_CENTRES)
     return float((gradients - gradients.mean(0)).square().sum(-1).mean().sqrt())
 
@@ -74,34 +74,34 @@ def nonconvex_tasks(which: Tensor | None = None) -> Episodes:
 
 
 def nonconvex_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-    """With ``x = (b_i, phi_i)``."""
+    """Return the loss of a nonconvex task, with ``x = (b_i, phi_i)``."""
     w, (slope, phase) = params["w"], x[0]
     return (w**2 / 4 - slope * w + torch.cos(w + phase)).sum()
 
 
 def nonconvex_sigma(w: Tensor) -> float:
-    """The standard deviation of the task gradients at ``w``."""
+    """Return the standard deviation of the task gradients at ``w``."""
     gradients = w / 2 - _SLOPES - torch.sin(w + _PHASES)
     return float(gradients.var(correction=0).sqrt())
 
 
-# Sampled tasks on the line: l(w; theta, zeta) = cos(w) + (G + theta) w + zeta w^2 / 2, noise theta and zeta, so L = rho = 1 in the mean.
+# Sampled tasks on the line: l(w; theta, zeta) = cos(w) + (G + theta) w + zeta w^2 / 2 with noise theta and zeta: L = rho = 1 in the mean.
 
 
 def cosine_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-    """With a batch ``x`` ``[S, 2]`` of ``(theta, zeta)`` and the slope G in ``y`` ``[S]``."""
+    """Return the loss of a sampled task, with a batch ``x`` ``[S, 2]`` of ``(theta, zeta)`` and the slope G in ``y`` ``[S]``."""
     w, (theta, zeta) = params["w"], x.mean(0)
     return (torch.cos(w) + (y.mean() + theta) * w + zeta * w**2 / 2).sum()
 
 
-# Quartic tasks in R^4: f_i(w) = 0.05 |w|^2 + |w - c_i|^4 / 4: smooth on every ball and on no larger set.
+# Quartic tasks in R^4: f_i(w) = 0.05 |w|^2 + |w - c_i|^4 / 4: smooth on every ball, but not on the whole space.
 
 QUARTIC_RADIUS = 20.0
 QUARTIC_CENTRES = nn.functional.normalize(torch.randn(3, 1, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(2)), dim=-1)
 
 
 class Quartic(nn.Module):
-    """As a network that starts at the radius: from a task's centre ``[S, 4]`` to ``w`` and ``w - centre``, ``[S, 8]``."""
+    """The quartic tasks as a network that starts at the radius and maps a centre ``[S, 4]`` to ``w`` and ``w - centre``, ``[S, 8]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,13 +114,13 @@ class Quartic(nn.Module):
 
 
 def quartic_outputs_loss(outputs: Tensor, _: Tensor) -> Tensor:
-    """The loss of the network's outputs."""
+    """Return the loss of the network's outputs."""
     w, distance = outputs.split(4, -1)
     return (0.05 * w.square().sum(-1) + distance.square().sum(-1).square() / 4).mean()
 
 
 def quartic_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-    """With ``x = c_i``."""
+    """Return the loss of a quartic task, with ``x = c_i``."""
     return quartic_outputs_loss(torch.cat([params["w"].expand_as(x), params["w"] - x], -1), y)
 
 
@@ -130,23 +130,23 @@ def quartic_tasks() -> Episodes:
 
 
 def quartic_inner_lr(steps: int) -> float:
-    """1 / (8 N L) with the L of the ball of the starting radius."""
+    """Return 1 / (8 N L), with the L of the ball of the starting radius."""
     return 1 / (8 * steps * (0.1 + 3 * (QUARTIC_RADIUS + 1) ** 2))
 
 
 def quartic_curvature(w: Tensor) -> tuple[float, float]:
-    """The largest L and rho of the tasks at ``w``, by closed form."""
+    """Return the largest L and rho of the tasks at ``w``, in closed form."""
     distance = float((w - QUARTIC_CENTRES[:, 0]).norm(dim=-1).max())
     return 0.1 + 3 * distance**2, 6 * distance
 
 
 def quartic_meta_objective(w: Tensor, steps: int) -> Tensor:
-    """F(w) of the quartic tasks."""
+    """Return F(w) of the quartic tasks."""
     return meta_objective(w, quartic_loss, quartic_tasks(), quartic_inner_lr(steps), steps)
 
 
 def quartic_minimum(steps: int) -> Tensor:
-    """The minimum of F by Newton's method."""
+    """Return the minimum of F, found by Newton's method."""
     objective = partial(quartic_meta_objective, steps=steps)
     w = Quartic().w.detach()
     for _ in range(60):
@@ -157,6 +157,6 @@ def quartic_minimum(steps: int) -> Tensor:
 
 
 def quartic_smoothness(w: Tensor, steps: int) -> float:
-    """The spectral norm of the Hessian of F at ``w``."""
+    """Return the spectral norm of the Hessian of F at ``w``."""
     hessian = torch.func.hessian(partial(quartic_meta_objective, steps=steps))(w)
     return float(torch.linalg.matrix_norm(hessian, 2))

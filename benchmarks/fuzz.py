@@ -3,9 +3,9 @@
 .venv/bin/python benchmarks/fuzz.py                                  # 200,000 files for each reader, an hour or so; prints a table
 .venv/bin/python benchmarks/fuzz.py --readers images csv --files 1000
 
-atheris, which is libFuzzer for Python, makes the files out of whole ones and keeps those that reach code no other did. A file that raises
-another error than the documented ones, takes more than ten seconds or 3 GB, runs or writes something, or ends the process, is a
-finding: it stops its reader and is kept beside the report. Needs `pip install --group bench`.
+atheris, which is libFuzzer for Python, makes the files by changing whole ones, and keeps those that reach code that no other did. A file
+is a finding if it raises an undocumented error, takes more than ten seconds or 3 GB, runs or writes something, or ends the process: it
+then stops its reader and is kept beside the report. Needs `pip install --group bench`.
 """
 
 import argparse
@@ -71,15 +71,15 @@ Mutator = Callable[[bytes, int, int], bytes]
 
 
 class Reader(NamedTuple):
-    """One that reads files, and the files that it is given first.
+    """A reader of files, and the files that it is given first.
 
     Attributes:
-        name: Of its files.
-        seeds: Whole ones.
-        read: Reads one.
+        name: Name of its files.
+        seeds: Contents of whole files.
+        read: Function that reads a file.
         documented: The errors that it may raise.
-        mutate: Changes one, where changed bytes would mostly be refused for a checksum alone.
-        trusted: What it may do although it is forbidden, as its documentation says: parts of an event's details.
+        mutate: Function that changes a file, where changed bytes would mostly be refused at once, for example for a checksum.
+        trusted: Parts of the details of forbidden events that it may cause nevertheless, as its documentation says.
     """
 
     name: str
@@ -136,14 +136,14 @@ def lists(folder: Path) -> Reader:
 
 
 def images(folder: Path) -> Reader:
-    """Return the reader of image files, which passes on what it finds wrong, and raises nothing."""
+    """Return the reader of image files, which reports what it finds wrong and raises nothing."""
     seeds = []
     picture = Image.fromarray(np.random.RandomState(0).randint(0, 255, (12, 10, 3), np.uint8))
     for name in ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"):
         for mode in ("RGB", "L"):
             picture.convert(mode).save(file := io.BytesIO(), name)
             seeds.append(file.getvalue())
-    Image.init()  # as they read a file, Pillow's formats import others of them
+    Image.init()  # now, because Pillow's formats import one another while they read a file
 
     def read(path: Path) -> object:
         pixels, problems = _Chunks([path], SIZE, "RGB")[0]
@@ -153,7 +153,7 @@ def images(folder: Path) -> Reader:
 
 
 def caches(folder: Path) -> Reader:
-    """Return the reader of decoded images, which raises nothing either, but warns."""
+    """Return the reader of caches of decoded images, which raises nothing either, but warns."""
     content = DecodedImages(
         torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8), torch.tensor([0, 0, 1, -1]), ["a", "b"], ["c.jpg (cut short)"]
     )
@@ -204,7 +204,7 @@ def command_parser() -> Any:
 
 
 def _with_parts(value: Any) -> Any:
-    """Return a config with the parts in it that it names."""
+    """Return a config with the part files that it names put in their places."""
     if isinstance(value, dict):
         return {key: _with_parts(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -213,7 +213,7 @@ def _with_parts(value: Any) -> Any:
 
 
 def configs(folder: Path) -> Reader:
-    """Return the parser of configs, which imports the classes they name and reads the configs they name, as it says."""
+    """Return the reader of configs, which, as documented, imports the classes and reads the configs that they name."""
     parser = command_parser()
     wholes = [_with_parts(file.name) for file in sorted(CONFIGS.glob("*.yaml"))]
     sections = {yaml.safe_dump({section: whole[section]}).encode() for whole in wholes for section in whole}
@@ -241,7 +241,7 @@ READERS = {
 
 
 def mutate_archive(data: bytes, most: int, seed: int) -> bytes:
-    """Change one entry of an archive and give it the right checksum, three times of four; else any bytes."""
+    """Change one entry of an archive and give it the right checksum, three times out of four; otherwise change any bytes."""
     choice = random.Random(seed)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -282,9 +282,9 @@ ODDITIES = (
 
 
 def mutate_yaml(wholes: list[bytes], data: bytes, most: int, seed: int) -> bytes:
-    """Put something odd, or another part, in place of a part of a config, three times of four; else any bytes.
+    """Replace a part of a config by something odd or by another part, three times out of four; otherwise change any bytes.
 
-    One time of ten the config is one of ``wholes``, for what the fuzzer keeps soon is full of what is refused at the first look.
+    One time in ten the config is one of ``wholes``, because what the fuzzer keeps is soon full of files that are refused at first sight.
     """
     choice = random.Random(seed)
     if choice.random() < 0.1:
@@ -315,7 +315,7 @@ def _places(tree: Any, depth: int = 0) -> Any:
 
 
 class Watch:
-    """Notes down what is forbidden to readers: running, deleting, and writing to other places than a folder."""
+    """Record of what readers did but must not do: run something, delete, or write anywhere but in a folder."""
 
     def __init__(self, folder: Path, trusted: tuple[str, ...]) -> None:
         self.seen: list[str] = []
@@ -334,7 +334,7 @@ class Watch:
 
     @contextlib.contextmanager
     def listening(self) -> Any:
-        """Listen."""
+        """Record what happens inside the ``with`` block."""
         self._on = True
         try:
             yield
@@ -343,7 +343,7 @@ class Watch:
 
 
 def fuzz(name: str, files: int, seed: int, out: Path) -> None:
-    """Read ``files`` files, in this process, which libFuzzer ends; leave what came of them in ``out``."""
+    """Read ``files`` files in this process, which libFuzzer ends, and write the outcome to ``out``."""
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     reader = READERS[name](folder)
     path, corpus, results, count = folder / reader.name, folder / "corpus", Counter[str](), 0

@@ -1,6 +1,7 @@
 """learn2learn's Lightning example with other imports, against learn2learn's own loop: same tasksets of real Omniglot, same first weights.
 
-In float64, where both must go the same way; ``--single`` is float32, where rounding parts them within some fifty iterations.
+Training is in float64, where both must take the same path; ``--single`` is float32, where rounding separates them within some fifty
+iterations.
 
 make learn2learn && .venv/bin/python benchmarks/learn2learn_example.py --root DATA     # a quarter of an hour on 2 cores
 """
@@ -47,7 +48,7 @@ def halves(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def adapt_as_learn2learn(name: str, network: nn.Module, maml: l2l.algorithms.MAML, task: Task) -> tuple[Tensor, float]:
-    """Return a task's query loss and accuracy: ``fast_adapt`` of learn2learn's ``maml_omniglot.py`` and ``anil_fc100.py``."""
+    """Return a task's query loss and accuracy: the ``fast_adapt`` of learn2learn's ``maml_omniglot.py`` and ``anil_fc100.py``."""
     learner, (data, labels) = maml.clone(), task
     support_x, support_y, query_x, query_y = halves(network.features(data) if name == "anil" else data, labels)
     for _ in range(ADAPTATION_STEPS[name]):
@@ -57,7 +58,7 @@ def adapt_as_learn2learn(name: str, network: nn.Module, maml: l2l.algorithms.MAM
 
 
 def their_loop(name: str, network: nn.Module, tasks: list[TaskDataset]) -> None:
-    """Train by learn2learn's own loop."""
+    """Train with learn2learn's own loop."""
     maml = l2l.algorithms.MAML(network.classifier if name == "anil" else network, lr=RATE)
     optimizer = torch.optim.Adam(network.parameters(), META_RATE)
     for _ in tqdm(range(EPOCHS * ITERATIONS_PER_EPOCH), desc=f"learn2learn's loop, {name}"):
@@ -70,7 +71,7 @@ def their_loop(name: str, network: nn.Module, tasks: list[TaskDataset]) -> None:
 
 
 def our_script(name: str, network: nn.Module, tasks: list[TaskDataset]) -> None:
-    """Train by learn2learn's ``examples/vision/lightning/main.py``, its imports and its Trainer changed."""
+    """Train as learn2learn's ``examples/vision/lightning/main.py`` does, with its imports and its Trainer changed."""
     arguments = {
         f"{split}_{key}": value for split in ("train", "test") for key, value in (("ways", WAYS), ("shots", SHOTS), ("queries", QUERIES))
     }
@@ -84,7 +85,7 @@ def our_script(name: str, network: nn.Module, tasks: list[TaskDataset]) -> None:
 
 
 def main() -> None:
-    """Train both ways, judge both on the same tasks by the same code, print the table."""
+    """Train both ways, test both on the same tasks with the same code, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="data", help="folder of Omniglot")
     parser.add_argument("--single", action="store_true", help="float32")

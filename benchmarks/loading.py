@@ -1,6 +1,8 @@
-"""What loading mini-ImageNet at its full size costs: time, memory, and time per episode. Made-up images, in a temporary folder of 3 GB.
+"""What loading mini-ImageNet at its full size costs: time, memory, and time per episode.
 
 python benchmarks/loading.py                # some minutes; prints a table
+
+The images are made up, in a temporary folder of 3 GB.
 """
 
 import json
@@ -55,7 +57,7 @@ print(json.dumps(times[50:]))
 
 
 def in_a_process_of_its_own(script: str, root: Path) -> list[float]:
-    """Run a script, whose memory is then its own, and return the numbers that it prints last."""
+    """Run a script in its own process, so that only its own memory counts, and return the numbers that it prints last."""
     output = subprocess.run([sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, text=True, check=True).stdout
     numbers: list[float] = json.loads(output.splitlines()[-1])
     return numbers

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 STEPS = (1, 2, 5, 10, 20)
 ALLOCATORS = {"as it is": {}, "returning": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
-"""glibc keeps what is freed, in pieces that may fit the next request; with the threshold it returns it at once: what counts is in use."""
+"""glibc keeps freed memory, in pieces that may fit later requests; with the threshold it returns it at once: only memory in use counts."""
 METHODS = ("ours-exact", "ours-hf", "ours-fo", "learn2learn", "learn2learn-fo")
 
 
 def measure(name: str, workload: str, steps: int, device: str) -> float:
-    """Return the peak, in MB, of the second meta-gradient of a process beyond what there was before the first."""
+    """Return the peak memory, in MB, of two meta-gradients in a row, beyond what there was before the first."""
     chosen = WORKLOADS[workload]._replace(steps=steps, tasks=1)
     network = without_averages(chosen.network()).to(device)
     function = method(name, network, F.cross_entropy, chosen, chosen.episodes(device))

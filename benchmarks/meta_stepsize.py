@@ -26,7 +26,7 @@ EPISODES = {"ways": 5, "shots": 1, "queries": 1, "meta_batch_size": 32, "train_b
 
 
 class Run(NamedTuple):
-    """One run: validation accuracy after every 100 iterations, the stepsizes, and the test accuracy if it got there."""
+    """One run: validation accuracy after every 100 iterations, the stepsizes, and the test accuracy if the run got that far."""
 
     kind: str
     value: float
@@ -49,7 +49,7 @@ class Curves(Callback):
         self.val_accuracy.append(float(trainer.callback_metrics["val/accuracy"]))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Take the rate of the step."""
+        """Take the stepsize of the step."""
         self.stepsizes.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
@@ -83,7 +83,7 @@ class Clock(Callback):
 
 
 def seconds_per_step(data: OmniglotDataModule, algorithm: type[MAML], callbacks: list[Callback]) -> float:
-    """Return the mean wall time of 100 training steps, which with the callback's default settings is one measurement."""
+    """Return the mean wall time of a step over 100 training steps, in which the callback by default measures once."""
     seed_everything(0, verbose=False)
     optimizer, clock = partial(torch.optim.SGD, lr=0.01), Clock()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
@@ -93,7 +93,7 @@ def seconds_per_step(data: OmniglotDataModule, algorithm: type[MAML], callbacks:
 
 
 def print_costs(data: OmniglotDataModule, repetitions: int = 3) -> None:
-    """Print what the callback adds to a training step, runs with and without it in turn."""
+    """Print how much time the callback adds to a training step, from runs with and without it in turn."""
     for algorithm in (MAML, HFMAML, FOMAML):
         pairs = []
         for _ in range(repetitions):

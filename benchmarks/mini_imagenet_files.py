@@ -1,4 +1,4 @@
-"""Writes made-up images in each of the forms in which people hold mini-ImageNet, with their file names and keys."""
+"""Made-up images, written in each of the forms in which people keep mini-ImageNet, with their file names and keys."""
 
 import csv
 import json
@@ -56,14 +56,14 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def _write_csv(file: Path, header: tuple[str, str], rows: list[tuple[str, str]]) -> None:
-    """Write rows in no order."""
+    """Write rows in random order."""
     np.random.RandomState(0).shuffle(rows)
     with file.open("w", newline="") as stream:
         csv.writer(stream).writerows([header, *rows])
 
 
 def write_ravi(root: Path, images: Encoded) -> None:
-    """Write CSV lists with ``filename,label`` as Ravi & Larochelle's, and ``images/``."""
+    """Write CSV lists with ``filename,label`` like Ravi & Larochelle's, and ``images/``."""
     for split, of_split in images.items():
         for name, number, image in _files(of_split):
             _write(root / "images" / f"{name}{number:08d}.jpg", image)
@@ -73,7 +73,7 @@ def write_ravi(root: Path, images: Encoded) -> None:
 
 
 def write_easyfsl(root: Path, images: Encoded) -> None:
-    """Write CSV lists with ``class_name,image_name`` as easyfsl's, and a folder of ImageNet's names per class."""
+    """Write CSV lists with ``class_name,image_name`` like easyfsl's, and per class a folder of files with ImageNet's names."""
     for split, of_split in images.items():
         for name, number, image in _files(of_split):
             _write(root / "images" / name / f"{name}_{number:05d}.JPEG", image)
@@ -101,7 +101,7 @@ def write_cache_pickles(root: Path, images: Encoded) -> None:
 
 
 def write_category_pickles(root: Path, images: Encoded) -> None:
-    """Write the pickles of Gidaris & Komodakis, by Python 2, with classes numbered through all splits."""
+    """Write the pickles of Gidaris & Komodakis, as Python 2 does, with classes numbered across all splits."""
     root.mkdir(parents=True, exist_ok=True)
     first = 0
     for split, of_split in images.items():

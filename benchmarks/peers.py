@@ -32,12 +32,12 @@ def learn2learn(network: nn.Module, loss: Loss, episodes: Episodes, rate: float,
 
 
 def learn2learn_fo(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, steps: int) -> Params:
-    """The same with ``first_order=True``."""
+    """Do the same with ``first_order=True``."""
     return learn2learn(network, loss, episodes, rate, steps, first_order=True)
 
 
 def higher(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, steps: int) -> Params:
-    """``innerloop_ctx`` for each task, as in higher's ``maml-omniglot.py``."""
+    """Use ``innerloop_ctx`` for each task, as in higher's ``maml-omniglot.py``."""
     import higher as library
 
     optimizer = torch.optim.SGD(network.parameters(), lr=rate)
@@ -51,7 +51,7 @@ def higher(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, step
 
 
 def torchopt(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, steps: int) -> Params:
-    """``MetaSGD`` with the state taken out and put back, as in torchopt's few-shot example."""
+    """Use ``MetaSGD``, and save and restore the state around each task, as in torchopt's few-shot example."""
     import torchopt as library
 
     params = dict(network.named_parameters())
@@ -69,7 +69,7 @@ def torchopt(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, st
 
 
 def torch_func(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, steps: int, first_order: bool = False) -> Params:
-    """``grad`` through an inner loop of ``grad``, one task after the other: ``vmap`` over it fails at batch norm."""
+    """Use ``grad`` through an inner loop of ``grad``, one task after the other: ``vmap`` over tasks fails at batch norm."""
     params = {name: p.detach() for name, p in network.named_parameters()}
 
     def query_loss(w: Params, task: Task) -> Tensor:

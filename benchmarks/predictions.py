@@ -60,7 +60,7 @@ class Panel(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """One prediction and what became of it."""
+    """One prediction and its outcome."""
 
     number: str
     title: str
@@ -103,17 +103,17 @@ def descend(
 
 
 def quadratic_norm(alpha: float, steps: int, w: Tensor, spread: float = 1.0) -> float:
-    """|grad F| by closed form."""
+    """Return |grad F| in closed form."""
     return float(quadratic_meta_gradient(w, alpha, steps, spread).norm())
 
 
 def nonconvex_norm(alpha: float, steps: int, w: Tensor) -> float:
-    """|grad F| by autograd through the unrolled loop."""
+    """Return |grad F| by autograd through the unrolled loop."""
     return float(torch.func.grad(meta_objective)(w, nonconvex_loss, nonconvex_tasks(), alpha, steps).norm())
 
 
 ALPHAS = {1: (0.1, 0.05, 0.025, 0.0125), 5: (0.02, 0.01, 0.005, 0.0025)}
-"""alpha L, by N."""
+"""Values of alpha L for each N."""
 
 
 def first_order_floor() -> Finding:
@@ -295,7 +295,7 @@ TASKS = 200_000
 
 
 def noisy_episodes(samples: int, steps: int, hessian_noise: float, seed: int) -> ResampledEpisodes:
-    """Return many copies of one task, each with its own support samples, which are the Hessian batches too; queries without noise."""
+    """Return many copies of one task, each with its own support samples, which are also its Hessian batches; queries have no noise."""
     random = torch.Generator().manual_seed(seed)
     noise = torch.randn(TASKS, steps, samples, 2, dtype=DOUBLE, generator=random) * vector(1, hessian_noise)
     flat = torch.zeros(TASKS, steps, samples, dtype=DOUBLE)
@@ -388,7 +388,7 @@ def path_errors() -> Finding:
 
 
 def stepsize_moments() -> Finding:
-    """P9: with the batch sizes of the theorems 1 / L-hat is a good estimate of 1 / L(w)."""
+    """P9: with the batch sizes of the theorems, 1 / L-hat is a good estimate of 1 / L(w)."""
     random = torch.Generator().manual_seed(8)
     limits = {"one_step": (0.8, 3.125), "resampling": (0.8, 4.0), "finite_sum": (1.0, 2.0)}
     spreads = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -422,7 +422,7 @@ def stepsize_moments() -> Finding:
 
 
 def batch_floors() -> Finding:
-    """P10: with sampled tasks MAML's floor falls like 1 / sqrt(B), FO-MAML's stays."""
+    """P10: with sampled tasks, MAML's floor falls like 1 / sqrt(B), while FO-MAML's stays."""
     alpha, batches, chains, floors = 0.1 / NONCONVEX_L, (20, 80, 320), 100, {}
     stack = Stack(chains)
     tasks = [Episodes(*(tensor.expand(chains, *tensor.shape) for tensor in task)) for task in zip(*nonconvex_tasks(), strict=True)]
@@ -463,7 +463,7 @@ def batch_floors() -> Finding:
 
 
 class Counting(Objective):
-    """Counts what is asked of it."""
+    """Objective that counts what is asked of it."""
 
     gradients = products = 0
 
@@ -473,7 +473,7 @@ class Counting(Objective):
         return super().value_and_gradient(w, names)
 
     def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
-        """Count (without keeping a graph, ``value_and_gradient`` does) and return."""
+        """Count and return; if no graph is kept, ``value_and_gradient`` counts."""
         Counting.gradients += keep_graph
         return super().gradient(w, names, keep_graph=keep_graph)
 
@@ -538,7 +538,7 @@ def quartic_run(steps: int, scale: float | None, fixed: float | None, iterations
 
 
 def adaptive_where_fixed_diverges() -> Finding:
-    """P12: where curvature varies, what is measured at the current point converges and the best local fixed step diverges."""
+    """P12: where curvature varies, the step measured at the current point converges and the best local fixed step diverges."""
     series, texts, holds = [], [], True
     for steps, style, reference in ((1, "-", (224, 2769)), (5, "--", (51, 4667))):
         at_minimum = 1 / quartic_smoothness(quartic_minimum(steps), steps)
@@ -581,4 +581,4 @@ PREDICTIONS = (
     stepsize_moments,
     cost,
 )
-"""The longest first."""
+"""The longest-running first."""

@@ -3,10 +3,10 @@
 .venv/bin/python benchmarks/processes.py                                          # measures on the CPU, a minute
 .venv/bin/python benchmarks/processes.py --step-ms 40 --spread 0.03 --latency-us 8 --gigabytes-per-second 40 --parameters 112997
 
-Each process computes the meta-gradient of its own tasks, then all average the gradients, 4 bytes per parameter, in a ring: of R processes
-each sends 2 (R - 1) messages of 1/R of them. A step takes as long as the slowest of R computations and this sum. The model draws the
-computations from those that were measured and the sum from a line fitted to measured ones: what it cannot know are a network of many
-machines and other users of it, for which there are the second form's arguments.
+Each process computes the meta-gradient of its own tasks. Then all average the gradients, 4 bytes per parameter, in a ring: each of R
+processes sends 2 (R - 1) messages of 1/R of the gradients. A step takes as long as the slowest of R computations plus this sum. The model
+draws the times of computations from measured ones, and takes that of the sum from a line fitted to measured ones. What it cannot know is
+a network of many machines and its other users: for these there are the second command's arguments.
 """
 
 import argparse
@@ -26,25 +26,25 @@ from torch import multiprocessing
 from tqdm import tqdm
 
 SIZES = [4**power for power in range(5, 13)]
-"""Numbers in the buffers whose sum is timed: 4 kB to 67 MB."""
+"""How many numbers are in the buffers whose sum is timed: 4 kB to 67 MB."""
 
 TOGETHER = 1024
-"""Tasks of a step where these are what is given."""
+"""Tasks of a step of all processes together, where that number is fixed."""
 
 
 class Ring(NamedTuple):
-    """What a sum over processes takes.
+    """The cost of a sum over processes.
 
     Attributes:
-        latency: Of a message, in seconds.
-        bandwidth: In bytes per second.
+        latency: Latency of a message, in seconds.
+        bandwidth: Bandwidth, in bytes per second.
     """
 
     latency: float
     bandwidth: float
 
     def seconds(self, processes: int, size: float) -> float:
-        """Return how long ``size`` bytes take."""
+        """Return how long the sum of ``size`` bytes takes, in seconds."""
         return 2 * (processes - 1) * (self.latency + size / processes / self.bandwidth)
 
 
@@ -78,7 +78,7 @@ def _in_process(rank: int, processes: int, folder: str, name: str, rounds: int) 
 
 
 def measure(processes: int, name: str, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of meta-gradients, of steps and of sums of each size, of the first of so many processes."""
+    """Return the seconds that meta-gradients, steps and sums of each size take in the first of ``processes`` processes."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_in_process, (processes, folder, name, rounds), processes)
         found: dict[str, list[float]] = torch.load(Path(folder) / f"{processes}_0.pt", weights_only=True)
@@ -86,7 +86,7 @@ def measure(processes: int, name: str, rounds: int) -> dict[str, list[float]]:
 
 
 def fit(sums: Sequence[float], processes: int) -> Ring:
-    """Return the ring that explains how long sums of :data:`SIZES` took, all sizes weighing alike."""
+    """Return the ring that best explains how long sums of :data:`SIZES` took, with all sizes weighted alike."""
     share = 2 * (processes - 1)
     columns = np.stack([np.full(len(SIZES), share), share / processes * 4 * np.array(SIZES)], 1) / np.array(sums)[:, None]
     latency, per_byte = np.linalg.lstsq(columns, np.ones(len(SIZES)), rcond=None)[0]
@@ -94,19 +94,19 @@ def fit(sums: Sequence[float], processes: int) -> Ring:
 
 
 def slowest(computations: Sequence[float], processes: int) -> float:
-    """Return the expected longest of as many computations, drawn from these."""
+    """Return the expected time of the slowest of ``processes`` computations, drawn from ``computations``."""
     drawn = np.random.RandomState(0).choice(computations, (1000, processes))
     return float(drawn.max(1).mean())
 
 
 def table(computations: Sequence[float], tasks: int, ring: Ring, size: int) -> list[str]:
-    """Return what the model says, for a number of tasks per process and for a number of tasks in all.
+    """Return what the model predicts, for a fixed number of tasks per process and for a fixed number of tasks in all.
 
     Args:
         computations: Seconds of a process's meta-gradient.
-        tasks: That they were of.
-        ring: Sums the gradients.
-        size: Of these, in bytes.
+        tasks: Number of tasks of that meta-gradient.
+        ring: The ring that sums the gradients.
+        size: Size of the gradients, in bytes.
     """
     lines = [
         (
@@ -127,7 +127,7 @@ def table(computations: Sequence[float], tasks: int, ring: Ring, size: int) -> l
 
 
 def main() -> None:
-    """Measure or take what is given, and print the tables."""
+    """Measure, or take the given figures, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="omniglot_5w1s_q15")
     parser.add_argument("--rounds", type=int, default=20)

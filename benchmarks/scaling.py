@@ -23,14 +23,14 @@ STEPS, TASKS = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16, 32, 64)
 
 
 def of(name: str, workload: str, device: str, **changes: int) -> Callable[[], Any]:
-    """Return what computes the meta-gradient of a workload with other steps or tasks."""
+    """Return a function that computes the meta-gradient of a workload with other numbers of steps or tasks."""
     chosen = WORKLOADS[workload]._replace(**changes)
     network: nn.Module = without_averages(chosen.network()).to(device)
     return method(name, network, F.cross_entropy, chosen, chosen.episodes(device))
 
 
 def with_cores(function: Callable[[], Any], cores: int) -> Any:
-    """Call it with so many threads."""
+    """Call the function with ``cores`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
@@ -40,7 +40,7 @@ def with_cores(function: Callable[[], Any], cores: int) -> Any:
 
 
 def medians(functions: Sequence[Callable[[], Any]], device: str, rounds: int, description: str) -> list[float]:
-    """Return the median milliseconds of each, which take turns."""
+    """Return the median milliseconds of each function, called in turns."""
     for function in functions:
         function()
     times = [[1000 * seconds(function, device, 1) for function in functions] for _ in tqdm(range(rounds), desc=description)]

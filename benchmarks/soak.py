@@ -35,7 +35,7 @@ PHASES = ("training", "validating", "writing a checkpoint")
 
 
 class Noise(EpisodicDataModule):
-    """Twelve classes of noise, turned at random, and by a transform noisy, in validation too."""
+    """Twelve classes of noise, turned at random and with more noise added to the support images, in validation too."""
 
     def __init__(self, noise: float = 0.0, **options: Any) -> None:
         sizes = {"ways": WAYS, "meta_batch_size": 2, "train_batches": STEPS, "val_tasks": 6, "rotations": "augment"}
@@ -43,18 +43,18 @@ class Noise(EpisodicDataModule):
         self.noise = noise
 
     def class_images(self, split: str) -> ClassImages:
-        """Return the same noise for all."""
+        """Return the same noise for all splits."""
         images = torch.rand(12 * 6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         return ClassImages(images, [torch.arange(6 * number, 6 * number + 6).numpy() for number in range(12)])
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Add the transform's noise."""
+        """Add noise to the support images."""
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         return batch._replace(support_x=batch.support_x + self.noise * torch.randn_like(batch.support_x))
 
 
 def network(outputs: int | None = WAYS, dropout: float = 0.0) -> nn.Module:
-    """Return a small one."""
+    """Return a small network."""
     head = [] if outputs is None else [nn.Linear(64, outputs)]
     return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.GELU(), nn.Dropout(dropout), nn.Flatten(), *head)
 
@@ -73,35 +73,35 @@ MODELS: dict[str, Callable[[], LightningModule]] = {
 
 
 class Watched(WholeCheckpoints):
-    """Says when it writes."""
+    """Checkpoint writer that says when it writes."""
 
     def __init__(self, phase: mmap.mmap) -> None:
         self.phase = phase
 
     def save_checkpoint(self, *arguments: Any, **options: Any) -> None:
-        """Write it."""
+        """Write a checkpoint."""
         before, self.phase[0] = self.phase[0], 2
         super().save_checkpoint(*arguments, **options)
         self.phase[0] = before
 
 
 class Phases(Callback):
-    """Says when it validates."""
+    """Callback that says when the run validates."""
 
     def __init__(self, phase: mmap.mmap) -> None:
         self.phase = phase
 
     def on_validation_start(self, *_: Any) -> None:
-        """Validation begins."""
+        """Say that validation begins."""
         self.phase[0] = 1
 
     def on_validation_end(self, *_: Any) -> None:
-        """Training goes on."""
+        """Say that training goes on."""
         self.phase[0] = 0
 
 
 def train(folder: Path, name: str, phase: mmap.mmap) -> None:
-    """Train to the end, from the last checkpoint in ``folder`` if there is one, with random numbers of its own before; leave ``end.pt``."""
+    """Train to the end and write ``end.pt``; start from the last checkpoint in ``folder`` if there is one, but from another random seed."""
     torch.set_num_threads(1)
     last = folder / "last.ckpt"
     torch.manual_seed(os.getpid() if last.exists() else 0)
@@ -129,7 +129,7 @@ def train(folder: Path, name: str, phase: mmap.mmap) -> None:
 
 
 def in_child(function: Callable[[], None], kill_after: float | None = None) -> bool:
-    """Call ``function`` in a process of its own, which is killed after some seconds; return whether it came to its end."""
+    """Call ``function`` in a process of its own, killed after ``kill_after`` seconds if given; return whether it came to its end."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -155,7 +155,7 @@ def whole_run(folder: Path, name: str) -> float:
 
 
 def killed_run(reference: Path, seconds: float, name: str, seed: int) -> str:
-    """Kill a run at a random moment, go on, and compare; return when it was killed, or what was wrong."""
+    """Kill a run at a random moment, resume it and compare the end; return when it was killed, or what was wrong."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, phase = Path(temporary), mmap.mmap(-1, 1)
         if in_child(lambda: train(folder, name, phase), random.Random(seed).uniform(0, seconds)):
@@ -175,7 +175,7 @@ def killed_run(reference: Path, seconds: float, name: str, seed: int) -> str:
 
 
 def is_same(found: Any, expected: Any) -> bool:
-    """Return whether two nests of tensors are the same bit for bit."""
+    """Return whether two nested structures of tensors are the same bit for bit."""
     if isinstance(expected, Tensor):
         return torch.equal(found, expected)
     if isinstance(expected, dict):
@@ -186,7 +186,7 @@ def is_same(found: Any, expected: Any) -> bool:
 
 
 def soak(kills: int, processes: int, seed: int, names: Iterable[str] = MODELS) -> Counter[tuple[str, str]]:
-    """Kill and resume until ``kills`` runs were killed after their first checkpoint and before their end; count how it went."""
+    """Kill and resume until ``kills`` runs were killed after their first checkpoint and before their end; count the outcomes."""
     found: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as temporary, multiprocessing.get_context("fork").Pool(processes) as pool:
         folders = {name: Path(temporary) / str(number) for number, name in enumerate(names)}
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    logging.disable(logging.INFO)  # the trainers of the runs
+    logging.disable(logging.INFO)  # of the runs' trainers
     start = time.perf_counter()
     found = soak(arguments.kills, arguments.processes, arguments.seed)
     print(f"\n| killed while | {' | '.join(MODELS)} | all |\n|{'---|' * (len(MODELS) + 2)}")

@@ -39,10 +39,10 @@ OURS = {
 }
 FIRST_ORDER = ("ours-fo", "ours-fo-bf16", "learn2learn-fo")
 TURN = 0.1
-"""Seconds of a method's turn at least, in which short calls follow each other as they do in training."""
+"""Shortest turn of a method, in seconds; in a turn, short calls follow each other as they do in training."""
 INEXACT = ("ours-hf", "ours-compiled", "ours-exact-bf16", "ours-fo-bf16")
-"""What is not checked in float64: finite differences, which kinks put off, bf16, and a program that would be compiled twice for it."""
-COMPILED = ("omniglot_5w1s_q1", "sinusoid")  # on the CPU it takes minutes for the others, and gains nothing
+"""Methods not checked in float64: finite differences, which kinks disturb; bf16; and a program that would have to be compiled again."""
+COMPILED = ("omniglot_5w1s_q1", "sinusoid")  # for the others, compiling takes minutes on the CPU and gains nothing
 
 
 class Workload(NamedTuple):
@@ -57,10 +57,10 @@ class Workload(NamedTuple):
     steps: int
     rate: float
     checked_shape: tuple[int, ...] | None = None
-    """Of the images of the check, and so of error and peak, where with those of ``shape`` it would take more than 24 GB."""
+    """Shape of the images in the check, and so for error and peak, if with ``shape`` the check would take more than 24 GB."""
 
     def episodes(self, device: str) -> Episodes:
-        """Return the tasks; for inputs of one number, sinusoids of regression."""
+        """Return the tasks; if inputs are single numbers, regression of sinusoids."""
         random = torch.Generator().manual_seed(0)
 
         def images(per_class: int) -> Tensor:
@@ -91,7 +91,7 @@ WORKLOADS = {
 
 
 class Row(NamedTuple):
-    """What one method takes on one workload."""
+    """What was measured of one method on one workload."""
 
     workload: str
     method: str
@@ -103,7 +103,7 @@ class Row(NamedTuple):
 
 
 def without_averages(network: nn.Module) -> nn.Module:
-    """Return the network with batch norm by the statistics of each batch, which is what every library here then computes."""
+    """Return the network with batch norm by the statistics of each batch, so that every library here computes the same."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean = module.running_var = module.num_batches_tracked = None
@@ -119,7 +119,7 @@ def start(workload: Workload, device: str) -> tuple[nn.Module, Callable[[Tensor,
 
 
 def method(name: str, network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], workload: Workload, episodes: Episodes) -> Any:
-    """Return what computes the meta-gradient once, by parameter names."""
+    """Return a function that computes the meta-gradient once, as tensors by parameter name."""
     if name in PEERS:
         return lambda: PEERS[name](network, loss, episodes, workload.rate, workload.steps)
     device = episodes.support_x.device
@@ -145,9 +145,9 @@ def limits(name: str, device: str) -> dict[str, float]:
 
 
 def best_rate(device: str) -> float:
-    """Return floating-point operations per second, in a large product of matrices or a large convolution, whichever has more.
+    """Return the floating-point operations per second of a large matrix product or a large convolution, whichever has more.
 
-    On CPUs they are of different libraries: on an AMD EPYC convolutions have 2.5 times the rate of products.
+    On CPUs the two come from different libraries: on an AMD EPYC, convolutions have 2.5 times the rate of products.
     """
     a, x, kernels = (torch.rand(shape, device=device) for shape in ((4096, 4096), (64, 128, 42, 42), (128, 128, 3, 3)))
     x, kernels = (tensor.to(memory_format=torch.channels_last) for tensor in (x, kernels))
@@ -157,7 +157,7 @@ def best_rate(device: str) -> float:
 
 
 def peak_mb(function: Callable[[], object], device: str) -> float:
-    """Return what one call takes at most beyond what there was: allocated on CUDA, resident on the CPU."""
+    """Return the peak memory of one call beyond what there was before: allocated on CUDA, resident on the CPU."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -176,7 +176,7 @@ def _resident(field: str) -> int:
 
 
 def seconds(function: Callable[[], object], device: str, calls: int) -> float:
-    """Return the time of a call, one of so many in a row, to the end of what they started on the device."""
+    """Return the mean time of a call, over ``calls`` in a row, until all that they started on the device has ended."""
     start = time.perf_counter()
     for _ in range(calls):
         function()
@@ -186,7 +186,7 @@ def seconds(function: Callable[[], object], device: str, calls: int) -> float:
 
 
 def relative_error(actual: Params, expected: Params) -> float:
-    """Return the distance of ``actual`` from ``expected``, in parts of its length."""
+    """Return the distance of ``actual`` from ``expected``, relative to the norm of ``expected``."""
     return float(norm(axpy(-1.0, expected, {name: tensor.double() for name, tensor in actual.items()})) / norm(expected))
 
 
@@ -220,7 +220,7 @@ def errors_and_peaks(name: str, methods: list[str], device: str) -> dict[str, tu
 def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row]:
     """Check every method's meta-gradient, then time them, in float32, in turns.
 
-    The check has a process of its own, to leave no memory behind, and without freed memory that is kept, which would hide the peaks.
+    The check runs in a process of its own, so that it leaves no memory behind. Freed memory is not kept there: it would hide the peaks.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
         found = apart.submit(errors_and_peaks, name, methods, device).result()
@@ -243,7 +243,7 @@ def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row
 
 def main() -> None:
     """Measure, print the table, write the rows."""
-    keep_freed_memory()  # for all methods, as the command `lightning-maml` does: what one method leaves to the next is the same then
+    keep_freed_memory()  # for all methods, as the command `lightning-maml` does: then what one method leaves to the next is the same
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS])
     parser.add_argument("--method", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])

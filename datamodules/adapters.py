@@ -1,4 +1,4 @@
-"""Episodes of few-shot pipelines that exist already: learn2learn's tasksets, torchmeta's and easyfsl's loaders."""
+"""Episodes from existing few-shot pipelines: learn2learn's tasksets, torchmeta's and easyfsl's loaders."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -25,13 +25,13 @@ class Taskset(Protocol):
 
 
 def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list[Any]]:
-    """Return a task's labels as ``0 .. ways - 1``, ``[S]`` and ``[Q]``, and the classes by these numbers.
+    """Return a task's labels as ``0 .. ways - 1``, ``[S]`` and ``[Q]``, and the classes in the order of these numbers.
 
-    Labels that are these numbers already are kept, as those of a sampler that gave them out. Others are numbered at random, anew each
-    time: were a class's number a function of the class, a network could learn it by heart and would not need to adapt.
+    Labels that are already these numbers are kept, as the sampler gave them out. Others are numbered at random, anew each time: if a
+    class's number depended on the class, a network could learn it by heart and would not need to adapt.
 
     Raises:
-        ValueError: If a query is of a class that the support set lacks.
+        ValueError: If the class of a query is not in the support set.
     """
     support, query = ([label.item() if isinstance(label, Tensor) else label for label in labels] for labels in (support_y, query_y))
     found = list(dict.fromkeys(support))
@@ -48,9 +48,9 @@ def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list
 
 
 def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
-    """Return a task (without the dimension T) of which the first ``shots`` examples of each class are the support set.
+    """Return a task (without the dimension T) whose support set is the first ``shots`` examples of each class.
 
-    In whatever order the examples come. Classes may have different numbers of queries.
+    The examples may come in any order. Classes may have different numbers of queries.
 
     Raises:
         ValueError: If a class has no more than ``shots`` examples, or there are not as many labels as examples.
@@ -73,12 +73,12 @@ def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
 
 
 def task_of_easyfsl(batch: Sequence[Any]) -> Episodes:
-    """Return a task (without the dimension T) of what easyfsl's ``TaskSampler`` collates.
+    """Return a task (without the dimension T) from a batch that easyfsl's ``TaskSampler`` collated.
 
-    Its labels, which depend on the class (they are in the order of a set of class ids), are numbered anew at random.
+    Its labels depend on the class (they follow the order of a set of class ids), so they are renumbered at random.
 
     Raises:
-        ValueError: If that is not support images, their labels, query images, their labels and class ids.
+        ValueError: If the batch is not support images, their labels, query images, their labels and class ids.
     """
     if not isinstance(batch, Sequence) or len(batch) != 5:
         raise ValueError(f"Expected easyfsl's support images, labels, query images, labels and class ids but got {_kind(batch)}.")
@@ -89,10 +89,10 @@ def task_of_easyfsl(batch: Sequence[Any]) -> Episodes:
 
 
 def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
-    """Return the meta-batch that torchmeta's ``BatchMetaDataLoader`` collates.
+    """Return the meta-batch of a batch that torchmeta's ``BatchMetaDataLoader`` collated.
 
     Raises:
-        ValueError: If that is not ``{"train": (x, y), "test": (x, y)}``.
+        ValueError: If the batch is not ``{"train": (x, y), "test": (x, y)}``.
     """
     if not isinstance(batch, Mapping) or not {"train", "test"} <= batch.keys():
         got = list(batch) if isinstance(batch, Mapping) else _kind(batch)
@@ -105,7 +105,7 @@ def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
 
 
 def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
-    """Return tasks of the same size as a meta-batch.
+    """Return the meta-batch of some tasks, which must have the same size.
 
     Raises:
         ValueError: If they differ in the number of support or query examples.
@@ -120,7 +120,7 @@ def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
 
 
 class _Loaders(LightningDataModule):
-    """Hands out what it was given."""
+    """Datamodule that hands out the loaders it was given."""
 
     def __init__(self, train: Iterable[Episodes], val: Iterable[Episodes] | None, test: Iterable[Episodes] | None) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class _Loaders(LightningDataModule):
         return self._train
 
     def val_dataloader(self) -> Iterable[Episodes]:
-        """Return the validation tasks; without any there is no validation."""
+        """Return the validation tasks; if there are none, there is no validation."""
         return [] if self._val is None else self._val
 
     def test_dataloader(self) -> Iterable[Episodes]:
@@ -154,20 +154,20 @@ class Learn2LearnDataModule(_Loaders):
     """Episodes of learn2learn's tasksets.
 
     Args:
-        train: Training taskset: anything whose ``sample()`` returns a task as ``(data, labels)``, in any order of the classes.
+        train: Training taskset: anything whose ``sample()`` returns a task as ``(data, labels)``, with the classes in any order.
         val: Validation taskset.
         test: Test taskset.
-        shots: Support examples per class, the first of each; the others are queries.
+        shots: Support examples per class: the first ones of each class; the others are queries.
         test_shots: The same in validation and test; by default as in training.
         meta_batch_size: Tasks per optimizer step.
         train_batches: Meta-batches per epoch.
-        val_tasks: Validation tasks, fresh ones each time, as tasksets are.
+        val_tasks: Validation tasks; fresh ones each time, as tasksets draw them.
         test_tasks: Test tasks.
         num_workers: Loader processes.
 
     Raises:
         ValueError: If a number is out of range; while loading, if a task cannot be split, its size differs from the others', or the
-            taskset has no more.
+            taskset runs out of tasks.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class EasyFSLDataModule(_Loaders):
 class TorchmetaDataModule(_Loaders):
     """Episodes of torchmeta's ``BatchMetaDataLoader``, or of others that give ``{"train": (x, y), "test": (x, y)}``, ``x`` ``[T, S, ...]``.
 
-    An epoch is as long as the loader; where that is all combinations of classes, set the trainer's ``limit_train_batches``.
+    An epoch is as long as the loader; if the loader goes through all combinations of classes, set the trainer's ``limit_train_batches``.
 
     Args:
         train: Training loader.
@@ -261,7 +261,7 @@ class TorchmetaDataModule(_Loaders):
 
 
 class _Converted:
-    """Meta-batches made of ``size`` batches of a loader each."""
+    """Meta-batches that are each made of ``size`` batches of a loader."""
 
     def __init__(self, batches: Iterable[Any], convert: Callable[[list[Any]], Episodes], size: int) -> None:
         self._batches, self._convert, self._size = batches, convert, size

@@ -14,7 +14,7 @@ from lightning_maml.datamodules.pickles import read_pickle
 from lightning_maml.datamodules.sampler import ClassImages
 
 _HDF5_RATIO = 100
-"""How many times as large as an HDF5 file its images may be: torchmeta does not compress them, and photographs lose half at most."""
+"""Largest allowed ratio of the images' size to the HDF5 file's: torchmeta does not compress, and photographs shrink by half at most."""
 
 
 class Split(NamedTuple):
@@ -22,7 +22,7 @@ class Split(NamedTuple):
 
     Attributes:
         sizes: Images of each class, by its name.
-        read: Gives them, with the classes in that order.
+        read: Reads them, with the classes in that order.
     """
 
     sizes: dict[str, int]
@@ -37,7 +37,7 @@ def open_cache_pickle(file: Path, size: int) -> Split:
         size: Height and width that its images must have.
 
     Raises:
-        ValueError: If it holds anything else; so for all formats here.
+        ValueError: If it holds anything else; this applies to all formats here.
     """
     images, class_dict = _entries(file, read_pickle(file), "image_data", "class_dict")
     _check_images(file, images, size)
@@ -80,7 +80,7 @@ def _check_images(what: object, images: Any, size: int) -> None:
 
 
 def _whole_numbers(what: str, value: Any) -> np.ndarray:
-    is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)  # not of lists, which may share theirs 2^30 times
+    is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)  # no nested lists: they may share items 2^30 times
     numbers = np.asarray(value) if is_list or isinstance(value, np.ndarray) else np.empty((0, 0))
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise ValueError(f"Expected {what} to hold lists of whole numbers but got {type(value).__name__} of another kind.")

@@ -19,8 +19,8 @@ class DecodedImages(NamedTuple):
 
     Attributes:
         images: uint8, ``[M, H, W, C]`` or ``[M, H, W]``.
-        labels: Class of each image, a number into ``names``, or -1 for an image that could not be read, ``[M]``.
-        names: Of the classes.
+        labels: Class of each image, an index into ``names``, or -1 for an image that could not be read, ``[M]``.
+        names: Names of the classes.
         unreadable: Which images could not be read, and why.
     """
 
@@ -31,12 +31,12 @@ class DecodedImages(NamedTuple):
 
 
 def write_cache(file: Path, source: str, content: DecodedImages) -> None:
-    """Write ``content`` beside the cache's place, and move it there when it is whole.
+    """Write ``content`` to a file beside the cache, and move it into place when it is complete.
 
     Args:
-        file: Place of the cache; what lies there stays until the new one is whole.
+        file: Path of the cache; what is there stays until the new file is complete.
         source: What the images were decoded from; :func:`read_cache` accepts the cache for the same source only.
-        content: What to keep.
+        content: What to store.
 
     Raises:
         OSError: If the folder cannot be written or the disk is full.
@@ -56,13 +56,13 @@ def read_cache(file: Path, source: str, shape: tuple[int, ...], *, checksums: bo
     """Map the cached images into memory.
 
     Args:
-        file: Place of the cache.
+        file: Path of the cache.
         source: What they must have been decoded from.
-        shape: What shape they must have.
-        checksums: Whether to read the whole file for its checksums, or to trust a file that has its end.
+        shape: Shape that they must have.
+        checksums: Whether to read the whole file and verify its checksums; otherwise a file is trusted unless it is cut short.
 
     Returns:
-        What was kept; or None, with a warning where a file is there that is damaged, or of another version or source.
+        What was stored; or None, with a warning if there is a file but it is damaged, or of another version or source.
     """
     if not file.exists():
         return None

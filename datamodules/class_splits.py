@@ -1,4 +1,4 @@
-"""Which classes are trained on and which tested on."""
+"""Which classes are trained on and which are tested on."""
 
 from collections.abc import Collection, Mapping
 from itertools import combinations
@@ -8,7 +8,7 @@ import numpy as np
 from lightning_maml.datamodules.messages import first_five
 
 Shares = tuple[float, float, float]
-"""Parts of the classes for training, validation and testing."""
+"""Fractions of the classes for training, validation and testing."""
 
 
 def check_shares(shares: Shares) -> None:
@@ -22,7 +22,7 @@ def check_shares(shares: Shares) -> None:
 
 
 def split_classes(count: int, shares: Shares, seed: int) -> dict[str, list[int]]:
-    """Share out the class numbers ``0 .. count - 1`` at random, the same way for the same seed."""
+    """Divide the class numbers ``0 .. count - 1`` among the splits at random, the same way for the same seed."""
     order = np.random.RandomState(seed).permutation(count).tolist()
     val, test = (round(share * count) for share in shares[1:])
     train = count - val - test

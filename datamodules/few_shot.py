@@ -20,11 +20,11 @@ from lightning_maml.datamodules.transforms import EpisodeTransforms
 class FewShotDataModule(EpisodicDataModule):
     """Few-shot episodes of map-style datasets with labels, such as torchvision's or Hugging Face's, read into memory once.
 
-    Items are pairs (image, label), or dictionaries with both. PIL images become RGB of ``image_size``; arrays ``[H, W, C]`` or ``[H, W]``
-    and tensors ``[C, H, W]`` of bytes are taken for images 0 .. 255; arrays and tensors of floats, of any shape, as they are.
+    Items are pairs (image, label), or dictionaries with both. PIL images become RGB of ``image_size``. Arrays ``[H, W, C]`` or ``[H, W]``
+    and tensors ``[C, H, W]`` or ``[H, W]`` of bytes are images in 0 .. 255. Arrays and tensors of floats, of any shape, become float32.
 
     Args:
-        train: Dataset of the training classes; without ``val`` and ``test``, of all classes, which are then shared out at random.
+        train: Dataset of the training classes; without ``val`` and ``test``, of all classes, which are then split at random.
         val: Dataset of the validation classes.
         test: Dataset of the test classes.
         ways: Classes per training episode.
@@ -34,27 +34,27 @@ class FewShotDataModule(EpisodicDataModule):
         test_shots: Support images per class there; by default as in training.
         test_queries: Query images per class there; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
-        image_size: Height and width that PIL images are resized to, whatever their aspect ratio; by default as they are.
-        image_key: Name of the image in items that are dictionaries.
-        label_key: Name of the label there.
-        shares: Of the classes of ``train`` for training, validation and testing, where it is alone.
-        split_seed: Of those shares.
+        image_size: Height and width that PIL images are resized to, whatever their aspect ratio; by default they keep their size.
+        image_key: Key of the image in items that are dictionaries.
+        label_key: Key of the label in such items.
+        shares: Fractions of the classes for training, validation and testing, where ``train`` is the only dataset.
+        split_seed: Seed of that split.
         train_batches: Meta-batches per epoch and process.
-        val_tasks: Validation tasks over all processes, the same ones each time.
-        test_tasks: Test tasks over all processes, the same ones each time.
+        val_tasks: Validation tasks over all processes together; the same ones each time.
+        test_tasks: Test tasks over all processes together; the same ones each time.
         rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the model's, for which ``"resampling"`` draws batches.
-        hessian_shots: Images per class of its Hessian batches; by default as many as ``shots``.
-        transforms: Of the images of whole episodes, on the device; by default none.
+        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's ``train_steps``.
+        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as many as ``shots``.
+        transforms: Transforms of the images of whole episodes, on the device; by default none.
         small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
-        seed: Of the episodes.
+        seed: Seed of the episodes.
         num_workers: Loader processes.
 
     Raises:
         ValueError: If an argument is out of range, datasets share classes of the same name, images differ in size, or a split cannot
             serve the episodes.
-        TypeError: If a dataset cannot be indexed, or its items are no images with labels.
+        TypeError: If a dataset cannot be indexed, or its items are not images with labels.
     """
 
     def __init__(
@@ -121,9 +121,9 @@ class FewShotDataModule(EpisodicDataModule):
         self._images: dict[str, ClassImages] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the datasets that ``stage`` needs, and check that they share no class, where these have names."""
+        """Read the datasets that ``stage`` needs, and check that they share no class, if the classes have names."""
         super().setup(stage)
-        # numbers are no names: each dataset may count its classes from 0
+        # numbers are not names: each dataset may count its classes from 0
         named = {name: images.names for name, images in self._images.items() if not images.names[0].isdigit()}
         check_disjoint(named, "the datasets")
 
@@ -145,14 +145,14 @@ def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str
     """Read a whole dataset.
 
     Args:
-        dataset: Of pairs (image, label), or of dictionaries.
-        name: For messages.
+        dataset: Dataset of pairs (image, label), or of dictionaries.
+        name: Its name, for messages.
         image_size: Height and width to resize PIL images to; None to leave them.
-        image_key: Name of the image in dictionaries.
-        label_key: Name of the label there.
+        image_key: Key of the image in dictionaries.
+        label_key: Key of the label in dictionaries.
 
     Raises:
-        TypeError: If an item is no image with a label.
+        TypeError: If an item is not an image with a label.
         ValueError: If images differ in shape or type, or there are none.
     """
     if len(dataset) == 0:
@@ -181,7 +181,7 @@ def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str
 
 
 def _class_names(dataset: Any, label_key: str) -> Sequence[Any]:
-    """Return the names of the classes by their number, as torchvision and Hugging Face keep them; nothing where there are none."""
+    """Return the class names by number, as torchvision and Hugging Face keep them; an empty tuple if there are none."""
     features = getattr(dataset, "features", None)
     feature = features.get(label_key) if isinstance(features, Mapping) else None
     names = getattr(feature, "names", None) or getattr(dataset, "classes", None)

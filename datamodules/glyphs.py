@@ -25,7 +25,7 @@ class GlyphsDataModule(EpisodicDataModule):
     """Few-shot episodes of generated characters, 28 x 28, ink = 1 on paper = 0.
 
     A character is three curved strokes; each of its 20 drawings wobbles, turns, stretches and shifts them anew, so that two drawings
-    of one character differ by more than pixels: adapting an untrained network to one drawing mostly fails on the next.
+    of one character differ by more than pixels: an untrained network that is adapted to one drawing mostly fails on the next.
 
     Args:
         ways: Classes per training episode.
@@ -36,15 +36,15 @@ class GlyphsDataModule(EpisodicDataModule):
         test_queries: Query images per class there; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
         train_batches: Meta-batches per epoch and process.
-        val_tasks: Validation tasks over all processes, the same ones each time.
-        test_tasks: Test tasks over all processes, the same ones each time.
+        val_tasks: Validation tasks over all processes together; the same ones each time.
+        test_tasks: Test tasks over all processes together; the same ones each time.
         rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the model's, for which ``"resampling"`` draws batches.
-        hessian_shots: Images per class of its Hessian batches; by default as many as ``shots``.
-        transforms: Of the images of whole episodes, on the device; by default none.
-        glyph_seed: Of the characters and their drawings.
-        seed: Of the episodes.
+        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's ``train_steps``.
+        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as many as ``shots``.
+        transforms: Transforms of the images of whole episodes, on the device; by default none.
+        glyph_seed: Seed of the characters and their drawings.
+        seed: Seed of the episodes.
         num_workers: Loader processes.
 
     Raises:

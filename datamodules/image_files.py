@@ -26,30 +26,30 @@ ClassFiles = Mapping[str, Sequence[Path]]
 """The image files of each class."""
 
 _CHUNK = 64  # files that a worker decodes at a time
-_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # for EPS, another of Pillow's, it starts Ghostscript
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # not EPS, for which Pillow starts Ghostscript
 
 
 def check_on_corrupt(on_corrupt: str) -> None:
-    """Check an argument of that name.
+    """Check the argument ``on_corrupt``.
 
     Raises:
-        ValueError: If it is unknown.
+        ValueError: If its value is unknown.
     """
     if on_corrupt not in ("raise", "skip"):
         raise ValueError(f"Expected `on_corrupt` to be 'raise' or 'skip' but got {on_corrupt!r}.")
 
 
 class CachedImageFiles:
-    """Colour images of some classes, read from their files once and from a cache ever after.
+    """Colour images of some classes, decoded from their files once and read from a cache afterwards.
 
-    The cache is built anew when a file is added, removed or changed.
+    The cache is rebuilt when a file is added, removed or changed.
 
     Args:
         classes: Files of each class, by its name.
-        cache: Place of the cache.
-        size: Height and width that images are resized to (by Lanczos' filter, whatever their aspect ratio), in pixels.
+        cache: Path of the cache.
+        size: Height and width that images are resized to (with the Lanczos filter, whatever their aspect ratio), in pixels.
         on_corrupt: ``"raise"`` on a file that cannot be read, or ``"skip"`` it with a warning.
-        description: Of the images, for the progress bar.
+        description: Text for the progress bar.
 
     Raises:
         FileNotFoundError: If there are no files.
@@ -63,7 +63,7 @@ class CachedImageFiles:
         self._source = _fingerprint(classes)
 
     def prepare(self) -> None:
-        """Decode the images, unless a cache of just these files is there.
+        """Decode the images, unless there is a cache of exactly these files.
 
         Raises:
             OSError: If an image cannot be read, or the cache cannot be written.
@@ -75,7 +75,7 @@ class CachedImageFiles:
         """Return the images of some classes, ``[M, 3, size, size]``, mapped into memory.
 
         Raises:
-            FileNotFoundError: If they are not cached yet.
+            FileNotFoundError: If they are not cached yet, or some could not be read and ``on_corrupt`` is ``"raise"``.
         """
         cached = self._read()
         if cached is None:
@@ -104,7 +104,7 @@ def _fingerprint(classes: ClassFiles) -> str:
 
 
 def rows_of_classes(decoded: DecodedImages) -> list[np.ndarray]:
-    """Return for each class the rows of its images."""
+    """Return the rows of the images of each class."""
     labels = decoded.labels.numpy()
     by_class = np.argsort(labels, kind="stable")
     return np.split(by_class, np.searchsorted(labels[by_class], np.arange(len(decoded.names) + 1)))[1:-1]
@@ -117,8 +117,8 @@ def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, de
         classes: Files of each class.
         size: Height and width to resize to.
         mode: ``"RGB"``, for ``[M, size, size, 3]``, or ``"L"``, for ``[M, size, size]``.
-        on_corrupt: What to do with a file that cannot be read; a skipped one leaves zeros, without a class.
-        description: For the progress bar.
+        on_corrupt: What to do with a file that cannot be read; a skipped one becomes zeros, without a class.
+        description: Text for the progress bar.
 
     Raises:
         OSError: If an image cannot be read; the message names it.
@@ -127,7 +127,7 @@ def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, de
     images = torch.empty(len(files), size, size, *([3] if mode == "RGB" else []), dtype=torch.uint8)
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(paths) for paths in classes.values()]))
     unreadable: list[str] = []
-    done = 0  # and not bar.n, which stands still where progress bars are switched off
+    done = 0  # not bar.n, which stands still if progress bars are switched off
     with tqdm(total=len(files), desc=description, unit="image") as bar:
         for part, problems in _in_parallel(_Chunks(files, size, mode)):
             for number, problem in problems.items():
@@ -146,7 +146,7 @@ def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, de
 
 class _Problem(NamedTuple):
     message: str
-    is_of_the_content: bool  # and not, say, of the disk or of permissions, which may be gone next time
+    is_of_the_content: bool  # rather than, say, of the disk or of permissions, which may be gone next time
 
 
 class _Chunks(Dataset[tuple[np.ndarray, dict[int, _Problem]]]):
@@ -157,7 +157,7 @@ class _Chunks(Dataset[tuple[np.ndarray, dict[int, _Problem]]]):
         return math.ceil(len(self._files) / _CHUNK)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, dict[int, _Problem]]:
-        """Return a chunk's images, zeros for those that cannot be read, and what is wrong with these."""
+        """Return a chunk's images, with zeros for those that cannot be read, and what is wrong with those."""
         images, problems = [], {}
         blank = np.zeros((self._size, self._size, *([3] if self._mode == "RGB" else [])), np.uint8)
         for place, file in enumerate(self._files[number * _CHUNK : (number + 1) * _CHUNK]):
@@ -172,10 +172,10 @@ class _Chunks(Dataset[tuple[np.ndarray, dict[int, _Problem]]]):
 
 
 def _in_parallel(chunks: _Chunks) -> DataLoader[Any]:
-    """Return a loader of the chunks, with a worker per core where processes can be forked without harm, and enough to do."""
+    """Return a loader of the chunks, with a worker per core if processes can be forked safely and there is enough to do."""
     workers = min(len(os.sched_getaffinity(0)), len(chunks) // 4) if sys.platform == "linux" else 0
     context = "fork" if workers else None  # a spawned worker would run the user's script again
-    own_seeds = torch.Generator()  # or the first start would draw other random numbers than later ones
+    own_seeds = torch.Generator()  # without it, the first start would draw other random numbers than later ones
     return DataLoader(
         chunks, batch_size=None, collate_fn=_as_it_is, num_workers=workers, multiprocessing_context=context, generator=own_seeds
     )
@@ -188,10 +188,10 @@ def _as_it_is(chunk: Any) -> Any:
 def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
     """Return an image ``[size, size, 3]`` (RGB) or ``[size, size]`` (L), uint8.
 
-    Whatever its name, it is read as one of the formats that `torchvision` lists, or GIF, and as nothing for which Pillow starts a program.
+    Whatever its name, it is read as one of the formats that `torchvision` lists or as GIF, never as one for which Pillow starts a program.
 
     Raises:
-        OSError, SyntaxError, ValueError: If it is none of them, or damaged, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        OSError, SyntaxError, ValueError: If it is in no such format, is damaged, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     with Image.open(file, formats=_FORMATS) as image:
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -201,7 +201,7 @@ def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
             )
         if image.format == "JPEG":
             return pixels(image, mode, size)
-        image.verify()  # its checksums, which decoding alone does not look at; JPEG has none
+        image.verify()  # looks at its checksums, as decoding alone does not; JPEG has none
     with Image.open(file, formats=_FORMATS) as image:
         return pixels(image, mode, size)
 
@@ -219,7 +219,7 @@ def pixels(image: Image.Image, mode: Mode, size: int | None) -> np.ndarray:
 
 
 def list_class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files, sorted, of each class: of each folder in ``folder``, at any depth; what is hidden is passed over."""
+    """Return the sorted image files, at any depth, of each folder in ``folder``; each is a class. Hidden names are skipped."""
     return {place.name: _images_below(place) for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")}
 
 

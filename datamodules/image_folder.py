@@ -1,4 +1,4 @@
-"""Anybody's images, in a folder per class."""
+"""The user's own images, in a folder per class."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ _SPLITS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 class ImageFolderDataModule(EpisodicDataModule):
     """Few-shot episodes of the images in a tree of folders, RGB, of one size.
 
-    The tree is ``root/{train,val,test}/CLASS/*``, or ``root/CLASS/*``, whose classes are then shared out to the three splits at random.
-    A class's images may lie at any depth below its folder; there may be any number of them, as many as an episode takes at least.
+    The tree is ``root/{train,val,test}/CLASS/*``, or ``root/CLASS/*``, whose classes are then divided among the three splits at random.
+    A class's images may lie at any depth below its folder. There may be any number of them, but at least as many as an episode takes.
     They are decoded once, into ``root/images_SIZE.pt``, and again when a file is added, removed or changed.
 
     Args:
@@ -30,19 +30,19 @@ class ImageFolderDataModule(EpisodicDataModule):
         test_queries: Query images per class there; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
         image_size: Height and width that images are resized to, whatever their aspect ratio, in pixels.
-        shares: Of the classes of a tree without splits, for training, validation and testing.
-        split_seed: Of those shares.
+        shares: Fractions of the classes for training, validation and testing, in a tree without splits.
+        split_seed: Seed of that split.
         train_batches: Meta-batches per epoch and process.
-        val_tasks: Validation tasks over all processes, the same ones each time.
-        test_tasks: Test tasks over all processes, the same ones each time.
+        val_tasks: Validation tasks over all processes together; the same ones each time.
+        test_tasks: Test tasks over all processes together; the same ones each time.
         rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the model's, for which ``"resampling"`` draws batches.
-        hessian_shots: Images per class of its Hessian batches; by default as many as ``shots``.
-        transforms: Of the images of whole episodes, on the device; by default none.
+        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's ``train_steps``.
+        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as many as ``shots``.
+        transforms: Transforms of the images of whole episodes, on the device; by default none.
         small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
         on_corrupt: ``"raise"`` on an image file that cannot be read, or ``"skip"`` it with a warning.
-        seed: Of the episodes.
+        seed: Seed of the episodes.
         num_workers: Loader processes.
 
     Raises:
@@ -114,7 +114,7 @@ class ImageFolderDataModule(EpisodicDataModule):
         return self.root / f"images_{self.image_size}.pt"
 
     def prepare_data(self) -> None:
-        """Decode the images, unless a cache of just these files is there."""
+        """Decode the images, unless there is a cache of exactly these files."""
         self._find()[0].prepare()
 
     def setup(self, stage: str | None = None) -> None:
@@ -143,12 +143,12 @@ def find_classes(root: Path, shares: Shares, seed: int) -> tuple[dict[str, list[
     """Return the image files of each class in a tree, and the classes of each split.
 
     Args:
-        root: Of the tree.
-        shares: Of the classes for each split, where the tree has none.
-        seed: Of that.
+        root: Root of the tree.
+        shares: Fractions of the classes for each split, if the tree has no splits.
+        seed: Seed of that split.
 
     Raises:
-        FileNotFoundError: If there are no folders of images, or not all of the splits.
+        FileNotFoundError: If there are no folders of images, or only some of the splits.
         ValueError: If splits share classes.
     """
     if not root.is_dir():

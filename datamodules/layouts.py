@@ -1,4 +1,4 @@
-"""The forms in which people hold mini-ImageNet, recognised by the names of their files."""
+"""The forms in which people keep mini-ImageNet, recognised by their file names."""
 
 import csv
 import os
@@ -20,10 +20,10 @@ class Layout(NamedTuple):
     """What was found, and where.
 
     Attributes:
-        name: For messages.
+        name: Name of the form, for messages.
         folder: Where its files lie.
-        splits: ``"train"``, ``"val"`` and ``"test"``.
-        files: The images to be decoded before any split is read; None where there are arrays.
+        splits: The splits ``"train"``, ``"val"`` and ``"test"``.
+        files: The images to be decoded before any split is read; None if they are arrays already.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """How to recognise a layout, by the name, or one of two, of each split's file or folder; where people get it; how to open it."""
+    """How to recognise a layout (by one or two possible names of each split's file or folder), where to get it and how to open it."""
 
     names: dict[str, tuple[str, ...]]
     source: str
@@ -45,11 +45,11 @@ def find_layout(root: Path, size: int, on_corrupt: OnCorrupt) -> Layout:
 
     Args:
         root: Where to look.
-        size: Height and width that images have or get, in pixels.
+        size: Height and width that the images have or are resized to, in pixels.
         on_corrupt: What to do with an image file that cannot be read.
 
     Raises:
-        FileNotFoundError: If there is none; the message names each form and where people get it.
+        FileNotFoundError: If there is none; the message names each form and where to get it.
         ValueError: If several folders look like it, or its files are not what they seem; the message says what they are.
     """
     incomplete: list[str] = []
@@ -74,7 +74,7 @@ def find_layout(root: Path, size: int, on_corrupt: OnCorrupt) -> Layout:
 
 
 def _matches(folder: Path, incomplete: list[str]) -> list[tuple[str, _Places]]:
-    """Return the forms that lie whole in a folder, and note down those that lie there in part."""
+    """Return the forms that are complete in a folder, and add those that are there in part to ``incomplete``."""
     whole = []
     for form_name, form in _FORMS.items():
         exists = Path.is_dir if form.open is _open_folders else Path.is_file
@@ -157,7 +157,7 @@ def _list_files(path: Path, split: str) -> dict[str, list[Path]]:
 
 @cache
 def _names_in(folder: str) -> frozenset[str]:
-    """Return what lies in a folder: listing it once is many times as fast as asking for each file."""
+    """Return the names in a folder; listing it once is many times as fast as asking for each file."""
     return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 

@@ -19,10 +19,10 @@ CLASSES = {"train": 64, "val": 16, "test": 20}
 class MiniImageNetDataModule(EpisodicDataModule):
     """Few-shot episodes of mini-ImageNet, RGB, 84 x 84 pixels.
 
-    There is no official download; the form in which people hold it is recognised by itself, in ``root`` or in a folder of it: CSV lists of
-    Ravi & Larochelle or of easyfsl beside the images, class folders ``train | val | test``, cache pickles of Ren et al., category-split
-    pickles of Gidaris & Komodakis, torchmeta's HDF5 files. Image files are decoded once, into ``mini_imagenet_84.pt`` beside them; arrays
-    in pickles are mapped into memory as they are. Pickles are read without running anything they may contain.
+    There is no official download. The form of the data is recognised automatically, in ``root`` or in a folder of it: CSV lists of Ravi &
+    Larochelle or of easyfsl beside the images, class folders ``train | val | test``, cache pickles of Ren et al., category-split pickles
+    of Gidaris & Komodakis, or torchmeta's HDF5 files. Image files are decoded once, into ``mini_imagenet_84.pt`` beside them; arrays in
+    pickles are mapped into memory as they are. Pickles are read without running anything they may contain.
 
     Args:
         root: Folder of the data.
@@ -34,21 +34,21 @@ class MiniImageNetDataModule(EpisodicDataModule):
         test_queries: Query images per class there; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
         train_batches: Meta-batches per epoch and process.
-        val_tasks: Validation tasks over all processes, the same ones each time.
-        test_tasks: Test tasks over all processes, the same ones each time.
+        val_tasks: Validation tasks over all processes together; the same ones each time.
+        test_tasks: Test tasks over all processes together; the same ones each time.
         rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the model's, for which ``"resampling"`` draws batches.
-        hessian_shots: Images per class of its Hessian batches; by default as many as ``shots``.
-        transforms: Of the images of whole episodes, on the device; by default none.
+        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's ``train_steps``.
+        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as many as ``shots``.
+        transforms: Transforms of the images of whole episodes, on the device; by default none.
         small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
         on_corrupt: ``"raise"`` on an image file that cannot be read, or ``"skip"`` it with a warning.
-        seed: Of the episodes.
+        seed: Seed of the episodes.
         num_workers: Loader processes.
 
     Raises:
         ValueError: If an argument is out of range, a split cannot serve the episodes, or the files are not what they seem: a web page in
-            place of a pickle, other classes or arrays than mini-ImageNet's, the same classes in several splits.
+            place of a pickle, other classes or arrays than mini-ImageNet's, or the same classes in several splits.
         FileNotFoundError: If there is no mini-ImageNet in ``root``, or images of a list are missing.
         OSError: If an image cannot be read, or the cache cannot be written.
         ModuleNotFoundError: If the data are HDF5 files and h5py is not installed.
@@ -105,7 +105,7 @@ class MiniImageNetDataModule(EpisodicDataModule):
         self._layout: Layout | None = None
 
     def prepare_data(self) -> None:
-        """Decode the image files, unless there are arrays or a cache."""
+        """Decode the image files, unless the data are arrays or a cache is there."""
         if (files := self._found().files) is not None:
             files.prepare()
 

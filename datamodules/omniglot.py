@@ -24,7 +24,8 @@ VINYALS_TEST = (
     *(f"Gurmukhi/character{number}" for number in (42, 43, 44, 45)),
 )
 VINYALS_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
-"""Alphabets, and four characters, of Vinyals et al. 2016 as published by Snell et al. 2017; all others are for training."""
+"""Test alphabets (and four single characters) and validation alphabets of Vinyals et al. 2016, as published by Snell et al. 2017; all
+others are for training."""
 
 
 _SOURCE = "the official folders"
@@ -33,9 +34,9 @@ _SOURCE = "the official folders"
 class OmniglotDataModule(EpisodicDataModule):
     """Few-shot episodes of Omniglot, 28 x 28, ink = 1 on paper = 0.
 
-    The images are read once from the official folder tree (``images_background`` and ``images_evaluation``, looked for in ``root`` and
-    three levels below), or downloaded there by torchvision, and kept as one uint8 array in ``root/omniglot_28.pt``. While that file
-    is whole nothing else is read.
+    The images are read once from the official folder tree (``images_background`` and ``images_evaluation``, looked for in ``root`` and up
+    to three levels below), or downloaded there by torchvision, and kept as one uint8 array in ``root/omniglot_28.pt``. As long as that
+    file is intact, nothing else is read.
 
     Args:
         root: Folder of the data.
@@ -49,23 +50,23 @@ class OmniglotDataModule(EpisodicDataModule):
         split: ``"random"``: 1100 / 100 / 423 characters, drawn by ``split_seed`` (the MAML paper's sizes); ``"vinyals"``: 1028 / 172 / 423
             by alphabet (Vinyals et al. 2016); ``"lake"``: tests on the 659 characters of the evaluation set, trains on 864 of the
             background set and validates on its other 100, drawn by ``split_seed``.
-        split_seed: Of the splits that are drawn.
-        rotations: ``"classes"``: each character turned by 0, 90, 180 and 270 degrees makes four classes; ``"augment"``: each class of
-            an episode is turned at random; ``"none"``. In all splits.
-        download: Download into ``root`` when the cache is not there and not both folders are.
+        split_seed: Seed of the splits that are drawn.
+        rotations: ``"classes"``: each character, turned by 0, 90, 180 and 270 degrees, makes four classes; ``"augment"``: each class of
+            an episode is turned at random; ``"none"``. This applies to all splits.
+        download: Download into ``root`` if the cache is missing and so is at least one of the folders.
         train_batches: Meta-batches per epoch and process.
-        val_tasks: Validation tasks over all processes, the same ones each time.
-        test_tasks: Test tasks over all processes, the same ones each time.
+        val_tasks: Validation tasks over all processes together; the same ones each time.
+        test_tasks: Test tasks over all processes together; the same ones each time.
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the model's, for which ``"resampling"`` draws batches.
-        hessian_shots: Images per class of its Hessian batches; by default as many as ``shots``.
-        transforms: Of the images of whole episodes, on the device; by default none.
-        seed: Of the episodes.
+        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's ``train_steps``.
+        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as many as ``shots``.
+        transforms: Transforms of the images of whole episodes, on the device; by default none.
+        seed: Seed of the episodes.
         num_workers: Loader processes.
 
     Raises:
         ValueError: If an argument is out of range, or a split cannot serve the episodes.
-        FileNotFoundError: If the data are not there and cannot be downloaded, or are only half there.
+        FileNotFoundError: If the data are missing and cannot be downloaded, or are incomplete.
         OSError: If an image cannot be read; the message names it.
     """
 
@@ -128,7 +129,7 @@ class OmniglotDataModule(EpisodicDataModule):
         return self.root / f"omniglot_{self.image_size}.pt"
 
     def prepare_data(self) -> None:
-        """Download and decode the images, unless a whole cache is there."""
+        """Download and decode the images, unless there is an intact cache."""
         if self._read_cache() is None:
             tree = find_tree(self.root)
             if len(tree) < len(CHARACTERS) and self._download:
@@ -164,7 +165,7 @@ def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[
     Args:
         names: ``folder/Alphabet/characterNN`` of every class.
         split: ``"random"``, ``"vinyals"`` or ``"lake"``.
-        seed: Of the drawn splits.
+        seed: Seed of the splits that are drawn.
     """
     order = np.random.RandomState(seed).permutation(len(names)).tolist()
     if split == "random":
@@ -184,7 +185,7 @@ def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[
 
 
 def find_tree(root: Path) -> dict[str, Path]:
-    """Return where the official folders lie, in ``root`` or up to three levels below it; whole ones before others."""
+    """Return the paths of the official folders, in ``root`` or up to three levels below it; complete ones are preferred."""
     found = {}
     for name, count in CHARACTERS.items():
         places = [place for levels in range(4) for place in sorted(root.glob("*/" * levels + name)) if "__MACOSX" not in place.parts]

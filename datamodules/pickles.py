@@ -1,4 +1,4 @@
-"""Arrays out of pickles that nobody vouches for: no code of theirs runs, and large arrays are mapped from the file, not read."""
+"""Arrays from untrusted pickles: no code in them runs, and large arrays are mapped from the file, not read."""
 
 import mmap
 import pickle
@@ -11,21 +11,21 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-_LARGE = 1 << 16  # bytes from which on a string is left in the file
+_LARGE = 1 << 16  # bytes; a string of this size or larger is left in the file
 
 
 def read_pickle(file: Path) -> Any:
     """Read arrays, lists, dictionaries, strings and numbers, pickled by Python 2 or 3.
 
-    Nothing that the pickle names is imported: what numpy needs to describe an array is done here, everything else refused. Raw arrays stay
-    in the file, which is mapped copy-on-write: reading costs neither time nor memory until pixels are used. (Pickles of Python 3 in
-    protocol 2 or older hold them as text, which is decoded in memory.)
+    Nothing that the pickle names is imported: stand-ins in this file do what numpy needs to describe an array, and everything else is
+    refused. Raw arrays stay in the file, which is mapped copy-on-write: reading costs neither time nor memory until pixels are used.
+    (Pickles of Python 3 with protocol 2 or older hold arrays as text, which is decoded in memory.)
 
     Returns:
-        What was pickled, byte strings of Python 2 as text.
+        What was pickled, with Python 2's byte strings as text.
 
     Raises:
-        ValueError: If the file is cut short or damaged, or holds anything else than arrays and containers.
+        ValueError: If the file is cut short or damaged, or holds anything but arrays and containers.
     """
     with file.open("rb") as stream:
         try:
@@ -49,7 +49,7 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _Mapped:
-    """A file whose large pieces are views of it."""
+    """A file that is read in copies, except for large pieces, which are views of it."""
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self._mapped, self._view = mapped, memoryview(mapped)
@@ -69,18 +69,18 @@ def _list_of_last(unpickler: "_Unpickler", size: int) -> None:
     unpickler.stack[-size:] = [unpickler.stack[-size:]]
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C copies large strings of Python 2 twice
+class _Unpickler(pickle._Unpickler):  # the Python version: the C version copies large strings of Python 2 twice
     stack: list[Any]
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return this file's own stand-in."""
+        """Return this file's stand-in for the name."""
         if (module, name) not in _STAND_INS:
             raise _Refused(f"{module}.{name}")
         return _STAND_INS[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Refuse what lies outside of the pickle."""
+        """Refuse what lies outside the pickle."""
         raise _Refused("a persistent object")
 
     def load_build(self) -> None:
@@ -92,9 +92,9 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C copies l
 
     dispatch[pickle.BUILD[0]] = load_build
 
-    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # the other takes the memory before it looks for the bytes
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # its own loader allocates before it looks for the bytes
 
-    # What was a tuple becomes a list: as a key, one that holds another twice, which holds another twice, would be hashed for ever.
+    # Tuples become lists, which cannot be keys: to hash a tuple that holds another twice, which holds another twice, ..., takes for ever.
     dispatch[pickle.EMPTY_TUPLE[0]] = dispatch[pickle.EMPTY_LIST[0]]
     dispatch[pickle.TUPLE[0]] = dispatch[pickle.LIST[0]]
     dispatch[pickle.TUPLE1[0]] = partial(_list_of_last, size=1)
@@ -159,7 +159,7 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Return the value with arrays for their stand-ins and text for byte strings; ``done`` holds what it shares."""
+    """Return the value with arrays in place of their stand-ins and text in place of bytes; ``done`` holds what was converted, by id."""
     if id(value) not in done:
         if isinstance(value, dict):
             done[id(value)] = {_plain(key, done): _plain(item, done) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""Batches prepared ahead of time, in an order that a resumed run takes up where it was."""
+"""Batches prepared ahead of time, in an order that a resumed run takes up where it stopped."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +10,11 @@ from lightning_maml.datamodules.sampler import TaskSampler
 
 
 class PrefetchingLoader(DataLoader[Any]):
-    """A data loader that prepares the next batch while the current one is in use, in a thread where there are no worker processes.
+    """A data loader that prepares the next batch while the current one is in use, in a thread if there are no worker processes.
 
-    It begins when the first batch is asked for, not when Lightning makes its iterator, before it sets the epoch. With a
-    :class:`lightning_maml.datamodules.TaskSampler` checkpoints hold how far the epoch is, and a resumed one goes on from there.
+    It begins when the first batch is asked for, not when Lightning makes its iterator, because Lightning sets the epoch only after that.
+    With a :class:`lightning_maml.datamodules.TaskSampler`, checkpoints record how far the epoch has got, and a resumed run goes on from
+    there.
     """
 
     _given = 0
@@ -32,7 +33,7 @@ class PrefetchingLoader(DataLoader[Any]):
         return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Leave out, in the same epoch, what was given out already."""
+        """Skip the batches that were already given out, if the epoch is still the same."""
         self._resumed = state_dict
 
     def _skip_what_was_given(self) -> int:

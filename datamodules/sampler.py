@@ -1,4 +1,4 @@
-"""Seeded drawing of episodes by index from images that lie in memory, class by class."""
+"""Seeded drawing of episodes, by index, from images that lie in memory class by class."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from lightning_maml.datamodules.messages import first_five
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes
 
 TaskKey = tuple[int, ...]
-"""Epoch and number of a task, and a word that sets streams beside training apart: with the seed, all that an episode depends on."""
+"""Epoch and number of a task, and in extra streams a number that sets them apart: with the seed, all that an episode depends on."""
 
 Rotations = Literal["none", "classes", "augment"]
 SmallClasses = Literal["raise", "drop"]
@@ -23,7 +23,7 @@ class Resampling(NamedTuple):
     """How many batches a task draws afresh in the resampling case (Ji et al. 2022, Algorithm 1).
 
     Attributes:
-        steps: N, the inner steps, with a support batch and a Hessian batch each.
+        steps: N, the number of inner steps, each with a support batch and a Hessian batch.
         hessian_shots: Images per class of a Hessian batch.
     """
 
@@ -32,10 +32,10 @@ class Resampling(NamedTuple):
 
 
 def check_seed(name: str, seed: int) -> None:
-    """Check an argument of that name.
+    """Check that an argument is a seed that numpy accepts.
 
     Raises:
-        ValueError: If numpy takes no such seed.
+        ValueError: If it is not; the message names the argument.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"Expected `{name}` to be from 0 to 2**32 - 1 but got {seed}.")
@@ -47,7 +47,7 @@ class ClassImages(NamedTuple):
     Attributes:
         images: ``[M, C, H, W]``, uint8 with 255 standing for 1; or floats, which are taken as they are, ``[M, ...]``.
         members: For each class the rows of ``images`` that belong to it.
-        names: Of the classes, for messages.
+        names: Names of the classes, for messages.
     """
 
     images: Tensor
@@ -58,9 +58,9 @@ class ClassImages(NamedTuple):
 class EpisodeDataset(Dataset[AnyEpisodes]):
     """Episodes as a function of (epoch, number): the same for any number of workers and processes.
 
-    A task's classes are drawn without replacement and labelled ``0 .. ways - 1`` in the order drawn, so labels are permuted per
-    episode; within a class all images of an episode are different ones: its support and query images are disjoint and, where there is a
-    support batch and a Hessian batch per inner step, these are disjoint too, hence independent samples of the class.
+    A task's classes are drawn without replacement and labelled ``0 .. ways - 1`` in the order drawn, so labels are permuted in each
+    episode. Within a class, all images of an episode are different: its support and query images are disjoint. If there is a support
+    batch and a Hessian batch per inner step, these are disjoint too, and hence independent samples of the class.
 
     Args:
         data: The images of one split.
@@ -68,14 +68,14 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         shots: Support images per class.
         queries: Query images per class.
         resampling: None for ``Episodes``; for ``ResampledEpisodes`` the number of inner steps and the Hessian images per class and step.
-        rotations: ``"classes"``: each class turned by 0, 90, 180 and 270 degrees makes four; ``"augment"``: each class of an episode is
-            turned by a random multiple of 90 degrees; ``"none"``.
-        seed: Words that set this stream of episodes apart from others.
-        split: Its name, for messages.
+        rotations: ``"classes"``: each class, turned by 0, 90, 180 and 270 degrees, makes four classes; ``"augment"``: each class of an
+            episode is turned by a random multiple of 90 degrees; ``"none"``.
+        seed: Numbers that set this stream of episodes apart from others.
+        split: Name of the split, for messages.
         small_classes: ``"raise"`` on classes with too few images for an episode, or ``"drop"`` them with a warning.
 
     Raises:
-        ValueError: If the split has too few classes, or a class too few images, or if images that are not square are to be turned.
+        ValueError: If the split has too few classes, a class has too few images, or images that are not square are to be turned.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
             )
 
     def __getitem__(self, key: TaskKey) -> AnyEpisodes:
-        """Return one task, images as they are stored and in the order of their labels, without the leading dimension of a meta-batch."""
+        """Return one task, without a meta-batch's leading dimension; its images are as stored and in the order of their labels."""
         random = np.random.RandomState([*self._seed, *key])  # a frozen stream: the same episodes whatever numpy's version
         drawn = [self._draw_rows(random, number) for number in random.choice(self._classes, self._ways, replace=False)]
         turns = [turn for _, turn in drawn]
@@ -129,7 +129,7 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         return random.permutation(members)[: self._images_per_class], int(turns)
 
     def _labelled(self, rows: Tensor, turns: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the images of rows ``[..., ways, per class]``, each class turned, as ``[..., ways * per class, C, H, W]``; and labels."""
+        """Return the images of rows ``[..., ways, per class]``, each class turned, as ``[..., ways * per class, C, H, W]``, and labels."""
         *leading, ways, per_class = rows.shape
         images = torch.unflatten(torch.index_select(self._pixels, 0, rows.flatten()), 0, tuple(rows.shape))
         if any(turns):
@@ -159,15 +159,15 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
 
 
 class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
-    """Yields the keys of an epoch's tasks that fall to this process: every R-th of them, so that none is drawn twice.
+    """The keys of an epoch's tasks that fall to this process: every R-th of them, so that none is drawn twice.
 
-    With R processes of T tasks each, a step sees the same tasks as one process with R T. It is a ``DistributedSampler`` so that
-    Lightning sets its epoch and leaves it in place, and a ``SequentialSampler`` so that it does so too with ``overfit_batches``.
+    With R processes of T tasks each, a step sees the same tasks as one process with R T tasks. It is a ``DistributedSampler`` so that
+    Lightning sets its epoch and leaves it in place, and a ``SequentialSampler`` so that Lightning also does so with ``overfit_batches``.
 
     Args:
         tasks: Tasks per epoch over all processes.
         fresh: Draw other tasks in every epoch (training) rather than the same ones (evaluation).
-        num_replicas: R, how many processes there are.
+        num_replicas: R, the number of processes.
         rank: Which of them this is.
     """
 

@@ -15,7 +15,7 @@ STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "metaoptnet": ((120.39586 / 255, 115.59361 / 255, 104.54012 / 255), (70.68188 / 255, 68.27635 / 255, 72.54505 / 255)),
 }
-"""Mean and standard deviation of the colours of images in 0 .. 1, those of ImageNet, as torchvision's networks use them, and those of
+"""Means and standard deviations of the colours of images in 0 .. 1: those of ImageNet, as torchvision's networks use them, and those of
 mini-ImageNet's training classes, as MetaOptNet (Lee et al. 2019) and its descendants use them."""
 
 
@@ -23,22 +23,23 @@ mini-ImageNet's training classes, as MetaOptNet (Lee et al. 2019) and its descen
 class EpisodeTransforms:
     """Transforms of the images of whole episodes, on the device that they are trained on.
 
-    They get float images ``[n, C, H, W]`` in 0 .. 1; those of ``torchvision.transforms.v2`` fit.
+    The transforms get float images ``[n, C, H, W]`` in 0 .. 1; those of ``torchvision.transforms.v2`` can be used.
 
     Args:
         resize: Height and width that all images are resized to first, in pixels; by default they stay as they are.
-        train: In training, one after the other: random crop, flip, colour jitter.
-        test: In validation, test and prediction. They get many images at once, so what they draw at random is the same for all of them.
+        train: Transforms in training, applied one after the other, such as random crop, flip and colour jitter.
+        test: Transforms in validation, test and prediction. They get many images at once, so what they draw at random is the same for all
+            of them.
         vary: ``"image"``: ``train`` draws anew for each image (it is called once for each, which takes half a millisecond for crop, flip
-            and jitter on a CPU); ``"task"``: once for each task, for all of its images alike.
-        normalize: Last, in training and testing: ``"imagenet"`` or ``"metaoptnet"`` by their statistics of the three colours, see
-            :data:`lightning_maml.datamodules.transforms.STATISTICS`; ``"none"``: images stay in 0 .. 1, as in the MAML paper. Other
-            statistics: ``v2.Normalize`` in both lists.
+            and jitter on a CPU); ``"task"``: it draws once for each task, for all of its images alike.
+        normalize: Applied last, in training and testing: ``"imagenet"`` or ``"metaoptnet"`` normalises by these statistics of the three
+            colours, see :data:`lightning_maml.datamodules.transforms.STATISTICS`; with ``"none"`` images stay in 0 .. 1, as in the MAML
+            paper. For other statistics, put ``v2.Normalize`` in both lists.
 
     Raises:
-        TypeError: If ``train`` or ``test`` is no list.
-        ValueError: If ``resize`` is not positive, ``vary`` or ``normalize`` unknown; when called, if images that are to be normalised do
-            not have three channels.
+        TypeError: If ``train`` or ``test`` is not a list.
+        ValueError: If ``resize`` is not positive, or ``vary`` or ``normalize`` is unknown; when called, if images that are to be normalised
+            do not have three channels.
     """
 
     resize: int | None = None

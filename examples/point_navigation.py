@@ -5,7 +5,7 @@ the environment is that of Finn et al. 2017, section 5.3, shorter and without bo
 
 - The data depend on the parameters. ``ResampledEpisodes`` holds noise, which ``sample`` turns into trajectories at the inner point where
   they are needed.
-- The derivatives of the expected return must not miss that dependence. The loss weights every reward by the likelihood ratio of its
+- The derivatives of the expected return must include that dependence. The loss weights every reward by the likelihood ratio of its
   actions between the policy that is differentiated and the one that acted. Where the two are the same the ratio is 1 and its derivatives
   are those of DiCE (Foerster et al. 2018); at the two points that HF-MAML probes it is the importance weight of the same trajectories.
 
@@ -44,12 +44,12 @@ def build_policy() -> nn.Module:
 
 
 class Trajectories(NamedTuple):
-    """What a policy did, without a graph.
+    """What a policy did, without an autograd graph.
 
     Attributes:
         positions: Where each action was taken, ``[S, H, 2]``.
         actions: Displacements, ``[S, H, 2]``.
-        log_probs: Of the actions under the policy that took them, ``[S, H]``.
+        log_probs: Log-probabilities of the actions under the policy that took them, ``[S, H]``.
         rewards: Minus the squared distance to the goal after each action, ``[S, H]``.
     """
 
@@ -60,7 +60,7 @@ class Trajectories(NamedTuple):
 
 
 class Navigation:
-    """The environment and the loss, for a policy network as :func:`build_policy` returns one."""
+    """The environment and the loss, for a policy network such as :func:`build_policy` returns."""
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
@@ -78,7 +78,7 @@ class Navigation:
         return Trajectories(taken_at, taken, self._log_probs(params, taken_at, taken), rewards), goal
 
     def loss(self, params: Params, runs: Trajectories, goal: Tensor) -> Tensor:
-        """Return minus the mean return, for any ``params`` an unbiased estimate from trajectories drawn at others.
+        """Return minus the mean return: an unbiased estimate for any ``params``, from trajectories drawn at others.
 
         ``sum_t rho_t r_t - (rho_t - rho_{t-1}) b_t`` with ``rho_t`` the likelihood ratio of the first t actions. The baseline ``b_t``, the
         mean reward to go of the other trajectories, only lowers the variance: ``rho_t - rho_{t-1}`` has mean 0.
@@ -96,7 +96,7 @@ class Navigation:
 
     def _log_probs(self, params: Params, positions: Tensor, actions: Tensor) -> Tensor:
         deviation = (actions - self._mean(params, positions)) / STEP_STD
-        return -deviation.square().sum(-1) / 2  # up to a constant, which ratios do not see
+        return -deviation.square().sum(-1) / 2  # up to a constant, which cancels in ratios
 
 
 def draw_tasks(tasks: int, steps: int, runs: int, hessian_runs: int, random: torch.Generator) -> ResampledEpisodes:
@@ -110,7 +110,7 @@ def draw_tasks(tasks: int, steps: int, runs: int, hessian_runs: int, random: tor
 
 
 def meta_train(policy: nn.Module, curvature: CurvatureName, iterations: int, seed: int = 0) -> list[float]:
-    """Train ``policy`` in place, with N = 1, and return the mean return after adaptation of every iteration."""
+    """Train ``policy`` in place, with N = 1, and return, for every iteration, the mean return after adaptation."""
     task, random = Navigation(policy), torch.Generator().manual_seed(seed)
     params = dict(policy.named_parameters())
     optimizer = torch.optim.Adam(params.values(), lr=3e-3)

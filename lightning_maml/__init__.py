@@ -1,4 +1,4 @@
-"""Gradient-based meta-learning for PyTorch Lightning: multi-step MAML and its first-order and Hessian-free variants, for few shots."""
+"""Gradient-based few-shot meta-learning for PyTorch Lightning: multi-step MAML and its first-order and Hessian-free variants."""
 
 from lightning_maml.adapt import AdaptationCurve as AdaptationCurve
 from lightning_maml.adapt import adaptation_curve as adaptation_curve

@@ -1,4 +1,4 @@
-"""``python -m lightning_maml`` is the command ``lightning-maml``."""
+"""``python -m lightning_maml`` runs the command ``lightning-maml``."""
 
 from lightning_maml.cli import main
 

@@ -22,22 +22,22 @@ QueryLoss = Callable[[Params, Any], Any]
 """``query_loss(params, task)`` for a query loss that also looks at the support set (batch statistics, say)."""
 
 Sample = Callable[[Params, Tensor, Tensor], tuple[Any, Any]]
-"""``sample(params, x, y)``: what ``loss`` gets in place of ``x`` and ``y``, where data depend on the parameters they are drawn at."""
+"""``sample(params, x, y)`` returns what ``loss`` gets in place of ``x`` and ``y``, if data depend on the parameters they are drawn at."""
 
 LossAt = Callable[[Params], BatchLoss]
-"""The loss of a batch that is drawn at the given parameters (without ``sample``, of a batch that is there already)."""
+"""Maps parameters to the loss of a batch drawn at them (without ``sample``, to the loss of a batch that already exists)."""
 
 Differentiate = Callable[[BatchLoss], Objective]
-"""What makes an objective of a loss."""
+"""Builds the objective of a loss."""
 
 
 class TaskLosses(NamedTuple):
-    """The batches of one task, or of several that are stacked, each as its loss.
+    """The losses of the batches of one task, or of several stacked tasks.
 
     Attributes:
         support: S_0 .. S_{N-1}; in the finite-sum case N times the support set.
-        hessian: D_0 .. D_{N-1}, or None in the finite-sum case: what S_j gave at its point is used again.
-        query: T, as it is judged at w_0 .. w_N.
+        hessian: D_0 .. D_{N-1}, or None in the finite-sum case, where the objective of S_j at w_j is used again.
+        query: The query batch T, as it is evaluated at w_0 .. w_N.
     """
 
     support: list[LossAt]
@@ -46,11 +46,11 @@ class TaskLosses(NamedTuple):
 
 
 class AdaptationCurve(NamedTuple):
-    """How adaptation goes on the query sets.
+    """Results on the query sets over the course of adaptation.
 
     Attributes:
         loss: Query loss after 0 .. N steps, ``[T, N + 1]``.
-        aux: What the loss function gave beside it, each tensor ``[T, N + 1, ...]``; empty without ``has_aux``.
+        aux: What the loss function returned besides the loss, each tensor ``[T, N + 1, ...]``; empty without ``has_aux``.
     """
 
     loss: Tensor
@@ -58,12 +58,12 @@ class AdaptationCurve(NamedTuple):
 
 
 class InnerPath(NamedTuple):
-    """What the inner loop leaves.
+    """The result of the inner loop.
 
     Attributes:
         points: w_0 .. w_N.
-        objectives: The N objectives descended on.
-        gradients: Their gradients where a rate is learned, empty elsewhere.
+        objectives: The N objectives that were descended.
+        gradients: Their gradients for the steps that have a learned rate, an empty dict for the others.
     """
 
     points: list[Params]
@@ -80,13 +80,13 @@ def inner_path(
 
     Args:
         support: One batch per step.
-        objective: How to differentiate.
+        objective: Builds the objective of a loss, which differentiates it.
         w: The meta-parameters ``w_0``.
         rates: A_j for each step.
         keep_last_graph: Keep the last gradient's graph for a Hessian-vector product at ``w_{N-1}``.
     """
     path = InnerPath([w], [], [])
-    # the memory of all points at once, for one by one they would lie between the graphs and leave holes
+    # allocate all points at once: allocated one by one they would lie between the graphs and leave holes
     kept = [{name: torch.empty_like(w[name]) for name in of_step} for of_step in rates]
     for j, (loss_at, rates_j) in enumerate(zip(support, rates, strict=True)):
         w = path.points[j]
@@ -117,10 +117,10 @@ def adaptation_curve(
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
 ) -> AdaptationCurve:
-    """Adapt to each task and judge every point ``w_0 .. w_N`` of the way on its query set.
+    """Adapt to each task and evaluate every point ``w_0 .. w_N`` of the path on its query set.
 
-    Works in any grad mode, inference mode included. The arguments are those of :func:`lightning_maml.meta_gradient`, with in addition
-    sequences of ``steps + 1`` losses, one for each point of the way; of ``ResampledEpisodes`` the first ``steps`` support batches are used.
+    Works in any grad mode, inference mode included. The arguments are those of :func:`lightning_maml.meta_gradient`; sequences of losses
+    have ``steps + 1`` entries, one for each point of the path. Of ``ResampledEpisodes`` the first ``steps`` support batches are used.
     """
     check_step_count(steps)
     rates = rates_of_steps(inner_lr, params, steps)
@@ -155,7 +155,7 @@ def adapted_parameters(
     chunk_size: int | None = None,
     may_draw: bool = True,
 ) -> Params:
-    """Return ``w_N`` of each task, ``[T, ...]``: the parameters that adapt, that is, those which have a rate.
+    """Return ``w_N`` of each task, ``[T, ...]``, for the parameters that adapt, that is, those that have a rate.
 
     Args:
         loss: ``loss(params, x, y)``, the mean loss of one task's support set as a scalar tensor, or a sequence for ``w_0 .. w_N``.
@@ -186,7 +186,7 @@ def adapted_parameters(
         adapted = {name: params[name].new_empty(len(support_x), *params[name].shape) for name in names}
         done = 0
         for chunk in map_tasks(last_point, support, tasks=tasks, chunk_size=chunk_size, may_draw=may_draw):
-            for name, tensor in chunk.items():  # as they come, so that the next chunk has this one's memory
+            for name, tensor in chunk.items():  # copied as they come, so that the next chunk can reuse this one's memory
                 adapted[name][done : done + len(tensor)] = tensor
             done += len(tensor)
     return adapted
@@ -201,7 +201,7 @@ def task_losses(
     sample: Sample | None,
     stack: Stack = ONE,
 ) -> TaskLosses:
-    """Return the losses of a task, or of those of ``stack``, as functions of the parameters alone; sequences hold those at w_0 .. w_N."""
+    """Return the losses of a task, or of the tasks of ``stack``, as functions of the parameters alone; sequences are for w_0 .. w_N."""
 
     def batch(x: Tensor, y: Tensor, value_of: Callable[..., Any], *rest: Any, keep_aux: bool = False) -> LossAt:
         def drawn_at(w: Params) -> BatchLoss:
@@ -235,7 +235,7 @@ def task_losses(
 
 
 def first_of(function: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
-    """Return ``function`` without the second thing that it returns."""
+    """Return ``function`` reduced to the first of the two things that it returns."""
     return lambda *arguments: function(*arguments)[0]
 
 

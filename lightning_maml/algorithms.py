@@ -1,4 +1,4 @@
-"""The variants of MAML by name: each sets what it is named for, so that a config swaps ``class_path`` and nothing else."""
+"""The named variants of MAML: each sets what its name stands for, so that a config only has to change ``class_path``."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from lightning_maml.smooth import kinked_operations, kinks
 class FOMAML(MAML):
     """First-order MAML: the gradient after adaptation, without curvature (Fallah et al. 2020, Algorithm 2). Arguments as :class:`MAML`.
 
-    Cheapest, but the meta-objective's gradient need not fall below the order of alpha L sigma (Theorem 4.15).
+    The cheapest variant, but the meta-objective's gradient need not fall below the order of alpha L sigma (Theorem 4.15).
     """
 
     curvature = "none"
@@ -36,19 +36,19 @@ class FOMAML(MAML):
 class HFMAML(MAML):
     """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
 
-    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network: with ReLU or max-pooling
-    it does worse than :class:`FOMAML`, so it warns about them: about layers when it is made, and where there are none about functions at
-    the first batch. Use GELU, softplus or SiLU with strides or average pooling.
+    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network. With ReLU or max-pooling
+    HF-MAML does worse than :class:`FOMAML`, so it warns about them: about such layers when the model is made or, if there are none, about
+    such functions at the first batch. Use GELU, softplus or SiLU with strides or average pooling.
 
     Args:
-        network: As in :class:`MAML`, as are all arguments but ``probe_radius``.
+        network: As in :class:`MAML`, like all arguments except ``probe_radius``.
         inner_lr: alpha.
         train_steps: N.
         test_steps: K.
-        loss: Outputs and labels to their mean loss.
+        loss: Maps outputs and labels to their mean loss.
         batch_norm: Which statistics batch norm uses.
-        optimizer: From parameters to the meta-optimizer.
-        lr_scheduler: From the optimizer to its scheduler.
+        optimizer: Builds the meta-optimizer from the parameters.
+        lr_scheduler: Builds the scheduler from the optimizer.
         tasks: How tasks are run.
         chunk_size: How many tasks are vectorised together.
         adapt: Which parameters take the inner steps.
@@ -59,7 +59,7 @@ class HFMAML(MAML):
             the machine epsilon (4.9e-3 in float32).
 
     Raises:
-        ValueError: As of :class:`MAML`, and if ``probe_radius`` is not positive.
+        ValueError: As in :class:`MAML`, and if ``probe_radius`` is not positive.
     """
 
     curvature = "finite_difference"
@@ -109,8 +109,8 @@ class HFMAML(MAML):
 class ANIL(MAML):
     """Almost no inner loop: only the head adapts (Raghu et al. 2020). Arguments as :class:`MAML`.
 
-    The body's meta-gradient has the mixed terms of the head's inner steps. First-order or Hessian-free: the other classes with
-    ``adapt="head"``.
+    The body's meta-gradient has the mixed terms of the head's inner steps. For a first-order or Hessian-free version use the other classes
+    with ``adapt="head"``.
     """
 
     default_adapt = "head"
@@ -135,25 +135,25 @@ class MetaSGD(MAML):
 
 
 class MAMLPlusPlus(LSLR):
-    """MAML++ (Antoniou et al. 2019): learned rates, and in the first epochs the query losses after all steps, or no curvature.
+    """MAML++ (Antoniou et al. 2019): learned rates, and for the first epochs the query losses after all steps, no curvature, or both.
 
     Args:
-        network: As in :class:`MAML`, as are all arguments but the last two.
-        inner_lr: alpha, from which the learned rates start.
+        network: As in :class:`MAML`, like all arguments except the last two.
+        inner_lr: alpha, the value at which the learned rates start.
         train_steps: N.
-        test_steps: K; steps beyond N use the rates of the last.
-        loss: Outputs and labels to their mean loss.
+        test_steps: K; steps beyond N use the rates of the last one.
+        loss: Maps outputs and labels to their mean loss.
         batch_norm: Which statistics batch norm uses.
-        optimizer: From parameters to the meta-optimizer.
-        lr_scheduler: From the optimizer to its scheduler.
+        optimizer: Builds the meta-optimizer from the parameters.
+        lr_scheduler: Builds the scheduler from the optimizer.
         tasks: How tasks are run.
         chunk_size: How many tasks are vectorised together.
         adapt: Which parameters take the inner steps.
         head: Name of the submodule that is the head.
         inner_rates: Whether and how the inner rates are learned.
-        multi_step_epochs: Epochs over which the weights of the query losses go from equal ones for all steps to the last step's alone
-            (section 4, "Multi-Step Loss Optimization").
-        first_order_epochs: Epochs, at the start, without curvature (section 4, "Derivative-Order Annealing").
+        multi_step_epochs: Epochs over which the weights of the query losses change from equal for all steps to the last step only (section
+            4, "Multi-Step Loss Optimization").
+        first_order_epochs: Epochs at the start that are trained without curvature (section 4, "Derivative-Order Annealing").
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class MAMLPlusPlus(LSLR):
         self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
 
     def step_weights(self, epoch: int) -> list[float]:
-        """Return the weights of the query losses after steps 1 .. N: earlier ones shrink linearly from 1/N to 0, the last has the rest."""
+        """Return the weights of the query losses after steps 1 .. N: earlier ones shrink linearly from 1/N to 0, the last gets the rest."""
         earlier = max(0.0, 1 - epoch / self.multi_step_epochs) / self.train_steps if self.multi_step_epochs and self.train_steps else 0.0
         return [earlier] * (self.train_steps - 1) + [1 - earlier * (self.train_steps - 1)] * (self.train_steps > 0)
 
@@ -202,9 +202,9 @@ class MAMLPlusPlus(LSLR):
 class Reptile(MAML):
     """Reptile (Nichol et al. 2018): the meta-gradient is the way back from the adapted parameters, ``w_0 - w_N``. Arguments are MAML's.
 
-    With SGD of rate epsilon a step is the paper's ``w <- w + epsilon (w_N - w)``. The query sets are judged, not trained on. With
-    ``ResampledEpisodes`` each inner step has a mini-batch of its own, as in the paper. Its inner rates cannot be learned, and what does not
-    adapt is not trained.
+    With SGD of rate epsilon a step is the paper's ``w <- w + epsilon (w_N - w)``. The query sets are evaluated, not trained on. With
+    ``ResampledEpisodes`` each inner step has a mini-batch of its own, as in the paper. The inner rates cannot be learned, and parameters
+    that do not adapt are not trained.
     """
 
     curvature = "none"
@@ -216,21 +216,21 @@ class Reptile(MAML):
 
 
 class IMAML(MAML):
-    """iMAML (Rajeswaran et al. 2019): a proximal term holds the adapted parameters near, and the meta-gradient is that of the minimum.
+    """iMAML (Rajeswaran et al. 2019): a proximal term keeps the adapted parameters close, and the meta-gradient is that at the minimum.
 
-    It needs no path, so N may be as large as the minimum asks for, at the price of gradients alone. The paper's "Hessian-free" iMAML is
-    this with another inner solver, and has nothing to do with :class:`HFMAML`. Its inner rates cannot be learned: the minimum does not
-    depend on them.
+    It does not need the inner path, so N may be as large as reaching the minimum takes, and only costs gradients. The paper's
+    "Hessian-free" iMAML is this algorithm with another inner solver, and has nothing to do with :class:`HFMAML`. The inner rates cannot be
+    learned, because the minimum does not depend on them.
 
     Args:
-        network: As in :class:`MAML`, as are all arguments but the last two.
+        network: As in :class:`MAML`, like all arguments except the last two.
         inner_lr: alpha.
         train_steps: N, at least 1.
-        test_steps: K; adaptation has the proximal term, too.
-        loss: Outputs and labels to their mean loss.
+        test_steps: K; these steps have the proximal term, too.
+        loss: Maps outputs and labels to their mean loss.
         batch_norm: Which statistics batch norm uses.
-        optimizer: From parameters to the meta-optimizer.
-        lr_scheduler: From the optimizer to its scheduler.
+        optimizer: Builds the meta-optimizer from the parameters.
+        lr_scheduler: Builds the scheduler from the optimizer.
         tasks: How tasks are run.
         chunk_size: How many tasks are vectorised together.
         adapt: Which parameters take the inner steps.

@@ -1,4 +1,4 @@
-"""Files of torch.save: those that nobody vouches for are checked, those that are written are whole or not there."""
+"""Files of torch.save: untrusted ones are checked before they are read, and ours are written whole or not at all."""
 
 import contextlib
 import os
@@ -12,17 +12,17 @@ _PART = ".lightning_maml-part"
 
 
 def check_archive(file: Path) -> None:
-    """Check a file before ``torch.load(weights_only=True)``, which runs nothing in it but unpacks and allocates whatever it says.
+    """Check a file before ``torch.load(weights_only=True)``, which runs nothing in it but unpacks and allocates whatever it asks for.
 
     Raises:
-        ValueError: If it is not an archive as torch.save makes them since 1.6, or compressed, as these never are, or if it asks for empty
-            bytes: of a few kilobytes either makes gigabytes.
+        ValueError: If it is not an archive as torch.save has made them since 1.6, if it is compressed, which these never are, or if it asks
+            for a bytearray: either of the last two can turn a few kilobytes into gigabytes.
         OSError: If it cannot be read.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            if not entries or min(entry.header_offset for entry in entries) > 0:  # torch would look for its parts in other places
+            if not entries or min(entry.header_offset for entry in entries) > 0:  # torch would look elsewhere for its parts
                 raise ValueError("it is no archive of torch.save")
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             if not stored or sum(entry.file_size for entry in entries) > os.path.getsize(file):
@@ -35,17 +35,17 @@ def check_archive(file: Path) -> None:
         UnicodeDecodeError,
         RuntimeError,
         EOFError,
-    ) as error:  # as zipfile raises on damaged ones
+    ) as error:  # what zipfile raises on damaged files
         raise ValueError(f"it is no archive of torch.save: {error}") from error
 
 
 @contextlib.contextmanager
 def whole_file(path: Path, writer: str = "") -> Iterator[BinaryIO]:
-    """Give a file that takes the place of ``path`` when all of it is on the disk; where that fails, ``path`` is left as it was.
+    """Open a file that replaces ``path`` once all of it is on the disk; if writing it fails, ``path`` is left as it was.
 
     Args:
-        path: The file to be.
-        writer: A name of this process alone, where several may write to ``path`` at once; by default none does.
+        path: The file to be written.
+        writer: A name unique to this process, needed if several may write to ``path`` at once; by default only this one does.
 
     Raises:
         OSError: If it cannot be written.
@@ -64,8 +64,8 @@ def whole_file(path: Path, writer: str = "") -> Iterator[BinaryIO]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the parts of files that killed processes left, those to which nothing was written for an hour."""
+    """Remove partial files that killed processes left behind: those to which nothing was written for an hour."""
     for part in folder.glob(f".*{_PART}"):
-        with contextlib.suppress(OSError):  # another process may be as quick
+        with contextlib.suppress(OSError):  # another process may have been quicker
             if time.time() - part.stat().st_mtime > 3600:
                 part.unlink()

@@ -74,13 +74,14 @@ class ResNet12(nn.Module):
         ways: Outputs, one per class of an episode; None for the features, without a head.
         widths: Filters of the blocks' convolutions.
         activation: One of relu, leaky_relu (of slope 0.1), gelu, silu, softplus, tanh.
-        downsample: How each block halves the image: ``"max"`` or ``"avg"`` pooling. Images of 16 pixels or more.
+        downsample: How each block halves the image: ``"max"`` or ``"avg"`` pooling. Images need 16 pixels or more.
         drop_block: Probability of DropBlock (Ghiasi et al. 2018) in training, after the last two blocks; 0 for none.
-        drop_block_size: Height and width of what it drops, an odd number, in pixels of a 16th and an 8th of the image's size. 5 is for
-            images of 80 pixels or more.
+        drop_block_size: Height and width of the squares that it drops, an odd number, in pixels of feature maps that are an 8th and a 16th
+            of the image's size. 5 is for images of 80 pixels or more.
 
     Raises:
-        ValueError: If a size is not positive, the probability is not in 0 .. 1, or a name is unknown.
+        ValueError: If a size is not positive, ``drop_block`` is not at least 0 and less than 1, ``drop_block_size`` is even, there are no
+            ``widths``, or a name is unknown.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class ResNet12(nn.Module):
 
 
 class _Residual(nn.Module):
-    """Three convolutions beside one, added."""
+    """The sum of a branch of three convolutions and a shortcut of one."""
 
     def __init__(self, in_channels: int, channels: int, activation: str) -> None:
         super().__init__()
@@ -142,7 +143,7 @@ def _residual_block(in_channels: int, channels: int, activation: str, downsample
 
 
 def _leaky(activation: str) -> nn.Module:
-    """Return the activation; LeakyReLU of this network's slope, and in place, which saves a fifth of the memory of second derivatives."""
+    """Return the activation; LeakyReLU has this network's slope and runs in place: second derivatives then take a fifth less memory."""
     return nn.LeakyReLU(0.1, inplace=True) if activation == "leaky_relu" else _activation(activation)
 
 

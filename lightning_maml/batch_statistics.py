@@ -1,4 +1,4 @@
-"""What enters a network's batch-norm layers, and its running averages at each point of the inner loop."""
+"""Statistics of what enters a network's batch-norm layers, and running averages of them at each point of the inner loop."""
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ _KINDS = ("running_mean", "running_var")
 class StepStatistics(nn.Module):
     """Running averages for each inner step (Antoniou et al. 2019, section 4, "Per-Step Batch Normalization Running Statistics").
 
-    The activations of adapted parameters are not those of the meta-parameters, so each of ``w_0 .. w_N`` has averages of its own; those of
-    ``w_N`` serve all further steps.
+    The activations of adapted parameters differ from those of the meta-parameters, so each of ``w_0 .. w_N`` has averages of its own; all
+    further steps use those of ``w_N``.
 
     Args:
         network: Its batch-norm layers give the sizes and the momentum, 0.1 where they have none.
@@ -36,7 +36,7 @@ class StepStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, found: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Move towards means and variances ``[N + 1, C]`` of the layers that are given."""
+        """Move the averages towards the means and variances ``[N + 1, C]`` of the given layers."""
         for number, (name, momentum) in enumerate(self._momenta.items()):
             for kind, now in zip(_KINDS, found.get(name, ()), strict=False):
                 average = self.get_buffer(f"{kind}_{number}")
@@ -49,7 +49,7 @@ def batch_norms(network: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def forget_running_averages(norm: _BatchNorm) -> None:
-    """Make ``norm`` take the statistics of each batch, in evaluation mode too."""
+    """Make ``norm`` use the statistics of each batch, in evaluation mode too."""
     norm.running_mean = norm.running_var = norm.num_batches_tracked = None
     norm.track_running_stats = False
 
@@ -57,7 +57,8 @@ def forget_running_averages(norm: _BatchNorm) -> None:
 def entering_statistics(network: nn.Module, params: Params, x: Tensor, *, correction: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     """Return mean and variance ``[C]`` of what enters each batch norm of ``network`` for the inputs ``x`` of one task.
 
-    With ``correction`` 0 the variance is what a batch is normalised by, with 1 what running averages are of. Buffers stay as they are.
+    With ``correction`` 0 the variance is the one that a batch is normalised by, with 1 the one that running averages are taken of. Buffers
+    stay unchanged.
 
     Raises:
         ValueError: If a batch-norm layer is called more than once.

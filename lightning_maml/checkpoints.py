@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or not there."""
+"""Checkpoint files that are either whole or absent."""
 
 import pickle
 from pathlib import Path
@@ -12,19 +12,19 @@ from lightning_maml.archives import check_archive, whole_file
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoint files, of which a process that dies while it writes leaves the one before, and no half of one.
+    """Lightning's checkpoint files, but a process that dies while writing one leaves the previous file, never half of a new one.
 
-    Lightning writes into the system's folder for temporary files first; where that is another file system than the checkpoints', what is
-    killed while it copies leaves half a file in place of a good one. The models of this package set this in a trainer that has
-    Lightning's default.
+    Lightning first writes into the system's folder for temporary files; if that is on another file system than the checkpoints, a process
+    killed while copying leaves half a file in place of a good one. The models of this package put this class in place of Lightning's
+    default in a trainer.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write beside ``path``, to the disk, and put it in its place at once.
+        """Write a file beside ``path``, all of it to the disk, and then move it into place in one step.
 
         Raises:
-            OSError: If it cannot be written; the file that was there is as it was.
+            OSError: If it cannot be written; a file that was there before is unchanged.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -32,7 +32,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         try:
             with whole_file(Path(path)) as file:
                 torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError if the disk is full
             raise OSError(
                 f"Expected to write the checkpoint {path} but it cannot be written: {_first_line(error)}; "
                 "make room and go on from the last checkpoint, which is as it was."
@@ -44,7 +44,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is not whole, with the newest one beside it that is.
+            ValueError: If it is not whole; the message names the newest whole one beside it.
         """
         return read_checkpoint(path, map_location, weights_only is None or weights_only)
 
@@ -81,6 +81,6 @@ def _is_whole(path: Path) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # for which torch advises to run what is in the file
+    if isinstance(error, pickle.UnpicklingError):  # whose message advises running what is in the file
         return "it is damaged or holds more than tensors and plain data, and nothing in it was run"
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

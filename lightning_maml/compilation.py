@@ -1,4 +1,4 @@
-"""Compiles the meta-gradient of stacked tasks as a whole, the derivatives inside it included."""
+"""Compilation of the meta-gradient of stacked tasks as a whole, including the derivatives inside it."""
 
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -17,14 +17,14 @@ from lightning_maml.randomness import has_drawn, torch_random_state
 from lightning_maml.rates import Rates, learned
 
 OfTasks = Callable[[Params, Sequence[Rates], AnyEpisodes], Any]
-"""The parameters, each step's rates and tasks to tensors in dicts, lists and tuples."""
+"""Maps parameters, each step's rates and tasks to tensors in dicts, lists and tuples."""
 
 
 class Compiler:
-    """Calls functions of tasks by programs that it compiles: one for each setting, and for each shape, type and device of the tensors.
+    """Calls functions of tasks through programs that it compiles: one for each setting and each shape, type and device of the tensors.
 
-    A program is traced: what the function finds other than its tensors (numbers, attributes of a network) stays as it was then. Copies of a
-    compiler start without programs.
+    A program is traced: what the function reads besides its tensors (numbers, attributes of a network) stays as it was at that time. Copies
+    of a compiler start without programs.
 
     Raises:
         ValueError: In a call, if the function draws random numbers.
@@ -37,7 +37,7 @@ class Compiler:
         return Compiler, ()
 
     def __call__(self, setting: Hashable, function: OfTasks, params: Params, rates: Sequence[Rates], task: AnyEpisodes) -> Any:
-        """Return ``function(params, rates, task)``, where ``setting`` is all that the function depends on beside them."""
+        """Return ``function(params, rates, task)``, where ``setting`` is all that the function depends on besides them."""
         tensors = [*params.values(), *(rate for of_step in rates for rate in learned(of_step).values()), *task]
         device = task.support_x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -53,7 +53,7 @@ class Compiler:
 
 
 def state_of(module: Any) -> tuple[Any, ...]:
-    """Return what tells whether the same program serves: the module's parts, their modes, and which tensors they hold."""
+    """Return what decides whether the same program can be used: the module's parts, their modes, and the tensors that they hold."""
     if not isinstance(module, nn.Module):
         return (module,)
     return tuple((part, part.training, *map(id, chain(part._parameters.values(), part._buffers.values()))) for part in module.modules())
@@ -62,7 +62,7 @@ def state_of(module: Any) -> tuple[Any, ...]:
 def _compiled(
     function: OfTasks, params: Params, rates: Sequence[Rates], task: AnyEpisodes, tensors: list[Tensor]
 ) -> Callable[[list[Tensor]], Any]:
-    """Return the program, run once, as a function of the tensors; it holds those of the network too, so that no other has their id."""
+    """Return the program, run once already, as a function of the tensors; it keeps those of the network, so that no other gets their id."""
     of_result: list[TreeSpec] = []
 
     def of_tensors(*tensors: Tensor) -> list[Tensor]:
@@ -89,7 +89,7 @@ def _compiled(
 
 
 def _bias_apart(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
-    """Compute a convolution and add its bias: up to torch 2.9 at least, compilers take no bias that is a view, as stacked tasks have."""
+    """Compute a convolution, then add its bias: up to torch 2.9 at least, compilers reject a bias that is a view, as it is in a stack."""
     if bias is None:
         return NotImplemented  # it is traced as it is
     return torch.convolution(x, weight, None, *options) + bias.view(-1, *[1] * (x.ndim - 2))

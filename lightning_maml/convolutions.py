@@ -1,8 +1,8 @@
 """torch's convolution for one task or several: in groups, or as one convolution where all tasks have the same weight.
 
-The images of T tasks side by side are ``[B, T C, ...]``; weight and bias have the tasks in front. Before the first inner step all tasks
-have one weight, expanded, whose tasks lie zero apart in memory. It is applied to the tasks as to the depth of a volume, of which each plane
-is convolved alone: up to five times as fast as in groups. Its gradient is that of each task all the same.
+The images of T tasks side by side are ``[B, T C, ...]``; weight and bias have the tasks as their first dimension. Before the first inner
+step all tasks share one weight, expanded over the tasks with stride 0. It is applied as if the tasks were the depth of a volume whose
+planes are each convolved alone, which is up to five times as fast as in groups. Each task still gets a gradient of its own.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
 
 
 def gradient_of_images(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Return the gradient of ``<g, x * W>`` with respect to x, of which the values are not read."""
+    """Return the gradient of ``<g, x * W>`` with respect to x, whose values are not read."""
     if _is_one_for_all(weight, x):
         volumes = _in_depth(g, len(weight)), _in_depth(x, len(weight))
         return _side_by_side(_backward(*volumes, _of_one(weight), _over_depth(geometry), (True, False, False))[0])
@@ -33,7 +33,7 @@ def gradient_of_images(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry)
 
 
 def gradient_of_weight(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Return the gradient of ``<g, x * W>`` with respect to W, of which the values are not read, nor copied for each task."""
+    """Return the gradient of ``<g, x * W>`` with respect to W, whose values are neither read nor copied for each task."""
     tasks = weight.shape[: 1 - x.ndim]
     of_format = torch.channels_last if _is_last(x) else torch.contiguous_format
     kernels = torch.empty((tasks.numel(), *weight.shape[1 - x.ndim :]), dtype=x.dtype, device=x.device, memory_format=of_format)
@@ -42,21 +42,22 @@ def gradient_of_weight(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry)
 
 
 def as_groups(weight: Tensor, x: Tensor) -> Tensor:
-    """Return the weight of all tasks as that of one convolution in groups; one task's own is that already."""
+    """Return the weights of all tasks as that of one convolution in groups; the weight of a single task already is one."""
     return weight.flatten(0, weight.ndim - x.ndim)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return ``x``, ``[B, C, H, W]``, with its channels last in memory, with the strides of that format also where a dimension is 1."""
+    """Return ``x``, ``[B, C, H, W]``, with its channels last in memory, and with the strides of that format even where a dimension is 1."""
     _, channels, height, width = x.shape
     strides = (channels * height * width, 1, channels * width, channels)
     return x if x.stride() == strides else x.clone(memory_format=torch.channels_last)
 
 
 def in_one_format(x: Tensor) -> Tensor:
-    """Return ``x`` with the strides of its format.
+    """Return ``x`` with exactly the strides of its memory format.
 
-    Where a dimension is 1 others pass for it too, and torch's convolutions in groups and batch norm on the CPU are wrong by them.
+    Where a dimension is 1, other strides pass for that format too, but torch's convolutions in groups and batch norm on the CPU are wrong
+    with them.
     """
     is_last = x.ndim == 4 and 1 in x.shape and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return channels_last(x) if is_last else x
@@ -79,7 +80,7 @@ def _over_depth(geometry: Geometry) -> tuple[Any, ...]:
 
 
 def _is_one_for_all(weight: Tensor, x: Tensor) -> bool:
-    """Return whether the tasks have one weight; only where their images have the channels last is a task the plane of a volume."""
+    """Return whether the tasks share one weight and can be planes of a volume, for which their images need the channels last."""
     return weight.ndim == 5 and weight.stride(0) == 0 and _is_last(x)
 
 
@@ -88,7 +89,7 @@ def _is_last(x: Tensor) -> bool:
 
 
 def _of_one(weight: Tensor) -> Tensor:
-    return weight[0].unsqueeze(-1).clone(memory_format=torch.channels_last_3d)  # with its strides: by others torch is wrong
+    return weight[0].unsqueeze(-1).clone(memory_format=torch.channels_last_3d)  # with that format's strides: with others torch is wrong
 
 
 def _in_depth(x: Tensor, tasks: int) -> Tensor:

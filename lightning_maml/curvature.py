@@ -1,4 +1,4 @@
-"""Hessian-vector products: what tells MAML, FO-MAML and HF-MAML apart. One signature, three ways."""
+"""Hessian-vector products, in which MAML, FO-MAML and HF-MAML differ: one signature, three ways to compute them."""
 
 from functools import partial
 from typing import Literal, Protocol
@@ -13,7 +13,7 @@ CurvatureName = Literal["exact", "none", "finite_difference"]
 
 
 class HessianVectorProduct(Protocol):
-    """The Hessian of ``objective`` at ``w`` times ``v``, or what stands for it."""
+    """The Hessian of ``objective`` at ``w`` times ``v``, or what takes its place."""
 
     def __call__(self, objective: Objective, w: Params, v: Params) -> Params:
         """Return the product, shaped like ``v``."""
@@ -27,13 +27,13 @@ def exact(objective: Objective, w: Params, v: Params) -> Params:
 def finite_difference(objective: Objective, w: Params, v: Params, *, probe_radius: float | None = None) -> Params:
     """HF-MAML: a central difference of gradients along ``v`` (Fallah et al. 2020, eqs. 9-11; here at each of N steps).
 
-    ``H v = [grad l(w + delta v) - grad l(w - delta v)] / (2 delta)`` with ``delta = h / |v|``: the two points lie at the probing
-    radius ``h`` from ``w`` whatever the scale of the loss. Both use the same batch and the same random numbers. The paper's own
-    ``delta`` (Theorem 4.17) fixes a radius that does not shrink with the error wanted, so that the bias stays, and is not used.
+    ``H v = [grad l(w + delta v) - grad l(w - delta v)] / (2 delta)`` with ``delta = h / |v|``: the two points lie at the probing radius
+    ``h`` from ``w`` whatever the scale of the loss. Both use the same batch and the same random numbers. The paper's own ``delta`` (Theorem
+    4.17) fixes a radius that does not shrink with the error wanted, so that the bias remains; it is not used here.
 
     Args:
-        objective: The batch whose Hessian is meant.
-        w: Where.
+        objective: The loss of the batch whose Hessian is meant.
+        w: The point at which the Hessian is taken.
         v: Direction; for ``v = 0`` the product is 0.
         probe_radius: h, in units of the parameters; by default the cube root of the dtype's machine epsilon, which balances
             truncation (h^2) against rounding (1/h): 4.9e-3 in float32, 6.1e-6 in float64.

@@ -17,13 +17,13 @@ class AdaptedNetworks(nn.Module):
 
     Args:
         network: The meta-trained network; it is copied.
-        adapted: The parameters that adapted, and running averages of the tasks, ``[T, ...]`` each. The others are the network's.
+        adapted: The parameters that adapted, and running averages of the tasks, each ``[T, ...]``. All others are the network's.
         batch_norm: Which statistics its batch-norm layers use, see :class:`lightning_maml.MAML`.
         support_x: Inputs of the support sets, ``[T, S, ...]``, whose statistics ``"support"`` keeps.
-        stacked: Whether the networks are called as one, by vmap, or one after the other.
+        stacked: Whether the networks are called as one, by vmap, rather than one after the other.
 
     Raises:
-        ValueError: If with ``"support"`` a batch-norm layer is called more than once.
+        ValueError: With ``"support"``, if a batch-norm layer is called more than once.
     """
 
     def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Tensor, stacked: bool = True) -> None:
@@ -48,10 +48,10 @@ class AdaptedNetworks(nn.Module):
         self._states = nn.ParameterList(nn.Parameter(state, requires_grad=False) for state in states)
 
     def forward(self, x: Tensor) -> Any:
-        """Return the outputs ``[T, Q, ...]`` for queries ``[T, Q, ...]``, those of each task by its own network.
+        """Return the outputs ``[T, Q, ...]`` for queries ``[T, Q, ...]``, where each task's come from its own network.
 
         Raises:
-            ValueError: If these are queries of more or fewer tasks.
+            ValueError: If there are queries of more or fewer tasks than were adapted to.
         """
         states = dict(zip(self._names, self._states, strict=True))
         tasks = len(self._states[0])

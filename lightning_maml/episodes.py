@@ -14,7 +14,7 @@ class Episodes(NamedTuple):
     Attributes:
         support_x: Inputs to adapt on, ``[T, S, ...]``; images are ``[T, S, C, H, W]``.
         support_y: Their labels ``0 .. ways - 1``, ``[T, S]``, or targets ``[T, S, ...]`` for regression.
-        query_x: Inputs on which the adapted parameters are judged, ``[T, Q, ...]``.
+        query_x: Inputs on which the adapted parameters are evaluated, ``[T, Q, ...]``.
         query_y: Their labels or targets, ``[T, Q]`` or ``[T, Q, ...]``.
     """
 
@@ -27,15 +27,16 @@ class Episodes(NamedTuple):
 class ResampledEpisodes(NamedTuple):
     """A meta-batch of T tasks in the resampling case (Ji et al. 2022, Algorithm 1): fresh samples for every use.
 
-    Step j descends on its own support batch S_j, and its factor in the meta-gradient is taken on a Hessian batch D_j, independent of all
-    others, which may well be smaller. With N = 1 these are D_in, D_h and, as the query batch, D_o of Fallah et al. 2020, Algorithms 1-3.
+    Step j descends on its own support batch S_j, and its factor in the meta-gradient is taken on a Hessian batch D_j, which is independent
+    of all others and may well be smaller. With N = 1 these are D_in, D_h and, as the query batch, D_o of Fallah et al. 2020, Algorithms
+    1-3.
 
     Attributes:
         support_x: S_0 .. S_{N-1}, ``[T, N, S, ...]``.
         support_y: Their labels or targets, ``[T, N, S]`` or ``[T, N, S, ...]``.
         hessian_x: D_0 .. D_{N-1}, ``[T, N, D, ...]``; D may be 0 where no curvature is taken (FO-MAML).
         hessian_y: Their labels or targets, ``[T, N, D]`` or ``[T, N, D, ...]``.
-        query_x: The batch on which the adapted parameters are judged, ``[T, Q, ...]``.
+        query_x: The batch on which the adapted parameters are evaluated, ``[T, Q, ...]``.
         query_y: Its labels or targets, ``[T, Q]`` or ``[T, Q, ...]``.
     """
 
@@ -57,7 +58,7 @@ def first_task(episodes: AnyEpisodes) -> AnyEpisodes:
 
 
 def support_set(task: AnyEpisodes) -> tuple[Tensor, Tensor]:
-    """Return the inputs and labels of one task's support set; where there is one per step, of the first step's."""
+    """Return the inputs and labels of one task's support set; if there is one per step, those of the first step."""
     return (task.support_x, task.support_y) if isinstance(task, Episodes) else (task.support_x[0], task.support_y[0])
 
 

@@ -1,4 +1,4 @@
-"""What few-shot algorithms share as Lightning modules: optimizer, steps, figures and the checks of batches."""
+"""What few-shot algorithms share as Lightning modules: optimizer, steps, logged figures and checks of batches."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -27,24 +27,24 @@ from lightning_maml.randomness import random_state, set_random_state
 from lightning_maml.repro import save_step
 
 LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
-"""Outputs ``[B, ...]`` and labels or targets ``[B, ...]`` to their mean loss. Modules are named so that YAML may have ``init_args``."""
+"""Maps outputs and labels or targets, each ``[B, ...]``, to their mean loss; modules are listed so that YAML may have ``init_args``."""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
 
 class EpisodicModule(LightningModule):
-    """A few-shot algorithm: what it defines is how a meta-batch is trained on, and how it is judged.
+    """A few-shot algorithm; subclasses define how a meta-batch is trained on and how it is evaluated.
 
     Args:
         network: The network to train, any module.
-        loss: Outputs and labels to their mean loss.
+        loss: Maps outputs and labels to their mean loss.
         batch_norm: Which statistics batch norm uses.
-        optimizer: From parameters to the optimizer.
-        lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
+        optimizer: Builds the optimizer from the parameters.
+        lr_scheduler: Builds the scheduler from the optimizer; it is stepped once per epoch; by default none.
 
     Raises:
-        ValueError: If the network does not fit the batch-norm policy, or this is none of those there are.
+        ValueError: If the network does not fit the batch-norm policy, or there is no such policy.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class EpisodicModule(LightningModule):
         self.loss = loss
         self.batch_norm: BatchNormPolicy = batch_norm
         self.adaptation: Estimate | None = None
-        """Accuracy (in regression: loss) on the tasks of the last validation or test (its last loader) after 0 .. K steps, ``[K + 1]``."""
+        """Accuracy (for regression: loss) on the tasks of the last validation or test (its last loader) after 0 .. K steps, ``[K + 1]``."""
         self.skips_non_finite = False
         self.skipped = 0
         """How many steps were skipped."""
         self.run_folder = Path()
-        """Where the run keeps its logs; asking the trainer for it needs all processes."""
+        """Where the run keeps its logs; all processes have to take part in asking the trainer for it."""
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._figures: list[TaskMean] = []
         self._stackable: dict[tuple[Any, ...], tuple[LossFunction, bool]] = {}
@@ -117,7 +117,7 @@ class EpisodicModule(LightningModule):
         weights_only: bool | None = True,
         **kwargs: Any,
     ) -> Self:
-        """Lightning's, but nothing in the file is run unless ``weights_only=False``.
+        """Load a model as Lightning does, but run nothing in the file unless ``weights_only=False``.
 
         Raises:
             ValueError: If the file is not whole, or asks for more than tensors and plain data.
@@ -143,13 +143,13 @@ class EpisodicModule(LightningModule):
                 f"{type(self.trainer.strategy).__name__}; meta-gradients take other values for the parameters than the network holds: use "
                 "'ddp'."
             )
-        self._random_state, self._gradients = None, {}  # what a run that was broken off left
+        self._random_state, self._gradients = None, {}  # which an aborted run may have left
         self.run_folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpoints()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add where the random generators stand for training, and the gradients of batches that the optimizer has yet to step on."""
+        """Add the state of the random generators in training, and the gradients of batches that the optimizer has yet to step on."""
         checkpoint["adapts_by"] = self._adapts_by()
         checkpoint["random_state"] = random_state(self.device) if self._random_state is None else self._random_state
         trainer = self.trainer
@@ -160,9 +160,9 @@ class EpisodicModule(LightningModule):
             checkpoint["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take what an interrupted run needs to go on as if it had not been: the types of its weights, and its random numbers.
+        """Restore what a run needs to go on as if it had not been interrupted: the types of its weights, random numbers, sums of gradients.
 
-        Warns of a checkpoint whose model adapted in another way.
+        Warns if the checkpoint's model adapted in another way.
         """
         theirs, ours = checkpoint.get("adapts_by", {}), self._adapts_by()
         if theirs and (differing := [name for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)]):
@@ -178,23 +178,23 @@ class EpisodicModule(LightningModule):
             self.skipped = checkpoint.get("skipped", 0)
 
     def _adapts_by(self) -> dict[str, Any]:
-        """Return what adaptation depends on beside the weights and the hyperparameters, in plain words."""
+        """Return what adaptation depends on besides the weights and the hyperparameters, in plain words."""
         return {"loss": described(self.loss)}
 
     def on_train_start(self) -> None:
-        """Let the random numbers, and the sums of gradients, go on where the checkpoint has them."""
+        """Continue the random numbers and the sums of gradients from where the checkpoint has them."""
         self._go_on_with_random_numbers()
         for name, gradient in self._gradients.items():
             self.get_parameter(name).grad = gradient.to(self.device)
         self._gradients = {}
 
     def on_validation_start(self) -> None:
-        """Keep random numbers of validation, if there are any, from those of training, which a run resumed after it would else miss."""
+        """Keep random numbers that validation may draw apart from training: a run resumed after validation would otherwise lack them."""
         if not self.trainer.sanity_checking:
             self._random_state = random_state(self.device)
 
     def on_validation_end(self) -> None:
-        """Let the random numbers of training go on."""
+        """Continue the random numbers of training."""
         if not self.trainer.sanity_checking:
             self._go_on_with_random_numbers()
 
@@ -218,7 +218,7 @@ class EpisodicModule(LightningModule):
         loss: Tensor | None = self._train_on(batch)
         return loss
 
-    # of a compiled model: compilers know no second derivatives; around the hook itself torch 2.7 would not have it
+    # if the model is compiled: compilers know no second derivatives; torch 2.7 would not accept this on the hook itself
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _train_on(self, batch: AnyEpisodes) -> Tensor | None:
         check_episodes(batch)
@@ -278,9 +278,9 @@ class EpisodicModule(LightningModule):
         return self.evaluate(episodes)
 
     def _log_estimates(self, stage: str) -> None:
-        """Log the means over the tasks of each loader with their confidence intervals, several loaders named as Lightning does."""
+        """Log the means over the tasks of each loader with their confidence intervals; several loaders are named as Lightning does."""
         for loader, figures in enumerate(self._figures):
-            if not figures.update_called:  # an empty loader, or steps of a subclass's own
+            if not figures.update_called:  # the loader is empty, or a subclass has steps of its own
                 continue
             of_loader, estimate = f"/dataloader_idx_{loader}" if len(self._figures) > 1 else "", figures.compute()
             for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
@@ -304,16 +304,16 @@ class EpisodicModule(LightningModule):
         raise FloatingPointError(f"{error} Take the step again by {command}.") from None
 
     def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
-        """Return what training steps log of the tasks before adaptation, each ``[T]``."""
+        """Return the figures before adaptation that training steps log, each ``[T]``."""
         return {}
 
     def _once_for_its_kind(self, network: nn.Module, episodes: AnyEpisodes, look: Callable[[], bool]) -> bool:
-        """Return whether tasks can be stacked, as ``look`` found for the first batch of such types and shapes.
+        """Return whether tasks can be stacked, as ``look`` found for the first batch of these types and shapes.
 
         Args:
-            network: This one, or a copy in another mode.
+            network: The model's own, or a copy in another mode.
             episodes: The batch.
-            look: Finds out.
+            look: Finds out whether they can be stacked.
         """
         kind = (self.network, network.training, *((tensor.dtype, tensor.shape[1:]) for tensor in episodes))
         loss, found = self._stackable.get(kind, (None, False))
@@ -357,7 +357,7 @@ def described(loss: Any) -> str:
 
 
 def with_accuracy(loss: Tensor, outputs: Tensor, episodes: AnyEpisodes) -> dict[str, Tensor]:
-    """Return ``loss``, the query losses ``[T, ...]``, and except for regression ``accuracy``, the share of query labels that are right.
+    """Return ``loss``, the query losses ``[T, ...]``, and except for regression ``accuracy``, the share of correct query labels.
 
     Args:
         loss: Query losses ``[T, ...]``.

@@ -1,4 +1,4 @@
-"""How tasks are run where it is left open: small ones stacked, larger ones one per core, the largest one after the other on all cores."""
+"""How tasks are run if this is left open: small ones stacked, larger ones one per core, the largest one after the other on all cores."""
 
 import warnings
 from collections.abc import Callable
@@ -19,22 +19,22 @@ TasksName = Literal["auto"] | TaskExecution
 Result = TypeVar("Result")
 
 STACKED_INPUTS = 2**16
-"""Numbers in the inputs of the tasks that are stacked on a CPU: with more, layers outgrow its caches (benchmarks/README.md)."""
+"""Most numbers in the inputs of tasks stacked together on a CPU: with more, layers outgrow its caches (benchmarks/README.md)."""
 
 ADAPTED_INPUTS = 2 * STACKED_INPUTS
-"""The same where tasks are only adapted to, by first derivatives, which keep half as much."""
+"""The same limit for tasks that are only adapted to, by first derivatives, which keep half as much."""
 
 ADAPTED_AT_ONCE = 32
-"""Tasks that are adapted to at once where ``vmap`` is asked for: more are slower on a CPU, where what they need outgrows its caches."""
+"""Tasks adapted to at once if ``vmap`` is asked for: more are slower on a CPU, because what they need outgrows its caches."""
 
 STACKED_PARAMETERS = 2**22
-"""Numbers in the parameters of the tasks that are stacked on a CPU; each task has its own."""
+"""Most numbers in the parameters of tasks stacked together on a CPU; each task has its own parameters."""
 
 FEWEST_STACKED = 4
-"""Fewer tasks than these are not worth stacking."""
+"""Fewer tasks than this are not worth stacking."""
 
 LARGE_INPUTS = 2**20
-"""Numbers in the inputs of a task that keeps all cores of a CPU busy alone (measured on 2); one per core would need more memory."""
+"""Fewest numbers in the inputs of a task that alone keeps all CPU cores busy (measured on 2); one per core would need more memory."""
 
 
 class Execution(NamedTuple):
@@ -45,15 +45,15 @@ class Execution(NamedTuple):
 
 
 class Executor:
-    """Decides how a model's tasks are run: as the user has it, and what is left open by the device, the network and the tasks' size.
+    """Decides how a model's tasks are run: as the user asks or, if that is left open, by the device, the network and the tasks' size.
 
     Args:
         tasks: See :class:`lightning_maml.MAML`.
         chunk_size: See there.
-        compiled: Tasks are stacked, so that they can be compiled.
+        compiled: Whether tasks are to be compiled, for which they are stacked.
 
     Raises:
-        ValueError: If ``tasks`` is none of the four or does not stack what is to be compiled, or ``chunk_size`` is not positive.
+        ValueError: If ``tasks`` is none of the four, or does not stack tasks that are to be compiled, or if ``chunk_size`` is not positive.
     """
 
     def __init__(self, tasks: TasksName, chunk_size: int | None, compiled: bool) -> None:
@@ -70,10 +70,10 @@ class Executor:
         """Return how these tasks are run.
 
         Args:
-            network: It decides by what it draws at random.
-            device: Where it is.
+            network: The network; what it draws at random matters.
+            device: Where the network is.
             episodes: The meta-batch.
-            takes_stacks: Whether the network and its loss can be stacked; called where that would be a choice.
+            takes_stacks: Tells whether the network and its loss can be stacked; called only if stacking is a choice.
         """
         if self._compiled:
             return Execution("vmap", self.chunk_size or self._fitting)
@@ -90,14 +90,18 @@ class Executor:
         return for_cpu(episodes, sum(p.numel() for p in network.parameters()), takes_stacks)
 
     def of_adaptation(self, network: nn.Module, device: torch.device, support: Episodes) -> Execution:
-        """Return how tasks that can be stacked are adapted to: on a CPU as in training, there by support sets alone."""
+        """Return how tasks that can be stacked are adapted to; on a CPU this is decided as in training, but from the support sets alone."""
         if self.tasks != "auto" or self.chunk_size is not None or device.type != "cpu":
             return Execution("vmap", self.chunk_size or ADAPTED_AT_ONCE)
         alone = support._replace(query_x=support.query_x[:, :0])
         return for_cpu(alone, sum(p.numel() for p in network.parameters()), lambda: True, ADAPTED_INPUTS)
 
     def within_memory(self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes, device: torch.device) -> Result:
-        """Return ``function(episodes)``; where memory for all tasks at once is lacking, and it is left open, half as many are stacked."""
+        """Return ``function(episodes)``; if memory runs out and the number of stacked tasks is left open, retry with half as many.
+
+        Raises:
+            torch.OutOfMemoryError: On a CPU, if the number is not left open, or if one task is too many.
+        """
         while True:
             try:
                 return function(episodes)
@@ -120,15 +124,16 @@ class Executor:
 def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], bool], stacked_inputs: int = STACKED_INPUTS) -> Execution:
     """Return what is fastest on the CPU for tasks of this size.
 
-    A small task is mostly Python, which threads wait for each other in, and kernels that take microseconds: such tasks are stacked, a few
-    of them run one after the other. Kernels of larger ones are slower where tasks are stacked. The largest have tensors that a thread of
-    Python gets from Linux anew each time, even where the main thread has kept them (:func:`lightning_maml.keep_freed_memory`).
+    A small task is mostly Python, in which threads wait for each other, and kernels that take microseconds: such tasks are stacked, or run
+    one after the other if there are only a few. The kernels of larger tasks are slower if tasks are stacked. The largest tasks have tensors
+    that a Python thread gets from Linux anew each time, even where the main thread has kept them
+    (:func:`lightning_maml.keep_freed_memory`).
 
     Args:
         episodes: The meta-batch.
-        parameters: How many numbers the network's parameters are.
-        takes_stacks: Whether the network and its loss can be stacked; called where they would be.
-        stacked_inputs: Numbers in the inputs of the tasks that are stacked at most.
+        parameters: How many numbers the network's parameters hold.
+        takes_stacks: Tells whether the network and its loss can be stacked; called only if they would be.
+        stacked_inputs: Most numbers in the inputs of tasks stacked together.
     """
     cores, tasks = torch.get_num_threads(), len(episodes.support_x)
     inputs = max(1, sum(x[0].numel() for x in episodes[::2]))
@@ -144,15 +149,15 @@ def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], b
 
 
 def _one_by_one(chunks: int) -> TaskExecution:
-    """Return what gives each core a chunk of tasks; one alone gets all cores."""
+    """Return the way of running tasks that gives each core a chunk of them; a single chunk gets all cores."""
     return "loop" if chunks == 1 or torch.get_num_threads() == 1 else "threads"
 
 
 def takes_stacks(loss: Callable[[Params, Any], tuple[Tensor, Any]], params: Params, task: AnyEpisodes) -> bool:
-    """Try whether ``loss`` with its gradient can be stacked: ``vmap`` takes it, without a loop of its own over tasks, and it is not random.
+    """Try whether ``loss`` and its gradient can be stacked: ``vmap`` accepts them without looping over tasks, and nothing is random.
 
     Args:
-        loss: ``loss(params, task)``: a scalar and something else.
+        loss: ``loss(params, task)`` returns a scalar and something else.
         params: The parameters.
         task: One task.
     """
@@ -168,7 +173,7 @@ def takes_stacks(loss: Callable[[Params, Any], tuple[Tensor, Any]], params: Para
         except Exception:  # noqa: BLE001 # under vmap any network may raise anything; what is wrong without it too is raised there
             return False
         finally:
-            # numbers drawn on a GPU are no reason: tasks are stacked there
+            # numbers drawn on a GPU do not matter: tasks are stacked there
             is_drawing = not torch.equal(before["torch"], torch.get_rng_state())
             set_torch_random_state(before, device)
     slow = [warning for warning in caught if "batching rule" in str(warning.message) and "as_strided_" not in str(warning.message)]

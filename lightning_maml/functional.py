@@ -17,7 +17,7 @@ def differentiable(tensor: Tensor) -> Tensor:
 
 
 def detached(tree: Tree) -> Tree:
-    """Return tensors in tuples, lists and dicts as :func:`differentiable` has them; torch's functions of trees take five times as long."""
+    """Apply :func:`differentiable` to all tensors in tuples, lists and dicts; torch's own functions of trees take five times as long."""
     found: Any = tree
     if isinstance(tree, Tensor):
         found = differentiable(tree)
@@ -30,7 +30,7 @@ def detached(tree: Tree) -> Tree:
 
 
 def axpy(a: float | Tensor, x: Params, y: Params) -> Params:
-    """Return ``a x + y``, where ``x`` is zero in the parameters that it lacks."""
+    """Return ``a x + y``, where ``x`` counts as zero in the parameters that it lacks."""
     return {name: y[name] + a * x[name] if name in x else y[name] for name in y}
 
 
@@ -53,5 +53,5 @@ def scaled(a: float | Tensor, x: Params) -> Params:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a device had no memory left, for which torch has no type of its own on a CPU."""
+    """Return whether a device ran out of memory; for CPUs torch has no exception type for this."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""iMAML: the meta-gradient of an inner problem solved, whatever the way to its solution (Rajeswaran et al. 2019)."""
+"""iMAML: the meta-gradient at the solution of the inner problem, whatever the path to it (Rajeswaran et al. 2019)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -53,12 +53,12 @@ def implicit_gradient(
 ) -> MetaGradient:
     """Return the mean over tasks of ``(I + H / lambda)^-1 grad q(w_N)``, H the Hessian of the support loss at ``w_N``.
 
-    That is the gradient of ``w -> q(w*(w))`` where ``w_N`` is ``w*``, which minimises the support loss with its proximal term
-    (Rajeswaran et al. 2019, Lemma 1); of the way to ``w_N`` nothing is kept.
+    That is the gradient of ``w -> q(w*(w))`` if ``w_N`` is ``w*``, the minimiser of the support loss with its proximal term (Rajeswaran et
+    al. 2019, Lemma 1). Nothing of the path to ``w_N`` is kept.
 
     Args:
         loss: The support loss with its proximal term, as :func:`proximal` gives it.
-        params: As in :func:`lightning_maml.meta_gradient`, as are all arguments that are not here.
+        params: As in :func:`lightning_maml.meta_gradient`, like all arguments that are not explained here.
         episodes: Of the finite-sum case.
         inner_lr: alpha, or rates by parameter.
         steps: N, at least 1.
@@ -103,19 +103,19 @@ def implicit_gradient(
 def pull_back_implicitly(
     v: Params, curved: Callable[[Params], Params], names: list[str], strength: float, cg_steps: int, stack: Stack = ONE
 ) -> Params:
-    """Return ``v - H x`` for ``x`` with ``(H + lambda I) x = v``, the two sides of which are of the parameters that adapt.
+    """Return ``v - H x``, where ``x`` solves ``(H + lambda I) x = v`` in the parameters that adapt.
 
-    In these it is ``lambda x = (I + H / lambda)^-1 v``, and in the others the mixed derivatives of H count. The conjugate gradient method
-    leaves ``v - (H + lambda I) x`` as it goes, in all parameters. It ends where the curvature is not positive, so where that is so from the
-    start the gradient is first-order.
+    In these parameters the result is ``lambda x = (I + H / lambda)^-1 v``; in the others it has the mixed derivatives of H. The conjugate
+    gradient method updates ``v - (H + lambda I) x`` as it goes, in all parameters. It stops where the curvature is not positive; if that is
+    so from the start, the gradient is first-order.
 
     Args:
         v: Gradient of the query loss, of all parameters.
-        curved: The product with ``H + lambda I``, in all parameters, of a direction in those that adapt.
+        curved: Maps a direction in the parameters that adapt to its product with ``H + lambda I`` in all parameters.
         names: The parameters that adapt.
         strength: lambda.
         cg_steps: Iterations.
-        stack: The tasks, whose iterations are their own.
+        stack: The tasks, each of which has iterations of its own.
     """
     dot_of, add = stack.each(dot), stack.each(axpy)
     p = {name: v[name] for name in names}

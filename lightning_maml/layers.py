@@ -18,13 +18,13 @@ warnings.filterwarnings("ignore", "There is a performance drop .* batching rule 
 
 
 class TaskConvolution:
-    """The forward pass of ``layer``, which :func:`is_plain_convolution`.
+    """The forward pass of ``layer``, for which :func:`is_plain_convolution` must be true.
 
     Args:
         layer: The convolution.
-        channels: ``"last"``: on the CPU images get their channels last in memory, on which convolution, batch norm and pooling are up to
+        channels: ``"last"``: on the CPU images get their channels last in memory, with which convolution, batch norm and pooling are up to
             ten times faster. ``"first"``: they stay as they are.
-        vectorised: It is called under ``vmap``.
+        vectorised: Whether it is called under ``vmap``.
     """
 
     def __init__(self, layer: Any, channels: Literal["first", "last"], vectorised: bool) -> None:
@@ -50,7 +50,7 @@ class TaskConvolution:
         tasks = x.shape[1]
         if weight.ndim < x.ndim:  # shared
             return _unflattened(self._convolved(x.flatten(0, 1), weight, bias), 0, tasks)
-        if self._wants_channels_last(weight[0]) and weight.stride(0) > 0:  # one that is shared is not copied for each task
+        if self._wants_channels_last(weight[0]) and weight.stride(0) > 0:  # a shared weight is not copied for each task
             weight = weight.movedim(2, -1).contiguous().movedim(-1, 2)
         return _unflattened(self._convolved(x.flatten(1, 2), weight, bias), 1, tasks)
 
@@ -61,9 +61,9 @@ class TaskConvolution:
         stride, padding, dilation = (size if isinstance(size, tuple) else (size,) * (x.ndim - 2) for size in sizes)
         if self._wants_channels_last(x):
             if set(layer.kernel_size) == {1} and max(stride) > 1 and not any(padding):
-                # what it reads, taken beforehand: with a stride oneDNN's gradient of such a weight writes past its end, in several threads
+                # take what it reads beforehand: with a stride oneDNN's gradient of such a weight, in several threads, writes past its end
                 x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
-            x, weight = channels_last(x), weight if are_stacked else channels_last(weight)  # the weight once, and not in each derivative
+            x, weight = channels_last(x), weight if are_stacked else channels_last(weight)  # the weight once, not in each derivative
         if _writes_out_derivatives(x, least=1 if are_stacked else 2):  # torch's own are wrong for one image in groups
             y: Tensor = Convolution.apply(x, weight, bias, (stride, padding, dilation, layer.groups))
             return y
@@ -76,7 +76,7 @@ class TaskConvolution:
 
 
 class TaskNorm:
-    """The forward pass of ``layer`` by the statistics of the batch at hand, or of its first part, ``context``."""
+    """The forward pass of ``layer`` with the statistics of the batch at hand, or of its first part, whose share is ``context``."""
 
     def __init__(self, layer: _BatchNorm, vectorised: bool) -> None:
         self.context = Fraction(0)
@@ -116,22 +116,22 @@ class TaskNorm:
 
 
 class NothingIsStackedError(Exception):
-    """None of the tensors of a layer have tasks: it is as without ``vmap``."""
+    """None of a layer's tensors has a dimension of tasks: the layer is computed as without ``vmap``."""
 
 
 class SideBySide(torch.autograd.Function):
     """``SideBySide.apply(layer, x, *parameters)``: one layer for all tasks of a stack.
 
     ``layer(x, *parameters)`` computes it for ``x``, ``[B, T, C, ...]``, and parameters that are all ``[T, ...]``, or all shared. It is
-    called outside of ``vmap``, where it may use what ``vmap`` does not take.
+    called outside of ``vmap``, so it may use what ``vmap`` does not accept.
 
     Raises:
-        NothingIsStackedError: If no tensor has tasks.
+        NothingIsStackedError: If no tensor has a dimension of tasks.
     """
 
     @staticmethod
     def forward(layer: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
-        """Refuse to compute the layer of no task in particular."""
+        """Refuse to compute the layer without tasks."""
         raise NothingIsStackedError
 
     @staticmethod
@@ -142,7 +142,7 @@ class SideBySide(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], layer: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None
     ) -> tuple[Tensor, int]:
-        """Return the layers of all tasks, which are the second dimension."""
+        """Return the layer's results for all tasks, which are the second dimension."""
         _, of_x, *of_parameters = in_dims
         tasks: int = info.batch_size
         x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:]) if of_x is None else x.movedim(of_x, 1)
@@ -155,7 +155,7 @@ class SideBySide(torch.autograd.Function):
 
 
 def is_plain_convolution(module: nn.Module) -> bool:
-    """Return whether ``module`` is one of torch's convolutions, unchanged, that pads with zeros, if at all."""
+    """Return whether ``module`` is one of torch's convolutions, unmodified, and pads with zeros, if at all."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) or {"forward", "_conv_forward"} & vars(module).keys():
         return False
     kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind))
@@ -164,17 +164,17 @@ def is_plain_convolution(module: nn.Module) -> bool:
 
 
 def _unflattened(x: Tensor, dim: int, tasks: int) -> Tensor:
-    """Return ``x`` with the tasks as dimension 1, which so far share dimension ``dim`` with another."""
+    """Return ``x`` with the tasks as dimension 1; in the given ``x`` they share dimension ``dim`` with another one."""
     size = (-1, tasks) if dim == 0 else (tasks, -1)
     return x.reshape(*x.shape[:dim], *size, *x.shape[dim + 1 :])
 
 
 def _is_side_by_side() -> bool:
-    """Return whether to compute the layer of all tasks of a stack as one: only for autograd outside of ``vmap``, which is announced."""
+    """Return whether to compute a layer for all tasks of a stack as one: only if autograd outside of ``vmap`` was announced."""
     return in_stack() and times_differentiated() > 0
 
 
 def _writes_out_derivatives(x: Tensor, least: int = 2) -> bool:
-    """Return whether to differentiate by what is written out: it knows no mixed types, and compilers do not see through it."""
+    """Return whether to use the written-out derivatives, which do not support mixed types and which compilers cannot see through."""
     usual = not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or x.is_complex())
     return usual and times_differentiated() >= least

@@ -1,7 +1,7 @@
 """The constants of the theory, measured on a model and its tasks: L, rho, sigma, sigma-tilde, sigma_H, b.
 
-L, rho and sigma_H are suprema, and what is measured at some points in some directions is a lower bound of them. Over training they move,
-so measure again, and allow a factor of 1.5 to 2.
+L, rho and sigma_H are suprema, and what is measured at some points in some directions is a lower bound on them. They change during
+training, so measure again, and allow for a factor of 1.5 to 2.
 """
 
 import math
@@ -23,7 +23,7 @@ from lightning_maml.stack import Stack
 from lightning_maml.task_map import TaskExecution, map_tasks
 
 PlainLoss = Callable[[Params], Tensor]
-"""Parameters to the loss of a fixed batch, a scalar."""
+"""Maps parameters to the loss of a fixed batch, a scalar."""
 
 _HESSIAN_PRODUCT = 2
 """Gradient evaluations that one Hessian-vector product counts as."""
@@ -46,14 +46,14 @@ class Measured(NamedTuple):
 def smoothness(loss: PlainLoss, w: Params, *, tolerance: float = 1e-3, iterations: int = 50, seed: int = 0) -> Measured:
     """Return the spectral norm of the Hessian at ``w``, the local L, by Lanczos' method on Hessian-vector products.
 
-    That is power iteration with a memory: it needs fewer products, and does not settle on the second eigenvalue where two are close.
+    This is power iteration with a memory: it needs fewer products, and does not settle on the second eigenvalue where two are close.
 
     Args:
         loss: The function.
-        w: Where.
+        w: The parameters at which to measure.
         tolerance: Stop when the residual ``|H v - lambda v|`` is below this fraction of ``|lambda|``, which bounds the error of ``lambda``.
-        iterations: Products at most, and copies of the parameters that are kept.
-        seed: Of the first direction.
+        iterations: Most products that are taken, and copies of the parameters that are kept.
+        seed: Seed of the first direction.
     """
     hessian = _objective(loss).hessian(w)
     basis, matrix = [_random_direction(w, seed)], torch.zeros(iterations + 1, iterations + 1, dtype=torch.float64)
@@ -92,19 +92,19 @@ def hessian_lipschitz(
 
     The norm of a symmetric tensor is attained at a single vector (Banach), so ``u`` climbs ``|D^3 l[u, u, .]|``, each value from two
     Hessian-vector products, ``t = (H(w + h u) u - H(w - h u) u) / (2 h)``. It starts from the Hessian's leading eigenvector, then from
-    random directions, and may stop at a local maximum each time. (Random directions alone, without the climb, are too small by orders of
-    magnitude in high dimension.)
+    random directions, and may stop at a local maximum each time. (Random directions alone, without the climb, give values that are too
+    small by orders of magnitude in high dimension.)
 
-    The radius h is a small fraction of the length L / rho over which the Hessian changes, the cube root of the machine epsilon.
+    The radius h is a small fraction, the cube root of the machine epsilon, of the length L / rho over which the Hessian changes.
 
     Args:
         loss: The function, three times differentiable: with ReLU rho does not exist.
-        w: Where.
+        w: The parameters at which to measure.
         leading: What :func:`lightning_maml.measure.smoothness` returned there; computed if None.
-        restarts: Starts; the largest value counts.
-        iterations: Steps at most from each.
-        tolerance: Stop when the norm changes by less, relative to itself.
-        seed: Of the random directions.
+        restarts: Number of starts; the largest value counts.
+        iterations: Most steps from each start.
+        tolerance: Stop when the norm changes by less than this, relative to itself.
+        seed: Seed of the random directions.
 
     Returns:
         The norm; nan where something is not finite.
@@ -157,8 +157,8 @@ class Spread(NamedTuple):
 
     Attributes:
         gradient_norm: Mean over tasks of ``|grad l_T|``, of the query loss.
-        sigma: Standard deviation of that gradient over tasks, nan with one; in the resampling case without what sampling the batch adds
-            to it.
+        sigma: Standard deviation of that gradient over tasks, nan with one task; in the resampling case without what sampling the batch
+            adds to it.
         sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan with one query sample. It is
             measured on halves of a query set: with batch norm, whose statistics are then the halves' own, it is not quite that of single
             samples.
@@ -212,7 +212,7 @@ class Probe:
         has_aux: The losses return ``(loss, aux)``.
         tasks: ``"loop"`` or ``"threads"``, see :func:`lightning_maml.task_map.map_tasks`; for :meth:`gradient_norms` also ``"vmap"``.
         chunk_size: How many tasks are vectorised together, in :meth:`gradient_norms` alone.
-        seed: Of directions and of halves.
+        seed: Seed of the random directions and halves.
         progress: Show progress bars.
 
     Raises:
@@ -243,7 +243,7 @@ class Probe:
             self._params, self._episodes = detached((params, episodes))
 
     def constants(self, inner_lr: float, steps: int) -> Constants:
-        """Return everything that is measured below, with L and rho along the inner path."""
+        """Return all the constants, with L and rho along the inner path."""
         curvature, spread = self.curvature(inner_lr, steps), self.spread()
         hessian_sigma, evaluations = self.hessian_deviation()
         return Constants(
@@ -297,7 +297,7 @@ class Probe:
                     third = hessian_lipschitz(batch_loss, w, leading=largest, restarts=restarts, tolerance=tolerance, seed=self._seed)
                     found.append((largest.value, third.value, largest.gradient_evaluations + third.gradient_evaluations))
             L, rho, evaluations = torch.tensor(found, dtype=torch.float64).T
-            return torch.stack([L.max(), rho.max(), evaluations.sum() + steps])  # a nan comes through
+            return torch.stack([L.max(), rho.max(), evaluations.sum() + steps])  # max keeps a nan
 
         rows = torch.cat(list(self._each("L and rho", of_one_task)))
         return Curvature(float(rows[:, 0].max()), float(rows[:, 1].max()), int(rows[:, 2].sum()))
@@ -341,8 +341,9 @@ class Probe:
     def hessian_deviation(self) -> tuple[float, int]:
         """Return sigma_H, the standard deviation of the samples' Hessians within a task [loss / parameter^2], and its cost in gradients.
 
-        From random halves of the query sets, along the leading eigenvector of each task's loss, or along a random direction if that gives
-        more: a lower bound of the spectral one (with batch norm only roughly, as for ``sample_sigma``). It is nan with one query sample.
+        It is taken from random halves of the query sets, along the leading eigenvector of each task's Hessian, or along a random direction
+        if that gives more: a lower bound on the spectral one (with batch norm only roughly, as for ``sample_sigma``). It is nan with one
+        query sample.
         """
         half = self._episodes.query_x.shape[1] // 2
         if not half:

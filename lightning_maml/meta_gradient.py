@@ -32,9 +32,9 @@ Encode = Callable[[Params, Any], tuple[Tensor, Tensor]]
 """``encode(params, task)``: the features of one task's support and query inputs."""
 
 Call = Callable[..., Any]
-"""``call(function, *inputs)`` returns ``function(*inputs)``, where the function depends on tensors among its inputs alone."""
+"""``call(function, *inputs)`` returns ``function(*inputs)``, where the function depends on no tensors but those among its inputs."""
 
-_FEATURES = ("(features of the support set)", "(features of the query set)")  # no parameters' names
+_FEATURES = ("(features of the support set)", "(features of the query set)")  # names that no parameters have
 
 
 class MetaGradient(NamedTuple):
@@ -43,8 +43,8 @@ class MetaGradient(NamedTuple):
     Attributes:
         grad: Mean over the tasks, shaped like the parameters.
         query_loss: Query loss of each task after adaptation, ``[T]``.
-        aux: What the loss function gave beside the query loss, each tensor ``[T, ...]``; empty without ``has_aux``.
-        inner_lr: For each step the gradient of the inner rates that are tensors, mean over the tasks, shaped like these.
+        aux: What the loss function returned besides the query loss, each tensor ``[T, ...]``; empty without ``has_aux``.
+        inner_lr: For each step the gradient with respect to the inner rates that are tensors, mean over the tasks, shaped like these rates.
     """
 
     grad: Params
@@ -58,7 +58,7 @@ def not_finite(result: MetaGradient) -> list[str]:
     of_rates = {f"inner rate {step} of {name}": rate for step, rates in enumerate(result.inner_lr) for name, rate in rates.items()}
     gradients = {name: gradient for name, gradient in (result.grad | of_rates).items() if gradient.numel()}
     largest = {name: torch.linalg.vector_norm(gradient, float("inf")) for name, gradient in gradients.items()}
-    if torch.stack([*largest.values()]).max().isfinite():  # a GPU is waited for once
+    if torch.stack([*largest.values()]).max().isfinite():  # so that a GPU is waited for only once
         return []
     return [name for name, size in largest.items() if not size.isfinite()]
 
@@ -73,12 +73,12 @@ def pull_back(
 ) -> MetaGradient:
     """Return one task's meta-gradient.
 
-    ``v = grad q(w_N)``, then ``v <- v - H_j A_j v`` for ``j = N-1 .. 0``: the product of Ji et al. 2022, eqs. 7 (H_j on D_j) and 12
-    (H_j on the support set), applied from its last factor to its first. One step is Algorithms 1-3 of Fallah et al. 2020; without
-    curvature (``product`` None) ``v`` stays as it is (eq. 8). The papers' A_j is alpha times the identity; with other rates it is what
-    meets H_j first, so that a parameter that does not adapt still gets the mixed terms of those that do. ``step_weights`` add the query
-    gradients on the way. Memory: the N + 1 points of the path (with learned rates N gradients as well) and one graph at a time; where
-    N = 1 the step's graph is kept beside the query loss's, which saves some 15 % of the time (3 % it would be with N = 5).
+    ``v = grad q(w_N)``, then ``v <- v - H_j A_j v`` for ``j = N-1 .. 0``: the product of Ji et al. 2022, eqs. 7 (H_j on D_j) and 12 (H_j on
+    the support set), applied from its last factor to its first. One step is Algorithms 1-3 of Fallah et al. 2020; without curvature
+    (``product`` None) ``v`` stays as it is (eq. 8). The papers' A_j is alpha times the identity; with other rates A_j is applied before
+    H_j, so that a parameter that does not adapt still gets the mixed terms of those that do. ``step_weights`` add the query gradients along
+    the path. Memory: the N + 1 points of the path (with learned rates N gradients as well) and one graph at a time; with N = 1 the step's
+    graph is kept beside the query loss's, which saves some 15 % of the time (with N = 5 it would save 3 %).
     """
     reusable = product is exact and losses.hessian is None and len(losses.support) == 1
     path = inner_path(losses.support, objective, w, rates, keep_last_graph=reusable)
@@ -128,25 +128,27 @@ def meta_gradient(
         loss: ``loss(params, x, y)``, the mean loss of one task's batch as a scalar tensor; or a sequence of such for ``w_0 .. w_N``.
         params: The meta-parameters by name. They are not changed, and need not require gradients.
         episodes: The meta-batch of T tasks, of either case.
-        inner_lr: alpha, the rate of the inner steps; or by name the rates of the parameters that adapt, each a number or a tensor that
-            broadcasts to its parameter; or a sequence of such for the steps, the last for all further ones. Tensors get a gradient.
-        steps: N >= 0, the number of inner steps; 0 gives the ordinary gradient of the query loss. ``ResampledEpisodes`` hold batches for N.
+        inner_lr: alpha, the rate of the inner steps; or a dict by name with the rates of the parameters that adapt, each a number or a
+            tensor that broadcasts to its parameter; or a sequence of such dicts, one per step, the last for all further steps. Tensors get
+            a gradient.
+        steps: N >= 0, the number of inner steps; 0 gives the ordinary gradient of the query loss. ``ResampledEpisodes`` must hold batches
+            for N steps.
         curvature: ``"exact"`` (MAML), ``"none"`` (FO-MAML) or ``"finite_difference"`` (HF-MAML).
         probe_radius: See :func:`lightning_maml.curvature.finite_difference`; only with that curvature.
-        query_loss: ``query_loss(params, task)``, where the query loss is not ``loss(params, task.query_x, task.query_y)``; or a sequence.
+        query_loss: ``query_loss(params, task)``, if the query loss is not ``loss(params, task.query_x, task.query_y)``; or a sequence.
         has_aux: The losses return ``(loss, aux)``; the query's aux is returned.
-        sample: ``sample(params, x, y)``, where the data depend on the parameters, as in reinforcement learning (Ji et al. 2022, Appendix
-            A.1): called once per batch at the point where it is used (w_j for S_j and D_j, w_N for the query batch), it returns what
-            ``loss`` gets as ``x`` and ``y``. Give ``ResampledEpisodes`` noise as ``x``, and a ``loss`` that weights the samples by their
-            likelihood ratio, so that its derivatives are unbiased.
+        sample: ``sample(params, x, y)``, if the data depend on the parameters, as in reinforcement learning (Ji et al. 2022, Appendix A.1):
+            called once per batch at the point where it is used (w_j for S_j and D_j, w_N for the query batch), it returns what ``loss``
+            gets as ``x`` and ``y``. Give ``ResampledEpisodes`` noise as ``x``, and a ``loss`` that weights the samples by their likelihood
+            ratio, so that its derivatives are unbiased.
         tasks: How tasks are run, see :func:`lightning_maml.task_map.map_tasks`. ``"threads"`` needs a ``loss`` that several threads
             may call at once, which one through ``functional_call`` on a shared module is not.
         chunk_size: How many tasks are vectorised together.
         step_weights: Weights of the query losses after steps 1 .. N in what is differentiated (the multi-step loss of Antoniou et al.
             2019, section 4); by default 0 .. 0, 1. The query losses returned are those after step N in any case.
-        encode: ``encode(params, task)``, the features of a task's support and query inputs, which take these inputs' place; for
-            ``Episodes`` of which only what follows the features adapts. They are computed once per task.
-        call: What calls the function of each chunk, a compiler for instance.
+        encode: ``encode(params, task)`` returns the features of a task's support and query inputs, which take the place of these inputs.
+            For ``Episodes`` only, and only if what precedes the features does not adapt: they are computed once per task.
+        call: Calls the function of each chunk; a compiler, for instance.
 
     Returns:
         The meta-gradient, the query losses ``[T]`` and aux, all detached.
@@ -200,7 +202,7 @@ def _check_batches(episodes: ResampledEpisodes, steps: int, curvature: Curvature
 
 
 def _of_features(loss: Any, query_loss: Any) -> tuple[Loss, QueryLoss]:
-    """Return the losses with the features among the parameters in the inputs' place."""
+    """Return the losses with the features, which are among the parameters, in place of the inputs."""
     support, query = _FEATURES
 
     def of_query(w: Params, task: AnyEpisodes) -> Any:
@@ -210,14 +212,14 @@ def _of_features(loss: Any, query_loss: Any) -> tuple[Loss, QueryLoss]:
 
 
 def summed(result: MetaGradient, stack: Stack) -> MetaGradient:
-    """Return the tasks' gradients as their sums."""
+    """Return the result with the tasks' gradients summed."""
     return result._replace(grad=stack.sum(result.grad), inner_lr=[stack.sum(of_step) for of_step in result.inner_lr])
 
 
 def mean_over_tasks(
     of_tasks: Callable[[AnyEpisodes, Stack], MetaGradient], episodes: AnyEpisodes, tasks: TaskExecution, chunk_size: int | None
 ) -> MetaGradient:
-    """Return the mean of the tasks' gradients, whose sums ``of_tasks`` returns, with the query losses and aux of each task."""
+    """Return the mean of the tasks' gradients, of which ``of_tasks`` returns the sums, with the query losses and aux of each task."""
     totals: list[Params] = []
     rest = []
     for chunk in map_tasks(of_tasks, episodes, tasks=tasks, chunk_size=chunk_size):
@@ -233,8 +235,8 @@ def mean_over_tasks(
 def surrogate(points: Iterable[Params], gradients: Iterable[Params], query_loss: Tensor) -> Tensor:
     """Return a scalar with the value of the mean query loss and the given gradients, those of the network and of its inner rates.
 
-    So Lightning's own backward pass deposits the meta-gradient, and all that hangs on it (all-reduce, scaling, clipping, accumulation)
-    works.
+    In this way Lightning's own backward pass deposits the meta-gradient, and all that depends on it (all-reduce, scaling, clipping,
+    accumulation) works.
     """
     pairs = [(point[name], gradient[name]) for point, gradient in zip(points, gradients, strict=True) for name in gradient]
     value: Tensor = _WithGradients.apply(query_loss.mean(), [gradient for _, gradient in pairs], *(point for point, _ in pairs))

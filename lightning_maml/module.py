@@ -45,12 +45,12 @@ from lightning_maml.task_map import are_stacked, map_tasks
 
 
 class TaskPath(NamedTuple):
-    """What adaptation to a task descends on, and where it goes.
+    """The path that adaptation to a task takes, and the losses along it.
 
     Attributes:
         points: w_0 .. w_K, all trainable parameters.
-        support: The support loss at such a point, which the path descends.
-        query: The query loss there.
+        support: Maps such a point to the support loss, which the path descends.
+        query: Maps such a point to the query loss.
     """
 
     points: list[Params]
@@ -64,35 +64,35 @@ class MAML(EpisodicModule):
     Batches are :class:`lightning_maml.Episodes` (Ji's Algorithm 2) or, with fresh samples for every inner step and for the curvature (Ji's
     Algorithm 1), :class:`lightning_maml.ResampledEpisodes`. Every optimizer, scheduler, clipping and accumulation setting of Lightning
     applies to the meta-parameters. Logged: ``train/``, ``val/`` and ``test/`` ``loss`` and, for classification, ``accuracy`` on the query
-    sets after adaptation, and both ``_before`` it (in training on the steps that are logged). Validation and test add ``_ci95``, the
-    half-width of the 95 % confidence interval over the tasks, and ``accuracy_step_0 .. K``.
+    sets after adaptation, and both as ``_before`` for before adaptation (in training only on the steps that are logged). Validation and
+    test add ``_ci95``, the half-width of the 95 % confidence interval over the tasks, and ``accuracy_step_0 .. K``.
 
     Args:
         network: The network to meta-train, any module; its frozen parameters stay as they are.
-        inner_lr: alpha, the rate of the inner steps. The loss is a mean over the support set: a rate published for a summed loss counts
-            ``ways`` times as much here.
+        inner_lr: alpha, the rate of the inner steps. The loss is a mean over the support set, so multiply a rate published for a loss
+            summed over the classes by ``ways``.
         train_steps: N, inner steps in training.
         test_steps: K, inner steps in validation, test and prediction; by default N.
-        loss: Outputs and labels to their mean loss.
+        loss: Maps outputs and labels to their mean loss.
         batch_norm: ``"batch"``: the statistics of the batch at hand (transductive on the query set, as in the MAML papers);
             ``"support"``: of the support set only; ``"running"``: batch statistics in training, running averages in evaluation;
             ``"per_step"``: the same with averages for each inner step, as in MAML++, taken from the first task of each meta-batch.
-        optimizer: From parameters to the meta-optimizer; by default Adam with its rate of 1e-3.
-        lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
-        tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: all as one; ``"auto"``: threads on
-            the CPU, with small tasks stacked (a loop of the largest, of up to three small ones and where dropout is active), and elsewhere
-            vmap of as many tasks as there is memory for; with ``chunk_size`` left open, and without dropout, a network that vmap does not
-            take is not stacked.
-        chunk_size: How many tasks are vectorised together in a step of the loop or of a thread, or with ``"vmap"``; by default one, and
-            all, and with ``"auto"`` what suits their size.
+        optimizer: Builds the meta-optimizer from the parameters; by default Adam with its rate of 1e-3.
+        lr_scheduler: Builds the scheduler from the optimizer; it is stepped once per epoch; by default none.
+        tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: all as one; ``"auto"``: on the CPU
+            threads, with small tasks stacked (but a loop for the largest tasks, for up to three small ones and with active dropout), and
+            elsewhere vmap of as many tasks as there is memory for; with active DropBlock always a loop. If ``chunk_size`` is left open and
+            there is no dropout, a network that vmap does not accept is not stacked.
+        chunk_size: How many tasks are vectorised together: in each step of the loop or of a thread, by default one; with ``"vmap"``, by
+            default all; with ``"auto"``, by default as many as suit their size.
         adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what
-            the class is named for: all, :class:`ANIL` its head, :class:`BOIL` its body.
+            the class is named for: the head in :class:`ANIL`, the body in :class:`BOIL`, all in the others.
         head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own.
-        inner_rates: ``"fixed"``: all are ``inner_lr``; or learned with the network, from ``inner_lr`` on: ``"per_layer"`` (one for each
-            parameter tensor), ``"per_layer_and_step"`` or ``"per_parameter"`` (one for each element). By default fixed; learned by
+        inner_rates: ``"fixed"``: all are ``inner_lr``; or learned with the network, starting from ``inner_lr``: ``"per_layer"`` (one for
+            each parameter tensor), ``"per_layer_and_step"`` or ``"per_parameter"`` (one for each element). By default fixed; learned by
             :class:`LSLR` per layer and step, by :class:`MetaSGD` per parameter.
-        compiled: Compile the meta-gradient as a whole, all tasks (or ``chunk_size``) as one, at the first batch of each shape: it takes
-            from 10 seconds to minutes, and pays for small networks. Numbers and flags that the network or the loss look at stay what they
+        compiled: Compile the meta-gradient as a whole, all tasks (or ``chunk_size``) as one, at the first batch of each shape: this takes
+            from 10 seconds to minutes, and pays off for small networks. Numbers and flags that the network or the loss read stay what they
             were then, and each new inner rate, unless it is learned, is compiled anew.
 
     Raises:
@@ -162,10 +162,10 @@ class MAML(EpisodicModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose learned rates or step averages are not those of this model, before its weights are looked at.
+        """Refuse a checkpoint whose learned rates or step averages do not match this model's, before its weights are looked at.
 
         Raises:
-            ValueError: If it has others.
+            ValueError: If they do not match.
         """
         kept = ("learned_rates.", "step_statistics.")
         theirs, ours = (
@@ -202,7 +202,7 @@ class MAML(EpisodicModule):
     def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> nn.Module:
         """Return the network adapted to a task, or the networks adapted to many, for new queries.
 
-        The network is in evaluation mode, meanwhile and in what is returned.
+        The network is in evaluation mode, both while it adapts and in what is returned.
 
         Args:
             support_x: Inputs of the support set, ``[S, ...]``; of many tasks ``[T, S, ...]``.
@@ -213,9 +213,9 @@ class MAML(EpisodicModule):
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries ``[Q, ...]``: with ``batch_norm="support"``
             it keeps the statistics of the support set, with ``"batch"`` it uses those of each batch of queries. For many tasks
-            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. With ``tasks="loop"``, and where vmap does not take the
-            network, these are adapted and called one by one; otherwise called as one, and adapted 32 (``chunk_size``) at once, or with
-            ``"auto"`` on a CPU as many as in training.
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. With ``tasks="loop"``, and where vmap does not accept the
+            network, these are adapted and called one by one; otherwise they are called as one, and adapted 32 (or ``chunk_size``) at once,
+            or with ``"auto"`` on a CPU as many as in training.
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
@@ -235,7 +235,7 @@ class MAML(EpisodicModule):
             inner_lr=self._rates(),
             steps=steps,
             has_aux=True,
-            may_draw=execution.tasks != "threads",  # the look at stacks has found none
+            may_draw=execution.tasks != "threads",  # the test of stacking has found that they draw none
             **execution._asdict(),
         )
         with torch.inference_mode(False), torch.no_grad():
@@ -244,7 +244,7 @@ class MAML(EpisodicModule):
             return networks.network(0) if of_one else networks
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
-        """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, without that of its rates.
+        """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, without that of the rates.
 
         Raises:
             ValueError: If the tasks' labels do not fit the network's outputs.
@@ -262,7 +262,7 @@ class MAML(EpisodicModule):
         return gradient
 
     def inner_path(self, task: Episodes) -> TaskPath:
-        """Return the way that adaptation takes for a task in evaluation, and the losses that it is about.
+        """Return the path that adaptation to a task takes in evaluation, and the losses along it.
 
         Args:
             task: ``Episodes`` with one task: support set ``[1, S, ...]`` and query set ``[1, Q, ...]``.
@@ -284,10 +284,10 @@ class MAML(EpisodicModule):
         return TaskPath(points, lambda w: support(w, of_one.support_x, of_one.support_y)[0], lambda w: query(w, of_one)[0])
 
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
-        """Return what measures the theory's constants of some tasks at the current parameters.
+        """Return a probe that measures the theory's constants for some tasks at the current parameters.
 
         Raises:
-            ValueError: If the theory is not about such a model (:meth:`lightning_maml.MAML.check_for_theory`), if each step has a loss of
+            ValueError: If the theory does not cover such a model (:meth:`lightning_maml.MAML.check_for_theory`), if each step has a loss of
                 its own, or if the tasks' labels do not fit the network's outputs.
         """
         self.check_for_theory()
@@ -301,11 +301,11 @@ class MAML(EpisodicModule):
         return Probe(**self._arguments(learner, episodes), progress=progress)
 
     def check_for_theory(self) -> None:
-        """Check that the theory's constants and stepsizes are about such a model.
+        """Check that the theory's constants and stepsizes cover such a model.
 
         Raises:
-            ValueError: If not all parameters adapt at one fixed rate, or the algorithm's meta-gradient is not the query loss's, as the
-                theory has both.
+            ValueError: If not all parameters adapt at one fixed rate, or the algorithm's meta-gradient is not the query loss's; the theory
+                assumes both.
         """
         own = (type(self)._training_gradient, type(self)._meta_gradient)
         if own != (MAML._training_gradient, MAML._meta_gradient):
@@ -372,7 +372,7 @@ class MAML(EpisodicModule):
         return adaptation_curve(**self._arguments(learner, episodes, steps, execution), inner_lr=self._rates(), steps=steps)
 
     def _head_that_ends(self, learner: Learner, episodes: AnyEpisodes) -> str | None:
-        """Return the head where it alone adapts and is the network's end, so that the features before it need computing once only."""
+        """Return the head if it alone adapts and ends the network, so that the features before it need computing only once."""
         if self.adapts != "head" or not isinstance(episodes, Episodes) or self.step_statistics is not None or is_random(self.network):
             return None
         head = head_of(self.network, self.head)
@@ -383,11 +383,11 @@ class MAML(EpisodicModule):
         statistics_of = task.support_x if learner.uses_support_statistics else None
         support = learner.features(params, task.support_x, head)
         query = learner.features(params, task.query_x, head, statistics_of=statistics_of)
-        dtype = next(iter(params.values())).dtype  # features of autocast are the inputs of what runs without it
+        dtype = next(iter(params.values())).dtype  # features computed under autocast are the inputs of what runs without it
         return support.to(dtype), query.to(dtype)
 
     def _averages(self, step: int) -> dict[str, Tensor]:
-        """Return the running averages for the networks adapted in ``step`` steps, where these have their own."""
+        """Return the running averages of networks adapted in ``step`` steps, if these have averages of their own."""
         return {} if self.step_statistics is None else self.step_statistics(step)
 
     def _adapting(self) -> Params:
@@ -403,7 +403,7 @@ class MAML(EpisodicModule):
     def _arguments(
         self, learner: Learner, episodes: AnyEpisodes, steps: int | None = None, execution: Execution | None = None
     ) -> dict[str, Any]:
-        """Return what the functions have in common, with losses for each of ``steps`` steps where batch norm has averages for each."""
+        """Return the arguments that the functions share, with a loss for each of ``steps`` steps where batch norm has averages for each."""
         loss: Any = self._support_loss(learner)
         query_loss: Any = self._query_loss(learner)
         if self.step_statistics is not None and steps is not None:
@@ -428,10 +428,10 @@ class MAML(EpisodicModule):
         return self._executor(self.network, self.device, episodes, partial(self._takes_stacks, episodes, self.network))
 
     def _takes_stacks(self, episodes: AnyEpisodes, network: nn.Module) -> bool:
-        """Return whether tasks can be stacked for ``network``, this one's or a structural copy in another mode."""
+        """Return whether tasks can be stacked for ``network``, which is the model's own or a structural copy in another mode."""
 
         def look() -> bool:
-            self._check(Learner(network, self.batch_norm), episodes)  # what is wrong with the batch says nothing about stacks
+            self._check(Learner(network, self.batch_norm), episodes)  # what is wrong with the batch says nothing about stacking
             learner = Learner(network, self.batch_norm, vectorised=True)
             support_loss, query_loss = self._support_loss(learner, self._averages(0)), self._query_loss(learner, self._averages(0))
 
@@ -471,7 +471,7 @@ class MAML(EpisodicModule):
             self.step_statistics.update({name: (mean[0], variance[0]) for name, (mean, variance) in found.items()})
 
     def _entering(self, params: Params, task: AnyEpisodes) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """Return, beside a loss of zero, the statistics of what enters each batch norm for support and query set together."""
+        """Return, besides a loss of zero, the statistics of what enters each batch norm for support and query set together."""
         network = structural_copy(self.network)
         in_training = {name: norm for name, norm in batch_norms(network).items() if norm.training}
         for norm in in_training.values():

@@ -1,7 +1,8 @@
 """The loss of one batch, or of one batch of each of several tasks, as a function of the parameters alone, with its derivatives.
 
-Several tasks are stacked: parameters, gradients and values have them in front. As each task's loss depends on its own parameters alone, the
-gradient of their sum holds the gradients of all, and one Hessian-vector product those of all.
+Several tasks are stacked: they are the first dimension of parameters, gradients and values. As each task's loss depends on its own
+parameters alone, the gradient of the sum of the losses holds the gradients of all tasks, and one Hessian-vector product holds the products
+of all.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -18,7 +19,7 @@ from lightning_maml.second_derivatives import differentiated
 from lightning_maml.stack import ONE, Stack
 
 BatchLoss = Callable[[Params], tuple[Tensor, Any]]
-"""Parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the network's outputs, or ``()``)."""
+"""Maps parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the network's outputs, or ``()``)."""
 
 Tensors = tuple[Tensor, ...]
 
@@ -29,10 +30,10 @@ def twice_differentiable() -> AbstractContextManager[Any]:
 
 
 class Objective:
-    """The loss. Every evaluation draws the same random numbers (dropout masks) as the first one did.
+    """The loss and its derivatives. Every evaluation draws the same random numbers (dropout masks) as the first one did.
 
     Args:
-        loss: Of one task, or of the tasks of ``stack``, then ``[T]``.
+        loss: The loss of one task; or of the tasks of ``stack``, with a value of ``[T]``.
         stack: The tasks.
     """
 
@@ -43,9 +44,9 @@ class Objective:
         self._kept: tuple[Params, Params, Params] | None = None
 
     def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
-        """Return the loss at ``w`` (which has no graph), what the loss function gave beside it, and the gradient, all without a graph.
+        """Return the loss at ``w`` (which has no graph), what the loss function returned besides it, and the gradient, all without a graph.
 
-        With ``names`` the gradient with respect to these parameters only.
+        With ``names``, the gradient is with respect to these parameters only.
         """
         names = w if names is None else names
         leaves, value, aux = self._evaluate(w, names)
@@ -62,7 +63,7 @@ class Objective:
         return {name: tensor.detach() for name, tensor in gradient.items()}
 
     def hessian_vector_product(self, w: Params, v: Params) -> Params:
-        """Return the Hessian at ``w`` times ``v``, which is zero where it has no entry."""
+        """Return the Hessian at ``w`` times ``v``, which counts as zero where it has no entry."""
         if self._kept is not None and self._kept[0] is w:
             _, leaves, gradient = self._kept
             self._kept = None
@@ -72,7 +73,7 @@ class Objective:
 
     @staticmethod
     def pull_back(function: Callable[[Params], Tensors], w: Params) -> tuple[Tensors, Callable[[Tensors], Params]]:
-        """Return ``function(w)``, without a graph, and what takes the gradients of these tensors back to those of ``w``."""
+        """Return ``function(w)``, without a graph, and a function that pulls gradients of these tensors back to those of ``w``."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
         with torch.enable_grad(), differentiated(1):
             outputs = function(leaves)

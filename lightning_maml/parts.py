@@ -18,8 +18,8 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
         head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own.
 
     Raises:
-        ValueError: If ``part`` is none of the three, the network, the head or a body that is to adapt has no trainable parameters, or head
-            and body share some.
+        ValueError: If ``part`` is none of the three, if the network, the head or a body that is to adapt has no trainable parameters, or if
+            head and body share some.
     """
     if part not in ("all", "head", "body"):
         raise ValueError(f"Expected `adapt` to be 'all', 'head' or 'body' but got {part!r}.")

@@ -26,22 +26,22 @@ class ProtoNet(EpisodicModule):
     """Prototypical networks (Snell et al. 2017): the logits of a query are minus its squared distances to the classes' mean embeddings.
 
     Batches, figures and policies are those of :class:`lightning_maml.MAML`; there are no inner steps, so what is logged as ``_before``
-    adaptation is what is logged after it. Train with more ways than are tested (the datamodules' ``ways`` and ``test_ways``) as the
-    paper does, if you like: there is no head whose width would be fixed.
+    adaptation equals what is logged after it. You may train with more ways than you test with (the datamodules' ``ways`` and
+    ``test_ways``), as the paper does: there is no head whose width would be fixed.
 
     Args:
-        network: From images ``[B, C, H, W]`` to embeddings ``[B, D]``; the library's own with ``ways=None``.
-        loss: Logits and labels to their mean loss.
+        network: Maps images ``[B, C, H, W]`` to embeddings ``[B, D]``; give the library's own networks ``ways=None``.
+        loss: Maps logits and labels to their mean loss.
         batch_norm: ``"batch"``: support and query set of a task are normalised together (transductive); ``"support"`` and ``"running"``
             as in :class:`lightning_maml.MAML`.
-        optimizer: From parameters to the optimizer; by default Adam with its rate of 1e-3.
-        lr_scheduler: From the optimizer to its scheduler, stepped once per epoch; by default none.
+        optimizer: Builds the optimizer from the parameters; by default Adam with its rate of 1e-3.
+        lr_scheduler: Builds the scheduler from the optimizer; it is stepped once per epoch; by default none.
         tasks: ``"vmap"``: the tasks of a meta-batch together; ``"loop"``: one after the other, for networks that vmap cannot take;
             ``"auto"``: together where vmap takes the network.
 
     Raises:
-        ValueError: If the network does not fit the batch-norm policy; in a step, if the labels are not classes ``0 .. ways - 1`` of which
-            each is in every support set.
+        ValueError: If the network does not fit the batch-norm policy; in a step, if the labels are not classes ``0 .. ways - 1``, each of
+            which is in every support set.
         TypeError: In a step, if the episodes have a support batch for each inner step.
         FloatingPointError: In training, if the query loss is not finite.
     """
@@ -75,18 +75,18 @@ class ProtoNet(EpisodicModule):
     def adapt(self, support_x: Tensor, support_y: Tensor) -> nn.Module:
         """Return the network with the prototypes of a task as its head, or of many tasks, for new queries.
 
-        With ``batch_norm="batch"`` the prototypes have the statistics of the support set and queries those of their own batch, where
+        With ``batch_norm="batch"`` the prototypes have the statistics of the support set and queries those of their own batch, whereas
         evaluation normalises both together; ``"support"`` and ``"running"`` give here what they give in evaluation.
 
-        The logits are twice the inner product of embedding and prototype less the prototype's square (Snell et al. 2017, section 2.4):
-        minus the squared distance, but for a term that all classes share.
+        The logits are twice the inner product of embedding and prototype, less the prototype's square (Snell et al. 2017, section 2.4).
+        This is minus the squared distance, up to a term that all classes share.
 
         Args:
             support_x: Inputs of the support set, ``[S, ...]``; of many tasks ``[T, S, ...]``.
             support_y: Their labels ``0 .. ways - 1``, ``[S]`` or ``[T, S]``.
 
         Returns:
-            As of :meth:`lightning_maml.MAML.adapt`.
+            As :meth:`lightning_maml.MAML.adapt` does.
         """
         of_one = support_y.ndim == 1
         if of_one:
@@ -129,7 +129,7 @@ class ProtoNet(EpisodicModule):
         return self.loss(logits, task.query_y), logits
 
     def _looked_at(self, network: nn.Module, episodes: AnyEpisodes) -> tuple[Learner, int, TaskExecution]:
-        """Refuse episodes that have no prototypes, and return what embeds them, their ways, and how tasks are run."""
+        """Refuse episodes that have no prototypes; return the learner that embeds them, their ways, and how tasks are run."""
         tasks: TaskExecution = "vmap" if self._tasks == "auto" else self._tasks
         learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
         ways = ways_of(episodes)
@@ -153,11 +153,11 @@ class ProtoNet(EpisodicModule):
 
 
 def ways_of(episodes: AnyEpisodes) -> int:
-    """Return the number of classes of episodes that have a prototype for each.
+    """Return the number of classes of episodes, each of which must have a prototype.
 
     Raises:
         TypeError: If they have several support sets.
-        ValueError: If a label is none of those, or one has no example.
+        ValueError: If a label is none of these classes, or a class has no example.
     """
     if isinstance(episodes, ResampledEpisodes):
         raise TypeError("Expected Episodes, which have one support set per task, but got ResampledEpisodes; use regime='finite_sum'.")

@@ -1,4 +1,4 @@
-"""Which networks draw random numbers, and where the generators that they are drawn from stand."""
+"""Which networks draw random numbers, and the states of the generators that they draw from."""
 
 import random
 from typing import Any
@@ -16,7 +16,7 @@ def is_random(network: nn.Module) -> bool:
 
 
 def drops_blocks(network: nn.Module) -> bool:
-    """Return whether DropBlock is active, which fills its mask in place, as ``vmap`` cannot."""
+    """Return whether DropBlock is active, which fills its mask in place and so does not run under ``vmap``."""
     return any(module.training and isinstance(module, DropBlock2d) for module in network.modules())
 
 
@@ -26,14 +26,14 @@ def _draws(module: nn.Module) -> bool:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return where the random generators of torch, of the device, of numpy and of Python stand, in plain types."""
-    name, key, *rest = np.random.get_state()  # the one that others draw from
+    """Return the states of the random generators of torch, the device, numpy and Python, in plain types."""
+    name, key, *rest = np.random.get_state()  # the global one, which other code draws from
     of_torch = torch_random_state(device)
     return of_torch | {"numpy": (name, np.asarray(key).tolist(), *rest), "python": random.getstate()}
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Set the generators to where ``state`` has them; the device's only if it is of the kind that the state was taken on."""
+    """Set the generators to ``state``; the device's only if the device is of the kind that the state was taken on."""
     set_torch_random_state(state, device)
     name, key, *rest = state["numpy"]
     np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
@@ -42,13 +42,13 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def torch_random_state(device: torch.device) -> dict[str, Any]:
-    """Return where the random generators of torch and of the device stand."""
+    """Return the states of the random generators of torch and of the device."""
     own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*_numbered(device))
     return {"torch": torch.get_rng_state(), device.type: own}
 
 
 def set_torch_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Set them to where ``state`` has them; the device's only if it is of the kind that the state was taken on."""
+    """Set these generators to ``state``; the device's only if the device is of the kind that the state was taken on."""
     torch.set_rng_state(state["torch"])
     if state.get(device.type) is not None:
         torch.get_device_module(device).set_rng_state(state[device.type], *_numbered(device))
@@ -59,6 +59,6 @@ def _numbered(device: torch.device) -> list[torch.device]:
 
 
 def has_drawn(before: dict[str, Any], device: torch.device) -> bool:
-    """Return whether numbers of torch or of the device were drawn since :func:`torch_random_state` gave ``before``."""
+    """Return whether torch or the device drew random numbers since :func:`torch_random_state` returned ``before``."""
     now = torch_random_state(device)
     return any(state is not None and not torch.equal(state, now[name]) for name, state in before.items())

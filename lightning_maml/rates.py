@@ -19,7 +19,7 @@ InnerRatesName = Literal["fixed"] | LearnedRatesName
 
 
 def check_inner_rates(inner_rates: str) -> None:
-    """Check an argument of that name.
+    """Check an argument called ``inner_rates``.
 
     Raises:
         ValueError: If it is unknown.
@@ -30,12 +30,12 @@ def check_inner_rates(inner_rates: str) -> None:
 
 
 class LearnedRates(nn.Module):
-    """Inner rates as parameters, all of one value at first.
+    """Inner rates as parameters, which all start from one value.
 
     Args:
         params: The parameters that adapt.
         inner_lr: The first value.
-        kind: ``"per_layer"``: one for each parameter tensor; ``"per_layer_and_step"``: another set for each step (LSLR, Antoniou et al.
+        kind: ``"per_layer"``: one for each parameter tensor; ``"per_layer_and_step"``: a separate set for each step (LSLR, Antoniou et al.
             2019, section 4); ``"per_parameter"``: one for each element (Meta-SGD, Li et al. 2017, eq. 3).
         steps: N, the number of sets with ``"per_layer_and_step"``.
     """
@@ -50,7 +50,7 @@ class LearnedRates(nn.Module):
         self.values = nn.ParameterList(torch.full(shape, inner_lr, dtype=like.dtype, device=like.device) for shape, like in tensors)
 
     def forward(self, names: Collection[str]) -> Rates | list[Rates]:
-        """Return the rates of these parameters, with their graph; where each step has its own, of each step.
+        """Return the rates of these parameters, with their graph; if each step has its own, return a list of them by step.
 
         Raises:
             ValueError: If a parameter was not there, or frozen, when the rates were made.
@@ -69,8 +69,8 @@ def rates_of_steps(inner_lr: InnerRates, params: Params, steps: int) -> list[Rat
     """Return the rates of each of ``steps`` inner steps.
 
     Raises:
-        ValueError: If a rate is a number that is negative or not finite, belongs to no parameter or does not broadcast to its own, or
-            if there is none.
+        ValueError: If a rate is a number that is negative or not finite, belongs to no parameter or does not broadcast to its parameter, or
+            if there are no rates.
     """
     if isinstance(inner_lr, int | float | Tensor):
         inner_lr = dict.fromkeys(params, inner_lr)
@@ -98,7 +98,7 @@ def learned(rates: Rates) -> Params:
 
 
 def gradient_of_rates(rates: Rates, gradient: Params, v: Params) -> Params:
-    """Return the gradient of the query loss with respect to A in the step ``w <- w - A gradient``, behind which ``v`` is its gradient."""
+    """Return the query loss's gradient with respect to A in the step ``w <- w - A gradient``; ``v`` is its gradient after this step."""
     return {name: -(gradient[name] * v[name]).sum_to_size(rate.shape) for name, rate in learned(rates).items()}
 
 

@@ -27,11 +27,11 @@ class Settings(NamedTuple):
     """What a run is configured to do.
 
     Attributes:
-        curvature: Which algorithm.
+        curvature: Tells which algorithm it is.
         inner_lr: alpha.
         steps: N.
         tasks: B, tasks per optimizer step over all processes and accumulated batches.
-        query: Samples of a query set.
+        query: Samples in a query set.
         resampling: None in the finite-sum case, else the samples (S, D) of a support and a Hessian batch.
         probe_radius: h of HF-MAML.
         stepsize: The adaptive meta-stepsize; or the fixed rate of plain SGD; or None for another optimizer.
@@ -68,7 +68,7 @@ _EQUATION: dict[Rule, str] = {"one_step": "Fallah eq. 17", "resampling": "Ji eq.
 
 
 def rules(settings: Settings) -> list[Rule]:
-    """Return the stepsize rules that apply: Fallah's for one step, Ji's but for FO-MAML, which Ji does not treat."""
+    """Return the stepsize rules that apply: Fallah's for one step, and Ji's except for FO-MAML, which Ji does not treat."""
     general: Rule = "finite_sum" if settings.resampling is None else "resampling"
     one_step: list[Rule] = ["one_step"] if settings.steps == 1 else []
     return one_step if settings.curvature == "none" else [*one_step, general]
@@ -137,7 +137,7 @@ def _of_ji(constants: Constants, settings: Settings) -> list[Condition]:
 
 
 def _theta(theorem: str, constants: Constants, settings: Settings) -> Condition:
-    """Ji's theorem says something: its theta is positive with these batch sizes."""
+    """Return the condition under which Ji's theorem says something: its theta is positive with these batch sizes."""
     arguments = (constants.L, constants.rho, settings.inner_lr, settings.steps)
     if settings.inner_lr >= theory.largest_inner_lr(constants.L, settings.steps):
         return Condition(theorem, "theta > 0 needed; there is none while (1 + alpha L)^(2N) is 2 or more", False)

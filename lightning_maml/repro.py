@@ -1,4 +1,4 @@
-"""A step that broke, saved with all that it depends on but the model's own code, to be taken again."""
+"""A step that broke a run, saved with all that it depends on except the model's own code, so that it can be repeated."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ _KINDS = {kind.__name__: kind for kind in (Episodes, ResampledEpisodes)}
 
 
 def save_step(module: LightningModule, episodes: AnyEpisodes, random_state: dict[str, Any], folder: Path) -> Path:
-    """Save the step that ``module`` broke in, and return where.
+    """Save the step in which ``module`` broke, and return the path.
 
     Args:
         module: The model, at the parameters before the step.
         episodes: Its meta-batch.
-        random_state: Where the random generators stood before it.
+        random_state: States of the random generators before it.
         folder: Where to save it.
     """
     trainer = module.trainer
@@ -37,11 +37,11 @@ def save_step(module: LightningModule, episodes: AnyEpisodes, random_state: dict
 
 
 def load_step(module: LightningModule, path: str | Path) -> tuple[AnyEpisodes, int]:
-    """Put ``module`` and the random generators where they were before the step at ``path``; return its meta-batch and its epoch.
+    """Restore ``module`` and the random generators to before the step saved at ``path``; return its meta-batch and its epoch.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not whole, or no such step of such a model.
+        ValueError: If it is not whole, or is not a step of such a model.
     """
     step = read_checkpoint(path)
     if not {"kind", "episodes", "state_dict", "random_state", "epoch"} <= step.keys() or step["kind"] not in [*_KINDS]:
@@ -49,7 +49,7 @@ def load_step(module: LightningModule, path: str | Path) -> tuple[AnyEpisodes, i
     try:
         saved = step["state_dict"]
         dtypes = {tensor.dtype for tensor in saved.values() if tensor.is_floating_point()}
-        module.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))  # what is not saved, too
+        module.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))  # also converts what is not saved
         for name, tensor in module.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(saved[name].dtype) if name in saved else tensor.data
         module.load_state_dict(saved)

@@ -29,7 +29,7 @@ def reptile_gradient(
 ) -> MetaGradient:
     """Return the mean over tasks of ``w_0 - w_N``: a meta-step of rate epsilon is the paper's ``w <- w + epsilon (w_N - w)``.
 
-    The arguments are those of :func:`lightning_maml.meta_gradient`, and so are the query losses, of which nothing is learned.
+    The arguments and the query losses are those of :func:`lightning_maml.meta_gradient`; nothing is learned from the query losses.
     """
     check_step_count(steps)
     rates = rates_of_steps(inner_lr, params, steps)

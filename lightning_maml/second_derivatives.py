@@ -1,7 +1,7 @@
-"""Convolution and batch norm with their second derivatives written out, for where a Hessian-vector product is taken.
+"""Convolution and batch norm with their second derivatives written out, for use in Hessian-vector products.
 
-Autograd's own second derivative of batch norm is some twenty passes over the activations, that of a convolution runs kernels as large as
-its image. Here both are made of the kernels of their first derivatives.
+Autograd's own second derivative of batch norm takes some twenty passes over the activations, and that of a convolution runs kernels as
+large as its image. Here both are built from the kernels of their first derivatives.
 """
 
 import threading
@@ -20,7 +20,7 @@ _here = threading.local()
 
 @contextmanager
 def differentiated(times: Literal[1, 2]) -> Iterator[None]:
-    """Announce how many times ``torch.autograd`` will differentiate what this thread evaluates meanwhile."""
+    """Announce how many times ``torch.autograd`` will differentiate what this thread evaluates in this context."""
     before, _here.times = times_differentiated(), times
     try:
         yield
@@ -29,7 +29,7 @@ def differentiated(times: Literal[1, 2]) -> Iterator[None]:
 
 
 def times_differentiated() -> int:
-    """Return what was announced, or 0: neither ``torch.func`` nor ``vmap`` takes what is here."""
+    """Return the number announced, or 0 if none was: neither ``torch.func`` nor ``vmap`` accepts the functions of this module."""
     return getattr(_here, "times", 0)
 
 
@@ -139,7 +139,7 @@ class _BatchNormBackward(torch.autograd.Function):
 
 
 class _Last(torch.autograd.Function):
-    """``_Last.apply(count, *tensors)``: the first ``count`` of them, which cannot be differentiated by the others."""
+    """``_Last.apply(count, *tensors)``: the first ``count`` tensors, which cannot be differentiated with respect to the others."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Where a network is not twice differentiable."""
+"""Finds where a network is not twice differentiable."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,14 +31,14 @@ _KINKED = {
     *("max_pool2d_with_indices", "max_pool3d_with_indices", "fractional_max_pool2d", "fractional_max_pool3d"),
     *("adaptive_max_pool2d", "adaptive_max_pool3d"),
 }
-"""Operations, as torch names them inside: pooling in one dimension is one of two."""
+"""Operations by their names inside torch, where pooling in one dimension is an operation in two."""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model calls it too
 def kinked_operations(run: Callable[[], Any]) -> list[str]:
-    """Return the operations in ``run()`` that are not twice differentiable, as torch names them: also of functions, which are no layers.
+    """Return the operations in ``run()`` that are not twice differentiable, as torch names them; functions that are not layers count too.
 
-    It sees activations, pooling, maxima, absolute values and clamps that cut values off, and takes them for kinks also where their results
+    It sees activations, pooling, maxima, absolute values and clamps that cut values off, and takes them for kinks even where their results
     are detached. It does not see what masks and ``torch.where`` do.
     """
     watch = _Watch()

@@ -1,4 +1,4 @@
-"""What a function of one task becomes where several tasks are stacked: their tensors have the tasks in front."""
+"""What a function of one task becomes if several tasks are stacked, that is, are the first dimension of its tensors."""
 
 import threading
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Stack:
         self._tasks = tasks
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function``, of tensors of one task, as one of the tensors of all."""
+        """Return ``function``, which takes the tensors of one task, as a function of the tensors of all tasks."""
         return function if self._tasks is None else torch.func.vmap(_announced(function), randomness="different")
 
     def shared(self, params: Params) -> Params:
@@ -30,7 +30,7 @@ class Stack:
         return params if self._tasks is None else {name: tensor.expand(self._tasks, *tensor.shape) for name, tensor in params.items()}
 
     def sum(self, params: Params) -> Params:
-        """Return the sum over the tasks, as that of one task; one task's own tensors are their sum."""
+        """Return the sum over the tasks, as tensors of a stack of one task; the tensors of a single task are their own sum."""
         return params if self._tasks is None else {name: tensor.sum(0, keepdim=True) for name, tensor in params.items()}
 
     @property
@@ -44,7 +44,7 @@ ONE = Stack()
 
 
 def in_stack() -> bool:
-    """Return whether this thread is inside what a stack made of a function."""
+    """Return whether this thread is inside a function that :meth:`Stack.each` returned."""
     return getattr(_here, "inside", False)
 
 

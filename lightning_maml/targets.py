@@ -1,4 +1,4 @@
-"""Whether labels and targets fit what a network gives."""
+"""Checks that labels and targets fit the outputs of a network."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_maml.episodes import AnyEpisodes
 
 _ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
-"""Losses of torch's that broadcast."""
+"""torch's losses that broadcast."""
 
 
 def check_labels(episodes: AnyEpisodes, ways: int) -> None:
@@ -26,15 +26,15 @@ def check_labels(episodes: AnyEpisodes, ways: int) -> None:
 
 
 def check_targets(targets: Tensor, shape: torch.Size | None, loss: Any) -> None:
-    """Check for targets that torch's losses would take, and give something else for: what broadcasts, or is always zero.
+    """Refuse targets that torch's losses accept but get wrong: they broadcast them, or always return zero.
 
     Args:
-        targets: Of regression, ``[B, ...]``.
+        targets: Regression targets, ``[B, ...]``.
         shape: The network's outputs for one example, None if they are no tensor.
-        loss: Takes both.
+        loss: The loss of outputs and targets.
 
     Raises:
-        ValueError: If they are such.
+        ValueError: If they are such targets.
     """
     while isinstance(loss, partial):
         loss = loss.func

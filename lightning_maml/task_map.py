@@ -32,7 +32,8 @@ def map_tasks(
         tasks: ``"loop"``: one after the other; ``"threads"``: one for each CPU core, each on one core, so ``function`` must be safe to call
             from several threads and must not draw random numbers; ``"vmap"``: all as one.
         chunk_size: How many tasks are vectorised together in any of the three; by default 1, with ``"vmap"`` all.
-        may_draw: Whether ``function`` might draw random numbers, for which threads then look: others that draw meanwhile are taken for it.
+        may_draw: Whether ``function`` might draw random numbers. If so, threads check that it does not; other code that draws meanwhile is
+            mistaken for it.
 
     Raises:
         ValueError: If ``tasks`` is none of the three, or ``chunk_size`` is not positive.
@@ -58,7 +59,7 @@ def map_tasks(
 
 
 def are_stacked(tasks: TaskExecution, chunk_size: int | None) -> bool:
-    """Return whether several tasks are one, and networks are called under ``vmap``."""
+    """Return whether several tasks are run as one, with networks called under ``vmap``."""
     return tasks == "vmap" or (chunk_size or 1) > 1
 
 
@@ -75,7 +76,7 @@ def check_chunk_size(chunk_size: int | None) -> None:
 def _in_the_callers_modes(function: Callable[[Any], Any], device: str) -> Callable[[Any], Any]:
     """Return ``function`` under the caller's grad mode and autocast, which threads do not inherit.
 
-    Autocast goes without its cache, which would keep every inner step's parameters until the caller leaves it.
+    Autocast runs without its cache, which would keep every inner step's parameters until the caller leaves it.
     """
     grad = torch.is_grad_enabled()
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -28,7 +28,7 @@ Rule = Literal["one_step", "resampling", "finite_sum"]
 
 
 class SmoothnessConstants(NamedTuple):
-    """What the local smoothness of the meta-objective is made of: ``growth L + c_l E|grad l_i(w)| + c_b b``.
+    """The parts of the local smoothness of the meta-objective, ``growth L + c_l E|grad l_i(w)| + c_b b``.
 
     Attributes:
         growth: ``(1 + alpha L)^(2 N)``, a number.
@@ -156,8 +156,8 @@ def stepsize_batches(
 def hessian_batch(alpha: float, hessian_sigma: float) -> int:
     """Return the smallest ``D_h``: ``2 alpha^2 sigma_H^2`` (Fallah, Theorem 4.12).
 
-    It does for HF-MAML too, at every probing radius, when both gradients are taken on the same batch. The ``36 (alpha rho
-    sigma-tilde)^2`` of Theorem 4.17 has units, so cannot be meant; and FO-MAML (Theorem 4.15) has no such batch.
+    It suffices for HF-MAML too, at every probing radius, if both gradients are taken on the same batch. The ``36 (alpha rho
+    sigma-tilde)^2`` of Theorem 4.17 has units, so it cannot be meant; and FO-MAML (Theorem 4.15) has no such batch.
     """
     _check(alpha=alpha, hessian_sigma=hessian_sigma)
     return _at_least(2 * (alpha * hessian_sigma) ** 2)
@@ -178,7 +178,7 @@ class ResamplingBatches(NamedTuple):
 def resampling_batches(L: float, rho: float, sample_sigma: float, hessian_sigma: float) -> ResamplingBatches:
     """Return ``S >= 15 rho^2 sigma_g^2 / L^4`` and ``D >= sigma_H^2 / L^2`` (Ji, Corollary 6).
 
-    D as its proof has it: the statement prints a factor ``L^2`` that its units forbid.
+    D is as the proof has it: the statement prints a factor ``L^2`` that its units forbid.
     """
     _check(L=L, rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma)
     return ResamplingBatches(_at_least(15 * (rho * sample_sigma) ** 2 / L**4), _at_least((hessian_sigma / L) ** 2))
@@ -205,7 +205,7 @@ def probe_radius(epsilon: float, L: float, rho: float, alpha: float, steps: int,
 
 
 def hessian_free_error(L: float, rho: float, alpha: float, steps: int, radius: float, query_gradient_norm: float) -> float:
-    """Return a bound of HF-MAML's error, ``N a^(N-1) alpha (rho h / 2) |v_N|`` [loss / parameter].
+    """Return a bound on HF-MAML's error, ``N a^(N-1) alpha (rho h / 2) |v_N|`` [loss / parameter].
 
     Fallah, after eq. 9, with the sharp 1/2 that is missing there, carried through N steps.
     """
@@ -214,7 +214,7 @@ def hessian_free_error(L: float, rho: float, alpha: float, steps: int, radius: f
 
 
 def first_order_floor(L: float, alpha: float, steps: int, sigma: float) -> float:
-    """Return what ``|grad F|`` is at most where FO-MAML comes to rest, of the order ``N alpha L sigma`` [loss / parameter].
+    """Return a bound on ``|grad F|`` where FO-MAML comes to rest, of the order ``N alpha L sigma`` [loss / parameter].
 
     ``c sigma / (1 - c)`` with ``c = a^N (a^N - 1) / (2 - a^(2N))``, from Ji, Lemmas 12-15; Fallah, Corollary 4.16, gives the order at N =
     1 (its abstract and Table 1 leave out L). Infinite where c >= 1.
@@ -226,13 +226,13 @@ def first_order_floor(L: float, alpha: float, steps: int, sigma: float) -> float
 
 
 def one_step_bias(L: float, alpha: float, sample_sigma: float, support: int) -> float:
-    """Return ``alpha L sigma-tilde / sqrt(D_in)``, a bound of the bias that sampling the inner step causes (Fallah, Lemma 4.10, eq. 20)."""
+    """Return ``alpha L sigma-tilde / sqrt(D_in)``, a bound on the bias that sampling the inner step causes (Fallah, Lemma 4.10, eq. 20)."""
     _check(L=L, alpha=alpha, sample_sigma=sample_sigma, support=support)
     return alpha * L * sample_sigma / math.sqrt(support)
 
 
 def adaptation_gap(L: float, alpha: float, sample_sigma: float, hessian_sigma: float, samples: int) -> float:
-    """Return a bound of ``|grad F-hat - grad F|``, where tasks adapt on D_test samples (Fallah, Theorem 4.11, eq. 22)."""
+    """Return a bound on ``|grad F-hat - grad F|``, if tasks adapt on D_test samples (Fallah, Theorem 4.11, eq. 22)."""
     _check(L=L, alpha=alpha, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma, samples=samples)
     return 2 * alpha * L * sample_sigma / math.sqrt(samples) + alpha**2 * L * hessian_sigma * sample_sigma / samples
 
@@ -241,8 +241,8 @@ class PathError(NamedTuple):
     """How far the sampled inner path strays from the exact one at step j.
 
     Attributes:
-        mean: Bound of ``E|w_j - w~_j|`` [parameter].
-        mean_square: Bound of ``E|w_j - w~_j|^2`` [parameter^2].
+        mean: Bound on ``E|w_j - w~_j|`` [parameter].
+        mean_square: Bound on ``E|w_j - w~_j|^2`` [parameter^2].
     """
 
     mean: float
@@ -277,7 +277,7 @@ def moment_constants(
 ) -> MomentConstants:
     """Return the constants of Ji, Propositions 3 and 4 (eqs. 15-18).
 
-    The first two as their proof (eqs. 29-32) gives them: ``a^N (a^N - 1) sigma_g`` and ``a^(2N-1) (a^(N-1) - 1)^2 rho sigma_g / ((2 -
+    The first two are as their proof (eqs. 29-32) gives them: ``a^N (a^N - 1) sigma_g`` and ``a^(2N-1) (a^(N-1) - 1)^2 rho sigma_g / ((2 -
     a^(2N)) L^2)``. The printed eq. 15 is larger and contradicts the figures of Corollary 6.
     """
     _check(rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma, hessian=hessian)
@@ -303,8 +303,8 @@ class Convergence(NamedTuple):
     Attributes:
         theta: Positive where the theorem holds.
         phi: Weight of ``1 / B``.
-        xi: Theorem 5: weight of ``1 / S``. Theorem 9: the offset.
-        chi: Theorem 5: the offset. Theorem 9: not there, nan.
+        xi: In Theorem 5 the weight of ``1 / S``, in Theorem 9 the offset.
+        chi: In Theorem 5 the offset; Theorem 9 has none, so nan.
     """
 
     theta: float
@@ -330,11 +330,11 @@ def resampling_convergence(
 ) -> Convergence:
     """Return theta, phi, xi and chi of Ji, Theorem 5 (eqs. 19, 20, 37-44), for batch sizes B, S, D and T.
 
-    The bias is weighed by 1/2 where eq. 37 has 1/5: it bounds E beta from below in a term that needs a bound from above. (xi grows 2.4
-    times, theta hardly changes, no order does.)
+    The bias has the weight 1/2 where eq. 37 has 1/5: eq. 37 bounds E beta from below in a term that needs a bound from above. (xi grows 2.4
+    times, theta hardly changes, and no order does.)
 
     Raises:
-        ValueError: If an argument is out of range, alpha not below :func:`largest_inner_lr`, or rho, alpha or N 0.
+        ValueError: If an argument is out of range, alpha is not below :func:`largest_inner_lr`, or rho, alpha or N is 0.
     """
     _check(sigma=sigma, tasks=tasks, support=support, query=query, c_beta=c_beta)
     a, gap = _gap(L, alpha, steps)
@@ -405,7 +405,7 @@ def finite_sum_bound(convergence: Convergence, gap: float, iterations: int, task
 
 
 class Sizes(NamedTuple):
-    """What an accuracy costs.
+    """The cost of reaching an accuracy.
 
     Attributes:
         iterations: K.
@@ -427,7 +427,7 @@ def resampling_sizes(
 ) -> Sizes:
     """Return sizes for which Ji, Theorem 5, guarantees ``E|grad F| <= epsilon`` at alpha = 1 / (8 N L) and C_beta = 100 (Corollary 6).
 
-    Each of K, S and B takes a third of what the bound allows, and T = S. All grow as ``1 / epsilon^2`` but D.
+    Each of K, S and B takes a third of what the bound allows, and T = S. All but D grow as ``1 / epsilon^2``.
     """
     _check(epsilon=epsilon, gap=gap)
     alpha, least_tasks = recommended_inner_lr(L, steps), 20
@@ -457,7 +457,7 @@ def finite_sum_sizes(
 ) -> Sizes:
     """Return sizes for which Ji, Theorem 9, guarantees ``E|grad F| <= epsilon`` at alpha = 1 / (8 N L) and C_beta = 80 (Corollary 10).
 
-    K and B take half each of what the bound allows; both grow as ``1 / epsilon^2``.
+    K and B each take half of what the bound allows; both grow as ``1 / epsilon^2``.
     """
     _check(epsilon=epsilon, gap=gap)
     alpha, least = recommended_inner_lr(L, steps), 20

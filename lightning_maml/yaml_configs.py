@@ -1,4 +1,4 @@
-"""YAML of bounded size, for configs that nobody vouches for."""
+"""YAML of bounded size, for untrusted configs."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ _jsonargparse_yaml = get_loader("yaml")  # a safe loader: YAML can name no Pytho
 
 
 def bound_configs() -> None:
-    """Have jsonargparse, and so LightningCLI, report YAML that is too deep or unfolds to too much, where it would fail or never end."""
+    """Make jsonargparse, and so LightningCLI, report YAML that is too deep or unfolds to too much, rather than fail or never end."""
     set_loader("yaml", load_yaml, (YAMLError, ValueError))
 
 
 def load_yaml(text: str) -> Any:
-    """Return what YAML says, as jsonargparse reads it.
+    """Return the content of YAML, as jsonargparse reads it.
 
     Raises:
-        ValueError: If, with what aliases repeat, there are more than 100,000 values, or more than Python can nest.
-        YAMLError: If it is no YAML, or asks for Python objects.
+        ValueError: If there are more than 100,000 values, including those that aliases repeat, or if they are nested too deeply for Python.
+        YAMLError: If it is not YAML, or asks for Python objects.
     """
     try:
         values = _unfolded(compose(text, Loader=SafeLoader), {})
@@ -33,7 +33,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _unfolded(node: Node | None, counted: dict[int, int]) -> int:
-    """Return how many nodes there are with aliases followed, before merges and other tags make values of them."""
+    """Return how many nodes there are with aliases followed, before merges and other tags turn them into values."""
     if not isinstance(node, CollectionNode):
         return 1
     if id(node) not in counted:

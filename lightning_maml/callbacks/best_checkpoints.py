@@ -1,4 +1,4 @@
-"""The best checkpoint of a run that goes on in another folder is the best of all of it."""
+"""Keeps the best checkpoints of the whole of a run that goes on in another folder."""
 
 import os
 from pathlib import Path
@@ -14,32 +14,33 @@ from lightning_maml.checkpoints import read_checkpoint
 
 
 class KeepBestCheckpoints(Callback):
-    """Where a run goes on from a checkpoint in another folder, takes its best ones so far along, to be compared with new ones.
+    """Takes along the best checkpoints so far if a run goes on in another folder, so that new ones are compared with them.
 
-    Lightning's ``ModelCheckpoint`` forgets there how good they were, and its best one would be that of the epochs which were left. They are
-    looked for beside the checkpoint that the run goes on from, and copied; where one is missing, or is another one by now, or the new
-    folder has one of its name, it is as Lightning has it. The command ``lightning-maml fit`` has this callback.
+    In another folder Lightning's ``ModelCheckpoint`` forgets how good they were, and its best one would only be the best of the remaining
+    epochs. They are looked for beside the checkpoint that the run goes on from, and copied. If one of them is missing or has since been
+    replaced, or if the new folder already has a file of its name, none is copied, and Lightning does as it would without this callback. The
+    command ``lightning-maml fit`` has this callback.
     """
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Copy them, and have the checkpoint say where they are now."""
+        """Copy them, and make the checkpoint say where they are now."""
         states = checkpoint["callbacks"]
         for callback in trainer.checkpoint_callbacks:
             key = callback.state_key
             if not isinstance(callback, ModelCheckpoint) or states.get(key, {}).get("dirpath", callback.dirpath) == callback.dirpath:
                 continue
             if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:  # type: ignore[attr-defined]
-                del states[key]  # here none is kept
+                del states[key]  # no best checkpoints are kept here
                 continue
             beside, folder = Path(str(trainer.ckpt_path)).parent, str(callback.dirpath)
             states[key] = trainer.strategy.broadcast(_moved(states[key], key, beside, folder) if trainer.is_global_zero else None)
 
 
 def _moved(state: dict[str, Any], key: str, beside: Path, folder: str) -> dict[str, Any]:
-    """Copy the best checkpoints of a ``ModelCheckpoint`` into its new folder and return its state there, or as it was if that cannot be."""
+    """Copy a ``ModelCheckpoint``'s best checkpoints into its new folder and return its state there, or the old state if it cannot."""
     names = {path: os.path.relpath(path, state["dirpath"]) for path in state["best_k_models"]}
-    copies = {path: os.path.join(folder, name) for path, name in names.items()}  # in the spelling of Lightning, which compares them
+    copies = {path: os.path.join(folder, name) for path, name in names.items()}  # spelled as Lightning does, which compares them
     if "://" in folder or any(".." in Path(name).parts or os.path.exists(copies[path]) for path, name in names.items()):
         return state
     if not all(_has_score(beside / name, key, state["best_k_models"][path]) for path, name in names.items()):
@@ -53,7 +54,7 @@ def _moved(state: dict[str, Any], key: str, beside: Path, folder: str) -> dict[s
 
 
 def _has_score(file: Path, key: str, score: Any) -> bool:
-    """Return whether a checkpoint is the one of this score, and not one that took its place since."""
+    """Return whether a checkpoint still is the one with this score, and not one that has since taken its place."""
     try:
         return float(read_checkpoint(file)["callbacks"][key]["current_score"]) == float(score)
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""How far meta-gradients without curvature, or with differences in its place, are from the exact one while a network trains."""
+"""How far meta-gradients without curvature, or with finite differences in its place, are from the exact one during training."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class Fidelity(NamedTuple):
     """How an approximate meta-gradient ``v`` compares with the exact one ``g``.
 
     Attributes:
-        cosine: Of the angle between them, ``<v, g> / |v| |g|``.
+        cosine: Cosine of the angle between them, ``<v, g> / |v| |g|``.
         error: ``|v - g| / |g|``.
     """
 
@@ -31,14 +31,14 @@ class Fidelity(NamedTuple):
 class MetaGradientMonitor(Monitor):
     """Compares the first-order and the Hessian-free meta-gradient with the exact one, on the network as it is being trained.
 
-    Whichever algorithm it is trained by: of FO-MAML or HF-MAML it says whether they hold on this network, of MAML what they would cost.
-    Logged: ``train/first_order_cosine``, ``train/first_order_error``, ``train/hessian_free_cosine`` and ``train/hessian_free_error``, the
-    error relative to the norm of the exact meta-gradient; kept as ``history``, by steps, which
+    This works whichever algorithm trains the network: for FO-MAML or HF-MAML it shows whether they hold on this network, for MAML what they
+    would cost. Logged: ``train/first_order_cosine``, ``train/first_order_error``, ``train/hessian_free_cosine`` and
+    ``train/hessian_free_error``, the error relative to the norm of the exact meta-gradient. All are kept by step in ``history``, which
     :class:`lightning_maml.callbacks.TrainingPictures` draws.
 
-    One look costs some five meta-gradients. All three are MAML's own, of N steps, all query weight on the last, in the precision of the
-    parameters: no autocast, none of what :class:`lightning_maml.Reptile` or :class:`lightning_maml.MAMLPlusPlus` change; of
-    :class:`lightning_maml.IMAML` the exact one is the implicit gradient. On a network with kinks the Hessian-free meta-gradient is off
+    One look costs some five meta-gradients. All three are those of plain MAML with N steps, all query weight on the last, in the precision
+    of the parameters: without autocast, and without what :class:`lightning_maml.Reptile` or :class:`lightning_maml.MAMLPlusPlus` change.
+    For :class:`lightning_maml.IMAML` the exact one is the implicit gradient. On a network with kinks the Hessian-free meta-gradient is off
     (Fallah et al. 2020 assume a smooth one), and this shows by how much; a precision below float32 shows too.
 
     Args:
@@ -76,7 +76,7 @@ class MetaGradientMonitor(Monitor):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the tasks are drawn, and what was found."""
+        """Return how many meta-batches were drawn, and what was found."""
         history = {step: {name: tuple(figures) for name, figures in found.items()} for step, found in self.history.items()}
         return {**super().state_dict(), "history": history}
 

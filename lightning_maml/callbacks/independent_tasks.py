@@ -13,22 +13,22 @@ class IndependentTasks:
     """Draws meta-batches from a datamodule of this package, or from an iterable of the user's.
 
     Args:
-        purpose: Sets this stream apart from the other callbacks'.
+        purpose: Name that sets this stream apart from those of other callbacks.
         tasks: Tasks per meta-batch and process, where the datamodule draws them.
-        episodes: Meta-batches like those trained on, independent of them; gone through again and again. None for the datamodule's.
+        episodes: Meta-batches like those trained on but independent of them, gone through again and again; None for the datamodule's.
     """
 
     def __init__(self, purpose: str, tasks: int, episodes: Iterable[AnyEpisodes] | None) -> None:
         if tasks < 1:
             raise ValueError(f"Expected `tasks` to be at least 1 but got {tasks}.")
         self.drawn = 0
-        """How many meta-batches were drawn; to be restored for the stream to go on where it was."""
+        """How many meta-batches were drawn; restore this number for the stream to go on where it was."""
         self._purpose, self._tasks, self._episodes = purpose, tasks, episodes
         self._stream: Iterator[AnyEpisodes] | None = None
 
     @property
     def are_given(self) -> bool:
-        """Whether they are the user's."""
+        """Whether the meta-batches are the user's."""
         return self._episodes is not None
 
     def check(self, trainer: Trainer) -> None:
@@ -71,7 +71,7 @@ def _again_and_again(episodes: Iterable[AnyEpisodes]) -> Iterator[AnyEpisodes]:
 
 
 def as_maml(callback: Callback, module: LightningModule) -> MAML:
-    """Return ``module``, which the callback needs to be one of this package.
+    """Return ``module``, which the callback needs to be a :class:`lightning_maml.MAML`.
 
     Raises:
         TypeError: If it is not.

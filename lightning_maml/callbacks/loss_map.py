@@ -1,4 +1,4 @@
-"""A map of a task's losses around the meta-parameters, with the way that adaptation takes."""
+"""A map of a task's losses around the meta-parameters, with the path that adaptation takes."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +21,12 @@ class LossMap(NamedTuple):
 
     Attributes:
         along: Positions on the first axis, from w_0 towards w_K, ``[R]``, in units of their distance.
-        across: Positions on the second, the part of the query gradient at w_0 that is orthogonal to the first, ``[R]``.
+        across: Positions on the second axis, in the same units, along the part of the query gradient at w_0 that is orthogonal to the
+            first, ``[R]``.
         support: Support loss at each, ``[R (across), R (along)]``.
         query: Query loss there.
         path: Where w_0 .. w_K are, projected on the plane, ``[K + 1, 2]``.
-        in_plane: Share of the way's length that lies in the plane.
+        in_plane: Share of the path's length that lies in the plane.
     """
 
     along: Tensor
@@ -40,7 +41,7 @@ class LossMapPicture(FirstTaskPictures):
     """Draws, at the end of a test, the losses of the first test task around the meta-parameters w, and its inner path on them.
 
     ``loss_map.png`` has two maps of the plane through w_0 = w and the adapted w_K that also contains the query gradient at w: the support
-    loss, which the path descends, and the query loss, for which it is meant. It is written to the logger's folder, or to the trainer's
+    loss, which the path descends, and the query loss, which it is meant to lower. It is written to the logger's folder, or to the trainer's
     ``default_root_dir`` without one. For :class:`lightning_maml.MAML` and its variants.
 
     Args:
@@ -55,7 +56,7 @@ class LossMapPicture(FirstTaskPictures):
 
     @override
     def draw(self, module: MAML, task: Episodes, folder: Path) -> None:
-        """Draw the map, where there is one to draw."""
+        """Draw the map, if there is one to draw."""
         try:
             draw_loss_map(loss_map(module, task, self._resolution)).savefig(folder / "loss_map.png")
         except ValueError as error:  # at the end of a test, whose results are yet to be printed
@@ -63,7 +64,7 @@ class LossMapPicture(FirstTaskPictures):
 
 
 def loss_map(module: MAML, task: Episodes, resolution: int) -> LossMap:
-    """Compute the losses of a task, ``Episodes`` with one, on the plane.
+    """Compute the losses of a task, given as ``Episodes`` with one task, on the plane.
 
     Raises:
         ValueError: If adaptation does not move the parameters, so that there is no plane, or each step has a loss of its own.
@@ -91,7 +92,7 @@ def loss_map(module: MAML, task: Episodes, resolution: int) -> LossMap:
 
 
 def draw_loss_map(found: LossMap) -> Figure:
-    """Draw both losses, darker where they are smaller, with the way from w_0 to w_K."""
+    """Draw both losses, darker where they are smaller, with the path from w_0 to w_K."""
     figure = Figure(figsize=(9, 4.1), layout="constrained")
     for axes, values, name in zip(figure.subplots(1, 2), (found.support, found.query), ("support", "query"), strict=True):
         levels = axes.contourf(found.along, found.across, values, levels=24, cmap="viridis")

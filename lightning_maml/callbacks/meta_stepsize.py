@@ -37,9 +37,9 @@ class AdaptiveMetaStepsize(Callback):
         L: Smoothness of the task losses; measured if None.
         rho: Lipschitz constant of their Hessians; measured if None. It exists for networks without kinks only.
         b: Mean distance between the gradients of support and query loss, for ``"finite_sum"``; measured if None.
-        scale: Numerator of beta, a safety factor; by default the papers' constant, see :func:`lightning_maml.theory.paper_scale`. That is
-            made for the worst case: with measured constants ``scale=1`` converges ten times faster and more, where alpha is at most
-            1 / (8 N L). With far larger inner rates L-hat means little, and scale is a number to tune.
+        scale: Numerator of beta, a safety factor; by default the papers' constant, see :func:`lightning_maml.theory.paper_scale`. That one
+            is made for the worst case: with measured constants ``scale=1`` converges ten or more times faster, if alpha is at most 1 / (8 N
+            L). With far larger inner rates L-hat means little, and scale is a number to tune.
         tasks: B', tasks drawn per step and process.
         every_n_steps: How often L, rho and b are measured, at the parameters of that step, on B' tasks.
         episodes: Meta-batches like those trained on, drawn independently of them; by default the datamodule's, if it is one of this
@@ -47,7 +47,7 @@ class AdaptiveMetaStepsize(Callback):
 
     Raises:
         ValueError: If an argument is out of range; when training starts, with manual optimization, several optimizers, a learning-rate
-            scheduler, or ``"one_step"`` with several inner steps, or nothing to draw tasks from.
+            scheduler, ``"one_step"`` with several inner steps, or nothing to draw tasks from.
         TypeError: If the module is not a :class:`lightning_maml.MAML`.
         FloatingPointError: If a measured constant or the gradient norm is not finite.
     """
@@ -78,7 +78,7 @@ class AdaptiveMetaStepsize(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what would fight over the learning rate, and say what the theory does not cover."""
+        """Refuse what else would set the learning rate, and warn about what the theory does not cover."""
         if len(trainer.optimizers) != 1:
             raise ValueError(
                 f"Expected one optimizer for AdaptiveMetaStepsize but got {len(trainer.optimizers)}; give all parameters to one of them."
@@ -127,7 +127,7 @@ class AdaptiveMetaStepsize(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the constants as last measured, and how far the tasks are drawn."""
+        """Return the constants as last measured, and how many meta-batches were drawn."""
         return {"measured": self._measured, "drawn": self._tasks.drawn}
 
     @override

@@ -1,4 +1,4 @@
-"""What looks at a model now and then while it trains, on tasks of its own."""
+"""The base of callbacks that look at a model now and then while it trains, on tasks of their own."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from lightning_maml.randomness import random_state, set_random_state
 
 
 class Monitor(Callback):
-    """Base of the callbacks that measure something every ``n`` optimizer steps; a subclass gives ``purpose`` and :meth:`look`.
+    """Base of the callbacks that measure something every ``n`` optimizer steps; a subclass defines ``purpose`` and :meth:`look`.
 
     Args:
         every_n_steps: Optimizer steps between two looks.
@@ -25,7 +25,7 @@ class Monitor(Callback):
     """
 
     purpose: ClassVar[str]
-    """Sets the tasks apart from the other callbacks'."""
+    """Sets the tasks apart from those of other callbacks."""
 
     def __init__(self, every_n_steps: int, tasks: int, episodes: Iterable[AnyEpisodes] | None) -> None:
         if every_n_steps < 1:
@@ -58,17 +58,17 @@ class Monitor(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Look, where it is time to."""
-        if trainer.global_step % self._every_n_steps or trainer.global_step == self._last_step:  # the second: accumulated batches
+        """Look, if it is time to."""
+        if trainer.global_step % self._every_n_steps or trainer.global_step == self._last_step:  # the second with accumulated batches
             return
         self._last_step = trainer.global_step
         where_it_stands = random_state(pl_module.device)
         self.look(trainer, as_maml(self, pl_module))
-        set_random_state(where_it_stands, pl_module.device)  # who is looked at must not notice
+        set_random_state(where_it_stands, pl_module.device)  # the look must not change the training
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the tasks are drawn."""
+        """Return how many meta-batches were drawn, and the step of the last look."""
         return {"drawn": self._tasks.drawn, "last_step": self._last_step}
 
     @override

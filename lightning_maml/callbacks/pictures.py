@@ -15,13 +15,13 @@ from lightning_maml.module import MAML
 
 
 class FirstTaskPictures(Callback):
-    """Base of what draws the first test task at the end of a test, into the logger's folder, or without one ``default_root_dir``."""
+    """Base of callbacks that draw the first test task at the end of a test, into the logger's folder or else ``default_root_dir``."""
 
     def __init__(self) -> None:
         self._task: Episodes | None = None
 
     def draw(self, module: MAML, task: Episodes, folder: Path) -> None:
-        """Draw ``task``, ``Episodes`` with one, into files of ``folder``."""
+        """Draw ``task``, given as ``Episodes`` with one task, into files in ``folder``."""
         raise NotImplementedError(f"{type(self).__name__} must define draw(module, task, folder).")
 
     @override
@@ -50,8 +50,8 @@ class EpisodePictures(FirstTaskPictures):
     images.
 
     Args:
-        max_classes: Classes of the episode that are drawn.
-        max_images: Support and query images per class that are drawn.
+        max_classes: Most classes of the episode that are drawn.
+        max_images: Most support images, and most query images, per class that are drawn.
     """
 
     def __init__(self, max_classes: int = 5, max_images: int = 5) -> None:
@@ -74,13 +74,13 @@ class EpisodePictures(FirstTaskPictures):
 
 
 def draw_episode(task: Episodes, predictions: Tensor, max_classes: int, max_images: int) -> Figure:
-    """Draw one task: a row per class with its support images, then its query images with what they were taken for.
+    """Draw one task: a row per class with its support images, then its query images with the classes predicted for them.
 
     Args:
         task: One task, ``Episodes`` without the leading ``T``, on the CPU; images in 0 .. 1, or normalised.
         predictions: Predicted classes of the query images after 0 .. K steps, ``[K + 1, Q]``.
-        max_classes: Rows at most.
-        max_images: Support and query images per row at most.
+        max_classes: Most rows.
+        max_images: Most support images, and most query images, per row.
     """
     classes = min(int(task.support_y.max()) + 1, max_classes)
     rows = [

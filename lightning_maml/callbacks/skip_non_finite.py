@@ -1,4 +1,4 @@
-"""Training goes on past a meta-batch whose loss or meta-gradient is not finite."""
+"""Lets training go on past a meta-batch whose loss or meta-gradient is not finite."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from lightning_maml.episodic_module import EpisodicModule
 
 
 class SkipNonFinite(Callback):
-    """Skips and counts the meta-batches whose loss or meta-gradient is not finite, on which a run else stops.
+    """Skips and counts the meta-batches whose loss or meta-gradient is not finite, on which a run would otherwise stop.
 
-    Logged: ``train/skipped``, how many there were so far. The optimizer does not step on them; where it steps on several meta-batches
-    (``accumulate_grad_batches``), theirs is a part of 0 in the mean.
+    Logged: ``train/skipped``, how many there were so far. The optimizer does not step on them; if it steps on several meta-batches
+    (``accumulate_grad_batches``), they count as 0 in the mean.
 
     Args:
-        at_most: With more skipped steps the run stops all the same.
+        at_most: With more skipped steps than this the run stops after all.
 
     Raises:
         ValueError: If ``at_most`` is negative; when training starts, if there are several processes, which have to step together.
-        TypeError: If the module is none of this package.
+        TypeError: If the module is not one of this package.
         FloatingPointError: In training, after more than ``at_most`` skipped steps.
     """
 
@@ -30,7 +30,7 @@ class SkipNonFinite(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the module skip, and count from 0 or what a checkpoint has."""
+        """Make the module skip, and count from 0 or from what a checkpoint has."""
         if stage != "fit":
             return
         if not isinstance(pl_module, EpisodicModule):
@@ -43,18 +43,18 @@ class SkipNonFinite(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the module skip no more."""
+        """Make the module stop skipping."""
         if isinstance(pl_module, EpisodicModule):
             pl_module.skips_non_finite = False
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Have the module skip no more."""
+        """Make the module stop skipping."""
         self.teardown(trainer, pl_module, "fit")
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop where it is too many."""
+        """Stop if too many were skipped."""
         if isinstance(pl_module, EpisodicModule) and pl_module.skipped > self.at_most:
             raise FloatingPointError(
                 f"Expected at most {self.at_most} meta-batches without a finite loss and meta-gradient but there were {pl_module.skipped} "

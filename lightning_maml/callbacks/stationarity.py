@@ -16,11 +16,11 @@ from lightning_maml.module import MAML
 
 
 class StationarityMonitor(Monitor):
-    """Estimates ``|grad F(w)|``, the norm of the exact meta-gradient, on tasks of its own, and may stop there.
+    """Estimates ``|grad F(w)|``, the norm of the exact meta-gradient, on tasks of its own, and may stop when it is small.
 
-    Every ``n`` steps it draws some meta-batches independently of those trained on. The norm of their mean meta-gradient would be too
-    large by what sampling adds, so its square is estimated by the mean inner product of different meta-batches, with a jackknife standard
-    error. Logged: ``train/meta_gradient_norm`` and ``train/meta_gradient_norm_se``, and kept as ``norm`` and ``standard_error``.
+    Every ``n`` steps it draws some meta-batches independently of those trained on. The norm of their mean meta-gradient would be too large
+    by what sampling adds, so the square is estimated by the mean inner product of different meta-batches, with a jackknife standard error.
+    Logged: ``train/meta_gradient_norm`` and ``train/meta_gradient_norm_se``, and kept as ``norm`` and ``standard_error``.
 
     In the resampling case it is the norm of the expected meta-gradient that is estimated, which the sampled inner steps bias: with small
     support batches it is not ``|grad F|`` (Ji et al. 2022, Proposition 3).
@@ -31,7 +31,7 @@ class StationarityMonitor(Monitor):
             (Fallah et al. 2020, Definition 4.1).
         meta_batches: Meta-batches per estimate, at least 3.
         tasks: Tasks per meta-batch and process.
-        episodes: Meta-batches like those trained on, drawn independently of them and of one another: with too few, which come again, the
+        episodes: Meta-batches like those trained on, drawn independently of them and of one another. With so few that they come again, the
             standard error is too small. By default the datamodule's, if it is one of this package.
 
     Raises:

@@ -14,14 +14,14 @@ from lightning_maml.episodic_module import EpisodicModule
 
 
 class Validation(NamedTuple):
-    """What a validation found, and training before it.
+    """The results of a validation, and of training before it.
 
     Attributes:
         step: Optimizer steps until then.
         mean: Accuracy on the validation tasks after adaptation, or for regression their loss.
         ci95: Half-width of its 95 % confidence interval.
         before: The same figure before adaptation.
-        train: Its mean in training, after N steps, since the validation before, over all processes; nan where there was none.
+        train: Its mean in training, after N steps, since the previous validation, over all processes; nan if there was none.
     """
 
     step: int
@@ -32,12 +32,15 @@ class Validation(NamedTuple):
 
 
 class TrainingPictures(Callback):
-    """Draws after every validation what the run has come to.
+    """Draws, after every validation, how the run has gone so far.
 
     ``learning.png`` shows the accuracy (for regression the loss) on the validation tasks, of the first loader, with its 95 % confidence
     interval, before adaptation, and in training; with a :class:`lightning_maml.callbacks.MetaGradientMonitor` beside it, ``fidelity.png``
     shows how close first-order and Hessian-free meta-gradients are to the exact one. They are written to the logger's folder, or to the
     trainer's ``default_root_dir`` without one.
+
+    Raises:
+        TypeError: If the module is not one of this package.
     """
 
     def __init__(self) -> None:
@@ -50,12 +53,12 @@ class TrainingPictures(Callback):
         """Check that there will be something to draw."""
         if not isinstance(pl_module, EpisodicModule):
             raise TypeError(f"Expected a module of lightning_maml for TrainingPictures but got {type(pl_module).__name__}.")
-        if not trainer.is_global_zero:  # what a checkpoint has is process 0's
+        if not trainer.is_global_zero:  # what a checkpoint has belongs to process 0
             self._sum, self._steps = 0.0, 0
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Add up this process's training figures, where the device has them; of skipped steps there are none."""
+        """Add up this process's training figures, on the device; skipped steps have none."""
         if outputs:
             figure = "accuracy" if "train/accuracy" in trainer.callback_metrics else "loss"
             self._sum = self._sum + trainer.callback_metrics[f"train/{figure}"].detach()
@@ -69,7 +72,7 @@ class TrainingPictures(Callback):
         folder = cast(EpisodicModule, pl_module).run_folder
         found = trainer.callback_metrics
         of_loader = "" if "val/loss" in found else "/dataloader_idx_0"
-        if f"val/loss_ci95{of_loader}" not in found:  # a subclass judges in its own way, or there was nothing to judge
+        if f"val/loss_ci95{of_loader}" not in found:  # a subclass evaluates in its own way, or there was nothing to evaluate
             return
         name = "accuracy" if f"val/accuracy{of_loader}" in found else "loss"
         mean, ci95, before = (float(found[f"val/{name}{kind}{of_loader}"]) for kind in ("", "_ci95", "_before"))

@@ -1,1 +1,1 @@
-"""Other libraries' names over this one's algorithms, so that a pipeline changes an import line."""
+"""Other libraries' names for this one's algorithms, so that a pipeline only has to change an import line."""

@@ -3,8 +3,8 @@
 ``from learn2learn.algorithms import LightningMAML, LightningANIL`` and ``from learn2learn.utils.lightning import EpisodicBatcher`` become
 ``from lightning_maml.compat.learn2learn import EpisodicBatcher, LightningANIL, LightningMAML``; learn2learn itself is needed for its
 tasksets only. Batches are learn2learn's: one task ``(data, labels)``, class by class, its first ``shots`` of each class the support set; a
-meta-batch is the trainer's ``accumulate_grad_batches``. Checkpoints have learn2learn's names of parameters. What differs: dropout is
-inactive in evaluation, and the running averages of batch norm, on which no number depends, stay as they are.
+meta-batch is the trainer's ``accumulate_grad_batches``. Checkpoints have learn2learn's parameter names. What differs: dropout is inactive
+in evaluation, and the running averages of batch norm, on which no number depends, stay as they are.
 """
 
 from argparse import ArgumentParser
@@ -22,7 +22,7 @@ from lightning_maml.functional import Params
 from lightning_maml.learner import Learner
 from lightning_maml.meta_gradient import meta_gradient, surrogate
 
-_FEATURES = "(features)"  # no parameter's name
+_FEATURES = "(features)"  # a name that no parameter has
 
 Task = tuple[Tensor, Tensor]
 """A task of learn2learn's: examples ``[ways * (shots + queries), ...]``, class by class, and their labels."""
@@ -32,12 +32,12 @@ class LightningEpisodicModule(LightningModule):
     """What the algorithms share: steps that log ``{train,valid,test}_{loss,accuracy}``, Adam with a step schedule, command-line arguments.
 
     Args:
-        loss: Outputs and labels to their mean loss; by default the cross-entropy.
-        **kwargs: ``train_ways``, ``train_shots``, ``train_queries``, ``test_ways``, ``test_shots``, ``test_queries`` (5, 1 and 1),
-            ``lr`` of Adam (0.001), ``scheduler_step`` (20) and ``scheduler_decay`` (1.0) of its schedule, ``adaptation_steps`` N (1) and
-            ``adaptation_lr`` alpha (0.1). Others are passed over, as in learn2learn, whose users hand over all arguments of their program.
+        loss: Maps outputs and labels to their mean loss; by default the cross-entropy.
+        **kwargs: ``train_ways``, ``train_shots``, ``train_queries``, ``test_ways``, ``test_shots``, ``test_queries`` (5, 1 and 1), ``lr``
+            of Adam (0.001), ``scheduler_step`` (20) and ``scheduler_decay`` (1.0) of its schedule, ``adaptation_steps`` N (1) and
+            ``adaptation_lr`` alpha (0.1). Others are ignored, as in learn2learn, whose users pass all arguments of their program.
 
-    They are attributes, which may be set later too.
+    These arguments become attributes, which may also be set later.
 
     Raises:
         ValueError: If ``train_ways`` and ``test_ways`` differ.
@@ -82,7 +82,7 @@ class LightningEpisodicModule(LightningModule):
         return parser
 
     def meta_learn(self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int) -> tuple[Tensor, Tensor]:
-        """Return a task's query loss, with gradients enabled as a scalar whose backward pass gives the meta-gradient, and its accuracy."""
+        """Return a task's query loss and accuracy; with gradients enabled, the loss's backward pass gives the meta-gradient."""
         raise NotImplementedError(f"{type(self).__name__} must define meta_learn(batch, batch_idx, ways, shots, queries).")
 
     def training_step(self, batch: Task, batch_idx: int) -> Tensor:
@@ -111,7 +111,7 @@ class LightningEpisodicModule(LightningModule):
         return loss
 
     def _learn(self, loss: Loss, params: Params, episodes: Episodes, adapts: list[str]) -> tuple[Tensor, Tensor]:
-        """Adapt the parameters named ``adapts`` to one task."""
+        """Adapt the parameters named ``adapts`` to one task, and return its query loss and accuracy."""
         rates, steps = dict.fromkeys(adapts, self.adaptation_lr), self.adaptation_steps
         if torch.is_grad_enabled():
             result = meta_gradient(loss, params, episodes, inner_lr=rates, steps=steps, has_aux=True)
@@ -137,13 +137,13 @@ class _Wrapped(nn.Module):
 
 
 class LightningMAML(LightningEpisodicModule):
-    """learn2learn's ``LightningMAML``: exact multi-step MAML; batch norm takes the statistics of each batch, support or query set.
+    """learn2learn's ``LightningMAML``: exact multi-step MAML; batch norm uses the statistics of each batch, support or query set.
 
     Dropout is active in training only (learn2learn leaves it active in evaluation).
 
     Args:
         model: The network.
-        loss: Outputs and labels to their mean loss; by default the cross-entropy.
+        loss: Maps outputs and labels to their mean loss; by default the cross-entropy.
         **kwargs: See :class:`LightningEpisodicModule`.
     """
 
@@ -170,8 +170,8 @@ class LightningANIL(LightningEpisodicModule):
 
     Args:
         features: The network up to the classifier.
-        classifier: From features to outputs.
-        loss: Outputs and labels to their mean loss; by default the cross-entropy.
+        classifier: Maps features to outputs.
+        loss: Maps outputs and labels to their mean loss; by default the cross-entropy.
         **kwargs: See :class:`LightningEpisodicModule`.
     """
 
@@ -196,7 +196,7 @@ class LightningANIL(LightningEpisodicModule):
         return self._learn(loss, params, _split(rows, labels, ways, shots, queries), list(learner.params))
 
     def _features_of(self, data: Tensor) -> Tensor:
-        """Return the features, by batch statistics."""
+        """Return the features, computed with batch statistics."""
         learner = Learner(self.features)
         return learner(learner.params, data)
 
@@ -250,7 +250,7 @@ class _Sampled(Dataset[Task]):
     def __getitem__(self, number: int) -> Task:
         try:
             task: Task = self._tasks.sample()
-        except (StopIteration, IndexError) as error:  # by itself it would end the epoch, and the training, without a word
+        except (StopIteration, IndexError) as error:  # left alone it would silently end the epoch, and the training
             raise ValueError(
                 f"Expected {self._length} tasks of the taskset but it gave no more at number {number}; let it have more."
             ) from error
@@ -258,7 +258,7 @@ class _Sampled(Dataset[Task]):
 
 
 def _split(x: Tensor, y: Tensor, ways: int, shots: int, queries: int) -> Episodes:
-    """Return a meta-batch of the one task, the first ``shots`` examples of each class its support set."""
+    """Return a meta-batch of the one task, with the first ``shots`` examples of each class as its support set."""
     per_class = shots + queries
     if len(x) != ways * per_class:
         raise ValueError(
