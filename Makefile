@@ -1,5 +1,5 @@
-# A machine needs Python 3.11 or newer and make, for tests a C++ compiler, for learn2learn a C compiler and for minimum uv: all else is
-# installed into .venv.
+# The machine needs Python 3.11 or newer and make; for the tests also a C++ compiler, for learn2learn a C compiler and for minimum uv.
+# Everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -8,14 +8,14 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py
 
-# Two at a time, each with one thread but where it asks for two; passive: threads that wait leave the cores to the others.
+# Two tests run at a time, each with one thread unless it asks for two; passive: threads that wait leave the cores to others.
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 test: .venv/installed
-	$(THREADS) $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: .venv/installed
-	$(THREADS) $(BIN)/python -m pytest -n 2
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -26,7 +26,7 @@ check: .venv/installed
 docs: .venv/docs-installed
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --define nb_execution_mode=force --doctree-dir build/docs-trees --conf-dir docs . build/docs
 
-# What would be published, and the demo from it in an environment that has nothing else.
+# Builds what would be published, and runs the demo with it in an environment that has nothing else.
 release: .venv/installed
 	rm -rf dist build/release
 	$(BIN)/python -m pip install --quiet build twine
@@ -41,7 +41,7 @@ release: .venv/installed
 minimum:
 	uv venv --clear --python 3.11 build/minimum
 	uv pip install --python build/minimum/bin/python --resolution lowest-direct --editable . --group dev
-	$(THREADS) build/minimum/bin/python -m pytest -n 2 -m "not slow"
+	$(THREADS) build/minimum/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # Accuracies: benchmarks/reproduce.py has the rows. make reproduce ROW=omniglot_5w1s_maml ROOT=data SEEDS="0 1 2" ITERATIONS=3000
 ROOT ?= data
@@ -50,8 +50,8 @@ reproduce: .venv/installed
 	@test -n "$(ROW)" || (echo "Expected ROW to be a row of the tables but got none: $(BIN)/python benchmarks/reproduce.py --list has them."; exit 1)
 	$(BIN)/python benchmarks/reproduce.py $(ROW) --root $(ROOT) --seeds $(SEEDS) $(ITERATIONS:%=--iterations %)
 
-# learn2learn 0.2.0, with which tests compare: its C files were made for Pythons before 3.11 and are made anew from their sources. Of what it
-# asks for, qpth, which its MAML and ANIL do not use, would bring back numpy 1.
+# learn2learn 0.2.0, which tests compare with. Its C files were generated for Pythons before 3.11, so they are generated anew from their
+# sources. Of its dependencies qpth, which its MAML and ANIL do not use, is left out: it would bring back numpy 1.
 learn2learn: .venv/installed
 	rm -rf build/learn2learn
 	$(BIN)/python -m pip install --quiet "cython>=3.0,<3.1" setuptools wheel gym scipy requests

@@ -6,8 +6,8 @@ make reproduce ROW=omniglot_5w1s_maml                                     # or, 
 .venv/bin/python benchmarks/reproduce.py --list                           # the rows
 .venv/bin/python benchmarks/reproduce.py                                  # the tables alone
 
-A run leaves its figures in benchmarks/accuracy/ROW-SEED-ITERATIONS.json, in place of those of such a run before it, and `git diff` says
-whether they differ. On a GPU give --iterations 60000, as the papers have.
+A run writes its figures to benchmarks/accuracy/ROW-SEED-ITERATIONS.json, in place of those of an earlier such run, and `git diff` shows
+whether they differ. On a GPU use --iterations 60000, as in the papers.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 import lightning_maml
 from lightning_maml import keep_freed_memory
-from lightning_maml.cli import run
+from lightning_maml.cli import last_checkpoint, run
 
 HERE = Path(__file__).resolve().parent
 CONFIGS, RUNS, PAGE = HERE.parent / "configs", HERE / "accuracy", HERE / "accuracy.md"
@@ -57,7 +57,7 @@ PUBLISHED = {  # after 60,000 iterations or so, with ReLU; settings in the order
 
 
 def rows() -> dict[str, list[str]]:
-    """Return the config of every row of the tables, and what is changed in it."""
+    """Return the config of every row of the tables, and the arguments that change it."""
     found = {}
     for algorithm, chosen in ALGORITHMS.items():
         for setting in OMNIGLOT:
@@ -82,7 +82,7 @@ class Judged(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training and its tests; ``minutes`` are those of the training with its validations, of all its parts if it was cut off."""
+    """One training and its tests; ``minutes`` are those of training and validation, summed over the parts of a run that was cut off."""
 
     row: str
     seed: int
@@ -100,7 +100,7 @@ class Run(NamedTuple):
 
 
 def machine() -> str:
-    """Return what the run is on."""
+    """Return the name of the GPU, or else the cores and name of the CPU, that the run is on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
@@ -108,17 +108,17 @@ def machine() -> str:
 
 
 def reproduce(row: str, seed: int, iterations: int | None, root: str, *, resume: bool = False) -> None:
-    """Train, for as long as the config has it or for so many iterations, and test, and keep what came of it, after each of the tests.
+    """Train, for ``iterations`` or as long as the config says, then test, and save the results after each of the tests.
 
-    With ``resume`` the newest such training that left a checkpoint goes on from there; one that ended is only tested.
+    With ``resume``, the newest such training that left a checkpoint goes on from there; one that had ended is only tested.
     """
     config, *chosen = rows()[row]
     epochs = yaml.safe_load(Path(config).read_text())["trainer"]["max_epochs"]
     length = [] if iterations is None else [f"--data.train_batches={-(-iterations // epochs)}"]
     folder = Path("runs", "reproduce", f"{row}-{seed}-{iterations or 'as-configured'}")
     settings = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.default_root_dir={folder}"]
-    is_begun = any(path.name in ("last.ckpt", "interrupted.ckpt") for path in folder.rglob("*.ckpt"))
-    start = ["--ckpt_path=last"] if resume and is_begun else []
+    last = last_checkpoint(folder) if resume else None
+    start = [] if last is None else [f"--ckpt_path={last}"]
     timer = Timer()
     done = run(["fit", f"--config={config}", f"--data.root={root}", *chosen, *settings, *length, *start], [timer])
     minutes = timer.time_elapsed("train") / 60
@@ -135,13 +135,13 @@ def reproduce(row: str, seed: int, iterations: int | None, root: str, *, resume:
 
 
 def runs() -> list[Run]:
-    """Return the runs that were done."""
+    """Return the runs whose figures are saved."""
     found = [Run(**json.loads(file.read_text())) for file in sorted(RUNS.glob("*.json"))]
     return [each._replace(judged=[Judged(*judged) for judged in each.judged]) for each in found]
 
 
 def by_setting(found: Iterable[Run]) -> dict[str, list[list[Run]]]:
-    """Return the runs of each setting in the order of the tables, those together that differ by their seed."""
+    """Return the runs of each setting in the order of the tables, with runs that differ only by their seed grouped together."""
     groups = dict[str, list[Run]]()
     for each in found:
         alike = each._replace(seed=0, judged=[], minutes=0.0)  # the same settings, machine and versions
@@ -161,7 +161,7 @@ def tables(found: Iterable[Run]) -> str:
 
 
 def draw(found: Iterable[Run]) -> Figure:
-    """Draw for each setting the accuracy on the most tasks of each row and seed with its interval, beside the published one."""
+    """Draw, for each setting, row and seed, the accuracy on the most test tasks with its interval, beside the published one."""
     settings = by_setting(found)
     heights = [1 + len(groups) for groups in settings.values()]
     figure = Figure(figsize=(9, 1 + 0.35 * sum(heights)), layout="constrained")
@@ -239,7 +239,7 @@ def main() -> None:
     """Do the runs that are asked for, then write the tables."""
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    # argparse holds the empty list of no rows against the choices too
+    # without rows, argparse checks the empty list against the choices too
     parser.add_argument("row", nargs="*", choices=[*rows(), []], metavar="ROW", help="one of --list")
     parser.add_argument("--list", action="store_true", help="print the rows that there are")
     parser.add_argument("--root", default="data", help="folder of the images")

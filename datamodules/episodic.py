@@ -19,11 +19,11 @@ _PURPOSES: dict[Purpose, int] = {"stepsize": 1, "stationarity": 2, "measure": 3,
 
 
 class EpisodicDataModule(LightningDataModule):
-    """Base of the few-shot datamodules; a subclass gives :meth:`class_images` and, where there are files, ``prepare_data``.
+    """Base of the few-shot datamodules; a subclass defines :meth:`class_images` and, if it reads files, ``prepare_data``.
 
-    Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]`` in 0 .. 1, or as ``transforms`` make them; in
+    Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]``, bytes scaled to 0 .. 1, then transformed; in
     training with ``regime="resampling"`` they are :class:`lightning_maml.ResampledEpisodes`, with images ``[T, N, S, C, H, W]``. Episodes
-    depend on the seed, the epoch and their number alone: not on the number of workers, nor on how many processes share them.
+    depend only on the seed, the epoch and their number: not on the number of workers or of processes that share them.
 
     Args:
         ways: Classes per training episode.
@@ -34,22 +34,22 @@ class EpisodicDataModule(LightningDataModule):
         test_queries: Query images per class there; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
         train_batches: Meta-batches per epoch and process.
-        val_tasks: Validation tasks over all processes, the same ones each time.
-        test_tasks: Test tasks over all processes, the same ones each time.
-        rotations: ``"classes"``: each class turned by 0, 90, 180 and 270 degrees makes four; ``"augment"``: each class of an episode is
-            turned at random; ``"none"``.
+        val_tasks: Validation tasks over all processes together; the same ones each time.
+        test_tasks: Test tasks over all processes together; the same ones each time.
+        rotations: ``"classes"``: each class, turned by 0, 90, 180 and 270 degrees, makes four classes; ``"augment"``: each class of an
+            episode is turned at random; ``"none"``.
         regime: ``"finite_sum"``: a training task owns one support set and one query set (Ji et al. 2022, Algorithm 2);
             ``"resampling"``: it draws a fresh support batch and an independent Hessian batch for each inner step (Algorithm 1).
             Validation and test tasks always own one support set and one query set.
-        train_steps: N, for which training draws batches with ``regime="resampling"``: the model's ``train_steps``.
-        hessian_shots: Images per class of a Hessian batch, with that regime; by default as many as ``shots``. 0 does for FO-MAML.
-        transforms: Of the images of whole episodes, on the device; by default none.
+        train_steps: N, the inner steps that training draws batches for with ``regime="resampling"``: the model's ``train_steps``.
+        hessian_shots: Images per class of a Hessian batch with that regime; by default as many as ``shots``. For FO-MAML, 0 is enough.
+        transforms: Transforms of the images of whole episodes, on the device; by default none.
         small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
-        seed: Of the episodes.
-        num_workers: Loader processes; with 0, which is mostly right, a thread draws the next meta-batch while the current one is in use.
+        seed: Seed of the episodes.
+        num_workers: Loader processes; with 0, which is usually right, a thread draws the next meta-batch while the current one is in use.
 
     Raises:
-        ValueError: If a number is out of range; in ``setup``, if a split cannot serve the episodes asked for.
+        ValueError: If an argument is out of range; in ``setup``, if a split cannot serve the episodes asked for.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class EpisodicDataModule(LightningDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define class_images(split).")
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the splits that ``stage`` needs, all of them for None, and check that they can serve its episodes."""
+        """Read the splits that ``stage`` needs (all of them for None), and check that they can serve its episodes."""
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}.get(stage or "", _STREAMS):
             self._dataset(split)
 
     def train_dataloader(self) -> DataLoader[AnyEpisodes]:
-        """Return fresh episodes in every epoch, with ``overfit_batches`` the same ones."""
+        """Return the training episodes: fresh ones in every epoch, or with ``overfit_batches`` the same ones."""
         fresh = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
         return self._loader("train", self.train_batches * self.meta_batch_size * self._replicas()[0], fresh)
 
@@ -118,13 +118,20 @@ class EpisodicDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def independent_episodes(self, purpose: Purpose, draw: int, tasks: int) -> AnyEpisodes:
-        """Draw training tasks, independent of those that are trained on and of those for other purposes, as stored, on the CPU.
+        """Draw tasks of the training split for another purpose than training, as stored, on the CPU.
+
+        They are independent of the tasks that are trained on and of those for other purposes.
 
         Args:
-            purpose: What they are for.
-            draw: A number, for other tasks each time.
-            tasks: How many for this process; other processes get other ones.
+            purpose: What they are for: ``"stepsize"``, ``"stationarity"``, ``"measure"`` or ``"fidelity"``.
+            draw: Number of the draw; each number gives other tasks.
+            tasks: How many tasks to draw for this process; other processes get other ones.
+
+        Raises:
+            ValueError: If ``purpose`` is none of those.
         """
+        if purpose not in _PURPOSES:
+            raise ValueError(f"Expected `purpose` to be one of {', '.join(map(repr, _PURPOSES))} but got {purpose!r}.")
         replicas, rank = self._replicas()
         dataset = self._dataset("train")
         episodes: AnyEpisodes = default_collate(
@@ -133,7 +140,7 @@ class EpisodicDataModule(LightningDataModule):
         return episodes
 
     def on_after_batch_transfer(self, batch: AnyEpisodes, dataloader_idx: int) -> AnyEpisodes:
-        """Turn uint8 images into floats in 0 .. 1 and transform them, on the device; then into the trainer's precision."""
+        """Turn uint8 images into floats in 0 .. 1, apply the transforms on the device, and convert to the trainer's precision."""
         stored = {name: getattr(batch, name) for name in batch._fields[::2]}
         images = {name: tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor for name, tensor in stored.items()}
         batch = self.transforms(batch._replace(**images), training=self.trainer is not None and self.trainer.training)
@@ -166,7 +173,7 @@ class EpisodicDataModule(LightningDataModule):
             self._dataset(split),
             batch_size=self.meta_batch_size,
             sampler=sampler,
-            generator=torch.Generator(),  # each iterator draws a number, and a resumed run makes more of them than one that is not
+            generator=torch.Generator(),  # its own: each iterator draws a number, and a resumed run makes more iterators
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",

@@ -17,7 +17,7 @@ from lightning_maml.callbacks import (
     AdaptiveMetaStepsize,
     CheckpointOnInterrupt,
     KeepBestCheckpoints,
-)  # imported, all callbacks may be named in configs without their module
+)  # as they are imported, configs may name all callbacks without their module
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
 from lightning_maml.checkpoints import read_checkpoint
 from lightning_maml.curvature import default_probe_radius
@@ -35,7 +35,7 @@ from lightning_maml.yaml_configs import bound_configs
 
 
 class _Trainer(Trainer):
-    """Lightning's trainer with two commands more."""
+    """Lightning's trainer with two more commands."""
 
     def measure(
         self,
@@ -50,9 +50,9 @@ class _Trainer(Trainer):
         Args:
             model: The model, at its initial weights.
             datamodule: Gives the training tasks.
-            ckpt_path: A checkpoint whose weights to measure at instead.
+            ckpt_path: A checkpoint at whose weights to measure instead.
             tasks: Training tasks to measure on.
-            weights_only: Without effect, nothing else is read; it is here so that the config that a fit leaves serves.
+            weights_only: Has no effect: nothing else is ever read. It is here so that the config saved by a fit can be used.
         """
         if not isinstance(model, MAML):
             raise TypeError(f"Expected MAML or one of its variants, of which the theory is, but got {type(model).__name__}.")
@@ -61,7 +61,7 @@ class _Trainer(Trainer):
         if ckpt_path is not None:
             model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
         self.precision_plugin.convert_module(model).to(self.strategy.root_device).train()
-        datamodule.trainer, self.training = self, True  # the episodes are those of training, and so are their transforms
+        datamodule.trainer, self.training = self, True  # the episodes and their transforms are those of training
         datamodule.prepare_data()
         episodes = datamodule.independent_episodes("measure", 0, tasks)
         episodes = datamodule.on_after_batch_transfer(type(episodes)(*(tensor.to(model.device) for tensor in episodes)), 0)
@@ -81,18 +81,18 @@ class _Trainer(Trainer):
     def replay(
         self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None = None, weights_only: bool | None = None
     ) -> None:
-        """Take a step again that broke a run.
+        """Repeat a step that broke a run.
 
         Args:
-            model: The model, as that run had it.
-            datamodule: Without effect: the step's file holds its tasks.
-            ckpt_path: The step's file, which that run saved.
-            weights_only: Without effect, nothing else is read; it is here so that the config that a fit leaves serves.
+            model: The model as it was in that run.
+            datamodule: Has no effect: the step's file holds its tasks.
+            ckpt_path: The file of the step that the run saved.
+            weights_only: Has no effect: nothing else is ever read. It is here so that the config saved by a fit can be used.
         """
         if ckpt_path is None:
             raise ValueError("Expected `ckpt_path` to be the file of a step that broke a run but got none.")
         episodes, epoch = load_step(model.to(self.strategy.root_device).train(), ckpt_path)
-        model.trainer = self  # whose epochs may change what it does
+        model.trainer = self  # the model may depend on its epoch
         self.fit_loop.epoch_progress.current.processed = epoch  # type: ignore[attr-defined]  # Lightning declares a type without it
         with self.precision_plugin.train_step_context():
             loss = model.meta_loss(episodes)
@@ -130,17 +130,22 @@ def _kinked_operations(model: MAML, episodes: AnyEpisodes) -> list[str]:
 class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, ``measure`` and ``replay``."""
+        """Return Lightning's subcommands plus ``measure`` and ``replay``."""
         return LightningCLI.subcommands() | {"measure": {"model", "datamodule"}, "replay": {"model", "datamodule"}}
 
     def _parse_ckpt_path(self) -> None:
-        """Do not merge the checkpoint's arguments into the config, where Lightning would: what is typed now decides."""
+        """Keep the checkpoint's arguments out of the config, unlike Lightning: what is typed now decides."""
 
     def before_instantiate_classes(self) -> None:
-        """Say so where a checkpoint was trained with other arguments than those given now."""
+        """Find the checkpoint that is meant, and warn if it was trained with other arguments than those given now."""
         command = self.config[self.config.subcommand]
         if command.get("ckpt_path") == "last":
-            command.ckpt_path = str(_last_checkpoint(Path(command.trainer.default_root_dir or "runs")))
+            folder = Path(command.trainer.default_root_dir or "runs")
+            if (last := last_checkpoint(folder)) is None:
+                raise FileNotFoundError(
+                    f"Expected `ckpt_path` 'last' to be the last checkpoint of a run in {folder} but there is none; give its path."
+                )
+            command.ckpt_path = str(last)
         if self.config.subcommand in ("measure", "replay") and command.ckpt_path is not None and not Path(command.ckpt_path).is_file():
             raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint but there is no file {command.ckpt_path}.")
         if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
@@ -158,18 +163,14 @@ class _CLI(LightningCLI):
             folder = Path(self._get(self.config_init, "trainer.default_root_dir") or "runs")
             tensorboard = TensorBoardLogger(folder, name="")
             kwargs["logger"] = [tensorboard, CSVLogger(folder, name="", version=tensorboard.version)]
-            warnings.filterwarnings("ignore", "Experiment logs directory")  # that the two share it is meant
+            warnings.filterwarnings("ignore", "Experiment logs directory")  # the two share it on purpose
         return super().instantiate_trainer(**kwargs)
 
 
-def _last_checkpoint(folder: Path) -> Path:
-    """Return the newest of the last checkpoints of the runs in a folder, where Lightning looks into that of the new run only."""
-    found = [path for name in ("last.ckpt", "interrupted.ckpt") for path in folder.rglob(f"checkpoints/{name}")]
-    if not found:
-        raise FileNotFoundError(
-            f"Expected `ckpt_path` 'last' to be the last checkpoint of a run in {folder} but there is none; give its path."
-        )
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest ``last.ckpt`` or ``interrupted.ckpt`` in a folder; Lightning would only look in the new run's own."""
+    found = [path for name in ("last.ckpt", "interrupted.ckpt") for path in folder.rglob(name)]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningCLI:
@@ -197,7 +198,7 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
 
 
 def main(args: ArgsType = None) -> None:
-    """Be the command ``lightning-maml``: what a user can cause ends it with one sentence, anything else with its traceback."""
+    """Run the command ``lightning-maml``; errors that a user can cause end it with one sentence, all others with a traceback."""
     keep_freed_memory()
     try:
         run(args)

@@ -1,4 +1,4 @@
-"""A look at a network on the first batch of each kind: whether it can be trained on such, and what it returns."""
+"""A look at a network on the first batch of each kind: whether it can be trained on such batches, and what it returns."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -17,15 +17,15 @@ from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import set_torch_random_state, torch_random_state
 
 _OF_TYPES = re.compile("same dtype|expected scalar type|should be the same|not implemented for '")
-"""What torch says where a layer does not take its inputs' type."""
+"""What torch's errors say if a layer does not accept its inputs' type."""
 
 
 class Seen(NamedTuple):
-    """What was found.
+    """What a look at a network found.
 
     Attributes:
-        outputs: Shape of the outputs for one example; None where they are no tensor.
-        ends_with_head: Whether the outputs are those of the head alone; False where it was not looked for, as all adapts.
+        outputs: Shape of the outputs for one example; None if they are not a tensor.
+        ends_with_head: Whether the outputs are those of the head alone; False if this was not checked because all parameters adapt.
     """
 
     outputs: torch.Size | None
@@ -33,13 +33,13 @@ class Seen(NamedTuple):
 
 
 class FirstLook:
-    """Looks at a network where a batch is of another kind than the last one, and otherwise returns what it saw.
+    """Looks at a network if a batch is of another kind than the last one, and otherwise returns what it saw before.
 
     Kinds differ by the types and shapes of inputs and parameters, and by the network's mode.
 
     Args:
         part: Which parameters adapt.
-        head: Name of the head, if it was named.
+        head: Name of the head, if one was given.
     """
 
     def __init__(self, part: PartName, head: str | None) -> None:
@@ -54,10 +54,10 @@ class FirstLook:
         """Return what was seen.
 
         Args:
-            network: The model's, which says whether it is still the same.
-            learner: Of it, or of a copy.
+            network: The model's network, by which to tell whether it is still the same.
+            learner: The learner of this network, or of a copy.
             episodes: The batch.
-            inspect: Looks at the network while it runs, by the function that it is given.
+            inspect: Looks at the network while it runs; it is given a function that runs it.
 
         Raises:
             ValueError: If layers that adapt run again in the backward pass, or there are labels but no logits.
@@ -74,7 +74,7 @@ class FirstLook:
 
     def _look(self, learner: Learner, episodes: AnyEpisodes, are_labels: bool) -> Seen:
         with first_support(learner, episodes) as x:
-            again = tuple(learner.run_again(x))
+            again = tuple(learner.names_read_in_backward(x))
         if any(name.startswith(again) for name in adapting(learner.network, self._part, self._head)):
             raise ValueError(
                 "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run "
@@ -114,13 +114,13 @@ def first_outputs(learner: Learner, episodes: AnyEpisodes, *, are_logits: bool =
 
 @contextmanager
 def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Tensor]:
-    """Give the first task's support inputs for a look at the network; the random numbers that it draws are drawn again afterwards.
+    """Give the first task's support inputs for a look at the network; the random state is restored after it.
 
     Raises:
-        ValueError: If the network fails for their type, which is not its parameters'.
+        ValueError: If the network fails because their type is not that of its parameters.
     """
     device = episodes.support_x.device
-    before = torch_random_state(device)  # a run that goes on looks once more
+    before = torch_random_state(device)  # a resumed run looks once more
     with torch.inference_mode(False):
         x = differentiable(support_set(first_task(episodes))[0])
         try:

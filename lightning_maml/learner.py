@@ -36,11 +36,11 @@ class Learner:
 
     Args:
         network: Any module; its training mode (dropout) is kept.
-        batch_norm: Which statistics its batch-norm layers normalise by. ``"batch"``: those of the batch at hand, the query set's own
-            on the query set (transductive, as in the MAML papers). ``"support"``: those of the support set, on both sets. ``"running"``:
-            the running averages in the layers that are in evaluation mode, and the batch's in those in training mode; ``"per_step"``: the
-            same, with the averages that are given to the call.
-        vectorised: It is called under ``vmap``.
+        batch_norm: Which statistics its batch-norm layers normalise by. ``"batch"``: those of the batch at hand, so on the query set its
+            own (transductive, as in the MAML papers). ``"support"``: those of the support set, on both sets. ``"running"``: the running
+            averages in the layers that are in evaluation mode, and the batch's in those in training mode. ``"per_step"``: the same, with
+            the averages that are given to the call.
+        vectorised: Whether it is called under ``vmap``.
 
     Raises:
         ValueError: If there is no such policy, or it does not fit the network's batch norm: no running averages for ``"running"``, or a
@@ -70,7 +70,7 @@ class Learner:
         Args:
             params: Values for the trainable parameters.
             x: Inputs of one task, ``[B, ...]``.
-            statistics_of: Inputs that run along to give the batch-norm statistics in place of ``x``'s own.
+            statistics_of: Inputs that are run along with ``x`` and give the batch-norm statistics in its place.
             averages: Running averages to use in place of the network's, by the names of its buffers.
         """
         inputs = x if statistics_of is None else torch.cat([statistics_of, x])
@@ -78,7 +78,7 @@ class Learner:
         return outputs[len(inputs) - len(x) :]
 
     def features(self, params: Params, x: Tensor, head: str, *, statistics_of: Tensor | None = None) -> Tensor:
-        """Return what enters the submodule ``head``, of which :meth:`ends_with` is true; the arguments are those of a call."""
+        """Return what enters the submodule ``head``, for which :meth:`ends_with` must be true; the arguments are those of a call."""
         inputs = x if statistics_of is None else torch.cat([statistics_of, x])
         with self._calls_of(head) as calls:
             self._run(params, inputs, len(inputs) - len(x), {})
@@ -86,7 +86,7 @@ class Learner:
         return features[len(inputs) - len(x) :]
 
     def ends_with(self, head: str, x: Tensor) -> bool:
-        """Return whether the outputs for ``x`` are those of the submodule ``head`` for one tensor ``[B, ...]`` of features and no more."""
+        """Return whether the outputs for ``x`` are those of the submodule ``head``, called once and with one tensor ``[B, ...]``."""
         with self._calls_of(head) as calls:
             outputs = self._run(self.params, x, 0, {})
         if len(calls) != 1:
@@ -95,10 +95,10 @@ class Learner:
         alone = len(arguments) == 1 and not named and isinstance(arguments[0], Tensor) and len(arguments[0]) == len(x)
         return alone and result is outputs
 
-    def run_again(self, x: Tensor) -> set[str]:
-        """Return the parameters, or ending in a dot what all those of a module begin with, that a backward pass reads from the network.
+    def names_read_in_backward(self, x: Tensor) -> set[str]:
+        """Return the names of parameters, or ending in a dot the prefixes of modules, that a backward pass reads from the network.
 
-        So it does where ``torch.utils.checkpoint`` runs a part of it again, which then no longer holds the values that were given.
+        It does so where ``torch.utils.checkpoint`` runs a part of the network again, which by then no longer holds the given values.
         """
         runs: list[str] = []
         modules = self._copy_of_this_thread().named_modules()
@@ -134,7 +134,7 @@ class Learner:
     def _run(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
         """Return the outputs for all inputs, of which the first ``context`` give the statistics, if there are any.
 
-        Where the network fails it is tried once more with channels first: one that views its images as rows needs that.
+        If the network fails, it is tried once more with channels first, which a network that views its images as rows needs.
         """
         self._copy_of_this_thread()
         converting = [convolution for convolution in self._own.convolutions if convolution.channels == "last"]
@@ -195,7 +195,7 @@ def _places(network: nn.Module) -> Places:
 
 @contextmanager
 def _holding(places: Places, tensors: Params) -> Iterator[None]:
-    """Put other tensors into a network meanwhile; ``torch.func.functional_call`` searches the whole network for them every time."""
+    """Put other tensors into a network for a while; ``torch.func.functional_call`` would search the whole network for them every time."""
     before = [(holder, key, holder[key]) for name in tensors for holder, key in places.get(name, ())]
     try:
         for name, tensor in tensors.items():
@@ -208,7 +208,7 @@ def _holding(places: Places, tensors: Params) -> Iterator[None]:
 
 
 class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes down which of some tensors are read, by their names."""
+    """Records which of some tensors are read, by their names."""
 
     def __init__(self, names: Mapping[int, str], seen: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -239,23 +239,23 @@ class HeadLearner(Learner):
 
 
 def structural_copy(network: nn.Module) -> nn.Module:
-    """Return other module objects over the same tensors; those given to ``torch.compile`` run as they were before it.
+    """Return other module objects over the same tensors; those given to ``torch.compile`` run uncompiled.
 
-    It would compile each copy anew, knows no second derivatives and fails under ``vmap``.
+    ``torch.compile`` would compile each copy anew, knows no second derivatives and fails under ``vmap``.
     """
     attributes = [value for module in network.modules() for value in vars(module).values()]
     tensors = chain(network.parameters(), network.buffers(), (value for value in attributes if isinstance(value, Tensor)))
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     memo |= {
         id(value): type(value)() for value in attributes if type(value) in (dict, OrderedDict) and not value
-    }  # dicts of hooks, which are many
+    }  # these are dicts of hooks, of which there are many
     copied = copy.deepcopy(network, memo)
     run_uncompiled(copied)
     return copied
 
 
 def run_uncompiled(network: nn.Module) -> None:
-    """Have the parts of a network that were given to ``torch.compile`` run as they were before it."""
+    """Make the parts of a network that were given to ``torch.compile`` run uncompiled."""
     for part in network.modules():
         if isinstance(part, OptimizedModule):
             part.forward = part._orig_mod.__call__

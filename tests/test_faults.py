@@ -15,6 +15,7 @@ import another_process
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from networks import flat, make_episodes
 from PIL import Image
@@ -326,6 +327,21 @@ def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, at
     assert not (stopped / "end.pt").exists()
     another_process.output(INTERRUPTED, stopped, checkpoint)
     assert is_same(*(torch.load(folder / "end.pt", weights_only=True) for folder in (stopped, whole)))
+
+
+@pytest.mark.parametrize("kept", ["best", None])
+def test_an_interrupted_run_leaves_it_beside_its_checkpoints(tmp_path: Path, kept: str | None) -> None:
+    class CtrlC(Callback):
+        def on_train_batch_start(self, *_) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    checkpoints = [ModelCheckpoint(tmp_path / kept)] if kept is not None else []
+    run = trainer(
+        tmp_path, callbacks=[CheckpointOnInterrupt(), CtrlC(), *checkpoints], precision="64-true", enable_checkpointing=kept is not None
+    )
+    with pytest.raises(SystemExit):
+        run.fit(MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1), torch.utils.data.DataLoader([make_episodes()], batch_size=None))
+    assert [*tmp_path.rglob("interrupted.ckpt")] == [tmp_path / (kept or "checkpoints") / "interrupted.ckpt"]
 
 
 @pytest.mark.parametrize("fails", [False, True])

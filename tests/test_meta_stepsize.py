@@ -187,6 +187,8 @@ def test_the_datamodules_tasks_are_independent_of_those_trained_on_and_of_each_o
     assert torch.equal(drawn[0], data.independent_episodes("stepsize", 0, 4).query_x)
     tasks = torch.cat(everything).flatten(1)
     assert len(tasks.unique(dim=0)) == len(tasks)
+    with pytest.raises(ValueError, match=r"`purpose` to be one of 'stepsize'.* but got 'mine'"):
+        data.independent_episodes("mine", 0, 4)  # type: ignore[arg-type]
 
 
 def weights(module: nn.Module) -> torch.Tensor:

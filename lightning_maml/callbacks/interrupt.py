@@ -1,23 +1,24 @@
-"""Ctrl-C ends a run where a checkpoint of it is exact."""
+"""Ctrl-C ends a run at a point where a checkpoint of it is exact."""
 
+import os
 import signal
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 INTERRUPTED = 128 + signal.SIGINT
-"""The exit status of what SIGINT ended, by convention."""
+"""The exit status, by convention, of a process that SIGINT ended."""
 
 
 class CheckpointOnInterrupt(Callback):
-    """On Ctrl-C finishes the step or validation, writes ``checkpoints/interrupted.ckpt`` where the logs are, and ends with status 130.
+    """On Ctrl-C finishes the step or validation, writes ``interrupted.ckpt`` beside the checkpoints, and ends with status 130.
 
-    A run that goes on from there ends as one that was not interrupted. A second Ctrl-C ends the process at once. The command
+    A run that goes on from there ends as if it had never been interrupted. A second Ctrl-C ends the process at once. The command
     ``lightning-maml fit`` has this callback. Outside of the main thread, where no signal arrives, it does nothing.
     """
 
@@ -27,7 +28,7 @@ class CheckpointOnInterrupt(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
+        """Start listening for Ctrl-C."""
         self._is_interrupted = False
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._on_signal)
@@ -39,25 +40,25 @@ class CheckpointOnInterrupt(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do so too."""
-        if trainer.validating:  # and not before training, as a check
+        """Do the same after a validation."""
+        if trainer.validating:  # and not in the check before training
             self._end_if_interrupted(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do so too."""
+        """Do the same after training."""
         self._end_if_interrupted(trainer)
 
     def _end_if_interrupted(self, trainer: Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(self._is_interrupted, all=False):
-            path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "interrupted.ckpt"
+            path = os.path.join(_folder(trainer), "interrupted.ckpt")
             trainer.save_checkpoint(path)
             rank_zero_info(f"Interrupted after step {trainer.global_step}; go on with ckpt_path={path}")
             sys.exit(INTERRUPTED)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Listen no more."""
+        """Stop listening."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
             self._before = None
@@ -66,3 +67,11 @@ class CheckpointOnInterrupt(Callback):
         self._is_interrupted = True
         signal.signal(signal.SIGINT, self._before)
         rank_zero_info("\nCtrl-C: the run ends after this step or validation; once more, and it ends now.")
+
+
+def _folder(trainer: Trainer) -> str:
+    """Return where the run's checkpoints are or, if it keeps none, ``checkpoints`` beside its logs."""
+    kept = trainer.checkpoint_callback
+    if isinstance(kept, ModelCheckpoint) and kept.dirpath is not None:
+        return str(kept.dirpath)
+    return os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
