@@ -15,7 +15,7 @@ STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "metaoptnet": ((120.39586 / 255, 115.59361 / 255, 104.54012 / 255), (70.68188 / 255, 68.27635 / 255, 72.54505 / 255)),
 }
-"""Means and standard deviations of the colours of images in 0 .. 1: those of ImageNet, as torchvision's networks use them, and those of
+"""Means and standard deviations of the colours of images in 0 .. 1, those of ImageNet, as torchvision's networks use them, and those of
 mini-ImageNet's training classes, as MetaOptNet (Lee et al. 2019) and its descendants use them."""
 
 
