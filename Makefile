@@ -11,13 +11,13 @@ demo: .venv/installed
 # Two tests run at a time, each with one thread unless it asks for two; passive: threads that wait leave the cores to others.
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-test: .venv/installed
+test: .venv/dev-installed
 	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: .venv/installed
+test-all: .venv/dev-installed
 	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-check: .venv/installed
+check: .venv/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -64,10 +64,14 @@ learn2learn: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"  # 25.1: the first that installs dependency groups
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+.venv/dev-installed: .venv/installed
 	$(BIN)/python -m pip install --editable . --group dev
 	touch $@
 
-.venv/docs-installed: .venv/installed
+.venv/docs-installed: .venv/dev-installed
 	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
