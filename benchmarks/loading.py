@@ -1,6 +1,6 @@
 """What loading mini-ImageNet at its full size costs: time, memory, and time per episode.
 
-python benchmarks/loading.py                # some minutes; prints a table
+python benchmarks/loading.py                # some minutes; prints a table; needs `pip install --group bench`
 
 The images are made up, in a temporary folder of 3 GB.
 """

@@ -168,8 +168,9 @@ class _CLI(LightningCLI):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest ``last.ckpt`` or ``interrupted.ckpt`` in a folder; Lightning would only look in the new run's own."""
-    found = [path for name in ("last.ckpt", "interrupted.ckpt") for path in folder.rglob(name)]
+    """Return the newest last or interrupted checkpoint in a folder; Lightning would only look in the new run's own."""
+    names = ("last.ckpt", "last-v*.ckpt", "interrupted.ckpt")  # -v1 and so on: of later runs that share a folder
+    found = [path for name in names for path in folder.rglob(name)]
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 

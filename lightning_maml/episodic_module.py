@@ -189,7 +189,7 @@ class EpisodicModule(LightningModule):
         self._gradients = {}
 
     def on_validation_start(self) -> None:
-        """Keep random numbers that validation may draw apart from training: a run resumed after validation would otherwise lack them."""
+        """Remember the random state of training, so that what validation draws does not move it: a resumed run would not draw that."""
         if not self.trainer.sanity_checking:
             self._random_state = random_state(self.device)
 

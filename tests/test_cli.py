@@ -1,5 +1,6 @@
 """The command, run as users run it: every shipped config, checkpoints, logs and pictures."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 
 import lightning_maml
 from lightning_maml import FOMAML, HFMAML, MAML, Conv4, ProtoNet
-from lightning_maml.cli import main, run
+from lightning_maml.cli import last_checkpoint, main, run
 from lightning_maml.datamodules import omniglot
 from lightning_maml.datamodules.cache import DecodedImages, write_cache
 from lightning_maml.smooth import kinks
@@ -155,6 +156,16 @@ def test_the_last_checkpoint_is_that_of_the_last_run(in_tmp_path: Path) -> None:
     assert second.trainer.global_step == first.trainer.global_step * second.trainer.max_epochs // first.trainer.max_epochs
     tested = run(["test", config("glyphs_maml"), *SMALL, "--ckpt_path=last"])
     assert tested.trainer.ckpt_path == f"{second.trainer.log_dir}/checkpoints/last.ckpt"
+
+
+def test_the_last_checkpoint_is_found_in_any_folder_and_by_its_age(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for age, name in enumerate(["a/last.ckpt", "a/last-v1.ckpt", "b/c/interrupted.ckpt", "a/best.ckpt"]):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (age, age))
+        assert last_checkpoint(tmp_path) == (file if file.name != "best.ckpt" else tmp_path / "b" / "c" / "interrupted.ckpt")
 
 
 def test_the_last_checkpoint_is_kept_where_validation_does_not_improve(in_tmp_path: Path) -> None:

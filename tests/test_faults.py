@@ -15,7 +15,7 @@ import another_process
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from networks import flat, make_episodes
 from PIL import Image
@@ -335,7 +335,7 @@ def test_an_interrupted_run_leaves_it_beside_its_checkpoints(tmp_path: Path, kep
         def on_train_batch_start(self, *_) -> None:
             signal.raise_signal(signal.SIGINT)
 
-    checkpoints = [ModelCheckpoint(tmp_path / kept)] if kept is not None else []
+    checkpoints = [OnExceptionCheckpoint(tmp_path), ModelCheckpoint(tmp_path / kept)] if kept is not None else []
     run = trainer(
         tmp_path, callbacks=[CheckpointOnInterrupt(), CtrlC(), *checkpoints], precision="64-true", enable_checkpointing=kept is not None
     )

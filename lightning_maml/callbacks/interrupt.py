@@ -71,7 +71,5 @@ class CheckpointOnInterrupt(Callback):
 
 def _folder(trainer: Trainer) -> str:
     """Return where the run's checkpoints are or, if it keeps none, ``checkpoints`` beside its logs."""
-    kept = trainer.checkpoint_callback
-    if isinstance(kept, ModelCheckpoint) and kept.dirpath is not None:
-        return str(kept.dirpath)
-    return os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
+    folders = [str(callback.dirpath) for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return folders[0] if folders else os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")

@@ -12,7 +12,7 @@ class SkipNonFinite(Callback):
     """Skips and counts the meta-batches whose loss or meta-gradient is not finite, on which a run would otherwise stop.
 
     Logged: ``train/skipped``, how many there were so far. The optimizer does not step on them; if it steps on several meta-batches
-    (``accumulate_grad_batches``), they count as 0 in the mean.
+    (``accumulate_grad_batches``), the skipped ones count as 0 in the mean.
 
     Args:
         at_most: With more skipped steps than this the run stops after all.
