@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import Params
-from lightning_maml.randomness import has_drawn, torch_random_state
+from lightning_maml.randomness import generator_states, generators_drawn_from
 from lightning_maml.rates import Rates, learned
 
 OfTasks = Callable[[Params, Sequence[Rates], AnyEpisodes], Any]
@@ -75,17 +75,46 @@ def _compiled(
 
     start = time.perf_counter()
     device = task.support_x.device
-    before = torch_random_state(device)
+    before = generator_states(device)
     traced = make_fx(of_tensors, {torch.ops.aten.convolution.default: _bias_apart})(*tensors)
-    if has_drawn(before, device):
+    if generators_drawn_from(before, device):
         raise ValueError(
             "Expected a network and a loss that draw no random numbers with `compiled=True` but they drew some; leave it uncompiled."
         )
     program = torch.compile(traced)
     with torch.autocast(device.type, enabled=False):
-        program(*tensors)
+        _check_program(program, traced, tensors)
     rank_zero_info(f"Compiled the meta-gradient in {time.perf_counter() - start:.0f} s; it is used for batches of the same shapes.")
     return lambda tensors: tree_unflatten(program(*tensors), of_result[0])
+
+
+def _check_program(program: Callable[..., list[Any]], traced: Callable[..., list[Any]], tensors: list[Tensor]) -> None:
+    """Check that the program gives what it was compiled from.
+
+    Rounding is what the result changes by if the tensors change in their last digits: at large inner rates, it grows with every step.
+
+    Raises:
+        ValueError: If it gives something else.
+    """
+    found, right = _as_row(program(*tensors)), _as_row(traced(*tensors))
+    away = torch.linalg.vector_norm(found - right)
+    size = torch.linalg.vector_norm(right)
+    eps = torch.finfo(right.dtype).eps
+    if away <= 1000 * eps * size or not size.isfinite():
+        return
+    nearby = [tensor * (1 + eps) if tensor.is_floating_point() else tensor for tensor in tensors]
+    rounding = torch.linalg.vector_norm(_as_row(traced(*nearby)) - right)
+    if away > 100 * rounding + 1e-2 * size:
+        raise ValueError(
+            f"Expected the compiled meta-gradient to be what it was compiled from but it differs by {float(away / size):.1g} of it; leave "
+            "it uncompiled."
+        )
+
+
+def _as_row(results: list[Any]) -> Tensor:
+    floats = [leaf for leaf in results if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    dtype = max((leaf.dtype for leaf in floats), key=lambda dtype: dtype.itemsize)
+    return torch.cat([leaf.flatten().to(dtype) for leaf in floats])
 
 
 def _bias_apart(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml.batch_statistics import batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.functional import Params
 from lightning_maml.learner import BatchNormPolicy, run_uncompiled
+from lightning_maml.stack import Randomness
+from lightning_maml.trial import Verdict, compare
 
 
 class AdaptedNetworks(nn.Module):
@@ -28,7 +30,7 @@ class AdaptedNetworks(nn.Module):
 
     def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Tensor, stacked: bool = True) -> None:
         super().__init__()
-        self._stacked = stacked
+        self.stacked = stacked
         self._network = copy.deepcopy(network).eval().requires_grad_(False)
         run_uncompiled(self._network)
         self._names = list(adapted)
@@ -57,14 +59,35 @@ class AdaptedNetworks(nn.Module):
         tasks = len(self._states[0])
         if len(x) != tasks:
             raise ValueError(f"Expected queries [T, Q, ...] of the {tasks} tasks that were adapted to but got shape {list(x.shape)}.")
-
-        def call(state: Params, x: Tensor) -> Any:
-            return torch.func.functional_call(self._network, state, (x,))
-
         run_uncompiled(self._network)  # copies and pickles of compiled networks are compiled anew
-        if self._stacked:
-            return torch.func.vmap(call)(states, x)
-        each = [call({name: state[task] for name, state in states.items()}, x[task]) for task in range(tasks)]
+        return torch.func.vmap(self._call)(states, x) if self.stacked else self._one_by_one(states, x)
+
+    def compare_stacked(self, x: Tensor) -> Verdict:
+        """Compare the outputs of two of the networks called as one with those of each alone.
+
+        Args:
+            x: Inputs ``[T, Q, ...]``.
+        """
+        last = len(x) - 1
+        states = {name: state[[0, last]] for name, state in zip(self._names, self._states, strict=True)}
+        inputs = x[[0, last]]
+
+        def outputs(found: Any) -> dict[str, Tensor]:
+            return {f"output {number}": leaf for number, leaf in enumerate(tree_leaves(found))}
+
+        def alone(_: int) -> dict[str, Tensor]:
+            return outputs(self._one_by_one(states, inputs))
+
+        def together(_: int, randomness: Randomness) -> dict[str, Tensor]:
+            return outputs(torch.func.vmap(self._call, randomness=randomness)(states, inputs))
+
+        return compare(alone, together, x.device)
+
+    def _call(self, state: Params, x: Tensor) -> Any:
+        return torch.func.functional_call(self._network, state, (x,))
+
+    def _one_by_one(self, states: Params, x: Tensor) -> Any:
+        each = [self._call({name: state[task] for name, state in states.items()}, x[task]) for task in range(len(x))]
         return tree_map(lambda *outputs: torch.stack(outputs), *each)
 
     def network(self, task: int) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
@@ -25,6 +25,7 @@ from lightning_maml.learner import BatchNormPolicy, Learner
 from lightning_maml.metrics import Estimate, TaskMean
 from lightning_maml.randomness import random_state, set_random_state
 from lightning_maml.repro import save_step
+from lightning_maml.trial import Verdict
 
 LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
 """Maps outputs and labels or targets, each ``[B, ...]``, to their mean loss; modules are listed so that YAML may have ``init_args``."""
@@ -70,7 +71,7 @@ class EpisodicModule(LightningModule):
         """Where the run keeps its logs; all processes have to take part in asking the trainer for it."""
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._figures: list[TaskMean] = []
-        self._stackable: dict[tuple[Any, ...], tuple[LossFunction, bool]] = {}
+        self._verdicts: dict[tuple[Any, ...], tuple[LossFunction, Verdict]] = {}
         self._gradients: Params = {}
         self._random_state: dict[str, Any] | None = None  # from which training is to go on
 
@@ -307,7 +308,7 @@ class EpisodicModule(LightningModule):
         """Return the figures before adaptation that training steps log, each ``[T]``."""
         return {}
 
-    def _once_for_its_kind(self, network: nn.Module, episodes: AnyEpisodes, look: Callable[[], bool]) -> bool:
+    def _once_for_its_kind(self, network: nn.Module, episodes: AnyEpisodes, look: Callable[[], Verdict]) -> Verdict:
         """Return whether tasks can be stacked, as ``look`` found for the first batch of these types and shapes.
 
         Args:
@@ -316,11 +317,13 @@ class EpisodicModule(LightningModule):
             look: Finds out whether they can be stacked.
         """
         kind = (self.network, network.training, *((tensor.dtype, tensor.shape[1:]) for tensor in episodes))
-        loss, found = self._stackable.get(kind, (None, False))
+        loss, verdict = self._verdicts.get(kind, (None, Verdict()))
         if loss is not self.loss:
-            found = look()
-            self._stackable[kind] = self.loss, found
-        return found
+            verdict = look()
+            self._verdicts[kind] = self.loss, verdict
+            if any(verdict):
+                rank_zero_info(f"Tasks are not stacked unless that is asked for: {verdict.wrong or verdict.slow}.")
+        return verdict
 
     def _stop_unless_losses_are_finite(self, query_loss: Tensor, where: str) -> None:
         finite = query_loss.isfinite()

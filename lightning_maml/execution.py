@@ -1,19 +1,17 @@
 """How tasks are run if this is left open: small ones stacked, larger ones one per core, the largest one after the other on all cores."""
 
-import warnings
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from collections.abc import Callable, Collection
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_maml.episodes import AnyEpisodes, Episodes
-from lightning_maml.functional import Params, detached, is_out_of_memory
-from lightning_maml.objective import Objective
-from lightning_maml.randomness import drops_blocks, is_random, set_torch_random_state, torch_random_state
-from lightning_maml.stack import Stack
-from lightning_maml.task_map import TaskExecution, check_chunk_size
+from lightning_maml.functional import is_out_of_memory
+from lightning_maml.randomness import drops_blocks
+from lightning_maml.task_map import RandomInThreadsError, TaskExecution, are_stacked, check_chunk_size
+from lightning_maml.trial import Verdict
 
 TasksName = Literal["auto"] | TaskExecution
 Result = TypeVar("Result")
@@ -65,29 +63,78 @@ class Executor:
         self.tasks, self.chunk_size = tasks, chunk_size
         self._compiled = compiled
         self._fitting: int | None = None
+        self._drew_in_threads = False
 
-    def __call__(self, network: nn.Module, device: torch.device, episodes: AnyEpisodes, takes_stacks: Callable[[], bool]) -> Execution:
+    def __call__(
+        self,
+        network: nn.Module,
+        device: torch.device,
+        episodes: AnyEpisodes,
+        draws: Callable[[], Collection[str]],
+        stacking: Callable[[], Verdict],
+    ) -> Execution:
         """Return how these tasks are run.
 
         Args:
-            network: The network; what it draws at random matters.
+            network: The network.
             device: Where the network is.
             episodes: The meta-batch.
-            takes_stacks: Tells whether the network and its loss can be stacked; called only if stacking is a choice.
+            draws: Tells which random generators the network draws from.
+            stacking: Tells whether the network and its loss can be stacked; called only if stacking is a choice.
+
+        Raises:
+            ValueError: If the user asked for stacked tasks, and they would give other numbers than single ones.
+            RandomInThreadsError: If the user asked for threads, and the network draws random numbers.
         """
+        if not self.is_open():
+            execution = self._as_asked(network, device, episodes, draws)
+            if are_stacked(*execution):
+                self.check_stacking(stacking())
+            return execution
+        if drops_blocks(network) or self._drew_in_threads:
+            return Execution("loop", None)
+        if device.type != "cpu":
+            return Execution("loop", None) if any(stacking()) else Execution("vmap", self._fitting)
+        if draws():
+            return Execution("loop", None)
+        return for_cpu(episodes, sum(p.numel() for p in network.parameters()), lambda: not any(stacking()))
+
+    def is_open(self) -> bool:
+        """Return whether the user left it open how tasks are run."""
+        return self.tasks == "auto" and self.chunk_size is None and not self._compiled
+
+    def check_stacking(self, verdict: Verdict) -> None:
+        """Check that tasks which are stacked because the user asked for it give the right numbers.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        if not verdict.wrong:
+            return
+        asked = f"tasks={self.tasks!r}" if self.tasks != "auto" else f"chunk_size={self.chunk_size}"
+        raise ValueError(
+            f"Expected a network and a loss whose tasks can be stacked with `{'compiled=True' if self._compiled else asked}` "
+            f"but {verdict.wrong}; use tasks='loop' without `chunk_size` and `compiled`."
+        )
+
+    def _as_asked(self, network: nn.Module, device: torch.device, episodes: AnyEpisodes, draws: Callable[[], Collection[str]]) -> Execution:
         if self._compiled:
             return Execution("vmap", self.chunk_size or self._fitting)
         chunk_size = None if drops_blocks(network) else self.chunk_size
+        if self.tasks == "threads" and (generators := draws()):
+            raise RandomInThreadsError(
+                "Expected a loss that draws no random numbers with `tasks='threads'` but the network draws from "
+                f"{' and '.join(generators)}, and threads share one random generator; use tasks='loop'."
+            )
         if self.tasks != "auto":
             return Execution(self.tasks, chunk_size)
-        if device.type != "cpu" and not drops_blocks(network):
-            left_open = chunk_size is None and not is_random(network)
-            return Execution("loop", None) if left_open and not takes_stacks() else Execution("vmap", chunk_size or self._fitting)
-        if is_random(network):
+        if chunk_size is None:
+            return Execution("loop", None)
+        if device.type != "cpu":
+            return Execution("vmap", chunk_size)
+        if draws() or self._drew_in_threads:
             return Execution("loop", chunk_size)
-        if chunk_size is not None:
-            return Execution(_one_by_one(-(-len(episodes.support_x) // chunk_size)), chunk_size)
-        return for_cpu(episodes, sum(p.numel() for p in network.parameters()), takes_stacks)
+        return Execution(_one_by_one(-(-len(episodes.support_x) // chunk_size)), chunk_size)
 
     def of_adaptation(self, network: nn.Module, device: torch.device, support: Episodes) -> Execution:
         """Return how tasks that can be stacked are adapted to; on a CPU this is decided as in training, but from the support sets alone."""
@@ -97,14 +144,24 @@ class Executor:
         return for_cpu(alone, sum(p.numel() for p in network.parameters()), lambda: True, ADAPTED_INPUTS)
 
     def within_memory(self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes, device: torch.device) -> Result:
-        """Return ``function(episodes)``; if memory runs out and the number of stacked tasks is left open, retry with half as many.
+        """Return ``function(episodes)``, and try again in another way if that is left open.
+
+        If memory runs out, half as many tasks are stacked; if tasks in threads drew random numbers, they are run in a loop.
 
         Raises:
+            RandomInThreadsError: If tasks drew random numbers in threads that the user asked for.
             torch.OutOfMemoryError: On a CPU, if the number is not left open, or if one task is too many.
         """
         while True:
+            before = torch.get_rng_state()
             try:
                 return function(episodes)
+            except RandomInThreadsError:
+                if self.tasks != "auto":
+                    raise
+                torch.set_rng_state(before)
+                self._drew_in_threads = True
+                continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -151,30 +208,3 @@ def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], b
 def _one_by_one(chunks: int) -> TaskExecution:
     """Return the way of running tasks that gives each core a chunk of them; a single chunk gets all cores."""
     return "loop" if chunks == 1 or torch.get_num_threads() == 1 else "threads"
-
-
-def takes_stacks(loss: Callable[[Params, Any], tuple[Tensor, Any]], params: Params, task: AnyEpisodes) -> bool:
-    """Try whether ``loss`` and its gradient can be stacked: ``vmap`` accepts them without looping over tasks, and nothing is random.
-
-    Args:
-        loss: ``loss(params, task)`` returns a scalar and something else.
-        params: The parameters.
-        task: One task.
-    """
-    stack = Stack(2)
-    device = task.support_x.device
-    before = torch_random_state(device)
-    with torch.inference_mode(False), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            w, task = detached((params, task))
-            tasks = type(task)(*(tensor.expand(2, *tensor.shape) for tensor in task))
-            Objective(lambda w: stack.each(loss)(w, tasks), stack).gradient(stack.shared(w))
-        except Exception:  # noqa: BLE001 # under vmap any network may raise anything; what is wrong without it too is raised there
-            return False
-        finally:
-            # numbers drawn on a GPU do not matter: tasks are stacked there
-            is_drawing = not torch.equal(before["torch"], torch.get_rng_state())
-            set_torch_random_state(before, device)
-    slow = [warning for warning in caught if "batching rule" in str(warning.message) and "as_strided_" not in str(warning.message)]
-    return not slow and not is_drawing

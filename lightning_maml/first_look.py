@@ -14,7 +14,8 @@ from lightning_maml.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.functional import differentiable
 from lightning_maml.learner import Learner
 from lightning_maml.parts import PartName, adapting, head_of
-from lightning_maml.randomness import set_torch_random_state, torch_random_state
+from lightning_maml.randomness import generator_states, generators_drawn_from, set_generator_states
+from lightning_maml.trial import first_difference
 
 _OF_TYPES = re.compile("same dtype|expected scalar type|should be the same|not implemented for '")
 """What torch's errors say if a layer does not accept its inputs' type."""
@@ -26,10 +27,12 @@ class Seen(NamedTuple):
     Attributes:
         outputs: Shape of the outputs for one example; None if they are not a tensor.
         ends_with_head: Whether the outputs are those of the head alone; False if this was not checked because all parameters adapt.
+        draws: Names of the random generators that the network draws from.
     """
 
     outputs: torch.Size | None
     ends_with_head: bool
+    draws: tuple[str, ...] = ()
 
 
 class FirstLook:
@@ -82,7 +85,8 @@ class FirstLook:
             )
         ends = self._part != "all" and self._ends_with_head(learner, episodes)
         outputs = first_outputs(learner, episodes, are_logits=are_labels)
-        return Seen(outputs.shape[1:] if isinstance(outputs, Tensor) else None, ends)
+        draws = generators_of(learner, episodes)
+        return Seen(outputs.shape[1:] if isinstance(outputs, Tensor) else None, ends, draws)
 
     def _ends_with_head(self, learner: Learner, episodes: AnyEpisodes) -> bool:
         head = head_of(learner.network, self._head)
@@ -112,6 +116,33 @@ def first_outputs(learner: Learner, episodes: AnyEpisodes, *, are_logits: bool =
     return outputs
 
 
+def generators_of(learner: Learner, episodes: AnyEpisodes) -> tuple[str, ...]:
+    """Return the names of the random generators that the network draws from.
+
+    Raises:
+        ValueError: If it does not return the same again from the same random state: derivatives need evaluations that can be repeated.
+    """
+    device = episodes.support_x.device
+    before = generator_states(device)
+    with first_support(learner, episodes) as x, torch.no_grad():
+        outputs = learner(learner.params, x)
+        draws = tuple(generators_drawn_from(before, device))
+        set_generator_states(before, device)
+        again = learner(learner.params, x)
+    if first_difference(_floats(outputs), _floats(again)) is not None:
+        raise ValueError(
+            "Expected a network that returns the same for the same inputs, parameters and random state but got other outputs the second "
+            "time; let it draw from the global random generators of torch, numpy or Python, not from one of its own, and keep what it "
+            "remembers between calls in buffers."
+        )
+    return draws
+
+
+def _floats(outputs: Any) -> dict[str, Tensor]:
+    leaves = enumerate(torch.utils._pytree.tree_leaves(outputs))
+    return {str(number): leaf for number, leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+
+
 @contextmanager
 def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Tensor]:
     """Give the first task's support inputs for a look at the network; the random state is restored after it.
@@ -120,7 +151,7 @@ def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Tensor]:
         ValueError: If the network fails because their type is not that of its parameters.
     """
     device = episodes.support_x.device
-    before = torch_random_state(device)  # a resumed run looks once more
+    before = generator_states(device)  # a resumed run looks once more
     with torch.inference_mode(False):
         x = differentiable(support_set(first_task(episodes))[0])
         try:
@@ -134,4 +165,4 @@ def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Tensor]:
                 f"Expected inputs of the network's type, {dtype}, but it fails on {x.dtype}; give it x.to({dtype}){of_bytes}."
             ) from error
         finally:
-            set_torch_random_state(before, device)
+            set_generator_states(before, device)

@@ -115,6 +115,23 @@ class TaskNorm:
         return z
 
 
+class TaskEmbedding:
+    """The forward pass of ``layer``, for which :func:`is_padded_embedding` must be true, under ``vmap``.
+
+    torch's own gradient would know the padding row of the first task only: to autograd, which is outside of ``vmap``, the embeddings of all
+    tasks are rows of one table.
+    """
+
+    def __init__(self, layer: nn.Embedding) -> None:
+        self._layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the rows that the indices ``x`` name; the padding row gets no gradient."""
+        weight = self._layer.weight
+        is_padding = torch.arange(len(weight), device=weight.device) == self._layer.padding_idx
+        return F.embedding(x, torch.where(is_padding[:, None], weight.detach(), weight))
+
+
 class NothingIsStackedError(Exception):
     """None of a layer's tensors has a dimension of tasks: the layer is computed as without ``vmap``."""
 
@@ -161,6 +178,13 @@ def is_plain_convolution(module: nn.Module) -> bool:
     kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind))
     own = type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
     return own and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def is_padded_embedding(module: nn.Module) -> bool:
+    """Return whether ``module`` is torch's embedding with a padding row and nothing else that matters for its gradient."""
+    if not isinstance(module, nn.Embedding) or "forward" in vars(module) or type(module).forward is not nn.Embedding.forward:
+        return False
+    return module.padding_idx is not None and module.max_norm is None and not module.scale_grad_by_freq
 
 
 def _unflattened(x: Tensor, dim: int, tasks: int) -> Tensor:

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_maml.batch_statistics import batch_norms, forget_running_averages
 from lightning_maml.functional import Params, differentiable, is_out_of_memory
-from lightning_maml.layers import TaskConvolution, TaskNorm, is_plain_convolution
+from lightning_maml.layers import TaskConvolution, TaskEmbedding, TaskNorm, is_padded_embedding, is_plain_convolution
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
 
@@ -168,6 +168,8 @@ class Learner:
                 elif is_plain_convolution(module):
                     module.forward = TaskConvolution(module, "first" if self.network in _VIEWING else "last", self._vectorised)
                     self._own.convolutions.append(module.forward)
+                elif self._vectorised and is_padded_embedding(module):
+                    module.forward = TaskEmbedding(module)
             self._own.network, self._own.places, self._own.buffers = network, _places(network), dict(network.named_buffers())
         own: nn.Module = self._own.network
         return own
@@ -238,20 +240,31 @@ class HeadLearner(Learner):
         return super()._run({name: params[full] for full, name in self._names.items()}, inputs, context, averages)
 
 
-def structural_copy(network: nn.Module) -> nn.Module:
+def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Return other module objects over the same tensors; those given to ``torch.compile`` run uncompiled.
 
     ``torch.compile`` would compile each copy anew, knows no second derivatives and fails under ``vmap``.
+
+    Args:
+        network: Any module.
+        dtype: If given, floating-point tensors are copies of this type.
     """
     attributes = [value for module in network.modules() for value in vars(module).values()]
     tensors = chain(network.parameters(), network.buffers(), (value for value in attributes if isinstance(value, Tensor)))
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    memo: dict[int, Any] = {id(tensor): _of_type(tensor, dtype) for tensor in tensors}
     memo |= {
         id(value): type(value)() for value in attributes if type(value) in (dict, OrderedDict) and not value
     }  # these are dicts of hooks, of which there are many
     copied = copy.deepcopy(network, memo)
     run_uncompiled(copied)
     return copied
+
+
+def _of_type(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    converted = tensor.detach().to(dtype)
+    return nn.Parameter(converted, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else converted
 
 
 def run_uncompiled(network: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_maml.adapt import (
@@ -30,7 +31,7 @@ from lightning_maml.episodic_module import (
     SchedulerFactory,
     with_accuracy,
 )
-from lightning_maml.execution import Execution, Executor, TasksName, takes_stacks
+from lightning_maml.execution import Execution, Executor, TasksName
 from lightning_maml.first_look import FirstLook, Seen
 from lightning_maml.functional import Params, detached, differentiable
 from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
@@ -42,6 +43,7 @@ from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, InnerRatesName, LearnedRates, check_inner_rates, learned, rates_of_steps
 from lightning_maml.targets import check_labels, check_targets
 from lightning_maml.task_map import are_stacked, map_tasks
+from lightning_maml.trial import Verdict, compare_losses
 
 
 class TaskPath(NamedTuple):
@@ -225,8 +227,7 @@ class MAML(EpisodicModule):
         network = structural_copy(self.network).eval()
         check_episodes(support)
         self._check(Learner(network, self.batch_norm), support)
-        chosen = self._executor.tasks
-        as_one = not of_one and (chosen == "vmap" or (chosen != "loop" and self._takes_stacks(support, network)))
+        as_one = not of_one and self._adapts_as_one(support, network)
         execution = self._executor.of_adaptation(self.network, self.device, support) if as_one else Execution("loop", None)
         learner = Learner(network, self.batch_norm, vectorised=are_stacked(*execution))
         adapted = adapted_parameters(
@@ -241,7 +242,21 @@ class MAML(EpisodicModule):
         with torch.inference_mode(False), torch.no_grad():
             adapted |= {name: average.repeat(len(support_x), 1) for name, average in self._averages(steps).items()}
             networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x), as_one)
+            if as_one and (verdict := networks.compare_stacked(differentiable(support_x))).wrong:
+                if self._executor.tasks == "vmap":
+                    self._executor.check_stacking(verdict)
+                networks.stacked = False
             return networks.network(0) if of_one else networks
+
+    def _adapts_as_one(self, support: Episodes, network: nn.Module) -> bool:
+        """Return whether the tasks of ``support`` are adapted to, and their networks called, as one."""
+        if self._executor.tasks == "loop":
+            return False
+        verdict = self._verdict(support, network)
+        if self._executor.tasks == "vmap":
+            self._executor.check_stacking(verdict)
+            return True
+        return not any(verdict)
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
         """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, without that of the rates.
@@ -373,10 +388,11 @@ class MAML(EpisodicModule):
 
     def _head_that_ends(self, learner: Learner, episodes: AnyEpisodes) -> str | None:
         """Return the head if it alone adapts and ends the network, so that the features before it need computing only once."""
-        if self.adapts != "head" or not isinstance(episodes, Episodes) or self.step_statistics is not None or is_random(self.network):
+        if self.adapts != "head" or not isinstance(episodes, Episodes) or self.step_statistics is not None:
             return None
         head = head_of(self.network, self.head)
-        ends = self._look(learner, episodes).ends_with_head
+        seen = self._look(learner, episodes)
+        ends = seen.ends_with_head and not seen.draws  # features computed once would have one mask for all steps
         return head if ends and not batch_norms(self.network.get_submodule(head)) else None
 
     def _encode(self, learner: Learner, head: str, params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
@@ -425,22 +441,53 @@ class MAML(EpisodicModule):
 
     def _execution(self, episodes: AnyEpisodes) -> Execution:
         """Return how these tasks are run."""
-        return self._executor(self.network, self.device, episodes, partial(self._takes_stacks, episodes, self.network))
+        return self._executor(
+            self.network,
+            self.device,
+            episodes,
+            lambda: self._draws(episodes),
+            lambda: self._verdict(episodes, self.network),
+        )
 
-    def _takes_stacks(self, episodes: AnyEpisodes, network: nn.Module) -> bool:
+    def _draws(self, episodes: AnyEpisodes) -> tuple[str, ...]:
+        """Return the names of the random generators that the network draws from."""
+        return self._look(Learner(self.network, self.batch_norm), episodes).draws
+
+    def _verdict(self, episodes: AnyEpisodes, network: nn.Module) -> Verdict:
         """Return whether tasks can be stacked for ``network``, which is the model's own or a structural copy in another mode."""
 
-        def look() -> bool:
+        def look() -> Verdict:
             self._check(Learner(network, self.batch_norm), episodes)  # what is wrong with the batch says nothing about stacking
-            learner = Learner(network, self.batch_norm, vectorised=True)
-            support_loss, query_loss = self._support_loss(learner, self._averages(0)), self._query_loss(learner, self._averages(0))
-
-            def both(params: Params, task: AnyEpisodes) -> tuple[Tensor, tuple[()]]:
-                return support_loss(params, *support_set(task))[0] + query_loss(params, task)[0], ()
-
-            return takes_stacks(both, learner.params, first_task(episodes))
+            verdict = self._compare_stacked(episodes, network, torch.float64)
+            # some networks and losses run in their own type only
+            return self._compare_stacked(episodes, network, None) if verdict.wrong else verdict
 
         return self._once_for_its_kind(network, episodes, look)
+
+    def _compare_stacked(self, episodes: AnyEpisodes, network: nn.Module, dtype: torch.dtype | None) -> Verdict:
+        episodes = detached(episodes)
+        network, criterion, averages = structural_copy(network), self.loss, self._averages(0)
+        if dtype is not None:
+            network = structural_copy(network, dtype)
+            criterion = structural_copy(criterion, dtype) if isinstance(criterion, nn.Module) else criterion
+            episodes, averages = tree_map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (episodes, averages))
+
+        def both_losses(learner: Learner, params: Params, task: AnyEpisodes) -> Tensor:
+            x, y = support_set(task)
+            of_support = criterion(learner(params, x, averages=averages), y)
+            statistics_of = x if learner.uses_support_statistics else None
+            of_query = criterion(learner(params, task.query_x, statistics_of=statistics_of, averages=averages), task.query_y)
+            return of_support + of_query
+
+        single, stacked = (Learner(network, self.batch_norm, vectorised=vectorised) for vectorised in (False, True))
+        with torch.autocast(self.device.type, enabled=dtype is None and torch.is_autocast_enabled(self.device.type)):
+            return compare_losses(
+                partial(both_losses, single),
+                partial(both_losses, stacked),
+                single.params,
+                episodes,
+                curved=self.curvature == "exact",
+            )
 
     def _support_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_maml.functional import Params
-from lightning_maml.randomness import set_torch_random_state, torch_random_state
+from lightning_maml.randomness import generator_states, set_generator_states, torch_random_state
 from lightning_maml.second_derivatives import differentiated
 from lightning_maml.stack import ONE, Stack
 
@@ -30,7 +30,9 @@ def twice_differentiable() -> AbstractContextManager[Any]:
 
 
 class Objective:
-    """The loss and its derivatives. Every evaluation draws the same random numbers (dropout masks) as the first one did.
+    """The loss and its derivatives.
+
+    Every evaluation draws the same random numbers (dropout masks) as the first one did, from torch, numpy and Python.
 
     Args:
         loss: The loss of one task; or of the tasks of ``stack``, with a value of ``[T]``.
@@ -108,16 +110,18 @@ class Objective:
     @contextmanager
     def _same_randomness(self, w: Params) -> Iterator[None]:
         device = next(iter(w.values())).device
+        # stacked tasks draw from torch alone: the trial of stacking refuses networks that draw from numpy or Python
+        read = generator_states if self.stack.dim == 0 else torch_random_state
+        now = read(device)
         if self._random_state is None:
-            self._random_state = torch_random_state(device)
+            self._random_state = now
             yield
             return
-        now = torch_random_state(device)
-        set_torch_random_state(self._random_state, device)
+        set_generator_states(self._random_state, device)
         try:
             yield
         finally:
-            set_torch_random_state(now, device)
+            set_generator_states(now, device)
 
 
 def _pull_back_gradient(leaves: Params, gradient: Params, v: Params, retain_graph: bool = False) -> Params:

@@ -1,11 +1,14 @@
 """Prototypical networks, the metric baseline: no inner loop, a query belongs to the class whose mean embedding is nearest."""
 
+import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve, cat_chunks
@@ -13,13 +16,17 @@ from lightning_maml.deploy import AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory
 from lightning_maml.execution import ADAPTED_AT_ONCE
-from lightning_maml.first_look import first_outputs, first_support
+from lightning_maml.first_look import first_outputs
 from lightning_maml.functional import detached
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
+from lightning_maml.randomness import generator_states, set_generator_states
 from lightning_maml.second_derivatives import differentiated
-from lightning_maml.stack import Stack
+from lightning_maml.stack import Randomness, Stack
 from lightning_maml.targets import check_labels
 from lightning_maml.task_map import TaskExecution, map_tasks
+from lightning_maml.trial import Verdict, compare, two_tasks
+
+_NOT_STACKED = "Expected a network and a loss whose tasks can be stacked with `tasks='vmap'` but {}; use tasks='loop'."
 
 
 class ProtoNet(EpisodicModule):
@@ -106,6 +113,10 @@ class ProtoNet(EpisodicModule):
             head = {"1.weight": 2 * prototypes, "1.bias": -prototypes.square().sum(-1)}
             classifier = nn.Linear(prototypes.shape[-1], ways, device=prototypes.device, dtype=prototypes.dtype)
             networks = AdaptedNetworks(nn.Sequential(network, classifier), head, self.batch_norm, support.support_x, tasks == "vmap")
+            if tasks == "vmap" and not of_one and (wrong := networks.compare_stacked(support.support_x).wrong):
+                if self._tasks == "vmap":
+                    raise ValueError(_NOT_STACKED.format(wrong))
+                networks.stacked = False
             return networks.network(0) if of_one else networks
 
     @override
@@ -134,22 +145,55 @@ class ProtoNet(EpisodicModule):
         learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
         ways = ways_of(episodes)
 
-        def look() -> bool:
+        def look() -> Verdict:
             first_outputs(learner, episodes)
-            return self._tasks != "auto" or self._takes_vmap(learner, ways, episodes)
+            return Verdict() if self._tasks == "loop" else self._compare_stacked(network, ways, episodes)
 
-        if not self._once_for_its_kind(network, episodes, look) and tasks == "vmap":
+        verdict = self._once_for_its_kind(network, episodes, look)
+        if verdict.wrong and self._tasks == "vmap":
+            raise ValueError(_NOT_STACKED.format(verdict.wrong))
+        if any(verdict) and self._tasks == "auto":
             learner, tasks = Learner(network, self.batch_norm), "loop"
         return learner, ways, tasks
 
-    def _takes_vmap(self, learner: Learner, ways: int, episodes: AnyEpisodes) -> bool:
-        with first_support(learner, episodes), torch.no_grad():
-            task = Episodes(*(tensor[:1] for tensor in detached(episodes)))
-            try:
-                Stack(1).each(partial(self._of_task, learner, ways))(task)
-            except Exception:  # noqa: BLE001 # under vmap any network may raise anything; what is wrong without it too is raised there
-                return False
-        return True
+    def _compare_stacked(self, network: nn.Module, ways: int, episodes: AnyEpisodes) -> Verdict:
+        """Compare the losses of two tasks, and the gradient of a weighted sum of them, stacked and one by one."""
+        tasks = two_tasks(episodes)
+        stacked = tree_map(lambda *tensors: torch.stack(tensors), *tasks)
+        device = episodes.support_x.device
+        before = generator_states(device)
+
+        def evaluated(learner: Learner, losses: Callable[[Callable[[Episodes], Tensor]], Tensor]) -> dict[str, Tensor]:
+            def loss(task: Episodes) -> Tensor:
+                return self._of_task(of_point, ways, task)[0]
+
+            of_point = copy.copy(learner)
+            of_point.params = {name: p.detach().requires_grad_() for name, p in learner.params.items()}
+            if not of_point.params:
+                return {"loss": losses(loss)}
+            with torch.enable_grad():
+                values = losses(loss)
+                weighted = (values * torch.arange(1.0, 3.0, device=device).to(values)).sum()
+                gradient = torch.autograd.grad(weighted, [*of_point.params.values()], materialize_grads=True)
+            return {"loss": values.detach(), "gradient": torch.cat([tensor.flatten() for tensor in gradient])}
+
+        def in_turn(loss: Callable[[Episodes], Tensor]) -> Tensor:
+            values = []
+            for task in tasks:
+                set_generator_states(before, device)
+                values.append(loss(task))
+            return torch.stack(values)
+
+        def as_one(loss: Callable[[Episodes], Tensor], randomness: Randomness) -> Tensor:
+            found: Tensor = Stack(2, randomness).each(loss)(stacked)
+            return found
+
+        single, vectorised = (Learner(network, self.batch_norm, vectorised=flag) for flag in (False, True))
+        return compare(
+            lambda _: evaluated(single, in_turn),
+            lambda _, randomness: evaluated(vectorised, partial(as_one, randomness=randomness)),
+            device,
+        )
 
 
 def ways_of(episodes: AnyEpisodes) -> int:

@@ -27,18 +27,31 @@ def _draws(module: nn.Module) -> bool:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Return the states of the random generators of torch, the device, numpy and Python, in plain types."""
-    name, key, *rest = np.random.get_state()  # the global one, which other code draws from
-    of_torch = torch_random_state(device)
-    return of_torch | {"numpy": (name, np.asarray(key).tolist(), *rest), "python": random.getstate()}
+    states = generator_states(device)
+    name, key, *rest = states["numpy"]
+    return states | {"numpy": (name, np.asarray(key).tolist(), *rest)}
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Set the generators to ``state``; the device's only if the device is of the kind that the state was taken on."""
-    set_torch_random_state(state, device)
     name, key, *rest = state["numpy"]
-    np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
     version, internal, following = state["python"]
-    random.setstate((version, tuple(internal), following))
+    plain = {"numpy": (name, np.array(key, dtype=np.uint32), *rest), "python": (version, tuple(internal), following)}
+    set_generator_states(state | plain, device)
+
+
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of the random generators of torch, the device, numpy and Python, which networks draw from."""
+    # the global generators: a network that draws from one of its own is refused at the first look
+    return torch_random_state(device) | {"numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def set_generator_states(states: dict[str, Any], device: torch.device) -> None:
+    """Set the generators that ``states`` has to these states."""
+    set_torch_random_state(states, device)
+    if "numpy" in states:
+        np.random.set_state(states["numpy"])
+        random.setstate(states["python"])
 
 
 def torch_random_state(device: torch.device) -> dict[str, Any]:
@@ -55,10 +68,20 @@ def set_torch_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def _numbered(device: torch.device) -> list[torch.device]:
-    return [] if device.type == "mps" else [device]  # of which there is one
+    return [] if device.type == "mps" else [device]  # MPS has a single device
 
 
-def has_drawn(before: dict[str, Any], device: torch.device) -> bool:
-    """Return whether torch or the device drew random numbers since :func:`torch_random_state` returned ``before``."""
-    now = torch_random_state(device)
-    return any(state is not None and not torch.equal(state, now[name]) for name, state in before.items())
+def generators_drawn_from(before: dict[str, Any], device: torch.device) -> list[str]:
+    """Return the names of the generators that moved since :func:`generator_states` returned ``before``."""
+    now = generator_states(device)
+    return [name for name, state in before.items() if not _same_state(state, now[name])]
+
+
+def _same_state(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple):
+        return all(_same_state(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    return bool(one == other)

@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lightning_maml.functional import Params
+
+Randomness = Literal["different", "same"]
 
 _here = threading.local()
 
@@ -16,14 +18,17 @@ class Stack:
 
     Args:
         tasks: Their number; None for one task, whose tensors have no dimension for it.
+        randomness: ``"different"``: each task draws random numbers of its own; ``"same"``: all draw the same ones, so that stacked
+            tasks can be compared with single ones.
     """
 
-    def __init__(self, tasks: int | None = None) -> None:
+    def __init__(self, tasks: int | None = None, randomness: Randomness = "different") -> None:
         self._tasks = tasks
+        self._randomness = randomness
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function``, which takes the tensors of one task, as a function of the tensors of all tasks."""
-        return function if self._tasks is None else torch.func.vmap(_announced(function), randomness="different")
+        return function if self._tasks is None else torch.func.vmap(_announced(function), randomness=self._randomness)
 
     def shared(self, params: Params) -> Params:
         """Return ``params`` for each task, without copies."""

@@ -9,10 +9,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_maml.episodes import AnyEpisodes, first_task
-from lightning_maml.randomness import has_drawn, torch_random_state
+from lightning_maml.randomness import generators_drawn_from, torch_random_state
 from lightning_maml.stack import ONE, Stack
 
 TaskExecution = Literal["loop", "threads", "vmap"]
+
+
+class RandomInThreadsError(RuntimeError):
+    """Tasks that ran in threads drew random numbers."""
 
 
 def map_tasks(
@@ -37,7 +41,7 @@ def map_tasks(
 
     Raises:
         ValueError: If ``tasks`` is none of the three, or ``chunk_size`` is not positive.
-        RuntimeError: If ``function`` drew random numbers in threads.
+        RandomInThreadsError: If ``function`` drew random numbers in threads.
     """
     check_chunk_size(chunk_size)
     if tasks not in get_args(TaskExecution):
@@ -94,6 +98,7 @@ def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes], d
     The caller's own thread is held to one core as well: it works on the results meanwhile, and its idle helper threads would spin on
     the cores that the tasks need.
     """
+    # not numpy's and Python's, which other threads of the process may use; the first look knows networks that draw from them
     before = torch_random_state(device)
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -102,8 +107,8 @@ def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes], d
             yield from pool.map(function, chunks)
     finally:
         torch.set_num_threads(cores)
-    if may_draw and has_drawn(before, device):
-        raise RuntimeError(
-            "Expected a loss that draws no random numbers with `tasks='threads'` but its random state moved, and threads share one "
-            "random generator; use tasks='loop'."
+    if may_draw and (drawn_from := generators_drawn_from(before, device)):
+        raise RandomInThreadsError(
+            "Expected a loss that draws no random numbers with `tasks='threads'` but the random state of "
+            f"{' and '.join(drawn_from)} moved, and threads share one random generator; use tasks='loop'."
         )

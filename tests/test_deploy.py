@@ -167,7 +167,7 @@ def test_bad_labels_say_nothing_of_the_network() -> None:
     model, episodes = model_and_episodes()
     with pytest.raises(ValueError, match="one per way of the episode"):
         model.adapt(episodes.support_x, episodes.support_y + 1)
-    assert not model._stackable
+    assert not model._verdicts
 
 
 class TwoOutputs(nn.Module):

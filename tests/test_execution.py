@@ -1,6 +1,7 @@
 """What "auto" chooses on the CPU: small tasks stacked where vmap takes the network, larger ones one per core, the largest in a loop."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from networks import build, make_episodes
 from torch import Tensor, nn
 
 from lightning_maml import HFMAML, MAML, Conv4, Episodes, ResampledEpisodes, ResNet12
-from lightning_maml.execution import FEWEST_STACKED, Execution, Executor, for_cpu, takes_stacks
+from lightning_maml.execution import FEWEST_STACKED, Execution, Executor, for_cpu
 from lightning_maml.functional import Params, axpy, norm
 from lightning_maml.learner import Learner
+from lightning_maml.trial import Verdict, compare_losses
 
 PARAMETERS = 113_000
 """Those of a Conv4 of 64 channels."""
@@ -95,11 +97,14 @@ def test_usual_networks_take_stacks(name: str) -> None:
     assert _takes_stacks(build(name))
 
 
-@pytest.mark.parametrize("network", [Branching, Noisy, Looping])
-def test_networks_that_vmap_refuses_or_slows_down_and_random_ones_take_none(network: type[nn.Module]) -> None:
-    made = network()
+@pytest.mark.parametrize("network", [Branching, Looping])
+def test_networks_that_vmap_refuses_or_slows_down_take_no_stacks(network: type[nn.Module]) -> None:
+    assert not _takes_stacks(network())
+
+
+def test_random_networks_can_be_stacked_if_all_tasks_draw_the_same_where_they_are_compared() -> None:
     state = torch.get_rng_state()
-    assert not _takes_stacks(made)
+    assert _takes_stacks(Noisy())
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -109,12 +114,12 @@ def test_a_loss_that_looks_at_values_takes_no_stacks() -> None:
 
 def _takes_stacks(network: nn.Module, criterion=F.cross_entropy) -> bool:
     network, episodes = network.double(), make_episodes()
-    learner = Learner(network, vectorised=True)
+    single, stacked = Learner(network), Learner(network, vectorised=True)
 
-    def loss(w: Params, task: Episodes) -> tuple[Tensor, tuple[()]]:
-        return criterion(learner(w, task.support_x), task.support_y), ()
+    def loss(learner: Learner, w: Params, task: Episodes) -> Tensor:
+        return criterion(learner(w, task.support_x), task.support_y)
 
-    return takes_stacks(loss, learner.params, Episodes(*(tensor[0] for tensor in episodes)))
+    return not any(compare_losses(partial(loss, single), partial(loss, stacked), single.params, episodes, curved=True))
 
 
 @pytest.mark.parametrize("algorithm", [MAML, HFMAML])
@@ -150,15 +155,16 @@ def test_auto_trains_a_network_that_vmap_does_not_take(network: type[nn.Module])
 
 
 def test_on_an_accelerator_too_it_is_run_one_by_one() -> None:
-    def on_gpu(network: nn.Module, chunk_size: int | None, takes_stacks: bool) -> Execution:
-        return Executor("auto", chunk_size, compiled=False)(network, torch.device("cuda"), make_episodes(), lambda: takes_stacks)
+    def on_gpu(chunk_size: int | None, verdict: Verdict) -> Execution:
+        executor = Executor("auto", chunk_size, compiled=False)
+        return executor(build("mlp"), torch.device("cuda"), make_episodes(), tuple, lambda: verdict)
 
-    assert on_gpu(build("mlp"), None, takes_stacks=True) == Execution("vmap", None)
-    assert on_gpu(Branching(), None, takes_stacks=False) == Execution("loop", None)
-    assert on_gpu(Branching(), 2, takes_stacks=False) == Execution("vmap", 2), "as the user has it"
-    assert on_gpu(nn.Sequential(build("mlp"), nn.Dropout(0.5)), None, takes_stacks=False) == Execution("vmap", None), (
-        "not tried: it would draw"
-    )
+    assert on_gpu(None, Verdict()) == Execution("vmap", None)
+    assert on_gpu(None, Verdict(wrong="they differ")) == Execution("loop", None)
+    assert on_gpu(None, Verdict(slow="vmap would loop over them")) == Execution("loop", None)
+    assert on_gpu(2, Verdict(slow="vmap would loop over them")) == Execution("vmap", 2), "as the user has it"
+    with pytest.raises(ValueError, match="can be stacked with `chunk_size=2` but they differ; use tasks='loop'"):
+        on_gpu(2, Verdict(wrong="they differ"))
 
 
 def test_dropout_keeps_its_loop() -> None:

@@ -24,6 +24,7 @@ ORDER = [
         "rates",
         "parts",
         "task_map",
+        "trial",
         "execution",
         "compilation",
         "first_look",
