@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import TypeIs
 
 from lightning_maml.convolutions import as_groups, channels_last, in_one_format
 from lightning_maml.second_derivatives import BatchNorm, Convolution, times_differentiated
@@ -128,7 +129,7 @@ class TaskEmbedding:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the rows that the indices ``x`` name; the padding row gets no gradient."""
         weight = self._layer.weight
-        is_padding = torch.arange(len(weight), device=weight.device) == self._layer.padding_idx
+        is_padding = torch.arange(len(weight), device=weight.device).eq(self._layer.padding_idx or 0)
         return F.embedding(x, torch.where(is_padding[:, None], weight.detach(), weight))
 
 
@@ -180,7 +181,7 @@ def is_plain_convolution(module: nn.Module) -> bool:
     return own and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
-def is_padded_embedding(module: nn.Module) -> bool:
+def is_padded_embedding(module: nn.Module) -> TypeIs[nn.Embedding]:
     """Return whether ``module`` is torch's embedding with a padding row and nothing else that matters for its gradient."""
     if not isinstance(module, nn.Embedding) or "forward" in vars(module) or type(module).forward is not nn.Embedding.forward:
         return False

@@ -169,7 +169,7 @@ class Learner:
                     module.forward = TaskConvolution(module, "first" if self.network in _VIEWING else "last", self._vectorised)
                     self._own.convolutions.append(module.forward)
                 elif self._vectorised and is_padded_embedding(module):
-                    module.forward = TaskEmbedding(module)
+                    module.forward = TaskEmbedding(module)  # type: ignore[method-assign, assignment]
             self._own.network, self._own.places, self._own.buffers = network, _places(network), dict(network.named_buffers())
         own: nn.Module = self._own.network
         return own

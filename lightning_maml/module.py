@@ -82,9 +82,10 @@ class MAML(EpisodicModule):
         optimizer: Builds the meta-optimizer from the parameters; by default Adam with its rate of 1e-3.
         lr_scheduler: Builds the scheduler from the optimizer; it is stepped once per epoch; by default none.
         tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core; ``"vmap"``: all as one; ``"auto"``: on the CPU
-            threads, with small tasks stacked (but a loop for the largest tasks, for up to three small ones and with active dropout), and
-            elsewhere vmap of as many tasks as there is memory for; with active DropBlock always a loop. If ``chunk_size`` is left open and
-            there is no dropout, a network that vmap does not accept is not stacked.
+            threads, with small tasks stacked (but a loop for the largest tasks, for up to three small ones and for networks that draw
+            random numbers), and elsewhere vmap of as many tasks as there is memory for. Before tasks are stacked, two of them are
+            compared with the same two alone, in loss, gradient and (for the exact algorithm) Hessian-vector product. If these differ,
+            ``"auto"`` does not stack; a stack that was asked for is refused.
         chunk_size: How many tasks are vectorised together: in each step of the loop or of a thread, by default one; with ``"vmap"``, by
             default all; with ``"auto"``, by default as many as suit their size.
         adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the meta-optimizer trains all. By default what
@@ -98,7 +99,8 @@ class MAML(EpisodicModule):
             were then, and each new inner rate, unless it is learned, is compiled anew.
 
     Raises:
-        ValueError: If an argument is out of range; in a step, if the network's outputs do not fit the episode's labels.
+        ValueError: If an argument is out of range; in a step, if the network's outputs do not fit the episode's labels, if stacked tasks
+            would give other numbers than single ones, or if the network has no second derivatives that the algorithm needs.
         FloatingPointError: In training, if the query loss or the meta-gradient is not finite; the parameters are then untouched.
     """
 

@@ -5,6 +5,7 @@ parameters alone, the gradient of the sum of the losses holds the gradients of a
 of all.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -22,6 +23,12 @@ BatchLoss = Callable[[Params], tuple[Tensor, Any]]
 """Maps parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the network's outputs, or ``()``)."""
 
 Tensors = tuple[Tensor, ...]
+
+_NO_SECOND_DERIVATIVE = re.compile("derivative for .* is not implemented|differentiate twice|double backward")
+
+
+class NoSecondDerivativeError(ValueError):
+    """An operation of the network or of the loss cannot be differentiated twice."""
 
 
 def twice_differentiable() -> AbstractContextManager[Any]:
@@ -96,9 +103,9 @@ class Objective:
 
     def _differentiable_gradient(self, w: Params, names: Collection[str]) -> tuple[Params, Params]:
         leaves, value, _ = self._evaluate(w, w, times=2)
-        gradient = torch.autograd.grad(
-            value, [leaves[name] for name in names], torch.ones_like(value), create_graph=True, materialize_grads=True
-        )
+        at = [leaves[name] for name in names]
+        with _second_derivatives():
+            gradient = torch.autograd.grad(value, at, torch.ones_like(value), create_graph=True, materialize_grads=True)
         return leaves, dict(zip(names, gradient, strict=True))
 
     def _evaluate(self, w: Params, names: Collection[str], times: Literal[1, 2] = 1) -> tuple[Params, Tensor, Any]:
@@ -129,5 +136,20 @@ def _pull_back_gradient(leaves: Params, gradient: Params, v: Params, retain_grap
     if not curved:  # the loss is linear in the parameters
         return {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
     outputs, cotangents = zip(*curved, strict=True)
-    product = torch.autograd.grad(outputs, list(leaves.values()), cotangents, retain_graph=retain_graph, materialize_grads=True)
+    with _second_derivatives():
+        product = torch.autograd.grad(outputs, list(leaves.values()), cotangents, retain_graph=retain_graph, materialize_grads=True)
     return dict(zip(leaves, product, strict=True))
+
+
+@contextmanager
+def _second_derivatives() -> Iterator[None]:
+    """Say in a sentence that an operation has no second derivative, for which torch has words but no type of exception."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _NO_SECOND_DERIVATIVE.search(str(error)):
+            raise
+        raise NoSecondDerivativeError(
+            f"Expected a network and a loss with second derivatives but torch has none for one of their operations ({error}); train with "
+            "FOMAML or HFMAML, which need none, or put another layer in its place (Hardswish or SiLU for Hardsigmoid, for instance)."
+        ) from error

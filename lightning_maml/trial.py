@@ -8,6 +8,7 @@ of two different tasks at two different points.
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import Params, detached
-from lightning_maml.objective import Objective, twice_differentiable
+from lightning_maml.objective import NoSecondDerivativeError, Objective, twice_differentiable
 from lightning_maml.randomness import generator_states, generators_drawn_from, set_generator_states
 from lightning_maml.stack import ONE, Randomness, Stack
 
@@ -79,6 +80,8 @@ def compare(
                     break
             if drawn_from:
                 together(0, "different")  # as training will; some ways of drawing fail only here
+        except NoSecondDerivativeError:
+            raise  # it has none alone either
         except Exception as error:  # noqa: BLE001 # under vmap any network may raise anything
             return Verdict(f"vmap does not take them ({_first_line(error)})")
         finally:
@@ -129,8 +132,7 @@ def compare_losses(single: TaskLoss, stacked: TaskLoss, params: Params, episodes
         found = []
         for w, task in zip(_two_points(params, attempt), tasks, strict=True):
             set_generator_states(states, device)
-            objective = Objective(lambda w, task=task: (single(w, task), ()), ONE)
-            found.append(_evaluations(objective, w, curved))
+            found.append(_evaluations(Objective(partial(without_aux, single, task), ONE), w, curved))
         return {name: torch.stack([of_task[name] for of_task in found]) for name in found[0]}
 
     def together(attempt: int, randomness: Randomness) -> Evaluations:
@@ -138,8 +140,10 @@ def compare_losses(single: TaskLoss, stacked: TaskLoss, params: Params, episodes
         points = _two_points(params, attempt)
         w = {name: torch.stack([point[name] for point in points]) for name in params}
         task = tree_map(lambda *tensors: torch.stack(tensors), *tasks)
-        objective = Objective(lambda w: (stack.each(stacked)(w, task), ()), stack)
-        return _evaluations(objective, w, curved)
+        return _evaluations(Objective(partial(without_aux, stack.each(stacked), task), stack), w, curved)
+
+    def without_aux(loss: TaskLoss, task: Any, w: Params) -> tuple[Tensor, tuple[()]]:
+        return loss(w, task), ()
 
     return compare(alone, together, device)
 

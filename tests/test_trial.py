@@ -12,7 +12,7 @@ from networks import build, make_episodes
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_maml import HFMAML, MAML, Episodes, ProtoNet
+from lightning_maml import FOMAML, HFMAML, MAML, Episodes, ProtoNet
 from lightning_maml.compilation import _check_program
 from lightning_maml.execution import Execution
 from lightning_maml.functional import Params, axpy, norm
@@ -240,3 +240,13 @@ def test_a_program_that_gives_something_else_than_it_was_compiled_from_is_refuse
     _check_program(lambda w: [w.sin() * (1 + 1e-6)], lambda w: [w.sin()], [w])
     with pytest.raises(ValueError, match="the compiled meta-gradient to be what it was compiled from but it differs"):
         _check_program(lambda w: [w.sin() * 1.1], lambda w: [w.sin()], [w])
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
+def test_layers_without_a_second_derivative_are_named_with_the_algorithms_that_need_none(tasks: str) -> None:
+    network = nn.Sequential(build("mlp"), nn.Hardsigmoid(), nn.Linear(3, 3).double())
+    episodes = make_episodes(tasks=5)
+    with pytest.raises(ValueError, match=r"torch has none for one of their operations \(.*hardsigmoid.*train with FOMAML or HFMAML"):
+        MAML(network, RATE, tasks=tasks).meta_loss(episodes)
+    for algorithm in (FOMAML, HFMAML):
+        algorithm(network, RATE, tasks=tasks).meta_loss(episodes).backward()
