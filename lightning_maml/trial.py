@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml.episodes import AnyEpisodes
-from lightning_maml.functional import Params, detached
-from lightning_maml.objective import NoSecondDerivativeError, Objective, twice_differentiable
+from lightning_maml.functional import Params, detached, is_out_of_memory
+from lightning_maml.objective import Objective, twice_differentiable
 from lightning_maml.randomness import generator_states, generators_drawn_from, set_generator_states
 from lightning_maml.stack import ONE, Randomness, Stack
 
@@ -60,6 +60,9 @@ def compare(
             the start; its argument numbers the attempt.
         together: Evaluates the same as one, where all tasks draw the same random numbers, or different ones.
         device: Where the network is.
+
+    Raises:
+        Exception: What ``alone`` raises.
     """
     before = generator_states(device)
     watch = _DependsOnValues()
@@ -71,19 +74,22 @@ def compare(
             for attempt in range(_ATTEMPTS):
                 right = alone(attempt)
                 set_generator_states(before, device)
-                with watch:
-                    found = together(attempt, "same")
-                drawn_from = generators_drawn_from(before, device)
-                set_generator_states(before, device)
+                try:
+                    with watch:
+                        found = together(attempt, "same")
+                    drawn_from = generators_drawn_from(before, device)
+                    if drawn_from:
+                        together(attempt, "different")  # as training will; some ways of drawing fail only here
+                except Exception as error:  # noqa: BLE001 # under vmap any network may raise anything
+                    return _failed(error)
                 difference = first_difference(right, found)
                 if difference is None:
                     break
-            if drawn_from:
-                together(0, "different")  # as training will; some ways of drawing fail only here
-        except NoSecondDerivativeError:
-            raise  # it has none alone either
-        except Exception as error:  # noqa: BLE001 # under vmap any network may raise anything
-            return Verdict(f"vmap does not take them ({_first_line(error)})")
+                set_generator_states(before, device)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return _failed(error)
+            raise
         finally:
             set_generator_states(before, device)
     if watch.found:
@@ -95,6 +101,13 @@ def compare(
     slow = [str(warning.message).splitlines()[0] for warning in caught if "batching rule" in str(warning.message)]
     slow = [message for message in slow if "as_strided_" not in message]
     return Verdict(slow=f"vmap would loop over them ({slow[0]})" if slow else "")
+
+
+def _failed(error: Exception) -> Verdict:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return Verdict(slow=f"memory does not suffice for two of them ({reason})")
+    return Verdict(f"vmap does not take them ({reason})")
 
 
 def first_difference(right: Evaluations, found: Evaluations) -> str | None:
@@ -198,7 +211,3 @@ class _DependsOnValues(TorchFunctionMode):
                 if value is not None and value is not False:  # row 0 may well be the padding
                     self.found = f"an embedding with `{name}`"
         return func(*args, **(kwargs or {}))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
