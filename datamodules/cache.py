@@ -69,7 +69,7 @@ def read_cache(file: Path, source: str, shape: tuple[int, ...], *, checksums: bo
     try:
         content = _load(file, checksums)
         if (content["version"], content["source"]) != (_VERSION, source):
-            raise ValueError("it was made from other files, or by another version")
+            raise ValueError("it was made from other files, or by the rules of another version")
         return _checked(DecodedImages(*(content[name] for name in DecodedImages._fields)), shape)
     except Exception as error:  # noqa: BLE001  zipfile and torch raise some ten kinds on damaged files; all mean this, and the warning says which
         warnings.warn(f"{file} is damaged or out of date and is not used ({type(error).__name__}: {error}).", stacklevel=2)

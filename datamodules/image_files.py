@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,12 +11,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from lightning_maml.datamodules.cache import DecodedImages, read_cache, write_cache
+from lightning_maml.datamodules.folders import IMAGE_EXTENSIONS
 from lightning_maml.datamodules.messages import first_five
 from lightning_maml.datamodules.sampler import ClassImages
 
@@ -27,6 +28,8 @@ ClassFiles = Mapping[str, Sequence[Path]]
 
 _CHUNK = 64  # files that a worker decodes at a time
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # not EPS, for which Pillow starts Ghostscript
+_RULES = "2: transparent images on white, turned as their EXIF data say"
+"""How files become pixels; caches made by other rules are made anew."""
 
 
 def check_on_corrupt(on_corrupt: str) -> None:
@@ -57,7 +60,7 @@ class CachedImageFiles:
 
     def __init__(self, classes: ClassFiles, cache: Path, *, size: int, on_corrupt: OnCorrupt, description: str) -> None:
         if not any(classes.values()):
-            raise FileNotFoundError(f"Expected images ({', '.join(IMG_EXTENSIONS)}) of the classes in {cache.parent} but found none.")
+            raise FileNotFoundError(f"Expected images ({', '.join(IMAGE_EXTENSIONS)}) of the classes in {cache.parent} but found none.")
         self._classes, self._cache, self._size = classes, cache, size
         self._on_corrupt, self._description = on_corrupt, description
         self._source = _fingerprint(classes)
@@ -95,12 +98,22 @@ class CachedImageFiles:
 
 
 def _fingerprint(classes: ClassFiles) -> str:
-    digest = sha256()
+    digest = sha256(f"{_RULES}\n".encode())
     for name, files in classes.items():
         for file in files:
-            stat = os.stat(file)
-            digest.update(f"{name}/{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            digest.update(f"{name}/{file.name} {_state(file)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _state(file: Path) -> str:
+    if _is_dead_link(file):
+        return "dead link"
+    stat = os.stat(file)
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _is_dead_link(file: Path) -> bool:
+    return os.path.islink(file) and not os.path.exists(file)
 
 
 def rows_of_classes(decoded: DecodedImages) -> list[np.ndarray]:
@@ -132,10 +145,8 @@ def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, de
         for part, problems in _in_parallel(_Chunks(files, size, mode)):
             for number, problem in problems.items():
                 file = files[done + number]
-                if not problem.is_of_the_content:
-                    raise OSError(f"Expected to read {file} but {problem.message}; see to that and start again.")
-                if on_corrupt == "raise":
-                    raise OSError(f"Expected {file} to be an image but it cannot be read ({problem.message}); copy or unpack it again.")
+                if on_corrupt == "raise" or problem.kind == "passing":
+                    raise _refusal(file, problem)
                 labels[done + number] = -1
                 unreadable.append(f"{file} ({problem.message})")
             images[done : done + len(part)] = torch.from_numpy(part)
@@ -144,9 +155,77 @@ def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, de
     return DecodedImages(images, labels, list(classes), unreadable)
 
 
+def load_images(files: Iterable[str | Path], image_size: int, mode: Mode = "RGB") -> Tensor:
+    """Read images just as :class:`ImageFolderDataModule` does, for a network that was trained with it.
+
+    Transparent images are put on white, photographs are turned upright as their EXIF data say, and all are resized with the Lanczos filter,
+    whatever their aspect ratio. Of an animation the first picture is taken. A datamodule's ``transforms`` are not applied.
+
+    Args:
+        files: The image files.
+        image_size: Height and width that the images are resized to, in pixels.
+        mode: ``"RGB"``, or ``"L"`` for one gray channel.
+
+    Returns:
+        The images in their order, float32 in 0 .. 1: ``[n, 3, image_size, image_size]``, or ``[n, 1, image_size, image_size]``.
+
+    Raises:
+        ValueError: If there are no files, or an argument is out of range.
+        OSError: If an image cannot be read; the message names it.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> file = Path(tempfile.mkdtemp(), "drawing.png")
+        >>> Image.new("RGBA", (50, 30), (0, 0, 0, 0)).save(file)  # nothing on a transparent ground
+        >>> images = load_images([file], image_size=28)
+        >>> images.shape, images.min().item()
+        (torch.Size([1, 3, 28, 28]), 1.0)
+    """
+    files = list(map(Path, files))
+    if not files:
+        raise ValueError("Expected `files` to name at least one image but got none.")
+    if image_size < 1:
+        raise ValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
+    if mode not in ("RGB", "L"):
+        raise ValueError(f"Expected `mode` to be 'RGB' or 'L' but got {mode!r}.")
+    images = np.stack([_read_or_refuse(file, image_size, mode) for file in files])
+    stored = torch.from_numpy(images if mode == "RGB" else images[..., None])
+    return stored.permute(0, 3, 1, 2).float() / 255
+
+
+def _read_or_refuse(file: Path, size: int, mode: Mode) -> np.ndarray:
+    try:
+        return read_image(file, size, mode)
+    except Exception as error:  # as in _Chunks
+        raise _refusal(file, _problem(file, error)) from error
+
+
+class UnsuitableImage(ValueError):
+    """An image that is whole, but would lose what it shows; the message says how to mend it."""
+
+
 class _Problem(NamedTuple):
     message: str
-    is_of_the_content: bool  # rather than, say, of the disk or of permissions, which may be gone next time
+    kind: Literal["damage", "unsuitable", "passing"]  # unsuitable: the message has a cure; passing: of the disk, say, and gone next time
+
+
+def _problem(file: Path, error: Exception) -> _Problem:
+    if _is_dead_link(file):
+        return _Problem(f"it is a link to {os.readlink(file)}, where there is nothing; mend or remove it", "unsuitable")
+    message = str(error) or type(error).__name__
+    if isinstance(error, UnsuitableImage):
+        return _Problem(message, "unsuitable")
+    return _Problem(message, "passing" if isinstance(error, MemoryError) or getattr(error, "errno", None) else "damage")
+
+
+def _refusal(file: Path, problem: _Problem) -> OSError:
+    if problem.kind == "passing":
+        return OSError(f"Expected to read {file} but {problem.message}; see to that and start again.")
+    if problem.kind == "unsuitable":
+        return OSError(f"Expected {file} to be an image but {problem.message}.")
+    return OSError(f"Expected {file} to be an image but it cannot be read ({problem.message}); copy or unpack it again.")
 
 
 class _Chunks(Dataset[tuple[np.ndarray, dict[int, _Problem]]]):
@@ -165,9 +244,7 @@ class _Chunks(Dataset[tuple[np.ndarray, dict[int, _Problem]]]):
                 images.append(read_image(file, self._size, self._mode))
             except Exception as error:  # noqa: BLE001  a damaged file makes Pillow raise OSError, SyntaxError, ValueError and others
                 images.append(blank)
-                problems[place] = _Problem(
-                    str(error) or type(error).__name__, not (isinstance(error, MemoryError) or getattr(error, "errno", None))
-                )
+                problems[place] = _problem(file, error)
         return np.stack(images), problems
 
 
@@ -207,25 +284,27 @@ def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
 
 
 def pixels(image: Image.Image, mode: Mode, size: int | None) -> np.ndarray:
-    """Return the pixels of an image, resized unless ``size`` is None.
+    """Return the pixels of an image as viewers show it on a white page, resized unless ``size`` is None.
 
     Raises:
-        ValueError: If they have more than 8 bits, which Pillow would cut off.
+        UnsuitableImage: If they have more than 8 bits, which Pillow would cut off, or if white ones would vanish.
     """
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"pixels of mode {image.mode} have more than 8 bits; convert them to 8")
+        raise UnsuitableImage(f"pixels of mode {image.mode} have more than 8 bits; convert them to 8")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = _on_white(image)
     image = image.convert(mode)
     return np.array(image if size is None else image.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def list_class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Return the sorted image files, at any depth, of each folder in ``folder``; each is a class. Hidden names are skipped."""
-    return {place.name: _images_below(place) for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")}
-
-
-def _images_below(folder: Path) -> list[Path]:
-    files = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(place, name) for name in names if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
-    return sorted(files)
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    (_, _, _, (least, most)), colours = image.getextrema(), shown.getextrema()
+    if least < most and all(low == high for low, high in colours):
+        raise UnsuitableImage(
+            "what it shows is white on a transparent ground and would vanish, as transparent images are put on white; save it on a darker "
+            "ground, without transparency"
+        )
+    return shown

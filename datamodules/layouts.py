@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_maml.datamodules.array_files import Split, open_cache_pickle, open_category_pickle, open_hdf5
-from lightning_maml.datamodules.image_files import CachedImageFiles, OnCorrupt, list_class_folders
+from lightning_maml.datamodules.folders import list_class_folders
+from lightning_maml.datamodules.image_files import CachedImageFiles, OnCorrupt
 from lightning_maml.datamodules.messages import first_five
 
 _Places = dict[str, Path]

@@ -144,7 +144,7 @@ def test_a_trained_model_classifies_photographs(tmp_path: Path, monkeypatch: pyt
     assert set(names["names"]) <= {f"kind {number}" for number in range(5)}
     assert len(names["names"]) == 20
     data.setup()
-    of_all = 255 * names["read"](sorted(Path("photos").glob("*/*.jpg")))
+    of_all = 255 * names["load_images"](sorted(Path("photos").glob("*/*.jpg")), 84)
     for image in data.class_images("train").images[:20]:
         assert (of_all == image).flatten(1).all(1).any(), "they are read as the datamodule reads them"
 
