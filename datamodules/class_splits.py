@@ -29,8 +29,13 @@ def split_classes(count: int, shares: Shares, seed: int) -> dict[str, list[int]]
     return {"train": sorted(order[:train]), "val": sorted(order[train : train + val]), "test": sorted(order[train + val :])}
 
 
-def check_disjoint(classes: Mapping[str, Collection[str]], where: str) -> None:
+def check_disjoint(classes: Mapping[str, Collection[str]], where: str, cure: str = "") -> None:
     """Check that no class is in two splits.
+
+    Args:
+        classes: Names of the classes of each split.
+        where: Where they were found, for the message.
+        cure: What to do, for the message.
 
     Raises:
         ValueError: If one is.
@@ -40,5 +45,5 @@ def check_disjoint(classes: Mapping[str, Collection[str]], where: str) -> None:
             raise ValueError(
                 f"Expected the splits of {where} to share no class but {len(shared)} are both in {one} and in {other} "
                 f"({first_five(shared)}): splits that share classes are for ordinary classification; "
-                "few-shot learning is tested on classes it was not trained on."
+                f"few-shot learning is tested on classes it was not trained on{cure}."
             )

@@ -1,5 +1,6 @@
 """What every few-shot datamodule shares: the shape of an episode, the loaders, and normalisation on the device."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,12 @@ Purpose = Literal["stepsize", "stationarity", "measure", "fidelity"]
 
 _STREAMS = {"train": 0, "val": 1, "test": 2}
 _PURPOSES: dict[Purpose, int] = {"stepsize": 1, "stationarity": 2, "measure": 3, "fidelity": 4}
+
+
+def splits_of(stage: str | None) -> Sequence[str]:
+    """Return the splits that a stage of the trainer needs; all of them for None."""
+    stages = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+    return stages.get(stage or "", tuple(_STREAMS))
 
 
 class EpisodicDataModule(LightningDataModule):
@@ -97,7 +104,7 @@ class EpisodicDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the splits that ``stage`` needs (all of them for None), and check that they can serve its episodes."""
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}.get(stage or "", _STREAMS):
+        for split in splits_of(stage):
             self._dataset(split)
 
     def train_dataloader(self) -> DataLoader[AnyEpisodes]:

@@ -1,18 +1,20 @@
 """Episodes of any dataset with labels."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lightning_maml.datamodules.class_splits import Shares, check_disjoint, check_shares, split_classes
-from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
-from lightning_maml.datamodules.image_files import pixels
+from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime, splits_of
+from lightning_maml.datamodules.image_files import UnsuitableImage, pixels
+from lightning_maml.datamodules.origins import Label, Origin, Source, origins, source
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 
@@ -20,8 +22,12 @@ from lightning_maml.datamodules.transforms import EpisodeTransforms
 class FewShotDataModule(EpisodicDataModule):
     """Few-shot episodes of map-style datasets with labels, such as torchvision's or Hugging Face's, read into memory once.
 
-    Items are pairs (image, label), or dictionaries with both. PIL images become RGB of ``image_size``. Arrays ``[H, W, C]`` or ``[H, W]``
-    and tensors ``[C, H, W]`` or ``[H, W]`` of bytes are images in 0 .. 255. Arrays and tensors of floats, of any shape, become float32.
+    Items are pairs (image, label), or dictionaries with both. PIL images become RGB of ``image_size``; transparent ones are put on white,
+    and photographs are turned upright as their EXIF data say. Arrays ``[H, W, C]`` or ``[H, W]`` and tensors ``[C, H, W]`` or ``[H, W]``
+    of bytes are images in 0 .. 255. Arrays and tensors of floats, of any shape, become float32.
+
+    The datasets of two splits must not share a class: one of the same name, or of the same label in one dataset that both are taken from
+    by ``torch.utils.data.Subset``, as ``random_split`` does. Labels 0, 1, ... of different datasets are different classes.
 
     Args:
         train: Dataset of the training classes; without ``val`` and ``test``, of all classes, which are then split at random.
@@ -52,8 +58,8 @@ class FewShotDataModule(EpisodicDataModule):
         num_workers: Loader processes.
 
     Raises:
-        ValueError: If an argument is out of range, datasets share classes of the same name, images differ in size, or a split cannot
-            serve the episodes.
+        ValueError: If an argument is out of range, datasets share classes, images differ in size or have more than 8 bits, or a split
+            cannot serve the episodes.
         TypeError: If a dataset cannot be indexed, or its items are not images with labels.
     """
 
@@ -118,14 +124,13 @@ class FewShotDataModule(EpisodicDataModule):
                 raise TypeError(f"Expected `{name}` to be a dataset with a length and items by number but got {type(dataset).__name__}.")
         self.image_size, self.image_key, self.label_key = image_size, image_key, label_key
         self.shares, self.split_seed = shares, split_seed
-        self._images: dict[str, ClassImages] = {}
+        self._read_splits: dict[str, LabelledImages] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the datasets that ``stage`` needs, and check that they share no class, if the classes have names."""
+        """Read the datasets that ``stage`` needs, check that they share no class, and that they can serve the episodes."""
+        for split in splits_of(stage):
+            self.class_images(split)
         super().setup(stage)
-        # numbers are not names: each dataset may count its classes from 0
-        named = {name: images.names for name, images in self._images.items() if not images.names[0].isdigit()}
-        check_disjoint(named, "the datasets")
 
     def class_images(self, split: str) -> ClassImages:
         """Return the images of a split."""
@@ -136,12 +141,40 @@ class FewShotDataModule(EpisodicDataModule):
         return ClassImages(whole.images, [whole.members[number] for number in chosen], [whole.names[number] for number in chosen])
 
     def _read(self, name: str) -> ClassImages:
-        if name not in self._images:
-            self._images[name] = read_dataset(self._datasets_of[name], name, self.image_size, self.image_key, self.label_key)
-        return self._images[name]
+        """Return the images of a dataset, once it is known to share no class with those read before."""
+        if name not in self._read_splits:
+            read = read_dataset(self._datasets_of[name], name, self.image_size, self.image_key, self.label_key)
+            for other, read_before in self._read_splits.items():
+                _check_no_shared_class({other: read_before, name: read})
+            self._read_splits[name] = read
+        return self._read_splits[name].images
 
 
-def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str, label_key: str) -> ClassImages:
+class LabelledImages(NamedTuple):
+    """The images of a dataset, and for each class where it comes from."""
+
+    images: ClassImages
+    origins: list[set[Origin]]
+
+
+def _check_no_shared_class(splits: dict[str, LabelledImages]) -> None:
+    """Check that two splits share no class, neither one of the same dataset nor, if they are of different datasets, of the same name.
+
+    Raises:
+        ValueError: If they do.
+    """
+    cure = "; give the whole dataset as `train` alone, and its classes are shared out"
+    one, other = (set[Origin]().union(*split.origins) for split in splits.values())
+    first = next(iter(splits.values()))
+    shared = [name for name, origin in zip(first.images.names, first.origins, strict=True) if origin & other]
+    check_disjoint(dict.fromkeys(splits, shared), "the datasets", cure)
+    # one dataset may have two classes of a name; and numbers are no names: each dataset may count its classes from 0
+    of_one_dataset = {dataset for dataset, _ in one} & {dataset for dataset, _ in other}
+    if not of_one_dataset and not any(split.images.names[0].isdigit() for split in splits.values()):
+        check_disjoint({name: split.images.names for name, split in splits.items()}, "the datasets", cure)
+
+
+def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str, label_key: str) -> LabelledImages:
     """Read a whole dataset.
 
     Args:
@@ -153,18 +186,19 @@ def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str
 
     Raises:
         TypeError: If an item is not an image with a label.
-        ValueError: If images differ in shape or type, or there are none.
+        ValueError: If images differ in shape or type or have more than 8 bits, there are none, or a concatenation merges classes.
     """
     if len(dataset) == 0:
         raise ValueError(f"Expected `{name}` to hold images but it is empty.")
     images = torch.empty(0)
-    labels: list[int | str] = []
+    labels: list[Label] = []
     for number in tqdm(range(len(dataset)), desc=f"Reading {name}", unit="image"):
         which = f"item {number} of `{name}`"
         image, label = _item(dataset[number], which, image_key, label_key)
         tensor = _tensor(image, image_size, which)
         if number == 0:
             images = torch.empty(len(dataset), *tensor.shape, dtype=tensor.dtype)
+            _say_if_gray(image, name)
         if (tensor.shape, tensor.dtype) != (images.shape[1:], images.dtype):
             cure = "give `image_size`" if isinstance(image, Image.Image) else "resize them by the dataset's own transform"
             raise ValueError(
@@ -174,10 +208,37 @@ def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str
         images[number] = tensor
         labels.append(_label(label, which))
     values, classes = np.unique(np.array(labels), return_inverse=True)
-    names = _class_names(dataset, label_key)
     members = [np.flatnonzero(classes == number) for number in range(len(values))]
-    named = range(len(names)) if values.dtype.kind == "i" else ()
-    return ClassImages(images, members, [str(names[value] if value in named else value) for value in values])
+    sources = [source(dataset, number) for number in range(len(dataset))]
+
+    def label_at(holder: Any, number: int) -> Label:
+        which = f"item {number} of {type(holder).__name__}"
+        return _label(_item(holder[number], which, image_key, label_key)[1], which)
+
+    names = _names(dataset, name, sources, dict(zip(values.tolist(), members, strict=True)), label_key)
+    return LabelledImages(ClassImages(images, members, names), origins(sources, labels, members, label_at))
+
+
+def _names(dataset: Any, which: str, sources: list[Source], members: Mapping[Label, np.ndarray], label_key: str) -> list[str]:
+    """Return the name of each class: the dataset's own, or that of the dataset below subsets and concatenations, or else its label.
+
+    Raises:
+        ValueError: If a concatenation merges classes of different names.
+    """
+    own = _class_names(dataset, label_key)
+    of_source = {id(item.dataset): _class_names(item.dataset, label_key) for item in sources if item.as_it_is}
+    names = []
+    for label, rows in members.items():
+        given = [own] if own else [of_source.get(holder, ()) for holder in {id(sources[row].dataset) for row in rows}]
+        is_named = isinstance(label, int) and not isinstance(label, bool)
+        found = sorted({str(some[label] if is_named and 0 <= label < len(some) else label) for some in given})
+        if len(found) > 1:
+            raise ValueError(
+                f"Expected label {label} to be one class in all parts of `{which}` but it is {' and '.join(found)}; "
+                "give the classes of each part labels of their own."
+            )
+        names += found
+    return names
 
 
 def _class_names(dataset: Any, label_key: str) -> Sequence[Any]:
@@ -201,7 +262,16 @@ def _item(item: Any, which: str, image_key: str, label_key: str) -> tuple[Any, A
     return item[0], item[1]
 
 
-def _label(label: Any, which: str) -> int | str:
+def _say_if_gray(image: Any, name: str) -> None:
+    if isinstance(image, Image.Image) and image.mode in ("1", "L"):
+        rank_zero_warn(
+            f"The images of `{name}` are gray and become RGB, with three channels; for one channel give the dataset "
+            "transform=Compose([Grayscale(), PILToTensor()]), for three without this warning transform=Grayscale(3), all of "
+            "torchvision.transforms."
+        )
+
+
+def _label(label: Any, which: str) -> Label:
     value = label.item() if isinstance(label, (Tensor, np.ndarray, np.generic)) and label.ndim == 0 else label
     if not isinstance(value, (int, str)):
         raise TypeError(f"Expected the label of {which} to be one whole number or a string but got {type(label).__name__}.")
@@ -210,7 +280,10 @@ def _label(label: Any, which: str) -> int | str:
 
 def _tensor(image: Any, image_size: int | None, which: str) -> Tensor:
     if isinstance(image, Image.Image):
-        image = pixels(image, "RGB", image_size)
+        try:
+            image = pixels(image, "RGB", image_size)
+        except UnsuitableImage as error:
+            raise ValueError(f"Expected {which} to be an image but {error}.") from error
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(image)
         if image.dtype == torch.uint8 and image.ndim == 3:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from lightning import Trainer
 from PIL import Image
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
 from torchvision.datasets import FakeData
-from torchvision.transforms.v2 import Compose, ToDtype, ToImage
+from torchvision.transforms.v2 import Compose, Grayscale, PILToTensor, ToDtype, ToImage
 
 from lightning_maml import MAML, MLP
 from lightning_maml.datamodules import FewShotDataModule
@@ -65,8 +65,8 @@ STREAMS = ("train", "val", "test")
 
 
 def test_torchvision_datasets_of_pil_images() -> None:
-    data = FakeData(size=60, image_size=(3, 20, 24), num_classes=5)
-    module = datamodule(data, data, data, image_size=16)
+    data, *others = (FakeData(size=60, image_size=(3, 20, 24), num_classes=5, random_offset=60 * split) for split in range(3))
+    module = datamodule(data, *others, image_size=16)
     module.setup("fit")
     assert next(iter(module.train_dataloader())).support_x.shape == (3, 2, 3, 16, 16)
     number = 7
@@ -78,8 +78,8 @@ def test_torchvision_datasets_of_pil_images() -> None:
 
 
 def test_torchvision_datasets_with_a_transform_to_floats() -> None:
-    data = FakeData(size=60, image_size=(3, 20, 24), num_classes=5, transform=Compose([ToImage(), ToDtype(torch.float32, scale=True)]))
-    module = datamodule(data, data, data)
+    floats = Compose([ToImage(), ToDtype(torch.float32, scale=True)])
+    module = datamodule(*(FakeData(size=60, image_size=(3, 20, 24), num_classes=5, transform=floats) for _ in range(3)))
     module.setup("fit")
     batch = module.on_after_batch_transfer(next(iter(module.train_dataloader())), 0)
     assert batch.query_x.shape == (3, 4, 3, 20, 24)
@@ -192,6 +192,83 @@ def test_datasets_that_share_named_classes_are_refused() -> None:
         datamodule(named(names, range(2)), named(names, range(2, 4)), named(names, range(1, 5))).setup()
 
 
+class Renumbered(Subset):
+    """Some classes of a dataset, numbered from 0, as few-shot code often has it."""
+
+    def __init__(self, dataset: Dataset, classes: list[int]) -> None:
+        super().__init__(dataset, [number for number in range(len(dataset)) if int(dataset[number][1]) in classes])
+        self._classes = classes
+
+    def __getitem__(self, number: int):
+        image, label = super().__getitem__(number)
+        return image, self._classes.index(int(label))
+
+    def __getitems__(self, numbers: list[int]) -> list:
+        return [self[number] for number in numbers]
+
+
+def of_classes(data: Dataset, *classes: int) -> Subset:
+    return Subset(data, [number for number in range(len(data)) if int(data[number][1]) in classes])
+
+
+def test_random_split_is_refused_as_all_splits_have_all_classes() -> None:
+    names = ["cat", "dog", "owl", "elk"]
+    cure = "give the whole dataset as `train` alone"
+    for data, shared in ((named(names, range(4)), "cat, dog, elk, owl"), (tensors(), "0, 1, 2, 3")):
+        parts = random_split(data, [8, 8, 8], torch.Generator().manual_seed(0))
+        with pytest.raises(ValueError, match=rf"share no class but 4 are both in train and in val \({shared}\): .*; {cure}"):
+            datamodule(*parts, queries=15).setup("fit")
+
+
+def test_one_class_in_two_subsets_of_a_dataset_is_named() -> None:
+    data = named(["cat", "dog", "owl", "elk", "bat", "ant"], range(6))
+    nested = Subset(of_classes(data, 3, 4, 5), range(18))
+    datamodule(of_classes(data, 0, 1), of_classes(data, 2, 3), of_classes(data, 4, 5)).setup()
+    with pytest.raises(ValueError, match=r"share no class but 1 are both in train and in test \(elk\)"):
+        datamodule(of_classes(data, 0, 3), of_classes(data, 1, 2), nested).setup()
+    with pytest.raises(ValueError, match=r"both in train and in val \(ant, bat, cat, dog, elk, ...\)"):
+        datamodule(data, data, nested).setup()
+    with pytest.raises(ValueError, match=r"share no class but 3 are both in train and in test \(ant, bat, elk\)"):
+        datamodule(ConcatDataset([of_classes(data, 0), nested]), of_classes(data, 1, 2), nested).setup()
+
+
+def test_subsets_that_number_their_classes_anew_are_told_apart_by_the_labels_below() -> None:
+    data = tensors(range(6))
+    datamodule(Renumbered(data, [0, 1]), Renumbered(data, [2, 3]), Renumbered(data, [4, 5])).setup()
+    with pytest.raises(ValueError, match=r"share no class but 1 are both in val and in test \(1\)"):
+        datamodule(Renumbered(data, [0, 1]), Renumbered(data, [2, 3]), Renumbered(data, [3, 5])).setup()
+
+
+def test_one_dataset_may_have_two_classes_of_a_name_in_two_splits() -> None:
+    data = named(["crane", "dog", "owl", "elk", "crane", "ant"], range(6))
+    module = datamodule(of_classes(data, 0, 1), of_classes(data, 2, 3), of_classes(data, 4, 5))
+    module.setup()
+    assert [list(module.class_images(split).names) for split in STREAMS] == [["crane", "dog"], ["owl", "elk"], ["crane", "ant"]]
+
+
+def test_a_concatenation_that_merges_classes_is_refused() -> None:
+    data = ConcatDataset([named(["cat", "dog"], range(2)), named(["owl", "dog"], range(2))])
+    with pytest.raises(ValueError, match="label 0 to be one class in all parts of `train` but it is cat and owl; give the classes of each"):
+        datamodule(data).class_images("train")
+
+
+def test_gray_pil_images_become_rgb_with_a_warning_and_as_tensors_keep_one_channel() -> None:
+    transform = Compose([Grayscale(), PILToTensor()])
+    for mode in ("L", "1"):
+        images = [Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert(mode) for _ in range(12)]
+        with pytest.warns(UserWarning, match=r"of `train` are gray and become RGB.*transform=Compose\(\[Grayscale\(\), PILToTensor\(\)\]"):
+            read = datamodule(Items([(image, number % 3) for number, image in enumerate(images)])).class_images("train")
+        assert read.images.shape == (12, 3, 8, 8)
+        one = datamodule(Items([(transform(image), number % 3) for number, image in enumerate(images)])).class_images("train")
+        assert torch.equal(one.images, read.images[:, :1])
+
+
+def test_pil_images_that_would_lose_what_they_show_are_named() -> None:
+    data = Items([(Image.new("RGB", (8, 8)), 0), (Image.new("I;16", (8, 8)), 1)])
+    with pytest.raises(ValueError, match="Expected item 1 of `train` to be an image but pixels of mode I;16 have more than 8 bits"):
+        datamodule(data).class_images("train")
+
+
 def test_classes_of_the_same_name_are_different_classes() -> None:
     """As the cranes and maillots of ImageNet."""
     module = datamodule(named(["crane", "dog"] * 10, range(20)))
@@ -212,8 +289,8 @@ def test_attributes_that_only_look_like_names(odd: dict) -> None:
 
 
 def test_rotations_need_square_images() -> None:
-    data = Items([(torch.zeros(3, 8, 9).byte(), number % 4) for number in range(24)])
+    data = [Items([(torch.zeros(3, 8, 9).byte(), number % 4) for number in range(24)]) for _ in range(3)]
     with pytest.raises(
         ValueError, match=r"square images \[M, C, H, W\] in split 'train' for rotations='classes' but got shape \[24, 3, 8, 9\]"
     ):
-        datamodule(data, data, data, rotations="classes").setup("fit")
+        datamodule(*data, rotations="classes").setup("fit")
