@@ -1,6 +1,6 @@
 """Networks adapted to their tasks, as plain modules for new queries."""
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml.batch_statistics import batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.functional import Params
-from lightning_maml.learner import BatchNormPolicy, run_uncompiled
+from lightning_maml.learner import BatchNormPolicy, deep_copy, run_uncompiled, structural_copy
 from lightning_maml.stack import Randomness
 from lightning_maml.trial import Verdict, compare
 
@@ -31,7 +31,7 @@ class AdaptedNetworks(nn.Module):
     def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Tensor, stacked: bool = True) -> None:
         super().__init__()
         self.stacked = stacked
-        self._network = copy.deepcopy(network).eval().requires_grad_(False)
+        self._network = deep_copy(network).eval().requires_grad_(False)
         run_uncompiled(self._network)
         self._names = list(adapted)
         norms = batch_norms(self._network)
@@ -59,8 +59,8 @@ class AdaptedNetworks(nn.Module):
         tasks = len(self._states[0])
         if len(x) != tasks:
             raise ValueError(f"Expected queries [T, Q, ...] of the {tasks} tasks that were adapted to but got shape {list(x.shape)}.")
-        run_uncompiled(self._network)  # copies and pickles of compiled networks are compiled anew
-        return torch.func.vmap(self._call)(states, x) if self.stacked else self._one_by_one(states, x)
+        call = self._caller()
+        return torch.func.vmap(call)(states, x) if self.stacked else _one_by_one(call, states, x)
 
     def compare_stacked(self, x: Tensor) -> Verdict:
         """Compare the outputs of two of the networks called as one with those of each alone.
@@ -76,23 +76,26 @@ class AdaptedNetworks(nn.Module):
             return {f"output {number}": leaf for number, leaf in enumerate(tree_leaves(found))}
 
         def alone(_: int) -> dict[str, Tensor]:
-            return outputs(self._one_by_one(states, inputs))
+            return outputs(_one_by_one(self._caller(), states, inputs))
 
         def together(_: int, randomness: Randomness) -> dict[str, Tensor]:
-            return outputs(torch.func.vmap(self._call, randomness=randomness)(states, inputs))
+            return outputs(torch.func.vmap(self._caller(), randomness=randomness)(states, inputs))
 
         return compare(alone, together, x.device)
 
-    def _call(self, state: Params, x: Tensor) -> Any:
-        return torch.func.functional_call(self._network, state, (x,))
-
-    def _one_by_one(self, states: Params, x: Tensor) -> Any:
-        each = [self._call({name: state[task] for name, state in states.items()}, x[task]) for task in range(len(x))]
-        return tree_map(lambda *outputs: torch.stack(outputs), *each)
+    def _caller(self) -> Callable[[Params, Tensor], Any]:
+        # a copy, because what the network keeps of a call must not be kept: under vmap it is of no use later
+        network = structural_copy(self._network)
+        return lambda state, x: torch.func.functional_call(network, state, (x,))
 
     def network(self, task: int) -> nn.Module:
         """Return the network of one task, a module of the same class as the meta-trained one, for queries ``[Q, ...]``."""
-        network = copy.deepcopy(self._network)
+        network = deep_copy(self._network)
         run_uncompiled(network)
         network.load_state_dict({name: state[task] for name, state in zip(self._names, self._states, strict=True)}, strict=False)
         return network
+
+
+def _one_by_one(call: Callable[[Params, Tensor], Any], states: Params, x: Tensor) -> Any:
+    each = [call({name: state[task] for name, state in states.items()}, x[task]) for task in range(len(x))]
+    return tree_map(lambda *outputs: torch.stack(outputs), *each)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
@@ -255,7 +256,8 @@ def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.
     memo |= {
         id(value): type(value)() for value in attributes if type(value) in (dict, OrderedDict) and not value
     }  # these are dicts of hooks, of which there are many
-    copied = copy.deepcopy(network, memo)
+    with _CopyingTensors(share=True):
+        copied = copy.deepcopy(network, memo)
     run_uncompiled(copied)
     return copied
 
@@ -265,6 +267,33 @@ def _of_type(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     converted = tensor.detach().to(dtype)
     return nn.Parameter(converted, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else converted
+
+
+def deep_copy(network: nn.Module) -> nn.Module:
+    """Return a copy with tensors of its own, also where the network keeps results of its last pass, which are copied without graph."""
+    with _CopyingTensors(share=False):
+        return copy.deepcopy(network)
+
+
+class _CopyingTensors(TorchFunctionMode):
+    """Lets ``copy.deepcopy`` go past tensors that have a graph, such as activations that a network keeps: torch copies only leaves.
+
+    Args:
+        share: Give the tensors themselves in place of copies of them.
+    """
+
+    def __init__(self, *, share: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._share = share
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor: Tensor = args[0]
+        without_graph = tensor if tensor.is_leaf else tensor.detach()
+        if self._share:
+            return without_graph
+        return without_graph.clone() if without_graph is not tensor else func(*args, **(kwargs or {}))
 
 
 def run_uncompiled(network: nn.Module) -> None:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -328,3 +330,47 @@ def test_networks_adapted_in_no_steps_are_not_the_meta_trained_one(batch_norm: s
             if tensor.is_floating_point():
                 tensor.add_(1)
     assert torch.equal(networks(episodes.query_x), before)
+
+
+class KeepingActivations(nn.Module):
+    def __init__(self, kept_in: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 6), nn.Linear(6, WAYS)
+        self.kept_in, self.box, self.activations = kept_in, {}, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = F.gelu(self.first(x.flatten(1)))
+        if self.kept_in == "attribute":
+            self.kept = hidden
+        elif self.kept_in == "dict":
+            self.box["hidden"] = hidden
+        else:
+            self.activations = [hidden]
+        return self.last(hidden)
+
+
+def normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), norm(nn.Linear(64, 6)), nn.GELU(), nn.Linear(6, WAYS))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(partial(KeepingActivations, kept_in) for kept_in in ("attribute", "dict", "list")),
+        *(partial(normed, norm) for norm in (nn.utils.weight_norm, nn.utils.spectral_norm)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_networks_that_keep_tensors_with_a_graph_are_copied_without_it(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    network, episodes = make().double(), make_episodes(tasks=2)
+    network(episodes.support_x[0])  # leaves tensors with a graph in the network
+    model = MAML(network, inner_lr=0.3, train_steps=2)
+    model.meta_loss(episodes).backward()
+    model.eval()
+    expected = model.evaluate(episodes).aux[:, -1]
+    networks = model.adapt(episodes.support_x, episodes.support_y)
+    torch.testing.assert_close(networks(episodes.query_x), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(networks.network(0)(episodes.query_x[0]), expected[0], rtol=1e-10, atol=1e-12)
+    one = model.adapt(episodes.support_x[1], episodes.support_y[1])
+    torch.testing.assert_close(one(episodes.query_x[1]), expected[1], rtol=1e-10, atol=1e-12)
