@@ -1,5 +1,8 @@
 """Statistics of what enters a network's batch-norm layers, and running averages of them at each point of the inner loop."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -52,6 +55,20 @@ def forget_running_averages(norm: _BatchNorm) -> None:
     """Make ``norm`` use the statistics of each batch, in evaluation mode too."""
     norm.running_mean = norm.running_var = norm.num_batches_tracked = None
     norm.track_running_stats = False
+
+
+@contextmanager
+def averages_kept(network: nn.Module) -> Iterator[None]:
+    """Let the batch-norm layers of ``network`` normalise by the batch at hand for a while, in any mode, and leave their averages alone."""
+    buffers = [norm._buffers for norm in batch_norms(network).values()]
+    before = [dict(of_norm) for of_norm in buffers]
+    try:
+        for of_norm in buffers:
+            of_norm.update(dict.fromkeys(of_norm.keys() & {*_KINDS, "num_batches_tracked"}))
+        yield
+    finally:
+        for of_norm, tensors in zip(buffers, before, strict=True):
+            of_norm.update(tensors)
 
 
 def entering_statistics(network: nn.Module, params: Params, x: Tensor, *, correction: int = 0) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,6 +1,7 @@
 """What few-shot algorithms share as Lightning modules: optimizer, steps, logged figures and checks of batches."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -17,13 +18,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve
-from lightning_maml.batch_statistics import batch_norms
+from lightning_maml.batch_statistics import averages_kept, batch_norms
 from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
 from lightning_maml.episodes import AnyEpisodes, check_episodes
 from lightning_maml.functional import Params
-from lightning_maml.learner import BatchNormPolicy, Learner
+from lightning_maml.learner import BatchNormPolicy, Learner, deep_copy, writes
 from lightning_maml.metrics import Estimate, TaskMean
-from lightning_maml.randomness import random_state, set_random_state
+from lightning_maml.randomness import random_state, set_random_state, set_torch_random_state, torch_random_state
 from lightning_maml.repro import save_step
 from lightning_maml.trial import Verdict
 
@@ -73,6 +74,7 @@ class EpisodicModule(LightningModule):
         self._figures: list[TaskMean] = []
         self._verdicts: dict[tuple[Any, ...], tuple[LossFunction, Verdict]] = {}
         self._gradients: Params = {}
+        self._sees_all_at_once: bool | None = None
         self._random_state: dict[str, Any] | None = None  # from which training is to go on
 
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -332,11 +334,19 @@ class EpisodicModule(LightningModule):
             raise FloatingPointError(f"Expected a finite query loss but got {query_loss[tasks].tolist()} in tasks {tasks} {where}")
 
     def _update_running_averages(self, episodes: AnyEpisodes) -> None:
-        """Let the network's own batch norm see the meta-batch once, at the parameters before adaptation."""
-        if self.batch_norm == "running" and batch_norms(self.network):
-            with torch.no_grad():
-                images = episodes.query_x.shape[2:]
-                self.network(torch.cat([x.reshape(-1, *images) for x in (episodes.support_x, episodes.query_x)]))
+        """Let the network see the meta-batch once, at the parameters before adaptation, and keep what it writes to its buffers.
+
+        These are batch norm's averages, if they are used, and what any other layer keeps. The next step starts from there.
+        """
+        averages = self.batch_norm == "running"
+        if not writes(self.network) and not (averages and batch_norms(self.network)):
+            return
+        sets = [*episodes.support_x.flatten(0, episodes.support_x.ndim - episodes.query_x.ndim), *episodes.query_x]
+        with torch.no_grad(), nullcontext() if averages else averages_kept(self.network), _same_buffers(self.network):
+            if self._sees_all_at_once is None:
+                self._sees_all_at_once = _accepts(self.network, torch.cat(sets))
+            for x in [torch.cat(sets)] if self._sees_all_at_once else sets:
+                self.network(x)
 
 
 def _warn_if_compiled(network: nn.Module) -> None:
@@ -345,6 +355,30 @@ def _warn_if_compiled(network: nn.Module) -> None:
             "The network was given to torch.compile, but tasks run it as it was before, because each runs a copy with other parameters; "
             "give it uncompiled. `compiled=True` compiles the whole meta-gradient, for the algorithms that have it."
         )
+
+
+def _accepts(network: nn.Module, x: Tensor) -> bool:
+    """Return whether a network runs on inputs ``x``, which may be more than it runs on otherwise; it stays as it is."""
+    before = torch_random_state(x.device)
+    try:
+        deep_copy(network)(x)
+    except Exception:  # noqa: BLE001 # a network that was made for a certain number of examples may raise anything
+        return False
+    finally:
+        set_torch_random_state(before, x.device)
+    return True
+
+
+@contextmanager
+def _same_buffers(network: nn.Module) -> Iterator[None]:
+    """Copy values that replace a buffer meanwhile into the tensor that it was, which other code may refer to (compiled programs do)."""
+    before = [(module._buffers, dict(module._buffers)) for module in network.modules()]
+    yield
+    for buffers, tensors in before:
+        for name, tensor in tensors.items():
+            now = buffers.get(name)
+            if tensor is not None and now is not None and now is not tensor and now.shape == tensor.shape:
+                buffers[name] = tensor.copy_(now)
 
 
 def described(loss: Any) -> str:

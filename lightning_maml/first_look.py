@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_maml.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.functional import differentiable
-from lightning_maml.learner import Learner
+from lightning_maml.learner import Learner, writes
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import generator_states, generators_drawn_from, set_generator_states
 from lightning_maml.trial import first_difference
@@ -68,7 +68,7 @@ class FirstLook:
         shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
         of_inputs = (episodes.support_x.dtype, episodes.support_x.shape[1:])
         kind = (network, network.training, learner.network.training, of_inputs, shapes, are_labels)
-        if self._kind != kind:
+        if self._kind != kind or writes(learner.network) is None:
             self._seen = self._look(learner, episodes, are_labels)
             with first_support(learner, episodes) as x:
                 inspect(partial(learner, learner.params, x))
@@ -76,6 +76,7 @@ class FirstLook:
         return self._seen
 
     def _look(self, learner: Learner, episodes: AnyEpisodes, are_labels: bool) -> Seen:
+        look_for_writes(learner, episodes)
         with first_support(learner, episodes) as x:
             again = tuple(learner.names_read_in_backward(x))
         if any(name.startswith(again) for name in adapting(learner.network, self._part, self._head)):
@@ -98,6 +99,16 @@ class FirstLook:
                 f"network's outputs; name the head: `head={head!r}`, if it is that."
             )
         return ends
+
+
+def look_for_writes(learner: Learner, episodes: AnyEpisodes) -> None:
+    """Find out what a forward pass changes in the network; the first of all looks, so that no other changes it.
+
+    Raises:
+        ValueError: If it writes to a trainable parameter.
+    """
+    with first_support(learner, episodes) as x, torch.no_grad():
+        learner.look_for_writes(x)
 
 
 def first_outputs(learner: Learner, episodes: AnyEpisodes, *, are_logits: bool = True) -> Any:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
-from typing import Any, Literal, get_args
-from weakref import WeakSet
+from typing import Any, Literal, NamedTuple, get_args
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,28 @@ _VIEWING: WeakSet[nn.Module] = WeakSet()
 """Networks found to need their images' channels first in memory, because they view them as rows."""
 
 
+class Written(NamedTuple):
+    """What a forward pass of a network changes in it.
+
+    Attributes:
+        tensors: Names of buffers and frozen parameters.
+        numbers: Names of modules and of their attributes that are plain numbers.
+    """
+
+    tensors: frozenset[str] = frozenset()
+    numbers: frozenset[tuple[str, str]] = frozenset()
+
+
+_WRITTEN: WeakKeyDictionary[nn.Module, Written] = WeakKeyDictionary()
+"""What networks and structural copies of them were found to write; those that were not looked at have no entry."""
+
+
 class Learner:
     """Calls ``network`` with given values for its trainable parameters, from any number of threads, without changing it.
 
     Each thread works on a structural copy of the network: its own module objects over the same tensors. Frozen parameters are used as
-    they are; every call starts from the network's buffers as they are, and what it writes to them is not kept.
+    they are; every call starts from the network's buffers as they are, and what it writes to them is not kept. The same holds for frozen
+    parameters and plain numbers once :meth:`look_for_writes` has found that they are written to.
 
     Args:
         network: Any module; its training mode (dropout) is kept.
@@ -122,6 +139,40 @@ class Learner:
                 hook.remove()
         return set(runs[forward:])
 
+    def look_for_writes(self, x: Tensor) -> None:
+        """Find out what a forward pass changes in the network, see :func:`writes`.
+
+        Raises:
+            ValueError: If it writes to a trainable parameter.
+        """
+        network = self._copy_of_this_thread()
+        frozen = {name: p.detach() for name, p in network.named_parameters() if not p.requires_grad}
+        params = {name: differentiable(p).clone() for name, p in self.params.items()}
+        originals = {**self._own.buffers, **frozen, **self.params}
+        tensors: set[str] = set()
+
+        def note(*_: Any) -> None:  # while the network still holds what was given to it
+            held = ((name, place[0][0][place[0][1]]) for name, place in self._own.places.items() if place)
+            tensors.update(name for name, now in held if name in originals and _is_written(now, originals[name]))
+
+        numbers = _numbers(network)
+        buffers, self._own.buffers = self._own.buffers, {**self._own.buffers, **frozen}
+        handle = network.register_forward_hook(note)
+        try:
+            self._run(params, x, 0, {})
+        finally:
+            handle.remove()
+            self._own.buffers = buffers
+        if trained := sorted(tensors & self.params.keys()):
+            raise ValueError(
+                f"Expected a forward pass that leaves the network's parameters as they are but it writes to {trained}; run the network "
+                "once before the model is made, if these are initialised by the first batch, or make them buffers."
+            )
+        moved = {key for key, number in _numbers(network).items() if number != numbers.get(key)}
+        before = _WRITTEN.get(self.network, Written())
+        _WRITTEN[self.network] = Written(before.tensors | tensors, before.numbers | moved)
+        del self._own.network  # so that it is copied anew, with the numbers as they were
+
     @contextmanager
     def _calls_of(self, head: str) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any], Any]]]:
         calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
@@ -157,7 +208,10 @@ class Learner:
             norm.context = Fraction(context, len(inputs))
         buffers = {name: averages[name] if name in averages else buffer.clone() for name, buffer in self._own.buffers.items()}
         with _holding(self._own.places, {**buffers, **params}):
-            return self._own.network(inputs)
+            outputs = self._own.network(inputs)
+        for attributes, key, number in self._own.numbers:
+            attributes[key] = number
+        return outputs
 
     def _copy_of_this_thread(self) -> nn.Module:
         if not hasattr(self._own, "network"):
@@ -171,7 +225,11 @@ class Learner:
                     self._own.convolutions.append(module.forward)
                 elif self._vectorised and is_padded_embedding(module):
                     module.forward = TaskEmbedding(module)  # type: ignore[method-assign, assignment]
-            self._own.network, self._own.places, self._own.buffers = network, _places(network), dict(network.named_buffers())
+            written = _WRITTEN.get(self.network, Written())
+            frozen = {name: p.detach() for name, p in network.named_parameters() if name in written.tensors}
+            self._own.network, self._own.places, self._own.buffers = network, _places(network), {**dict(network.named_buffers()), **frozen}
+            attributes = [(vars(network.get_submodule(name)), key) for name, key in written.numbers]
+            self._own.numbers = [(of_module, key, of_module[key]) for of_module, key in attributes if key in of_module]
         own: nn.Module = self._own.network
         return own
 
@@ -180,6 +238,26 @@ class Learner:
         if not _has_own_forward(norm):
             norm.forward = TaskNorm(norm, self._vectorised)  # type: ignore[method-assign, assignment]
             self._own.norms.append(norm.forward)
+
+
+def writes(network: nn.Module) -> bool | None:
+    """Return whether a forward pass changes buffers, frozen parameters or plain numbers of a network; None before a look at it.
+
+    What batch norm writes does not count: its policy says what becomes of it.
+    """
+    found = _WRITTEN.get(network)
+    return None if found is None else bool(found.tensors or found.numbers)
+
+
+def _is_written(now: Tensor | None, original: Tensor) -> bool:
+    """Return whether ``now``, which was a clone of ``original``, was written to or replaced."""
+    return now is None or now._version > 0 or now.shape != original.shape or not torch.equal(now, original)
+
+
+def _numbers(network: nn.Module) -> dict[tuple[str, str], int | float]:
+    """Return the plain numbers and flags among the attributes of a network's modules."""
+    attributes = ((name, key, value) for name, module in network.named_modules() for key, value in vars(module).items())
+    return {(name, key): value for name, key, value in attributes if isinstance(value, int | float)}
 
 
 Places = dict[str, list[tuple[dict[str, Any], str]]]
@@ -259,6 +337,8 @@ def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.
     with _CopyingTensors(share=True):
         copied = copy.deepcopy(network, memo)
     run_uncompiled(copied)
+    if network in _WRITTEN:
+        _WRITTEN[copied] = _WRITTEN[network]
     return copied
 
 
