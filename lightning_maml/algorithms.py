@@ -15,7 +15,7 @@ from lightning_maml.episodic_module import LossFunction, OptimizerFactory, Sched
 from lightning_maml.execution import TasksName
 from lightning_maml.functional import Params
 from lightning_maml.implicit import implicit_gradient, proximal
-from lightning_maml.learner import BatchNormPolicy, Learner
+from lightning_maml.learner import OF_LOSS, BatchNormPolicy, FunctionalLoss, Learner
 from lightning_maml.meta_gradient import MetaGradient
 from lightning_maml.module import MAML
 from lightning_maml.parts import PartName
@@ -212,6 +212,11 @@ class Reptile(MAML):
     compiles = False
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
+        if learned := [name.removeprefix(OF_LOSS) for name in FunctionalLoss(self.loss).params]:
+            raise ValueError(
+                f"Expected a loss without trainable parameters with Reptile, which trains only what adapts, but got {learned}; freeze them "
+                "by requires_grad_(False), or train with MAML or FOMAML."
+            )
         return reptile_gradient(**self._arguments(learner, episodes, self.train_steps), inner_lr=self._rates(), steps=self.train_steps)
 
 
@@ -291,7 +296,7 @@ class IMAML(MAML):
         self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
     ) -> MetaGradient:
         return implicit_gradient(
-            **self._arguments(learner, episodes, self.train_steps),
+            **self._training_arguments(learner, episodes),
             inner_lr=self._rates(),
             steps=self.train_steps,
             strength=self.proximal_strength,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_maml.functional import Params
+from lightning_maml.functional import Params, holding, places
 
 _KINDS = ("running_mean", "running_var")
 
@@ -96,7 +96,8 @@ def entering_statistics(network: nn.Module, params: Params, x: Tensor, *, correc
     ]
     try:
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        torch.func.functional_call(network, {**buffers, **params}, (x,))
+        with holding(places(network), {**buffers, **params}):
+            network(x)
     finally:
         for handle in handles:
             handle.remove()

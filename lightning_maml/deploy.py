@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml.batch_statistics import batch_norms, entering_statistics, forget_running_averages
-from lightning_maml.functional import Params
+from lightning_maml.functional import Params, holding, places
 from lightning_maml.learner import BatchNormPolicy, deep_copy, run_uncompiled, structural_copy
 from lightning_maml.stack import Randomness
 from lightning_maml.trial import Verdict, compare
@@ -86,7 +86,13 @@ class AdaptedNetworks(nn.Module):
     def _caller(self) -> Callable[[Params, Tensor], Any]:
         # a copy, because what the network keeps of a call must not be kept: under vmap it is of no use later
         network = structural_copy(self._network)
-        return lambda state, x: torch.func.functional_call(network, state, (x,))
+        where = places(network)
+
+        def call(state: Params, x: Tensor) -> Any:
+            with holding(where, state):
+                return network(x)
+
+        return call
 
     def network(self, task: int) -> nn.Module:
         """Return the network of one task, a module of the same class as the meta-trained one, for queries ``[Q, ...]``."""

@@ -75,6 +75,7 @@ class EpisodicModule(LightningModule):
         self._verdicts: dict[tuple[Any, ...], tuple[LossFunction, Verdict]] = {}
         self._gradients: Params = {}
         self._sees_all_at_once: bool | None = None
+        self._gradients_arrive = False  # whether this was checked
         self._random_state: dict[str, Any] | None = None  # from which training is to go on
 
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -190,6 +191,23 @@ class EpisodicModule(LightningModule):
         for name, gradient in self._gradients.items():
             self.get_parameter(name).grad = gradient.to(self.device)
         self._gradients = {}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Refuse, before the first step, parameters that the optimizer was given but that have no gradient.
+
+        Raises:
+            ValueError: If there are any besides the network's.
+        """
+        if self._gradients_arrive:
+            return
+        self._gradients_arrive = any(p.grad is not None for p in self.network.parameters())  # else this step is skipped
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if self._gradients_arrive:
+            refuse_without_gradient([name for name, p in self._besides_the_network() if p in held and p.grad is None])
+
+    def _besides_the_network(self) -> Iterator[tuple[str, nn.Parameter]]:
+        own = set(self.network.parameters())
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad and p not in own)
 
     def on_validation_start(self) -> None:
         """Remember the random state of training, so that what validation draws does not move it: a resumed run would not draw that."""
@@ -354,6 +372,19 @@ def _warn_if_compiled(network: nn.Module) -> None:
         rank_zero_warn(
             "The network was given to torch.compile, but tasks run it as it was before, because each runs a copy with other parameters; "
             "give it uncompiled. `compiled=True` compiles the whole meta-gradient, for the algorithms that have it."
+        )
+
+
+def refuse_without_gradient(without_gradient: list[str]) -> None:
+    """Refuse parameters that are to be trained and get no gradient.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if without_gradient:
+        raise ValueError(
+            f"Expected a gradient for every parameter that the optimizer was given but {without_gradient} get none; put them into the "
+            "network, or into a loss that is an nn.Module, or freeze them."
         )
 
 

@@ -1,10 +1,12 @@
 """Parameters as ``dict[str, Tensor]``, and the few vector operations that the algorithms are written in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Tree = TypeVar("Tree")
 Params = dict[str, Tensor]
@@ -55,3 +57,45 @@ def scaled(a: float | Tensor, x: Params) -> Params:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether a device ran out of memory; for CPUs torch has no exception type for this."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+Place = tuple[Any, Any]
+"""A dict or list that holds a tensor, and the key or number under which it does."""
+
+Places = dict[str, list[Place]]
+"""Where the modules of a network hold each of its parameters and buffers: shared ones in several places."""
+
+
+_OF_MODULES = ("_parameters", "_buffers", "_modules")
+
+
+def places(network: nn.Module) -> Places:
+    """Return all places of parameters and buffers, those in plain attributes, lists and dicts of the modules included."""
+    of_tensor: dict[int, list[Place]] = {}
+    for module in network.modules():
+        for holder in (module._parameters, module._buffers, vars(module)):
+            _add_places(holder, of_tensor)
+    named = chain(network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
+    return {name: of_tensor[id(tensor)] for name, tensor in named}
+
+
+def _add_places(holder: Any, of_tensor: dict[int, list[Place]], depth: int = 4) -> None:
+    for key, value in enumerate(holder) if isinstance(holder, list) else holder.items():
+        if isinstance(value, Tensor):
+            of_tensor.setdefault(id(value), []).append((holder, key))
+        elif isinstance(value, dict | list) and value and depth and key not in _OF_MODULES:
+            _add_places(value, of_tensor, depth - 1)
+
+
+@contextmanager
+def holding(where: Places, tensors: Params) -> Iterator[None]:
+    """Put other tensors into a network for a while; ``torch.func.functional_call`` would search the whole network for them every time."""
+    before = [(holder, key, holder[key]) for name in tensors for holder, key in where.get(name, ())]
+    try:
+        for name, tensor in tensors.items():
+            for holder, key in where.get(name, ()):
+                holder[key] = tensor
+        yield
+    finally:
+        for holder, key, tensor in before:
+            holder[key] = tensor

@@ -3,11 +3,11 @@
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_maml.batch_statistics import batch_norms, forget_running_averages
-from lightning_maml.functional import Params, differentiable, is_out_of_memory
+from lightning_maml.functional import Params, differentiable, holding, is_out_of_memory, places
 from lightning_maml.layers import TaskConvolution, TaskEmbedding, TaskNorm, is_padded_embedding, is_plain_convolution
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
@@ -143,26 +143,36 @@ class Learner:
         """Find out what a forward pass changes in the network, see :func:`writes`.
 
         Raises:
-            ValueError: If it writes to a trainable parameter.
+            ValueError: If it writes to a trainable parameter, or reads one from elsewhere than the network's modules.
         """
         network = self._copy_of_this_thread()
         frozen = {name: p.detach() for name, p in network.named_parameters() if not p.requires_grad}
         params = {name: differentiable(p).clone() for name, p in self.params.items()}
         originals = {**self._own.buffers, **frozen, **self.params}
         tensors: set[str] = set()
+        read_elsewhere: set[str] = set()
+        reads: list[str] = []
 
-        def note(*_: Any) -> None:  # while the network still holds what was given to it
+        def note() -> None:  # while the network still holds what was given to it
+            read_elsewhere.update(reads)  # before they are read here
             held = ((name, place[0][0][place[0][1]]) for name, place in self._own.places.items() if place)
             tensors.update(name for name, now in held if name in originals and _is_written(now, originals[name]))
 
         numbers = _numbers(network)
         buffers, self._own.buffers = self._own.buffers, {**self._own.buffers, **frozen}
-        handle = network.register_forward_hook(note)
+        self._own.after_a_pass = note
         try:
-            self._run(params, x, 0, {})
+            with _Reading({id(p): name for name, p in self.params.items()}, reads):
+                self._run(params, x, 0, {})
         finally:
-            handle.remove()
+            self._own.after_a_pass = None
             self._own.buffers = buffers
+        if read_elsewhere:
+            raise ValueError(
+                "Expected a network that reaches its parameters through its modules but its forward pass reads "
+                f"{sorted(read_elsewhere)} from elsewhere (a tuple, a closure, a global), where adapted values cannot be put; read them "
+                "from the module's attributes."
+            )
         if trained := sorted(tensors & self.params.keys()):
             raise ValueError(
                 f"Expected a forward pass that leaves the network's parameters as they are but it writes to {trained}; run the network "
@@ -207,8 +217,10 @@ class Learner:
         for norm in self._own.norms:
             norm.context = Fraction(context, len(inputs))
         buffers = {name: averages[name] if name in averages else buffer.clone() for name, buffer in self._own.buffers.items()}
-        with _holding(self._own.places, {**buffers, **params}):
+        with holding(self._own.places, {**buffers, **params}):
             outputs = self._own.network(inputs)
+            if self._own.after_a_pass is not None:
+                self._own.after_a_pass()
         for attributes, key, number in self._own.numbers:
             attributes[key] = number
         return outputs
@@ -216,7 +228,7 @@ class Learner:
     def _copy_of_this_thread(self) -> nn.Module:
         if not hasattr(self._own, "network"):
             network = structural_copy(self.network)
-            self._own.norms, self._own.convolutions = [], []
+            self._own.norms, self._own.convolutions, self._own.after_a_pass = [], [], None
             for module in network.modules():
                 if isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
                     self._take_statistics_of_the_batch(module)
@@ -227,7 +239,7 @@ class Learner:
                     module.forward = TaskEmbedding(module)  # type: ignore[method-assign, assignment]
             written = _WRITTEN.get(self.network, Written())
             frozen = {name: p.detach() for name, p in network.named_parameters() if name in written.tensors}
-            self._own.network, self._own.places, self._own.buffers = network, _places(network), {**dict(network.named_buffers()), **frozen}
+            self._own.network, self._own.places, self._own.buffers = network, places(network), {**dict(network.named_buffers()), **frozen}
             attributes = [(vars(network.get_submodule(name)), key) for name, key in written.numbers]
             self._own.numbers = [(of_module, key, of_module[key]) for of_module, key in attributes if key in of_module]
         own: nn.Module = self._own.network
@@ -260,34 +272,6 @@ def _numbers(network: nn.Module) -> dict[tuple[str, str], int | float]:
     return {(name, key): value for name, key, value in attributes if isinstance(value, int | float)}
 
 
-Places = dict[str, list[tuple[dict[str, Any], str]]]
-"""Where the modules of a network hold each of its parameters and buffers: shared ones in several places."""
-
-
-def _places(network: nn.Module) -> Places:
-    holders: list[dict[str, Any]] = [holder for module in network.modules() for holder in (module._parameters, module._buffers)]
-    of_tensor: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for holder in holders:
-        for key, tensor in holder.items():
-            of_tensor.setdefault(id(tensor), []).append((holder, key))
-    named = chain(network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
-    return {name: of_tensor[id(tensor)] for name, tensor in named}
-
-
-@contextmanager
-def _holding(places: Places, tensors: Params) -> Iterator[None]:
-    """Put other tensors into a network for a while; ``torch.func.functional_call`` would search the whole network for them every time."""
-    before = [(holder, key, holder[key]) for name in tensors for holder, key in places.get(name, ())]
-    try:
-        for name, tensor in tensors.items():
-            for holder, key in places.get(name, ()):
-                holder[key] = tensor
-        yield
-    finally:
-        for holder, key, tensor in before:
-            holder[key] = tensor
-
-
 class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records which of some tensors are read, by their names."""
 
@@ -317,6 +301,46 @@ class HeadLearner(Learner):
     @override
     def _run(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
         return super()._run({name: params[full] for full, name in self._names.items()}, inputs, context, averages)
+
+
+OF_LOSS = "(loss)."
+"""What the names of a loss's parameters start with, among those of a network: no module has such a name."""
+
+
+class FunctionalLoss:
+    """Calls a loss with given values for its trainable parameters, from any number of threads; a loss without any is just called.
+
+    Args:
+        loss: Maps outputs and labels to their mean loss.
+        network: The network, which the loss may not refer to.
+
+    Raises:
+        ValueError: If the loss holds parameters of the network.
+    """
+
+    def __init__(self, loss: Callable[..., Any], network: nn.Module | None = None) -> None:
+        self._loss = loss
+        self.params: Params = {}
+        """Its trainable parameters, by names that start with :data:`OF_LOSS`."""
+        if isinstance(loss, nn.Module):
+            self.params = {f"{OF_LOSS}{name}": p for name, p in loss.named_parameters() if p.requires_grad}
+        self._own = threading.local()
+        theirs = {*network.parameters()} if self.params and network is not None else set()
+        if shared := [name for name, p in self.params.items() if p in theirs]:
+            raise ValueError(
+                f"Expected a loss with parameters of its own but {shared} are the network's, of which a loss that is given outputs and "
+                "labels cannot see the adapted values; let the network return what the loss needs of them."
+            )
+
+    def __call__(self, params: Params, outputs: Any, y: Any) -> Any:
+        """Return the loss, with its own values for what ``params`` lacks."""
+        if not self.params:
+            return self._loss(outputs, y)
+        if not hasattr(self._own, "loss"):
+            self._own.loss = structural_copy(cast("nn.Module", self._loss))
+            self._own.places = {f"{OF_LOSS}{name}": where for name, where in places(self._own.loss).items()}
+        with holding(self._own.places, {name: params[name] for name in self.params if name in params}):
+            return self._own.loss(outputs, y)
 
 
 def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -29,12 +29,13 @@ from lightning_maml.episodic_module import (
     LossFunction,
     OptimizerFactory,
     SchedulerFactory,
+    refuse_without_gradient,
     with_accuracy,
 )
 from lightning_maml.execution import Execution, Executor, TasksName
 from lightning_maml.first_look import FirstLook, Seen
 from lightning_maml.functional import Params, detached, differentiable
-from lightning_maml.learner import BatchNormPolicy, HeadLearner, Learner, structural_copy
+from lightning_maml.learner import BatchNormPolicy, FunctionalLoss, HeadLearner, Learner, structural_copy
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, not_finite, surrogate
 from lightning_maml.objective import NoSecondDerivativeError, Objective
@@ -261,7 +262,9 @@ class MAML(EpisodicModule):
         return not any(verdict)
 
     def meta_gradient(self, episodes: AnyEpisodes, curvature: CurvatureName | None = None) -> Params:
-        """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, without that of the rates.
+        """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, for the network's parameters.
+
+        Those of the inner rates and of the loss's parameters, where these are learned, are left out.
 
         Raises:
             ValueError: If the tasks' labels do not fit the network's outputs.
@@ -271,9 +274,9 @@ class MAML(EpisodicModule):
         def of(episodes: AnyEpisodes) -> Params:
             learner = self._learner(episodes)
             self._check(learner, episodes)
-            if curvature is None:
-                return self._training_gradient(learner, episodes).grad
-            return self._meta_gradient(learner, episodes, curvature).grad
+            own = curvature is None
+            found = self._training_gradient(learner, episodes) if own else self._meta_gradient(learner, episodes, curvature)
+            return {name: found.grad[name] for name in learner.params}
 
         gradient: Params = self._executor.within_memory(of, episodes, self.device)
         return gradient
@@ -335,6 +338,22 @@ class MAML(EpisodicModule):
             )
 
     @override
+    def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
+        """Return the query loss as a scalar whose backward pass deposits the meta-gradient, for a training loop without a trainer.
+
+        Raises:
+            ValueError: As in :meth:`EpisodicModule.meta_loss`, and if there are trainable parameters besides those of network, loss and
+                rates: they would get no gradient.
+        """
+        if not self._gradients_arrive:
+            learned_here = {*FunctionalLoss(self.loss).params.values()}
+            others = [name for name, p in self._besides_the_network() if p not in learned_here and not name.startswith("learned_rates.")]
+            refuse_without_gradient(others)
+            self._gradients_arrive = True
+        loss: Tensor = super().meta_loss(episodes)
+        return loss
+
+    @override
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
         learner, rates = self._learner(episodes), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
 
@@ -345,7 +364,8 @@ class MAML(EpisodicModule):
         result: MetaGradient = self._executor.within_memory(of_checked, episodes, self.device)
         self._stop_unless_finite(result)
         self._update_running_averages(episodes)
-        loss = surrogate([learner.params, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss)
+        trained = learner.params | FunctionalLoss(self.loss).params
+        loss = surrogate([trained, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss)
         return loss, result.query_loss, result.aux
 
     @override
@@ -359,7 +379,7 @@ class MAML(EpisodicModule):
     def _meta_gradient(
         self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
     ) -> MetaGradient:
-        arguments = self._arguments(learner, episodes, self.train_steps)
+        arguments = self._training_arguments(learner, episodes)
         if (head := self._head_that_ends(learner, episodes)) is not None:
             reader = self._head_learner(head, self._execution(episodes))
             losses = {"loss": self._support_loss(reader), "query_loss": self._query_loss(reader)}
@@ -435,6 +455,11 @@ class MAML(EpisodicModule):
             **(execution or self._execution(episodes))._asdict(),
         }
 
+    def _training_arguments(self, learner: Learner, episodes: AnyEpisodes) -> dict[str, Any]:
+        """Return the arguments for a meta-gradient, which is that of the loss's parameters too; these do not adapt."""
+        arguments = self._arguments(learner, episodes, self.train_steps)
+        return arguments | {"params": learner.params | FunctionalLoss(self.loss, self.network).params}
+
     def _learner(self, episodes: AnyEpisodes) -> Learner:
         return Learner(self.network, self.batch_norm, vectorised=are_stacked(*self._execution(episodes)))
 
@@ -471,25 +496,26 @@ class MAML(EpisodicModule):
 
     def _compare_stacked(self, episodes: AnyEpisodes, network: nn.Module, dtype: torch.dtype | None) -> Verdict:
         episodes = detached(episodes)
-        network, criterion, averages = structural_copy(network), self.loss, self._averages(0)
+        network, criterion, averages = structural_copy(network, dtype), self.loss, self._averages(0)
         if dtype is not None:
-            network = structural_copy(network, dtype)
             criterion = structural_copy(criterion, dtype) if isinstance(criterion, nn.Module) else criterion
             episodes, averages = tree_map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (episodes, averages))
+        of_outputs = FunctionalLoss(criterion)
 
         def both_losses(learner: Learner, params: Params, task: AnyEpisodes) -> Tensor:
             x, y = support_set(task)
-            of_support = criterion(learner(params, x, averages=averages), y)
+            of_support = of_outputs(params, learner(params, x, averages=averages), y)
             statistics_of = x if learner.uses_support_statistics else None
-            of_query = criterion(learner(params, task.query_x, statistics_of=statistics_of, averages=averages), task.query_y)
-            return of_support + of_query
+            outputs = learner(params, task.query_x, statistics_of=statistics_of, averages=averages)
+            value: Tensor = of_support + of_outputs(params, outputs, task.query_y)
+            return value
 
         single, stacked = (Learner(network, self.batch_norm, vectorised=vectorised) for vectorised in (False, True))
         with torch.autocast(self.device.type, enabled=dtype is None and torch.is_autocast_enabled(self.device.type)):
             return compare_losses(
                 partial(both_losses, single),
                 partial(both_losses, stacked),
-                single.params,
+                single.params | of_outputs.params,
                 episodes,
                 curved=self.curvature == "exact",
             )
@@ -497,19 +523,23 @@ class MAML(EpisodicModule):
     def _support_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
     ) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        of_outputs = FunctionalLoss(self.loss)
+
         def loss(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             outputs = learner(params, x, averages=averages)
-            return self.loss(outputs, y), outputs
+            return of_outputs(params, outputs, y), outputs
 
         return loss
 
     def _query_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
     ) -> Callable[[Params, AnyEpisodes], tuple[Tensor, Tensor]]:
+        of_outputs = FunctionalLoss(self.loss)
+
         def loss(params: Params, task: AnyEpisodes) -> tuple[Tensor, Tensor]:
             statistics_of = support_set(task)[0] if learner.uses_support_statistics else None
             outputs = learner(params, task.query_x, statistics_of=statistics_of, averages=averages)
-            return self.loss(outputs, task.query_y), outputs
+            return of_outputs(params, outputs, task.query_y), outputs
 
         return loss
 
