@@ -31,7 +31,9 @@ class AdaptedNetworks(nn.Module):
     def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Tensor, stacked: bool = True) -> None:
         super().__init__()
         self.stacked = stacked
-        self._network = deep_copy(network).eval().requires_grad_(False)
+        self._network = deep_copy(network).eval()
+        for p in self._network.parameters():
+            p.requires_grad = False  # modules of TorchScript lack the method
         run_uncompiled(self._network)
         self._names = list(adapted)
         norms = batch_norms(self._network)

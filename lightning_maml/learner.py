@@ -119,7 +119,8 @@ class Learner:
         It does so where ``torch.utils.checkpoint`` runs a part of the network again, which by then no longer holds the given values.
         """
         runs: list[str] = []
-        modules = self._copy_of_this_thread().named_modules()
+        every = self._copy_of_this_thread().named_modules()
+        modules = [(name, module) for name, module in every if not isinstance(module, torch.jit.ScriptModule)]  # these take no hooks
         hooks = [module.register_forward_pre_hook(lambda *_, name=name: runs.append(name and f"{name}.")) for name, module in modules]
         forward = 0
         try:

@@ -374,3 +374,13 @@ def test_networks_that_keep_tensors_with_a_graph_are_copied_without_it(make: Cal
     torch.testing.assert_close(networks.network(0)(episodes.query_x[0]), expected[0], rtol=1e-10, atol=1e-12)
     one = model.adapt(episodes.support_x[1], episodes.support_y[1])
     torch.testing.assert_close(one(episodes.query_x[1]), expected[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_a_network_of_torchscript_trains_and_adapts_as_the_one_it_was_made_of() -> None:
+    network, episodes = build("mlp"), make_episodes()
+    expected, model = (MAML(each, inner_lr=0.3, train_steps=2) for each in (network, torch.jit.script(build("mlp"))))
+    for name, gradient in expected.meta_gradient(episodes).items():
+        torch.testing.assert_close(model.meta_gradient(episodes)[name], gradient, rtol=1e-10, atol=1e-12)
+    given = expected.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)
+    torch.testing.assert_close(model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x), given, rtol=1e-10, atol=1e-12)
