@@ -7,12 +7,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_maml.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.functional import differentiable
-from lightning_maml.learner import Learner, writes
+from lightning_maml.learner import Learner, structural_copy, writes
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import generator_states, generators_drawn_from, set_generator_states
 from lightning_maml.trial import first_difference
@@ -63,7 +66,8 @@ class FirstLook:
             inspect: Looks at the network while it runs; it is given a function that runs it.
 
         Raises:
-            ValueError: If layers that adapt run again in the backward pass, or there are labels but no logits.
+            ValueError: If layers that adapt run again in the backward pass, the batch-norm policy cannot govern the network, or there are
+                labels but no logits.
         """
         shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
         of_inputs = (episodes.support_x.dtype, episodes.support_x.shape[1:])
@@ -77,6 +81,7 @@ class FirstLook:
 
     def _look(self, learner: Learner, episodes: AnyEpisodes, are_labels: bool) -> Seen:
         look_for_writes(learner, episodes)
+        check_policy(learner, episodes)
         with first_support(learner, episodes) as x:
             again = tuple(learner.names_read_in_backward(x))
         if any(name.startswith(again) for name in adapting(learner.network, self._part, self._head)):
@@ -109,6 +114,69 @@ def look_for_writes(learner: Learner, episodes: AnyEpisodes) -> None:
     """
     with first_support(learner, episodes) as x, torch.no_grad():
         learner.look_for_writes(x)
+
+
+def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
+    """Refuse a network that normalises, or looks over the batch, in a way that its batch-norm policy cannot govern.
+
+    ``"support"`` promises that queries do not see one another, ``"running"`` and ``"per_step"`` promise it in evaluation mode: an output
+    may then not change with the other inputs. ``"batch"`` and ``"support"`` promise that no running averages are used.
+
+    Raises:
+        ValueError: If it is such a network.
+    """
+    policy = learner.batch_norm
+    in_evaluation = Learner(structural_copy(learner.network).eval(), policy)
+    with first_support(learner, episodes) as support, torch.no_grad():
+        queries = differentiable(first_task(episodes).query_x)
+        x = queries if len(queries) > 1 else torch.cat([queries, support])
+        statistics_of = support if learner.uses_support_statistics else None
+        if policy in ("batch", "support"):
+            with _FunctionalBatchNorm() as calls:
+                in_evaluation(in_evaluation.params, x, statistics_of=statistics_of)
+            if calls.with_running_averages:
+                raise ValueError(
+                    f"Expected batch norm that follows `batch_norm={policy!r}` but in evaluation mode the network calls "
+                    "torch.nn.functional.batch_norm with training=False, which uses running averages; use nn.BatchNorm layers, or "
+                    "`batch_norm='running'`."
+                )
+        if policy != "batch" and _sees_others(learner if policy == "support" else in_evaluation, x, statistics_of):
+            raise ValueError(
+                f"Expected outputs that do not depend on the other queries, as `batch_norm={policy!r}` promises, but the first one changes "
+                "with them: the network normalises by the batch, or looks at it, outside of batch-norm layers; use nn.BatchNorm layers "
+                "for it, or `batch_norm='batch'`, whose figures are transductive."
+            )
+
+
+def _sees_others(learner: Learner, x: Tensor, statistics_of: Tensor | None) -> bool:
+    """Return whether the first output for ``x`` changes, beyond rounding, if all other inputs are made equal to the first."""
+    params, before = learner.params, generator_states(x.device)
+
+    def outputs(x: Tensor) -> list[Tensor]:
+        set_generator_states(before, x.device)
+        found = tree_leaves(learner(params, x, statistics_of=statistics_of))
+        return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim]
+
+    if all(torch.equal(tensor, tensor[:1].expand_as(tensor)) for tensor in outputs(x)):  # a last layer of zeros hides what is before it
+        noise = torch.Generator().manual_seed(0)
+        params = {name: p + 0.01 * torch.randn(p.shape, generator=noise).to(p) for name, p in params.items()}
+    pairs = [(own[0], alone[0]) for own, alone in zip(outputs(x), outputs(x[:1].expand_as(x)), strict=True)]
+    set_generator_states(before, x.device)
+    return any(bool((own - alone).abs().max() > torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()) for own, alone in pairs)
+
+
+class _FunctionalBatchNorm(TorchFunctionMode):
+    """Records whether ``torch.nn.functional.batch_norm`` is called with running averages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.with_running_averages = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func is F.batch_norm:
+            self.with_running_averages |= not (args[5] if len(args) > 5 else named.get("training", False))
+        return func(*args, **named)
 
 
 def first_outputs(learner: Learner, episodes: AnyEpisodes, *, are_logits: bool = True) -> Any:

@@ -1,5 +1,6 @@
 """Parameters as ``dict[str, Tensor]``, and the few vector operations that the algorithms are written in."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -83,7 +84,7 @@ def _add_places(holder: Any, of_tensor: dict[int, list[Place]], depth: int = 4) 
     for key, value in enumerate(holder) if isinstance(holder, list) else holder.items():
         if isinstance(value, Tensor):
             of_tensor.setdefault(id(value), []).append((holder, key))
-        elif isinstance(value, dict | list) and value and depth and key not in _OF_MODULES:
+        elif value.__class__ in (dict, list, OrderedDict) and value and depth and key not in _OF_MODULES:
             _add_places(value, of_tensor, depth - 1)
 
 

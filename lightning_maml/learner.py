@@ -70,7 +70,7 @@ class Learner:
             raise ValueError(f"Expected `batch_norm` to be 'batch', 'support', 'running' or 'per_step' but got {batch_norm!r}.")
         self.params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.network = network
-        self._batch_norm = batch_norm
+        self.batch_norm = batch_norm
         self._vectorised = vectorised
         self._own = threading.local()
         norms = [] if batch_norm == "batch" else [*batch_norms(network)]
@@ -231,7 +231,7 @@ class Learner:
             network = structural_copy(self.network)
             self._own.norms, self._own.convolutions, self._own.after_a_pass = [], [], None
             for module in network.modules():
-                if isinstance(module, _BatchNorm) and (module.training or self._batch_norm in ("batch", "support")):
+                if isinstance(module, _BatchNorm) and (module.training or self.batch_norm in ("batch", "support")):
                     self._take_statistics_of_the_batch(module)
                 elif is_plain_convolution(module):
                     module.forward = TaskConvolution(module, "first" if self.network in _VIEWING else "last", self._vectorised)
@@ -388,7 +388,7 @@ class _CopyingTensors(TorchFunctionMode):
     """
 
     def __init__(self, *, share: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._share = share
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -398,7 +398,8 @@ class _CopyingTensors(TorchFunctionMode):
         without_graph = tensor if tensor.is_leaf else tensor.detach()
         if self._share:
             return without_graph
-        return without_graph.clone() if without_graph is not tensor else func(*args, **(kwargs or {}))
+        copied: Tensor = func(*args, **(kwargs or {})) if tensor.is_leaf else without_graph.clone()  # type: ignore[no-untyped-call]
+        return copied
 
 
 def run_uncompiled(network: nn.Module) -> None:

@@ -274,8 +274,8 @@ class MAML(EpisodicModule):
         def of(episodes: AnyEpisodes) -> Params:
             learner = self._learner(episodes)
             self._check(learner, episodes)
-            own = curvature is None
-            found = self._training_gradient(learner, episodes) if own else self._meta_gradient(learner, episodes, curvature)
+            own = self._training_gradient if curvature is None else partial(self._meta_gradient, curvature=curvature)
+            found: MetaGradient = own(learner, episodes)
             return {name: found.grad[name] for name in learner.params}
 
         gradient: Params = self._executor.within_memory(of, episodes, self.device)

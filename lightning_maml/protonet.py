@@ -16,7 +16,7 @@ from lightning_maml.deploy import AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory
 from lightning_maml.execution import ADAPTED_AT_ONCE
-from lightning_maml.first_look import first_outputs, look_for_writes
+from lightning_maml.first_look import check_policy, first_outputs, look_for_writes
 from lightning_maml.functional import detached
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
 from lightning_maml.randomness import generator_states, set_generator_states
@@ -147,6 +147,7 @@ class ProtoNet(EpisodicModule):
 
         def look() -> Verdict:
             look_for_writes(learner, episodes)
+            check_policy(learner, episodes)
             first_outputs(learner, episodes)
             return Verdict() if self._tasks == "loop" else self._compare_stacked(network, ways, episodes)
 
