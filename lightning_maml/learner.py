@@ -163,7 +163,8 @@ class Learner:
         buffers, self._own.buffers = self._own.buffers, {**self._own.buffers, **frozen}
         self._own.after_a_pass = note
         try:
-            with _Reading({id(p): name for name, p in self.params.items()}, reads):
+            watch = _Reading({id(p): name for name, p in self.params.items()}, reads)
+            with torch.compiler.set_stance("force_eager"), watch:  # compiled functions allow none to watch
                 self._run(params, x, 0, {})
         finally:
             self._own.after_a_pass = None

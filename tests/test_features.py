@@ -70,7 +70,7 @@ def test_the_body_is_called_once_for_each_set() -> None:
     calls = counted(network)
     model = ANIL(network, RATE, STEPS, tasks="loop")
     model.meta_loss(make_episodes(tasks))
-    looks = 5  # at the outputs, at the end, at a backward pass, and two at random numbers
+    looks = 7  # at what is written, the policy, the outputs, the end, a backward pass, and two at random numbers
     assert calls["body"] == looks + 2 * tasks
     assert calls["head"] == calls["body"] + tasks * (STEPS + STEPS + 1), "N gradients, N products and the query loss"
     calls.clear()
