@@ -217,7 +217,7 @@ class Reptile(MAML):
                 f"Expected a loss without trainable parameters with Reptile, which trains only what adapts, but got {learned}; freeze them "
                 "by requires_grad_(False), or train with MAML or FOMAML."
             )
-        return reptile_gradient(**self._arguments(learner, episodes, self.train_steps), inner_lr=self._rates(), steps=self.train_steps)
+        return reptile_gradient(**self._training_arguments(learner, episodes), inner_lr=self._rates(), steps=self.train_steps)
 
 
 class IMAML(MAML):

@@ -163,8 +163,7 @@ class Learner:
         buffers, self._own.buffers = self._own.buffers, {**self._own.buffers, **frozen}
         self._own.after_a_pass = note
         try:
-            watch = _Reading({id(p): name for name, p in self.params.items()}, reads)
-            with torch.compiler.set_stance("force_eager"), watch:  # compiled functions allow none to watch
+            with reading(self.params, reads):
                 self._run(params, x, 0, {})
         finally:
             self._own.after_a_pass = None
@@ -286,6 +285,16 @@ class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def reading(params: Params, seen: list[str]) -> Iterator[None]:
+    """Add to ``seen`` the names of those of these tensors that are read meanwhile.
+
+    Compiled functions, which allow none to watch, run uncompiled.
+    """
+    with torch.compiler.set_stance("force_eager"), _Reading({id(p): name for name, p in params.items()}, seen):
+        yield
+
+
 class HeadLearner(Learner):
     """Calls the head of ``network`` on features; its parameters keep the names that they have in the network.
 
@@ -314,25 +323,15 @@ class FunctionalLoss:
 
     Args:
         loss: Maps outputs and labels to their mean loss.
-        network: The network, which the loss may not refer to.
-
-    Raises:
-        ValueError: If the loss holds parameters of the network.
     """
 
-    def __init__(self, loss: Callable[..., Any], network: nn.Module | None = None) -> None:
+    def __init__(self, loss: Callable[..., Any]) -> None:
         self._loss = loss
         self.params: Params = {}
         """Its trainable parameters, by names that start with :data:`OF_LOSS`."""
         if isinstance(loss, nn.Module):
             self.params = {f"{OF_LOSS}{name}": p for name, p in loss.named_parameters() if p.requires_grad}
         self._own = threading.local()
-        theirs = {*network.parameters()} if self.params and network is not None else set()
-        if shared := [name for name, p in self.params.items() if p in theirs]:
-            raise ValueError(
-                f"Expected a loss with parameters of its own but {shared} are the network's, of which a loss that is given outputs and "
-                "labels cannot see the adapted values; let the network return what the loss needs of them."
-            )
 
     def __call__(self, params: Params, outputs: Any, y: Any) -> Any:
         """Return the loss, with its own values for what ``params`` lacks."""

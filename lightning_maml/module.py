@@ -33,9 +33,9 @@ from lightning_maml.episodic_module import (
     with_accuracy,
 )
 from lightning_maml.execution import Execution, Executor, TasksName
-from lightning_maml.first_look import FirstLook, Seen
+from lightning_maml.first_look import FirstLook, Seen, first_support
 from lightning_maml.functional import Params, detached, differentiable
-from lightning_maml.learner import BatchNormPolicy, FunctionalLoss, HeadLearner, Learner, structural_copy
+from lightning_maml.learner import BatchNormPolicy, FunctionalLoss, HeadLearner, Learner, reading, structural_copy
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, not_finite, surrogate
 from lightning_maml.objective import NoSecondDerivativeError, Objective
@@ -155,6 +155,7 @@ class MAML(EpisodicModule):
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
         self._first_look = FirstLook(adapt, head)
+        self._checked_loss: LossFunction | None = None
 
     def _check_that_it_compiles(self) -> None:
         reasons = {
@@ -457,8 +458,25 @@ class MAML(EpisodicModule):
 
     def _training_arguments(self, learner: Learner, episodes: AnyEpisodes) -> dict[str, Any]:
         """Return the arguments for a meta-gradient, which is that of the loss's parameters too; these do not adapt."""
+        self._check_loss(learner, episodes)
         arguments = self._arguments(learner, episodes, self.train_steps)
-        return arguments | {"params": learner.params | FunctionalLoss(self.loss, self.network).params}
+        return arguments | {"params": learner.params | FunctionalLoss(self.loss).params}
+
+    def _check_loss(self, learner: Learner, episodes: AnyEpisodes) -> None:
+        """Refuse, once for each loss, one that reads the network's parameters: it would not see the adapted ones."""
+        if self._checked_loss is self.loss:
+            return
+        read: list[str] = []
+        with first_support(learner, episodes) as x, torch.no_grad():
+            outputs = learner(learner.params, x)
+            with reading(learner.params, read):
+                self.loss(outputs, differentiable(support_set(first_task(episodes))[1]))
+        if read:
+            raise ValueError(
+                f"Expected a loss of outputs and labels but it reads the network's parameters {sorted(set(read))} from outside, where "
+                "adapted values cannot be put; let the network return what the loss needs of them."
+            )
+        self._checked_loss = self.loss
 
     def _learner(self, episodes: AnyEpisodes) -> Learner:
         return Learner(self.network, self.batch_norm, vectorised=are_stacked(*self._execution(episodes)))

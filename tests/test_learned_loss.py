@@ -193,8 +193,19 @@ def test_a_loss_that_holds_the_network_is_refused() -> None:
             return F.cross_entropy(outputs, y) + sum(p.square().sum() for p in self.network.parameters())
 
     network = build("mlp")
-    with pytest.raises(ValueError, match=r"Expected a loss with parameters of its own but .*1.weight.* are the network's"):
+    with pytest.raises(ValueError, match=r"it reads the network's parameters .*1.weight.* from outside"):
         MAML(network, RATE, loss=Decayed(network)).meta_loss(make_episodes())
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML, Reptile, IMAML])
+def test_a_loss_that_reads_the_networks_parameters_from_outside_is_refused(algorithm: type[MAML]) -> None:
+    network = build("mlp")
+
+    def decayed(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, y) + network[1].weight.square().sum()
+
+    with pytest.raises(ValueError, match=r"reads the network's parameters \['1.weight'\] from outside"):
+        algorithm(network, RATE, loss=decayed).meta_loss(make_episodes())
 
 
 class Cached(nn.Module):
