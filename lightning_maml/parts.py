@@ -3,6 +3,7 @@
 from typing import Literal
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_maml.functional import Params
 
@@ -15,7 +16,8 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
     Args:
         network: Any module.
         part: ``"all"``; ``"head"``, as in ANIL (Raghu et al. 2020); ``"body"``, all but the head, as in BOIL (Oh et al. 2021).
-        head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own.
+        head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own (its parametrisations,
+            as of weight norm, belong to it).
 
     Raises:
         ValueError: If ``part`` is none of the three, if the network, the head or a body that is to adapt has no trainable parameters, or if
@@ -48,4 +50,16 @@ def head_of(network: nn.Module, head: str | None = None) -> str:
 
 
 def _owners(network: nn.Module) -> list[str]:
-    return [name for name, module in network.named_modules() if any(p.requires_grad for p in module.parameters(recurse=False))]
+    """Return the names of the layers that have trainable parameters of their own, from first to last."""
+    parametrized = [name for name, module in network.named_modules() if isinstance(module, ParametrizationList)]
+    names = [name for name, module in network.named_modules() if any(p.requires_grad for p in module.parameters(recurse=False))]
+    owners = {_layer_of(name, parametrized) for name in names}
+    return [name for name, _ in network.named_modules() if name in owners]
+
+
+def _layer_of(name: str, parametrized: list[str]) -> str:
+    """Return the layer whose parametrisations a module is in, the outermost if they are nested, or else the module."""
+    for of_tensor in parametrized:  # from the outside in
+        if f"{name}.".startswith(f"{of_tensor}."):
+            return of_tensor.rpartition("parametrizations.")[0].removesuffix(".")
+    return name

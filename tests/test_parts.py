@@ -10,6 +10,8 @@ import torch
 from lightning import Trainer
 from networks import IMAGE, WAYS, build, flat, leaves, make_episodes, plain_loss, relative_error, unrolled
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
@@ -229,3 +231,52 @@ def test_averages_of_steps_have_no_constants_in_evaluation() -> None:
     assert model.probe(make_episodes()).gradient_norms().isfinite().all()
     with pytest.raises(ValueError, match="Expected one loss for all inner steps but got batch_norm='per_step' in evaluation mode"):
         model.eval().probe(make_episodes())
+
+
+def scaled(layer: nn.Module) -> nn.Module:
+    """A layer whose weight is parametrised by a module that is parametrised itself."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Linear(1, 1, bias=False)
+            weight_norm(self.scale)
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight * (1 + self.scale.weight.squeeze())
+
+    register_parametrization(layer, "weight", Scale())
+    return layer
+
+
+def with_both(layer: nn.Module) -> nn.Module:
+    weight_norm(layer, "bias", dim=None)
+    return weight_norm(layer)
+
+
+@pytest.mark.parametrize("parametrized", [weight_norm, spectral_norm, orthogonal, scaled, with_both])
+@pytest.mark.parametrize("tasks", ["loop", "vmap"])
+def test_a_head_adapts_as_a_whole_whatever_its_parametrisations(parametrized, tasks: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(IMAGE**2, 6), nn.Tanh(), parametrized(nn.Linear(6, WAYS)))
+    network = network.double()
+    if parametrized is spectral_norm:
+        network.eval()  # its power iteration would change what the next pass sees
+    of_head = [name for name, _ in network.named_parameters() if name.startswith("3.")]
+    model, episodes = ANIL(network, RATE, STEPS, tasks=tasks), make_episodes()
+    assert sorted(model._adapting()) == sorted(of_head)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The last layer with trainable")
+        gradient = model.meta_gradient(episodes)
+    w = leaves(network)
+    rates = [dict.fromkeys(of_head, RATE)] * STEPS
+    loss = unrolled(plain_loss(network), w, episodes, rates, STEPS)
+    exact = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
+    assert relative_error(gradient, exact) < 1e-10
+
+
+def test_a_module_that_is_only_called_parametrizations_is_a_layer_like_any_other() -> None:
+    parametrizations = nn.ModuleDict({"weight": nn.Linear(4, 2)})
+    network = nn.ModuleDict({"body": nn.Linear(4, 4), "parametrizations": parametrizations})
+    of_head = ["parametrizations.weight.weight", "parametrizations.weight.bias"]
+    assert list(adapting(network, "head")) == of_head
