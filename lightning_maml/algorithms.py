@@ -19,6 +19,7 @@ from lightning_maml.learner import OF_LOSS, BatchNormPolicy, FunctionalLoss, Lea
 from lightning_maml.meta_gradient import MetaGradient
 from lightning_maml.module import MAML
 from lightning_maml.parts import PartName
+from lightning_maml.plain import number, whole_number
 from lightning_maml.rates import InnerRatesName
 from lightning_maml.reptile import reptile_gradient
 from lightning_maml.smooth import kinked_operations, kinks
@@ -86,6 +87,7 @@ class HFMAML(MAML):
             *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
             *(adapt, head, inner_rates, compiled),
         )
+        probe_radius = None if probe_radius is None else number(probe_radius, "probe_radius")
         hessian_vector_product(self.curvature, probe_radius)  # refuses a radius that is not positive
         self.save_hyperparameters("probe_radius")
         self.probe_radius = probe_radius
@@ -178,6 +180,8 @@ class MAMLPlusPlus(LSLR):
             *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
             *(adapt, head, inner_rates),
         )
+        multi_step_epochs = whole_number(multi_step_epochs, "multi_step_epochs")
+        first_order_epochs = whole_number(first_order_epochs, "first_order_epochs")
         for name, epochs in (("multi_step_epochs", multi_step_epochs), ("first_order_epochs", first_order_epochs)):
             if epochs < 0:
                 raise ValueError(f"Expected `{name}` to be at least 0 but got {epochs}.")
@@ -273,6 +277,8 @@ class IMAML(MAML):
             raise ValueError(
                 f"Expected `train_steps` to be at least 1, towards the minimum that the meta-gradient is of, but got {train_steps}."
             )
+        proximal_strength = number(proximal_strength, "proximal_strength")
+        cg_steps = whole_number(cg_steps, "cg_steps")
         if not 0 < proximal_strength < float("inf"):
             raise ValueError(f"Expected `proximal_strength` to be a finite number above 0 but got {proximal_strength}.")
         if cg_steps < 0:

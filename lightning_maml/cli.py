@@ -19,7 +19,7 @@ from lightning_maml.callbacks import (
     KeepBestCheckpoints,
 )  # as they are imported, configs may name all callbacks without their module
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
-from lightning_maml.checkpoints import read_checkpoint
+from lightning_maml.checkpoints import read_checkpoint, read_trained
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.datamodules import EpisodicDataModule
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, first_task, support_set
@@ -59,7 +59,7 @@ class _Trainer(Trainer):
         if tasks < 2:
             raise ValueError(f"Expected `tasks` to be at least 2, for a deviation between them, but got {tasks}.")
         if ckpt_path is not None:
-            model.load_state_dict(read_checkpoint(ckpt_path)["state_dict"])
+            model.load_state_dict(read_trained(ckpt_path)["state_dict"])
         self.precision_plugin.convert_module(model).to(self.strategy.root_device).train()
         datamodule.trainer, self.training = self, True  # the episodes and their transforms are those of training
         datamodule.prepare_data()

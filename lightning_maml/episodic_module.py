@@ -1,6 +1,6 @@
 """What few-shot algorithms share as Lightning modules: optimizer, steps, logged figures and checks of batches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing_extensions import override
 
 from lightning_maml.adapt import AdaptationCurve
 from lightning_maml.batch_statistics import averages_kept, batch_norms
-from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
+from lightning_maml.checkpoints import WholeCheckpoints, read_trained
 from lightning_maml.episodes import AnyEpisodes, check_episodes
 from lightning_maml.functional import Params
 from lightning_maml.learner import BatchNormPolicy, Learner, deep_copy, writes
 from lightning_maml.metrics import Estimate, TaskMean
+from lightning_maml.plain import plain
 from lightning_maml.randomness import random_state, set_random_state, set_torch_random_state, torch_random_state
 from lightning_maml.repro import save_step
 from lightning_maml.trial import Verdict
@@ -124,11 +125,12 @@ class EpisodicModule(LightningModule):
         """Load a model as Lightning does, but run nothing in the file unless ``weights_only=False``.
 
         Raises:
-            ValueError: If the file is not whole, or asks for more than tensors and plain data.
+            ValueError: If the file is not whole, asks for more than tensors and plain data, was not written by a trainer, or has weights of
+                another loss.
         """
         weights_only = weights_only is None or weights_only
         if weights_only and isinstance(checkpoint_path, str | Path):
-            named = read_checkpoint(checkpoint_path).get("hyper_parameters") or {}
+            named = read_trained(checkpoint_path).get("hyper_parameters") or {}
             if "_instantiator" in named:  # Lightning would import and call what it names
                 raise ValueError(
                     f"Expected {checkpoint_path} to hold plain hyperparameters but it names what makes the model; it is not loaded."
@@ -162,6 +164,24 @@ class EpisodicModule(LightningModule):
             checkpoint["gradients"] = {name: trainer.strategy.reduce(grad, reduce_op="mean") for name, grad in gradients.items()}
         if self.skipped:
             checkpoint["skipped"] = self.skipped
+        checkpoint.update(plain(checkpoint))  # for a trainer that was given a plugin of its own, too
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights as torch does.
+
+        Raises:
+            ValueError: If ``strict`` and the loss that they were saved with has weights that this model's has not, or the reverse.
+        """
+        theirs, ours = ({name for name in names if name.startswith("loss.")} for names in (state_dict, self.state_dict()))
+        if strict and theirs != ours:
+            found = sorted(theirs ^ ours)
+            where = "the checkpoint" if found[0] in theirs else "this model"
+            raise ValueError(
+                f"Expected the loss that the checkpoint's model had but {found} are in {where} alone; make the model with the same "
+                "`loss=`, because a checkpoint does not hold it."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what a run needs to go on as if it had not been interrupted: the types of its weights, random numbers, sums of gradients.

@@ -40,6 +40,7 @@ from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, not_finite, surrogate
 from lightning_maml.objective import NoSecondDerivativeError, Objective
 from lightning_maml.parts import PartName, adapting, head_of
+from lightning_maml.plain import number, plain, whole_number
 from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, InnerRatesName, LearnedRates, check_inner_rates, learned, rates_of_steps
 from lightning_maml.targets import check_labels, check_targets
@@ -100,6 +101,7 @@ class MAML(EpisodicModule):
             were then, and each new inner rate, unless it is learned, is compiled anew.
 
     Raises:
+        TypeError: If what should be a number is none; numpy's numbers are taken as Python's.
         ValueError: If an argument is out of range; in a step, if the network's outputs do not fit the episode's labels, if stacked tasks
             would give other numbers than single ones, or if the network has no second derivatives that the algorithm needs.
         FloatingPointError: In training, if the query loss or the meta-gradient is not finite; the parameters are then untouched.
@@ -129,13 +131,15 @@ class MAML(EpisodicModule):
         compiled: bool = False,
     ) -> None:
         super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
+        inner_lr, train_steps = number(inner_lr, "inner_lr"), whole_number(train_steps, "train_steps")
+        test_steps = None if test_steps is None else whole_number(test_steps, "test_steps")
+        chunk_size = None if chunk_size is None else whole_number(chunk_size, "chunk_size")
         check_step_count(train_steps, "train_steps")
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         self._executor = Executor(tasks, chunk_size, compiled)
-        plain = {"inner_lr": inner_lr, "train_steps": train_steps, "test_steps": test_steps, "batch_norm": batch_norm, "tasks": tasks}
-        self.save_hyperparameters(
-            plain | {"chunk_size": chunk_size, "adapt": adapt, "head": head, "inner_rates": inner_rates, "compiled": compiled}
-        )
+        settings = {"inner_lr": inner_lr, "train_steps": train_steps, "test_steps": test_steps, "batch_norm": batch_norm, "tasks": tasks}
+        settings |= {"chunk_size": chunk_size, "adapt": adapt, "head": head, "inner_rates": inner_rates, "compiled": compiled}
+        self.save_hyperparameters(plain(settings))
         inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
         check_inner_rates(inner_rates)
         if inner_rates != "fixed" and not self.learns_rates:

@@ -16,8 +16,8 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
     Args:
         network: Any module.
         part: ``"all"``; ``"head"``, as in ANIL (Raghu et al. 2020); ``"body"``, all but the head, as in BOIL (Oh et al. 2021).
-        head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own (its parametrisations,
-            as of weight norm, belong to it).
+        head: Name of the submodule that is the head; by default the last one that has trainable parameters of its own, to which those
+            of its parametrisations (weight norm) belong.
 
     Raises:
         ValueError: If ``part`` is none of the three, if the network, the head or a body that is to adapt has no trainable parameters, or if

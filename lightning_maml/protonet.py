@@ -19,6 +19,7 @@ from lightning_maml.execution import ADAPTED_AT_ONCE
 from lightning_maml.first_look import check_policy, first_outputs, look_for_writes
 from lightning_maml.functional import detached
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
+from lightning_maml.plain import plain
 from lightning_maml.randomness import generator_states, set_generator_states
 from lightning_maml.second_derivatives import differentiated
 from lightning_maml.stack import Randomness, Stack
@@ -69,7 +70,7 @@ class ProtoNet(EpisodicModule):
             )
         if tasks not in ("auto", "loop", "vmap"):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop' or 'vmap' but got {tasks!r}.")
-        self.save_hyperparameters({"batch_norm": batch_norm, "tasks": tasks})
+        self.save_hyperparameters(plain({"batch_norm": batch_norm, "tasks": tasks}))
         self._tasks: Literal["auto", "loop", "vmap"] = tasks
 
     @override

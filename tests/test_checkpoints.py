@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import another_process
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from networks import build, make_episodes
 from test_parts import trainer
@@ -22,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_maml
-from lightning_maml import ANIL, FOMAML, IMAML, MAML, MLP, Conv4, MAMLPlusPlus
+from lightning_maml import ANIL, FOMAML, HFMAML, IMAML, MAML, MLP, Conv4, MAMLPlusPlus
 from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
 from lightning_maml.episodic_module import EpisodicModule
 
@@ -223,3 +224,153 @@ def test_a_trainers_own_way_of_writing_is_left_to_it(tmp_path: Path) -> None:
 
 def short_run(folder: Path, **options: Any) -> tuple[Trainer, MAML, DataLoader]:
     return trainer(folder, **options), MAML(build("mlp"), 0.1), DataLoader([make_episodes()], batch_size=None)
+
+
+def saved(folder: Path, model: EpisodicModule, **options: Any) -> Path:
+    run = trainer(folder, **options)
+    run.fit(model, DataLoader([make_episodes()], batch_size=None))
+    run.save_checkpoint(folder / "model.ckpt")
+    return folder / "model.ckpt"
+
+
+STEP = torch.optim.lr_scheduler.StepLR
+RATE = np.logspace(-2, 0, 3)[1]
+OF_NUMPY = {
+    "inner_lr": (MAML, {"inner_lr": RATE}),
+    "float32": (MAML, {"inner_lr": np.float32(0.1)}),
+    "array": (MAML, {"inner_lr": np.array(0.1)}),
+    "tensor": (MAML, {"inner_lr": torch.tensor(0.1)}),
+    "steps": (MAML, {"train_steps": np.arange(3)[2], "test_steps": torch.tensor(3)}),
+    "chunk_size": (MAML, {"chunk_size": np.int64(2)}),
+    "words": (MAML, {"tasks": np.array(["loop"])[0], "compiled": np.bool_(False)}),
+    "probe_radius": (HFMAML, {"probe_radius": np.float64(1e-4)}),
+    "iMAML": (IMAML, {"proximal_strength": np.float64(2), "cg_steps": np.int64(2)}),
+    "MAML++": (MAMLPlusPlus, {"multi_step_epochs": np.int64(1), "first_order_epochs": np.int32(0)}),
+    "optimizer": (MAML, {"optimizer": partial(torch.optim.Adam, lr=np.float64(1e-3), betas=(np.float64(0.9), 0.99))}),
+    "schedule": (MAML, {"lr_scheduler": partial(STEP, step_size=np.int64(1), gamma=np.float64(0.5))}),
+    "function": (MAML, {"lr_scheduler": partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda epoch: RATE**epoch)}),
+}
+
+
+class Own(TorchCheckpointIO):
+    """A trainer's own way of writing checkpoints."""
+
+
+@pytest.mark.parametrize("plugins", [[], [Own()]], ids=["ours", "their own"])
+@pytest.mark.parametrize("name", OF_NUMPY)
+def test_numbers_of_numpy_are_saved_as_pythons_and_read_again(name: str, plugins: list[Any], tmp_path: Path) -> None:
+    algorithm, arguments = OF_NUMPY[name]
+
+    def model() -> MAML:
+        return algorithm(build("mlp"), **arguments)
+
+    data = DataLoader([make_episodes()], batch_size=None)
+    path = saved(tmp_path, model(), plugins=plugins)
+    held = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert {type(value) for value in held.values()} <= {int, float, bool, str, type(None)}
+    loaded = algorithm.load_from_checkpoint(path, network=build("mlp"))
+    assert dict(loaded.hparams) == dict(model().hparams)
+    trainer(tmp_path).test(model(), data, ckpt_path=path, verbose=False)
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(model(), data, ckpt_path=path)
+    assert run.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments", "message"),
+    [
+        (MAML, {"inner_lr": "0.1"}, "Expected `inner_lr` to be a number but got '0.1'"),
+        (MAML, {"inner_lr": np.ones(2)}, r"Expected `inner_lr` to be a number but got ndarray of shape \[2\]"),
+        (MAML, {"inner_lr": None}, "Expected `inner_lr` to be a number but got None"),
+        (MAML, {"train_steps": 2.0}, "Expected `train_steps` to be a whole number but got 2.0"),
+        (MAML, {"test_steps": np.float64(2)}, "Expected `test_steps` to be a whole number but got"),
+        (MAML, {"chunk_size": 1.5}, "Expected `chunk_size` to be a whole number but got 1.5"),
+        (HFMAML, {"probe_radius": "small"}, "Expected `probe_radius` to be a number but got 'small'"),
+        (IMAML, {"proximal_strength": "2"}, "Expected `proximal_strength` to be a number but got '2'"),
+        (IMAML, {"cg_steps": 2.5}, "Expected `cg_steps` to be a whole number but got 2.5"),
+        (MAMLPlusPlus, {"multi_step_epochs": 1.5}, "Expected `multi_step_epochs` to be a whole number but got 1.5"),
+    ],
+)
+def test_what_is_no_number_is_refused(algorithm, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        algorithm(build("mlp"), **arguments)
+
+
+class Keeps(Callback):
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [1.0, {"kept": self.kept}]}
+
+
+def test_numbers_of_numpy_in_a_callback_are_saved_as_pythons(tmp_path: Path) -> None:
+    kept = {np.int64(1): [np.float64(0.5), (np.float32(0.25), np.bool_(True))], "weights": torch.ones(2)}
+    path = saved(tmp_path, MAML(build("mlp"), 0.1), callbacks=[Keeps(kept)])
+    held = torch.load(path, weights_only=True)["callbacks"]["Keeps"]["history"][1]["kept"]
+    assert held[1] == [0.5, (0.25, True)]
+    assert held["weights"].tolist() == [1, 1]
+    assert type(next(iter(kept))) is np.int64, "the callback's own are left as they are"
+
+
+@pytest.mark.parametrize("kept", [Path("x"), np.ones(2), bytearray(2)], ids=["object", "array", "bytes"])
+def test_an_entry_that_cannot_be_read_without_running_it_is_named(kept: Any, tmp_path: Path) -> None:
+    where = r"`checkpoint\['callbacks'\]\['Keeps'\]\['history'\]\[1\]\['kept'\]` is a "
+    with pytest.warns(UserWarning, match=f"{where}{type(kept).__name__}, so it can only be read with `weights_only=False`"):
+        path = saved(tmp_path, MAML(build("mlp"), 0.1), callbacks=[Keeps(kept)])
+    with pytest.raises(ValueError, match="to be a whole checkpoint but it cannot be read"):
+        MAML.load_from_checkpoint(path, network=build("mlp"))
+    assert MAML.load_from_checkpoint(path, network=build("mlp"), weights_only=False).inner_lr == 0.1
+
+
+def test_an_entry_that_cannot_be_saved_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"`checkpoint\['callbacks'\]\['Keeps'\].*\['kept'\]` is a function, which cannot be saved"):
+        saved(tmp_path, MAML(build("mlp"), 0.1), callbacks=[Keeps(lambda: 1)])
+    assert not [*tmp_path.glob("*model.ckpt*")]
+
+
+def test_what_a_checkpoint_asks_for_is_named_when_it_is_read(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "history": np.float64(1)}, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=r"nothing in it was run \(it asks for numpy.*scalar.*; where you trust it, read it with"):
+        read_checkpoint(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("where", [None, "model", "state_dict"])
+@pytest.mark.parametrize("of_model", [False, True])
+def test_weights_saved_without_a_trainer_are_refused_with_the_lines_that_load_them(
+    of_model: bool, where: str | None, tmp_path: Path
+) -> None:
+    original = MAML(build("mlp", seed=1), 0.1)
+    weights = (original if of_model else original.network).state_dict()
+    path = tmp_path / "weights.pt"
+    torch.save(weights if where is None else {"epoch": 3, where: weights}, path)
+    run, model, data = short_run(tmp_path)
+    for load in (
+        lambda: MAML.load_from_checkpoint(path, network=build("mlp")),
+        lambda: run.test(model, data, ckpt_path=path),
+        lambda: run.fit(model, data, ckpt_path=path),
+    ):
+        with pytest.raises(ValueError, match="it holds weights saved without one; load them by") as caught:
+            load()
+        lines = re.findall(r"`((?:network|model)\.load_state_dict.*?\))`", str(caught.value))
+        assert len(lines) == 1
+    exec(lines[0], {"torch": torch, "model": model, "network": model.network})  # noqa: S102 # the line that the message has
+    for name, weight in original.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight)
+
+
+def test_a_checkpoint_with_a_loss_that_has_weights_asks_for_the_same_loss(tmp_path: Path) -> None:
+    def weighted() -> nn.Module:
+        return nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double())
+
+    path = saved(tmp_path, MAML(build("mlp"), 0.1, loss=weighted()))
+    message = r"but \['loss.weight'\] are in the checkpoint alone; make the model with the same `loss=`"
+    with pytest.raises(ValueError, match=message):
+        MAML.load_from_checkpoint(path, network=build("mlp"))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).test(MAML(build("mlp"), 0.1), DataLoader([make_episodes()], batch_size=None), ckpt_path=path)
+    loaded = MAML.load_from_checkpoint(path, network=build("mlp"), loss=weighted())
+    assert loaded.loss.weight.tolist() == [1, 2, 3]
+    MAML.load_from_checkpoint(path, network=build("mlp"), strict=False)
+    with pytest.raises(ValueError, match="are in this model alone"):
+        MAML.load_from_checkpoint(saved(tmp_path, MAML(build("mlp"), 0.1)), network=build("mlp"), loss=weighted())

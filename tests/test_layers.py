@@ -8,6 +8,7 @@ ORDER = [
     *(
         "episodes",
         "functional",
+        "plain",
         "allocator",
         "metrics",
         "targets",

@@ -15,6 +15,7 @@ from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.measure import Probe
 from lightning_maml.module import MAML
+from lightning_maml.plain import number, whole_number
 from lightning_maml.smooth import kinks
 from lightning_maml.theory import Rule, meta_smoothness, meta_stepsize, paper_scale
 
@@ -63,6 +64,10 @@ class AdaptiveMetaStepsize(Callback):
         every_n_steps: int = 100,
         episodes: Iterable[AnyEpisodes] | None = None,
     ) -> None:
+        tasks, every_n_steps = whole_number(tasks, "tasks"), whole_number(every_n_steps, "every_n_steps")
+        scale = None if scale is None else number(scale, "scale")
+        given = {"L": L, "rho": rho, "b": b}
+        L, rho, b = (None if value is None else number(value, name) for name, value in given.items())
         if every_n_steps < 1:
             raise ValueError(f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}.")
         if scale is not None and not scale > 0:
