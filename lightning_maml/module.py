@@ -137,7 +137,13 @@ class MAML(EpisodicModule):
         check_step_count(train_steps, "train_steps")
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         self._executor = Executor(tasks, chunk_size, compiled)
-        settings = {"inner_lr": inner_lr, "train_steps": train_steps, "test_steps": test_steps, "batch_norm": batch_norm, "tasks": tasks}
+        settings: dict[str, Any] = {
+            "inner_lr": inner_lr,
+            "train_steps": train_steps,
+            "test_steps": test_steps,
+            "batch_norm": batch_norm,
+            "tasks": tasks,
+        }
         settings |= {"chunk_size": chunk_size, "adapt": adapt, "head": head, "inner_rates": inner_rates, "compiled": compiled}
         self.save_hyperparameters(plain(settings))
         inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
