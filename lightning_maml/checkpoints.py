@@ -27,9 +27,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     a warning names the entry.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._has_warned = False
+    _has_warned = False
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
