@@ -23,6 +23,7 @@ from lightning_maml.callbacks import StationarityMonitor as StationarityMonitor
 from lightning_maml.deploy import AdaptedNetworks as AdaptedNetworks
 from lightning_maml.episodes import Episodes as Episodes
 from lightning_maml.episodes import ResampledEpisodes as ResampledEpisodes
+from lightning_maml.losses import one_hot_mse as one_hot_mse
 from lightning_maml.meta_gradient import MetaGradient as MetaGradient
 from lightning_maml.meta_gradient import meta_gradient as meta_gradient
 from lightning_maml.module import MAML as MAML

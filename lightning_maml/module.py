@@ -33,7 +33,7 @@ from lightning_maml.episodic_module import (
     with_accuracy,
 )
 from lightning_maml.execution import Execution, Executor, TasksName
-from lightning_maml.first_look import FirstLook, Seen, first_support
+from lightning_maml.first_look import FirstLook, Seen, first_outputs, first_support
 from lightning_maml.functional import Params, detached, differentiable
 from lightning_maml.learner import BatchNormPolicy, FunctionalLoss, HeadLearner, Learner, reading, structural_copy
 from lightning_maml.measure import Probe
@@ -43,7 +43,7 @@ from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.plain import number, plain, whole_number
 from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, InnerRatesName, LearnedRates, check_inner_rates, learned, rates_of_steps
-from lightning_maml.targets import check_labels, check_targets
+from lightning_maml.targets import LossLook, check_labels, check_targets
 from lightning_maml.task_map import are_stacked, map_tasks
 from lightning_maml.trial import Verdict, compare_losses
 
@@ -166,6 +166,7 @@ class MAML(EpisodicModule):
         self._compiler = Compiler() if compiled else None
         self._first_look = FirstLook(adapt, head)
         self._checked_loss: LossFunction | None = None
+        self._loss_look = LossLook()
 
     def _check_that_it_compiles(self) -> None:
         reasons = {
@@ -593,17 +594,20 @@ class MAML(EpisodicModule):
         """Refuse what would give wrong numbers, or fail in the loss: some networks, and episodes whose labels do not fit their outputs."""
         shape = self._look(learner, episodes).outputs
         if episodes.support_y.is_floating_point():
-            for targets in (support_set(first_task(episodes))[1], first_task(episodes).query_y):
-                check_targets(targets, shape, self.loss)
-            return
-        assert shape is not None, "with labels there are logits"
-        ways = int(episodes.support_y.max()) + 1
-        if shape != (ways,):
-            raise ValueError(
-                f"Expected `network` to have {ways} outputs, one per way of the episode, but got {shape[0]}; "
-                "give its head as many outputs as the datamodule has `ways`, and leave `test_ways` the same, because a head has one width."
-            )
-        check_labels(episodes, ways)
+            check_targets(support_set(first_task(episodes))[1], self.loss)
+        else:
+            assert shape is not None, "with labels there are logits"
+            ways = int(episodes.support_y.max()) + 1
+            if shape != (ways,):
+                raise ValueError(
+                    f"Expected `network` to have {ways} outputs, one per way of the episode, but got {shape[0]}; "
+                    "give its head as many outputs as the datamodule has `ways`, and leave `test_ways` the same, because a head has one "
+                    "width."
+                )
+            check_labels(episodes, ways)
+        task = first_task(episodes)
+        outputs = partial(first_outputs, learner, episodes, are_logits=False)
+        self._loss_look(self.loss, (shape, learner.network.training), outputs, (support_set(task)[1], task.query_y))
 
     def _look(self, learner: Learner, episodes: AnyEpisodes) -> Seen:
         return self._first_look(self.network, learner, episodes, self._inspect)

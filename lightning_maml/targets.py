@@ -1,16 +1,34 @@
-"""Checks that labels and targets fit the outputs of a network."""
+"""Checks that labels and targets fit the outputs of a network, and are not broadcast by the loss."""
 
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import override
 
 from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.functional import differentiable, is_out_of_memory
+from lightning_maml.randomness import generator_states, set_generator_states
 
-_ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
-"""torch's losses that broadcast."""
+_UNUSUAL = 13
+"""A number of examples that is no other size, or the next ones."""
+
+
+_OF_CLASSES = re.compile("_?(nll|multi_margin|multilabel_margin|ctc)_loss|.*cross_entropy_loss")
+"""Losses that take classes, or several of them per example."""
+
+_MISFIT = re.compile("[Ss]ize.* (must|same)")
+"""What torch's errors say of sizes that do not even fit by broadcasting."""
+
+_SHORT = (torch.int8, torch.int16, torch.int32)
 
 
 def check_labels(episodes: AnyEpisodes, ways: int) -> None:
@@ -25,26 +43,203 @@ def check_labels(episodes: AnyEpisodes, ways: int) -> None:
         raise ValueError(f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to {high}.")
 
 
-def check_targets(targets: Tensor, shape: torch.Size | None, loss: Any) -> None:
-    """Refuse targets that torch's losses accept but get wrong: they broadcast them, or always return zero.
+def check_targets(targets: Tensor, loss: Any) -> None:
+    """Refuse the cross-entropy of one output, which is always zero.
 
     Args:
         targets: Regression targets, ``[B, ...]``.
-        shape: The network's outputs for one example, None if they are no tensor.
         loss: The loss of outputs and targets.
 
     Raises:
-        ValueError: If they are such targets.
+        ValueError: If it is that.
     """
     while isinstance(loss, partial):
         loss = loss.func
     if (loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)) and targets.shape[1:] in ((), (1,)):
         raise ValueError(
             "Expected a loss for regression but got the cross-entropy, which of one output is always 0; give the model "
-            "`loss=torch.nn.functional.mse_loss`."
+            "`loss=torch.nn.functional.mse_loss`, or if these are classes, labels of integers."
         )
-    if (loss in _ELEMENTWISE or type(loss) in _ELEMENTWISE) and shape not in (None, targets.shape[1:]):
-        raise ValueError(
-            f"Expected targets of the shape of the network's outputs, [examples, {', '.join(map(str, shape))}], but got "
-            f"{list(targets.shape)}; reshape them, y[..., None] for instance, or the outputs."
+
+
+class LossLook:
+    """Looks at what a loss does with outputs and targets on the first batch of each kind: whether it broadcasts one over the other.
+
+    It is called once with an unusual number of examples, by which the dimension of the examples can be told from all others; a loss that
+    takes only the number at hand is called with that. Kinds differ by the loss and by the shapes and types of outputs and targets.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, loss: Callable[[Any, Tensor], Tensor], kind: Any, outputs: Callable[[], Any], targets: tuple[Tensor, ...]) -> None:
+        """Look, unless it has looked at this kind with this loss.
+
+        Args:
+            loss: The loss.
+            kind: Stands for the outputs.
+            outputs: Returns the network's outputs for some examples, tensors ``[B, ...]``.
+            targets: Labels or targets of some batches, each ``[B', ...]``.
+
+        Raises:
+            ValueError: If it broadcasts targets, or fails.
+        """
+        whole = (kind, *((y.dtype, y.shape) for y in targets))
+        if self._seen.get(whole) is loss:
+            return
+        device = targets[0].device
+        before = generator_states(device)
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), _unchanged(loss), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the first step has them
+                found = outputs()
+                for y in targets:
+                    _look(loss, found, differentiable(y))
+        finally:
+            set_generator_states(before, device)
+        self._seen[whole] = loss
+
+
+@contextmanager
+def _unchanged(loss: Any) -> Iterator[None]:
+    """Give a loss module back the buffers that it writes."""
+    buffers = [*loss.buffers()] if isinstance(loss, nn.Module) else []
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+def _look(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor) -> None:
+    sizes = {size for tensor in (*_tensors(outputs), targets) for size in tensor.shape}
+    unusual = next(number for number in range(_UNUSUAL, _UNUSUAL + len(sizes) + 1) if number not in sizes)
+    try:
+        _follow(loss, outputs, targets, unusual)
+    except _Broadcast:
+        raise _sentence(outputs, targets) from None
+    except Exception:  # noqa: BLE001 # a loss may need the number of examples that it is given
+        try:
+            _follow(loss, outputs, targets, len(targets))
+        except _Broadcast:
+            raise _sentence(outputs, targets) from None
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            cure = ", which y.long() cures" if targets.dtype in _SHORT else ""
+            if _MISFIT.search(str(error)):
+                raise _sentence(outputs, targets) from error
+            shapes = " and ".join(str(list(tensor.shape)) for tensor in _tensors(outputs))
+            raise ValueError(
+                f"Expected a loss that takes outputs {shapes} with targets {list(targets.shape)} of {targets.dtype}, but it fails{cure}: "
+                f"{error}"
+            ) from error
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _follow(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor, examples: int) -> None:
+    """Call the loss on ``examples`` examples, the first ones and these again, and follow what it does with them."""
+    number = max((len(tensor) for tensor in _tensors(outputs) if tensor.ndim), default=0)
+
+    def rows(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != number:
+            return leaf
+        taken = leaf.detach()[torch.arange(examples, device=leaf.device) % number]
+        return taken.requires_grad_(leaf.is_floating_point())
+
+    of_outputs = tree_map(rows, outputs)
+    of_targets = targets[torch.arange(examples, device=targets.device) % len(targets)]
+    with _Following(_tensors(of_outputs), of_targets, examples):
+        loss(of_outputs, of_targets)
+
+
+def _sentence(outputs: Any, targets: Tensor) -> ValueError:
+    found = _tensors(outputs)
+    shape = found[0].shape[1:] if len(found) == 1 else torch.Size()
+    if len(found) == 1 and not targets.is_floating_point() and targets.ndim == 1 and len(shape) == 1:
+        return ValueError(
+            f"Expected a loss of labels but got one that fits labels [examples] to outputs [examples, {shape[0]}] element by element; use "
+            "`loss=lightning_maml.one_hot_mse` or the cross-entropy, or if there is one output, outputs[:, 0] in the loss."
         )
+    expected = f"[examples{''.join(f', {size}' for size in shape)}]" if len(found) == 1 else "the same"
+    return ValueError(
+        f"Expected targets of the shape of the network's outputs, {expected}, but got {list(targets.shape)}; "
+        "reshape them, y[..., None] for instance, or the outputs."
+    )
+
+
+class _Broadcast(Exception):
+    """Outputs and targets were broadcast over one another."""
+
+
+class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows which tensors derive from outputs and which from targets, by their memory, which views share.
+
+    Raises:
+        _Broadcast: If an elementwise operation fits one to the other only by broadcasting.
+    """
+
+    def __init__(self, outputs: list[Tensor], targets: Tensor, examples: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._examples, self._shape = examples, tuple(targets.shape)
+        self._kept: list[Tensor] = [*outputs, targets]  # so that no other tensor gets their memory
+        self._from_outputs = {_memory(tensor) for tensor in outputs}
+        self._from_targets = {_memory(targets)}
+        self._casts = {_memory(targets)}
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = _tensors((args, kwargs or {}))
+        of_outputs = [tensor for tensor in tensors if _memory(tensor) in self._from_outputs]
+        of_targets = [tensor for tensor in tensors if _memory(tensor) in self._from_targets]
+        if of_outputs and of_targets and _is_elementwise(func):
+            for one in of_outputs:
+                for other in of_targets:
+                    self._check(one, other)
+        result = func(*args, **(kwargs or {}))
+        made = _tensors(result)
+        self._kept += made
+        memories = {_memory(tensor) for tensor in made}
+        self._from_outputs |= memories if of_outputs else set()
+        self._from_targets |= memories if of_targets else set()
+        is_cast = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.clone)
+        self._casts |= memories if is_cast and _memory(tensors[0]) in self._casts else set()
+        return result
+
+    def _check(self, one: Tensor, other: Tensor) -> None:
+        """Check outputs, or what was made of them, against what was made of targets alone."""
+        if _memory(other) in self._from_outputs:
+            return
+        a, b, n = _unexpanded(one), _unexpanded(other), self._examples
+        if not a or not b:
+            return
+        pure, differ = _memory(one) not in self._from_targets, len(a) != len(b)
+        try:
+            together = tuple(torch.broadcast_shapes(a, b))
+        except RuntimeError:
+            return  # torch refuses it in its own words
+        outer = differ and together.count(n) > max(a.count(n), b.count(n))
+        both_lead = pure and a[0] == b[0] == n
+        raw = _memory(other) in self._casts and b == self._shape
+        if outer or (both_lead and (differ or (raw and a != b))):
+            raise _Broadcast
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _is_elementwise(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags or ("loss" in func.__name__ and not _OF_CLASSES.match(func.__name__))
+
+
+def _unexpanded(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape before an ``expand``, which leaves strides of zero; losses expand both before they compare."""
+    sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    leading = next((place for place, stride in enumerate(tensor.stride()) if stride != 0), 0)
+    return tuple(sizes[leading:])

@@ -71,7 +71,10 @@ def test_all_promised_configs_are_there() -> None:
     omniglot_settings = [f"omniglot_{ways}w{shots}s" for ways in (5, 20) for shots in (1, 5)]
     settings = ["glyphs", *omniglot_settings, "mini_imagenet_5w1s", "mini_imagenet_5w5s", "mini_imagenet_quick_5w5s"]
     names = [f"{setting}_{algorithm}" for setting in settings for algorithm in ("maml", "fomaml", "hfmaml")]
-    assert sorted([*names, "glyphs_protonet", "mini_imagenet_5w1s_hfmaml_smooth", "mini_imagenet_5w5s_hfmaml_smooth"]) == NAMES
+    assert (
+        sorted([*names, "glyphs_protonet", "glyphs_maml_mse", "mini_imagenet_5w1s_hfmaml_smooth", "mini_imagenet_5w5s_hfmaml_smooth"])
+        == NAMES
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,10 +84,8 @@ def test_every_shipped_config_runs(name: str, in_tmp_path: Path, omniglot_root: 
     on_the_papers_network = name.startswith("mini_imagenet_5w") and name.endswith("_hfmaml")
     with pytest.warns(UserWarning, match="needs a twice differentiable network") if on_the_papers_network else nullcontext():
         cli = run(["fit", config(name), *few, "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
-    assert (
-        type(cli.model)
-        is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML, "protonet": ProtoNet}[name.removesuffix("_smooth").rsplit("_", 1)[1]]
-    )
+    algorithm = name.removesuffix("_smooth").removesuffix("_mse").rsplit("_", 1)[1]
+    assert type(cli.model) is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML, "protonet": ProtoNet}[algorithm]
     assert bool(kinks(cli.model.network)) == (name.startswith("mini_imagenet_5w") and not name.endswith("_smooth"))
     assert cli.trainer.global_step == 1
 
