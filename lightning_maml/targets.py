@@ -220,7 +220,7 @@ class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         pure, differ = _memory(one) not in self._from_targets, len(a) != len(b)
         try:
-            together = tuple(torch.broadcast_shapes(a, b))
+            together = tuple(torch.broadcast_shapes(a, b))  # type: ignore[no-untyped-call]
         except RuntimeError:
             return  # torch refuses it in its own words
         outer = differ and together.count(n) > max(a.count(n), b.count(n))
