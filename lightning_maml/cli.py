@@ -59,7 +59,10 @@ class _Trainer(Trainer):
         if tasks < 2:
             raise ValueError(f"Expected `tasks` to be at least 2, for a deviation between them, but got {tasks}.")
         if ckpt_path is not None:
-            model.load_state_dict(read_trained(ckpt_path)["state_dict"])
+            checkpoint = read_checkpoint(ckpt_path)
+            if "state_dict" not in checkpoint:  # which is all that measuring needs of a checkpoint
+                checkpoint = read_trained(ckpt_path)
+            model.load_state_dict(checkpoint["state_dict"])
         self.precision_plugin.convert_module(model).to(self.strategy.root_device).train()
         datamodule.trainer, self.training = self, True  # the episodes and their transforms are those of training
         datamodule.prepare_data()

@@ -165,7 +165,7 @@ class MAML(EpisodicModule):
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
         self._first_look = FirstLook(adapt, head)
-        self._checked_loss: LossFunction | None = None
+        self._checked_loss: list[LossFunction] = []  # in a list, so that a module is not taken for a part of the model
         self._loss_look = LossLook()
 
     def _check_that_it_compiles(self) -> None:
@@ -475,7 +475,7 @@ class MAML(EpisodicModule):
 
     def _check_loss(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse, once for each loss, one that reads the network's parameters: it would not see the adapted ones."""
-        if self._checked_loss is self.loss:
+        if self._checked_loss and self._checked_loss[0] is self.loss:
             return
         read: list[str] = []
         with first_support(learner, episodes) as x, torch.no_grad():
@@ -487,7 +487,7 @@ class MAML(EpisodicModule):
                 f"Expected a loss of outputs and labels but it reads the network's parameters {sorted(set(read))} from outside, where "
                 "adapted values cannot be put; let the network return what the loss needs of them."
             )
-        self._checked_loss = self.loss
+        self._checked_loss = [self.loss]
 
     def _learner(self, episodes: AnyEpisodes) -> Learner:
         return Learner(self.network, self.batch_norm, vectorised=are_stacked(*self._execution(episodes)))

@@ -172,7 +172,7 @@ def _evaluations(objective: Objective, w: Params, curved: bool) -> Evaluations:
     dim = objective.stack.dim
 
     def as_rows(params: Params) -> Tensor:
-        return torch.cat([tensor.flatten(dim) for tensor in params.values()], -1)
+        return torch.cat([tensor.reshape(*tensor.shape[:dim], -1) for tensor in params.values()], -1)
 
     value, _, gradient = objective.value_and_gradient(w)
     found = {"loss": value, "gradient": as_rows(gradient)}
