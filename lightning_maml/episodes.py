@@ -13,7 +13,8 @@ class Episodes(NamedTuple):
 
     Attributes:
         support_x: Inputs to adapt on, ``[T, S, ...]``; images are ``[T, S, C, H, W]``.
-        support_y: Their labels ``0 .. ways - 1``, ``[T, S]``, or targets ``[T, S, ...]`` for regression.
+        support_y: Their labels, integers ``0 .. ways - 1``, ``[T, S]``; or targets of floats ``[T, S, ...]``, for regression, several
+            labels per example and masks.
         query_x: Inputs on which the adapted parameters are evaluated, ``[T, Q, ...]``.
         query_y: Their labels or targets, ``[T, Q]`` or ``[T, Q, ...]``.
     """
@@ -66,9 +67,9 @@ def check_episodes(episodes: Any) -> None:
     """Check that this is a meta-batch, and that its tensors agree on its tasks, steps and examples.
 
     Raises:
-        TypeError: If it is something else.
-        ValueError: If a tensor lacks its task, step or example dimension, if their sizes or the inputs' types disagree, or if there is no
-            task or no example.
+        TypeError: If it is something else, or holds something else than tensors.
+        ValueError: If labels of integers are not one per example, if a tensor lacks its task, step or example dimension, if their sizes or
+            the inputs' types disagree, or if there is no task or no example.
     """
     if not isinstance(episodes, Episodes | ResampledEpisodes):
         raise TypeError(
@@ -80,11 +81,17 @@ def check_episodes(episodes: Any) -> None:
     if resampled:
         dimensions |= {name: ["tasks", "inner steps", "examples"] for name in episodes._fields if not name.startswith("query")}
     for name, tensor in episodes._asdict().items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"Expected `{name}` to be a tensor but got {type(tensor).__name__}; make it one, torch.from_numpy(...) for an array."
+            )
         if tensor.ndim < len(dimensions[name]):
             raise ValueError(
                 f"Expected `{name}` to have at least the dimensions [{', '.join(dimensions[name])}] but got shape {list(tensor.shape)}; "
                 "add a leading dimension for a single task."
             )
+    for name in episodes._fields[1::2]:
+        _check_one_label_per_example(name, getattr(episodes, name), dimensions[name])
     if len({len(tensor) for tensor in episodes}) > 1:
         sizes = {name: len(tensor) for name, tensor in episodes._asdict().items()}
         raise ValueError(f"Expected all tensors of `episodes` to hold the same number of tasks but got {sizes}.")
@@ -103,3 +110,16 @@ def check_episodes(episodes: Any) -> None:
         raise ValueError(
             f"Expected all inputs of `episodes` to be of one type but got {' and '.join(sorted(map(str, types)))}; convert them."
         )
+
+
+def _check_one_label_per_example(name: str, y: Tensor, dimensions: list[str]) -> None:
+    """Refuse integers that are more than one class per example: masks of classes, and several labels at once."""
+    if y.is_floating_point() or y.ndim == len(dimensions):
+        return
+    if y.ndim > len(dimensions) + 1:
+        cure = "for masks give floats, y.float(), with a loss that takes them back, `lambda outputs, y: F.cross_entropy(outputs, y.long())`"
+    elif y.shape[-1] == 1:
+        cure = "leave the last dimension out, y[..., 0]"
+    else:
+        cure = "for several labels per example give floats, y.float(), with a loss such as binary_cross_entropy_with_logits"
+    raise ValueError(f"Expected `{name}` to hold one label per example, [{', '.join(dimensions)}], but got shape {list(y.shape)}; {cure}.")

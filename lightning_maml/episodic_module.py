@@ -27,6 +27,7 @@ from lightning_maml.metrics import Estimate, TaskMean
 from lightning_maml.plain import plain
 from lightning_maml.randomness import random_state, set_random_state, set_torch_random_state, torch_random_state
 from lightning_maml.repro import save_step
+from lightning_maml.targets import ignored_label
 from lightning_maml.trial import Verdict
 
 LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
@@ -269,7 +270,7 @@ class EpisodicModule(LightningModule):
         except FloatingPointError as error:
             self._skip_or_stop(batch, before_it, error)
             return None
-        figures = with_accuracy(query_loss, outputs, batch)
+        figures = with_accuracy(query_loss, outputs, batch, ignored_label(self.loss))
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             figures = self._figures_before(batch) | figures
@@ -311,7 +312,7 @@ class EpisodicModule(LightningModule):
 
     def _judge(self, episodes: AnyEpisodes, loader: int) -> None:
         curve = self._evaluate_uncompiled(episodes)
-        figures = with_accuracy(curve.loss, curve.aux, episodes)
+        figures = with_accuracy(curve.loss, curve.aux, episodes, ignored_label(self.loss))
         self._figures[loader].update(torch.stack([*figures.values()], -1))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -444,16 +445,21 @@ def described(loss: Any) -> str:
     return f"{type(loss).__qualname__} with {settings}" if settings else type(loss).__qualname__
 
 
-def with_accuracy(loss: Tensor, outputs: Tensor, episodes: AnyEpisodes) -> dict[str, Tensor]:
+def with_accuracy(loss: Tensor, outputs: Tensor, episodes: AnyEpisodes, ignored: int | None) -> dict[str, Tensor]:
     """Return ``loss``, the query losses ``[T, ...]``, and except for regression ``accuracy``, the share of correct query labels.
 
     Args:
         loss: Query losses ``[T, ...]``.
         outputs: Query outputs ``[T, ..., Q, ways]``.
         episodes: The tasks.
+        ignored: The label of queries that the loss leaves out, which accuracy leaves out too; None if there is none.
     """
     labels = episodes.query_y
     if labels.is_floating_point():
         return {"loss": loss}
     labels = labels.view(len(labels), *[1] * (outputs.ndim - 3), -1)
-    return {"loss": loss, "accuracy": (outputs.argmax(-1) == labels).float().mean(-1)}
+    correct = (outputs.argmax(-1) == labels).float()
+    if ignored is None:
+        return {"loss": loss, "accuracy": correct.mean(-1)}
+    counts = (labels != ignored).float()
+    return {"loss": loss, "accuracy": (correct * counts).sum(-1) / counts.sum(-1)}

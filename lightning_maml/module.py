@@ -43,7 +43,7 @@ from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.plain import number, plain, whole_number
 from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, InnerRatesName, LearnedRates, check_inner_rates, learned, rates_of_steps
-from lightning_maml.targets import LossLook, check_labels, check_targets
+from lightning_maml.targets import LossLook, check_labels, check_targets, ignored_label
 from lightning_maml.task_map import are_stacked, map_tasks
 from lightning_maml.trial import Verdict, compare_losses
 
@@ -383,7 +383,8 @@ class MAML(EpisodicModule):
     @override
     def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
         curve = self._adapt(self._learner(episodes), episodes, 0)
-        return {f"{name}_before": values[:, 0] for name, values in with_accuracy(curve.loss, curve.aux, episodes).items()}
+        figures = with_accuracy(curve.loss, curve.aux, episodes, ignored_label(self.loss))
+        return {f"{name}_before": values[:, 0] for name, values in figures.items()}
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
         return self._meta_gradient(learner, episodes, self.curvature)
@@ -597,17 +598,26 @@ class MAML(EpisodicModule):
             check_targets(support_set(first_task(episodes))[1], self.loss)
         else:
             assert shape is not None, "with labels there are logits"
-            ways = int(episodes.support_y.max()) + 1
-            if shape != (ways,):
+            ways = self._ways_of_datamodule()
+            if ways is not None and shape != (ways,):
                 raise ValueError(
                     f"Expected `network` to have {ways} outputs, one per way of the episode, but got {shape[0]}; "
                     "give its head as many outputs as the datamodule has `ways`, and leave `test_ways` the same, because a head has one "
                     "width."
                 )
-            check_labels(episodes, ways)
+            check_labels(episodes, shape[0], ignored_label(self.loss))
         task = first_task(episodes)
         outputs = partial(first_outputs, learner, episodes, are_logits=False)
         self._loss_look(self.loss, (shape, learner.network.training), outputs, (support_set(task)[1], task.query_y))
+
+    def _ways_of_datamodule(self) -> int | None:
+        """Return how many classes the episodes of a running trainer's datamodule have, if it has one that says so."""
+        trainer = self._trainer
+        data = getattr(trainer, "datamodule", None)
+        if trainer is None or data is None:
+            return None
+        judges = trainer.evaluating or trainer.predicting
+        return getattr(data, "test_ways", None) if judges else getattr(data, "ways", None) if trainer.training else None
 
     def _look(self, learner: Learner, episodes: AnyEpisodes) -> Seen:
         return self._first_look(self.network, learner, episodes, self._inspect)

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import differentiable, is_out_of_memory
+from lightning_maml.losses import one_hot_mse
 from lightning_maml.randomness import generator_states, set_generator_states
 
 _UNUSUAL = 13
@@ -28,19 +29,58 @@ _OF_CLASSES = re.compile("_?(nll|multi_margin|multilabel_margin|ctc)_loss|.*cros
 _MISFIT = re.compile("[Ss]ize.* (must|same)")
 """What torch's errors say of sizes that do not even fit by broadcasting."""
 
+_PADDING = -100
+"""The label that losses of torch ignore unless they are told another."""
+
 _SHORT = (torch.int8, torch.int16, torch.int32)
 
 
-def check_labels(episodes: AnyEpisodes, ways: int) -> None:
-    """Check that labels are from 0 to ``ways - 1``.
+def ignored_label(loss: Any) -> int | None:
+    """Return the label of the examples that a loss leaves out, its ``ignore_index``; None if it has none that is known."""
+    while isinstance(loss, partial):
+        if "ignore_index" in loss.keywords:
+            return int(loss.keywords["ignore_index"])
+        loss = loss.func
+    if loss is F.cross_entropy or loss is F.nll_loss or loss is one_hot_mse:
+        return _PADDING
+    index = getattr(loss, "ignore_index", None)
+    return index if isinstance(index, int) else None
+
+
+def check_labels(episodes: AnyEpisodes, ways: int, ignored: int | None = None) -> None:
+    """Check that labels are from 0 to ``ways - 1``, except for those that the loss ignores.
+
+    Args:
+        episodes: The tasks.
+        ways: How many classes there can be.
+        ignored: The label of examples that the loss leaves out; None if it takes all.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If a label is not in that range, or if a set has no label that counts.
     """
     labels = torch.cat([y.flatten() for y in episodes[1::2]])
     low, high = int(labels.min()), int(labels.max())
+    if ignored is not None and low <= ignored <= high:
+        _check_that_some_count(episodes, ignored)
+        counted = labels[labels != ignored]
+        low, high = int(counted.min()), int(counted.max())
     if low < 0 or high >= ways:
-        raise ValueError(f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to {high}.")
+        cure = ""
+        if low == _PADDING and ignored is None:
+            cure = "; for padding take a loss that says which label it ignores, in an attribute `ignore_index`"
+        elif low == 0 and ways == 1:
+            cure = "; give its head an output per class, or give the targets of one output as floats, y.float()"
+        raise ValueError(f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to {high}{cure}.")
+
+
+def _check_that_some_count(episodes: AnyEpisodes, ignored: int) -> None:
+    for name, y in zip(episodes._fields[1::2], episodes[1::2], strict=True):
+        empty = (y == ignored).all(-1).reshape(len(y), -1).any(-1)
+        if y.numel() and empty.any():
+            raise ValueError(
+                f"Expected a label in `{name}` of each task that the loss does not ignore but got {ignored} alone in tasks "
+                f"{empty.nonzero().flatten().tolist()}; leave these out."
+            )
 
 
 def check_targets(targets: Tensor, loss: Any) -> None:

@@ -167,7 +167,7 @@ def test_queries_of_other_tasks_than_were_adapted_to_are_refused(tasks: str) -> 
 
 def test_bad_labels_say_nothing_of_the_network() -> None:
     model, episodes = model_and_episodes()
-    with pytest.raises(ValueError, match="one per way of the episode"):
+    with pytest.raises(ValueError, match=r"Expected labels from 0 to .*, the outputs of `network`"):
         model.adapt(episodes.support_x, episodes.support_y + 1)
     assert not model._verdicts
 
