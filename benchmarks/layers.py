@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_maml import FOMAML, HFMAML, MAML, Episodes
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from layer_catalogue import CASES, Case, episodes_of, network_of  # noqa: E402
+from layer_catalogue import CASES, Case, episodes_of, network_of
 
 RATE, STEPS = 0.2, 2
 WAYS: dict[str, dict[str, object]] = {
@@ -78,10 +78,7 @@ def adapted_apart(network: nn.Module, episodes: Episodes, evaluated: bool) -> fl
     """Return how far tasks adapted to together, or evaluated, are from tasks adapted to one by one."""
     model = MAML(network, inner_lr=RATE, train_steps=STEPS).eval()
     alone = torch.stack([model.adapt(x, y)(query) for x, y, query, _ in zip(*episodes, strict=True)])
-    if evaluated:
-        together = model.evaluate(episodes).aux[:, -1]
-    else:
-        together = model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)
+    together = model.evaluate(episodes).aux[:, -1] if evaluated else model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)
     return float((together - alone).norm() / alone.norm())
 
 
@@ -105,10 +102,10 @@ def row(case: Case) -> dict[str, str]:
         exact, first = (unrolled(network_of(case), episodes, first_order) for first_order in (False, True))
     for algorithm, right, most in ((MAML, exact, 1e-6), (FOMAML, first, 1e-6), (HFMAML, exact, 1e-4)):
         for way in WAYS if algorithm is not HFMAML or case.smooth else ():
-            off = lambda a=algorithm, w=way, r=right: error(gradient(a, w), r)  # noqa: E731
+            off = lambda a=algorithm, w=way, r=right: error(gradient(a, w), r)
             cells[f"{algorithm.__name__} {way}"] = cell(off, most)
     for name, evaluated in (("adapt of many", False), ("evaluate", True)):
-        off = lambda e=evaluated: adapted_apart(network_of(case), episodes, e)  # noqa: E731
+        off = lambda e=evaluated: adapted_apart(network_of(case), episodes, e)
         cells[name] = cell(off, 1e-6)
     return cells
 
@@ -131,7 +128,9 @@ def main() -> None:
         bad = [f"{key}: {value}" for key, value in cells.items() if value[0] in "WC"]
         print(f"{name:32s} {dict(found)} {'; '.join(bad)}", flush=True)
     wrong = counts["WRONG"] + counts["CRASH"]
-    sums = f"{len(arguments.names or CASES)} layers and functions: {counts['equal']} cells equal, {counts['refused']} refused, {wrong} wrong."
+    sums = (
+        f"{len(arguments.names or CASES)} layers and functions: {counts['equal']} cells equal, {counts['refused']} refused, {wrong} wrong."
+    )
     print(sums)
     if arguments.write:
         before, rest = PAGE.read_text().split(START)

@@ -61,7 +61,7 @@ class Objective:
         leaves, value, aux = self._evaluate(w, names)
         gradient = torch.autograd.grad(value, [leaves[name] for name in names], torch.ones_like(value), materialize_grads=True)
         aux = torch.utils._pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
-        return value.detach(), aux, dict(zip(names, gradient, strict=True))
+        return value.detach(), aux, dict(zip(names, map(_dense, gradient), strict=True))
 
     def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
         """Return the gradient at ``w``; with ``keep_graph`` a Hessian-vector product at this same ``w`` may reuse the work."""
@@ -106,7 +106,7 @@ class Objective:
         at = [leaves[name] for name in names]
         with _second_derivatives():
             gradient = torch.autograd.grad(value, at, torch.ones_like(value), create_graph=True, materialize_grads=True)
-        return leaves, dict(zip(names, gradient, strict=True))
+        return leaves, dict(zip(names, map(_dense, gradient), strict=True))
 
     def _evaluate(self, w: Params, names: Collection[str], times: Literal[1, 2] = 1) -> tuple[Params, Tensor, Any]:
         leaves = {name: tensor.detach().requires_grad_(name in names) for name, tensor in w.items()}
@@ -138,7 +138,11 @@ def _pull_back_gradient(leaves: Params, gradient: Params, v: Params, retain_grap
     outputs, cotangents = zip(*curved, strict=True)
     with _second_derivatives():
         product = torch.autograd.grad(outputs, list(leaves.values()), cotangents, retain_graph=retain_graph, materialize_grads=True)
-    return dict(zip(leaves, product, strict=True))
+    return dict(zip(leaves, map(_dense, product), strict=True))
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient  # embeddings may have sparse ones
 
 
 @contextmanager

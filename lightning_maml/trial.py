@@ -75,10 +75,9 @@ def compare(
                 right = alone(attempt)
                 set_generator_states(before, device)
                 try:
-                    with watch:
-                        found = together(attempt, "same")
+                    found = together(attempt, "same")
                     drawn_from = generators_drawn_from(before, device)
-                    if drawn_from:
+                    with watch:  # apart, because attention takes another way where functions are watched
                         together(attempt, "different")  # as training will; some ways of drawing fail only here
                 except Exception as error:  # noqa: BLE001 # under vmap any network may raise anything
                     return _failed(error)

@@ -121,7 +121,7 @@ def _sequence(layer: Callable[[], nn.Module], **special: bool) -> Case:
 
 
 def _words(layer: Callable[[], nn.Module], **special: bool) -> Case:
-    make = lambda: nn.Sequential(layer(), nn.Flatten(), nn.LazyLinear(3))  # noqa: E731
+    make = lambda: nn.Sequential(layer(), nn.Flatten(), nn.LazyLinear(3))
     return Case(make, (7,), words=True, **special)
 
 
@@ -302,7 +302,9 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "LSTM": lambda: Calls(lambda x, rnn: rnn(x)[0], nn.LSTM(8, 4, batch_first=True)),
     "LSTM of two directions": lambda: Calls(lambda x, rnn: rnn(x)[0], nn.LSTM(8, 4, 2, batch_first=True, bidirectional=True)),
     "MultiheadAttention": lambda: Calls(lambda x, a: a(x, x, x)[0], nn.MultiheadAttention(8, 2, batch_first=True)),
-    "MultiheadAttention no weights": lambda: Calls(lambda x, a: a(x, x, x, need_weights=False)[0], nn.MultiheadAttention(8, 2, batch_first=True)),
+    "MultiheadAttention no weights": lambda: Calls(
+        lambda x, a: a(x, x, x, need_weights=False)[0], nn.MultiheadAttention(8, 2, batch_first=True)
+    ),
     "attention causal": _calls(_causal),
     "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(8, 2, 8, 0.0, "gelu", batch_first=True),
     "TransformerEncoderLayer norm first": lambda: nn.TransformerEncoderLayer(8, 2, 8, 0.0, "gelu", batch_first=True, norm_first=True),

@@ -61,6 +61,16 @@ def sentences(tasks: int = 5, padded: tuple[int, ...] = (0, 1, 2, 3, 4)) -> Epis
     return Episodes(x, y, x.flip(1), y)
 
 
+@pytest.mark.parametrize("tasks", ["auto", "loop", "threads"])
+@pytest.mark.parametrize("algorithm", [MAML, HFMAML])
+def test_sparse_gradients_of_embeddings_are_taken(tasks: str, algorithm: type[MAML]) -> None:
+    torch.manual_seed(0)
+    sparse, dense = (nn.Sequential(nn.Embedding(9, 6, sparse=flag), nn.Flatten(), nn.Linear(42, 3)).double() for flag in (True, False))
+    dense.load_state_dict(sparse.state_dict())
+    episodes = sentences()
+    assert difference(unrolled(dense, episodes), algorithm(sparse, RATE, STEPS, tasks=tasks).meta_gradient(episodes)) < 1e-6
+
+
 @pytest.mark.parametrize("tasks", ["auto", "loop", "vmap", "threads"])
 def test_the_padding_row_of_an_embedding_has_no_gradient_in_any_task(tasks: str) -> None:
     torch.manual_seed(0)
@@ -250,3 +260,26 @@ def test_layers_without_a_second_derivative_are_named_with_the_algorithms_that_n
         MAML(network, RATE, tasks=tasks).meta_loss(episodes)
     for algorithm in (FOMAML, HFMAML):
         algorithm(network, RATE, tasks=tasks).meta_loss(episodes).backward()
+
+
+class Attention(nn.Module):
+    """In evaluation mode and under ``vmap``, torch takes a way through attention that has no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(1).unflatten(1, (8, 8))
+        return self.head(self.attention(rows, rows, rows)[0].mean(1))
+
+
+def test_attention_adapts_in_evaluation_mode() -> None:
+    torch.manual_seed(0)
+    episodes = make_episodes(tasks=5)
+    model = MAML(Attention().double(), RATE, STEPS).eval()
+    curve = model.evaluate(episodes).aux[:, -1]
+    of_many = model.adapt(*episodes[:2])(episodes.query_x)
+    of_each = [model.adapt(x, y)(queries) for x, y, queries in zip(*episodes[:3], strict=True)]
+    torch.testing.assert_close(curve, torch.stack(of_each), rtol=0, atol=1e-12)
+    torch.testing.assert_close(of_many, torch.stack(of_each), rtol=0, atol=1e-12)
