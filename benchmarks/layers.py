@@ -1,6 +1,7 @@
 """Every layer of tests/layer_catalogue.py in every way of running tasks, against autograd through the unrolled loop."""
 
 import argparse
+import re
 import sys
 import warnings
 from collections import Counter
@@ -26,6 +27,9 @@ WAYS: dict[str, dict[str, object]] = {
     "vmap": {"tasks": "vmap"},
     "chunked": {"tasks": "loop", "chunk_size": 2},
 }
+SENTENCE = re.compile("Expected (`|a |tensors |stacked |layers |outputs |.* but )")
+"""How the sentences of this package begin with which something is refused."""
+
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
 START, END = "<!-- layers: start -->", "<!-- layers: end -->"
 
@@ -55,8 +59,19 @@ def unrolled(network: nn.Module, episodes: Episodes, first_order: bool) -> dict[
     return {name: tensor / len(episodes.support_x) for name, tensor in total.items()}
 
 
-def error(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+def reference(case: Case, episodes: Episodes, first_order: bool) -> dict[str, Tensor] | None:
+    """Return the right gradient, or None where torch has no second derivative or cannot differentiate so: the package must refuse that."""
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            return unrolled(network_of(case), episodes, first_order)
+    except RuntimeError:
+        return None
+
+
+def error(found: dict[str, Tensor], right: dict[str, Tensor] | None) -> float:
     """Return the relative error of the whole gradient."""
+    if right is None:
+        return float("nan")
     difference = sum((found[name] - right[name]).square().sum() for name in right)
     return float((difference / sum(tensor.square().sum() for tensor in right.values())).sqrt())
 
@@ -66,7 +81,7 @@ def cell(found: Callable[[], float], most: float) -> str:
     try:
         off = found()
     except (ValueError, TypeError, RuntimeError) as failure:
-        if str(failure).startswith("Expected `") or str(failure).startswith("Expected a "):
+        if SENTENCE.match(str(failure)):
             return "refused"
         return f"CRASH {type(failure).__name__}: {str(failure)[:60]!r}"
     except Exception as failure:  # noqa: BLE001 # any is a finding
@@ -98,10 +113,11 @@ def row(case: Case) -> dict[str, str]:
             "HFMAML loop": cell(lambda: error(gradient(HFMAML, "loop"), right), 1e-4),
         }
     cells = {}
-    with sdpa_kernel(SDPBackend.MATH):
-        exact, first = (unrolled(network_of(case), episodes, first_order) for first_order in (False, True))
+    exact, first = (reference(case, episodes, first_order) for first_order in (False, True))
     for algorithm, right, most in ((MAML, exact, 1e-6), (FOMAML, first, 1e-6), (HFMAML, exact, 1e-4)):
-        for way in WAYS if algorithm is not HFMAML or case.smooth else ():
+        if algorithm is HFMAML and (not case.smooth or exact is None):
+            continue
+        for way in WAYS:
             off = lambda a=algorithm, w=way, r=right: error(gradient(a, w), r)
             cells[f"{algorithm.__name__} {way}"] = cell(off, most)
     for name, evaluated in (("adapt of many", False), ("evaluate", True)):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from typing_extensions import override
@@ -43,6 +44,7 @@ from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.plain import number, plain, whole_number
 from lightning_maml.randomness import is_random
 from lightning_maml.rates import InnerRates, InnerRatesName, LearnedRates, check_inner_rates, learned, rates_of_steps
+from lightning_maml.smooth import weight_normed
 from lightning_maml.targets import LossLook, check_labels, check_targets, ignored_label
 from lightning_maml.task_map import are_stacked, map_tasks
 from lightning_maml.trial import Verdict, compare_losses
@@ -167,6 +169,7 @@ class MAML(EpisodicModule):
         self._first_look = FirstLook(adapt, head)
         self._checked_loss: list[LossFunction] = []  # in a list, so that a module is not taken for a part of the model
         self._loss_look = LossLook()
+        self._warned_of_weight_norm = False
 
     def _check_that_it_compiles(self) -> None:
         reasons = {
@@ -624,6 +627,12 @@ class MAML(EpisodicModule):
 
     def _inspect(self, run: Callable[[], Tensor]) -> None:
         """Look at the network while it runs, once for each kind of batch."""
+        if self.curvature == "exact" and not self._warned_of_weight_norm and (layers := weight_normed(self.network)):
+            rank_zero_warn(
+                f"Torch's second derivative of weight norm is wrong, and so is the exact meta-gradient through {layers}; train with "
+                "HFMAML, which takes first derivatives only, or write the norm out: g * v / v.norm(dim=1, keepdim=True)."
+            )
+            self._warned_of_weight_norm = True
 
     def _stop_unless_finite(self, result: MetaGradient) -> None:
         where = f"at step {self.global_step} (inner_lr={self.inner_lr}, train_steps={self.train_steps}); lower inner_lr or check the data."

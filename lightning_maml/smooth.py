@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _KINKS = (
@@ -61,3 +63,26 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (name in _KINKED or cuts or bends) and name not in self.found:
             self.found.append(name)
         return result
+
+
+def weight_normed(network: nn.Module) -> list[str]:
+    """Return the names of layers under torch's weight norm, if torch gets its second derivative wrong (2.14 does, by most of it)."""
+    found = []
+    for name, module in network.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        if isinstance(module, _WeightNorm) or any(isinstance(hook, WeightNorm) for hook in hooks):
+            found.append(name.split(".parametrizations.")[0])
+    return found if found and not _weight_norm_has_second_derivatives() else []
+
+
+def _weight_norm_has_second_derivatives() -> bool:
+    """Compare a second derivative of torch's weight norm with that of the same written out."""
+    v = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    g = torch.ones(1, 1)
+
+    def second(weight: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(weight.square() @ torch.tensor([1.0, 3.0]), v, torch.ones(1), create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), v)[0]
+
+    with torch.inference_mode(False), torch.enable_grad():
+        return torch.allclose(second(torch._weight_norm(v, g, 0)), second(v * g / v.norm(dim=1, keepdim=True)), rtol=1e-3)

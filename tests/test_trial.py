@@ -16,6 +16,7 @@ from lightning_maml import FOMAML, HFMAML, MAML, Episodes, ProtoNet
 from lightning_maml.compilation import _check_program
 from lightning_maml.execution import Execution
 from lightning_maml.functional import Params, axpy, norm
+from lightning_maml.smooth import weight_normed
 
 RATE, STEPS = 0.2, 2
 
@@ -283,3 +284,26 @@ def test_attention_adapts_in_evaluation_mode() -> None:
     of_each = [model.adapt(x, y)(queries) for x, y, queries in zip(*episodes[:3], strict=True)]
     torch.testing.assert_close(curve, torch.stack(of_each), rtol=0, atol=1e-12)
     torch.testing.assert_close(of_many, torch.stack(of_each), rtol=0, atol=1e-12)
+
+
+def test_weight_norm_whose_second_derivative_torch_gets_wrong_is_warned_of_and_hessian_free_maml_is_right() -> None:
+    class WrittenOut(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(layer.bias.detach().clone())
+            self.g, self.v = (nn.Parameter(getattr(layer.parametrizations.weight, f"original{k}").detach().clone()) for k in (0, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.g * self.v / self.v.norm(dim=1, keepdim=True), self.bias)
+
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(64, 8)).double()
+    head, episodes = nn.Linear(8, 3).double(), make_episodes(tasks=5)
+    right = unrolled(nn.Sequential(nn.Flatten(), WrittenOut(layer), nn.Tanh(), head), episodes)
+    network = nn.Sequential(nn.Flatten(), layer, nn.Tanh(), head)
+    found = HFMAML(network, RATE, STEPS).meta_gradient(episodes)
+    names = {"1.v": "1.parametrizations.weight.original1", "1.g": "1.parametrizations.weight.original0"}
+    assert difference(right, {name: found[names.get(name, name)] for name in right}) < 1e-6
+    if weight_normed(network):  # until torch mends it
+        with pytest.warns(UserWarning, match=r"Torch's second derivative of weight norm is wrong, .* through \['1'\]"):
+            MAML(network, RATE, STEPS).meta_gradient(episodes)
