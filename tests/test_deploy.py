@@ -152,7 +152,7 @@ def test_many_tasks_are_adapted_in_stacks_one_per_core() -> None:
     Watched.threads.clear()
     networks = model.adapt(episodes.support_x, episodes.support_y)
     assert set(Watched.threads) - {threading.get_ident()}
-    assert len(Watched.threads) < 20
+    assert len(Watched.threads) < 40  # looks and stacks, not 400 tasks
     torch.testing.assert_close(networks(episodes.query_x), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -265,7 +265,7 @@ def test_a_network_that_vmap_cannot_take_is_adapted_to_one_task() -> None:
 
 def test_labels_that_do_not_fit_are_refused() -> None:
     model, episodes = model_and_episodes()
-    with pytest.raises(ValueError, match=f"Expected `network` to have {WAYS + 1} outputs"):
+    with pytest.raises(ValueError, match=f"Expected labels from 0 to {WAYS - 1}, the outputs of `network`, but got 0 to {WAYS}"):
         model.adapt(episodes.support_x[0], torch.where(episodes.support_y[0] == WAYS - 1, WAYS, episodes.support_y[0]))
     with pytest.raises(ValueError, match="Expected `support_x` and `support_y` to hold the same number of examples"):
         model.adapt(episodes.support_x[0], episodes.support_y[0, :-1])

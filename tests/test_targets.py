@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_maml
-from lightning_maml import FOMAML, MAML, MLP, Episodes
+from lightning_maml import FOMAML, MAML, MLP, Episodes, ResampledEpisodes
 from lightning_maml.datamodules import GlyphsDataModule
 from lightning_maml.functional import Params
 
@@ -249,6 +249,20 @@ def test_a_set_of_padding_alone_is_refused(name: str) -> None:
     episodes = make_episodes()._replace(**{name: labels})
     with pytest.raises(ValueError, match=rf"Expected a label in `{name}` of each task .* but got -100 alone in tasks \[1\]"):
         MAML(build("mlp"), 0.1).meta_loss(episodes)
+
+
+def test_a_support_batch_of_padding_alone_is_refused_in_the_resampling_case() -> None:
+    x, y = torch.randn(3, 2, 4, 5), torch.arange(4).repeat(3, 2, 1)
+    padded = y.clone()
+    padded[2, 1] = -100
+    model = FOMAML(MLP(5, 4), 0.1, train_steps=2)
+    none = ResampledEpisodes(x, y, x[:, :, :0], y[:, :, :0], x[:, 0], y[:, 0])
+    model.meta_loss(none)
+    with pytest.raises(ValueError, match=r"Expected a label in `support_y` of each task .* in tasks \[2\]"):
+        model.meta_loss(none._replace(support_y=padded))
+    some = padded.clone()
+    some[2, 1, 0] = 0
+    model.meta_loss(none._replace(support_y=some))
 
 
 def test_padding_is_refused_where_the_loss_does_not_say_that_it_ignores_it() -> None:
