@@ -230,8 +230,7 @@ def _names(dataset: Any, which: str, sources: list[Source], members: Mapping[Lab
     names = []
     for label, rows in members.items():
         given = [own] if own else [of_source.get(holder, ()) for holder in {id(sources[row].dataset) for row in rows}]
-        is_named = isinstance(label, int) and not isinstance(label, bool)
-        found = sorted({str(some[label] if is_named and 0 <= label < len(some) else label) for some in given})
+        found = sorted({_name(label, some) for some in given})
         if len(found) > 1:
             raise ValueError(
                 f"Expected label {label} to be one class in all parts of `{which}` but it is {' and '.join(found)}; "
@@ -239,6 +238,12 @@ def _names(dataset: Any, which: str, sources: list[Source], members: Mapping[Lab
             )
         names += found
     return names
+
+
+def _name(label: Label, names: Sequence[Any]) -> str:
+    if isinstance(label, (str, bool)) or not 0 <= label < len(names):
+        return str(label)
+    return str(names[label])
 
 
 def _class_names(dataset: Any, label_key: str) -> Sequence[Any]:
