@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
@@ -62,6 +63,7 @@ class EpisodicModule(LightningModule):
         super().__init__()
         Learner(network, batch_norm)  # refuses a network that the policy does not fit
         _warn_if_compiled(network)
+        _refuse_lazy(network)
         self.network = network
         self.loss = loss
         self.batch_norm: BatchNormPolicy = batch_norm
@@ -386,6 +388,14 @@ class EpisodicModule(LightningModule):
                 self._sees_all_at_once = _accepts(self.network, torch.cat(sets))
             for x in [torch.cat(sets)] if self._sees_all_at_once else sets:
                 self.network(x)
+
+
+def _refuse_lazy(network: nn.Module) -> None:
+    if lazy := [name for name, p in network.named_parameters() if is_lazy(p)]:
+        raise ValueError(
+            f"Expected a network whose parameters have shapes but {lazy} are lazy; run it once on an example, network(x), before the model "
+            "is made."
+        )
 
 
 def _warn_if_compiled(network: nn.Module) -> None:

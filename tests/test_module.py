@@ -619,3 +619,11 @@ def test_activation_checkpoints_which_run_with_other_parameters_are_refused(reen
     x = torch.linspace(-1, 1, 6).reshape(2, 3, 1)
     with pytest.raises(ValueError, match="Expected a network whose adapting layers run once"):
         MAML(Checkpointed(reentrant, 1, 1), 0.1, loss=nn.MSELoss()).meta_loss(Episodes(x, x, x, x))
+
+
+def test_lazy_layers_are_refused_until_they_have_run() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"whose parameters have shapes but \['1.weight', '1.bias'\] are lazy; run it once"):
+        MAML(network, 0.1)
+    network(make_episodes().support_x[0].float())
+    MAML(network.double(), 0.1).meta_loss(make_episodes())
