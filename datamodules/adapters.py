@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_maml.datamodules.known_classes import check_splits, of_easyfsl, of_learn2learn
 from lightning_maml.datamodules.messages import first_five
 from lightning_maml.episodes import Episodes
 
@@ -166,8 +167,8 @@ class Learn2LearnDataModule(_Loaders):
         num_workers: Loader processes.
 
     Raises:
-        ValueError: If a number is out of range; while loading, if a task cannot be split, its size differs from the others', or the
-            taskset runs out of tasks.
+        ValueError: If a number is out of range, or tasksets are known to share classes; while loading, if a task cannot be
+            split, its size differs from the others', or the taskset runs out of tasks.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class Learn2LearnDataModule(_Loaders):
         test_shots = shots if test_shots is None else test_shots
         _check_positive(shots=shots, test_shots=test_shots, meta_batch_size=meta_batch_size)
         _check_positive(train_batches=train_batches, val_tasks=val_tasks, test_tasks=test_tasks)
+        check_splits(of_learn2learn, train=train, val=val, test=test)
 
         def loader(taskset: Taskset, tasks: int, shots: int) -> Iterable[Episodes]:
             dataset = _Sampled(taskset, tasks, shots)
@@ -225,13 +227,15 @@ class EasyFSLDataModule(_Loaders):
         meta_batch_size: Tasks per optimizer step.
 
     Raises:
-        ValueError: If ``meta_batch_size`` is not positive; while loading, if a batch is not easyfsl's, or tasks differ in size.
+        ValueError: If ``meta_batch_size`` is not positive, or loaders are known to share classes; while loading, if a batch is not
+            easyfsl's, or tasks differ in size.
     """
 
     def __init__(
         self, train: Iterable[Any], val: Iterable[Any] | None = None, test: Iterable[Any] | None = None, meta_batch_size: int = 32
     ) -> None:
         _check_positive(meta_batch_size=meta_batch_size)
+        check_splits(of_easyfsl, train=train, val=val, test=test)
 
         def loader(batches: Iterable[Any]) -> Iterable[Episodes]:
             return _Converted(batches, lambda few: meta_batch([task_of_easyfsl(batch) for batch in few]), meta_batch_size)

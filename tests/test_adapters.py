@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning import LightningDataModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_maml import MAML, Episodes
 from lightning_maml.datamodules import EasyFSLDataModule, Learn2LearnDataModule, TorchmetaDataModule
@@ -251,3 +251,63 @@ def test_a_loader_of_tasks_without_a_length_is_gone_through(tmp_path: Path) -> N
     )
     run.fit(MAML(nn.Linear(2, WAYS)), datamodule=TorchmetaDataModule(DataLoader(Endless(), batch_size=None)))
     assert run.global_step == 2
+
+
+class MetaDataset:
+    """With the attributes of learn2learn's MetaDataset."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        labels = [int(dataset[number][1]) for number in range(len(dataset))]
+        self.labels_to_indices = {label: [number for number, other in enumerate(labels) if other == label] for label in set(labels)}
+
+
+class FilterLabels:
+    """Of the name of learn2learn's transform that leaves out classes."""
+
+
+class TasksetOf(Taskset):
+    """With the attributes of learn2learn's TaskDataset."""
+
+    def __init__(self, dataset: Dataset, *task_transforms) -> None:
+        super().__init__()
+        self.dataset, self.task_transforms = MetaDataset(dataset), list(task_transforms)
+
+
+class TaskSampler:
+    """With the attribute of easyfsl's TaskSampler."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.items_per_label = MetaDataset(dataset).labels_to_indices
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[0]])
+
+
+def loader_of(dataset: Dataset) -> DataLoader:
+    return DataLoader(dataset, batch_sampler=TaskSampler(dataset))
+
+
+@pytest.mark.parametrize(("adapter", "tasks_of"), [(Learn2LearnDataModule, TasksetOf), (EasyFSLDataModule, loader_of)])
+def test_splits_known_to_share_classes_are_refused(adapter: type, tasks_of: type) -> None:
+    data = TensorDataset(torch.zeros(24, 1), torch.arange(24) % 6)
+    by_class = [Subset(data, [number for number in range(24) if number % 6 in labels]) for labels in ((0, 1), (2, 3), (4, 5))]
+    adapter(*map(tasks_of, by_class))
+    adapter(*(tasks_of(TensorDataset(torch.zeros(24, 1), torch.arange(24) % 6)) for _ in range(3)))  # numbers are no names
+    with pytest.raises(ValueError, match=r"`train` and `val` to share no class but 6 are both in train and in val \(0, 1, 2, 3, 4, ...\)"):
+        adapter(*(tasks_of(Subset(data, range(start, start + 8))) for start in (0, 8, 16)))
+    with pytest.raises(ValueError, match=r"`val` and `test` to share no class but 1 are both in val and in test \(3\)"):
+        adapter(*map(tasks_of, by_class[:2]), tasks_of(Subset(by_class[1], [1, 3])))
+    other = TensorDataset(torch.zeros(24, 1), torch.arange(24) % 6)
+    zero, one = [0, 6, 12, 18], [1, 7, 13, 19]
+    adapter(
+        tasks_of(ConcatDataset([Subset(data, zero), Subset(other, one)])), tasks_of(ConcatDataset([Subset(data, one), Subset(other, zero)]))
+    )
+    same = tasks_of(data)
+    with pytest.raises(ValueError, match="Expected `train` and `test` to draw from different classes but they are the same"):
+        adapter(same, None, same)
+
+
+def test_tasksets_whose_transforms_may_leave_out_classes_are_trusted() -> None:
+    data = TensorDataset(torch.zeros(24, 1), torch.arange(24) % 6)
+    Learn2LearnDataModule(TasksetOf(data, FilterLabels()), TasksetOf(data, FilterLabels()))
