@@ -241,7 +241,7 @@ def _names(dataset: Any, which: str, sources: list[Source], members: Mapping[Lab
 
 
 def _name(label: Label, names: Sequence[Any]) -> str:
-    if isinstance(label, (str, bool)) or not 0 <= label < len(names):
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(names):
         return str(label)
     return str(names[label])
 

@@ -190,7 +190,7 @@ def load_images(files: Iterable[str | Path], image_size: int, mode: Mode = "RGB"
         raise ValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
     if mode not in ("RGB", "L"):
         raise ValueError(f"Expected `mode` to be 'RGB' or 'L' but got {mode!r}.")
-    images = np.stack([_read_or_refuse(path, image_size, mode) for path in paths])
+    images = np.stack([_read_or_refuse(file, image_size, mode) for file in paths])
     stored = torch.from_numpy(images if mode == "RGB" else images[..., None])
     return stored.permute(0, 3, 1, 2).float() / 255
 
@@ -301,10 +301,14 @@ def pixels(image: Image.Image, mode: Mode, size: int | None) -> np.ndarray:
 def _on_white(image: Image.Image) -> Image.Image:
     image = image.convert("RGBA")
     shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    has_a_shape = len(np.unique(np.asarray(image.getchannel("A")))) > 1
-    if has_a_shape and len(np.unique(np.asarray(shown).reshape(-1, 3), axis=0)) == 1:
+    if not _is_of_one_value(image.getchannel("A")) and all(map(_is_of_one_value, shown.split())):
         raise UnsuitableImage(
             "what it shows is white on a transparent ground and would vanish, as transparent images are put on white; save it on a darker "
             "ground, without transparency"
         )
     return shown
+
+
+def _is_of_one_value(channel: Image.Image) -> bool:
+    least, most = channel.getextrema()
+    return least == most
