@@ -145,6 +145,7 @@ class SaveFigures(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         of_norm, of_fidelity, pictures = trainer.callbacks[:3]
         fidelity = [figure for found in of_fidelity.history[2].values() for figure in found]
+        self.folder.mkdir(parents=True, exist_ok=True)  # either process may be the first to get here
         torch.save([of_norm.norm, of_norm.standard_error, *fidelity, *pictures.history[0][:4]], self.folder / f"{trainer.global_rank}.pt")
 
 
