@@ -167,7 +167,7 @@ def load_images(files: Iterable[str | Path], image_size: int, mode: Mode = "RGB"
         mode: ``"RGB"``, or ``"L"`` for one gray channel.
 
     Returns:
-        The images in their order, float32 in 0 .. 1: ``[n, 3, image_size, image_size]``, or ``[n, 1, image_size, image_size]``.
+        The images in their order, ``[n, 3, image_size, image_size]`` or ``[n, 1, image_size, image_size]``, float32 in 0 .. 1.
 
     Raises:
         ValueError: If there are no files, or an argument is out of range.

@@ -84,7 +84,7 @@ class Executor:
 
         Raises:
             ValueError: If the user asked for stacked tasks, and they would give other numbers than single ones.
-            RandomInThreadsError: If the user asked for threads, and the network draws random numbers.
+            RuntimeError: If the user asked for threads, and the network draws random numbers.
         """
         if not self.is_open():
             execution = self._as_asked(network, device, episodes, draws)
@@ -149,7 +149,7 @@ class Executor:
         If memory runs out, half as many tasks are stacked; if tasks in threads drew random numbers, they are run in a loop.
 
         Raises:
-            RandomInThreadsError: If tasks drew random numbers in threads that the user asked for.
+            RuntimeError: If tasks drew random numbers in threads that the user asked for.
             torch.OutOfMemoryError: On a CPU, if the number is not left open, or if one task is too many.
         """
         while True:

@@ -357,7 +357,7 @@ class MAML(EpisodicModule):
         """Return the query loss as a scalar whose backward pass deposits the meta-gradient, for a training loop without a trainer.
 
         Raises:
-            ValueError: As in :meth:`EpisodicModule.meta_loss`, and if there are trainable parameters besides those of network, loss and
+            ValueError: As in ``EpisodicModule.meta_loss``, and if there are trainable parameters besides those of network, loss and
                 rates: they would get no gradient.
         """
         if not self._gradients_arrive:

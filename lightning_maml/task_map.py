@@ -41,7 +41,7 @@ def map_tasks(
 
     Raises:
         ValueError: If ``tasks`` is none of the three, or ``chunk_size`` is not positive.
-        RandomInThreadsError: If ``function`` drew random numbers in threads.
+        RuntimeError: If ``function`` drew random numbers in threads.
     """
     check_chunk_size(chunk_size)
     if tasks not in get_args(TaskExecution):
