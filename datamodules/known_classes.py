@@ -32,7 +32,7 @@ def check_splits(known: Known, **splits: Any) -> None:
         if given[one] is given[other]:
             raise ValueError(
                 f"Expected `{one}` and `{other}` to draw from different classes but they are the same {type(given[one]).__name__}; "
-                "few-shot learning is tested on classes it was not trained on."
+                "few-shot learning is tested on classes it was not trained on. Leave one of them out, or give it others."
             )
         classes = {name: known(given[name]) for name in (one, other)}
         shared = set.intersection(*({id(item.dataset) for item in items.values()} for items in classes.values()))

@@ -378,7 +378,8 @@ class EpisodicModule(LightningModule):
             episodes: The batch.
             look: Finds out whether they can be stacked.
         """
-        kind = (self.network, network.training, *shapes(episodes))
+        trained = tuple(p.requires_grad for p in network.parameters())
+        kind = (self.network, network.training, trained, *shapes(episodes))
         loss, verdict = self._verdicts.get(kind, (None, Verdict()))
         if loss is not self.loss:
             verdict = look()
@@ -402,10 +403,11 @@ class EpisodicModule(LightningModule):
         if not writes(self.network) and not (averages and batch_norms(self.network)):
             return
         sets = [*_sets(episodes.support_x, episodes.support_y.ndim - episodes.query_y.ndim), *_sets(episodes.query_x)]
-        with torch.no_grad(), nullcontext() if averages else averages_kept(self.network), _same_buffers(self.network):
-            if self._sees_all_at_once is None:
+        alike = len({shapes(x) for x in sets}) == 1
+        with torch.enable_grad(), nullcontext() if averages else averages_kept(self.network), _same_buffers(self.network):
+            if alike and self._sees_all_at_once is None:
                 self._sees_all_at_once = _accepts(self.network, cat(sets))
-            for x in [cat(sets)] if self._sees_all_at_once else sets:
+            for x in [cat(sets)] if alike and self._sees_all_at_once else sets:
                 call(self.network, x)
 
 
@@ -466,7 +468,9 @@ def _same_buffers(network: nn.Module) -> Iterator[None]:
         for name, tensor in originals.items():
             now = buffers.get(name)
             if tensor is not None and now is not None and now is not tensor and now.shape == tensor.shape:
-                buffers[name] = tensor.copy_(now)
+                buffers[name] = tensor.detach().copy_(now.detach())
+            elif now is not None and now.grad_fn is not None:
+                buffers[name] = now.detach()
 
 
 def described(loss: Any) -> str:

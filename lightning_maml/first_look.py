@@ -1,6 +1,7 @@
 """A look at a network on the first batch of each kind: whether it can be trained on such batches, and what it returns."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,11 +13,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_maml.batch_statistics import batch_norms
 from lightning_maml.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.functional import detached
 from lightning_maml.inputs import Inputs, cat, count, map_tensors, tensors
 from lightning_maml.inputs import shapes as shapes_of
-from lightning_maml.learner import Learner, structural_copy, writes
+from lightning_maml.learner import FunctionalLoss, Learner, held_tensors, norms_with_own_forward, put_back, structural_copy, writes
 from lightning_maml.outputs import are_tensors, tensors_in
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import generator_states, generators_drawn_from, set_generator_states
@@ -26,6 +28,10 @@ _OF_TYPES = re.compile("same dtype|expected scalar type|should be the same|not i
 """What torch's errors say if a layer does not accept its inputs' type."""
 
 
+_OF_ARGUMENTS = re.compile("positional argument|keyword argument")
+"""What Python's errors say if a function is called with other arguments than it takes."""
+
+
 class Seen(NamedTuple):
     """What a look at a network found.
 
@@ -33,7 +39,7 @@ class Seen(NamedTuple):
         outputs: Shape of the logits, or of a regression's outputs, for one example; None if they are not a tensor.
         ends_with_head: Whether the outputs are one tensor, that of the head alone; False if this was not checked because all parameters
             adapt.
-        draws: Names of the random generators that the network draws from.
+        draws: Names of the random generators that the network and the loss draw from.
     """
 
     outputs: torch.Size | None
@@ -41,10 +47,14 @@ class Seen(NamedTuple):
     draws: tuple[str, ...] = ()
 
 
-class FirstLook:
-    """Looks at a network if a batch is of another kind than the last one, and otherwise returns what it saw before.
+_KINDS = 64
+"""How many kinds of batch are remembered."""
 
-    Kinds differ by the types and shapes of inputs and parameters, and by the network's mode.
+
+class FirstLook:
+    """Looks at a network and its loss on the first batch of each kind, and otherwise returns what it saw before.
+
+    Kinds differ by the types and shapes of inputs and parameters, by the network's mode, and by the loss.
 
     Args:
         part: Which parameters adapt.
@@ -56,11 +66,15 @@ class FirstLook:
         self._part: PartName = part
         self._head = head
         self._logits = logits
-        self._kind: tuple[Any, ...] = ()
-        self._seen = Seen(None, False)
+        self._seen: dict[tuple[Any, ...], tuple[Seen, Any]] = {}
 
     def __call__(
-        self, network: nn.Module, learner: Learner, episodes: AnyEpisodes, inspect: Callable[[Callable[[], Tensor]], None]
+        self,
+        network: nn.Module,
+        learner: Learner,
+        episodes: AnyEpisodes,
+        loss: FunctionalLoss,
+        inspect: Callable[[Callable[[], Tensor]], None],
     ) -> Seen:
         """Return what was seen.
 
@@ -68,6 +82,7 @@ class FirstLook:
             network: The model's network, by which to tell whether it is still the same.
             learner: The learner of this network, or of a copy.
             episodes: The batch.
+            loss: The model's loss.
             inspect: Looks at the network while it runs; it is given a function that runs it.
 
         Raises:
@@ -75,15 +90,18 @@ class FirstLook:
                 labels but no logits.
         """
         shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
-        kind = (network, network.training, learner.network.training, shapes_of(episodes.support_x), shapes, are_labels)
-        if self._kind != kind or writes(learner.network) is None:
-            self._seen = self._look(learner, episodes, are_labels)
+        of_inputs = shapes_of((episodes.support_x, episodes.query_x))
+        kind = (network, network.training, learner.network.training, of_inputs, shapes, are_labels, id(loss.loss))
+        if kind not in self._seen or writes(learner.network) is None:
+            seen = self._look(learner, episodes, loss, are_labels)
             with first_support(learner, episodes) as x:
                 inspect(partial(learner, learner.params, x))
-            self._kind = kind
-        return self._seen
+            if len(self._seen) == _KINDS:
+                self._seen.clear()
+            self._seen[kind] = seen, loss.loss  # held, so that no other loss gets its id
+        return self._seen[kind][0]
 
-    def _look(self, learner: Learner, episodes: AnyEpisodes, are_labels: bool) -> Seen:
+    def _look(self, learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss, are_labels: bool) -> Seen:
         look_for_writes(learner, episodes)
         check_policy(learner, episodes)
         with first_support(learner, episodes) as x:
@@ -97,7 +115,7 @@ class FirstLook:
         outputs = first_outputs(learner, episodes)
         logits = self._logits(outputs)
         check_logits(logits, are_labels)
-        draws = generators_of(learner, episodes)
+        draws = generators_of(learner, episodes, loss)
         return Seen(logits.shape[1:] if isinstance(logits, Tensor) else None, ends and logits is outputs, draws)
 
     def _ends_with_head(self, learner: Learner, episodes: AnyEpisodes) -> bool:
@@ -118,7 +136,7 @@ def look_for_writes(learner: Learner, episodes: AnyEpisodes) -> None:
     Raises:
         ValueError: If it writes to a trainable parameter.
     """
-    with first_support(learner, episodes) as x, torch.no_grad():
+    with first_support(learner, episodes) as x, torch.enable_grad():  # some layers write in training with gradients only
         learner.look_for_writes(x)
 
 
@@ -135,11 +153,29 @@ def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
     in_evaluation = Learner(structural_copy(learner.network).eval(), policy)
     with first_support(learner, episodes) as support, torch.no_grad():
         queries = detached(first_task(episodes).query_x)
-        x = queries if count(queries) > 1 else cat([queries, support])
+        x = queries if count(queries) > 1 else cat([queries, queries])
         statistics_of = support if learner.uses_support_statistics else None
+        if policy in ("support", "per_step") and batch_norms(learner.network) and shapes_of(queries) != shapes_of(support):
+            raise ValueError(
+                f"Expected support and query inputs of one size for `batch_norm={policy!r}`, which runs both together, but got others; pad "
+                "them, or use `batch_norm='batch'`."
+            )
+        if statistics_of is not None and not all(_outputs_of_examples(learner, x)):
+            raise ValueError(
+                "Expected outputs with the examples in front for `batch_norm='support'`, which takes the queries' part of them, but one "
+                "has another first dimension; leave it out, or use `batch_norm='batch'`."
+            )
         if policy in ("batch", "support"):
-            with _FunctionalBatchNorm() as calls:
-                in_evaluation(in_evaluation.params, x, statistics_of=statistics_of)
+            try:
+                with _FunctionalBatchNorm() as calls:
+                    in_evaluation(in_evaluation.params, x, statistics_of=statistics_of)
+            except (TypeError, AttributeError) as error:
+                if not (own := norms_with_own_forward(learner.network, batch_norms(learner.network))):
+                    raise
+                raise ValueError(
+                    f"Expected batch norm that needs no running averages in evaluation, as `batch_norm={policy!r}` has it, but {own} need "
+                    "theirs; use `batch_norm='running'`."
+                ) from error
             if calls.with_running_averages:
                 raise ValueError(
                     f"Expected batch norm that follows `batch_norm={policy!r}` but in evaluation mode the network calls "
@@ -158,11 +194,12 @@ def _sees_others(learner: Learner, x: Inputs, statistics_of: Inputs | None) -> b
     """Return whether the first output for ``x`` changes, beyond rounding, if all other inputs are made equal to the first."""
     params, device = learner.params, tensors(x)[0].device
     before = generator_states(device)
+    of_examples = _outputs_of_examples(learner, x)
 
     def outputs(x: Inputs) -> list[Tensor]:
         set_generator_states(before, device)
         found = tensors_in(learner(params, x, statistics_of=statistics_of))
-        return [tensor for tensor in found if tensor.is_floating_point() and tensor.ndim]
+        return [tensor for tensor, counts in zip(found, of_examples, strict=True) if counts and tensor.is_floating_point()]
 
     if all(torch.equal(tensor, tensor[:1].expand_as(tensor)) for tensor in outputs(x)):  # a last layer of zeros hides what is before it
         noise = torch.Generator().manual_seed(0)
@@ -171,6 +208,18 @@ def _sees_others(learner: Learner, x: Inputs, statistics_of: Inputs | None) -> b
     pairs = [(own[0], alone[0]) for own, alone in zip(outputs(x), outputs(first_alone), strict=True)]
     set_generator_states(before, device)
     return any(bool((own - alone).abs().max() > torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()) for own, alone in pairs)
+
+
+def _outputs_of_examples(learner: Learner, x: Inputs) -> list[bool]:
+    """Return for each tensor of the outputs whether its first dimension is that of the examples, by the outputs for twice as many."""
+    number = count(x)
+    once = tensors_in(learner(learner.params, x))
+    try:
+        twice = tensors_in(learner(learner.params, cat([x, x])))
+    except Exception:  # noqa: BLE001 # a network that was made for a certain number of examples may raise anything
+        twice = [tensor.repeat(2, *[1] * (tensor.ndim - 1)) if tensor.ndim else tensor for tensor in once]
+    lengths = [[len(tensor) if tensor.ndim else 0 for tensor in tensors] for tensors in (once, twice)]
+    return [of_once == number and of_twice == 2 * number for of_once, of_twice in zip(*lengths, strict=True)]
 
 
 class _FunctionalBatchNorm(TorchFunctionMode):
@@ -212,24 +261,49 @@ def check_logits(outputs: Any, are_labels: bool) -> None:
         )
 
 
-def generators_of(learner: Learner, episodes: AnyEpisodes) -> tuple[str, ...]:
-    """Return the names of the random generators that the network draws from.
+def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss) -> tuple[str, ...]:
+    """Return the names of the random generators that the network and the loss draw from.
 
     Raises:
-        ValueError: If it does not return the same again from the same random state: derivatives need evaluations that can be repeated.
+        ValueError: If they do not give the same again from the same random state: derivatives need evaluations that can be repeated.
     """
     device = episodes.support_y.device
     before = generator_states(device)
-    with first_support(learner, episodes) as x, torch.no_grad():
-        outputs = learner(learner.params, x)
-        draws = tuple(generators_drawn_from(before, device))
+    y = detached(support_set(first_task(episodes))[1])
+
+    def evaluated(x: Inputs) -> list[dict[str, Tensor]]:
         set_generator_states(before, device)
-        again = learner(learner.params, x)
-    if first_difference(*map(_floats, (outputs, again))) is not None:
+        outputs = learner(learner.params, x)
+        try:
+            value = loss({}, outputs, y)
+        except Exception:  # noqa: BLE001 # what is wrong with the loss is said by the look at it
+            value = None
+        return [_floats(outputs), learner.tensor_attributes(), _floats(value)]
+
+    held = held_tensors(loss.loss)
+    with first_support(learner, episodes) as x, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first step has them
+        once = evaluated(x)
+        written = put_back(held)
+        draws = tuple(generators_drawn_from(before, device))
+        again = evaluated(x)
+        put_back(held)
+    if written:
         raise ValueError(
-            "Expected a network that returns the same for the same inputs, parameters and random state but got other outputs the second "
-            "time; let it draw from the global random generators of torch, numpy or Python, not from one of its own, and keep what it "
-            "remembers between calls in buffers."
+            f"Expected a loss that leaves its tensors as they are but it writes to {written}, and would do so several times a step; put "
+            "what writes into evaluation mode (a frozen teacher's batch norm), or into the network, whose buffers are written once a step."
+        )
+    outputs, attributes, value = (first_difference(*pair) for pair in zip(once, again, strict=True))
+    if attributes is not None:
+        raise ValueError(
+            f"Expected a network that keeps what it remembers between calls in buffers but it has the attribute {attributes!r}, a plain "
+            f"tensor, for it; make it a buffer, `register_buffer`, so that it is updated once per step and saved."
+        )
+    if outputs is not None or value is not None:
+        raise ValueError(
+            f"Expected a {'loss' if outputs is None else 'network'} that returns the same for the same inputs, parameters and random state "
+            "but got another result the second time; let it draw from the global random generators of torch, numpy or Python, not from "
+            "one of its own, and keep what it remembers between calls in buffers."
         )
     return draws
 
@@ -248,9 +322,16 @@ def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Any]:
     device = episodes.support_y.device
     before = generator_states(device)  # a resumed run looks once more
     with torch.inference_mode(False):
-        x = detached(support_set(first_task(episodes))[0])
+        x = map_tensors(torch.clone, detached(support_set(first_task(episodes))[0]))  # a copy, in case the network writes to it
         try:
             yield x
+        except TypeError as error:
+            if isinstance(x, Tensor) or not _OF_ARGUMENTS.search(str(error)):
+                raise
+            form = "network(**x) with " + ", ".join(map(repr, x)) if isinstance(x, dict) else f"network(*x) with {len(x)} tensors"
+            raise ValueError(
+                f"Expected a network that takes its inputs as {form} but it does not: {error}; put a module around it that does."
+            ) from error
         except RuntimeError as error:
             given = {tensor.dtype for tensor in tensors(x)}
             dtype = next((p.dtype for p in learner.network.parameters()), None)

@@ -49,6 +49,14 @@ def scaled(a: float | Tensor, x: Params) -> Params:
     return {name: a * tensor for name, tensor in x.items()}
 
 
+def memory(tensor: Tensor) -> int:
+    """Return a number for a tensor's memory, which views of it share."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors have none of their own
+        return id(tensor)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether a device ran out of memory; for CPUs torch has no exception type for this."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -3,10 +3,11 @@
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
+from types import CellType, FunctionType
 from typing import Any, Literal, NamedTuple, cast, get_args
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_maml.batch_statistics import batch_norms, forget_running_averages
-from lightning_maml.functional import Params, differentiable, holding, is_out_of_memory, places
+from lightning_maml.functional import Params, differentiable, holding, is_out_of_memory, memory, places
 from lightning_maml.inputs import Inputs, call, cat, count
 from lightning_maml.layers import TaskConvolution, TaskEmbedding, TaskNorm, is_padded_embedding, is_plain_convolution
 from lightning_maml.outputs import logits_in, map_outputs, takes_logits, tensors_in
@@ -109,14 +110,25 @@ class Learner:
         return features[context:]
 
     def ends_with(self, head: str, x: Inputs, logits: Callable[[Any], Any] = logits_in) -> bool:
-        """Return whether the logits for ``x`` are those of the submodule ``head``, called once and with one tensor ``[B, ...]``."""
-        with self._calls_of(head) as calls:
-            outputs = self._run(self.params, x, 0, {})
+        """Return whether the logits for ``x`` are those of the submodule ``head``.
+
+        It must be called once and with one tensor ``[B, ...]``, which does not depend on the head's parameters.
+        """
+        with torch.enable_grad(), self._calls_of(head) as calls:
+            params = {name: differentiable(p).requires_grad_() for name, p in self.params.items()}
+            outputs = self._run(params, x, 0, {})
         if len(calls) != 1:
             return False
         arguments, named, result = calls[0]
-        alone = len(arguments) == 1 and not named and isinstance(arguments[0], Tensor) and len(arguments[0]) == count(x)
-        return alone and result is logits(outputs)
+        if len(arguments) != 1 or named or not isinstance(arguments[0], Tensor) or len(arguments[0]) != count(x):
+            return False
+        of_head = [p for name, p in params.items() if name.startswith(f"{head}.")]
+        features = arguments[0]
+        if of_head and features.requires_grad:
+            along = torch.ones_like(features)
+            if any(gradient is not None for gradient in torch.autograd.grad(features, of_head, along, allow_unused=True)):
+                return False
+        return result is logits(outputs)
 
     def names_read_in_backward(self, x: Inputs) -> set[str]:
         """Return the names of parameters, or ending in a dot the prefixes of modules, that a backward pass reads from the network.
@@ -130,13 +142,13 @@ class Learner:
         forward = 0
         try:
             with torch.enable_grad():
-                params = {name: differentiable(p).requires_grad_() for name, p in self.params.items()}
+                params = {name: differentiable(p).clone().requires_grad_() for name, p in self.params.items()}
                 outputs = self._run(params, x, 0, {})
                 forward = len(runs)
                 curved = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
                 if curved:
-                    with _Reading({id(p): name for name, p in self.params.items()}, runs):
-                        torch.autograd.grad([*map(torch.sum, curved)], [*params.values()], allow_unused=True)
+                    with _Reading(self.params, runs):
+                        torch.autograd.grad([tensor.abs().sum() for tensor in curved], [*params.values()], allow_unused=True)
         except RuntimeError as error:
             if "checkpoint" not in str(error):
                 raise
@@ -150,7 +162,7 @@ class Learner:
         """Find out what a forward pass changes in the network, see :func:`writes`.
 
         Raises:
-            ValueError: If it writes to a trainable parameter, or reads one from elsewhere than the network's modules.
+            ValueError: If it writes to its inputs or to a trainable parameter, or reads one from elsewhere than the network's modules.
         """
         network = self._copy_of_this_thread()
         frozen = {name: p.detach() for name, p in network.named_parameters() if not p.requires_grad}
@@ -159,6 +171,8 @@ class Learner:
         tensors: set[str] = set()
         read_elsewhere: set[str] = set()
         reads: list[str] = []
+
+        given = [(tensor, tensor._version) for tensor in tensors_in(x)]
 
         def note() -> None:  # while the network still holds what was given to it
             read_elsewhere.update(reads)  # before they are read here
@@ -174,6 +188,11 @@ class Learner:
         finally:
             self._own.after_a_pass = None
             self._own.buffers = buffers
+        if any(tensor._version != version for tensor, version in given):
+            raise ValueError(
+                "Expected a network that leaves its inputs as they are but it writes to them, which would change the batch for all that "
+                "follows; let it work on a copy, x.clone()."
+            )
         if read_elsewhere:
             raise ValueError(
                 "Expected a network that reaches its parameters through its modules but its forward pass reads "
@@ -183,12 +202,19 @@ class Learner:
         if trained := sorted(tensors & self.params.keys()):
             raise ValueError(
                 f"Expected a forward pass that leaves the network's parameters as they are but it writes to {trained}; run the network "
-                "once before the model is made, if these are initialised by the first batch, or make them buffers."
+                "once before the model is made, if these are initialised by the first batch, make them buffers, or leave out what writes "
+                "(an embedding's max_norm)."
             )
         moved = {key for key, number in _numbers(network).items() if number != numbers.get(key)}
         before = _WRITTEN.get(self.network, Written())
         _WRITTEN[self.network] = Written(before.tensors | tensors, before.numbers | moved)
         del self._own.network  # so that it is copied anew, with the numbers as they were
+
+    def tensor_attributes(self) -> Params:
+        """Return the tensors that the modules hold in plain attributes, as copies; what a pass left there is for this thread alone."""
+        modules = self._copy_of_this_thread().named_modules()
+        held = ((f"{name}.{key}".lstrip("."), value) for name, module in modules for key, value in vars(module).items())
+        return {name: value.detach().clone() for name, value in held if isinstance(value, Tensor)}
 
     @contextmanager
     def _calls_of(self, head: str) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any], Any]]]:
@@ -228,6 +254,10 @@ class Learner:
             outputs = call(self._own.network, inputs)
             if self._own.after_a_pass is not None:
                 self._own.after_a_pass()
+        if found := [name for name in self._own.unwritten if buffers[name]._version]:
+            before = _WRITTEN[self.network]  # its look did not see this, because it depends on values
+            _WRITTEN[self.network] = before._replace(tensors=before.tensors | {*found})
+            self._own.unwritten -= {*found}
         for attributes, key, number in self._own.numbers:
             attributes[key] = number
         return outputs
@@ -247,16 +277,42 @@ class Learner:
             written = _WRITTEN.get(self.network, Written())
             frozen = {name: p.detach() for name, p in network.named_parameters() if name in written.tensors}
             self._own.network, self._own.places, self._own.buffers = network, places(network), {**dict(network.named_buffers()), **frozen}
+            unlooked = self.network not in _WRITTEN
+            self._own.unwritten = set() if unlooked or self._vectorised else self._own.buffers.keys() - written.tensors
             attributes = [(vars(network.get_submodule(name)), key) for name, key in written.numbers]
             self._own.numbers = [(of_module, key, of_module[key]) for of_module, key in attributes if key in of_module]
         own: nn.Module = self._own.network
         return own
 
     def _take_statistics_of_the_batch(self, norm: _BatchNorm) -> None:
+        own = _has_own_forward(norm)
+        if own and norm.training:
+            return  # it may need its running averages, which it writes only
         forget_running_averages(norm)
-        if not _has_own_forward(norm):
+        if not own:
             norm.forward = TaskNorm(norm, self._vectorised)  # type: ignore[method-assign, assignment]
             self._own.norms.append(norm.forward)
+
+
+def held_tensors(module: Any) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
+    """Return where a module's parts hold tensors that are no trainable parameters, these tensors, and copies of them."""
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    holders = (holder for part in parts for holder in (part._buffers, part._parameters, vars(part)))
+    held = ((holder, name, value) for holder in holders for name, value in holder.items())
+    tensors = ((holder, name, value) for holder, name, value in held if isinstance(value, Tensor) and not value.requires_grad)
+    return [(holder, name, tensor, tensor.clone()) for holder, name, tensor in tensors]
+
+
+@torch.no_grad()
+def put_back(before: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> list[str]:
+    """Give a module the tensors that it held before, and return the names of those that changed."""
+    written = []
+    for holder, name, tensor, value in before:
+        if _is_other(holder.get(name), value):
+            written.append(name)
+        tensor.copy_(value)
+        holder[name] = tensor
+    return written
 
 
 def writes(network: nn.Module) -> bool | None:
@@ -270,7 +326,14 @@ def writes(network: nn.Module) -> bool | None:
 
 def _is_written(now: Tensor | None, original: Tensor) -> bool:
     """Return whether ``now``, which was a clone of ``original``, was written to or replaced."""
-    return now is None or now._version > 0 or now.shape != original.shape or not torch.equal(now, original)
+    return now is None or now._version > 0 or _is_other(now, original)
+
+
+def _is_other(now: Any, original: Tensor) -> bool:
+    if not isinstance(now, Tensor) or now.shape != original.shape:
+        return True
+    both_nan = now.isnan() & original.isnan()
+    return bool(((now != original) & ~both_nan).any())
 
 
 def _numbers(network: nn.Module) -> dict[tuple[str, str], int | float]:
@@ -280,14 +343,15 @@ def _numbers(network: nn.Module) -> dict[tuple[str, str], int | float]:
 
 
 class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records which of some tensors are read, by their names."""
+    """Records which of some tensors, or views of them, are read, by their names."""
 
-    def __init__(self, names: Mapping[int, str], seen: list[str]) -> None:
+    def __init__(self, params: Params, seen: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._names, self._seen = names, seen
+        self._names, self._seen = {memory(p): name for name, p in params.items()}, seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._seen += [self._names[id(tensor)] for tensor in tree_leaves((args, kwargs)) if id(tensor) in self._names]
+        read = (memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        self._seen += [self._names[place] for place in read if place in self._names]
         return func(*args, **(kwargs or {}))
 
 
@@ -297,7 +361,7 @@ def reading(params: Params, seen: list[str]) -> Iterator[None]:
 
     Compiled functions, which allow none to watch, run uncompiled.
     """
-    with torch.compiler.set_stance("force_eager"), _Reading({id(p): name for name, p in params.items()}, seen):
+    with torch.compiler.set_stance("force_eager"), _Reading(params, seen):
         yield
 
 
@@ -333,7 +397,7 @@ class FunctionalLoss:
     """
 
     def __init__(self, loss: Callable[..., Any], logits: Callable[[Any], Any]) -> None:
-        self._loss = loss
+        self.loss = loss
         self.given: Callable[[Any], Any] = logits if takes_logits(loss) else _as_they_are
         """What it is given of the network's outputs."""
         self.params: Params = {}
@@ -346,9 +410,9 @@ class FunctionalLoss:
         """Return the loss, with its own values for what ``params`` lacks."""
         outputs = self.given(outputs)
         if not self.params:
-            return self._loss(outputs, y)
+            return self.loss(outputs, y)
         if not hasattr(self._own, "loss"):
-            self._own.loss = structural_copy(cast("nn.Module", self._loss))
+            self._own.loss = structural_copy(cast("nn.Module", self.loss))
             self._own.places = {f"{OF_LOSS}{name}": where for name, where in places(self._own.loss).items()}
         with holding(self._own.places, {name: params[name] for name in self.params if name in params}):
             return self._own.loss(outputs, y)
@@ -375,10 +439,41 @@ def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.
     }  # these are dicts of hooks, of which there are many
     with _CopyingTensors(share=True):
         copied = copy.deepcopy(network, memo)
+    _rebind_functions(copied, memo)
     run_uncompiled(copied)
     if network in _WRITTEN:
         _WRITTEN[copied] = _WRITTEN[network]
     return copied
+
+
+def _rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Let hooks and functions that the modules hold refer to the copies of what they refer to, which ``copy.deepcopy`` does not."""
+    for module in copied.modules():
+        for holder in (vars(module), *(value for value in vars(module).values() if value.__class__ in (dict, OrderedDict) and value)):
+            functions = [(key, value) for key, value in holder.items() if isinstance(value, FunctionType)]
+            for key, function in functions:
+                holder[key] = _rebound(function, memo)
+
+
+def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    def copy_of(value: Any) -> Any:
+        if isinstance(value, FunctionType) and value is not function:
+            return _rebound(value, memo)
+        return memo.get(id(value), value)
+
+    try:
+        before = [cell.cell_contents for cell in function.__closure__ or ()]
+    except ValueError:  # a cell that is still empty
+        return function
+    defaults = function.__defaults__ or ()
+    after, defaults_after = [*map(copy_of, before)], [*map(copy_of, defaults)]
+    if all(a is b for a, b in zip((*before, *defaults), (*after, *defaults_after), strict=True)):
+        return function
+    cells = tuple(map(CellType, after))
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, tuple(defaults_after), cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(function.__dict__)
+    return made
 
 
 def _of_type(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -390,8 +485,11 @@ def _of_type(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def deep_copy(network: nn.Module) -> nn.Module:
     """Return a copy with tensors of its own, also where the network keeps results of its last pass, which are copied without graph."""
+    memo: dict[int, Any] = {}
     with _CopyingTensors(share=False):
-        return copy.deepcopy(network)
+        copied = copy.deepcopy(network, memo)
+    _rebind_functions(copied, memo)
+    return copied
 
 
 class _CopyingTensors(TorchFunctionMode):
@@ -436,9 +534,13 @@ def _has_own_forward(norm: nn.Module) -> bool:
     return "forward" in vars(norm) or type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
+def norms_with_own_forward(network: nn.Module, norms: Iterable[str]) -> list[str]:
+    """Return the names of the batch-norm layers, among these, whose class defines a forward pass of its own."""
+    return [name for name in norms if _has_own_forward(network.get_submodule(name))]
+
+
 def _check_own_forward(network: nn.Module, norms: list[str]) -> None:
-    own = [name for name in norms if _has_own_forward(network.get_submodule(name))]
-    if own:
+    if own := norms_with_own_forward(network, norms):
         raise ValueError(
             f"Expected plain batch-norm layers for `batch_norm='support'` but {own} have a forward pass of their own; "
             "use 'batch' or 'running'."

@@ -155,6 +155,8 @@ class MAML(EpisodicModule):
             raise ValueError(
                 f"Expected `inner_rates` to be 'fixed' with {type(self).__name__}, which cannot learn them, but got {inner_rates!r}."
             )
+        if inner_rates != "fixed" and train_steps == 0:
+            raise ValueError("Expected `train_steps` to be at least 1 with learned inner rates, which get their gradient there, but got 0.")
         adapt = self.default_adapt if adapt is None else adapt
         params = adapting(network, adapt, head)
         rates_of_steps(inner_lr, params, 1)  # refuses a rate out of range
@@ -479,12 +481,12 @@ class MAML(EpisodicModule):
         return arguments | {"params": learner.params | self._loss_of_outputs().params}
 
     def _check_loss(self, learner: Learner, episodes: AnyEpisodes) -> None:
-        """Refuse, once for each loss, one that reads the network's parameters: it would not see the adapted ones."""
+        """Refuse, once for each loss, one that reads the network's parameters, of which it would not see adapted ones."""
         if self._checked_loss and self._checked_loss[0] is self.loss:
             return
         read: list[str] = []
         with first_support(learner, episodes) as x, torch.no_grad():
-            outputs = learner(learner.params, x)
+            outputs = learner({name: p.detach().clone() for name, p in learner.params.items()}, x)
             with reading(learner.params, read):
                 self._loss_of_outputs()({}, outputs, detached(support_set(first_task(episodes))[1]))
         if read:
@@ -520,15 +522,23 @@ class MAML(EpisodicModule):
         def look() -> Verdict:
             self._check(Learner(network, self.batch_norm), episodes)  # what is wrong with the batch says nothing about stacking
             try:
-                return self._compare_stacked(episodes, network, torch.float64)
+                return self._compare_in_double(episodes, network, curved=True)  # any algorithm may be asked for exact gradients
             except NoSecondDerivativeError:
-                raise
-            except Exception:  # noqa: BLE001 # some networks and losses run in their own type only; what else is wrong is raised there
-                return self._compare_stacked(episodes, network, None)
+                if self.curvature == "exact":
+                    raise
+                return self._compare_in_double(episodes, network, curved=False)
 
         return self._once_for_its_kind(network, episodes, look)
 
-    def _compare_stacked(self, episodes: AnyEpisodes, network: nn.Module, dtype: torch.dtype | None) -> Verdict:
+    def _compare_in_double(self, episodes: AnyEpisodes, network: nn.Module, *, curved: bool) -> Verdict:
+        try:
+            return self._compare_stacked(episodes, network, torch.float64, curved)
+        except NoSecondDerivativeError:
+            raise
+        except Exception:  # noqa: BLE001 # some networks and losses run in their own type only; what else is wrong is raised there
+            return self._compare_stacked(episodes, network, None, curved)
+
+    def _compare_stacked(self, episodes: AnyEpisodes, network: nn.Module, dtype: torch.dtype | None, curved: bool) -> Verdict:
         episodes = detached(episodes)
         network, criterion, averages = structural_copy(network, dtype), self.loss, self._averages(0)
         if dtype is not None:
@@ -551,16 +561,19 @@ class MAML(EpisodicModule):
                 partial(both_losses, stacked),
                 single.params | of_outputs.params,
                 episodes,
-                curved=self.curvature == "exact",
+                curved=curved,
             )
 
-    def _loss_of_outputs(self) -> FunctionalLoss:
-        return FunctionalLoss(self.loss, self.logits)
+    def _loss_of_outputs(self, *, training: bool = True) -> FunctionalLoss:
+        loss = self.loss
+        if isinstance(loss, nn.Module) and not training:
+            loss = structural_copy(loss).eval()
+        return FunctionalLoss(loss, self.logits)
 
     def _support_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
     ) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:
-        of_outputs = self._loss_of_outputs()
+        of_outputs = self._loss_of_outputs(training=learner.network.training)
 
         def loss(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             outputs = learner(params, x, averages=averages)
@@ -571,7 +584,7 @@ class MAML(EpisodicModule):
     def _query_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
     ) -> Callable[[Params, AnyEpisodes], tuple[Tensor, Tensor]]:
-        of_outputs = self._loss_of_outputs()
+        of_outputs = self._loss_of_outputs(training=learner.network.training)
 
         def loss(params: Params, task: AnyEpisodes) -> tuple[Tensor, Tensor]:
             statistics_of = support_set(task)[0] if learner.uses_support_statistics else None
@@ -631,7 +644,7 @@ class MAML(EpisodicModule):
         return getattr(data, "test_ways", None) if judges else getattr(data, "ways", None) if trainer.training else None
 
     def _look(self, learner: Learner, episodes: AnyEpisodes) -> Seen:
-        return self._first_look(self.network, learner, episodes, self._inspect)
+        return self._first_look(self.network, learner, episodes, self._loss_of_outputs(), self._inspect)
 
     def _inspect(self, run: Callable[[], Tensor]) -> None:
         """Look at the network while it runs, once for each kind of batch."""

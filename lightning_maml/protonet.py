@@ -24,7 +24,7 @@ from lightning_maml.plain import plain
 from lightning_maml.randomness import generator_states, set_generator_states
 from lightning_maml.second_derivatives import differentiated
 from lightning_maml.stack import Randomness, Stack
-from lightning_maml.targets import check_labels
+from lightning_maml.targets import LossLook, check_labels
 from lightning_maml.task_map import TaskExecution, map_tasks
 from lightning_maml.trial import Verdict, compare, two_tasks
 
@@ -73,6 +73,7 @@ class ProtoNet(EpisodicModule):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop' or 'vmap' but got {tasks!r}.")
         self.save_hyperparameters(plain({"batch_norm": batch_norm, "tasks": tasks}))
         self._tasks: Literal["auto", "loop", "vmap"] = tasks
+        self._loss_look = LossLook()
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -159,7 +160,9 @@ class ProtoNet(EpisodicModule):
         def look() -> Verdict:
             look_for_writes(learner, episodes)
             check_policy(learner, episodes)
-            check_logits(self.logits(first_outputs(learner, episodes)), are_labels=True)
+            embedded = self.logits(first_outputs(learner, episodes))
+            check_logits(embedded, are_labels=True)
+            self._loss_look(self.loss, ways, lambda: embedded.new_zeros(2 * ways, ways), (episodes.support_y[0], episodes.query_y[0]))
             return Verdict() if self._tasks == "loop" else self._compare_stacked(network, ways, episodes)
 
         verdict = self._once_for_its_kind(network, episodes, look)

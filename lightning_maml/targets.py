@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from lightning_maml.episodes import AnyEpisodes
-from lightning_maml.functional import differentiable, is_out_of_memory
+from lightning_maml.functional import differentiable, is_out_of_memory, memory
 from lightning_maml.losses import one_hot_mse
 from lightning_maml.outputs import map_outputs, tensors_in
 from lightning_maml.randomness import generator_states, set_generator_states
@@ -169,7 +170,7 @@ def _look(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor) 
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
-            cure = ", which y.long() cures" if targets.dtype in _SHORT else ""
+            cure = "; y.long() may be what it takes" if targets.dtype in _SHORT else ""
             if _MISFIT.search(str(error)):
                 raise _sentence(outputs, targets) from error
             shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors_in(outputs))
@@ -197,7 +198,7 @@ def _follow(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor
 
     of_outputs = map_outputs(rows, outputs)
     of_targets = targets[torch.arange(examples, device=targets.device) % len(targets)]
-    with _Following(tensors_in(of_outputs), of_targets, examples):
+    with _Following(tensors_in(of_outputs), of_targets, examples), _Expanding():
         loss(of_outputs, of_targets)
 
 
@@ -212,8 +213,19 @@ def _sentence(outputs: Any, targets: Tensor) -> ValueError:
     expected = f"[examples{''.join(f', {size}' for size in shape)}]" if len(found) == 1 else "the same"
     return ValueError(
         f"Expected targets of the shape of the network's outputs, {expected}, but got {list(targets.shape)}; "
-        "reshape them, y[..., None] for instance, or the outputs."
+        "reshape them, y[..., None] for instance, or the outputs; if the loss is to broadcast them, let it say so, y.expand_as(outputs)."
     )
+
+
+_EXPANDING = (Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to, torch.broadcast_tensors)
+
+
+class _Expanding(TorchFunctionMode):
+    """Makes a tensor that a loss itself expands as large as it looks: it is meant so, unlike what torch's losses expand inside of them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result) if func in _EXPANDING else result
 
 
 class _Broadcast(Exception):
@@ -231,15 +243,15 @@ class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._examples, self._shape = examples, tuple(targets.shape)
         self._kept: list[Tensor] = [*outputs, targets]  # so that no other tensor gets their memory
-        self._from_outputs = {_memory(tensor) for tensor in outputs}
-        self._from_targets = {_memory(targets)}
-        self._casts = {_memory(targets)}
+        self._from_outputs = {memory(tensor) for tensor in outputs}
+        self._from_targets = {memory(targets)}
+        self._casts = {memory(targets)}
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = _tensors((args, kwargs or {}))
-        of_outputs = [tensor for tensor in tensors if _memory(tensor) in self._from_outputs]
-        of_targets = [tensor for tensor in tensors if _memory(tensor) in self._from_targets]
+        of_outputs = [tensor for tensor in tensors if memory(tensor) in self._from_outputs]
+        of_targets = [tensor for tensor in tensors if memory(tensor) in self._from_targets]
         if of_outputs and of_targets and _is_elementwise(func):
             for one in of_outputs:
                 for other in of_targets:
@@ -247,34 +259,30 @@ class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         made = _tensors(result)
         self._kept += made
-        memories = {_memory(tensor) for tensor in made}
+        memories = {memory(tensor) for tensor in made}
         self._from_outputs |= memories if of_outputs else set()
         self._from_targets |= memories if of_targets else set()
         is_cast = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.clone)
-        self._casts |= memories if is_cast and _memory(tensors[0]) in self._casts else set()
+        self._casts |= memories if is_cast and memory(tensors[0]) in self._casts else set()
         return result
 
     def _check(self, one: Tensor, other: Tensor) -> None:
         """Check outputs, or what was made of them, against what was made of targets alone."""
-        if _memory(other) in self._from_outputs:
+        if memory(other) in self._from_outputs:
             return
         a, b, n = _unexpanded(one), _unexpanded(other), self._examples
         if not a or not b:
             return
-        pure, differ = _memory(one) not in self._from_targets, len(a) != len(b)
+        pure, differ = memory(one) not in self._from_targets, len(a) != len(b)
         try:
             together = tuple(torch.broadcast_shapes(a, b))  # type: ignore[no-untyped-call]
         except RuntimeError:
             return  # torch refuses it in its own words
         outer = differ and together.count(n) > max(a.count(n), b.count(n))
         both_lead = pure and a[0] == b[0] == n
-        raw = _memory(other) in self._casts and b == self._shape
+        raw = memory(other) in self._casts and b == self._shape
         if outer or (both_lead and (differ or (raw and a != b))):
             raise _Broadcast
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _is_elementwise(func: Any) -> bool:

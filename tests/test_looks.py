@@ -1,0 +1,451 @@
+"""What the looks at a network and its loss find on the first batch: closures, views, state, losses that draw or write."""
+
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import relative_error
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_maml import ANIL, FOMAML, MAML, Episodes, ProtoNet
+from lightning_maml.functional import Params
+
+RATE, STEPS, WAYS = 0.4, 2, 5
+
+
+def points(tasks: int = 4) -> Episodes:
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(2, tasks, 2 * WAYS, 8, dtype=torch.float64, generator=random)
+    labels = torch.arange(WAYS).repeat(tasks, 2)
+    return Episodes(x[0], labels, x[1], labels)
+
+
+def unrolled(network: nn.Module, loss: Any = F.cross_entropy, names: list[str] | None = None) -> Params:
+    """Return the gradient by autograd through the unrolled loop, on a network that plain torch can call with other parameters."""
+    start = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+    values = []
+    for support_x, support_y, query_x, query_y in zip(*points(), strict=True):
+        w = {name: p.view_as(p) for name, p in start.items()}
+        for _ in range(STEPS):
+            at = names or [*w]
+            value = loss(functional_call(network, w, (support_x,)), support_y)
+            gradient = torch.autograd.grad(value, [w[name] for name in at], create_graph=True)
+            w = w | {name: w[name] - RATE * g for name, g in zip(at, gradient, strict=True)}
+        values.append(loss(functional_call(network, w, (query_x,)), query_y))
+    return dict(zip(start, torch.autograd.grad(torch.stack(values).mean(), [*start.values()]), strict=True))
+
+
+def seeded(network: type[nn.Module], *arguments: Any) -> Any:
+    torch.manual_seed(0)
+    return network(*arguments).double()
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 6), nn.Linear(6, WAYS)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(torch.tanh(self.body(x)))
+
+
+class Hooked(Plain):
+    """Takes its features from a hook, whose closure knows the module or what it holds, as feature extractors do."""
+
+    def __init__(self, refers_to: str) -> None:
+        super().__init__()
+        self.features: dict[str, Tensor] = {}
+        features = self.features
+        hooks = {
+            "module": lambda _, inputs, outputs: self.features.update(found=outputs),
+            "dict": lambda _, inputs, outputs: features.update(found=outputs),
+            "default": lambda _, inputs, outputs, own=self: own.features.update(found=outputs),
+        }
+        self.body.register_forward_hook(hooks[refers_to])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body(x)
+        return self.head(torch.tanh(self.features["found"]))
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("tasks", ["auto", "loop", "threads"])
+@pytest.mark.parametrize("refers_to", ["module", "dict", "default"])
+def test_hooks_refer_to_the_network_that_runs(refers_to: str, tasks: str, ran_before: bool) -> None:
+    network = seeded(Hooked, refers_to)
+    if ran_before:
+        network(points().support_x[0])
+    model = MAML(network, RATE, STEPS, tasks=tasks)
+    assert relative_error(model.meta_gradient(points()), unrolled(seeded(Plain))) < 1e-10
+    adapted = model.adapt(points().support_x[0], points().support_y[0])
+    plain = MAML(seeded(Plain), RATE, STEPS).adapt(points().support_x[0], points().support_y[0])
+    torch.testing.assert_close(adapted(points().query_x[0]), plain(points().query_x[0]))
+
+
+def test_functions_in_attributes_refer_to_the_network_that_runs() -> None:
+    class Encoding(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+            self.encode = lambda x: self.dropout(self.body(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.encode(x)))
+
+    model = MAML(seeded(Encoding), RATE, STEPS)
+    model.meta_loss(points()).backward()
+    adapted = model.adapt(points().support_x[0], points().support_y[0])
+    torch.testing.assert_close(adapted(points().query_x[0]), adapted(points().query_x[0]), rtol=0, atol=0)
+
+
+def test_views_of_parameters_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(8, WAYS, bias=False, dtype=torch.float64)
+            self.flat = self.encoder.weight.view(-1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encoder(x) * self.flat.square().sum()
+
+    with pytest.raises(ValueError, match=r"reads \['encoder.weight'\] from elsewhere"):
+        MAML(Tied(), RATE, STEPS).meta_loss(points())
+
+    network = seeded(Plain)
+    flat = network.head.weight.view(-1)
+    with pytest.raises(ValueError, match=r"reads the network's parameters \['head.weight'\] from outside"):
+        MAML(network, RATE, STEPS, loss=lambda outputs, y: F.cross_entropy(outputs, y) + flat.square().sum()).meta_loss(points())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_state_in_plain_tensors_is_refused_and_activations_are_not(in_place: bool) -> None:
+    class Averaging(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = torch.zeros(6, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = torch.tanh(self.body(x))
+            if in_place:
+                self.seen.mul_(0.9).add_(0.1 * hidden.mean(0).detach())
+            else:
+                self.seen = 0.9 * self.seen + 0.1 * hidden.mean(0).detach()
+            return self.head(hidden)
+
+    with pytest.raises(ValueError, match="has the attribute 'seen', a plain tensor, for it; make it a buffer"):
+        MAML(seeded(Averaging), RATE, STEPS, tasks="loop").meta_loss(points())
+
+    class Keeping(Plain):
+        def forward(self, x: Tensor) -> Any:
+            self.last = torch.tanh(self.body(x))
+            return self.head(self.last)
+
+    model = MAML(seeded(Keeping), RATE, STEPS)
+    assert relative_error(model.meta_gradient(points()), unrolled(seeded(Plain))) < 1e-10
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
+def test_losses_that_draw_run_in_a_loop(draw: Any) -> None:
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs * (0.2 + draw()), y)
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 84 * 84, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    images, labels = torch.rand(8, 4, 3, 84, 84, dtype=torch.float64), torch.arange(2).repeat(8, 2)
+    episodes = Episodes(images, labels, images, labels)
+
+    def gradient(tasks: str) -> Params:
+        torch.manual_seed(0), np.random.seed(0), random.seed(0)
+        return MAML(network, 0.01, 1, loss=loss, tasks=tasks).meta_gradient(episodes)
+
+    assert relative_error(gradient("auto"), gradient("loop")) < 1e-12
+    with pytest.raises(RuntimeError, match="draws from"):
+        gradient("threads")
+
+
+def test_a_loss_with_a_generator_of_its_own_is_refused() -> None:
+    generator = np.random.default_rng(0)
+    model = MAML(seeded(Plain), RATE, STEPS, loss=lambda outputs, y: F.cross_entropy(outputs * generator.random(), y))
+    with pytest.raises(ValueError, match="Expected a loss that returns the same for the same inputs"):
+        model.meta_loss(points())
+
+
+class Averaged(nn.Module):
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.ones((), dtype=torch.float64))
+        self.in_place = in_place
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs, y)
+        if self.in_place:
+            self.average.mul_(0.5).add_(0.5 * loss.detach())
+        else:
+            self.average = 0.5 * self.average + 0.5 * loss.detach()
+        return loss / self.average.clone()
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "threads", "vmap"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_losses_that_write_are_refused_and_left_as_they_were(tasks: str, in_place: bool) -> None:
+    loss = Averaged(in_place=in_place)
+    with pytest.raises(ValueError, match="Expected a loss that"):
+        MAML(seeded(Plain), RATE, STEPS, loss=loss, tasks=tasks).meta_loss(points())
+    assert loss.average == 1
+
+
+def test_what_becomes_trainable_is_compared_anew_before_it_is_stacked() -> None:
+    class Scaling(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.body(x))
+            if hidden.requires_grad:
+                hidden.register_hook(lambda g: g / g.norm())
+            return self.head(hidden)
+
+    network = seeded(Scaling)
+    network.body.requires_grad_(False)
+    model = FOMAML(network, RATE, STEPS)
+    model.meta_loss(points())
+    network.body.requires_grad_(True)
+    expected = FOMAML(network, RATE, STEPS, tasks="loop").meta_gradient(points())
+    assert relative_error(model.meta_gradient(points()), expected) < 1e-10
+
+
+class Several(NamedTuple):
+    logits: Tensor
+    other: Tensor
+
+
+def test_support_statistics_need_outputs_with_the_examples_in_front() -> None:
+    class WithCodes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, WAYS)
+            self.codes = nn.Parameter(torch.ones(4 * WAYS, 2))  # as many as support and query examples together
+
+        def forward(self, x: Tensor) -> Several:
+            return Several(self.head(self.norm(x)), 2 * self.codes)
+
+    with pytest.raises(ValueError, match="outputs with the examples in front for `batch_norm='support'`"):
+        MAML(WithCodes().double(), RATE, STEPS, batch_norm="support").meta_loss(points())
+
+
+@pytest.mark.parametrize("policy", ["running", "support"])
+def test_outputs_of_layers_are_no_look_at_other_examples(policy: str) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.GRU(4, 6, batch_first=True), nn.Linear(6, WAYS)
+
+        def forward(self, x: Tensor) -> Several:
+            sequence, hidden = self.layers(x.view(len(x), 2, 4))
+            return Several(self.head(sequence[:, -1]), hidden)
+
+    MAML(Recurrent().double(), RATE, STEPS, batch_norm=policy).meta_loss(points()).backward()
+
+
+def test_prototypes_have_losses_that_do_not_broadcast() -> None:
+    with pytest.raises(ValueError, match="Expected a loss of labels"):
+        ProtoNet(nn.Linear(8, 4).double(), loss=F.mse_loss).meta_loss(points())
+
+
+def test_features_that_depend_on_the_head_are_not_computed_once() -> None:
+    class Scaled(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.body(x)) / self.head.weight.norm())
+
+    network = seeded(Scaled)
+    expected = unrolled(network, names=["head.weight", "head.bias"])
+    assert relative_error(ANIL(network, RATE, STEPS, head="head").meta_gradient(points()), expected) < 1e-10
+
+
+def test_adapted_networks_do_not_depend_on_dropout_in_the_loss() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.dropout(outputs), y)
+
+    model = MAML(seeded(Plain), RATE, STEPS, loss=Dropping())
+    adapted = [model.adapt(points().support_x[0], points().support_y[0]).state_dict() for _ in range(2)]
+    torch.testing.assert_close(adapted[0], adapted[1], rtol=0, atol=0)
+    assert model.loss.training
+
+
+def test_a_network_may_return_its_weights_to_the_loss() -> None:
+    class Returning(Plain):
+        def forward(self, x: Tensor) -> Several:
+            return Several(super().forward(x), self.body.weight)
+
+    def loss(outputs: Several, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.logits, y) + 0.1 * outputs.other.square().sum()
+
+    model = MAML(seeded(Returning), RATE, STEPS, loss=loss)
+    assert relative_error(model.meta_gradient(points()), unrolled(seeded(Returning), loss)) < 1e-10
+
+
+def quantile_loss(outputs: Tensor, y: Tensor) -> Tensor:
+    levels = torch.tensor([0.1, 0.5, 0.9], dtype=outputs.dtype)
+    away = y.expand_as(outputs) - outputs
+    return torch.maximum(levels * away, (levels - 1) * away).mean()
+
+
+def test_a_loss_that_expands_targets_itself_means_it() -> None:
+    found = points()
+    targets = found._replace(support_y=found.support_x[..., :1], query_y=found.query_x[..., :1])
+    network = nn.Linear(8, 3).double()
+    MAML(network, RATE, STEPS, loss=quantile_loss).meta_loss(targets).backward()
+    with pytest.raises(ValueError, match=r"let it say so, y\.expand_as"):
+        MAML(network, RATE, STEPS, loss=lambda outputs, y: (outputs - y).square().mean()).meta_loss(targets)
+
+
+def test_a_loss_may_multiply_by_a_sparse_matrix() -> None:
+    matrix = torch.eye(WAYS, dtype=torch.float64).to_sparse()
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.sparse.mm(matrix, outputs.mT).mT, y)
+
+    gradient = MAML(seeded(Plain), RATE, STEPS, loss=loss, tasks="loop").meta_gradient(points())
+    assert relative_error(gradient, unrolled(seeded(Plain))) < 1e-10
+
+
+def test_a_parameter_that_is_nan_is_not_said_to_be_written() -> None:
+    network = seeded(Plain)
+    with torch.no_grad():
+        network.head.bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="Expected a finite query loss"):
+        MAML(network, RATE, STEPS, tasks="loop").meta_loss(points())
+
+
+def test_a_network_that_writes_to_its_inputs_is_refused_before_it_does() -> None:
+    class Halving(Plain):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x.div_(2))
+
+    found, before = points(), points()
+    with pytest.raises(ValueError, match="leaves its inputs as they are"):
+        MAML(seeded(Halving), RATE, STEPS).meta_loss(found)
+    torch.testing.assert_close(tuple(found), tuple(before), rtol=0, atol=0)
+
+
+def test_learned_rates_need_a_step() -> None:
+    with pytest.raises(ValueError, match="`train_steps` to be at least 1 with learned inner rates"):
+        MAML(seeded(Plain), RATE, 0, inner_rates="per_layer")
+
+
+class OfAnySize(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.convolution, self.norm, self.head = nn.Conv2d(1, 4, 3), norm, nn.Linear(4, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.norm(self.convolution(x))).mean((2, 3)))
+
+
+def of_two_sizes() -> Episodes:
+    x = torch.rand(2, 2 * WAYS, 1, 10, 10, dtype=torch.float64)
+    labels = torch.arange(WAYS).repeat(2, 2)
+    return Episodes(x[..., :8, :8], labels, x, labels)
+
+
+def test_support_and_query_inputs_of_two_sizes() -> None:
+    writes = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    for norm, policy in ((nn.BatchNorm2d(4), "batch"), (nn.BatchNorm2d(4), "running"), (writes, "batch")):
+        MAML(OfAnySize(norm).double(), RATE, STEPS, batch_norm=policy).meta_loss(of_two_sizes()).backward()
+    assert writes.running_mean.any()
+    for policy in ("support", "per_step"):
+        with pytest.raises(ValueError, match=f"of one size for `batch_norm='{policy}'`"):
+            MAML(OfAnySize(nn.BatchNorm2d(4)).double(), RATE, STEPS, batch_norm=policy).meta_loss(of_two_sizes())
+
+
+def test_batch_norm_with_a_forward_of_its_own_keeps_its_averages_in_training() -> None:
+    class Own(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+            if not self.training:
+                mean, variance = self.running_mean, self.running_var
+            else:
+                with torch.no_grad():
+                    self.running_mean.mul_(0.9).add_(0.1 * mean)
+            return (x - mean[:, None, None]) / (variance + self.eps).sqrt()[:, None, None]
+
+    labels = torch.arange(WAYS).repeat(2, 2)
+    x = torch.rand(2, 2 * WAYS, 1, 10, 10, dtype=torch.float64)
+    torch.manual_seed(0)
+    own = OfAnySize(Own(4)).double()
+    torch.manual_seed(0)
+    plain = OfAnySize(nn.BatchNorm2d(4, affine=False)).double()
+    with pytest.raises(ValueError, match=r"`batch_norm='batch'` has it, but \['norm'\] need theirs; use `batch_norm='running'`"):
+        MAML(own, RATE, STEPS).meta_loss(Episodes(x, labels, x, labels))
+    with pytest.raises(ValueError, match=r"`batch_norm='batch'` has it, but \['norm'\] need theirs; use `batch_norm='running'`"):
+        MAML(own, RATE, STEPS).meta_loss(Episodes(x, labels, x, labels))
+    models = [MAML(network, RATE, STEPS, batch_norm="running", tasks="loop") for network in (own, plain)]
+    gradients = [model.meta_gradient(Episodes(x, labels, x, labels)) for model in models]
+    assert relative_error({name: gradients[0][name] for name in gradients[1]}, gradients[1]) < 1e-10
+
+
+def test_a_network_of_one_dict_is_told_how_it_is_called() -> None:
+    class OfDict(Plain):
+        def forward(self, batch: dict[str, Tensor]) -> Any:
+            return super().forward(batch["points"])
+
+    found = points()
+    given = found._replace(support_x={"points": found.support_x}, query_x={"points": found.query_x})
+    with pytest.raises(ValueError, match=r"takes its inputs as network\(\*\*x\) with 'points' but it does not"):
+        MAML(seeded(OfDict), RATE, STEPS).meta_loss(given)
+
+
+class Condition(Plain):
+    """Writes into a buffer in training if gradients are wanted, or if a large number comes along."""
+
+    def __init__(self, condition: str) -> None:
+        super().__init__()
+        self.condition = condition
+        self.register_buffer("written", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        met = torch.is_grad_enabled() if self.condition == "gradients" else bool((x > 50).any())
+        if self.training and met:
+            self.written += 1
+        return super().forward(x)
+
+
+def test_layers_that_write_only_with_gradients_are_seen() -> None:
+    network = seeded(Condition, "gradients")
+    MAML(network, RATE, STEPS, tasks="loop").meta_loss(points()).backward()
+    assert network.written == 1
+
+
+def test_layers_that_write_only_at_some_values_are_seen_when_they_do() -> None:
+    network = seeded(Condition, "values")
+    model = MAML(network, RATE, STEPS, tasks="loop")
+    model.meta_loss(points()).backward()
+    assert network.written == 0
+    large = points()
+    large.support_x[0, 0, 0] = 100
+    model.meta_loss(large).backward()
+    assert network.written == 1
+
+
+def test_known_kinds_of_batch_are_not_looked_at_again() -> None:
+    class Counting(Plain):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Any:
+            Counting.calls += 1
+            return super().forward(x)
+
+    model = MAML(seeded(Counting), RATE, STEPS, tasks="loop")
+    one = points()
+    other = Episodes(*(part[:, :WAYS] for part in one))
+    for episodes in (one, other):
+        model.meta_loss(episodes)
+    Counting.calls = 0
+    for episodes in (one, other, one):
+        model.meta_loss(episodes)
+    assert Counting.calls == 3 * 4 * (2 * STEPS + 1)
