@@ -343,7 +343,7 @@ def _compared(at: str, case: _Case, of_library: Callable[[], Params], of_autogra
     except Exception as error:  # noqa: BLE001 # a network may not allow what plain torch does with it
         return Look(at, f"not compared, as autograd through the unrolled loop fails: {_sentence(error)}", "note")
     if not all(gradient.isfinite().all() for gradient in right.values()):
-        return Look(at, "not compared: the network reads parameters from where plain torch cannot put adapted ones", "note")
+        return Look(at, "not compared: autograd through the unrolled loop gives no finite numbers", "note")
     away, tolerance = _error(of_library(), right), _tolerance(case)
     if not away <= tolerance and draws and not _draws_alike(case):
         return Look(at, "not compared: in the layout in which the library runs it, the network draws other random numbers", "note")

@@ -42,7 +42,7 @@ def unrolled_gradient(
         besides: Other tensors, on which the loss and the rates depend, by name: their gradients are returned too.
 
     Returns:
-        The gradient; not a number if the network reads its parameters from where no other values can be put.
+        The gradient; nan if the network reads its parameters from where a copy of it cannot be given other ones.
     """
     network, w = _emptied(network, batch_norm)
     leaves = w | (besides or {})
