@@ -117,7 +117,7 @@ def check(model: EpisodicModule, episodes: AnyEpisodes) -> CheckReport:
     Example:
         >>> import torch
         >>> from lightning_maml import MAML, MLP, Episodes, check
-        >>> model = MAML(MLP(2, [8], 3, activation="gelu"), inner_lr=0.1)
+        >>> model = MAML(MLP(2, 3, activation="gelu"), inner_lr=0.1)
         >>> labels = torch.arange(3).repeat(4, 2)
         >>> report = check(model, Episodes(torch.rand(4, 6, 2), labels, torch.rand(4, 6, 2), labels))
         >>> report.ok

@@ -1,5 +1,6 @@
 """The check: right models are found right, wrong ones wrong, whatever cannot be compared is said, and nothing is touched."""
 
+import doctest
 import importlib
 import random
 from collections.abc import Callable
@@ -149,6 +150,12 @@ def test_the_table_has_every_row_and_ends_with_the_verdict() -> None:
     assert sum(line.startswith(("  right  ", "  wrong  ", "  note   ")) for line in lines) == len(report.rows)
     assert max(map(len, lines)) <= 104
     assert lines[-1] == report.verdict == "MAML is right on this network, loss and batch: 9 looks found it so, and none found it wrong."
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    runner = doctest.DocTestRunner()
+    (example,) = doctest.DocTestFinder().find(check, "check")
+    assert runner.run(example) == (0, 4 + 2), "no failures"
 
 
 def test_embeddings_of_words_are_found_right() -> None:
