@@ -17,7 +17,6 @@ from lightning_maml.batch_statistics import batch_norms
 from lightning_maml.cost import peak_bytes, seconds
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, first_task, support_set
-from lightning_maml.episodic_module import EpisodicModule
 from lightning_maml.execution import FEWEST_STACKED, LARGE_INPUTS, Execution, Executor
 from lightning_maml.first_look import first_support, sees_others
 from lightning_maml.functional import Params, axpy, dot, norm
@@ -106,7 +105,7 @@ def _lines(row: Look, width: int) -> Iterator[str]:
         verdict, at = "", ""  # type: ignore[assignment]
 
 
-def check(model: EpisodicModule, episodes: AnyEpisodes) -> CheckReport:
+def check(model: MAML, episodes: AnyEpisodes) -> CheckReport:
     """Look at a model on a batch of its data, before it is trained.
 
     The exact meta-gradient is compared with autograd through the unrolled inner loop, in float64 and in the parameters' own precision, and
