@@ -188,11 +188,15 @@ class _Case:
             gradient: Params = self.model.meta_gradient(self.episodes, curvature)
         return {f"network.{name}": g for name, g in gradient.items()}
 
-    def arriving(self) -> Params:
-        """Return the gradients that a training step gives the optimizer, those of the loss and of the inner rates included."""
+    def arriving(self, *, as_asked: bool = False) -> Params:
+        """Return the gradients that a training step gives the optimizer, those of the loss and of the inner rates included.
+
+        Tasks are run in a loop, or before the first gradient as the model was asked to run them.
+        """
+        asked = self.model._executor
         self.start()
         model = _copied(self.model)  # whose buffers the step may change
-        model._executor = self.model._executor
+        model._executor = asked if as_asked else self.model._executor
         with self.precision():
             model.meta_loss(self.episodes).backward()  # type: ignore[no-untyped-call]
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -266,7 +270,7 @@ def _accepted(case: _Case) -> Look:
         check_episodes(case.episodes)
         few = case.few()
         learner = Learner(few.model.network, few.model.batch_norm)
-        few.model._check(learner, few.episodes)
+        few.model._check(learner, case.episodes)
         outputs = few.model._look(learner, few.episodes).outputs
     except Exception as error:  # noqa: BLE001 # any network and loss may raise anything
         return Look(at, _sentence(error), "wrong")
@@ -280,7 +284,7 @@ def _first_step(case: _Case) -> Look:
     """Take one training step on a few tasks."""
     at = "a training step"
     try:
-        arriving = case.few().arriving()
+        arriving = case.few().arriving(as_asked=True)
     except Exception as error:  # noqa: BLE001 # any network and loss may raise anything
         return Look(at, _sentence(error), "wrong")
     if idle := [name for name, gradient in arriving.items() if not gradient.any()]:
@@ -384,6 +388,8 @@ def _of_ways(case: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
             yield Look(at, f"{'refused' if refused else 'fails'}: {_sentence(error)}", "note" if refused else "wrong")
             continue
         yield Look(at, "; ".join(filter(None, [found, cost])), verdict)
+    if case.model.hparams.get("compiled"):
+        yield Look("compiled=True", "not looked at: these are the same computations uncompiled", "note")
 
 
 def _same(case: _Case, way: Execution, right: Params, draws: tuple[str, ...]) -> tuple[str, Verdict]:
@@ -422,7 +428,7 @@ def _of_network(case: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
         "normalisation", f"outputs {others} the other {'queries' if model.batch_norm == 'support' else 'inputs of the batch'}", "note"
     )
     bent = _kinks(case)
-    yield Look("kinks", f"in {_named(bent)}: use HFMAML without them only" if bent else "none found", "note")
+    yield Look("kinks", f"in {_named(bent)}: HFMAML needs a network without them" if bent else "none found", "note")
     if layers := weight_normed(model.network):
         found = f"torch's second derivative of weight norm is wrong, and so is the exact meta-gradient through {_named(layers)}"
         yield Look("weight norm", found, "wrong" if model.curvature == "exact" else "note")

@@ -330,12 +330,20 @@ def test_a_way_of_running_tasks_that_gives_something_else_is_found(monkeypatch: 
     assert [found.at for found in report.rows if found.verdict == "wrong"] == ["tasks in threads"], report
 
 
+def with_a_wrong_label() -> Episodes:
+    episodes = tasks()
+    episodes.query_y[-1, -1] = WAYS
+    return episodes
+
+
 @pytest.mark.parametrize(
     ("model", "episodes", "at", "sentence"),
     [
         (lambda: MAML(nn.Linear(6, 2)), tasks(), "labels and shapes", "Expected labels from 0 to 1, the outputs of `network`, but got 0"),
         (lambda: MAML(nn.Linear(5, WAYS)), tasks(), "labels and shapes", "mat1 and mat2 shapes cannot be multiplied"),
         (lambda: MAML(nn.Linear(6, WAYS)), 3, "labels and shapes", "Expected a batch of `lightning_maml.Episodes` but got int"),
+        (lambda: MAML(network(Reversing()), 0.1, tasks="vmap"), tasks(), "a training step", "Expected a network and a loss whose tasks"),
+        (lambda: MAML(nn.Linear(6, WAYS)), with_a_wrong_label(), "labels and shapes", "Expected labels from 0 to 2, the outputs"),
         (lambda: MAML(nn.Linear(6, WAYS), 1e38, 3), tasks(), "a training step", "Expected a finite query loss but got"),
         (lambda: MAML(network(nn.Hardsigmoid())), tasks(), "a training step", "Expected a network and a loss with second derivatives"),
     ],
