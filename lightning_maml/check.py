@@ -17,7 +17,7 @@ from lightning_maml.batch_statistics import batch_norms
 from lightning_maml.cost import peak_bytes, seconds
 from lightning_maml.curvature import CurvatureName
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, first_task, support_set
-from lightning_maml.execution import FEWEST_STACKED, LARGE_INPUTS, Execution, Executor
+from lightning_maml.execution import FEWEST_STACKED, LARGE_INPUTS, STACKED_INPUTS, STACKED_PARAMETERS, Execution, Executor
 from lightning_maml.first_look import first_support, sees_others
 from lightning_maml.functional import Params, axpy, dot, norm
 from lightning_maml.learner import Learner, deep_copy
@@ -136,8 +136,9 @@ def check(model: MAML, episodes: AnyEpisodes) -> CheckReport:
         raise TypeError(f"Expected MAML or one of its variants, whose inner loop is checked, but got {type(model).__name__}.")
     states = generator_states(model.device)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they say is in the rows
+        # compilers know no second derivatives; and what warnings would say is in the rows
+        with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return CheckReport(type(model).__name__, tuple(_looks(_Case(_copied(model), episodes, states))))
     finally:
         set_generator_states(states, model.device)
@@ -221,7 +222,7 @@ class _Case:
         self.start()
         model = self.model
         rates = rates_of_steps(model._rates(), model._adapting(), model.train_steps)
-        with self.precision(), torch.compiler.set_stance("force_eager"):  # compilers know no second derivatives
+        with self.precision():
             found = function(deep_copy(model.network), model.loss, self.episodes, rates, batch_norm=model.batch_norm)
         own = {name for name, _ in model.network.named_parameters()}
         return {f"network.{name}" if name in own else name: g for name, g in found.items()}
@@ -381,13 +382,13 @@ def _of_ways(case: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
     for name, way in _WAYS.items():
         at = f"tasks in {'a loop' if name == 'loop' else name}"
         try:
-            found, verdict = _same(double, way, right, draws) if name != "loop" else ("", "right")
+            found, verdict = _same(double, way, right, draws) if name != "loop" else ("the others are compared with it", "note")
             cost = _cost(timed, way)
         except Exception as error:  # noqa: BLE001 # what fails here is to be shown
             refused = str(error).startswith("Expected ")
             yield Look(at, f"{'refused' if refused else 'fails'}: {_sentence(error)}", "note" if refused else "wrong")
             continue
-        yield Look(at, "; ".join(filter(None, [found, cost])), verdict)
+        yield Look(at, f"{found}; {cost}", verdict)
     if case.model.hparams.get("compiled"):
         yield Look("compiled=True", "not looked at: these are the same computations uncompiled", "note")
 
@@ -474,23 +475,24 @@ def _of_auto(case: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
 
 
 def _why(case: _Case, draws: tuple[str, ...], way: Execution) -> str:
-    if drops_blocks(case.model.network):
+    """Return the reason, in the order in which :mod:`lightning_maml.execution` decides."""
+    model, on_cpu = case.model, case.model.device.type == "cpu"
+    if drops_blocks(model.network):
         return "DropBlock does not run under vmap"
-    on_cpu = case.model.device.type == "cpu"
     if draws and on_cpu:
         return f"threads would share the random generator of {' and '.join(draws)}"
-    tasks = len(case.episodes.query_x)
-    inputs = sum(x[0].numel() for x in case.episodes[::2])
+    inputs = max(1, sum(x[0].numel() for x in case.episodes[::2]))
     if on_cpu and inputs >= LARGE_INPUTS:
         return f"one task, with {inputs} numbers in its inputs, keeps all cores busy"
     if are_stacked(*way):
         return f"a task has only {inputs} numbers in its inputs" if on_cpu else "the tasks can be stacked"
-    verdict = case.model._verdict(case.episodes, case.model.network)
-    if any(verdict):
-        return f"stacked, {verdict.wrong or verdict.slow}"
-    if tasks < FEWEST_STACKED:
+    parameters = sum(p.numel() for p in model.network.parameters())
+    if on_cpu and min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // max(1, parameters)) < FEWEST_STACKED:
+        return f"a task, with {inputs} numbers in its inputs and {parameters} in its parameters, is too large to be stacked"
+    if on_cpu and len(case.episodes.query_x) < FEWEST_STACKED:
         return f"{_tasks(case.episodes)} are too few to stack"
-    return f"a task, with {inputs} numbers in its inputs, is too large to be stacked"
+    verdict = model._verdict(case.episodes, model.network)
+    return f"stacked, {verdict.wrong or verdict.slow}"
 
 
 def _not_unrolled(case: _Case) -> str:
