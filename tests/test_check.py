@@ -181,6 +181,34 @@ def test_random_numbers_are_drawn_alike_and_named() -> None:
     assert row(report, "tasks='auto' chooses").found == "loop, because threads would share the random generator of torch"
 
 
+def test_dropout_after_convolutions_draws_in_the_order_of_the_library() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.GELU(), nn.Dropout(0.4), nn.Flatten(), nn.Linear(256, WAYS)]
+    report = check(MAML(nn.Sequential(*layers), 0.1), tasks(1, 8, 8))
+    assert report.ok, report
+    assert row(report, "exact meta-gradient, float64").verdict == row(report, "exact meta-gradient, float32").verdict == "right"
+
+
+class DrawsMore(nn.Conv2d):
+    """Draws once more where its forward pass was replaced, as the library does."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 4, 3, padding=1)
+        self.inner = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "forward" in vars(self.inner):
+            torch.rand(1)
+        return self.inner(super().forward(x)) * torch.rand(1)
+
+
+def test_random_numbers_that_are_others_in_the_library_are_not_compared() -> None:
+    torch.manual_seed(0)
+    report = check(MAML(nn.Sequential(DrawsMore(), nn.Flatten(), nn.Linear(256, WAYS)), 0.1), tasks(1, 8, 8))
+    assert report.ok, report
+    assert "draws its random numbers in another order" in row(report, "exact meta-gradient, float64").found
+
+
 def test_buffers_that_a_forward_pass_writes_are_named() -> None:
     report = check(MAML(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, WAYS))), inner_lr=0.1), tasks())
     assert row(report, "buffers written").found == "0.parametrizations.weight.0._u, 0.parametrizations.weight.0._v"
