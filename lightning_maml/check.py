@@ -27,7 +27,7 @@ from lightning_maml.randomness import drops_blocks, generator_states, set_genera
 from lightning_maml.rates import rates_of_steps
 from lightning_maml.smooth import kinked_operations, kinks, weight_normed
 from lightning_maml.task_map import are_stacked
-from lightning_maml.unrolled import unrolled_gradient, unrolled_way_back
+from lightning_maml.unrolled import logits, unrolled_gradient, unrolled_way_back
 
 Verdict = Literal["right", "wrong", "note"]
 
@@ -465,7 +465,7 @@ def _written(case: _Case) -> list[str]:
     of_norms = {f"{layer}.{name}" for layer, module in batch_norms(network).items() for name, _ in module.named_buffers()}
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with torch.no_grad():
-        network(support_set(first_task(case.episodes))[0])
+        logits(network, support_set(first_task(case.episodes))[0])
     now = dict(network.named_buffers())
     return [name for name, buffer in before.items() if name not in of_norms and not torch.equal(buffer, now[name])]
 
@@ -542,7 +542,7 @@ def _draws_alike(case: _Case) -> bool:
         return torch.cat([call(x) for x in (support_set(task)[0], task.query_x)])
 
     with torch.no_grad(), case.precision():
-        return torch.allclose(outputs(partial(learner, learner.params)), outputs(case.plain_network()), rtol=1e-4)
+        return torch.allclose(outputs(partial(learner, learner.params)), outputs(partial(logits, case.plain_network())), rtol=1e-4)
 
 
 def _tolerance(case: _Case) -> float:
@@ -554,7 +554,7 @@ def _rounds(case: _Case) -> bool:
     """Return whether the network or the loss rounds to less than float64 on its way."""
     x, y = support_set(first_task(case.episodes))
     with torch.no_grad(), case.precision(), _Types() as seen:
-        case.model.loss(deep_copy(case.model.network)(x), y)
+        case.model.loss(logits(case.plain_network(), x), y)
     return bool(seen.found - {torch.float64})
 
 

@@ -93,7 +93,7 @@ def _query_outputs(network: nn.Module, w: Params, task: Episodes, batch_norm: st
 
 
 def _outputs(network: nn.Module, w: Params, x: Tensor, shots: int | None = None) -> Any:
-    """Call the network with the parameters ``w``: the one place where this is done.
+    """Return the network's logits with the parameters ``w``.
 
     A deep copy to which ``w`` was given in place of the parameters has it wherever the network holds them, and buffers of its own.
     """
@@ -101,7 +101,17 @@ def _outputs(network: nn.Module, w: Params, x: Tensor, shots: int | None = None)
     for module in own.modules():
         if isinstance(module, _BatchNorm):
             module.support = 1.0 if shots is None else shots / len(x)  # type: ignore[assignment]
-    return own(x)
+    return logits(own, x)
+
+
+def logits(network: nn.Module, x: Tensor) -> Any:
+    """Return what the loss takes of the network's outputs for ``x``."""
+    return _called(network, x)
+
+
+def _called(network: nn.Module, x: Tensor) -> Any:
+    """Call the network: the one place where this is done."""
+    return network(x)
 
 
 def _emptied(network: nn.Module, batch_norm: str) -> tuple[nn.Module, Params]:
