@@ -20,6 +20,8 @@ from lightning_maml.callbacks import CheckpointOnInterrupt as CheckpointOnInterr
 from lightning_maml.callbacks import KeepBestCheckpoints as KeepBestCheckpoints
 from lightning_maml.callbacks import SkipNonFinite as SkipNonFinite
 from lightning_maml.callbacks import StationarityMonitor as StationarityMonitor
+from lightning_maml.check import CheckReport as CheckReport
+from lightning_maml.check import check as check
 from lightning_maml.deploy import AdaptedNetworks as AdaptedNetworks
 from lightning_maml.episodes import Episodes as Episodes
 from lightning_maml.episodes import ResampledEpisodes as ResampledEpisodes

@@ -19,6 +19,7 @@ from lightning_maml.callbacks import (
     KeepBestCheckpoints,
 )  # as they are imported, configs may name all callbacks without their module
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
+from lightning_maml.check import check
 from lightning_maml.checkpoints import read_checkpoint, read_trained
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.datamodules import EpisodicDataModule
@@ -36,7 +37,7 @@ from lightning_maml.yaml_configs import bound_configs
 
 
 class _Trainer(Trainer):
-    """Lightning's trainer with two more commands."""
+    """Lightning's trainer with three more commands."""
 
     def measure(
         self,
@@ -59,21 +60,12 @@ class _Trainer(Trainer):
             raise TypeError(f"Expected MAML or one of its variants, of which the theory is, but got {type(model).__name__}.")
         if tasks < 2:
             raise ValueError(f"Expected `tasks` to be at least 2, for a deviation between them, but got {tasks}.")
-        if ckpt_path is not None:
-            checkpoint = read_checkpoint(ckpt_path)
-            if "state_dict" not in checkpoint:  # which is all that measuring needs of a checkpoint
-                checkpoint = read_trained(ckpt_path)
-            model.load_state_dict(checkpoint["state_dict"])
-        self.precision_plugin.convert_module(model).to(self.strategy.root_device).train()
-        datamodule.trainer, self.training = self, True  # the episodes and their transforms are those of training
-        datamodule.prepare_data()
-        episodes = datamodule.independent_episodes("measure", 0, tasks)
-        episodes = datamodule.on_after_batch_transfer(map_tensors(lambda tensor: tensor.to(model.device), episodes), 0)
+        self._prepare(model, datamodule, ckpt_path)
+        episodes = _transferred(datamodule.independent_episodes("measure", 0, tasks), model.train(), datamodule)
         constants = model.probe(episodes, progress=True).constants(model.inner_lr, model.train_steps)
         if not math.isfinite(constants.L + constants.rho):
             raise FloatingPointError("Expected finite curvature along the inner path but it is not; lower inner_lr.")
-        where = "the initial weights" if ckpt_path is None else ckpt_path
-        print(f"\n{type(model).__name__} at {where}, {tasks} training tasks\n")
+        print(f"\n{type(model).__name__} at {_weights(ckpt_path)}, {tasks} training tasks\n")
         print(report(constants, _settings(self, model, datamodule, episodes)))
         if model.curvature != "exact" and not (isinstance(episodes, ResampledEpisodes) and episodes.hessian_y.shape[2] == 0):
             exact = model.meta_gradient(episodes, "exact")
@@ -81,6 +73,38 @@ class _Trainer(Trainer):
             print(
                 f"\nThe meta-gradient of {type(model).__name__} differs from the exact one by {error:.2g} of it, on these tasks together."
             )
+
+    def check(
+        self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None = None, weights_only: bool | None = None
+    ) -> None:
+        """Look at the model on the first training batch: whether its gradients are right, and what one should know before training it.
+
+        Args:
+            model: The model, at its initial weights.
+            datamodule: Gives the batch.
+            ckpt_path: A checkpoint whose weights to take instead.
+            weights_only: Has no effect: nothing else is ever read. It is here so that the config saved by a fit can be used.
+        """
+        self._prepare(model, datamodule, ckpt_path)
+        model.trainer, self.datamodule = self, datamodule  # which knows its ways
+        datamodule.setup("fit")
+        episodes = _transferred(next(iter(datamodule.train_dataloader())), model, datamodule)
+        with self.precision_plugin.train_step_context():
+            report = check(model, episodes)  # type: ignore[arg-type]  # it refuses those without an inner loop
+        print(f"\n{type(model).__name__} at {_weights(ckpt_path)}, the first training batch\n\n{report}")
+        if not report.ok:
+            sys.exit(1)
+
+    def _prepare(self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None) -> None:
+        """Give the model its weights, precision and device, and the datamodule its files."""
+        if ckpt_path is not None:
+            checkpoint = read_checkpoint(ckpt_path)
+            if "state_dict" not in checkpoint:  # which is all that is needed of a checkpoint
+                checkpoint = read_trained(ckpt_path)
+            model.load_state_dict(checkpoint["state_dict"])
+        self.precision_plugin.convert_module(model).to(self.strategy.root_device)
+        datamodule.trainer, self.training = self, True  # the episodes and their transforms are those of training
+        datamodule.prepare_data()
 
     def replay(
         self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None = None, weights_only: bool | None = None
@@ -101,6 +125,15 @@ class _Trainer(Trainer):
         with self.precision_plugin.train_step_context():
             loss = model.meta_loss(episodes)
         print(f"\nThe step of {ckpt_path} does not break this model: its query loss is {loss:.6g}, and its meta-gradient is finite.")
+
+
+def _transferred(episodes: AnyEpisodes, model: EpisodicModule, datamodule: EpisodicDataModule) -> AnyEpisodes:
+    """Return a batch as a trainer gives it to the model."""
+    return datamodule.on_after_batch_transfer(map_tensors(lambda tensor: tensor.to(model.device), episodes), 0)
+
+
+def _weights(ckpt_path: str | None) -> str:
+    return "the initial weights" if ckpt_path is None else ckpt_path
 
 
 def _settings(trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, episodes: AnyEpisodes) -> Settings:
@@ -134,8 +167,8 @@ def _kinked_operations(model: MAML, episodes: AnyEpisodes) -> list[str]:
 class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's subcommands plus ``measure`` and ``replay``."""
-        return LightningCLI.subcommands() | {"measure": {"model", "datamodule"}, "replay": {"model", "datamodule"}}
+        """Return Lightning's subcommands plus ``check``, ``measure`` and ``replay``."""
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("check", "measure", "replay")}
 
     def _parse_ckpt_path(self) -> None:
         """Keep the checkpoint's arguments out of the config, unlike Lightning: what is typed now decides."""
@@ -150,7 +183,11 @@ class _CLI(LightningCLI):
                     f"Expected `ckpt_path` 'last' to be the last checkpoint of a run in {folder} but there is none; give its path."
                 )
             command.ckpt_path = str(last)
-        if self.config.subcommand in ("measure", "replay") and command.ckpt_path is not None and not Path(command.ckpt_path).is_file():
+        if (
+            self.config.subcommand in ("check", "measure", "replay")
+            and command.ckpt_path is not None
+            and not Path(command.ckpt_path).is_file()
+        ):
             raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint but there is no file {command.ckpt_path}.")
         if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
             saved = read_checkpoint(command.ckpt_path).get("hyper_parameters", {})
@@ -179,7 +216,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningCLI:
-    """Run ``lightning-maml fit | validate | test | predict | measure | replay``.
+    """Run ``lightning-maml fit | validate | test | predict | check | measure | replay``.
 
     Args:
         args: The command line, by default the process's own.

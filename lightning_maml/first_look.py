@@ -182,7 +182,7 @@ def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
                     "torch.nn.functional.batch_norm with training=False, which uses running averages; use nn.BatchNorm layers, or "
                     "`batch_norm='running'`."
                 )
-        if policy != "batch" and _sees_others(learner if policy == "support" else in_evaluation, x, statistics_of):
+        if policy != "batch" and sees_others(learner if policy == "support" else in_evaluation, x, statistics_of):
             raise ValueError(
                 f"Expected outputs that do not depend on the other queries, as `batch_norm={policy!r}` promises, but the first one changes "
                 "with them: the network normalises by the batch, or looks at it, outside of batch-norm layers; use nn.BatchNorm layers "
@@ -190,7 +190,7 @@ def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
             )
 
 
-def _sees_others(learner: Learner, x: Inputs, statistics_of: Inputs | None) -> bool:
+def sees_others(learner: Learner, x: Inputs, statistics_of: Inputs | None) -> bool:
     """Return whether the first output for ``x`` changes, beyond rounding, if all other inputs are made equal to the first."""
     params, device = learner.params, tensors(x)[0].device
     before = generator_states(device)

@@ -483,9 +483,14 @@ def _of_type(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return nn.Parameter(converted, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else converted
 
 
-def deep_copy(network: nn.Module) -> nn.Module:
-    """Return a copy with tensors of its own, also where the network keeps results of its last pass, which are copied without graph."""
-    memo: dict[int, Any] = {}
+def deep_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a copy with tensors of its own, also where the network keeps results of its last pass, which are copied without graph.
+
+    Args:
+        network: Any module.
+        memo: What stands for other objects in the copy, by their id.
+    """
+    memo = {} if memo is None else memo
     with _CopyingTensors(share=False):
         copied = copy.deepcopy(network, memo)
     _rebind_functions(copied, memo)
