@@ -1,18 +1,14 @@
 """Every layer of tests/layer_catalogue.py in every way of running tasks, against autograd through the unrolled loop."""
 
 import argparse
-import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from unrolled import cell, error, reference, write_between
 
 from lightning_maml import FOMAML, HFMAML, MAML, Episodes
 
@@ -27,66 +23,6 @@ WAYS: dict[str, dict[str, object]] = {
     "vmap": {"tasks": "vmap"},
     "chunked": {"tasks": "loop", "chunk_size": 2},
 }
-SENTENCE = re.compile("Expected (`|a |tensors |stacked |layers |outputs |.* but )")
-"""How the sentences of this package begin with which something is refused."""
-
-PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
-START, END = "<!-- layers: start -->", "<!-- layers: end -->"
-
-
-def unrolled(network: nn.Module, episodes: Episodes, first_order: bool) -> dict[str, Tensor]:
-    """Return the meta-gradient by autograd, or the mean gradient at the adapted parameters."""
-    start = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
-    total = {name: torch.zeros_like(p) for name, p in start.items()}
-
-    def loss(w: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        return F.cross_entropy(functional_call(network, {**buffers, **w}, (x,)), y)
-
-    for task in zip(*episodes, strict=True):
-        support_x, support_y, query_x, query_y = task
-        w = dict(start)
-        for _ in range(STEPS):
-            gradient = torch.autograd.grad(
-                loss(w, support_x, support_y), [*w.values()], create_graph=not first_order, materialize_grads=True
-            )
-            w = {name: p - RATE * g.to_dense() for (name, p), g in zip(w.items(), gradient, strict=True)}
-            if first_order:
-                w = {name: p.detach().requires_grad_() for name, p in w.items()}
-        leaves = w if first_order else start
-        found = torch.autograd.grad(loss(w, query_x, query_y), [*leaves.values()], materialize_grads=True)
-        total = {name: total[name] + g.to_dense() for name, g in zip(leaves, found, strict=True)}
-    return {name: tensor / len(episodes.support_x) for name, tensor in total.items()}
-
-
-def reference(case: Case, episodes: Episodes, first_order: bool) -> dict[str, Tensor] | None:
-    """Return the right gradient, or None where torch has no second derivative or cannot differentiate so: the package must refuse that."""
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            return unrolled(network_of(case), episodes, first_order)
-    except RuntimeError:
-        return None
-
-
-def error(found: dict[str, Tensor], right: dict[str, Tensor] | None) -> float:
-    """Return the relative error of the whole gradient."""
-    if right is None:
-        return float("nan")
-    difference = sum((found[name] - right[name]).square().sum() for name in right)
-    return float((difference / sum(tensor.square().sum() for tensor in right.values())).sqrt())
-
-
-def cell(found: Callable[[], float], most: float) -> str:
-    """Return whether a result is equal, refused with a sentence or neither."""
-    try:
-        off = found()
-    except (ValueError, TypeError, RuntimeError) as failure:
-        if SENTENCE.match(str(failure)):
-            return "refused"
-        return f"CRASH {type(failure).__name__}: {str(failure)[:60]!r}"
-    except Exception as failure:  # noqa: BLE001 # any is a finding
-        return f"CRASH {type(failure).__name__}: {str(failure)[:60]!r}"
-    return "equal" if off <= most else f"WRONG {off:.0e}"
 
 
 def adapted_apart(network: nn.Module, episodes: Episodes, evaluated: bool) -> float:
@@ -113,7 +49,7 @@ def row(case: Case) -> dict[str, str]:
             "HFMAML loop": cell(lambda: error(gradient(HFMAML, "loop"), right), 1e-4),
         }
     cells = {}
-    exact, first = (reference(case, episodes, first_order) for first_order in (False, True))
+    exact, first = reference(network_of(case), episodes, RATE, STEPS)
     for algorithm, right, most in ((MAML, exact, 1e-6), (FOMAML, first, 1e-6), (HFMAML, exact, 1e-4)):
         if algorithm is HFMAML and (not case.smooth or exact is None):
             continue
@@ -149,8 +85,7 @@ def main() -> None:
     )
     print(sums)
     if arguments.write:
-        before, rest = PAGE.read_text().split(START)
-        PAGE.write_text(f"{before}{START}\n{sums}\n{END}{rest.split(END)[1]}")
+        write_between("layers", sums)
     sys.exit(wrong > 0)
 
 

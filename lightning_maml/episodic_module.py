@@ -359,7 +359,8 @@ class EpisodicModule(LightningModule):
             episodes: The batch.
             look: Finds out whether they can be stacked.
         """
-        kind = (self.network, network.training, *((tensor.dtype, tensor.shape[1:]) for tensor in episodes))
+        mode = (network is self.network, network.training)
+        kind = (self.network, mode, *((tensor.dtype, tensor.shape[1:]) for tensor in episodes))
         loss, verdict = self._verdicts.get(kind, (None, Verdict()))
         if loss is not self.loss:
             verdict = look()

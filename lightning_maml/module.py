@@ -528,6 +528,7 @@ class MAML(EpisodicModule):
         return self._once_for_its_kind(network, episodes, look)
 
     def _compare_stacked(self, episodes: AnyEpisodes, network: nn.Module, dtype: torch.dtype | None) -> Verdict:
+        curved = self.curvature == "exact" and network is self.network  # a copy only adapts, by first derivatives
         episodes = detached(episodes)
         network, criterion, averages = structural_copy(network, dtype), self.loss, self._averages(0)
         if dtype is not None:
@@ -550,7 +551,7 @@ class MAML(EpisodicModule):
                 partial(both_losses, stacked),
                 single.params | of_outputs.params,
                 episodes,
-                curved=self.curvature == "exact",
+                curved=curved,
             )
 
     def _support_loss(

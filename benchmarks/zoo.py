@@ -1,0 +1,143 @@
+"""Every network of tests/zoo_catalogue.py: exact and first-order MAML and adaptation, against autograd through the unrolled loop."""
+
+import argparse
+import copy
+import sys
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from unrolled import Outcome, error, loss_of, outcome, outputs_of, reference, start_of, step, tasks_of, write_between
+
+from lightning_maml import FOMAML, MAML, Episodes
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from zoo_catalogue import NETWORKS, Entry, episodes_of, network_of, size_of
+
+STEPS = 1
+LENGTH = 0.1
+"""Of an inner step, in the units of the parameters: a rate that suits one network is nothing, or far too much, for another."""
+
+MOST = 1e-6
+TOGETHER = 3e6
+"""Networks with at most so many parameters are adapted to both tasks together, others to one."""
+
+TOLD_APART = 1e-4
+"""By how much the exact meta-gradient must at least differ from the first-order one: else the first would pass for the second."""
+
+
+def in_evaluation(network: nn.Module) -> nn.Module:
+    """Return the network in evaluation mode, but with each batch's own statistics.
+
+    Training mode comes first: some networks keep in evaluation what they computed from their parameters, until they train again.
+    """
+    network.train().eval()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = True
+    return network
+
+
+def adapted(network: nn.Module, task: Episodes, rate: float) -> Tensor:
+    """Return the query outputs of plain gradient descent on the support set, in evaluation mode."""
+    w = start_of(network)
+    for _ in range(STEPS):
+        w = step(in_evaluation(network), w, task.support_x, task.support_y, rate, graph=False)
+        w = {name: p.detach().requires_grad_() for name, p in w.items()}
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with torch.no_grad():
+        return outputs_of(in_evaluation(network), {**buffers, **w}, task.query_x)
+
+
+def rate_of(network: nn.Module, episodes: Episodes) -> float:
+    """Return the inner rate with which the first step has its length."""
+    task = next(tasks_of(episodes))
+    start = start_of(network)
+    loss = loss_of(network, start, task.support_x, task.support_y)
+    gradient = torch.autograd.grad(loss, [*start.values()], materialize_grads=True)
+    return LENGTH / float(torch.stack([g.norm() for g in gradient]).norm())
+
+
+def row(entry: Entry) -> dict[str, Outcome]:
+    """Return the outcomes of one network."""
+    network = network_of(entry)
+    episodes = episodes_of(entry, network)
+    plain = copy.deepcopy(network)
+    rate = rate_of(plain, episodes)
+
+    def gradient(algorithm: type[MAML]) -> dict[str, Tensor]:
+        return algorithm(network, inner_lr=rate, train_steps=STEPS).meta_gradient(episodes)
+
+    def adapted_apart() -> float:
+        model = MAML(network, inner_lr=rate, train_steps=STEPS)
+        together = size_of(network) <= TOGETHER
+        tasks = episodes if together else next(tasks_of(episodes))
+        found: Any = model.adapt(tasks.support_x, tasks.support_y)(tasks.query_x)
+        right = [adapted(plain, task, rate) for task in (tasks_of(episodes) if together else [tasks])]
+        return float((getattr(found, "logits", found) - torch.stack(right)).norm() / torch.stack(right).norm())
+
+    right = reference(plain, episodes, rate, STEPS)
+    if right.exact is not None and error(right.first_order or {}, right.exact) < TOLD_APART:
+        raise AssertionError("Expected an exact meta-gradient that differs from the first-order one; take a larger rate.")
+    cells = {
+        "exact": outcome(lambda: error(gradient(MAML), right.exact), MOST),
+        "first order": outcome(lambda: error(gradient(FOMAML), right.first_order), MOST),
+        "adapt": outcome(adapted_apart, MOST),
+    }
+    left = plain.state_dict()
+    changed = [name for name, tensor in network.state_dict().items() if not torch.equal(tensor, left[name])]
+    return cells | ({"network": Outcome("WRONG", f"changed: {changed[:3]}")} if changed else {})
+
+
+def table(rows: Mapping[str, Mapping[str, Outcome]]) -> str:
+    """Return the outcomes as a table with a line for each library, and what was said where a network was refused."""
+    columns = ("exact", "first order", "adapt")
+    lines = [f"| | networks | {' | '.join(columns)} |", "|---|---|---|---|---|"]
+    refused: dict[tuple[str, str], list[str]] = defaultdict(list)
+    libraries: dict[str, list[Mapping[str, Outcome]]] = defaultdict(list)
+    for name, cells in rows.items():
+        library, network = name.split()
+        libraries[library].append(cells)
+        for column, found in cells.items():
+            if found.word == "refused":
+                refused[column, found.detail].append(network)
+    for library, of_library in libraries.items():
+        counts = [Counter(cells[column].word for cells in of_library if column in cells) for column in columns]
+        sums = [", ".join(f"{number} {word}" for word, number in sorted(count.items())) for count in counts]
+        lines.append(f"| {library} | {len(of_library)} | {' | '.join(sums)} |")
+    lines += [f"\nRefused ({column}): {', '.join(sorted(names))}: *{said}*" for (column, said), names in refused.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the outcomes; write their table into docs/quality.md with --write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="networks, or libraries; by default all")
+    parser.add_argument("--write", action="store_true", help="write the table between the markers of docs/quality.md")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows: dict[str, dict[str, Outcome]] = {}
+    for name in NETWORKS:
+        if arguments.names and not {name, *name.split()}.intersection(arguments.names):
+            continue
+        began = time.perf_counter()
+        try:
+            rows[name] = row(NETWORKS[name])
+        except Exception as failure:  # noqa: BLE001 # the reference or the network itself
+            rows[name] = {"exact": Outcome("CRASH", f"reference: {type(failure).__name__}: {failure}")}
+        found = "; ".join(f"{key}: {word} {detail[:200]}" for key, (word, detail) in rows[name].items())
+        print(f"{name:44s} {time.perf_counter() - began:5.1f} s  {found}", flush=True)
+    print(table(rows))
+    if arguments.write:
+        write_between("zoo", table(rows))
+    sys.exit(any(found.word in ("WRONG", "CRASH") for cells in rows.values() for found in cells.values()))
+
+
+if __name__ == "__main__":
+    main()
