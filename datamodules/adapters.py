@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_maml.datamodules.known_classes import check_splits, of_easyfsl, of_learn2learn
 from lightning_maml.datamodules.messages import first_five
@@ -111,13 +111,14 @@ def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
     Raises:
         ValueError: If they differ in the number of support or query examples.
     """
-    sizes = {(len(task.support_x), len(task.query_x)) for task in tasks}
+    sizes = {(len(task.support_y), len(task.query_y)) for task in tasks}
     if len(sizes) > 1:
         raise ValueError(
             f"Expected the tasks of a meta-batch to have the same number of support and of query examples but got {sorted(sizes)}; "
             "let the sampler draw as many for each task, or use meta_batch_size=1."
         )
-    return Episodes(*map(torch.stack, zip(*tasks, strict=True)))
+    episodes: Episodes = default_collate([*tasks])
+    return episodes
 
 
 class _Loaders(LightningDataModule):

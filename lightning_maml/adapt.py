@@ -10,18 +10,19 @@ from torch.utils._pytree import tree_map
 
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, detached
+from lightning_maml.inputs import Inputs, map_tensors
 from lightning_maml.objective import BatchLoss, Objective
 from lightning_maml.rates import InnerRates, Rates, descend, learned, rates_of_steps
 from lightning_maml.stack import ONE, Stack
 from lightning_maml.task_map import TaskExecution, map_tasks
 
-Loss = Callable[[Params, Tensor, Tensor], Any]
+Loss = Callable[[Params, Any, Tensor], Any]
 """``loss(params, x, y)`` of one task's batch: a scalar, or with ``has_aux`` the scalar and anything else worth keeping."""
 
 QueryLoss = Callable[[Params, Any], Any]
 """``query_loss(params, task)`` for a query loss that also looks at the support set (batch statistics, say)."""
 
-Sample = Callable[[Params, Tensor, Tensor], tuple[Any, Any]]
+Sample = Callable[[Params, Any, Tensor], tuple[Any, Any]]
 """``sample(params, x, y)`` returns what ``loss`` gets in place of ``x`` and ``y``, if data depend on the parameters they are drawn at."""
 
 LossAt = Callable[[Params], BatchLoss]
@@ -125,8 +126,8 @@ def adaptation_curve(
     check_step_count(steps)
     rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)
-    if isinstance(episodes, ResampledEpisodes) and steps > episodes.support_x.shape[1]:
-        raise ValueError(f"Expected `steps` to be at most {episodes.support_x.shape[1]}, the support batches of a task, but got {steps}.")
+    if isinstance(episodes, ResampledEpisodes) and steps > episodes.support_y.shape[1]:
+        raise ValueError(f"Expected `steps` to be at most {episodes.support_y.shape[1]}, the support batches of a task, but got {steps}.")
 
     with torch.inference_mode(False), torch.no_grad():
         episodes, params, rates = detached((episodes, params, rates))
@@ -145,7 +146,7 @@ def adaptation_curve(
 def adapted_parameters(
     loss: Loss | Sequence[Loss],
     params: Params,
-    support_x: Tensor,
+    support_x: Inputs,
     support_y: Tensor,
     *,
     inner_lr: InnerRates,
@@ -182,8 +183,9 @@ def adapted_parameters(
             w = end_of_path(losses.support, partial(Objective, stack=stack), stack.shared(params), rates[:steps])
             return {name: w[name] for name in names}
 
-        support = Episodes(support_x, support_y, support_x[:, :0], support_y[:, :0])
-        adapted = {name: params[name].new_empty(len(support_x), *params[name].shape) for name in names}
+        no_queries = map_tensors(lambda tensor: tensor[:, :0], (support_x, support_y))
+        support = Episodes(support_x, support_y, *no_queries)
+        adapted = {name: params[name].new_empty(len(support_y), *params[name].shape) for name in names}
         done = 0
         for chunk in map_tasks(last_point, support, tasks=tasks, chunk_size=chunk_size, may_draw=may_draw):
             for name, tensor in chunk.items():  # copied as they come, so that the next chunk can reuse this one's memory
@@ -203,7 +205,7 @@ def task_losses(
 ) -> TaskLosses:
     """Return the losses of a task, or of the tasks of ``stack``, as functions of the parameters alone; sequences are for w_0 .. w_N."""
 
-    def batch(x: Tensor, y: Tensor, value_of: Callable[..., Any], *rest: Any, keep_aux: bool = False) -> LossAt:
+    def batch(x: Any, y: Tensor, value_of: Callable[..., Any], *rest: Any, keep_aux: bool = False) -> LossAt:
         def drawn_at(w: Params) -> BatchLoss:
             drawn = (x, y) if sample is None else stack.each(sample)(w, x, y)
 
@@ -228,9 +230,9 @@ def task_losses(
     query_losses = [query_loss] * (steps + 1) if query_loss is None or callable(query_loss) else list(query_loss)
     query = [batch(task.query_x, task.query_y, partial(of_query, j), task, keep_aux=True) for j in range(steps + 1)]
     if isinstance(task, ResampledEpisodes):
-        s_x, s_y, d_x, d_y = (tensor.unbind(stack.dim) for tensor in (task.support_x, task.support_y, task.hessian_x, task.hessian_y))
-        support = [batch(s_x[j], s_y[j], losses[j]) for j in range(steps)]
-        return TaskLosses(support, [batch(d_x[j], d_y[j], losses[j]) for j in range(steps)], query)
+        of_steps = [map_tensors(lambda tensor, j=j: tensor.select(stack.dim, j), task[:4]) for j in range(steps)]
+        support = [batch(x, y, losses[j]) for j, (x, y, _, _) in enumerate(of_steps)]
+        return TaskLosses(support, [batch(x, y, losses[j]) for j, (_, _, x, y) in enumerate(of_steps)], query)
     return TaskLosses([batch(task.support_x, task.support_y, losses[j]) for j in range(steps)], None, query)
 
 
@@ -262,7 +264,7 @@ def check_support_batches(episodes: ResampledEpisodes, steps: int) -> None:
     Raises:
         ValueError: If there are more or fewer.
     """
-    drawn = episodes.support_x.shape[1]
+    drawn = episodes.support_y.shape[1]
     if drawn != steps:
         raise ValueError(
             f"Expected `episodes` to hold {steps} support batches per task, one per inner step, but got {drawn}; "

@@ -15,7 +15,7 @@ from lightning_maml.episodic_module import LossFunction, OptimizerFactory, Sched
 from lightning_maml.execution import TasksName
 from lightning_maml.functional import Params
 from lightning_maml.implicit import implicit_gradient, proximal
-from lightning_maml.learner import OF_LOSS, BatchNormPolicy, FunctionalLoss, Learner
+from lightning_maml.learner import OF_LOSS, BatchNormPolicy, Learner
 from lightning_maml.meta_gradient import MetaGradient
 from lightning_maml.module import MAML
 from lightning_maml.parts import PartName
@@ -216,7 +216,7 @@ class Reptile(MAML):
     compiles = False
 
     def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
-        if learned := [name.removeprefix(OF_LOSS) for name in FunctionalLoss(self.loss).params]:
+        if learned := [name.removeprefix(OF_LOSS) for name in self._loss_of_outputs().params]:
             raise ValueError(
                 f"Expected a loss without trainable parameters with Reptile, which trains only what adapts, but got {learned}; freeze them "
                 "by requires_grad_(False), or train with MAML or FOMAML."

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_maml.functional import Params, holding, places
+from lightning_maml.inputs import Inputs, call
 
 _KINDS = ("running_mean", "running_var")
 
@@ -71,7 +72,7 @@ def averages_kept(network: nn.Module) -> Iterator[None]:
             of_norm.update(tensors)
 
 
-def entering_statistics(network: nn.Module, params: Params, x: Tensor, *, correction: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+def entering_statistics(network: nn.Module, params: Params, x: Inputs, *, correction: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     """Return mean and variance ``[C]`` of what enters each batch norm of ``network`` for the inputs ``x`` of one task.
 
     With ``correction`` 0 the variance is the one that a batch is normalised by, with 1 the one that running averages are taken of. Buffers
@@ -97,7 +98,7 @@ def entering_statistics(network: nn.Module, params: Params, x: Tensor, *, correc
     try:
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         with holding(places(network), {**buffers, **params}):
-            network(x)
+            call(network, x)
     finally:
         for handle in handles:
             handle.remove()

@@ -25,6 +25,7 @@ from lightning_maml.datamodules import EpisodicDataModule
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, first_task, support_set
 from lightning_maml.episodic_module import EpisodicModule
 from lightning_maml.functional import axpy, norm
+from lightning_maml.inputs import map_tensors
 from lightning_maml.learner import Learner
 from lightning_maml.module import MAML
 from lightning_maml.report import Adaptive, Settings, report
@@ -67,14 +68,14 @@ class _Trainer(Trainer):
         datamodule.trainer, self.training = self, True  # the episodes and their transforms are those of training
         datamodule.prepare_data()
         episodes = datamodule.independent_episodes("measure", 0, tasks)
-        episodes = datamodule.on_after_batch_transfer(type(episodes)(*(tensor.to(model.device) for tensor in episodes)), 0)
+        episodes = datamodule.on_after_batch_transfer(map_tensors(lambda tensor: tensor.to(model.device), episodes), 0)
         constants = model.probe(episodes, progress=True).constants(model.inner_lr, model.train_steps)
         if not math.isfinite(constants.L + constants.rho):
             raise FloatingPointError("Expected finite curvature along the inner path but it is not; lower inner_lr.")
         where = "the initial weights" if ckpt_path is None else ckpt_path
         print(f"\n{type(model).__name__} at {where}, {tasks} training tasks\n")
         print(report(constants, _settings(self, model, datamodule, episodes)))
-        if model.curvature != "exact" and not (isinstance(episodes, ResampledEpisodes) and episodes.hessian_x.shape[2] == 0):
+        if model.curvature != "exact" and not (isinstance(episodes, ResampledEpisodes) and episodes.hessian_y.shape[2] == 0):
             exact = model.meta_gradient(episodes, "exact")
             error = float(norm(axpy(-1.0, exact, model.meta_gradient(episodes))) / norm(exact))
             print(
@@ -115,9 +116,9 @@ def _settings(trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, epi
         inner_lr=model.inner_lr,
         steps=model.train_steps,
         tasks=datamodule.meta_batch_size * trainer.accumulate_grad_batches * trainer.world_size,
-        query=episodes.query_x.shape[1],
-        resampling=(episodes.support_x.shape[2], episodes.hessian_x.shape[2]) if isinstance(episodes, ResampledEpisodes) else None,
-        probe_radius=model.probe_radius or default_probe_radius(episodes.query_x.dtype),
+        query=episodes.query_y.shape[1],
+        resampling=(episodes.support_y.shape[2], episodes.hessian_y.shape[2]) if isinstance(episodes, ResampledEpisodes) else None,
+        probe_radius=model.probe_radius or default_probe_radius(next(model.network.parameters()).dtype),
         stepsize=stepsize,
         kinks=kinks(model.network) or _kinked_operations(model, episodes),
     )

@@ -13,6 +13,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import Params
+from lightning_maml.inputs import map_tensors
+from lightning_maml.inputs import tensors as tensors_of
 from lightning_maml.randomness import generator_states, generators_drawn_from
 from lightning_maml.rates import Rates, learned
 
@@ -38,8 +40,8 @@ class Compiler:
 
     def __call__(self, setting: Hashable, function: OfTasks, params: Params, rates: Sequence[Rates], task: AnyEpisodes) -> Any:
         """Return ``function(params, rates, task)``, where ``setting`` is all that the function depends on besides them."""
-        tensors = [*params.values(), *(rate for of_step in rates for rate in learned(of_step).values()), *task]
-        device = task.support_x.device.type
+        tensors = [*params.values(), *(rate for of_step in rates for rate in learned(of_step).values()), *tensors_of(task)]
+        device = task.support_y.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         numbers = tuple(tuple((name, None if isinstance(rate, Tensor) else rate) for name, rate in of_step.items()) for of_step in rates)
         kind = (setting, autocast, type(task), tuple(params), numbers, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
@@ -69,12 +71,12 @@ def _compiled(
         given = iter(tensors)
         w = {name: next(given) for name in params}
         at = [{name: next(given) if isinstance(rate, Tensor) else rate for name, rate in of_step.items()} for of_step in rates]
-        found, result = tree_flatten(function(w, at, type(task)(*given)))
+        found, result = tree_flatten(function(w, at, map_tensors(lambda _: next(given), task)))
         of_result.append(result)
         return found
 
     start = time.perf_counter()
-    device = task.support_x.device
+    device = task.support_y.device
     before = generator_states(device)
     traced = make_fx(of_tensors, {torch.ops.aten.convolution.default: _bias_apart})(*tensors)
     if generators_drawn_from(before, device):

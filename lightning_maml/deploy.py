@@ -1,15 +1,16 @@
 """Networks adapted to their tasks, as plain modules for new queries."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml.batch_statistics import batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.functional import Params, holding, places
+from lightning_maml.inputs import Inputs, call, count, map_tensors, tensors
 from lightning_maml.learner import BatchNormPolicy, deep_copy, run_uncompiled, structural_copy
+from lightning_maml.outputs import map_outputs, tensors_in
 from lightning_maml.stack import Randomness
 from lightning_maml.trial import Verdict, compare
 
@@ -28,7 +29,7 @@ class AdaptedNetworks(nn.Module):
         ValueError: With ``"support"``, if a batch-norm layer is called more than once.
     """
 
-    def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Tensor, stacked: bool = True) -> None:
+    def __init__(self, network: nn.Module, adapted: Params, batch_norm: BatchNormPolicy, support_x: Inputs, stacked: bool = True) -> None:
         super().__init__()
         self.stacked = stacked
         self._network = deep_copy(network).eval()
@@ -42,8 +43,8 @@ class AdaptedNetworks(nn.Module):
                 forget_running_averages(norm)
         states = list(adapted.values())
         if batch_norm == "support":
-            tasks = range(len(support_x))
-            each = [entering_statistics(self._network, {name: p[t] for name, p in adapted.items()}, support_x[t]) for t in tasks]
+            tasks = [map_tensors(lambda tensor, t=t: tensor[t], (adapted, support_x)) for t in range(count(support_x))]
+            each = [entering_statistics(self._network, params, x) for params, x in tasks]
             for name in each[0]:
                 norms[name].track_running_stats = True
                 norms[name].running_mean, norms[name].running_var = (tensor.clone() for tensor in each[0][name])
@@ -51,50 +52,54 @@ class AdaptedNetworks(nn.Module):
                 states += [torch.stack(tensors) for tensors in zip(*(found[name] for found in each), strict=True)]
         self._states = nn.ParameterList(nn.Parameter(state, requires_grad=False) for state in states)
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Inputs) -> Any:
         """Return the outputs ``[T, Q, ...]`` for queries ``[T, Q, ...]``, where each task's come from its own network.
+
+        A dict, tuple or list of tensors is given to each network as it is in training: ``network(**x)``, ``network(*x)``.
 
         Raises:
             ValueError: If there are queries of more or fewer tasks than were adapted to.
         """
         states = dict(zip(self._names, self._states, strict=True))
         tasks = len(self._states[0])
-        if len(x) != tasks:
-            raise ValueError(f"Expected queries [T, Q, ...] of the {tasks} tasks that were adapted to but got shape {list(x.shape)}.")
-        call = self._caller()
-        return torch.func.vmap(call)(states, x) if self.stacked else _one_by_one(call, states, x)
+        if any(len(tensor) != tasks for tensor in tensors(x)):
+            raise ValueError(
+                f"Expected queries [T, Q, ...] of the {tasks} tasks that were adapted to but got shape {list(tensors(x)[0].shape)}."
+            )
+        of_state = self._caller()
+        return _as_one(of_state, states, x) if self.stacked else _one_by_one(of_state, states, x)
 
-    def compare_stacked(self, x: Tensor) -> Verdict:
+    def compare_stacked(self, x: Inputs) -> Verdict:
         """Compare the outputs of two of the networks called as one with those of each alone.
 
         Args:
             x: Inputs ``[T, Q, ...]``.
         """
-        last = len(x) - 1
+        last = count(x) - 1
         states = {name: state[[0, last]] for name, state in zip(self._names, self._states, strict=True)}
-        inputs = x[[0, last]]
+        inputs = map_tensors(lambda tensor: tensor[[0, last]], x)
 
         def outputs(found: Any) -> dict[str, Tensor]:
-            return {f"output {number}": leaf for number, leaf in enumerate(tree_leaves(found))}
+            return {f"output {number}": leaf for number, leaf in enumerate(tensors_in(found))}
 
         def alone(_: int) -> dict[str, Tensor]:
             return outputs(_one_by_one(self._caller(), states, inputs))
 
         def together(_: int, randomness: Randomness) -> dict[str, Tensor]:
-            return outputs(torch.func.vmap(self._caller(), randomness=randomness)(states, inputs))
+            return outputs(_as_one(self._caller(), states, inputs, randomness))
 
-        return compare(alone, together, x.device)
+        return compare(alone, together, self._states[0].device)
 
-    def _caller(self) -> Callable[[Params, Tensor], Any]:
+    def _caller(self) -> Callable[[Params, Any], Any]:
         # a copy, because what the network keeps of a call must not be kept: under vmap it is of no use later
         network = structural_copy(self._network)
         where = places(network)
 
-        def call(state: Params, x: Tensor) -> Any:
+        def of_state(state: Params, x: Any) -> Any:
             with holding(where, state):
-                return network(x)
+                return call(network, x)
 
-        return call
+        return of_state
 
     def network(self, task: int) -> nn.Module:
         """Return the network of one task, a module of the same class as the meta-trained one, for queries ``[Q, ...]``."""
@@ -104,6 +109,19 @@ class AdaptedNetworks(nn.Module):
         return network
 
 
-def _one_by_one(call: Callable[[Params, Tensor], Any], states: Params, x: Tensor) -> Any:
-    each = [call({name: state[task] for name, state in states.items()}, x[task]) for task in range(len(x))]
-    return tree_map(lambda *outputs: torch.stack(outputs), *each)
+def _one_by_one(of_state: Callable[[Params, Any], Any], states: Params, x: Any) -> Any:
+    tasks = range(count(x))
+    each = [of_state(*map_tensors(lambda tensor, task=task: tensor[task], (states, x))) for task in tasks]
+    stacked = map(torch.stack, zip(*map(tensors_in, each), strict=True))
+    return map_outputs(lambda _: next(stacked), each[0])
+
+
+def _as_one(of_state: Callable[[Params, Any], Any], states: Params, x: Any, randomness: Randomness | Literal["error"] = "error") -> Any:
+    form: list[Any] = []
+
+    def tensors_of_outputs(state: Params, x: Any) -> list[Tensor]:  # vmap lets no other objects through
+        form.append(of_state(state, x))
+        return tensors_in(form[0])
+
+    stacked = iter(torch.func.vmap(tensors_of_outputs, randomness=randomness)(states, x))
+    return map_outputs(lambda _: next(stacked), form[0])

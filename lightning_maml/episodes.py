@@ -1,8 +1,11 @@
 """What a meta-batch is: T few-shot tasks, each with its support, query and, in the resampling case, Hessian batches."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from lightning_maml.inputs import map_tensors
 
 
 class Episodes(NamedTuple):
@@ -10,6 +13,10 @@ class Episodes(NamedTuple):
 
     A NamedTuple of tensors, so Lightning moves it between devices, a DataLoader stacks and pins it, and
     ``torch.func.vmap`` maps over its tasks. One task is the same type without the leading ``T``.
+
+    Inputs may also be a dict of tensors, with which the network is called as ``network(**x)`` (token ids and their mask,
+    for instance), or a tuple or list of tensors, ``network(*x)``. Then each of these tensors is ``[T, S, ...]``, and
+    support and query inputs have the same names.
 
     Attributes:
         support_x: Inputs to adapt on, ``[T, S, ...]``; images are ``[T, S, C, H, W]``.
@@ -19,9 +26,9 @@ class Episodes(NamedTuple):
         query_y: Their labels or targets, ``[T, Q]`` or ``[T, Q, ...]``.
     """
 
-    support_x: Tensor
+    support_x: Any
     support_y: Tensor
-    query_x: Tensor
+    query_x: Any
     query_y: Tensor
 
 
@@ -41,11 +48,11 @@ class ResampledEpisodes(NamedTuple):
         query_y: Its labels or targets, ``[T, Q]`` or ``[T, Q, ...]``.
     """
 
-    support_x: Tensor
+    support_x: Any
     support_y: Tensor
-    hessian_x: Tensor
+    hessian_x: Any
     hessian_y: Tensor
-    query_x: Tensor
+    query_x: Any
     query_y: Tensor
 
 
@@ -55,12 +62,15 @@ AnyEpisodes = Episodes | ResampledEpisodes
 
 def first_task(episodes: AnyEpisodes) -> AnyEpisodes:
     """Return the first task of a meta-batch, without the dimension of tasks."""
-    return type(episodes)(*(tensor[0] for tensor in episodes))
+    first: AnyEpisodes = map_tensors(lambda tensor: tensor[0], episodes)
+    return first
 
 
-def support_set(task: AnyEpisodes) -> tuple[Tensor, Tensor]:
+def support_set(task: AnyEpisodes) -> tuple[Any, Tensor]:
     """Return the inputs and labels of one task's support set; if there is one per step, those of the first step."""
-    return (task.support_x, task.support_y) if isinstance(task, Episodes) else (task.support_x[0], task.support_y[0])
+    if isinstance(task, Episodes):
+        return task.support_x, task.support_y
+    return map_tensors(lambda tensor: tensor[0], task.support_x), task.support_y[0]
 
 
 def check_episodes(episodes: Any) -> None:
@@ -80,36 +90,67 @@ def check_episodes(episodes: Any) -> None:
     dimensions = {name: ["tasks", "examples"] for name in episodes._fields}
     if resampled:
         dimensions |= {name: ["tasks", "inner steps", "examples"] for name in episodes._fields if not name.startswith("query")}
-    for name, tensor in episodes._asdict().items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"Expected `{name}` to be a tensor but got {type(tensor).__name__}; make it one, torch.from_numpy(...) for an array."
-            )
-        if tensor.ndim < len(dimensions[name]):
-            raise ValueError(
-                f"Expected `{name}` to have at least the dimensions [{', '.join(dimensions[name])}] but got shape {list(tensor.shape)}; "
-                "add a leading dimension for a single task."
-            )
+    held = {name: _tensors_of(name, value) for name, value in episodes._asdict().items()}
+    for name, of_name in held.items():
+        for label, tensor in of_name.items():
+            if tensor.ndim < len(dimensions[name]):
+                raise ValueError(
+                    f"Expected `{label}` to have at least the dimensions [{', '.join(dimensions[name])}] but got shape "
+                    f"{list(tensor.shape)}; add a leading dimension for a single task."
+                )
     for name in episodes._fields[1::2]:
         _check_one_label_per_example(name, getattr(episodes, name), dimensions[name])
-    if len({len(tensor) for tensor in episodes}) > 1:
-        sizes = {name: len(tensor) for name, tensor in episodes._asdict().items()}
+    all_held = {label: tensor for of_name in held.values() for label, tensor in of_name.items()}
+    sizes = {label: len(tensor) for label, tensor in all_held.items()}
+    if len({*sizes.values()}) > 1:
         raise ValueError(f"Expected all tensors of `episodes` to hold the same number of tasks but got {sizes}.")
-    if len(episodes.support_x) == 0:
+    if len(episodes.support_y) == 0:
         raise ValueError("Expected `episodes` to hold at least one task but got none.")
-    if resampled and len({tensor.shape[1] for tensor in episodes[:4]}) > 1:
-        sizes = {name: tensor.shape[1] for name, tensor in zip(episodes._fields[:4], episodes, strict=False)}
-        raise ValueError(f"Expected support and Hessian batches for the same number of inner steps but got {sizes}.")
+    if resampled:
+        steps = {label: tensor.shape[1] for name in episodes._fields[:4] for label, tensor in held[name].items()}
+        if len({*steps.values()}) > 1:
+            raise ValueError(f"Expected support and Hessian batches for the same number of inner steps but got {steps}.")
     for x, y in zip(episodes._fields[::2], episodes._fields[1::2], strict=True):
-        of_x, of_y = (getattr(episodes, name).shape[len(dimensions[name]) - 1] for name in (x, y))
-        if of_x != of_y:
-            raise ValueError(f"Expected `{x}` and `{y}` to hold the same number of examples but got {of_x} and {of_y}.")
-        if of_x == 0 and x != "hessian_x":
+        of_y = getattr(episodes, y).shape[len(dimensions[y]) - 1]
+        for label, tensor in held[x].items():
+            of_x = tensor.shape[len(dimensions[x]) - 1]
+            if of_x != of_y:
+                raise ValueError(f"Expected `{label}` and `{y}` to hold the same number of examples but got {of_x} and {of_y}.")
+        if of_y == 0 and x != "hessian_x":
             raise ValueError(f"Expected `{x}` to hold at least one example per task but got none.")
-    if len(types := {tensor.dtype for tensor in episodes[::2]}) > 1:
-        raise ValueError(
-            f"Expected all inputs of `episodes` to be of one type but got {' and '.join(sorted(map(str, types)))}; convert them."
-        )
+    _check_that_inputs_are_alike(held, episodes._fields[::2])
+
+
+def _tensors_of(name: str, value: Any) -> dict[str, Tensor]:
+    """Return the tensors of one part of an episode, by the names that a message would give them."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    are_inputs = "_x" in name
+    if are_inputs and isinstance(value, dict | tuple | list) and value:
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        return {label: tensor for key, part in parts for label, tensor in _tensors_of(f"{name}[{key!r}]", part).items()}
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        cure = "dict(...) of it is one"
+    elif value is None:
+        cure = "leave it out"
+    else:
+        cure = "make it one, torch.from_numpy(...) for an array"
+    expected = "a tensor, or a dict, tuple or list of tensors," if are_inputs else "a tensor"
+    raise TypeError(f"Expected `{name}` to be {expected} but got {type(value).__name__}; {cure}.")
+
+
+def _check_that_inputs_are_alike(held: dict[str, dict[str, Tensor]], names: tuple[str, ...]) -> None:
+    first, *others = names
+    kinds = {label.removeprefix(first): tensor.dtype for label, tensor in held[first].items()}
+    for name in others:
+        found = {label.removeprefix(name): tensor.dtype for label, tensor in held[name].items()}
+        if found.keys() != kinds.keys():
+            raise ValueError(
+                f"Expected the same tensors in `{first}` and `{name}` but got {', '.join(held[first])} and {', '.join(held[name])}."
+            )
+        if different := [(kinds[label], dtype) for label, dtype in found.items() if dtype != kinds[label]]:
+            types = " and ".join(sorted(map(str, different[0])))
+            raise ValueError(f"Expected all inputs of `episodes` to be of one type but got {types}; convert them.")
 
 
 def _check_one_label_per_example(name: str, y: Tensor, dimensions: list[str]) -> None:

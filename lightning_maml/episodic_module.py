@@ -23,16 +23,21 @@ from lightning_maml.batch_statistics import averages_kept, batch_norms
 from lightning_maml.checkpoints import WholeCheckpoints, read_trained
 from lightning_maml.episodes import AnyEpisodes, check_episodes
 from lightning_maml.functional import Params
+from lightning_maml.inputs import Inputs, call, cat, count, map_tensors, shapes, tensors
 from lightning_maml.learner import BatchNormPolicy, Learner, deep_copy, writes
 from lightning_maml.metrics import Estimate, TaskMean
+from lightning_maml.outputs import logits_in
 from lightning_maml.plain import plain
 from lightning_maml.randomness import random_state, set_random_state, set_torch_random_state, torch_random_state
 from lightning_maml.repro import save_step
 from lightning_maml.targets import ignored_label
 from lightning_maml.trial import Verdict
 
-LossFunction = nn.Module | Callable[[Tensor, Tensor], Tensor]
-"""Maps outputs and labels or targets, each ``[B, ...]``, to their mean loss; modules are listed so that YAML may have ``init_args``."""
+LossFunction = nn.Module | Callable[[Any, Tensor], Tensor]
+"""Maps what the network returns (torch's own losses: its logits) and labels or targets, each ``[B, ...]``, to their mean loss.
+
+Modules are listed so that YAML may have ``init_args``.
+"""
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -247,10 +252,25 @@ class EpisodicModule(LightningModule):
             set_random_state(self._random_state, self.device)
             self._random_state = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return the outputs of the network as it is, without adaptation."""
-        outputs: Tensor = self.network(x)
-        return outputs
+        return self.network(*inputs, **named)
+
+    @staticmethod
+    def logits(outputs: Any) -> Any:
+        """Return the logits, or a regression's outputs, from what the network returned.
+
+        Override it for a network that names them otherwise. Accuracy, predictions and torch's own losses are of these; a
+        loss of your own is given what the network returned.
+
+        Args:
+            outputs: What the network returned for ``B`` examples.
+
+        Returns:
+            A tensor ``[B, ...]``: the outputs if they are one, or their attribute or entry ``logits``; of a regression also other outputs
+            as they are, if they are tensors in dicts, tuples and lists.
+        """
+        return logits_in(outputs)
 
     def training_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor | None:
         """Return the query loss, as a scalar whose backward pass deposits the meta-gradient; None for a step that is skipped.
@@ -304,10 +324,9 @@ class EpisodicModule(LightningModule):
         """Log the means over all test tasks."""
         self._log_estimates("test")
 
-    def predict_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+    def predict_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
-        outputs: Tensor = self._evaluate_uncompiled(batch).aux[:, -1]
-        return outputs
+        return map_tensors(lambda outputs: outputs[:, -1], self._evaluate_uncompiled(batch).aux)
 
     def _start_judging(self, batches_of_loaders: Sequence[int | float]) -> None:
         self._figures = [TaskMean().to(self.device) for _ in batches_of_loaders]
@@ -360,7 +379,7 @@ class EpisodicModule(LightningModule):
             look: Finds out whether they can be stacked.
         """
         mode = (network is self.network, network.training)
-        kind = (self.network, mode, *((tensor.dtype, tensor.shape[1:]) for tensor in episodes))
+        kind = (self.network, mode, *shapes(episodes))
         loss, verdict = self._verdicts.get(kind, (None, Verdict()))
         if loss is not self.loss:
             verdict = look()
@@ -383,12 +402,12 @@ class EpisodicModule(LightningModule):
         averages = self.batch_norm == "running"
         if not writes(self.network) and not (averages and batch_norms(self.network)):
             return
-        sets = [*episodes.support_x.flatten(0, episodes.support_x.ndim - episodes.query_x.ndim), *episodes.query_x]
+        sets = [*_sets(episodes.support_x, episodes.support_y.ndim - episodes.query_y.ndim), *_sets(episodes.query_x)]
         with torch.no_grad(), nullcontext() if averages else averages_kept(self.network), _same_buffers(self.network):
             if self._sees_all_at_once is None:
-                self._sees_all_at_once = _accepts(self.network, torch.cat(sets))
-            for x in [torch.cat(sets)] if self._sees_all_at_once else sets:
-                self.network(x)
+                self._sees_all_at_once = _accepts(self.network, cat(sets))
+            for x in [cat(sets)] if self._sees_all_at_once else sets:
+                call(self.network, x)
 
 
 def _refuse_lazy(network: nn.Module) -> None:
@@ -420,15 +439,22 @@ def refuse_without_gradient(without_gradient: list[str]) -> None:
         )
 
 
-def _accepts(network: nn.Module, x: Tensor) -> bool:
+def _sets(x: Inputs, batches: int = 0) -> list[Any]:
+    """Return the inputs of each task, and where it has several batches, of each of these, from ``[T, ..., B, ...]``."""
+    flat = map_tensors(lambda tensor: tensor.flatten(0, batches), x)
+    return [map_tensors(lambda tensor, number=number: tensor[number], flat) for number in range(count(flat))]
+
+
+def _accepts(network: nn.Module, x: Inputs) -> bool:
     """Return whether a network runs on inputs ``x``, which may be more than it runs on otherwise; it stays as it is."""
-    before = torch_random_state(x.device)
+    device = tensors(x)[0].device
+    before = torch_random_state(device)
     try:
-        deep_copy(network)(x)
+        call(deep_copy(network), x)
     except Exception:  # noqa: BLE001 # a network that was made for a certain number of examples may raise anything
         return False
     finally:
-        set_torch_random_state(before, x.device)
+        set_torch_random_state(before, device)
     return True
 
 
@@ -437,8 +463,8 @@ def _same_buffers(network: nn.Module) -> Iterator[None]:
     """Copy values that replace a buffer meanwhile into the tensor that it was, which other code may refer to (compiled programs do)."""
     before = [(module._buffers, dict(module._buffers)) for module in network.modules()]
     yield
-    for buffers, tensors in before:
-        for name, tensor in tensors.items():
+    for buffers, originals in before:
+        for name, tensor in originals.items():
             now = buffers.get(name)
             if tensor is not None and now is not None and now is not tensor and now.shape == tensor.shape:
                 buffers[name] = tensor.copy_(now)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_maml.episodes import AnyEpisodes, Episodes
 from lightning_maml.functional import is_out_of_memory
+from lightning_maml.inputs import map_tensors, tensors
 from lightning_maml.randomness import drops_blocks
 from lightning_maml.task_map import RandomInThreadsError, TaskExecution, are_stacked, check_chunk_size
 from lightning_maml.trial import Verdict
@@ -134,13 +135,13 @@ class Executor:
             return Execution("vmap", chunk_size)
         if draws() or self._drew_in_threads:
             return Execution("loop", chunk_size)
-        return Execution(_one_by_one(-(-len(episodes.support_x) // chunk_size)), chunk_size)
+        return Execution(_one_by_one(-(-len(episodes.support_y) // chunk_size)), chunk_size)
 
     def of_adaptation(self, network: nn.Module, device: torch.device, support: Episodes) -> Execution:
         """Return how tasks that can be stacked are adapted to; on a CPU this is decided as in training, but from the support sets alone."""
         if self.tasks != "auto" or self.chunk_size is not None or device.type != "cpu":
             return Execution("vmap", self.chunk_size or ADAPTED_AT_ONCE)
-        alone = support._replace(query_x=support.query_x[:, :0])
+        alone = support._replace(query_x=map_tensors(lambda tensor: tensor[:, :0], support.query_x))
         return for_cpu(alone, sum(p.numel() for p in network.parameters()), lambda: True, ADAPTED_INPUTS)
 
     def within_memory(self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes, device: torch.device) -> Result:
@@ -165,11 +166,11 @@ class Executor:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                stacked = min(self._fitting or len(episodes.support_x), len(episodes.support_x))
+                stacked = min(self._fitting or len(episodes.support_y), len(episodes.support_y))
                 if self.tasks != "auto" or self.chunk_size is not None or stacked == 1 or device.type == "cpu":
                     fewer = "" if self.tasks == "loop" else "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "
                     raise torch.OutOfMemoryError(
-                        f"Expected memory for {len(episodes.support_x)} tasks but there is not enough (tasks={self.tasks!r}, "
+                        f"Expected memory for {len(episodes.support_y)} tasks but there is not enough (tasks={self.tasks!r}, "
                         f"chunk_size={self.chunk_size}); {fewer}smaller are tasks with fewer `queries`, of FO-MAML, and of precision "
                         "bf16-mixed."
                     ) from error
@@ -192,8 +193,8 @@ def for_cpu(episodes: AnyEpisodes, parameters: int, takes_stacks: Callable[[], b
         takes_stacks: Tells whether the network and its loss can be stacked; called only if they would be.
         stacked_inputs: Most numbers in the inputs of tasks stacked together.
     """
-    cores, tasks = torch.get_num_threads(), len(episodes.support_x)
-    inputs = max(1, sum(x[0].numel() for x in episodes[::2]))
+    cores, tasks = torch.get_num_threads(), len(episodes.support_y)
+    inputs = max(1, sum(tensor[0].numel() for tensor in tensors(episodes[::2])))
     fitting = min(stacked_inputs // inputs, STACKED_PARAMETERS // max(1, parameters))
     if fitting >= FEWEST_STACKED > tasks or inputs >= LARGE_INPUTS:
         return Execution("loop", None)

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_maml.episodes import AnyEpisodes, first_task, support_set
-from lightning_maml.functional import differentiable
+from lightning_maml.functional import detached
+from lightning_maml.inputs import Inputs, cat, count, map_tensors, tensors
+from lightning_maml.inputs import shapes as shapes_of
 from lightning_maml.learner import Learner, structural_copy, writes
+from lightning_maml.outputs import are_tensors, tensors_in
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import generator_states, generators_drawn_from, set_generator_states
 from lightning_maml.trial import first_difference
@@ -28,8 +30,9 @@ class Seen(NamedTuple):
     """What a look at a network found.
 
     Attributes:
-        outputs: Shape of the outputs for one example; None if they are not a tensor.
-        ends_with_head: Whether the outputs are those of the head alone; False if this was not checked because all parameters adapt.
+        outputs: Shape of the logits, or of a regression's outputs, for one example; None if they are not a tensor.
+        ends_with_head: Whether the outputs are one tensor, that of the head alone; False if this was not checked because all parameters
+            adapt.
         draws: Names of the random generators that the network draws from.
     """
 
@@ -46,11 +49,13 @@ class FirstLook:
     Args:
         part: Which parameters adapt.
         head: Name of the head, if one was given.
+        logits: Takes the logits from what the network returns.
     """
 
-    def __init__(self, part: PartName, head: str | None) -> None:
+    def __init__(self, part: PartName, head: str | None, logits: Callable[[Any], Any]) -> None:
         self._part: PartName = part
         self._head = head
+        self._logits = logits
         self._kind: tuple[Any, ...] = ()
         self._seen = Seen(None, False)
 
@@ -70,8 +75,7 @@ class FirstLook:
                 labels but no logits.
         """
         shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
-        of_inputs = (episodes.support_x.dtype, episodes.support_x.shape[1:])
-        kind = (network, network.training, learner.network.training, of_inputs, shapes, are_labels)
+        kind = (network, network.training, learner.network.training, shapes_of(episodes.support_x), shapes, are_labels)
         if self._kind != kind or writes(learner.network) is None:
             self._seen = self._look(learner, episodes, are_labels)
             with first_support(learner, episodes) as x:
@@ -90,14 +94,16 @@ class FirstLook:
                 "them again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
             )
         ends = self._part != "all" and self._ends_with_head(learner, episodes)
-        outputs = first_outputs(learner, episodes, are_logits=are_labels)
+        outputs = first_outputs(learner, episodes)
+        logits = self._logits(outputs)
+        check_logits(logits, are_labels)
         draws = generators_of(learner, episodes)
-        return Seen(outputs.shape[1:] if isinstance(outputs, Tensor) else None, ends, draws)
+        return Seen(logits.shape[1:] if isinstance(logits, Tensor) else None, ends and logits is outputs, draws)
 
     def _ends_with_head(self, learner: Learner, episodes: AnyEpisodes) -> bool:
         head = head_of(learner.network, self._head)
         with first_support(learner, episodes) as x, torch.no_grad():
-            ends = learner.ends_with(head, x)
+            ends = learner.ends_with(head, x, self._logits)
         if self._head is None and not ends:
             rank_zero_warn(
                 f"The last layer with trainable parameters, {head!r}, is taken for the network's head, but what it gives are not the "
@@ -128,8 +134,8 @@ def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
     policy = learner.batch_norm
     in_evaluation = Learner(structural_copy(learner.network).eval(), policy)
     with first_support(learner, episodes) as support, torch.no_grad():
-        queries = differentiable(first_task(episodes).query_x)
-        x = queries if len(queries) > 1 else torch.cat([queries, support])
+        queries = detached(first_task(episodes).query_x)
+        x = queries if count(queries) > 1 else cat([queries, support])
         statistics_of = support if learner.uses_support_statistics else None
         if policy in ("batch", "support"):
             with _FunctionalBatchNorm() as calls:
@@ -148,20 +154,22 @@ def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
             )
 
 
-def _sees_others(learner: Learner, x: Tensor, statistics_of: Tensor | None) -> bool:
+def _sees_others(learner: Learner, x: Inputs, statistics_of: Inputs | None) -> bool:
     """Return whether the first output for ``x`` changes, beyond rounding, if all other inputs are made equal to the first."""
-    params, before = learner.params, generator_states(x.device)
+    params, device = learner.params, tensors(x)[0].device
+    before = generator_states(device)
 
-    def outputs(x: Tensor) -> list[Tensor]:
-        set_generator_states(before, x.device)
-        found = tree_leaves(learner(params, x, statistics_of=statistics_of))
-        return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim]
+    def outputs(x: Inputs) -> list[Tensor]:
+        set_generator_states(before, device)
+        found = tensors_in(learner(params, x, statistics_of=statistics_of))
+        return [tensor for tensor in found if tensor.is_floating_point() and tensor.ndim]
 
     if all(torch.equal(tensor, tensor[:1].expand_as(tensor)) for tensor in outputs(x)):  # a last layer of zeros hides what is before it
         noise = torch.Generator().manual_seed(0)
         params = {name: p + 0.01 * torch.randn(p.shape, generator=noise).to(p) for name, p in params.items()}
-    pairs = [(own[0], alone[0]) for own, alone in zip(outputs(x), outputs(x[:1].expand_as(x)), strict=True)]
-    set_generator_states(before, x.device)
+    first_alone = map_tensors(lambda tensor: tensor[:1].expand_as(tensor), x)
+    pairs = [(own[0], alone[0]) for own, alone in zip(outputs(x), outputs(first_alone), strict=True)]
+    set_generator_states(before, device)
     return any(bool((own - alone).abs().max() > torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()) for own, alone in pairs)
 
 
@@ -179,20 +187,29 @@ class _FunctionalBatchNorm(TorchFunctionMode):
         return func(*args, **named)
 
 
-def first_outputs(learner: Learner, episodes: AnyEpisodes, *, are_logits: bool = True) -> Any:
-    """Return the network's outputs for the first task's support set.
+def first_outputs(learner: Learner, episodes: AnyEpisodes) -> Any:
+    """Return the network's outputs for the first task's support set."""
+    with first_support(learner, episodes) as x, torch.no_grad():
+        return learner(learner.params, x)
+
+
+def check_logits(outputs: Any, are_labels: bool) -> None:
+    """Check what was taken for the logits of a network's outputs, or for a regression's outputs.
 
     Raises:
-        ValueError: If they are to be logits and are not ``[S, D]``.
+        ValueError: If there are labels and it is no tensor ``[S, D]``, or if there are targets and it holds other things than tensors.
     """
-    with first_support(learner, episodes) as x, torch.no_grad():
-        outputs = learner(learner.params, x)
-    if are_logits and (not isinstance(outputs, Tensor) or outputs.ndim != 2):
-        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    cure = "wrap it in a module that does, or let a subclass of the model take them from its outputs, in a static method `logits(outputs)`"
+    if are_labels and (not isinstance(outputs, Tensor) or outputs.ndim != 2):
         raise ValueError(
-            f"Expected `network` to return one tensor of logits [examples, ways] but got {got}; wrap it in a module that does."
+            "Expected `network` to return logits [examples, ways], as a tensor or as the attribute or entry `logits` of its outputs, "
+            f"but got {got}; {cure}."
         )
-    return outputs
+    if not are_tensors(outputs):
+        raise ValueError(
+            f"Expected `network` to return tensors, alone or in a dict, tuple or list, or outputs with `logits`, but got {got}; {cure}."
+        )
 
 
 def generators_of(learner: Learner, episodes: AnyEpisodes) -> tuple[str, ...]:
@@ -201,14 +218,14 @@ def generators_of(learner: Learner, episodes: AnyEpisodes) -> tuple[str, ...]:
     Raises:
         ValueError: If it does not return the same again from the same random state: derivatives need evaluations that can be repeated.
     """
-    device = episodes.support_x.device
+    device = episodes.support_y.device
     before = generator_states(device)
     with first_support(learner, episodes) as x, torch.no_grad():
         outputs = learner(learner.params, x)
         draws = tuple(generators_drawn_from(before, device))
         set_generator_states(before, device)
         again = learner(learner.params, x)
-    if first_difference(_floats(outputs), _floats(again)) is not None:
+    if first_difference(*map(_floats, (outputs, again))) is not None:
         raise ValueError(
             "Expected a network that returns the same for the same inputs, parameters and random state but got other outputs the second "
             "time; let it draw from the global random generators of torch, numpy or Python, not from one of its own, and keep what it "
@@ -218,30 +235,31 @@ def generators_of(learner: Learner, episodes: AnyEpisodes) -> tuple[str, ...]:
 
 
 def _floats(outputs: Any) -> dict[str, Tensor]:
-    leaves = enumerate(torch.utils._pytree.tree_leaves(outputs))
-    return {str(number): leaf for number, leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+    return {str(number): tensor for number, tensor in enumerate(tensors_in(outputs)) if tensor.is_floating_point()}
 
 
 @contextmanager
-def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Tensor]:
+def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Any]:
     """Give the first task's support inputs for a look at the network; the random state is restored after it.
 
     Raises:
         ValueError: If the network fails because their type is not that of its parameters.
     """
-    device = episodes.support_x.device
+    device = episodes.support_y.device
     before = generator_states(device)  # a resumed run looks once more
     with torch.inference_mode(False):
-        x = differentiable(support_set(first_task(episodes))[0])
+        x = detached(support_set(first_task(episodes))[0])
         try:
             yield x
         except RuntimeError as error:
-            dtype = next((p.dtype for p in learner.network.parameters()), x.dtype)
-            if x.dtype == dtype or not _OF_TYPES.search(str(error)):
+            given = {tensor.dtype for tensor in tensors(x)}
+            dtype = next((p.dtype for p in learner.network.parameters()), None)
+            others = sorted(str(other) for other in given if other != dtype)
+            if dtype is None or not others or not _OF_TYPES.search(str(error)):
                 raise
-            of_bytes = " / 255" if x.dtype == torch.uint8 else ""
+            of_bytes = " / 255" if torch.uint8 in given else ""
             raise ValueError(
-                f"Expected inputs of the network's type, {dtype}, but it fails on {x.dtype}; give it x.to({dtype}){of_bytes}."
+                f"Expected inputs of the network's type, {dtype}, but it fails on {' and '.join(others)}; give it x.to({dtype}){of_bytes}."
             ) from error
         finally:
             set_generator_states(before, device)

@@ -1,13 +1,15 @@
 """Parameters as ``dict[str, Tensor]``, and the few vector operations that the algorithms are written in."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from lightning_maml.inputs import map_tensors
 
 Tree = TypeVar("Tree")
 Params = dict[str, Tensor]
@@ -20,16 +22,8 @@ def differentiable(tensor: Tensor) -> Tensor:
 
 
 def detached(tree: Tree) -> Tree:
-    """Apply :func:`differentiable` to all tensors in tuples, lists and dicts; torch's own functions of trees take five times as long."""
-    found: Any = tree
-    if isinstance(tree, Tensor):
-        found = differentiable(tree)
-    elif isinstance(tree, Mapping):
-        found = {name: detached(value) for name, value in tree.items()}
-    elif isinstance(tree, tuple | list):
-        values = map(detached, tree)
-        found = type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
-    return cast("Tree", found)
+    """Apply :func:`differentiable` to all tensors in tuples, lists and dicts."""
+    return cast("Tree", map_tensors(differentiable, tree))
 
 
 def axpy(a: float | Tensor, x: Params, y: Params) -> Params:

@@ -21,7 +21,9 @@ from typing_extensions import override
 
 from lightning_maml.batch_statistics import batch_norms, forget_running_averages
 from lightning_maml.functional import Params, differentiable, holding, is_out_of_memory, places
+from lightning_maml.inputs import Inputs, call, cat, count
 from lightning_maml.layers import TaskConvolution, TaskEmbedding, TaskNorm, is_padded_embedding, is_plain_convolution
+from lightning_maml.outputs import map_outputs, takes_logits, tensors_in
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
 
@@ -81,9 +83,9 @@ class Learner:
             _check_own_forward(network, norms)
 
     def __call__(
-        self, params: Params, x: Tensor, *, statistics_of: Tensor | None = None, averages: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
-        """Return the network's outputs for ``x``, ``[B, ...]``.
+        self, params: Params, x: Inputs, *, statistics_of: Inputs | None = None, averages: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """Return the network's outputs for ``x``, tensors ``[B, ...]``.
 
         Args:
             params: Values for the trainable parameters.
@@ -91,29 +93,32 @@ class Learner:
             statistics_of: Inputs that are run along with ``x`` and give the batch-norm statistics in its place.
             averages: Running averages to use in place of the network's, by the names of its buffers.
         """
-        inputs = x if statistics_of is None else torch.cat([statistics_of, x])
-        outputs: Tensor = self._run(params, inputs, len(inputs) - len(x), averages or {})
-        return outputs[len(inputs) - len(x) :]
+        inputs, context = (x, 0) if statistics_of is None else (cat([statistics_of, x]), count(statistics_of))
+        outputs = self._run(params, inputs, context, averages or {})
+        if not context:
+            return outputs
+        every = count(inputs)
+        return map_outputs(lambda tensor: tensor[context:] if tensor.ndim and len(tensor) == every else tensor, outputs)
 
-    def features(self, params: Params, x: Tensor, head: str, *, statistics_of: Tensor | None = None) -> Tensor:
+    def features(self, params: Params, x: Inputs, head: str, *, statistics_of: Inputs | None = None) -> Tensor:
         """Return what enters the submodule ``head``, for which :meth:`ends_with` must be true; the arguments are those of a call."""
-        inputs = x if statistics_of is None else torch.cat([statistics_of, x])
+        inputs, context = (x, 0) if statistics_of is None else (cat([statistics_of, x]), count(statistics_of))
         with self._calls_of(head) as calls:
-            self._run(params, inputs, len(inputs) - len(x), {})
+            self._run(params, inputs, context, {})
         features: Tensor = calls[0][0][0]
-        return features[len(inputs) - len(x) :]
+        return features[context:]
 
-    def ends_with(self, head: str, x: Tensor) -> bool:
-        """Return whether the outputs for ``x`` are those of the submodule ``head``, called once and with one tensor ``[B, ...]``."""
+    def ends_with(self, head: str, x: Inputs, logits: Callable[[Any], Any]) -> bool:
+        """Return whether the logits for ``x`` are those of the submodule ``head``, called once and with one tensor ``[B, ...]``."""
         with self._calls_of(head) as calls:
             outputs = self._run(self.params, x, 0, {})
         if len(calls) != 1:
             return False
         arguments, named, result = calls[0]
-        alone = len(arguments) == 1 and not named and isinstance(arguments[0], Tensor) and len(arguments[0]) == len(x)
-        return alone and result is outputs
+        alone = len(arguments) == 1 and not named and isinstance(arguments[0], Tensor) and len(arguments[0]) == count(x)
+        return alone and result is logits(outputs)
 
-    def names_read_in_backward(self, x: Tensor) -> set[str]:
+    def names_read_in_backward(self, x: Inputs) -> set[str]:
         """Return the names of parameters, or ending in a dot the prefixes of modules, that a backward pass reads from the network.
 
         It does so where ``torch.utils.checkpoint`` runs a part of the network again, which by then no longer holds the given values.
@@ -128,9 +133,10 @@ class Learner:
                 params = {name: differentiable(p).requires_grad_() for name, p in self.params.items()}
                 outputs = self._run(params, x, 0, {})
                 forward = len(runs)
-                if isinstance(outputs, Tensor) and outputs.requires_grad:
+                curved = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
+                if curved:
                     with _Reading({id(p): name for name, p in self.params.items()}, runs):
-                        torch.autograd.grad(outputs.sum(), [*params.values()], allow_unused=True)
+                        torch.autograd.grad([*map(torch.sum, curved)], [*params.values()], allow_unused=True)
         except RuntimeError as error:
             if "checkpoint" not in str(error):
                 raise
@@ -140,7 +146,7 @@ class Learner:
                 hook.remove()
         return set(runs[forward:])
 
-    def look_for_writes(self, x: Tensor) -> None:
+    def look_for_writes(self, x: Inputs) -> None:
         """Find out what a forward pass changes in the network, see :func:`writes`.
 
         Raises:
@@ -194,7 +200,7 @@ class Learner:
         finally:
             handle.remove()
 
-    def _run(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
+    def _run(self, params: Params, inputs: Inputs, context: int, averages: Mapping[str, Tensor]) -> Any:
         """Return the outputs for all inputs, of which the first ``context`` give the statistics, if there are any.
 
         If the network fails, it is tried once more with channels first, which a network that views its images as rows needs.
@@ -214,12 +220,12 @@ class Learner:
             _VIEWING.add(self.network)
         return outputs
 
-    def _attempt(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
+    def _attempt(self, params: Params, inputs: Inputs, context: int, averages: Mapping[str, Tensor]) -> Any:
         for norm in self._own.norms:
-            norm.context = Fraction(context, len(inputs))
+            norm.context = Fraction(context, count(inputs))
         buffers = {name: averages[name] if name in averages else buffer.clone() for name, buffer in self._own.buffers.items()}
         with holding(self._own.places, {**buffers, **params}):
-            outputs = self._own.network(inputs)
+            outputs = call(self._own.network, inputs)
             if self._own.after_a_pass is not None:
                 self._own.after_a_pass()
         for attributes, key, number in self._own.numbers:
@@ -310,7 +316,7 @@ class HeadLearner(Learner):
         self.params = {full: self.params[name] for full, name in self._names.items()}
 
     @override
-    def _run(self, params: Params, inputs: Tensor, context: int, averages: Mapping[str, Tensor]) -> Any:
+    def _run(self, params: Params, inputs: Inputs, context: int, averages: Mapping[str, Tensor]) -> Any:
         return super()._run({name: params[full] for full, name in self._names.items()}, inputs, context, averages)
 
 
@@ -322,11 +328,14 @@ class FunctionalLoss:
     """Calls a loss with given values for its trainable parameters, from any number of threads; a loss without any is just called.
 
     Args:
-        loss: Maps outputs and labels to their mean loss.
+        loss: Maps outputs and labels to their mean loss. One of torch's is given the logits alone.
+        logits: Takes the logits from what the network returned.
     """
 
-    def __init__(self, loss: Callable[..., Any]) -> None:
+    def __init__(self, loss: Callable[..., Any], logits: Callable[[Any], Any]) -> None:
         self._loss = loss
+        self.given: Callable[[Any], Any] = logits if takes_logits(loss) else _as_they_are
+        """What it is given of the network's outputs."""
         self.params: Params = {}
         """Its trainable parameters, by names that start with :data:`OF_LOSS`."""
         if isinstance(loss, nn.Module):
@@ -335,6 +344,7 @@ class FunctionalLoss:
 
     def __call__(self, params: Params, outputs: Any, y: Any) -> Any:
         """Return the loss, with its own values for what ``params`` lacks."""
+        outputs = self.given(outputs)
         if not self.params:
             return self._loss(outputs, y)
         if not hasattr(self._own, "loss"):
@@ -342,6 +352,10 @@ class FunctionalLoss:
             self._own.places = {f"{OF_LOSS}{name}": where for name, where in places(self._own.loss).items()}
         with holding(self._own.places, {name: params[name] for name in self.params if name in params}):
             return self._own.loss(outputs, y)
+
+
+def _as_they_are(outputs: Any) -> Any:
+    return outputs
 
 
 def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -17,6 +17,7 @@ from lightning_maml.adapt import Loss, QueryLoss, check_step_count, check_suppor
 from lightning_maml.curvature import default_probe_radius
 from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.functional import Params, axpy, detached, dot, norm, scaled
+from lightning_maml.inputs import map_tensors
 from lightning_maml.objective import BatchLoss, Objective, twice_differentiable
 from lightning_maml.rates import rates_of_steps
 from lightning_maml.stack import Stack
@@ -308,7 +309,7 @@ class Probe:
 
         Random halves D_1, D_2 of a query set give sigma-tilde: ``E|g(D_1) - g(D_2)|^2 = 2 sigma-tilde^2 / |D_1|``.
         """
-        samples, half = self._episodes.query_x.shape[1], self._episodes.query_x.shape[1] // 2
+        samples, half = self._episodes.query_y.shape[1], self._episodes.query_y.shape[1] // 2
 
         def of_one_task(task: AnyEpisodes) -> tuple[Params, Tensor]:
             support, query = (Objective(batch_loss).gradient(self._params) for batch_loss in self._losses(task))
@@ -345,7 +346,7 @@ class Probe:
         if that gives more: a lower bound on the spectral one (with batch norm only roughly, as for ``sample_sigma``). It is nan with one
         query sample.
         """
-        half = self._episodes.query_x.shape[1] // 2
+        half = self._episodes.query_y.shape[1] // 2
         if not half:
             return math.nan, 0
 
@@ -368,15 +369,16 @@ class Probe:
 
     def _halves(self, task: AnyEpisodes) -> tuple[BatchLoss, BatchLoss]:
         """Return the query losses of two random halves of a task's query set."""
-        samples = len(task.query_x)
-        order = torch.randperm(samples, generator=torch.Generator().manual_seed(self._seed)).to(task.query_x.device)
+        samples = len(task.query_y)
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(self._seed)).to(task.query_y.device)
         parts = order[: samples // 2], order[samples // 2 : 2 * (samples // 2)]
-        first, second = (self._losses(task._replace(query_x=task.query_x[rows], query_y=task.query_y[rows]))[1] for rows in parts)
+        sets = ((map_tensors(lambda tensor, rows=rows: tensor[rows], task.query_x), task.query_y[rows]) for rows in parts)
+        first, second = (self._losses(task._replace(query_x=x, query_y=y))[1] for x, y in sets)
         return first, second
 
     def _each(self, of: str, function: Callable[[AnyEpisodes], Any]) -> Iterator[Any]:
         results = map_tasks(lambda task, _: function(task), self._episodes, tasks="threads" if self._tasks == "threads" else "loop")
-        yield from tqdm(results, total=len(self._episodes.query_x), desc=f"Measuring {of}", unit="task", disable=not self._progress)
+        yield from tqdm(results, total=len(self._episodes.query_y), desc=f"Measuring {of}", unit="task", disable=not self._progress)
 
 
 def _value(batch_loss: BatchLoss) -> PlainLoss:

@@ -194,7 +194,7 @@ def meta_gradient(
 
 def _check_batches(episodes: ResampledEpisodes, steps: int, curvature: CurvatureName) -> None:
     check_support_batches(episodes, steps)
-    if curvature != "none" and steps > 0 and episodes.hessian_x.shape[2] == 0:
+    if curvature != "none" and steps > 0 and episodes.hessian_y.shape[2] == 0:
         raise ValueError(
             f"Expected Hessian batches of at least one example with `curvature={curvature!r}` but got none; "
             "draw some (a datamodule's `hessian_shots`), or train FO-MAML, which needs none."

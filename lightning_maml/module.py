@@ -35,7 +35,8 @@ from lightning_maml.episodic_module import (
 )
 from lightning_maml.execution import Execution, Executor, TasksName
 from lightning_maml.first_look import FirstLook, Seen, first_outputs, first_support
-from lightning_maml.functional import Params, detached, differentiable
+from lightning_maml.functional import Params, detached
+from lightning_maml.inputs import Inputs, cat, map_tensors
 from lightning_maml.learner import BatchNormPolicy, FunctionalLoss, HeadLearner, Learner, reading, structural_copy
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, not_finite, surrogate
@@ -166,7 +167,7 @@ class MAML(EpisodicModule):
         if compiled:
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
-        self._first_look = FirstLook(adapt, head)
+        self._first_look = FirstLook(adapt, head, self.logits)
         self._checked_loss: list[LossFunction] = []  # in a list, so that a module is not taken for a part of the model
         self._loss_look = LossLook()
         self._warned_of_weight_norm = False
@@ -219,7 +220,7 @@ class MAML(EpisodicModule):
         self._check(learner, episodes)
         return self._adapt(learner, episodes, self.test_steps)
 
-    def adapt(self, support_x: Tensor, support_y: Tensor, steps: int | None = None) -> nn.Module:
+    def adapt(self, support_x: Inputs, support_y: Tensor, steps: int | None = None) -> nn.Module:
         """Return the network adapted to a task, or the networks adapted to many, for new queries.
 
         The network is in evaluation mode, both while it adapts and in what is returned.
@@ -239,7 +240,7 @@ class MAML(EpisodicModule):
         """
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
-            support_x, support_y = support_x[None], support_y[None]
+            support_x, support_y = map_tensors(lambda tensor: tensor[None], (support_x, support_y))
         steps = self.test_steps if steps is None else steps
         support = Episodes(support_x, support_y, support_x, support_y)
         network = structural_copy(self.network).eval()
@@ -258,9 +259,9 @@ class MAML(EpisodicModule):
             **execution._asdict(),
         )
         with torch.inference_mode(False), torch.no_grad():
-            adapted |= {name: average.repeat(len(support_x), 1) for name, average in self._averages(steps).items()}
-            networks = AdaptedNetworks(network, adapted, self.batch_norm, differentiable(support_x), as_one)
-            if as_one and (verdict := networks.compare_stacked(differentiable(support_x))).wrong:
+            adapted |= {name: average.repeat(len(support_y), 1) for name, average in self._averages(steps).items()}
+            networks = AdaptedNetworks(network, adapted, self.batch_norm, detached(support_x), as_one)
+            if as_one and (verdict := networks.compare_stacked(detached(support_x))).wrong:
                 if self._executor.tasks == "vmap":
                     self._executor.check_stacking(verdict)
                 networks.stacked = False
@@ -361,7 +362,7 @@ class MAML(EpisodicModule):
                 rates: they would get no gradient.
         """
         if not self._gradients_arrive:
-            learned_here = {*FunctionalLoss(self.loss).params.values()}
+            learned_here = {*self._loss_of_outputs().params.values()}
             others = [name for name, p in self._besides_the_network() if p not in learned_here and not name.startswith("learned_rates.")]
             refuse_without_gradient(others)
             self._gradients_arrive = True
@@ -379,7 +380,7 @@ class MAML(EpisodicModule):
         result: MetaGradient = self._executor.within_memory(of_checked, episodes, self.device)
         self._stop_unless_finite(result)
         self._update_running_averages(episodes)
-        trained = learner.params | FunctionalLoss(self.loss).params
+        trained = learner.params | self._loss_of_outputs().params
         loss = surrogate([trained, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss)
         return loss, result.query_loss, result.aux
 
@@ -475,7 +476,7 @@ class MAML(EpisodicModule):
         """Return the arguments for a meta-gradient, which is that of the loss's parameters too; these do not adapt."""
         self._check_loss(learner, episodes)
         arguments = self._arguments(learner, episodes, self.train_steps)
-        return arguments | {"params": learner.params | FunctionalLoss(self.loss).params}
+        return arguments | {"params": learner.params | self._loss_of_outputs().params}
 
     def _check_loss(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse, once for each loss, one that reads the network's parameters: it would not see the adapted ones."""
@@ -485,7 +486,7 @@ class MAML(EpisodicModule):
         with first_support(learner, episodes) as x, torch.no_grad():
             outputs = learner(learner.params, x)
             with reading(learner.params, read):
-                self.loss(outputs, differentiable(support_set(first_task(episodes))[1]))
+                self._loss_of_outputs()({}, outputs, detached(support_set(first_task(episodes))[1]))
         if read:
             raise ValueError(
                 f"Expected a loss of outputs and labels but it reads the network's parameters {sorted(set(read))} from outside, where "
@@ -534,7 +535,7 @@ class MAML(EpisodicModule):
         if dtype is not None:
             criterion = structural_copy(criterion, dtype) if isinstance(criterion, nn.Module) else criterion
             episodes, averages = tree_map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, (episodes, averages))
-        of_outputs = FunctionalLoss(criterion)
+        of_outputs = FunctionalLoss(criterion, self.logits)
 
         def both_losses(learner: Learner, params: Params, task: AnyEpisodes) -> Tensor:
             x, y = support_set(task)
@@ -554,26 +555,29 @@ class MAML(EpisodicModule):
                 curved=curved,
             )
 
+    def _loss_of_outputs(self) -> FunctionalLoss:
+        return FunctionalLoss(self.loss, self.logits)
+
     def _support_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
     ) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:
-        of_outputs = FunctionalLoss(self.loss)
+        of_outputs = self._loss_of_outputs()
 
         def loss(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             outputs = learner(params, x, averages=averages)
-            return of_outputs(params, outputs, y), outputs
+            return of_outputs(params, outputs, y), self.logits(outputs)
 
         return loss
 
     def _query_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
     ) -> Callable[[Params, AnyEpisodes], tuple[Tensor, Tensor]]:
-        of_outputs = FunctionalLoss(self.loss)
+        of_outputs = self._loss_of_outputs()
 
         def loss(params: Params, task: AnyEpisodes) -> tuple[Tensor, Tensor]:
             statistics_of = support_set(task)[0] if learner.uses_support_statistics else None
             outputs = learner(params, task.query_x, statistics_of=statistics_of, averages=averages)
-            return of_outputs(params, outputs, task.query_y), outputs
+            return of_outputs(params, outputs, task.query_y), self.logits(outputs)
 
         return loss
 
@@ -581,7 +585,7 @@ class MAML(EpisodicModule):
     def _update_running_averages(self, episodes: AnyEpisodes) -> None:
         super()._update_running_averages(episodes)
         if self.step_statistics is not None:
-            first = type(episodes)(*(tensor[:1] for tensor in episodes))
+            first = map_tensors(lambda tensor: tensor[:1], episodes)
             arguments = self._arguments(self._learner(first), first) | {"query_loss": self._entering, "tasks": "loop", "chunk_size": None}
             found = adaptation_curve(**arguments, inner_lr=self._rates(), steps=self.train_steps).aux
             self.step_statistics.update({name: (mean[0], variance[0]) for name, (mean, variance) in found.items()})
@@ -592,8 +596,8 @@ class MAML(EpisodicModule):
         in_training = {name: norm for name, norm in batch_norms(network).items() if norm.training}
         for norm in in_training.values():
             forget_running_averages(norm)
-        found = entering_statistics(network, params, torch.cat([support_set(task)[0], task.query_x]), correction=1)
-        return task.query_x.new_zeros(()), {name: found[name] for name in in_training}
+        found = entering_statistics(network, params, cat([support_set(task)[0], task.query_x]), correction=1)
+        return next(iter(params.values())).new_zeros(()), {name: found[name] for name in in_training}
 
     def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse what would give wrong numbers, or fail in the loss: some networks, and episodes whose labels do not fit their outputs."""
@@ -611,8 +615,12 @@ class MAML(EpisodicModule):
                 )
             check_labels(episodes, shape[0], ignored_label(self.loss))
         task = first_task(episodes)
-        outputs = partial(first_outputs, learner, episodes, are_logits=False)
-        self._loss_look(self.loss, (shape, learner.network.training), outputs, (support_set(task)[1], task.query_y))
+        self._loss_look(
+            self.loss,
+            (shape, learner.network.training),
+            lambda: self._loss_of_outputs().given(first_outputs(learner, episodes)),
+            (support_set(task)[1], task.query_y),
+        )
 
     def _ways_of_datamodule(self) -> int | None:
         """Return how many classes the episodes of a running trainer's datamodule have, if it has one that says so."""

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ from lightning_maml.deploy import AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.episodic_module import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory
 from lightning_maml.execution import ADAPTED_AT_ONCE
-from lightning_maml.first_look import check_policy, first_outputs, look_for_writes
+from lightning_maml.first_look import check_logits, check_policy, first_outputs, look_for_writes
 from lightning_maml.functional import detached
+from lightning_maml.inputs import Inputs, cat, map_tensors
 from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
 from lightning_maml.plain import plain
 from lightning_maml.randomness import generator_states, set_generator_states
@@ -80,7 +81,7 @@ class ProtoNet(EpisodicModule):
             loss, outputs = self._classify(detached(episodes))
         return AdaptationCurve(loss[:, None], outputs[:, None])
 
-    def adapt(self, support_x: Tensor, support_y: Tensor) -> nn.Module:
+    def adapt(self, support_x: Inputs, support_y: Tensor) -> nn.Module:
         """Return the network with the prototypes of a task as its head, or of many tasks, for new queries.
 
         With ``batch_norm="batch"`` the prototypes have the statistics of the support set and queries those of their own batch, whereas
@@ -98,7 +99,7 @@ class ProtoNet(EpisodicModule):
         """
         of_one = support_y.ndim == 1
         if of_one:
-            support_x, support_y = support_x[None], support_y[None]
+            support_x, support_y = map_tensors(lambda tensor: tensor[None], (support_x, support_y))
         with torch.inference_mode(False), torch.no_grad():
             support = detached(Episodes(support_x, support_y, support_x, support_y))
             check_episodes(support)
@@ -106,14 +107,15 @@ class ProtoNet(EpisodicModule):
             learner, ways, tasks = self._looked_at(network, support)
 
             def means(task: Episodes) -> tuple[Tensor]:
-                return (class_means(learner(learner.params, task.support_x), task.support_y, ways),)
+                return (class_means(self.logits(learner(learner.params, task.support_x)), task.support_y, ways),)
 
             chunk_size = ADAPTED_AT_ONCE if tasks == "vmap" else None
             chunks = map_tasks(lambda task, stack: stack.each(means)(task), support, tasks=tasks, chunk_size=chunk_size)
             (prototypes,) = cat_chunks([*chunks])
-            head = {"1.weight": 2 * prototypes, "1.bias": -prototypes.square().sum(-1)}
-            classifier = nn.Linear(prototypes.shape[-1], ways, device=prototypes.device, dtype=prototypes.dtype)
-            networks = AdaptedNetworks(nn.Sequential(network, classifier), head, self.batch_norm, support.support_x, tasks == "vmap")
+            head = {"head.weight": 2 * prototypes, "head.bias": -prototypes.square().sum(-1)}
+            linear = nn.Linear(prototypes.shape[-1], ways, device=prototypes.device, dtype=prototypes.dtype)
+            classifier = _Classifier(network, linear, self.logits)
+            networks = AdaptedNetworks(classifier, head, self.batch_norm, support.support_x, tasks == "vmap")
             if tasks == "vmap" and not of_one and (wrong := networks.compare_stacked(support.support_x).wrong):
                 if self._tasks == "vmap":
                     raise ValueError(_NOT_STACKED.format(wrong))
@@ -136,9 +138,17 @@ class ProtoNet(EpisodicModule):
 
     def _of_task(self, learner: Learner, ways: int, task: Episodes) -> tuple[Tensor, Tensor]:
         with differentiated(1):
-            support, query = _embedded(learner, task)
+            support, query = self._embedded(learner, task)
         logits = -(query[:, None] - class_means(support, task.support_y, ways)).square().sum(-1)
         return self.loss(logits, task.query_y), logits
+
+    def _embedded(self, learner: Learner, task: Episodes) -> tuple[Tensor, Tensor]:
+        if learner.uses_support_statistics:
+            queries = learner(learner.params, task.query_x, statistics_of=task.support_x)
+            return self.logits(learner(learner.params, task.support_x)), self.logits(queries)
+        embedded = self.logits(learner(learner.params, cat([task.support_x, task.query_x])))
+        shots = len(task.support_y)
+        return embedded[:shots], embedded[shots:]
 
     def _looked_at(self, network: nn.Module, episodes: AnyEpisodes) -> tuple[Learner, int, TaskExecution]:
         """Refuse episodes that have no prototypes; return the learner that embeds them, their ways, and how tasks are run."""
@@ -149,7 +159,7 @@ class ProtoNet(EpisodicModule):
         def look() -> Verdict:
             look_for_writes(learner, episodes)
             check_policy(learner, episodes)
-            first_outputs(learner, episodes)
+            check_logits(self.logits(first_outputs(learner, episodes)), are_labels=True)
             return Verdict() if self._tasks == "loop" else self._compare_stacked(network, ways, episodes)
 
         verdict = self._once_for_its_kind(network, episodes, look)
@@ -163,7 +173,7 @@ class ProtoNet(EpisodicModule):
         """Compare the losses of two tasks, and the gradient of a weighted sum of them, stacked and one by one."""
         tasks = two_tasks(episodes)
         stacked = tree_map(lambda *tensors: torch.stack(tensors), *tasks)
-        device = episodes.support_x.device
+        device = episodes.support_y.device
         before = generator_states(device)
 
         def evaluated(learner: Learner, losses: Callable[[Callable[[Episodes], Tensor]], Tensor]) -> dict[str, Tensor]:
@@ -199,6 +209,17 @@ class ProtoNet(EpisodicModule):
         )
 
 
+class _Classifier(nn.Module):
+    """A network of embeddings with prototypes as its head."""
+
+    def __init__(self, network: nn.Module, head: nn.Linear, embeddings: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.network, self.head, self._embeddings = network, head, embeddings
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.head(self._embeddings(self.network(*inputs, **named)))
+
+
 def ways_of(episodes: AnyEpisodes) -> int:
     """Return the number of classes of episodes, each of which must have a prototype.
 
@@ -215,14 +236,6 @@ def ways_of(episodes: AnyEpisodes) -> int:
     if any(len(labels.unique()) < ways for labels in episodes.support_y):
         raise ValueError(f"Expected every support set to hold examples of all {ways} classes, but one lacks some.")
     return ways
-
-
-def _embedded(learner: Learner, task: Episodes) -> tuple[Tensor, Tensor]:
-    if learner.uses_support_statistics:
-        return learner(learner.params, task.support_x), learner(learner.params, task.query_x, statistics_of=task.support_x)
-    embedded = learner(learner.params, torch.cat([task.support_x, task.query_x]))
-    shots = len(task.support_x)
-    return embedded[:shots], embedded[shots:]
 
 
 def class_means(embedded: Tensor, labels: Tensor, ways: int) -> Tensor:

@@ -8,6 +8,7 @@ from lightning import LightningModule
 
 from lightning_maml.checkpoints import WholeCheckpoints, read_checkpoint
 from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes
+from lightning_maml.inputs import map_tensors
 from lightning_maml.randomness import set_random_state
 
 _KINDS = {kind.__name__: kind for kind in (Episodes, ResampledEpisodes)}
@@ -27,7 +28,7 @@ def save_step(module: LightningModule, episodes: AnyEpisodes, random_state: dict
     path = folder / name
     step = {
         "kind": type(episodes).__name__,
-        "episodes": [tensor.cpu() for tensor in episodes],
+        "episodes": [*map_tensors(lambda tensor: tensor.cpu(), tuple(episodes))],
         "state_dict": module.state_dict(),
         "random_state": random_state,
         "epoch": module.current_epoch,
@@ -54,7 +55,7 @@ def load_step(module: LightningModule, path: str | Path) -> tuple[AnyEpisodes, i
             tensor.data = tensor.data.to(saved[name].dtype) if name in saved else tensor.data
         module.load_state_dict(saved)
         set_random_state(step["random_state"], module.device)
-        episodes: AnyEpisodes = _KINDS[step["kind"]](*(tensor.to(module.device) for tensor in step["episodes"]))
+        episodes: AnyEpisodes = _KINDS[step["kind"]](*map_tensors(lambda tensor: tensor.to(module.device), step["episodes"]))
     except Exception as error:
         raise ValueError(f"Expected {path} to be a step that the same model saved but got another: {error}") from error
     return episodes, step["epoch"]

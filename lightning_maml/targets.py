@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_maml.episodes import AnyEpisodes
 from lightning_maml.functional import differentiable, is_out_of_memory
 from lightning_maml.losses import one_hot_mse
+from lightning_maml.outputs import map_outputs, tensors_in
 from lightning_maml.randomness import generator_states, set_generator_states
 
 _UNUSUAL = 13
@@ -154,7 +155,7 @@ def _unchanged(loss: Any) -> Iterator[None]:
 
 
 def _look(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor) -> None:
-    sizes = {size for tensor in (*_tensors(outputs), targets) for size in tensor.shape}
+    sizes = {size for tensor in (*tensors_in(outputs), targets) for size in tensor.shape}
     unusual = next(number for number in range(_UNUSUAL, _UNUSUAL + len(sizes) + 1) if number not in sizes)
     try:
         _follow(loss, outputs, targets, unusual)
@@ -171,9 +172,11 @@ def _look(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor) 
             cure = ", which y.long() cures" if targets.dtype in _SHORT else ""
             if _MISFIT.search(str(error)):
                 raise _sentence(outputs, targets) from error
-            shapes = " and ".join(str(list(tensor.shape)) for tensor in _tensors(outputs))
+            shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors_in(outputs))
+            held = "" if isinstance(outputs, Tensor) else f", in {type(outputs).__name__},"
             raise ValueError(
-                f"Expected a loss that takes outputs {shapes} with targets {list(targets.shape)} of {targets.dtype}, but it fails{cure}: "
+                f"Expected a loss that takes outputs {shapes}{held} with targets {list(targets.shape)} of {targets.dtype}, "
+                f"but it fails{cure}: "
                 f"{error}"
             ) from error
 
@@ -184,22 +187,22 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _follow(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor, examples: int) -> None:
     """Call the loss on ``examples`` examples, the first ones and these again, and follow what it does with them."""
-    number = max((len(tensor) for tensor in _tensors(outputs) if tensor.ndim), default=0)
+    number = max((len(tensor) for tensor in tensors_in(outputs) if tensor.ndim), default=0)
 
-    def rows(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != number:
-            return leaf
-        taken = leaf.detach()[torch.arange(examples, device=leaf.device) % number]
-        return taken.requires_grad_(leaf.is_floating_point())
+    def rows(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or len(tensor) != number:
+            return tensor
+        taken = tensor.detach()[torch.arange(examples, device=tensor.device) % number]
+        return taken.requires_grad_(tensor.is_floating_point())
 
-    of_outputs = tree_map(rows, outputs)
+    of_outputs = map_outputs(rows, outputs)
     of_targets = targets[torch.arange(examples, device=targets.device) % len(targets)]
-    with _Following(_tensors(of_outputs), of_targets, examples):
+    with _Following(tensors_in(of_outputs), of_targets, examples):
         loss(of_outputs, of_targets)
 
 
 def _sentence(outputs: Any, targets: Tensor) -> ValueError:
-    found = _tensors(outputs)
+    found = tensors_in(outputs)
     shape = found[0].shape[1:] if len(found) == 1 else torch.Size()
     if len(found) == 1 and not targets.is_floating_point() and targets.ndim == 1 and len(shape) == 1:
         return ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_maml.episodes import AnyEpisodes, first_task
+from lightning_maml.inputs import map_tensors
 from lightning_maml.randomness import generators_drawn_from, torch_random_state
 from lightning_maml.stack import ONE, Stack
 
@@ -47,19 +48,20 @@ def map_tasks(
     if tasks not in get_args(TaskExecution):
         raise ValueError(f"Expected `tasks` to be 'loop', 'threads' or 'vmap' but got {tasks!r}.")
     stacked = are_stacked(tasks, chunk_size)
-    size = chunk_size or (len(episodes.support_x) if stacked else 1)
+    size = chunk_size or (len(episodes.support_y) if stacked else 1)
     chunks = [episodes]
-    if size < len(episodes.support_x):
-        chunks = [type(episodes)(*chunk) for chunk in zip(*(torch.split(tensor, size) for tensor in episodes), strict=True)]
+    if size < len(episodes.support_y):
+        starts = range(0, len(episodes.support_y), size)
+        chunks = [map_tensors(lambda tensor, start=start: tensor[start : start + size], episodes) for start in starts]
 
     def of_chunk(chunk: AnyEpisodes) -> Any:
         if stacked:
-            return function(chunk, Stack(len(chunk.support_x)))
+            return function(chunk, Stack(len(chunk.support_y)))
         result = function(first_task(chunk), ONE)
         return tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result)
 
-    run = _in_the_callers_modes(of_chunk, episodes.support_x.device.type)
-    yield from _in_threads(run, chunks, episodes.support_x.device, may_draw) if tasks == "threads" else map(run, chunks)
+    run = _in_the_callers_modes(of_chunk, episodes.support_y.device.type)
+    yield from _in_threads(run, chunks, episodes.support_y.device, may_draw) if tasks == "threads" else map(run, chunks)
 
 
 def are_stacked(tasks: TaskExecution, chunk_size: int | None) -> bool:

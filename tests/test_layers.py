@@ -6,12 +6,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent
 ORDER = [
     *(
+        "inputs",
         "episodes",
         "functional",
         "plain",
         "allocator",
         "metrics",
         "losses",
+        "outputs",
         "backbones",
         "convolutions",
         "second_derivatives",

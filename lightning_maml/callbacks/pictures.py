@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_maml.episodes import Episodes
+from lightning_maml.inputs import map_tensors
 from lightning_maml.metrics import Estimate
 from lightning_maml.module import MAML
 
@@ -30,7 +31,7 @@ class FirstTaskPictures(Callback):
     ) -> None:
         """Keep the first task."""
         if batch_idx == 0 and dataloader_idx == 0 and isinstance(batch, Episodes):
-            self._task = Episodes(*(tensor[:1] for tensor in batch))
+            self._task = map_tensors(lambda tensor: tensor[:1], batch)
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,7 +67,7 @@ class EpisodePictures(FirstTaskPictures):
         are_labels = not task.query_y.is_floating_point()
         if module.adaptation is not None:
             draw_adaptation(module.adaptation, "accuracy" if are_labels else "loss").savefig(folder / "adaptation.png")
-        if task.query_x.ndim == 5 and are_labels:
+        if isinstance(task.query_x, Tensor) and task.query_x.ndim == 5 and are_labels:
             outputs_per_step: Tensor = module.evaluate(task).aux[0]
             predictions = outputs_per_step.argmax(-1).cpu()
             picture = draw_episode(Episodes(*(tensor[0].cpu() for tensor in task)), predictions, self._max_classes, self._max_images)

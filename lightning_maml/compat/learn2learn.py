@@ -198,7 +198,8 @@ class LightningANIL(LightningEpisodicModule):
     def _features_of(self, data: Tensor) -> Tensor:
         """Return the features, computed with batch statistics."""
         learner = Learner(self.features)
-        return learner(learner.params, data)
+        features: Tensor = learner(learner.params, data)
+        return features
 
 
 class EpisodicBatcher(LightningDataModule):
