@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 import transformers
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torchvision.ops import StochasticDepth
 from lightning_maml import Episodes
 
 WAYS, SHOTS = 2, 2
+SIZE = 64
+"""Of images: at half of it batch norm has so few numbers in deep layers that it blows up rounding errors."""
+
 WORDS, LENGTH = 30, 8
 LARGE, HUGE = 20e6, 60e6
 """Networks with more parameters than this have one task, and train every seventh tensor only; what they cost is time and memory."""
@@ -74,7 +78,13 @@ def episodes_of(entry: Entry, network: nn.Module) -> Episodes:
 
 
 def _images(size: int, channels: int = 3) -> Callable[[int, torch.Generator], Tensor]:
-    return lambda n, generator: torch.randn(n, channels, size, size, generator=generator, dtype=torch.float64)
+    """Return noise over a coarse pattern: by noise alone all images look alike to deep layers, and batch norm blows up rounding errors."""
+
+    def images(n: int, generator: torch.Generator) -> Tensor:
+        pattern, noise = (torch.randn(n, channels, side, side, generator=generator, dtype=torch.float64) for side in (3, size))
+        return F.interpolate(pattern, size=size) + 0.5 * noise
+
+    return images
 
 
 def _words(n: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -98,22 +108,24 @@ def _spectrum(n: int, generator: torch.Generator) -> Tensor:
 
 # torchvision: all
 
-SMALLEST = {"alexnet": 64, "inception_v3": 75, "efficientnet_v2": 33}
-"""Sizes of images that networks insist on; all others take 32 pixels."""
+
+INSIST = {"alexnet": 64, "inception_v3": 75, "efficientnet_v2_s": 48, "efficientnet_v2_m": 48, "efficientnet_v2_l": 48}
+INSIST |= {"vit_b_32": 64, "vit_l_32": 64, "vit_h_14": 28}
+"""Sizes of images that large networks insist on; of others images are half as wide as usual."""
 
 
 def _of_torchvision(name: str) -> Entry:
-    size = next((size for start, size in SMALLEST.items() if name.startswith(start)), 32)
+    large = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"] > LARGE
+    size = INSIST.get(name, SIZE // 2) if large else SIZE
     settings: dict[str, Any] = {"num_classes": WAYS}
     if name.startswith("vit"):
-        size = 28 if name.endswith("14") else 64 if name.endswith("32") else 32
         settings["image_size"] = size
     if name in ("googlenet", "inception_v3"):
         settings["init_weights"] = False  # what it draws by scipy takes long
     if name == "maxvit_t":  # its sizes are multiples of 32 times the size of its windows
-        settings |= {"input_size": (64, 64), "stem_channels": 64, "partition_size": 2, "block_channels": [64, 128, 256, 512]}
+        settings |= {"input_size": (SIZE, SIZE), "stem_channels": 64, "partition_size": 2, "block_channels": [64, 128, 256, 512]}
         settings |= {"block_layers": [2, 2, 5, 2], "head_dim": 32, "stochastic_depth_prob": 0.0}
-        return Entry(partial(torchvision.models.MaxVit, **settings), _images(64))
+        return Entry(partial(torchvision.models.MaxVit, **settings), _images(SIZE))
     return Entry(partial(torchvision.models.get_model, name, weights=None, **settings), _images(size))
 
 
@@ -138,20 +150,20 @@ OF_A_SIZE = (
     "lambda_resnet26t", "visformer_tiny", "cait_xxs24_224",
 )  # fmt: skip
 MADE_SMALLER: dict[str, dict[str, Any]] = {
-    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2},
-    "beit_base_patch16_224": {"img_size": 32, "embed_dim": 96, "depth": 3, "num_heads": 3},
+    "swin_tiny_patch4_window7_224": {"img_size": SIZE, "window_size": 2},
+    "beit_base_patch16_224": {"img_size": SIZE, "embed_dim": 96, "depth": 3, "num_heads": 3},
     "convmixer_768_32": {"dim": 64, "depth": 4},
 }
 
 
 def _of_timm(name: str, **settings: Any) -> Entry:
-    size = settings.get("img_size", 32)
+    size = settings.get("img_size", SIZE)
     return Entry(partial(timm.create_model, name, num_classes=WAYS, **settings), _images(size))
 
 
 TIMM = (
     {f"timm {name}": _of_timm(name) for name in OF_ANY_SIZE}
-    | {f"timm {name}": _of_timm(name, img_size=32) for name in OF_A_SIZE}
+    | {f"timm {name}": _of_timm(name, img_size=SIZE) for name in OF_A_SIZE}
     | {f"timm {name}": _of_timm(name, **settings) for name, settings in MADE_SMALLER.items()}
 )
 
