@@ -1,15 +1,18 @@
 """What the sweeps over layers and networks share: autograd through the unrolled loop in plain torch, and the cells of their tables."""
 
+import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml import Episodes
@@ -83,10 +86,18 @@ def unrolled(network: nn.Module, episodes: Episodes, rate: float, steps: int, *,
     return Right(exactly if exact else None, at_the_end)
 
 
+def seed() -> None:
+    """Let all generators begin anew, so that a random layer draws the same in the package as in plain torch."""
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
+
+
 def reference(network: nn.Module, episodes: Episodes, rate: float, steps: int) -> Right:
     """Return the right meta-gradients, with None where torch has no second derivative or cannot differentiate so."""
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
         for exact in (True, False):
+            seed()
             try:
                 return unrolled(network, episodes, rate, steps, exact=exact)
             except RuntimeError:
@@ -100,6 +111,29 @@ def error(found: Params, right: Params | None) -> float:
         return float("nan")
     difference = sum((found[name] - right[name]).square().sum() for name in right)
     return float((difference / sum(tensor.square().sum() for tensor in right.values())).sqrt())
+
+
+def in_evaluation(network: nn.Module) -> nn.Module:
+    """Return the network in evaluation mode, but with each batch's own statistics.
+
+    Training mode comes first: some networks keep in evaluation what they computed from their parameters, until they train again.
+    """
+    network.train().eval()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = True
+    return network
+
+
+def adapted(network: nn.Module, task: Episodes, rate: float, steps: int) -> Tensor:
+    """Return the query outputs of plain gradient descent on the support set, in evaluation mode."""
+    w = start_of(network)
+    for _ in range(steps):
+        w = step(in_evaluation(network), w, task.support_x, task.support_y, rate, graph=False)
+        w = {name: p.detach().requires_grad_() for name, p in w.items()}
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with torch.no_grad():
+        return outputs_of(in_evaluation(network), {**buffers, **w}, task.query_x)
 
 
 class Outcome(NamedTuple):

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from unrolled import Outcome, error, loss_of, outcome, outputs_of, reference, start_of, step, tasks_of, write_between
+from unrolled import Outcome, adapted, error, loss_of, outcome, reference, start_of, tasks_of, write_between
 
 from lightning_maml import FOMAML, MAML, Episodes
 
@@ -29,29 +28,6 @@ SMALL = 8e6
 
 TOLD_APART = 1e-4
 """By how much the exact meta-gradient must at least differ from the first-order one: else the first would pass for the second."""
-
-
-def in_evaluation(network: nn.Module) -> nn.Module:
-    """Return the network in evaluation mode, but with each batch's own statistics.
-
-    Training mode comes first: some networks keep in evaluation what they computed from their parameters, until they train again.
-    """
-    network.train().eval()
-    for module in network.modules():
-        if isinstance(module, _BatchNorm):
-            module.training = True
-    return network
-
-
-def adapted(network: nn.Module, task: Episodes, rate: float, steps: int) -> Tensor:
-    """Return the query outputs of plain gradient descent on the support set, in evaluation mode."""
-    w = start_of(network)
-    for _ in range(steps):
-        w = step(in_evaluation(network), w, task.support_x, task.support_y, rate, graph=False)
-        w = {name: p.detach().requires_grad_() for name, p in w.items()}
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    with torch.no_grad():
-        return outputs_of(in_evaluation(network), {**buffers, **w}, task.query_x)
 
 
 def rate_of(network: nn.Module, episodes: Episodes) -> float:
