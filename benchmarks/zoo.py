@@ -23,7 +23,7 @@ LENGTH = 0.03
 """Of an inner step, in the units of the parameters: a rate that suits one network is nothing, or far too much, for another."""
 
 MOST = 1e-6
-SMALL = 8e6
+SMALL = 1e6
 """Networks with at most so many parameters take two inner steps and are adapted to both tasks together; others one, and to one."""
 
 TOLD_APART = 1e-4

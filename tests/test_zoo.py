@@ -8,13 +8,13 @@ from zoo_catalogue import NETWORKS, TIMM, TORCHVISION, TRANSFORMERS
 
 QUICK = (
     "torchvision mobilenet_v3_small",
-    "torchvision resnet18",
     "torchvision shufflenet_v2_x0_5",
     "torchvision squeezenet1_1",
-    "timm levit_128s",
-    "timm mobilevit_xxs",
+    "timm mobilenetv4_conv_small_050",
+    "timm regnetx_002",
     "timm vit_tiny_patch16_224",
     "transformers BertForSequenceClassification",
+    "transformers ResNetForImageClassification",
     "transformers ViTForImageClassification",
     "transformers Wav2Vec2ForSequenceClassification",
 )
@@ -27,13 +27,8 @@ def test_a_network_gives_the_gradients_of_the_unrolled_loop_or_is_refused_in_a_s
     gc.collect()  # the next network may be a large one
     assert {found.word for found in cells.values()} <= {"equal", "refused"}, cells
     assert cells["first order"].word == cells["adapt"].word == "equal", cells
-
-
-@pytest.mark.parametrize("name", ["torchvision mobilenet_v3_small"])
-def test_networks_without_second_derivatives_are_sent_to_algorithms_that_need_none(name: str) -> None:
-    found = row(NETWORKS[name])["exact"]
-    assert found.word == "refused"
-    assert "FOMAML or HFMAML" in found.detail
+    if cells["exact"].word == "refused":
+        assert "train with FOMAML or HFMAML" in cells["exact"].detail
 
 
 def test_the_sample_is_in_the_catalogue() -> None:

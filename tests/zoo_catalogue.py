@@ -44,7 +44,7 @@ def size_of(network: nn.Module) -> int:
 
 
 def network_of(entry: Entry) -> nn.Module:
-    """Return an entry's network in float64 and in training mode, without dropout.
+    """Return an entry's network in float64 and in training mode, without dropout and stochastic depth.
 
     Its parameters are moved a little: zeros and tiny scales, from which many networks start, would hide what is behind them.
     """
@@ -53,6 +53,8 @@ def network_of(entry: Entry) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd | StochasticDepth):
             module.p = 0.0
+        elif isinstance(module, timm.layers.DropPath):
+            module.drop_prob = 0.0
         elif isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
     huge = size_of(network) > HUGE
