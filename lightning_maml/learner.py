@@ -23,7 +23,7 @@ from lightning_maml.batch_statistics import batch_norms, forget_running_averages
 from lightning_maml.functional import Params, differentiable, holding, is_out_of_memory, places
 from lightning_maml.inputs import Inputs, call, cat, count
 from lightning_maml.layers import TaskConvolution, TaskEmbedding, TaskNorm, is_padded_embedding, is_plain_convolution
-from lightning_maml.outputs import map_outputs, takes_logits, tensors_in
+from lightning_maml.outputs import logits_in, map_outputs, takes_logits, tensors_in
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
 
@@ -110,7 +110,7 @@ class Learner:
         features: Tensor = calls[0][0][0]
         return features[context:]
 
-    def ends_with(self, head: str, x: Inputs, logits: Callable[[Any], Any]) -> bool:
+    def ends_with(self, head: str, x: Inputs, logits: Callable[[Any], Any] = logits_in) -> bool:
         """Return whether the logits for ``x`` are those of the submodule ``head``, called once and with one tensor ``[B, ...]``."""
         with self._calls_of(head) as calls:
             outputs = self._run(self.params, x, 0, {})

@@ -181,7 +181,7 @@ def test_what_has_no_prototypes_is_refused() -> None:
         model.meta_loss(episodes._replace(query_x=torch.full_like(episodes.query_x, torch.nan)))
     with pytest.raises(ValueError, match="Expected `tasks` to be 'auto', 'loop' or 'vmap' but got 'threads'"):
         ProtoNet(build("mlp"), tasks="threads")
-    with pytest.raises(ValueError, match="one tensor of logits"):
+    with pytest.raises(ValueError, match=r"return logits \[examples, ways\]"):
         ProtoNet(nn.Conv2d(1, 2, 1).double()).evaluate(episodes)
 
 
