@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from unrolled import Outcome, adapted, error, loss_of, outcome, reference, start_of, tasks_of, write_between
+from unrolled import Outcome, adapted, error, loss_of, outcome, reference, seed, start_of, tasks_of, write_between
 
 from lightning_maml import FOMAML, MAML, Episodes
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from zoo_catalogue import NETWORKS, Entry, episodes_of, network_of, size_of
+from zoo_catalogue import HUGE, NETWORKS, Entry, episodes_of, network_of, size_of
 
 LENGTH = 0.03
 """Of an inner step, in the units of the parameters: a rate that suits one network is nothing, or far too much, for another."""
@@ -43,11 +43,13 @@ def row(entry: Entry) -> dict[str, Outcome]:
     """Return the outcomes of one network."""
     network = network_of(entry)
     episodes = episodes_of(entry, network)
-    plain = copy.deepcopy(network)
+    share = [*network.parameters(), *network.buffers()] if size_of(network) > HUGE else []  # of the largest memory holds no second one
+    plain = copy.deepcopy(network, {id(tensor): tensor for tensor in share})
     rate, small = rate_of(plain, episodes), size_of(network) <= SMALL
     steps = 2 if small else 1
 
     def gradient(algorithm: type[MAML]) -> dict[str, Tensor]:
+        seed()  # as the reference does: some networks draw random numbers
         return algorithm(network, inner_lr=rate, train_steps=steps).meta_gradient(episodes)
 
     def adapted_apart() -> float:
@@ -87,6 +89,8 @@ def table(rows: Mapping[str, Mapping[str, Outcome]]) -> str:
         sums = [", ".join(f"{number} {word}" for word, number in sorted(count.items())) for count in counts]
         lines.append(f"| {library} | {len(of_library)} | {' | '.join(sums)} |")
     lines += [f"\nRefused ({column}): {', '.join(sorted(names))}: *{said}*" for (column, said), names in refused.items()]
+    if len(rows) < len(NETWORKS):
+        lines.append(f"\nOf {len(NETWORKS)} networks {len(rows)} were run for this table.")
     return "\n".join(lines)
 
 

@@ -122,6 +122,8 @@ def _of_torchvision(name: str) -> Entry:
     settings: dict[str, Any] = {"num_classes": WAYS}
     if name.startswith("vit"):
         settings["image_size"] = size
+    if name == "inception_v3":
+        settings["aux_logits"] = False  # these need images of nearly 299 pixels; googlenet has such outputs too
     if name in ("googlenet", "inception_v3"):
         settings["init_weights"] = False  # what it draws by scipy takes long
     if name == "maxvit_t":  # its sizes are multiples of 32 times the size of its windows
