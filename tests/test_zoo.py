@@ -10,7 +10,7 @@ QUICK = (
     "torchvision mobilenet_v3_small",
     "torchvision shufflenet_v2_x0_5",
     "torchvision squeezenet1_1",
-    "timm mobilenetv4_conv_small_050",
+    "timm convmixer",
     "timm regnetx_002",
     "timm vit_tiny_patch16_224",
     "transformers BertForSequenceClassification",

@@ -11,6 +11,7 @@ import torchvision
 import transformers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torchvision.models import swin_transformer
 from torchvision.ops import StochasticDepth
 
 from lightning_maml import Episodes
@@ -60,10 +61,8 @@ def network_of(entry: Entry) -> nn.Module:
     huge = size_of(network) > HUGE
     with torch.no_grad():
         for number, p in enumerate(network.parameters()):
-            if huge and number % 7:
-                p.requires_grad_(False)
-            else:
-                p.add_(torch.randn_like(p), alpha=0.02)
+            p.requires_grad_(not huge or number % 7 == 0)
+            p.add_(torch.randn_like(p), alpha=0.02)
     return network
 
 
@@ -130,6 +129,19 @@ def _of_torchvision(name: str) -> Entry:
         settings |= {"input_size": (SIZE, SIZE), "stem_channels": 64, "partition_size": 2, "block_channels": [64, 128, 256, 512]}
         settings |= {"block_layers": [2, 2, 5, 2], "head_dim": 32, "stochastic_depth_prob": 0.0}
         return Entry(partial(torchvision.models.MaxVit, **settings), _images(SIZE))
+    if name.startswith("swin_v2"):
+        # windows that are filled up have vectors of zeros, whose norms torch differentiates twice to NaN
+        layers, width = (6 if name.endswith("t") else 18), (128 if name.endswith("b") else 96)
+        settings |= {
+            "window_size": [2, 2],
+            "patch_size": [4, 4],
+            "embed_dim": width,
+            "depths": [2, 2, layers, 2],
+            "stochastic_depth_prob": 0.0,
+        }
+        settings |= {"num_heads": [width // 32 * 2**stage for stage in range(4)]}
+        settings |= {"block": swin_transformer.SwinTransformerBlockV2, "downsample_layer": swin_transformer.PatchMergingV2}
+        return Entry(partial(torchvision.models.SwinTransformer, **settings), _images(SIZE))
     return Entry(partial(torchvision.models.get_model, name, weights=None, **settings), _images(size))
 
 
@@ -156,7 +168,6 @@ OF_A_SIZE = (
 MADE_SMALLER: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {"img_size": SIZE, "window_size": 2},
     "beit_base_patch16_224": {"img_size": SIZE, "embed_dim": 96, "depth": 3, "num_heads": 3},
-    "convmixer_768_32": {"dim": 64, "depth": 4},
 }
 
 
@@ -168,6 +179,11 @@ def _of_timm(name: str, **settings: Any) -> Entry:
 TIMM = (
     {f"timm {name}": _of_timm(name) for name in OF_ANY_SIZE}
     | {f"timm {name}": _of_timm(name, img_size=SIZE) for name in OF_A_SIZE}
+    | {
+        "timm convmixer": Entry(
+            partial(timm.models.convmixer.ConvMixer, 64, 4, kernel_size=7, patch_size=7, num_classes=WAYS), _images(SIZE)
+        )
+    }
     | {f"timm {name}": _of_timm(name, **settings) for name, settings in MADE_SMALLER.items()}
 )
 
