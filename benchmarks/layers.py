@@ -1,21 +1,14 @@
 """Every layer of tests/layer_catalogue.py in every way of running tasks, against autograd through the unrolled loop."""
 
 import argparse
-import random
-import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
+from unrolled import adapted, cell, error, reference, seed, tasks_of, write_between
 
 from lightning_maml import FOMAML, HFMAML, MAML, Episodes
 
@@ -30,93 +23,6 @@ WAYS: dict[str, dict[str, object]] = {
     "vmap": {"tasks": "vmap"},
     "chunked": {"tasks": "loop", "chunk_size": 2},
 }
-SENTENCE = re.compile("Expected (`|a |tensors |stacked |layers |outputs |.* but )")
-"""How the sentences of this package begin with which something is refused."""
-
-PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
-START, END = "<!-- layers: start -->", "<!-- layers: end -->"
-
-
-def unrolled(network: nn.Module, episodes: Episodes, first_order: bool) -> dict[str, Tensor]:
-    """Return the meta-gradient by autograd, or the mean gradient at the adapted parameters."""
-    start = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
-    total = {name: torch.zeros_like(p) for name, p in start.items()}
-
-    def loss(w: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        return F.cross_entropy(functional_call(network, {**buffers, **w}, (x,)), y)
-
-    for task in zip(*episodes, strict=True):
-        support_x, support_y, query_x, query_y = task
-        w = dict(start)
-        for _ in range(STEPS):
-            gradient = torch.autograd.grad(
-                loss(w, support_x, support_y), [*w.values()], create_graph=not first_order, materialize_grads=True
-            )
-            w = {name: p - RATE * g.to_dense() for (name, p), g in zip(w.items(), gradient, strict=True)}
-            if first_order:
-                w = {name: p.detach().requires_grad_() for name, p in w.items()}
-        leaves = w if first_order else start
-        found = torch.autograd.grad(loss(w, query_x, query_y), [*leaves.values()], materialize_grads=True)
-        total = {name: total[name] + g.to_dense() for name, g in zip(leaves, found, strict=True)}
-    return {name: tensor / len(episodes.support_x) for name, tensor in total.items()}
-
-
-def reference(case: Case, episodes: Episodes, first_order: bool) -> dict[str, Tensor] | None:
-    """Return the right gradient, or None where torch has no second derivative or cannot differentiate so: the package must refuse that."""
-    network = network_of(case)
-    seed()
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            return unrolled(network, episodes, first_order)
-    except RuntimeError:
-        return None
-
-
-def error(found: dict[str, Tensor], right: dict[str, Tensor] | None) -> float:
-    """Return the relative error of the whole gradient."""
-    if right is None:
-        return float("nan")
-    difference = sum((found[name] - right[name]).square().sum() for name in right)
-    return float((difference / sum(tensor.square().sum() for tensor in right.values())).sqrt())
-
-
-def cell(found: Callable[[], float], most: float) -> str:
-    """Return whether a result is equal, refused with a sentence or neither."""
-    try:
-        off = found()
-    except (ValueError, TypeError, RuntimeError) as failure:
-        if SENTENCE.match(str(failure)):
-            return "refused"
-        return f"CRASH {type(failure).__name__}: {str(failure)[:60]!r}"
-    except Exception as failure:  # noqa: BLE001 # any is a finding
-        return f"CRASH {type(failure).__name__}: {str(failure)[:60]!r}"
-    return "equal" if off <= most else f"WRONG {off:.0e}"
-
-
-def seed() -> None:
-    """Let all generators begin anew, so that a random layer draws the same in the package as in plain torch."""
-    torch.manual_seed(3)
-    np.random.seed(3)
-    random.seed(3)
-
-
-def adapted_outputs(network: nn.Module, episodes: Episodes) -> Tensor:
-    """Return the outputs for the queries after plain steps in evaluation mode, where batch norm has the statistics of each batch."""
-    network.eval()
-    for norm in network.modules():
-        if isinstance(norm, _BatchNorm):
-            norm.running_mean = norm.running_var = None
-    found = []
-    for support_x, support_y, query_x, _ in zip(*episodes, strict=True):
-        w = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
-        for _ in range(STEPS):
-            loss = F.cross_entropy(functional_call(network, w, (support_x,)), support_y)
-            gradient = torch.autograd.grad(loss, [*w.values()], materialize_grads=True)
-            w = {name: (p - RATE * g.to_dense()).detach().requires_grad_() for (name, p), g in zip(w.items(), gradient, strict=True)}
-        with torch.no_grad():
-            found.append(functional_call(network, w, (query_x,)))
-    return torch.stack(found)
 
 
 def adapted_apart(case: Case, episodes: Episodes, way: str) -> float:
@@ -128,7 +34,8 @@ def adapted_apart(case: Case, episodes: Episodes, way: str) -> float:
         outputs = model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)
     else:
         outputs = torch.stack([model.adapt(x, y)(query) for x, y, query, _ in zip(*episodes, strict=True)])
-    right = adapted_outputs(network_of(case), episodes)
+    network = network_of(case)
+    right = torch.stack([adapted(network, task, RATE, STEPS) for task in tasks_of(episodes)])
     return float((outputs - right).norm() / right.norm())
 
 
@@ -142,7 +49,7 @@ def row(case: Case) -> dict[str, str]:
         return model.meta_gradient(episodes)
 
     cells = {}
-    exact, first = (reference(case, episodes, first_order) for first_order in (False, True))
+    exact, first = reference(network_of(case), episodes, RATE, STEPS)
     ways = ("auto", "loop", "threads") if case.random else WAYS  # stacked tasks draw other numbers
     for algorithm, right, most in ((MAML, exact, 1e-6), (FOMAML, first, 1e-6), (HFMAML, exact, 1e-4)):
         if algorithm is HFMAML and (not case.smooth or exact is None):
@@ -180,8 +87,7 @@ def main() -> None:
     )
     print(sums)
     if arguments.write:
-        before, rest = PAGE.read_text().split(START)
-        PAGE.write_text(f"{before}{START}\n{sums}\n{END}{rest.split(END)[1]}")
+        write_between("layers", sums)
     sys.exit(wrong > 0)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_maml.batch_statistics import batch_norms, entering_statistics, forget_running_averages
 from lightning_maml.functional import Params, holding, places
 from lightning_maml.inputs import Inputs, call, count, map_tensors, tensors
-from lightning_maml.learner import BatchNormPolicy, deep_copy, run_uncompiled, structural_copy
+from lightning_maml.learner import BatchNormPolicy, Kept, deep_copy, run_uncompiled, structural_copy
 from lightning_maml.outputs import map_outputs, tensors_in
 from lightning_maml.stack import Randomness
 from lightning_maml.trial import Verdict, compare
@@ -44,7 +44,7 @@ class AdaptedNetworks(nn.Module):
         states = list(adapted.values())
         if batch_norm == "support":
             tasks = [map_tensors(lambda tensor, t=t: tensor[t], (adapted, support_x)) for t in range(count(support_x))]
-            each = [entering_statistics(self._network, params, x) for params, x in tasks]
+            each = [entering_statistics(structural_copy(self._network), params, x) for params, x in tasks]
             for name in each[0]:
                 norms[name].track_running_stats = True
                 norms[name].running_mean, norms[name].running_var = (tensor.clone() for tensor in each[0][name])
@@ -91,13 +91,15 @@ class AdaptedNetworks(nn.Module):
         return compare(alone, together, self._states[0].device)
 
     def _caller(self) -> Callable[[Params, Any], Any]:
-        # a copy, because what the network keeps of a call must not be kept: under vmap it is of no use later
+        # a copy, because what the network keeps of a call must not be kept: under vmap it is of no use later, and else it is of one task
         network = structural_copy(self._network)
-        where = places(network)
+        where, kept = places(network), Kept(network)
 
         def of_state(state: Params, x: Any) -> Any:
             with holding(where, state):
-                return call(network, x)
+                outputs = call(network, x)
+            kept.put_back()
+            return outputs
 
         return of_state
 

@@ -379,7 +379,8 @@ class EpisodicModule(LightningModule):
             look: Finds out whether they can be stacked.
         """
         trained = tuple(p.requires_grad for p in network.parameters())
-        kind = (self.network, network.training, trained, *shapes(episodes))
+        mode = (network is self.network, network.training)
+        kind = (self.network, mode, trained, *shapes(episodes))
         loss, verdict = self._verdicts.get(kind, (None, Verdict()))
         if loss is not self.loss:
             verdict = look()

@@ -134,10 +134,16 @@ def look_for_writes(learner: Learner, episodes: AnyEpisodes) -> None:
     """Find out what a forward pass changes in the network; the first of all looks, so that no other changes it.
 
     Raises:
-        ValueError: If it writes to a trainable parameter.
+        ValueError: If it writes to its inputs or to a trainable parameter, or remembers something in a plain tensor.
     """
     with first_support(learner, episodes) as x, torch.enable_grad():  # some layers write in training with gradients only
-        learner.look_for_writes(x)
+        once, twice = learner.look_for_writes(x)
+    attribute = first_difference(*({name: tensor.double() for name, tensor in held.items()} for held in (once, twice)))
+    if attribute is not None:
+        raise ValueError(
+            f"Expected a network that keeps what it remembers between calls in buffers but it has the attribute {attribute!r}, a plain "
+            "tensor, for it; make it a buffer, `register_buffer`, so that it is updated once per step and saved."
+        )
 
 
 def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
@@ -278,7 +284,7 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
             value = loss({}, outputs, y)
         except Exception:  # noqa: BLE001 # what is wrong with the loss is said by the look at it
             value = None
-        return [_floats(outputs), learner.tensor_attributes(), _floats(value)]
+        return [_floats(outputs), _floats(value)]
 
     held = held_tensors(loss.loss)
     with first_support(learner, episodes) as x, torch.no_grad(), warnings.catch_warnings():
@@ -293,12 +299,7 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
             f"Expected a loss that leaves its tensors as they are but it writes to {written}, and would do so several times a step; put "
             "what writes into evaluation mode (a frozen teacher's batch norm), or into the network, whose buffers are written once a step."
         )
-    outputs, attributes, value = (first_difference(*pair) for pair in zip(once, again, strict=True))
-    if attributes is not None:
-        raise ValueError(
-            f"Expected a network that keeps what it remembers between calls in buffers but it has the attribute {attributes!r}, a plain "
-            f"tensor, for it; make it a buffer, `register_buffer`, so that it is updated once per step and saved."
-        )
+    outputs, value = (first_difference(*pair) for pair in zip(once, again, strict=True))
     if outputs is not None or value is not None:
         raise ValueError(
             f"Expected a {'loss' if outputs is None else 'network'} that returns the same for the same inputs, parameters and random state "

@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
@@ -25,6 +25,7 @@ from lightning_maml.functional import Params, differentiable, holding, is_out_of
 from lightning_maml.inputs import Inputs, call, cat, count
 from lightning_maml.layers import TaskConvolution, TaskEmbedding, TaskNorm, is_padded_embedding, is_plain_convolution
 from lightning_maml.outputs import logits_in, map_outputs, takes_logits, tensors_in
+from lightning_maml.randomness import generator_states, set_generator_states
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
 
@@ -38,10 +39,12 @@ class Written(NamedTuple):
     Attributes:
         tensors: Names of buffers and frozen parameters.
         numbers: Names of modules and of their attributes that are plain numbers.
+        kept: The same of other attributes, in which it keeps something, by itself or in a list or a dict.
     """
 
     tensors: frozenset[str] = frozenset()
     numbers: frozenset[tuple[str, str]] = frozenset()
+    kept: frozenset[tuple[str, str]] = frozenset()
 
 
 _WRITTEN: WeakKeyDictionary[nn.Module, Written] = WeakKeyDictionary()
@@ -53,7 +56,7 @@ class Learner:
 
     Each thread works on a structural copy of the network: its own module objects over the same tensors. Frozen parameters are used as
     they are; every call starts from the network's buffers as they are, and what it writes to them is not kept. The same holds for frozen
-    parameters and plain numbers once :meth:`look_for_writes` has found that they are written to.
+    parameters, plain numbers and other attributes once :meth:`look_for_writes` has found that they are written to.
 
     Args:
         network: Any module; its training mode (dropout) is kept.
@@ -158,8 +161,11 @@ class Learner:
                 hook.remove()
         return set(runs[forward:])
 
-    def look_for_writes(self, x: Inputs) -> None:
+    def look_for_writes(self, x: Inputs) -> tuple[Params, Params]:
         """Find out what a forward pass changes in the network, see :func:`writes`.
+
+        Returns:
+            The tensors in plain attributes after one pass, and after another one with the same inputs and random numbers.
 
         Raises:
             ValueError: If it writes to its inputs or to a trainable parameter, or reads one from elsewhere than the network's modules.
@@ -173,13 +179,14 @@ class Learner:
         reads: list[str] = []
 
         given = [(tensor, tensor._version) for tensor in tensors_in(x)]
+        states = generator_states(given[0][0].device)
 
         def note() -> None:  # while the network still holds what was given to it
             read_elsewhere.update(reads)  # before they are read here
             held = ((name, place[0][0][place[0][1]]) for name, place in self._own.places.items() if place)
             tensors.update(name for name, now in held if name in originals and _is_written(now, originals[name]))
 
-        numbers = _numbers(network)
+        numbers, kept = _numbers(network), Kept(network)
         buffers, self._own.buffers = self._own.buffers, {**self._own.buffers, **frozen}
         self._own.after_a_pass = note
         try:
@@ -206,12 +213,18 @@ class Learner:
                 "(an embedding's max_norm)."
             )
         moved = {key for key, number in _numbers(network).items() if number != numbers.get(key)}
+        changed, once = kept.changed(), self._tensor_attributes()
+        if once:
+            set_generator_states(states, given[0][0].device)
+            self._run(params, x, 0, {})
+        twice = self._tensor_attributes()
         before = _WRITTEN.get(self.network, Written())
-        _WRITTEN[self.network] = Written(before.tensors | tensors, before.numbers | moved)
-        del self._own.network  # so that it is copied anew, with the numbers as they were
+        _WRITTEN[self.network] = Written(before.tensors | tensors, before.numbers | moved, before.kept | changed)
+        del self._own.network  # so that it is copied anew, with all as it was
+        return once, twice
 
-    def tensor_attributes(self) -> Params:
-        """Return the tensors that the modules hold in plain attributes, as copies; what a pass left there is for this thread alone."""
+    def _tensor_attributes(self) -> Params:
+        """Return copies of the tensors that the modules hold in plain attributes."""
         modules = self._copy_of_this_thread().named_modules()
         held = ((f"{name}.{key}".lstrip("."), value) for name, module in modules for key, value in vars(module).items())
         return {name: value.detach().clone() for name, value in held if isinstance(value, Tensor)}
@@ -260,6 +273,8 @@ class Learner:
             self._own.unwritten -= {*found}
         for attributes, key, number in self._own.numbers:
             attributes[key] = number
+        if self._own.kept is not None:
+            self._own.kept.put_back()
         return outputs
 
     def _copy_of_this_thread(self) -> nn.Module:
@@ -281,6 +296,7 @@ class Learner:
             self._own.unwritten = set() if unlooked or self._vectorised else self._own.buffers.keys() - written.tensors
             attributes = [(vars(network.get_submodule(name)), key) for name, key in written.numbers]
             self._own.numbers = [(of_module, key, of_module[key]) for of_module, key in attributes if key in of_module]
+            self._own.kept = Kept(network, written.kept) if written.kept else None
         own: nn.Module = self._own.network
         return own
 
@@ -340,6 +356,65 @@ def _numbers(network: nn.Module) -> dict[tuple[str, str], int | float]:
     """Return the plain numbers and flags among the attributes of a network's modules."""
     attributes = ((name, key, value) for name, module in network.named_modules() for key, value in vars(module).items())
     return {(name, key): value for name, key, value in attributes if isinstance(value, int | float)}
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+class Kept:
+    """What the modules of a network hold in attributes, besides parameters, buffers and other modules.
+
+    Some networks keep there what they computed from their parameters (in evaluation mode timm's LeViT does, the biases of its attention).
+    The next pass, which has other parameters, must not find it.
+
+    Args:
+        network: The network as it is before a pass.
+        names: Names of the modules and of their attributes to put back; by default all that have changed.
+    """
+
+    def __init__(self, network: nn.Module, names: Collection[tuple[str, str]] | None = None) -> None:
+        self._modules = {name: vars(module) for name, module in network.named_modules()}
+        self._names = names
+        self._before = self._now()
+
+    def _now(self) -> dict[tuple[str, str], tuple[Any, Any]]:
+        """Return each attribute, and a copy of it if it is a list or a dict."""
+        return {
+            (name, key): (value, copy.copy(value) if isinstance(value, list | dict) else None)
+            for name, attributes in self._modules.items()
+            for key, value in attributes.items()
+            if key not in _OF_EVERY_MODULE and (self._names is None or (name, key) in self._names)
+        }
+
+    def changed(self) -> frozenset[tuple[str, str]]:
+        """Return the names of the modules and attributes that a pass has changed, other than from number to number."""
+        now = self._now()
+        return frozenset(key for key in self._before.keys() | now.keys() if not _are_same(self._before.get(key), now.get(key)))
+
+    def put_back(self) -> None:
+        """Undo what a pass has changed."""
+        for name, key in self.changed() if self._names is None else self._names:
+            if (name, key) not in self._before:
+                self._modules[name].pop(key, None)
+                continue
+            value, content = self._before[name, key]
+            self._modules[name][key] = value
+            if isinstance(value, list):
+                value[:] = content
+            elif isinstance(value, dict):
+                value.clear()
+                value.update(content)
+
+
+def _are_same(before: tuple[Any, Any] | None, now: tuple[Any, Any] | None) -> bool:
+    """Return whether an attribute is still the same object and holds the same objects, or is still a number."""
+    if before is None or now is None:
+        return False
+    if isinstance(before[0], dict) and before[0] is now[0]:
+        return before[1].keys() == now[1].keys() and all(now[1][key] is value for key, value in before[1].items())
+    if isinstance(before[0], list) and before[0] is now[0]:
+        return [*map(id, before[1])] == [*map(id, now[1])]
+    return before[0] is now[0] or (isinstance(before[0], int | float) and isinstance(now[0], int | float))
 
 
 class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]

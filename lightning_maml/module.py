@@ -521,6 +521,8 @@ class MAML(EpisodicModule):
 
         def look() -> Verdict:
             self._check(Learner(network, self.batch_norm), episodes)  # what is wrong with the batch says nothing about stacking
+            if network is not self.network:  # a copy only adapts, by first derivatives
+                return self._compare_in_double(episodes, network, curved=False)
             try:
                 return self._compare_in_double(episodes, network, curved=True)  # any algorithm may be asked for exact gradients
             except NoSecondDerivativeError:

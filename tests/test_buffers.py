@@ -274,3 +274,55 @@ def test_two_processes_start_each_step_from_the_same_buffers(tmp_path: Path) -> 
     assert len(one) == len(two) > 4
     assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
     assert not torch.equal(one[0], one[-1])
+
+
+class Remembering(nn.Module):
+    """Keeps what it computes from its scale until it trains again, as timm's LeViT does; or, for comparison, nothing."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(WAYS))
+        self.place, self.kept, self.box, self.rows = place, None, {}, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.place == "nowhere":
+            return x * self.scale.exp()
+        if self.place == "attribute":
+            self.kept = self.scale.exp() if self.kept is None else self.kept
+            return x * self.kept
+        if self.place == "dict":
+            return x * self.box.setdefault("scale", self.scale.exp())
+        if self.place == "list":
+            if not self.rows:
+                self.rows.append(self.scale.exp())
+            return x * self.rows[0]
+        if not hasattr(self, "late"):
+            self.late = self.scale.exp()
+        return x * self.late
+
+
+def remembering(place: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, WAYS), Remembering(place)).double()
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "threads", "vmap"])
+@pytest.mark.parametrize("place", ["attribute", "dict", "list", "late"])
+def test_what_a_network_keeps_of_its_parameters_is_of_no_other_parameters(place: str, tasks: str) -> None:
+    network, episodes = remembering(place), make_episodes(tasks=4)
+    model = MAML(network, RATE, STEPS, tasks=tasks).eval()
+    plain = remembering("nowhere")
+    right = []
+    for support_x, support_y, query_x, _ in zip(*episodes, strict=True):
+        w = dict(plain.named_parameters())
+        for _ in range(STEPS):
+            gradient = torch.autograd.grad(F.cross_entropy(functional_call(plain, w, (support_x,)), support_y), [*w.values()])
+            w = {name: p - RATE * g for (name, p), g in zip(w.items(), gradient, strict=True)}
+        right.append(functional_call(plain, w, (query_x,)))
+    torch.testing.assert_close(model.evaluate(episodes).aux[:, -1], torch.stack(right), rtol=1e-10, atol=1e-12)
+    adapted = model.adapt(episodes.support_x, episodes.support_y)
+    for _ in range(2):
+        torch.testing.assert_close(adapted(episodes.query_x), torch.stack(right), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(adapted.network(1)(episodes.query_x[1]), right[1], rtol=1e-10, atol=1e-12)
+    layer = network[2]
+    assert (layer.kept, layer.box, layer.rows, hasattr(layer, "late")) == (None, {}, [], False), "the network itself keeps nothing"

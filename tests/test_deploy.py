@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from networks import WAYS, build, make_episodes
 from torch import nn
+from torch.func import functional_call
 
 from lightning_maml import ANIL, MAML, AdaptedNetworks, Conv4, Episodes, MetaSGD, ResNet12
 
@@ -317,6 +318,43 @@ def test_networks_that_vmap_cannot_take_are_not_stacked_by_auto() -> None:
     labels = torch.arange(2).repeat(2, 2)
     episodes = Episodes(torch.rand(2, 4, 1, 16, 16), labels, torch.rand(2, 4, 1, 16, 16), labels)
     assert MAML(network, inner_lr=0.1, chunk_size=2).meta_loss(episodes).isfinite()
+
+
+def test_adapting_needs_no_second_derivative() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Hardsigmoid(), nn.Linear(6, WAYS)).double()
+    model, episodes = MAML(network, inner_lr=0.3), make_episodes(tasks=4)
+    together = model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)
+    w = {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
+    for task in range(4):
+        loss = F.cross_entropy(functional_call(network, w, (episodes.support_x[task],)), episodes.support_y[task])
+        gradient = torch.autograd.grad(loss, [*w.values()])
+        adapted = {name: p - 0.3 * g for (name, p), g in zip(w.items(), gradient, strict=True)}
+        torch.testing.assert_close(together[task], functional_call(network, adapted, (episodes.query_x[task],)))
+    with pytest.raises(ValueError, match="FOMAML or HFMAML"):
+        model.meta_gradient(episodes)
+
+
+class Normed(nn.Module):
+    """Normalises a gradient that has a graph, in a stack over all tasks: only Hessian-vector products are wrong there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 5), nn.Linear(5, WAYS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = torch.tanh(self.body(x.flatten(1)))
+        if features.requires_grad:
+            features.register_hook(lambda g: g / g.norm() if torch.is_grad_enabled() else g)
+        return self.head(features)
+
+
+def test_what_adaptation_found_of_stacking_does_not_count_for_meta_gradients() -> None:
+    torch.manual_seed(0)
+    model, episodes = MAML(Normed().double(), inner_lr=0.3, tasks="vmap").eval(), make_episodes(tasks=4)
+    assert model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x).isfinite().all()
+    with pytest.raises(ValueError, match="Hessian-vector product differs"):
+        model.meta_gradient(episodes)
 
 
 @pytest.mark.parametrize("batch_norm", ["batch", "per_step"])
