@@ -155,8 +155,6 @@ class MAML(EpisodicModule):
             raise ValueError(
                 f"Expected `inner_rates` to be 'fixed' with {type(self).__name__}, which cannot learn them, but got {inner_rates!r}."
             )
-        if inner_rates != "fixed" and train_steps == 0:
-            raise ValueError("Expected `train_steps` to be at least 1 with learned inner rates, which get their gradient there, but got 0.")
         adapt = self.default_adapt if adapt is None else adapt
         params = adapting(network, adapt, head)
         rates_of_steps(inner_lr, params, 1)  # refuses a rate out of range
@@ -371,8 +369,16 @@ class MAML(EpisodicModule):
         loss: Tensor = super().meta_loss(episodes)
         return loss
 
+    def _check_that_rates_are_used(self) -> None:
+        if self.learned_rates is not None and self.train_steps == 0:
+            raise ValueError(
+                "Expected `train_steps` to be at least 1 to train learned inner rates, which get their gradient from inner steps, but got "
+                "0; use inner_rates='fixed'."
+            )
+
     @override
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
+        self._check_that_rates_are_used()
         learner, rates = self._learner(episodes), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
 
         def of_checked(episodes: AnyEpisodes) -> MetaGradient:

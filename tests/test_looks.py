@@ -334,8 +334,8 @@ def test_a_network_that_writes_to_its_inputs_is_refused_before_it_does() -> None
 
 
 def test_learned_rates_need_a_step() -> None:
-    with pytest.raises(ValueError, match="`train_steps` to be at least 1 with learned inner rates"):
-        MAML(seeded(Plain), RATE, 0, inner_rates="per_layer")
+    with pytest.raises(ValueError, match="`train_steps` to be at least 1 to train learned inner rates"):
+        MAML(seeded(Plain), RATE, 0, inner_rates="per_layer").meta_loss(points())
 
 
 class OfAnySize(nn.Module):
