@@ -214,7 +214,14 @@ class Cached(nn.Module):
     def __init__(self, kept_in: str) -> None:
         super().__init__()
         self.w = nn.ParameterList([nn.Parameter(0.1 * torch.randn(IMAGE**2, 6)), nn.Parameter(0.1 * torch.randn(6, WAYS))])
-        self.kept = {"list": [self.w[0]], "dict": {"a": [{"b": self.w[0]}]}, "tuple": (self.w[0],), "closure": lambda: self.w[0]}[kept_in]
+        w = self.w[0]
+        self.kept = {
+            "list": [w],
+            "dict": {"a": [{"b": w}]},
+            "tuple": (w,),
+            "closure of the module": lambda: self.w[0],
+            "closure": lambda: w,
+        }[kept_in]
 
     def forward(self, x: Tensor) -> Tensor:
         kept = self.kept
@@ -227,7 +234,7 @@ def cached(kept_in: str) -> nn.Module:
     return Cached(kept_in).double()
 
 
-@pytest.mark.parametrize("kept_in", ["list", "dict"])
+@pytest.mark.parametrize("kept_in", ["list", "dict", "closure of the module"])
 def test_parameters_in_lists_and_dicts_are_adapted(kept_in: str) -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
