@@ -52,14 +52,16 @@ class AdaptedNetworks(nn.Module):
                 states += [torch.stack(tensors) for tensors in zip(*(found[name] for found in each), strict=True)]
         self._states = nn.ParameterList(nn.Parameter(state, requires_grad=False) for state in states)
 
-    def forward(self, x: Inputs) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return the outputs ``[T, Q, ...]`` for queries ``[T, Q, ...]``, where each task's come from its own network.
 
-        A dict, tuple or list of tensors is given to each network as it is in training: ``network(**x)``, ``network(*x)``.
+        Networks of several inputs may be called as each of them is, ``networks(ids=..., mask=...)``, or with ``query_x`` as it is in
+        episodes, a dict, tuple or list.
 
         Raises:
             ValueError: If there are queries of more or fewer tasks than were adapted to.
         """
+        x = named or (inputs[0] if len(inputs) == 1 else inputs)
         states = dict(zip(self._names, self._states, strict=True))
         tasks = len(self._states[0])
         if any(len(tensor) != tasks for tensor in tensors(x)):

@@ -1,5 +1,6 @@
 """What few-shot algorithms share as Lightning modules: optimizer, steps, logged figures and checks of batches."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -69,6 +70,12 @@ class EpisodicModule(LightningModule):
         Learner(network, batch_norm)  # refuses a network that the policy does not fit
         _warn_if_compiled(network)
         _refuse_lazy(network)
+        if not callable(loss) or isinstance(loss, type):
+            got = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
+            raise TypeError(
+                f"Expected `loss` to be a function or a module but got {got}; give torch.nn.functional.cross_entropy, or a made "
+                "module, nn.MSELoss()."
+            )
         self.network = network
         self.loss = loss
         self.batch_norm: BatchNormPolicy = batch_norm
@@ -136,6 +143,12 @@ class EpisodicModule(LightningModule):
             ValueError: If the file is not whole, asks for more than tensors and plain data, was not written by a trainer, or has weights of
                 another loss.
         """
+        parameter = inspect.signature(cls).parameters.get("network")
+        if parameter is not None and parameter.default is parameter.empty and "network" not in kwargs:
+            raise TypeError(
+                f"Expected the network, which a checkpoint does not hold, but got none; call {cls.__name__}.load_from_checkpoint(path, "
+                "network=...)."
+            )
         weights_only = weights_only is None or weights_only
         if weights_only and isinstance(checkpoint_path, str | Path):
             named = read_trained(checkpoint_path).get("hyper_parameters") or {}

@@ -112,7 +112,7 @@ class Executor:
         """
         if not verdict.wrong:
             return
-        asked = f"tasks={self.tasks!r}" if self.tasks != "auto" else f"chunk_size={self.chunk_size}"
+        asked = f"tasks={self.tasks!r}" if self.tasks == "vmap" else f"chunk_size={self.chunk_size}"
         raise ValueError(
             f"Expected a network and a loss whose tasks can be stacked with `{'compiled=True' if self._compiled else asked}` "
             f"but {verdict.wrong}; use tasks='loop' without `chunk_size` and `compiled`."

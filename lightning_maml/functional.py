@@ -49,6 +49,20 @@ def scaled(a: float | Tensor, x: Params) -> Params:
     return {name: a * tensor for name, tensor in x.items()}
 
 
+def leaves_of(value: Any) -> set[int]:
+    """Return the ids of the trainable tensors that a result was computed from."""
+    waiting, seen, leaves = [getattr(value, "grad_fn", None)], set(), set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        waiting += [before for before, _ in node.next_functions]
+    return leaves
+
+
 def memory(tensor: Tensor) -> int:
     """Return a number for a tensor's memory, which views of it share."""
     try:

@@ -35,12 +35,13 @@ from lightning_maml.episodic_module import (
 )
 from lightning_maml.execution import Execution, Executor, TasksName
 from lightning_maml.first_look import FirstLook, Seen, first_outputs, first_support
-from lightning_maml.functional import Params, detached
+from lightning_maml.functional import Params, detached, leaves_of
 from lightning_maml.inputs import Inputs, cat, map_tensors
 from lightning_maml.learner import BatchNormPolicy, FunctionalLoss, HeadLearner, Learner, reading, structural_copy
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, not_finite, surrogate
 from lightning_maml.objective import NoSecondDerivativeError, Objective
+from lightning_maml.outputs import tensors_in
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.plain import number, plain, whole_number
 from lightning_maml.randomness import is_random
@@ -212,7 +213,8 @@ class MAML(EpisodicModule):
             The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K steps.
         """
         check_episodes(episodes)
-        curve: AdaptationCurve = self._executor.within_memory(self._evaluate, episodes, self.device)
+        with torch.inference_mode(False), torch.no_grad():  # looks differentiate, which tensors made in inference mode rule out
+            curve: AdaptationCurve = self._executor.within_memory(self._evaluate, detached(episodes), self.device)
         return curve
 
     def _evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -238,10 +240,15 @@ class MAML(EpisodicModule):
             network, these are adapted and called one by one; otherwise they are called as one, and adapted 32 (or ``chunk_size``) at once,
             or with ``"auto"`` on a CPU as many as in training.
         """
+        if not isinstance(support_y, Tensor):
+            raise TypeError(f"Expected `support_y` to be a tensor but got {type(support_y).__name__}; make it one, torch.tensor(...).")
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._networks_of(*detached((support_x, support_y)), self.test_steps if steps is None else steps)
+
+    def _networks_of(self, support_x: Inputs, support_y: Tensor, steps: int) -> nn.Module:
         of_one = support_y.ndim == 1 and not support_y.is_floating_point()
         if of_one:
             support_x, support_y = map_tensors(lambda tensor: tensor[None], (support_x, support_y))
-        steps = self.test_steps if steps is None else steps
         support = Episodes(support_x, support_y, support_x, support_y)
         network = structural_copy(self.network).eval()
         check_episodes(support)
@@ -258,10 +265,10 @@ class MAML(EpisodicModule):
             may_draw=execution.tasks != "threads",  # the test of stacking has found that they draw none
             **execution._asdict(),
         )
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             adapted |= {name: average.repeat(len(support_y), 1) for name, average in self._averages(steps).items()}
-            networks = AdaptedNetworks(network, adapted, self.batch_norm, detached(support_x), as_one)
-            if as_one and (verdict := networks.compare_stacked(detached(support_x))).wrong:
+            networks = AdaptedNetworks(network, adapted, self.batch_norm, support_x, as_one)
+            if as_one and (verdict := networks.compare_stacked(support_x)).wrong:
                 if self._executor.tasks == "vmap":
                     self._executor.check_stacking(verdict)
                 networks.stacked = False
@@ -490,15 +497,24 @@ class MAML(EpisodicModule):
         """Refuse, once for each loss, one that reads the network's parameters, of which it would not see adapted ones."""
         if self._checked_loss and self._checked_loss[0] is self.loss:
             return
-        read: list[str] = []
+        of_outputs, read = self._loss_of_outputs(), list[str]()
+        y = detached(support_set(first_task(episodes))[1])
         with first_support(learner, episodes) as x, torch.no_grad():
             outputs = learner({name: p.detach().clone() for name, p in learner.params.items()}, x)
             with reading(learner.params, read):
-                self._loss_of_outputs()({}, outputs, detached(support_set(first_task(episodes))[1]))
+                of_outputs({}, outputs, y)
         if read:
             raise ValueError(
                 f"Expected a loss of outputs and labels but it reads the network's parameters {sorted(set(read))} from outside, where "
                 "adapted values cannot be put; let the network return what the loss needs of them."
+            )
+        with first_support(learner, episodes), torch.enable_grad():
+            value = of_outputs({name: p.detach() for name, p in of_outputs.params.items()}, outputs, y)
+        known = (*tensors_in(outputs), *self.parameters())  # those of a subclass are refused by their names
+        if leaves_of(value) - {id(tensor) for tensor in known}:
+            raise ValueError(
+                "Expected a loss whose trainable parameters are those of an nn.Module but it depends on one from elsewhere (a closure, a "
+                "global), which would get no gradient; make the loss a module that has it as a parameter, or detach it."
             )
         self._checked_loss = [self.loss]
 

@@ -112,6 +112,11 @@ class Objective:
         leaves = {name: tensor.detach().requires_grad_(name in names) for name, tensor in w.items()}
         with torch.enable_grad(), self._same_randomness(w), differentiated(times):
             value, aux = self._loss(leaves)
+        if names and not value.requires_grad:
+            raise ValueError(
+                "Expected a loss that depends on the network's parameters but nothing leads from it to them; look for torch.no_grad, "
+                ".detach() and .item() in the network and the loss."
+            )
         return leaves, value, aux
 
     @contextmanager

@@ -31,6 +31,12 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
     if part == "all":
         return params
     last = head_of(network, head)
+    with_parameters = [name for name, module in network.named_modules() if [*module.parameters(recurse=False)]]
+    if head is None and not _layer_of(with_parameters[-1], _parametrizations(network)) == last:
+        raise ValueError(
+            f"Expected `head` to be named, because the last layer, {with_parameters[-1]!r}, is frozen, but got none; unfreeze that layer "
+            f"if it is the head, or name another, head={last!r} for instance."
+        )
     of_head = {name for name in params if name.startswith(f"{last}.")}
     if not of_head or (part == "body" and len(of_head) == len(params)):
         raise ValueError(
@@ -51,10 +57,14 @@ def head_of(network: nn.Module, head: str | None = None) -> str:
 
 def _owners(network: nn.Module) -> list[str]:
     """Return the names of the layers that have trainable parameters of their own, from first to last."""
-    parametrized = [name for name, module in network.named_modules() if isinstance(module, ParametrizationList)]
+    parametrized = _parametrizations(network)
     names = [name for name, module in network.named_modules() if any(p.requires_grad for p in module.parameters(recurse=False))]
     owners = {_layer_of(name, parametrized) for name in names}
     return [name for name, _ in network.named_modules() if name in owners]
+
+
+def _parametrizations(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, ParametrizationList)]
 
 
 def _layer_of(name: str, parametrized: list[str]) -> str:

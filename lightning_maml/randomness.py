@@ -22,7 +22,7 @@ def drops_blocks(network: nn.Module) -> bool:
 
 def _draws(module: nn.Module) -> bool:
     inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
-    return inside or isinstance(module, (_DropoutNd, nn.RReLU))
+    return inside or (isinstance(module, _DropoutNd) and module.p > 0) or isinstance(module, nn.RReLU)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

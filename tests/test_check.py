@@ -153,7 +153,7 @@ def test_the_table_has_every_row_and_ends_with_the_verdict() -> None:
     lines = str(report).splitlines()
     assert sum(line.startswith(("  right  ", "  wrong  ", "  note   ")) for line in lines) == len(report.rows)
     assert max(map(len, lines)) <= 104
-    assert lines[-1] == report.verdict == "MAML is right on this network, loss and batch: 8 looks found it so, and none found it wrong."
+    assert lines[-1] == report.verdict == "The gradients of MAML are right on this network, loss and batch (8 looks, none wrong; 8 notes)."
 
 
 def test_the_example_of_the_docstring_runs() -> None:
@@ -170,6 +170,18 @@ def test_embeddings_of_words_are_found_right() -> None:
     report = check(MAML(words, inner_lr=0.1), episodes)
     assert report.ok, report
     assert row(report, "exact meta-gradient, float64").verdict == row(report, "tasks in vmap").verdict == "right"
+
+
+def test_a_hessian_free_gradient_that_is_far_off_is_wrong_for_hfmaml_alone() -> None:
+    torch.manual_seed(0)
+    bent = Conv4(1, 5, 28, channels=8, activation="relu", downsample="max")
+    labels, images = torch.arange(5).repeat(2, 1), torch.rand(2, 2, 5, 1, 28, 28)
+    episodes = Episodes(images[0], labels, images[1], labels)
+    found = {algorithm: check(algorithm(bent, inner_lr=0.4), episodes) for algorithm in (HFMAML, MAML)}
+    looks = {algorithm: next(row for row in report.rows if row.at.startswith("Hessian-free")) for algorithm, report in found.items()}
+    assert (looks[HFMAML].verdict, looks[MAML].verdict) == ("wrong", "note"), looks
+    assert not found[HFMAML].ok
+    assert found[MAML].ok, found[MAML]
 
 
 class Pair(nn.Module):
@@ -268,7 +280,7 @@ def test_parameters_that_nothing_moves_are_named() -> None:
     report = check(MAML(Idle(), inner_lr=0.1), tasks())
     assert row(report, "a training step") == (
         "a training step",
-        "no gradient for network.idle: not used, or behind what is zero on this batch",
+        "no gradient for network.idle: not used, detached, or behind what is zero on this batch",
         "note",
     )
     assert report.ok
@@ -514,7 +526,7 @@ def test_the_command_prints_the_table_of_a_config_and_a_checkpoint(tmp_path: Pat
     at_first = capsys.readouterr().out
     assert "MAML at the initial weights, the first training batch" in at_first
     assert "2 tasks of 3 support and 6 query examples, outputs [3] for each" in at_first
-    assert "MAML is right on this network, loss and batch" in at_first
+    assert "The gradients of MAML are right on this network, loss and batch" in at_first
     checkpoint = tmp_path / "some.ckpt"
     torch.save({"state_dict": MAML(Conv4(1, 3, 28, channels=2, activation="gelu")).state_dict()}, checkpoint)
     main([*arguments, f"--ckpt_path={checkpoint}", "--trainer.precision=bf16-mixed"])

@@ -1,15 +1,18 @@
 """What the looks at a network and its loss find on the first batch: closures, views, state, losses that draw or write."""
 
 import random
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning import Trainer
 from networks import relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader
 
 from lightning_maml import ANIL, FOMAML, MAML, Episodes, ProtoNet
 from lightning_maml.functional import Params
@@ -449,3 +452,103 @@ def test_known_kinds_of_batch_are_not_looked_at_again() -> None:
     for episodes in (one, other, one):
         model.meta_loss(episodes)
     assert Counting.calls == 3 * 4 * (2 * STEPS + 1)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 6), nn.Linear(6, WAYS)
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.head(self.words(ids).mean(1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_token_ids_of_a_loader_are_tested_and_predicted(workers: int, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(WAYS).repeat(2)
+    ids = torch.randint(9, (8, 2 * WAYS, 4), generator=random)
+    loader = DataLoader([Episodes(x, labels, x, labels) for x in ids], batch_size=4, num_workers=workers)
+    model = MAML(seeded(Words), RATE, STEPS)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", **quiet)
+    expected = model.eval().evaluate(Episodes(ids, labels.expand(8, -1), ids, labels.expand(8, -1)))
+    (tested,) = trainer.test(model, loader, verbose=False)
+    assert tested["test/loss"] == pytest.approx(float(expected.loss[:, -1].mean()))
+    torch.testing.assert_close(torch.cat(trainer.predict(model, loader)), expected.aux[:, -1])
+
+
+def test_a_task_of_inference_mode_is_adapted_to() -> None:
+    model = MAML(seeded(Words), RATE, STEPS)
+    ids, labels = torch.arange(40).view(10, 4) % 9, torch.arange(WAYS).repeat(2)
+    expected = model.adapt(ids, labels)(ids)
+    with torch.inference_mode():
+        found = model.adapt(ids.clone(), labels.clone())(ids)
+        many = model.adapt(ids[None].repeat(4, 1, 1), labels.repeat(4, 1))(ids[None].repeat(4, 1, 1))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(many[0], expected)
+
+
+def test_a_frozen_last_layer_is_not_passed_over_for_a_head() -> None:
+    network = seeded(Plain)
+    network.head.requires_grad_(False)
+    with pytest.raises(ValueError, match="Expected `head` to be named, because the last layer, 'head', is frozen"):
+        ANIL(network, RATE)
+    ANIL(network, RATE, head="body").meta_loss(points()).backward()
+
+
+def test_parameters_in_the_closure_of_a_loss_are_refused() -> None:
+    temperature = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    model = MAML(seeded(Plain), RATE, STEPS, loss=lambda outputs, y: F.cross_entropy(outputs * temperature.exp(), y))
+    with pytest.raises(ValueError, match="depends on one from elsewhere"):
+        model.meta_loss(points())
+
+
+@pytest.mark.parametrize("where", ["network", "loss"])
+def test_a_loss_without_a_graph_is_said_to_be_so(where: str) -> None:
+    class Detached(Plain):
+        def forward(self, x: Tensor) -> Any:
+            with torch.no_grad():
+                return super().forward(x)
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return torch.tensor(F.cross_entropy(outputs, y).item())
+
+    model = MAML(seeded(Detached), RATE, STEPS) if where == "network" else MAML(seeded(Plain), RATE, STEPS, loss=loss)
+    with pytest.raises(ValueError, match="depends on the network's parameters but nothing leads"):
+        model.meta_loss(points())
+
+
+def test_a_loss_that_was_not_made_is_refused() -> None:
+    for wrong, got in ((nn.MSELoss, "the class MSELoss"), ("mse", "'mse'")):
+        with pytest.raises(TypeError, match=f"`loss` to be a function or a module but got {got}"):
+            MAML(seeded(Plain), RATE, loss=wrong)
+
+
+def test_labels_in_a_list_are_refused_by_adapt() -> None:
+    with pytest.raises(TypeError, match="Expected `support_y` to be a tensor but got list"):
+        MAML(seeded(Plain), RATE).adapt(points().support_x[0], [0, 1])
+
+
+def test_a_checkpoint_is_loaded_with_a_network(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"Expected the network, which a checkpoint does not hold.*network=\.\.\."):
+        MAML.load_from_checkpoint(tmp_path / "some.ckpt")
+
+
+def test_dropout_of_nothing_draws_nothing() -> None:
+    network = nn.Sequential(nn.Linear(8, 6), nn.Dropout(0.0), nn.Linear(6, WAYS)).double()
+    MAML(network, RATE, compiled=True)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        MAML(nn.Sequential(network, nn.Dropout(0.1)), RATE, compiled=True)
+
+
+def test_many_networks_may_be_called_as_one_is() -> None:
+    class Both(Plain):
+        def forward(self, one: Tensor, other: Tensor) -> Any:
+            return super().forward(one + other)
+
+    found = points()
+    x = {"one": found.support_x, "other": found.query_x}
+    networks = MAML(seeded(Both), RATE).adapt(x, found.support_y)
+    for outputs in (networks(**x), networks(found.support_x, found.query_x)):
+        torch.testing.assert_close(outputs, networks(x), rtol=0, atol=0)
