@@ -25,7 +25,7 @@ from lightning_maml.checkpoints import WholeCheckpoints, read_trained
 from lightning_maml.episodes import AnyEpisodes, check_episodes
 from lightning_maml.functional import Params
 from lightning_maml.inputs import Inputs, call, cat, count, map_tensors, shapes, tensors
-from lightning_maml.learner import BatchNormPolicy, Learner, deep_copy, writes
+from lightning_maml.learner import BatchNormPolicy, Learner, deep_copy, modes, writes
 from lightning_maml.metrics import Estimate, TaskMean
 from lightning_maml.outputs import logits_in
 from lightning_maml.plain import plain
@@ -70,6 +70,11 @@ class EpisodicModule(LightningModule):
         Learner(network, batch_norm)  # refuses a network that the policy does not fit
         _warn_if_compiled(network)
         _refuse_lazy(network)
+        if computed := [name for name, p in network.named_parameters() if not p.is_leaf]:
+            raise ValueError(
+                f"Expected a network whose parameters are leaves, which can be trained, but {computed} were computed from others; so they "
+                "are if a module of TorchScript is deep-copied: copy it before it is scripted."
+            )
         if not callable(loss) or isinstance(loss, type):
             got = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
             raise TypeError(
@@ -392,8 +397,7 @@ class EpisodicModule(LightningModule):
             look: Finds out whether they can be stacked.
         """
         trained = tuple(p.requires_grad for p in network.parameters())
-        mode = (network is self.network, network.training)
-        kind = (self.network, mode, trained, *shapes(episodes))
+        kind = (self.network, network is self.network, modes(network), trained, *shapes(episodes))
         loss, verdict = self._verdicts.get(kind, (None, Verdict()))
         if loss is not self.loss:
             verdict = look()

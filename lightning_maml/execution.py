@@ -124,7 +124,7 @@ class Executor:
         chunk_size = None if drops_blocks(network) else self.chunk_size
         if self.tasks == "threads" and (generators := draws()):
             raise RandomInThreadsError(
-                "Expected a loss that draws no random numbers with `tasks='threads'` but the network draws from "
+                "Expected a network and a loss that draw no random numbers with `tasks='threads'` but they draw from "
                 f"{' and '.join(generators)}, and threads share one random generator; use tasks='loop'."
             )
         if self.tasks != "auto":

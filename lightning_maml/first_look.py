@@ -18,7 +18,7 @@ from lightning_maml.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.functional import detached
 from lightning_maml.inputs import Inputs, cat, count, map_tensors, tensors
 from lightning_maml.inputs import shapes as shapes_of
-from lightning_maml.learner import FunctionalLoss, Learner, held_tensors, norms_with_own_forward, put_back, structural_copy, writes
+from lightning_maml.learner import FunctionalLoss, Learner, held_tensors, modes, norms_with_own_forward, put_back, structural_copy, writes
 from lightning_maml.outputs import are_tensors, tensors_in
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import generator_states, generators_drawn_from, set_generator_states
@@ -91,7 +91,7 @@ class FirstLook:
         """
         shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
         of_inputs = shapes_of((episodes.support_x, episodes.query_x))
-        kind = (network, network.training, learner.network.training, of_inputs, shapes, are_labels, id(loss.loss))
+        kind = (network, modes(network), learner.network.training, of_inputs, shapes, are_labels, id(loss.loss))
         if kind not in self._seen or writes(learner.network) is None:
             seen = self._look(learner, episodes, loss, are_labels)
             with first_support(learner, episodes) as x:
@@ -138,7 +138,8 @@ def look_for_writes(learner: Learner, episodes: AnyEpisodes) -> None:
     """
     with first_support(learner, episodes) as x, torch.enable_grad():  # some layers write in training with gradients only
         once, twice = learner.look_for_writes(x)
-    attribute = first_difference(*({name: tensor.double() for name, tensor in held.items()} for held in (once, twice)))
+    before, after = ({name: tensor.double() for name, tensor in held.items()} for held in (once, twice))
+    attribute = first_difference(before, after)
     if attribute is not None:
         raise ValueError(
             f"Expected a network that keeps what it remembers between calls in buffers but it has the attribute {attribute!r}, a plain "
@@ -299,7 +300,7 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
             f"Expected a loss that leaves its tensors as they are but it writes to {written}, and would do so several times a step; put "
             "what writes into evaluation mode (a frozen teacher's batch norm), or into the network, whose buffers are written once a step."
         )
-    outputs, value = (first_difference(*pair) for pair in zip(once, again, strict=True))
+    outputs, value = (first_difference(one, other, 1e-5) for one, other in zip(once, again, strict=True))
     if outputs is not None or value is not None:
         raise ValueError(
             f"Expected a {'loss' if outputs is None else 'network'} that returns the same for the same inputs, parameters and random state "

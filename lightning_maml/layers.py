@@ -41,7 +41,7 @@ class TaskConvolution:
                 y: Tensor = SideBySide.apply(self._side_by_side, x, layer.weight, layer.bias)
             except NothingIsStackedError:
                 y = self._convolved(x, layer.weight, layer.bias)
-        elif is_batch and not self._vectorised:
+        elif is_batch and not self._vectorised and not _in_a_transform():
             y = self._convolved(x, layer.weight, layer.bias)
         else:
             y = type(layer).forward(layer, x)
@@ -92,7 +92,7 @@ class TaskNorm:
             except NothingIsStackedError:
                 z = self._normalised(x, weight, bias)
             return z
-        if not self._vectorised and not self.context:
+        if not self._vectorised and not self.context and not _in_a_transform():
             return self._normalised(x, weight, bias)
         rows = int(self.context * len(x)) if self.context else len(x)
         all_but_channels = [0, *range(2, x.ndim)]
@@ -192,6 +192,11 @@ def _unflattened(x: Tensor, dim: int, tasks: int) -> Tensor:
     """Return ``x`` with the tasks as dimension 1; in the given ``x`` they share dimension ``dim`` with another one."""
     size = (-1, tasks) if dim == 0 else (tasks, -1)
     return x.reshape(*x.shape[:dim], *size, *x.shape[dim + 1 :])
+
+
+def _in_a_transform() -> bool:
+    """Return whether a network has put a transform of ``torch.func`` around the layer, which takes torch's own functions only."""
+    return bool(torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 def _is_side_by_side() -> bool:

@@ -29,8 +29,15 @@ from lightning_maml.randomness import generator_states, set_generator_states
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
 
+_HOOKING: WeakSet[nn.Module] = WeakSet()
+"""Networks found to register hooks on tensors in their forward pass."""
+
 _VIEWING: WeakSet[nn.Module] = WeakSet()
 """Networks found to need their images' channels first in memory, because they view them as rows."""
+
+
+class HeadDoesNotEndError(RuntimeError):
+    """What a network returns for some inputs is not what its head returns, though it was for others."""
 
 
 class Written(NamedTuple):
@@ -105,10 +112,16 @@ class Learner:
         return map_outputs(lambda tensor: tensor[context:] if tensor.ndim and len(tensor) == every else tensor, outputs)
 
     def features(self, params: Params, x: Inputs, head: str, *, statistics_of: Inputs | None = None) -> Tensor:
-        """Return what enters the submodule ``head``, for which :meth:`ends_with` must be true; the arguments are those of a call."""
+        """Return what enters the submodule ``head``, for which :meth:`ends_with` must be true; the arguments are those of a call.
+
+        Raises:
+            HeadDoesNotEndError: If the outputs for these inputs are not those of the head.
+        """
         inputs, context = (x, 0) if statistics_of is None else (cat([statistics_of, x]), count(statistics_of))
         with self._calls_of(head) as calls:
-            self._run(params, inputs, context, {})
+            outputs = self._run(params, inputs, context, {})
+        if len(calls) != 1 or calls[0][2] is not outputs:
+            raise HeadDoesNotEndError
         features: Tensor = calls[0][0][0]
         return features[context:]
 
@@ -172,7 +185,7 @@ class Learner:
         """
         network = self._copy_of_this_thread()
         frozen = {name: p.detach() for name, p in network.named_parameters() if not p.requires_grad}
-        params = {name: differentiable(p).clone() for name, p in self.params.items()}
+        params = {name: differentiable(p).clone().requires_grad_() for name, p in self.params.items()}
         originals = {**self._own.buffers, **frozen, **self.params}
         tensors: set[str] = set()
         read_elsewhere: set[str] = set()
@@ -190,11 +203,15 @@ class Learner:
         buffers, self._own.buffers = self._own.buffers, {**self._own.buffers, **frozen}
         self._own.after_a_pass = note
         try:
-            with reading(self.params, reads):
+            with reading(self.params, reads), _Watching() as watched:
                 self._run(params, x, 0, {})
         finally:
             self._own.after_a_pass = None
             self._own.buffers = buffers
+        if watched.views:
+            _VIEWING.add(self.network)
+        if watched.hooks:
+            _HOOKING.add(self.network)
         if any(tensor._version != version for tensor, version in given):
             raise ValueError(
                 "Expected a network that leaves its inputs as they are but it writes to them, which would change the batch for all that "
@@ -267,7 +284,9 @@ class Learner:
             outputs = call(self._own.network, inputs)
             if self._own.after_a_pass is not None:
                 self._own.after_a_pass()
-        if found := [name for name in self._own.unwritten if buffers[name]._version]:
+            held = {name: self._own.places[name][0] for name in self._own.unwritten if self._own.places[name]}
+            found = [name for name, (holder, key) in held.items() if buffers[name]._version or holder[key] is not buffers[name]]
+        if found:
             before = _WRITTEN[self.network]  # its look did not see this, because it depends on values
             _WRITTEN[self.network] = before._replace(tensors=before.tensors | {*found})
             self._own.unwritten -= {*found}
@@ -331,6 +350,11 @@ def put_back(before: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> list[s
     return written
 
 
+def hooks_tensors(network: nn.Module) -> bool:
+    """Return whether a network was found to register hooks on tensors in its forward pass."""
+    return network in _HOOKING
+
+
 def writes(network: nn.Module) -> bool | None:
     """Return whether a forward pass changes buffers, frozen parameters or plain numbers of a network; None before a look at it.
 
@@ -348,8 +372,14 @@ def _is_written(now: Tensor | None, original: Tensor) -> bool:
 def _is_other(now: Any, original: Tensor) -> bool:
     if not isinstance(now, Tensor) or now.shape != original.shape:
         return True
+    now, original = (tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in (now, original))
     both_nan = now.isnan() & original.isnan()
     return bool(((now != original) & ~both_nan).any())
+
+
+def modes(network: nn.Module) -> tuple[bool, ...]:
+    """Return the modes of all modules and the flags among their attributes, on which what was found out about a network depends."""
+    return tuple(value for module in network.modules() for value in vars(module).values() if value is True or value is False)
 
 
 def _numbers(network: nn.Module) -> dict[tuple[str, str], int | float]:
@@ -482,8 +512,19 @@ class FunctionalLoss:
         self._own = threading.local()
 
     def __call__(self, params: Params, outputs: Any, y: Any) -> Any:
-        """Return the loss, with its own values for what ``params`` lacks."""
-        outputs = self.given(outputs)
+        """Return the loss, with its own values for what ``params`` lacks.
+
+        Raises:
+            TypeError: If it is no tensor.
+        """
+        value = self._value(params, self.given(outputs), y)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"Expected the loss of a task to be a scalar tensor but got {type(value).__name__}; return the loss alone, without .item()."
+            )
+        return value
+
+    def _value(self, params: Params, outputs: Any, y: Any) -> Any:
         if not self.params:
             return self.loss(outputs, y)
         if not hasattr(self._own, "loss"):
@@ -570,6 +611,23 @@ def deep_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         copied = copy.deepcopy(network, memo)
     _rebind_functions(copied, memo)
     return copied
+
+
+class _Watching(TorchFunctionMode):
+    """Notes what a forward pass does that depends on how it is run.
+
+    Reading tensors by their place in memory, which is another one if images have channels last; and hooks on tensors, to which stacked
+    tasks are one, or which are not registered for them at all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views = self.hooks = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.hooks |= func is Tensor.register_hook
+        self.views |= func in (Tensor.as_strided, torch.as_strided, Tensor.stride, Tensor.set_)
+        return func(*args, **(kwargs or {}))
 
 
 class _CopyingTensors(TorchFunctionMode):

@@ -36,8 +36,17 @@ from lightning_maml.episodic_module import (
 from lightning_maml.execution import Execution, Executor, TasksName
 from lightning_maml.first_look import FirstLook, Seen, first_outputs, first_support
 from lightning_maml.functional import Params, detached, leaves_of
-from lightning_maml.inputs import Inputs, cat, map_tensors
-from lightning_maml.learner import BatchNormPolicy, FunctionalLoss, HeadLearner, Learner, reading, structural_copy
+from lightning_maml.inputs import Inputs, cat, map_tensors, tensors
+from lightning_maml.learner import (
+    BatchNormPolicy,
+    FunctionalLoss,
+    HeadDoesNotEndError,
+    HeadLearner,
+    Learner,
+    hooks_tensors,
+    reading,
+    structural_copy,
+)
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, not_finite, surrogate
 from lightning_maml.objective import NoSecondDerivativeError, Objective
@@ -49,7 +58,7 @@ from lightning_maml.rates import InnerRates, InnerRatesName, LearnedRates, check
 from lightning_maml.smooth import weight_normed
 from lightning_maml.targets import LossLook, check_labels, check_targets, ignored_label
 from lightning_maml.task_map import are_stacked, map_tasks
-from lightning_maml.trial import Verdict, compare_losses
+from lightning_maml.trial import HOOKED, Verdict, compare_losses
 
 
 class TaskPath(NamedTuple):
@@ -172,6 +181,7 @@ class MAML(EpisodicModule):
         self._checked_loss: list[LossFunction] = []  # in a list, so that a module is not taken for a part of the model
         self._loss_look = LossLook()
         self._warned_of_weight_norm = False
+        self._features_once = adapt == "head"
 
     def _check_that_it_compiles(self) -> None:
         reasons = {
@@ -392,7 +402,15 @@ class MAML(EpisodicModule):
             self._check(learner, episodes)
             return self._training_gradient(learner, episodes)
 
+        read_only = {name: tensor for name, tensor in learner.params.items() if not tensor.is_inference()}
+        read_only |= {f"inputs {number}": tensor for number, tensor in enumerate(tensors(episodes)) if not tensor.is_inference()}
+        versions = {name: tensor._version for name, tensor in read_only.items()}
         result: MetaGradient = self._executor.within_memory(of_checked, episodes, self.device)
+        if written := [name for name, tensor in read_only.items() if tensor._version != versions[name]]:
+            raise ValueError(
+                f"Expected a network and a loss that leave parameters and inputs as they are but they wrote to {written}, which are no "
+                "longer what they were; let them work on copies, x.clone()."
+            )
         self._stop_unless_finite(result)
         self._update_running_averages(episodes)
         trained = learner.params | self._loss_of_outputs().params
@@ -411,8 +429,23 @@ class MAML(EpisodicModule):
     def _meta_gradient(
         self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
     ) -> MetaGradient:
+        try:
+            return self._gradient_by(self._head_that_ends(learner, episodes), learner, episodes, curvature, step_weights)
+        except HeadDoesNotEndError:
+            self._features_once = False
+            return self._gradient_by(None, learner, episodes, curvature, step_weights)
+
+    def _gradient_by(
+        self,
+        head: str | None,
+        learner: Learner,
+        episodes: AnyEpisodes,
+        curvature: CurvatureName,
+        step_weights: Sequence[float] | None,
+    ) -> MetaGradient:
+        """Return the meta-gradient, with features that are computed once if a head is given, which alone adapts."""
         arguments = self._training_arguments(learner, episodes)
-        if (head := self._head_that_ends(learner, episodes)) is not None:
+        if head is not None:
             reader = self._head_learner(head, self._execution(episodes))
             losses = {"loss": self._support_loss(reader), "query_loss": self._query_loss(reader)}
             arguments |= losses | {"encode": partial(self._encode, learner, head)}
@@ -430,8 +463,15 @@ class MAML(EpisodicModule):
         )
 
     def _adapt(self, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
+        try:
+            return self._curve_by(self._head_that_ends(learner, episodes), learner, episodes, steps)
+        except HeadDoesNotEndError:
+            self._features_once = False
+            return self._curve_by(None, learner, episodes, steps)
+
+    def _curve_by(self, head: str | None, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
         execution = self._execution(episodes)
-        if (head := self._head_that_ends(learner, episodes)) is not None:
+        if head is not None:
             with torch.inference_mode(False), torch.no_grad():
                 episodes = detached(episodes)
                 encode = partial(self._encode, learner, head, learner.params)
@@ -442,7 +482,7 @@ class MAML(EpisodicModule):
 
     def _head_that_ends(self, learner: Learner, episodes: AnyEpisodes) -> str | None:
         """Return the head if it alone adapts and ends the network, so that the features before it need computing only once."""
-        if self.adapts != "head" or not isinstance(episodes, Episodes) or self.step_statistics is not None:
+        if not self._features_once or not isinstance(episodes, Episodes) or self.step_statistics is not None:
             return None
         head = head_of(self.network, self.head)
         seen = self._look(learner, episodes)
@@ -500,7 +540,7 @@ class MAML(EpisodicModule):
         of_outputs, read = self._loss_of_outputs(), list[str]()
         y = detached(support_set(first_task(episodes))[1])
         with first_support(learner, episodes) as x, torch.no_grad():
-            outputs = learner({name: p.detach().clone() for name, p in learner.params.items()}, x)
+            outputs = learner({name: p.detach().clone().requires_grad_() for name, p in learner.params.items()}, x)
             with reading(learner.params, read):
                 of_outputs({}, outputs, y)
         if read:
@@ -543,6 +583,8 @@ class MAML(EpisodicModule):
 
         def look() -> Verdict:
             self._check(Learner(network, self.batch_norm), episodes)  # what is wrong with the batch says nothing about stacking
+            if hooks_tensors(network):
+                return Verdict(HOOKED)
             if network is not self.network:  # a copy only adapts, by first derivatives
                 return self._compare_in_double(episodes, network, curved=False)
             try:
@@ -650,6 +692,7 @@ class MAML(EpisodicModule):
                     "width."
                 )
             check_labels(episodes, shape[0], ignored_label(self.loss))
+        self._check_loss(learner, episodes)
         task = first_task(episodes)
         self._loss_look(
             self.loss,

@@ -115,7 +115,7 @@ class Objective:
         if names and not value.requires_grad:
             raise ValueError(
                 "Expected a loss that depends on the network's parameters but nothing leads from it to them; look for torch.no_grad, "
-                ".detach() and .item() in the network and the loss."
+                ".detach() and .item() in the network and the loss, and where a task has no loss, return 0 * outputs.sum()."
             )
         return leaves, value, aux
 

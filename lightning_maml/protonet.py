@@ -19,14 +19,14 @@ from lightning_maml.execution import ADAPTED_AT_ONCE
 from lightning_maml.first_look import check_logits, check_policy, first_outputs, look_for_writes
 from lightning_maml.functional import detached
 from lightning_maml.inputs import Inputs, cat, map_tensors
-from lightning_maml.learner import BatchNormPolicy, Learner, structural_copy
+from lightning_maml.learner import BatchNormPolicy, Learner, hooks_tensors, structural_copy
 from lightning_maml.plain import plain
 from lightning_maml.randomness import generator_states, set_generator_states
 from lightning_maml.second_derivatives import differentiated
 from lightning_maml.stack import Randomness, Stack
 from lightning_maml.targets import LossLook, check_labels
 from lightning_maml.task_map import TaskExecution, map_tasks
-from lightning_maml.trial import Verdict, compare, two_tasks
+from lightning_maml.trial import HOOKED, Verdict, compare, two_tasks
 
 _NOT_STACKED = "Expected a network and a loss whose tasks can be stacked with `tasks='vmap'` but {}; use tasks='loop'."
 
@@ -163,6 +163,8 @@ class ProtoNet(EpisodicModule):
             embedded = self.logits(first_outputs(learner, episodes))
             check_logits(embedded, are_labels=True)
             self._loss_look(self.loss, ways, lambda: embedded.new_zeros(2 * ways, ways), (episodes.support_y[0], episodes.query_y[0]))
+            if hooks_tensors(network):
+                return Verdict(HOOKED)
             return Verdict() if self._tasks == "loop" else self._compare_stacked(network, ways, episodes)
 
         verdict = self._once_for_its_kind(network, episodes, look)

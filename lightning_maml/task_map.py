@@ -111,6 +111,6 @@ def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes], d
         torch.set_num_threads(cores)
     if may_draw and (drawn_from := generators_drawn_from(before, device)):
         raise RandomInThreadsError(
-            "Expected a loss that draws no random numbers with `tasks='threads'` but the random state of "
+            "Expected a network and a loss that draw no random numbers with `tasks='threads'` but the random state of "
             f"{' and '.join(drawn_from)} moved, and threads share one random generator; use tasks='loop'."
         )

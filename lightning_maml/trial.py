@@ -29,6 +29,9 @@ TaskLoss = Callable[[Params, Any], Tensor]
 Evaluations = dict[str, Tensor]
 """What was computed of two tasks, by name, ``[2, ...]``."""
 
+HOOKED = "the network has hooks on tensors, which would see all tasks as one"
+"""Why the tasks of a network with hooks on tensors are not stacked, whatever the hooks do on the first batch."""
+
 _SHIFT = 0.05
 """How far a point lies from the parameters, in standard deviations of each tensor."""
 
@@ -109,19 +112,19 @@ def _failed(error: Exception) -> Verdict:
     return Verdict(f"vmap does not take them ({reason})")
 
 
-def first_difference(right: Evaluations, found: Evaluations) -> str | None:
+def first_difference(right: Evaluations, found: Evaluations, relative: float = 1e-2) -> str | None:
     """Return the name of the first evaluation that differs by more than rounding, or None.
 
-    In float64 that is a millionth of its size; in lower precision a hundredth, since derivatives of large
-    networks have few digits there.
+    In float64 that is a millionth of its size; in lower precision ``relative``, by default a hundredth, since derivatives
+    of large networks have few digits there.
     """
     for name, values in right.items():
         same = torch.isclose(found[name], values, rtol=0, atol=0, equal_nan=True)
         away = torch.where(same, 0.0, found[name] - values)
         size = torch.linalg.vector_norm(torch.where(values.isfinite(), values, 0.0))
         rounding = 100 * torch.finfo(values.dtype).eps
-        relative = 1e-6 if values.dtype == torch.float64 else 1e-2
-        if not torch.linalg.vector_norm(away) <= relative * size + rounding:
+        most = 1e-6 if values.dtype == torch.float64 else relative
+        if not torch.linalg.vector_norm(away) <= most * size + rounding:
             return name
     return None
 

@@ -1,5 +1,6 @@
 """What the looks at a network and its loss find on the first batch: closures, views, state, losses that draw or write."""
 
+import copy
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,7 +166,7 @@ def test_losses_that_draw_run_in_a_loop(draw: Any) -> None:
         return MAML(network, 0.01, 1, loss=loss, tasks=tasks).meta_gradient(episodes)
 
     assert relative_error(gradient("auto"), gradient("loop")) < 1e-12
-    with pytest.raises(RuntimeError, match="draws from"):
+    with pytest.raises(RuntimeError, match="draw from"):
         gradient("threads")
 
 
@@ -552,3 +553,188 @@ def test_many_networks_may_be_called_as_one_is() -> None:
     networks = MAML(seeded(Both), RATE).adapt(x, found.support_y)
     for outputs in (networks(**x), networks(found.support_x, found.query_x)):
         torch.testing.assert_close(outputs, networks(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", ["flag", "hook", "size", "value"])
+def test_features_are_not_computed_once_where_the_head_stops_ending_the_network(way: str) -> None:
+    class Changing(Plain):
+        hot = False
+
+        def forward(self, x: Tensor) -> Any:
+            z = super().forward(x)
+            changes = {"flag": Changing.hot, "size": len(x) != 2 * WAYS, "value": bool((x > 50).any()), "hook": False}
+            return 4 * z if changes[way] else z
+
+    network, found = seeded(Changing), points()
+    model = ANIL(network, RATE, STEPS)
+    model.meta_loss(found)
+    Changing.hot = True
+    if way == "hook":
+        network.register_forward_hook(lambda module, inputs, outputs: 4 * outputs)
+    if way == "size":
+        found = found._replace(query_x=found.query_x[:, :WAYS], query_y=found.query_y[:, :WAYS])
+    if way == "value":
+        found.query_x[0, 0, 0] = 100
+    names = ["head.weight", "head.bias"]
+    start = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+    values = []
+    for support_x, support_y, query_x, query_y in zip(*found, strict=True):
+        w = {name: p.view_as(p) for name, p in start.items()}
+        for _ in range(STEPS):
+            value = F.cross_entropy(functional_call(network, w, (support_x,)), support_y)
+            gradient = torch.autograd.grad(value, [w[name] for name in names], create_graph=True)
+            w = w | {name: w[name] - RATE * g for name, g in zip(names, gradient, strict=True)}
+        values.append(F.cross_entropy(functional_call(network, w, (query_x,)), query_y))
+    expected = dict(zip(start, torch.autograd.grad(torch.stack(values).mean(), [*start.values()]), strict=True))
+    assert relative_error(model.meta_gradient(found), expected) < 1e-10
+    values = torch.stack([value.detach() for value in values])
+    torch.testing.assert_close(model.evaluate(found).loss[:, -1], values)
+
+
+def test_tasks_with_hooks_on_tensors_are_not_stacked_even_if_the_hooks_do_nothing_yet() -> None:
+    class Clipping(Plain):
+        def forward(self, x: Tensor) -> Any:
+            hidden = torch.tanh(self.body(x))
+            if hidden.requires_grad:
+                hidden.register_hook(lambda g: g * torch.clamp(100 / g.norm(), max=1))
+            return self.head(hidden)
+
+    model = MAML(seeded(Clipping), RATE, STEPS)
+    assert model._execution(points()).tasks == "loop"
+    with pytest.raises(ValueError, match="hooks on tensors, which would see all tasks as one"):
+        MAML(seeded(Clipping), RATE, STEPS, tasks="vmap").meta_loss(points())
+
+
+def test_a_loss_that_reads_parameters_is_refused_in_adaptation_and_evaluation_too() -> None:
+    network = seeded(Plain)
+    model = MAML(network, RATE, STEPS, loss=lambda outputs, y: F.cross_entropy(outputs, y) + network.head.weight.square().sum())
+    for use in (lambda: model.adapt(points().support_x[0], points().support_y[0]), lambda: model.evaluate(points())):
+        with pytest.raises(ValueError, match="reads the network's parameters"):
+            use()
+
+
+@pytest.mark.parametrize("written", ["inputs", "parameters"])
+def test_what_is_written_later_stops_the_run(written: str) -> None:
+    class Later(Plain):
+        begun = False
+
+        def forward(self, x: Tensor) -> Any:
+            if Later.begun:
+                with torch.no_grad():
+                    (x if written == "inputs" else self.body.weight).mul_(0.99)
+            return super().forward(x)
+
+    model = MAML(seeded(Later), RATE, STEPS, tasks="loop")
+    model.meta_loss(points())
+    Later.begun = True
+    with pytest.raises(ValueError, match="leave parameters and inputs as they are but they wrote to"):
+        model.meta_loss(points())
+
+
+def test_buffers_that_are_replaced_later_are_kept() -> None:
+    class Later(Plain):
+        begun = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = torch.tanh(self.body(x))
+            if Later.begun and self.training:
+                self.mean = 0.9 * self.mean + 0.1 * hidden.mean(0).detach()
+            return self.head(hidden)
+
+    network = seeded(Later)
+    model = MAML(network, RATE, STEPS, tasks="loop")
+    model.meta_loss(points())
+    assert not network.mean.any()
+    Later.begun = True
+    model.meta_loss(points())
+    assert network.mean.any()
+
+
+def images() -> Episodes:
+    random = torch.Generator().manual_seed(2)
+    x = torch.rand(2, 2, WAYS, 1, 8, 8, dtype=torch.float64, generator=random)
+    return Episodes(x[0], torch.arange(WAYS).repeat(2, 1), x[1], torch.arange(WAYS).repeat(2, 1))
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop"])
+def test_images_read_by_their_place_in_memory(tasks: str) -> None:
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, WAYS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(self.convolution(x)).contiguous(memory_format=torch.preserve_format)
+            return self.head(y.as_strided((len(y), 4 * 36), (4 * 36, 1)))
+
+    class Flat(Strided):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.convolution(x)).flatten(1))
+
+    found = [MAML(seeded(kind), RATE, STEPS, tasks=tasks).meta_gradient(images()) for kind in (Strided, Flat)]
+    assert relative_error(*found) < 1e-10
+
+
+def test_transforms_of_torch_func_around_convolutions() -> None:
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+            self.head = nn.Linear(4 * 36, WAYS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            def of_half(half: Tensor) -> Tensor:
+                return torch.tanh(self.convolution(half))
+
+            halves = torch.func.vmap(of_half)(x.reshape(WAYS, 1, *x.shape[1:]))
+            return self.head(halves.flatten(1))
+
+    class Plainly(Each):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.convolution(x)).flatten(1))
+
+    found = [MAML(seeded(kind), RATE, STEPS).meta_gradient(images()) for kind in (Each, Plainly)]
+    assert relative_error({name: found[0][name] for name in found[1]}, found[1]) < 1e-10
+
+
+def test_gradients_with_respect_to_own_weights_in_the_forward_pass() -> None:
+    class Energy(Plain):
+        def forward(self, x: Tensor) -> Any:
+            with torch.enable_grad():
+                energy = torch.tanh(self.body(x)).square().sum()
+                (slope,) = torch.autograd.grad(energy, self.body.weight, create_graph=True)
+            return self.head(torch.tanh(self.body(x))) * slope.mean()
+
+    network = seeded(Energy)
+    assert relative_error(MAML(network, RATE, STEPS).meta_gradient(points()), unrolled(network)) < 1e-10
+
+
+def test_a_sparse_buffer() -> None:
+    class Graph(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("neighbours", torch.eye(WAYS, dtype=torch.float64).to_sparse())
+
+        def forward(self, x: Tensor) -> Any:
+            return torch.sparse.mm(self.neighbours, super().forward(x).mT).mT
+
+    assert relative_error(MAML(seeded(Graph), RATE, STEPS).meta_gradient(points()), unrolled(seeded(Plain))) < 1e-10
+
+
+@pytest.mark.parametrize(("made", "got"), [(lambda loss: loss.item(), "float"), (lambda loss: (loss, {}), "tuple")])
+def test_a_loss_that_returns_no_tensor_is_refused(made: Any, got: str) -> None:
+    model = MAML(seeded(Plain), RATE, STEPS, loss=lambda outputs, y: made(F.cross_entropy(outputs, y)))
+    with pytest.raises(TypeError, match=f"loss of a task to be a scalar tensor but got {got}"):
+        model.meta_loss(points())
+
+
+def test_parameters_that_were_computed_are_refused() -> None:
+    network = copy.deepcopy(torch.jit.script(nn.Linear(8, WAYS)))
+    if all(p.is_leaf for p in network.parameters()):
+        pytest.skip("this torch copies modules of TorchScript as they are")
+    with pytest.raises(ValueError, match="parameters are leaves"):
+        MAML(network, RATE)

@@ -216,7 +216,7 @@ def test_random_networks_are_run_in_a_loop_where_threads_were_not_asked_for() ->
     assert model._execution(large) == Execution("loop", None)
     model.meta_loss(large)
     assert MAML(build("mlp"), RATE)._execution(large).tasks == "threads"
-    with pytest.raises(RuntimeError, match="draws from torch, and threads share one random generator; use tasks='loop'"):
+    with pytest.raises(RuntimeError, match="draw from torch, and threads share one random generator; use tasks='loop'"):
         MAML(Noisy().double(), RATE, tasks="threads").meta_loss(large)
 
 
