@@ -10,6 +10,7 @@ from torch import nn
 from lightning_maml.episodes import AnyEpisodes, Episodes
 from lightning_maml.functional import is_out_of_memory
 from lightning_maml.inputs import map_tensors, tensors
+from lightning_maml.learner import caches_parametrizations
 from lightning_maml.randomness import drops_blocks
 from lightning_maml.task_map import RandomInThreadsError, TaskExecution, are_stacked, check_chunk_size
 from lightning_maml.trial import Verdict
@@ -96,7 +97,7 @@ class Executor:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("loop", None) if any(stacking()) else Execution("vmap", self._fitting)
-        if draws():
+        if draws() or caches_parametrizations(network):
             return Execution("loop", None)
         return for_cpu(episodes, sum(p.numel() for p in network.parameters()), lambda: not any(stacking()))
 
@@ -127,13 +128,18 @@ class Executor:
                 "Expected a network and a loss that draw no random numbers with `tasks='threads'` but they draw from "
                 f"{' and '.join(generators)}, and threads share one random generator; use tasks='loop'."
             )
+        if self.tasks == "threads" and caches_parametrizations(network):
+            raise ValueError(
+                "Expected a network that threads do not meet in with `tasks='threads'` but it uses torch.nn.utils.parametrize.cached, a "
+                "cache that they share; use tasks='loop', or leave the cache out."
+            )
         if self.tasks != "auto":
             return Execution(self.tasks, chunk_size)
         if chunk_size is None:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("vmap", chunk_size)
-        if draws() or self._drew_in_threads:
+        if draws() or self._drew_in_threads or caches_parametrizations(network):
             return Execution("loop", chunk_size)
         return Execution(_one_by_one(-(-len(episodes.support_y) // chunk_size)), chunk_size)
 

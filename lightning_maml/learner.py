@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,9 @@ from lightning_maml.outputs import logits_in, map_outputs, takes_logits, tensors
 from lightning_maml.randomness import generator_states, set_generator_states
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
+
+_CACHING: WeakSet[nn.Module] = WeakSet()
+"""Networks found to compute parametrisations under ``torch.nn.utils.parametrize.cached``, a cache that all threads share."""
 
 _HOOKING: WeakSet[nn.Module] = WeakSet()
 """Networks found to register hooks on tensors in their forward pass."""
@@ -202,10 +206,19 @@ class Learner:
         numbers, kept = _numbers(network), Kept(network)
         buffers, self._own.buffers = self._own.buffers, {**self._own.buffers, **frozen}
         self._own.after_a_pass = note
+
+        def note_cache(*_: Any) -> None:
+            if parametrize._cache_enabled:
+                _CACHING.add(self.network)
+
+        lists = [module for module in network.modules() if isinstance(module, parametrize.ParametrizationList)]
+        hooks = [module.register_forward_pre_hook(note_cache) for module in lists]
         try:
             with reading(self.params, reads), _Watching() as watched:
                 self._run(params, x, 0, {})
         finally:
+            for hook in hooks:
+                hook.remove()
             self._own.after_a_pass = None
             self._own.buffers = buffers
         if watched.views:
@@ -348,6 +361,11 @@ def put_back(before: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> list[s
         tensor.copy_(value)
         holder[name] = tensor
     return written
+
+
+def caches_parametrizations(network: nn.Module) -> bool:
+    """Return whether a network was found to use torch's cache of parametrisations, which threads would share."""
+    return network in _CACHING
 
 
 def hooks_tensors(network: nn.Module) -> bool:

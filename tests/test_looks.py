@@ -13,6 +13,7 @@ from lightning import Trainer
 from networks import relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from lightning_maml import ANIL, FOMAML, MAML, Episodes, ProtoNet
@@ -738,3 +739,23 @@ def test_parameters_that_were_computed_are_refused() -> None:
         pytest.skip("this torch copies modules of TorchScript as they are")
     with pytest.raises(ValueError, match="parameters are leaves"):
         MAML(network, RATE)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_torchs_cache_of_parametrizations_is_not_shared_by_threads() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(30000, 4)
+            parametrize.register_parametrization(self.layer, "weight", nn.Tanh())
+            self.head = nn.Linear(4, WAYS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with parametrize.cached():
+                return self.head(torch.tanh(self.layer(x) + self.layer(-x / 2)))
+
+    x, labels = torch.rand(4, WAYS, 30000, dtype=torch.float64), torch.arange(WAYS).repeat(4, 1)
+    model = MAML(seeded(Cached), RATE, 1)
+    assert model._execution(Episodes(x, labels, x, labels)).tasks == "loop"
+    with pytest.raises(ValueError, match=r"parametrize\.cached, a cache that they share"):
+        MAML(seeded(Cached), RATE, 1, tasks="threads").meta_loss(Episodes(x, labels, x, labels))
