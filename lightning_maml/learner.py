@@ -644,7 +644,7 @@ class _Watching(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.hooks |= func is Tensor.register_hook
-        self.views |= func in (Tensor.as_strided, torch.as_strided, Tensor.stride, Tensor.set_)
+        self.views |= func in (Tensor.as_strided, torch.as_strided)
         return func(*args, **(kwargs or {}))
 
 

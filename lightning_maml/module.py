@@ -50,7 +50,7 @@ from lightning_maml.learner import (
 from lightning_maml.measure import Probe
 from lightning_maml.meta_gradient import MetaGradient, meta_gradient, not_finite, surrogate
 from lightning_maml.objective import NoSecondDerivativeError, Objective
-from lightning_maml.outputs import tensors_in
+from lightning_maml.outputs import map_outputs, tensors_in
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.plain import number, plain, whole_number
 from lightning_maml.randomness import is_random
@@ -549,6 +549,7 @@ class MAML(EpisodicModule):
                 "adapted values cannot be put; let the network return what the loss needs of them."
             )
         with first_support(learner, episodes), torch.enable_grad():
+            outputs = map_outputs(Tensor.detach, outputs)
             value = of_outputs({name: p.detach() for name, p in of_outputs.params.items()}, outputs, y)
         known = (*tensors_in(outputs), *self.parameters())  # those of a subclass are refused by their names
         if leaves_of(value) - {id(tensor) for tensor in known}:
@@ -692,7 +693,6 @@ class MAML(EpisodicModule):
                     "width."
                 )
             check_labels(episodes, shape[0], ignored_label(self.loss))
-        self._check_loss(learner, episodes)
         task = first_task(episodes)
         self._loss_look(
             self.loss,
@@ -700,6 +700,7 @@ class MAML(EpisodicModule):
             lambda: self._loss_of_outputs().given(first_outputs(learner, episodes)),
             (support_set(task)[1], task.query_y),
         )
+        self._check_loss(learner, episodes)
 
     def _ways_of_datamodule(self) -> int | None:
         """Return how many classes the episodes of a running trainer's datamodule have, if it has one that says so."""
