@@ -322,7 +322,9 @@ class Learner:
                 elif self._vectorised and is_padded_embedding(module):
                     module.forward = TaskEmbedding(module)  # type: ignore[method-assign, assignment]
             written = _WRITTEN.get(self.network, Written())
-            frozen = {name: p.detach() for name, p in network.named_parameters() if name in written.tensors}
+            frozen = {}
+            if written.tensors:
+                frozen = {name: p.detach() for name, p in network.named_parameters() if name in written.tensors}
             self._own.network, self._own.places, self._own.buffers = network, places(network), {**dict(network.named_buffers()), **frozen}
             unlooked = self.network not in _WRITTEN
             self._own.unwritten = set() if unlooked or self._vectorised else self._own.buffers.keys() - written.tensors
@@ -583,10 +585,11 @@ def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.
 def _rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
     """Let hooks and functions that the modules hold refer to the copies of what they refer to, which ``copy.deepcopy`` does not."""
     for module in copied.modules():
-        for holder in (vars(module), *(value for value in vars(module).values() if value.__class__ in (dict, OrderedDict) and value)):
-            functions = [(key, value) for key, value in holder.items() if isinstance(value, FunctionType)]
-            for key, function in functions:
-                holder[key] = _rebound(function, memo)
+        attributes = vars(module)
+        dicts = [value for value in attributes.values() if value.__class__ in (dict, OrderedDict) and value]
+        for holder in (attributes, *dicts):
+            for key in [key for key, value in holder.items() if value.__class__ is FunctionType]:
+                holder[key] = _rebound(holder[key], memo)
 
 
 def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
