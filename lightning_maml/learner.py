@@ -604,11 +604,14 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
         return function
     defaults = function.__defaults__ or ()
     after, defaults_after = [*map(copy_of, before)], [*map(copy_of, defaults)]
-    if all(a is b for a, b in zip((*before, *defaults), (*after, *defaults_after), strict=True)):
+    named = function.__kwdefaults__ or {}
+    named_after = {name: copy_of(value) for name, value in named.items()}
+    pairs = zip((*before, *defaults, *named.values()), (*after, *defaults_after, *named_after.values()), strict=True)
+    if all(a is b for a, b in pairs):
         return function
     cells = tuple(map(CellType, after))
     made = FunctionType(function.__code__, function.__globals__, function.__name__, tuple(defaults_after), cells)
-    made.__kwdefaults__ = function.__kwdefaults__
+    made.__kwdefaults__ = named_after or None
     made.__dict__.update(function.__dict__)
     return made
 

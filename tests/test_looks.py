@@ -69,6 +69,7 @@ class Hooked(Plain):
             "module": lambda _, inputs, outputs: self.features.update(found=outputs),
             "dict": lambda _, inputs, outputs: features.update(found=outputs),
             "default": lambda _, inputs, outputs, own=self: own.features.update(found=outputs),
+            "keyword": lambda _, inputs, outputs, *, own=self: own.features.update(found=outputs),
         }
         self.body.register_forward_hook(hooks[refers_to])
 
@@ -79,7 +80,7 @@ class Hooked(Plain):
 
 @pytest.mark.parametrize("ran_before", [False, True])
 @pytest.mark.parametrize("tasks", ["auto", "loop", "threads"])
-@pytest.mark.parametrize("refers_to", ["module", "dict", "default"])
+@pytest.mark.parametrize("refers_to", ["module", "dict", "default", "keyword"])
 def test_hooks_refer_to_the_network_that_runs(refers_to: str, tasks: str, ran_before: bool) -> None:
     network = seeded(Hooked, refers_to)
     if ran_before:
