@@ -631,6 +631,10 @@ class MAML(EpisodicModule):
                 curved=curved,
             )
 
+    def _only_evaluates(self, learner: Learner) -> bool:
+        """Return whether a learner is that of a copy in evaluation mode, rather than of a network that is trained in that mode."""
+        return self.network.training and not learner.network.training and not isinstance(learner, HeadLearner)
+
     def _loss_of_outputs(self, *, training: bool = True) -> FunctionalLoss:
         loss = self.loss
         if isinstance(loss, nn.Module) and not training:
@@ -640,7 +644,7 @@ class MAML(EpisodicModule):
     def _support_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
     ) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Tensor]]:
-        of_outputs = self._loss_of_outputs(training=learner.network.training)
+        of_outputs = self._loss_of_outputs(training=not self._only_evaluates(learner))
 
         def loss(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             outputs = learner(params, x, averages=averages)
@@ -651,7 +655,7 @@ class MAML(EpisodicModule):
     def _query_loss(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
     ) -> Callable[[Params, AnyEpisodes], tuple[Tensor, Tensor]]:
-        of_outputs = self._loss_of_outputs(training=learner.network.training)
+        of_outputs = self._loss_of_outputs(training=not self._only_evaluates(learner))
 
         def loss(params: Params, task: AnyEpisodes) -> tuple[Tensor, Tensor]:
             statistics_of = support_set(task)[0] if learner.uses_support_statistics else None

@@ -268,6 +268,19 @@ def test_features_that_depend_on_the_head_are_not_computed_once() -> None:
     assert relative_error(ANIL(network, RATE, STEPS, head="head").meta_gradient(points()), expected) < 1e-10
 
 
+def test_dropout_in_the_loss_is_active_for_a_network_that_is_trained_in_evaluation_mode() -> None:
+    class Dropping(nn.Module):
+        def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(F.dropout(outputs, 0.5, self.training), y)
+
+    network = seeded(Plain).eval()
+    model = MAML(network, RATE, STEPS, loss=Dropping())
+    torch.manual_seed(3)
+    expected = unrolled(network, Dropping())
+    torch.manual_seed(3)
+    assert relative_error(model.meta_gradient(points()), expected) < 1e-10
+
+
 def test_adapted_networks_do_not_depend_on_dropout_in_the_loss() -> None:
     class Dropping(nn.Module):
         def __init__(self) -> None:
