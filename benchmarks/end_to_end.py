@@ -26,8 +26,8 @@ from tqdm import tqdm
 from lightning_maml import MAML, keep_freed_memory
 from lightning_maml.datamodules import OmniglotDataModule
 from lightning_maml.episodes import AnyEpisodes
-from lightning_maml.learner import Learner
 from lightning_maml.meta_gradient import MetaGradient
+from lightning_maml.module import Plan
 
 WAYS, TASKS, RATE, META_RATE = 5, 32, 0.4, 0.003
 WARM = 5
@@ -39,9 +39,9 @@ class Timed(MAML):
 
     seconds = 0.0
 
-    def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
+    def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
         start = time.perf_counter()
-        result = super()._training_gradient(learner, episodes)
+        result = super()._training_gradient(plan, episodes)
         if result.query_loss.is_cuda:
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - start

@@ -17,7 +17,7 @@ from lightning_maml.functional import Params
 from lightning_maml.implicit import implicit_gradient, proximal
 from lightning_maml.learner import OF_LOSS, BatchNormPolicy, Learner
 from lightning_maml.meta_gradient import MetaGradient
-from lightning_maml.module import MAML
+from lightning_maml.module import MAML, Plan
 from lightning_maml.parts import PartName
 from lightning_maml.plain import number, whole_number
 from lightning_maml.rates import InnerRatesName
@@ -193,14 +193,14 @@ class MAMLPlusPlus(LSLR):
         earlier = max(0.0, 1 - epoch / self.multi_step_epochs) / self.train_steps if self.multi_step_epochs and self.train_steps else 0.0
         return [earlier] * (self.train_steps - 1) + [1 - earlier * (self.train_steps - 1)] * (self.train_steps > 0)
 
-    def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
+    def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
         if self._trainer is None and (self.multi_step_epochs or self.first_order_epochs):
             raise ValueError(
                 "Expected a trainer, over whose epochs MAMLPlusPlus anneals, but there is none; train with one, or set `multi_step_epochs` "
                 "and `first_order_epochs` to 0."
             )
         curvature = "none" if self.current_epoch < self.first_order_epochs else self.curvature
-        return self._meta_gradient(learner, episodes, curvature, self.step_weights(self.current_epoch))
+        return self._meta_gradient(plan, episodes, curvature, self.step_weights(self.current_epoch))
 
 
 class Reptile(MAML):
@@ -215,13 +215,13 @@ class Reptile(MAML):
     learns_rates = False
     compiles = False
 
-    def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
+    def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
         if learned := [name.removeprefix(OF_LOSS) for name in self._loss_of_outputs().params]:
             raise ValueError(
                 f"Expected a loss without trainable parameters with Reptile, which trains only what adapts, but got {learned}; freeze them "
                 "by requires_grad_(False), or train with MAML or FOMAML."
             )
-        return reptile_gradient(**self._training_arguments(learner, episodes), inner_lr=self._rates(), steps=self.train_steps)
+        return reptile_gradient(**self._training_arguments(plan, episodes), inner_lr=self._rates(), steps=self.train_steps)
 
 
 class IMAML(MAML):
@@ -299,10 +299,10 @@ class IMAML(MAML):
 
     @override
     def _meta_gradient(
-        self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
+        self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
     ) -> MetaGradient:
         return implicit_gradient(
-            **self._training_arguments(learner, episodes),
+            **self._training_arguments(plan, episodes),
             inner_lr=self._rates(),
             steps=self.train_steps,
             strength=self.proximal_strength,

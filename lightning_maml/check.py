@@ -19,7 +19,7 @@ from lightning_maml.curvature import CurvatureName
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, first_task, support_set
 from lightning_maml.episodic_module import with_accuracy
 from lightning_maml.execution import FEWEST_STACKED, LARGE_INPUTS, STACKED_INPUTS, STACKED_PARAMETERS, Execution, Executor
-from lightning_maml.first_look import first_support, sees_others
+from lightning_maml.first_look import Seen, first_support, sees_others
 from lightning_maml.functional import Params, axpy, dot, norm
 from lightning_maml.inputs import call, cat, map_tensors, tensors
 from lightning_maml.inputs import count as count_of
@@ -32,6 +32,7 @@ from lightning_maml.rates import rates_of_steps
 from lightning_maml.smooth import kinked_operations, kinks, weight_normed
 from lightning_maml.targets import ignored_label
 from lightning_maml.task_map import are_stacked
+from lightning_maml.trial import Verdict as StackingVerdict
 from lightning_maml.unrolled import unrolled_gradient, unrolled_way_back
 
 Verdict = Literal["right", "wrong", "note"]
@@ -194,6 +195,17 @@ class _Case:
         episodes = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, self.episodes)
         return _Case(model, episodes, self.states)
 
+    def looked_at(self) -> Seen:
+        """Return what the model sees of its network on such a batch, which it refuses if something is wrong."""
+        model = self.model
+        return model._check(Learner(model.network, model.batch_norm), self.episodes, model._kind(model.network, self.episodes))
+
+    def stacking(self) -> StackingVerdict:
+        """Return whether the tasks can be stacked."""
+        self.looked_at()
+        network = self.model.network
+        return self.model._verdict(self.episodes, network, self.model._kind(network, self.episodes))
+
     def gradient(self, curvature: CurvatureName | None = None, way: Execution = _WAYS["loop"]) -> Params:
         """Return the network's meta-gradient as the library has it, by default that of the model's own algorithm."""
         self.start(way)
@@ -278,7 +290,7 @@ def _looks(case: _Case) -> Iterator[Look]:
     few = case.few()
     if seconds(few.gradient, few.model.device) > _SLOW_SECONDS:
         few = case.few(2)
-    draws = few.model._draws(few.episodes)
+    draws = few.looked_at().draws
     yield from _as_far_as_it_goes("adaptation", map(_adaptation, [few]))
     yield from _as_far_as_it_goes("gradients", _of_gradients(few, draws))
     yield from _as_far_as_it_goes("ways of running tasks", _of_ways(case, few, draws))
@@ -299,9 +311,8 @@ def _accepted(case: _Case) -> Look:
     try:
         check_episodes(case.episodes)
         few = case.few()
-        learner = Learner(few.model.network, few.model.batch_norm)
-        few.model._check(learner, case.episodes)
-        outputs = few.model._look(learner, few.episodes).outputs
+        case.looked_at()
+        outputs = few.looked_at().outputs
     except Exception as error:  # noqa: BLE001 # any network and loss may raise anything
         return Look(at, _sentence(error), "wrong")
     shots, queries = len(support_set(first_task(few.episodes))[1]), few.episodes.query_y.shape[1]
@@ -459,7 +470,7 @@ def _cost(case: _Case, way: Execution) -> str:
     """Return the memory and the time of one meta-gradient."""
     gradient, device = partial(case.gradient, way=way), case.model.device
     if are_stacked(*way):
-        case.model._verdict(case.episodes, case.model.network)  # the trial of stacking is no part of a step
+        case.stacking()  # the trial of stacking is no part of a step
     peak = peak_bytes(gradient, device)
     took = seconds(gradient, device)
     if took < _TIMED_SECONDS:  # the first times take longer
@@ -520,8 +531,7 @@ def _of_auto(case: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
     """Say how ``tasks="auto"`` runs the whole batch, and why."""
     model = case.model
     case.start()
-    stacking = partial(model._verdict, case.episodes, model.network)
-    way = Executor("auto", None, compiled=False)(model.network, model.device, case.episodes, lambda: draws, stacking)
+    way = Executor("auto", None, compiled=False)(model.network, model.device, case.episodes, draws, case.stacking)
     chunks = f" in chunks of {way.chunk_size}" if way.chunk_size else ""
     yield Look("tasks='auto' chooses", f"{way.tasks}{chunks}, because {_why(case, draws, way)}", "note")
 
@@ -543,7 +553,7 @@ def _why(case: _Case, draws: tuple[str, ...], way: Execution) -> str:
         return f"a task, with {inputs} numbers in its inputs and {parameters} in its parameters, is too large to be stacked"
     if on_cpu and len(case.episodes.query_y) < FEWEST_STACKED:
         return f"{_tasks(case.episodes)} are too few to stack"
-    verdict = model._verdict(case.episodes, model.network)
+    verdict = case.stacking()
     return f"stacked, {verdict.wrong or verdict.slow}"
 
 

@@ -40,6 +40,9 @@ LossFunction = nn.Module | Callable[[Any, Tensor], Tensor]
 Modules are listed so that YAML may have ``init_args``.
 """
 
+Kind = tuple[Any, ...]
+"""A network with its modes and the shapes of its parameters, and the types and shapes of a batch."""
+
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
@@ -93,7 +96,7 @@ class EpisodicModule(LightningModule):
         """Where the run keeps its logs; all processes have to take part in asking the trainer for it."""
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._figures: list[TaskMean] = []
-        self._verdicts: dict[tuple[Any, ...], tuple[LossFunction, Verdict]] = {}
+        self._verdicts: dict[Kind, tuple[LossFunction, Verdict]] = {}
         self._gradients: Params = {}
         self._sees_all_at_once: bool | None = None
         self._gradients_arrive = False  # whether this was checked
@@ -388,16 +391,18 @@ class EpisodicModule(LightningModule):
         """Return the figures before adaptation that training steps log, each ``[T]``."""
         return {}
 
-    def _once_for_its_kind(self, network: nn.Module, episodes: AnyEpisodes, look: Callable[[], Verdict]) -> Verdict:
-        """Return whether tasks can be stacked, as ``look`` found for the first batch of these types and shapes.
+    def _kind(self, network: nn.Module, episodes: AnyEpisodes) -> Kind:
+        """Return what tells one kind of batch from another, for each of which network and loss are looked at anew.
 
         Args:
             network: The model's own, or a copy in another mode.
             episodes: The batch.
-            look: Finds out whether they can be stacked.
         """
-        trained = tuple(p.requires_grad for p in network.parameters())
-        kind = (self.network, network is self.network, modes(network), trained, *shapes(episodes))
+        parameters = tuple((p.shape, p.requires_grad) for p in network.parameters())
+        return self.network, network is self.network, modes(network), parameters, shapes(episodes)
+
+    def _once_for_its_kind(self, kind: Kind, look: Callable[[], Verdict]) -> Verdict:
+        """Return whether tasks can be stacked, as ``look`` found for the first batch of this kind and with this loss."""
         loss, verdict = self._verdicts.get(kind, (None, Verdict()))
         if loss is not self.loss:
             verdict = look()

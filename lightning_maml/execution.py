@@ -72,7 +72,7 @@ class Executor:
         network: nn.Module,
         device: torch.device,
         episodes: AnyEpisodes,
-        draws: Callable[[], Collection[str]],
+        draws: Collection[str],
         stacking: Callable[[], Verdict],
     ) -> Execution:
         """Return how these tasks are run.
@@ -81,7 +81,7 @@ class Executor:
             network: The network.
             device: Where the network is.
             episodes: The meta-batch.
-            draws: Tells which random generators the network draws from.
+            draws: Names of the random generators that the network draws from.
             stacking: Tells whether the network and its loss can be stacked; called only if stacking is a choice.
 
         Raises:
@@ -97,7 +97,7 @@ class Executor:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("loop", None) if any(stacking()) else Execution("vmap", self._fitting)
-        if draws() or caches_parametrizations(network):
+        if draws or caches_parametrizations(network):
             return Execution("loop", None)
         return for_cpu(episodes, sum(p.numel() for p in network.parameters()), lambda: not any(stacking()))
 
@@ -119,14 +119,14 @@ class Executor:
             f"but {verdict.wrong}; use tasks='loop' without `chunk_size` and `compiled`."
         )
 
-    def _as_asked(self, network: nn.Module, device: torch.device, episodes: AnyEpisodes, draws: Callable[[], Collection[str]]) -> Execution:
+    def _as_asked(self, network: nn.Module, device: torch.device, episodes: AnyEpisodes, draws: Collection[str]) -> Execution:
         if self._compiled:
             return Execution("vmap", self.chunk_size or self._fitting)
         chunk_size = None if drops_blocks(network) else self.chunk_size
-        if self.tasks == "threads" and (generators := draws()):
+        if self.tasks == "threads" and draws:
             raise RandomInThreadsError(
                 "Expected a network and a loss that draw no random numbers with `tasks='threads'` but they draw from "
-                f"{' and '.join(generators)}, and threads share one random generator; use tasks='loop'."
+                f"{' and '.join(draws)}, and threads share one random generator; use tasks='loop'."
             )
         if self.tasks == "threads" and caches_parametrizations(network):
             raise ValueError(
@@ -139,7 +139,7 @@ class Executor:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("vmap", chunk_size)
-        if draws() or self._drew_in_threads or caches_parametrizations(network):
+        if draws or self._drew_in_threads or caches_parametrizations(network):
             return Execution("loop", chunk_size)
         return Execution(_one_by_one(-(-len(episodes.support_y) // chunk_size)), chunk_size)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_maml.batch_statistics import batch_norms
@@ -18,7 +18,7 @@ from lightning_maml.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.functional import detached
 from lightning_maml.inputs import Inputs, cat, count, map_tensors, tensors
 from lightning_maml.inputs import shapes as shapes_of
-from lightning_maml.learner import FunctionalLoss, Learner, held_tensors, modes, norms_with_own_forward, put_back, structural_copy, writes
+from lightning_maml.learner import FunctionalLoss, Learner, held_tensors, norms_with_own_forward, put_back, structural_copy, writes
 from lightning_maml.outputs import are_tensors, tensors_in
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import generator_states, generators_drawn_from, set_generator_states
@@ -54,8 +54,6 @@ _KINDS = 64
 class FirstLook:
     """Looks at a network and its loss on the first batch of each kind, and otherwise returns what it saw before.
 
-    Kinds differ by the types and shapes of inputs and parameters, by the network's mode, and by the loss.
-
     Args:
         part: Which parameters adapt.
         head: Name of the head, if one was given.
@@ -70,7 +68,7 @@ class FirstLook:
 
     def __call__(
         self,
-        network: nn.Module,
+        kind: Any,
         learner: Learner,
         episodes: AnyEpisodes,
         loss: FunctionalLoss,
@@ -79,8 +77,8 @@ class FirstLook:
         """Return what was seen.
 
         Args:
-            network: The model's network, by which to tell whether it is still the same.
-            learner: The learner of this network, or of a copy.
+            kind: Tells one kind of network and batch from another.
+            learner: The learner of the network.
             episodes: The batch.
             loss: The model's loss.
             inspect: Looks at the network while it runs; it is given a function that runs it.
@@ -89,11 +87,9 @@ class FirstLook:
             ValueError: If layers that adapt run again in the backward pass, the batch-norm policy cannot govern the network, or there are
                 labels but no logits.
         """
-        shapes, are_labels = tuple(p.shape for p in learner.params.values()), not episodes.support_y.is_floating_point()
-        of_inputs = shapes_of((episodes.support_x, episodes.query_x))
-        kind = (network, modes(network), learner.network.training, of_inputs, shapes, are_labels, id(loss.loss))
+        kind = (kind, id(loss.loss))
         if kind not in self._seen or writes(learner.network) is None:
-            seen = self._look(learner, episodes, loss, are_labels)
+            seen = self._look(learner, episodes, loss)
             with first_support(learner, episodes) as x:
                 inspect(partial(learner, learner.params, x))
             if len(self._seen) == _KINDS:
@@ -101,7 +97,7 @@ class FirstLook:
             self._seen[kind] = seen, loss.loss  # held, so that no other loss gets its id
         return self._seen[kind][0]
 
-    def _look(self, learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss, are_labels: bool) -> Seen:
+    def _look(self, learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss) -> Seen:
         look_for_writes(learner, episodes)
         check_policy(learner, episodes)
         with first_support(learner, episodes) as x:
@@ -114,7 +110,7 @@ class FirstLook:
         ends = self._part != "all" and self._ends_with_head(learner, episodes)
         outputs = first_outputs(learner, episodes)
         logits = self._logits(outputs)
-        check_logits(logits, are_labels)
+        check_logits(logits, are_labels=not episodes.support_y.is_floating_point())
         draws = generators_of(learner, episodes, loss)
         return Seen(logits.shape[1:] if isinstance(logits, Tensor) else None, ends and logits is outputs, draws)
 

@@ -97,6 +97,12 @@ class Learner:
         if batch_norm == "support":
             _check_own_forward(network, norms)
 
+    def stacked(self) -> "Learner":
+        """Return the same to be called under ``vmap``."""
+        other = copy.copy(self)
+        other._vectorised, other._own = True, threading.local()
+        return other
+
     def __call__(
         self, params: Params, x: Inputs, *, statistics_of: Inputs | None = None, averages: Mapping[str, Tensor] | None = None
     ) -> Any:
@@ -570,12 +576,12 @@ def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.
     attributes = [value for module in network.modules() for value in vars(module).values()]
     tensors = chain(network.parameters(), network.buffers(), (value for value in attributes if isinstance(value, Tensor)))
     memo: dict[int, Any] = {id(tensor): _of_type(tensor, dtype) for tensor in tensors}
-    memo |= {
-        id(value): type(value)() for value in attributes if type(value) in (dict, OrderedDict) and not value
-    }  # these are dicts of hooks, of which there are many
+    dicts = [value for value in attributes if type(value) in (dict, OrderedDict)]
+    memo |= {id(value): type(value)() for value in dicts if not value}  # these are dicts of hooks, of which there are many
     with _CopyingTensors(share=True):
         copied = copy.deepcopy(network, memo)
-    _rebind_functions(copied, memo)
+    if any(FunctionType in map(type, holder) for holder in (attributes, *(value.values() for value in dicts if value))):
+        _rebind_functions(copied, memo)
     run_uncompiled(copied)
     if network in _WRITTEN:
         _WRITTEN[copied] = _WRITTEN[network]

@@ -27,6 +27,7 @@ from lightning_maml.deploy import AdaptedNetworks
 from lightning_maml.episodes import AnyEpisodes, Episodes, check_episodes, first_task, support_set
 from lightning_maml.episodic_module import (
     EpisodicModule,
+    Kind,
     LossFunction,
     OptimizerFactory,
     SchedulerFactory,
@@ -73,6 +74,20 @@ class TaskPath(NamedTuple):
     points: list[Params]
     support: Callable[[Params], Tensor]
     query: Callable[[Params], Tensor]
+
+
+class Plan(NamedTuple):
+    """What is known of a meta-batch before it is worked on: it was checked, and how its tasks are run is decided.
+
+    Attributes:
+        learner: The network as a function.
+        execution: How the tasks are run.
+        head: Name of the head, if it alone adapts and ends the network, so that the features before it are computed only once.
+    """
+
+    learner: Learner
+    execution: Execution
+    head: str | None
 
 
 class MAML(EpisodicModule):
@@ -228,9 +243,7 @@ class MAML(EpisodicModule):
         return curve
 
     def _evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
-        learner = self._learner(episodes)
-        self._check(learner, episodes)
-        return self._adapt(learner, episodes, self.test_steps)
+        return self._adapt(self._plan(episodes), episodes, self.test_steps)
 
     def adapt(self, support_x: Inputs, support_y: Tensor, steps: int | None = None) -> nn.Module:
         """Return the network adapted to a task, or the networks adapted to many, for new queries.
@@ -262,8 +275,9 @@ class MAML(EpisodicModule):
         support = Episodes(support_x, support_y, support_x, support_y)
         network = structural_copy(self.network).eval()
         check_episodes(support)
-        self._check(Learner(network, self.batch_norm), support)
-        as_one = not of_one and self._adapts_as_one(support, network)
+        kind = self._kind(network, support)
+        self._check(Learner(network, self.batch_norm), support, kind)
+        as_one = not of_one and self._adapts_as_one(support, network, kind)
         execution = self._executor.of_adaptation(self.network, self.device, support) if as_one else Execution("loop", None)
         learner = Learner(network, self.batch_norm, vectorised=are_stacked(*execution))
         adapted = adapted_parameters(
@@ -284,11 +298,11 @@ class MAML(EpisodicModule):
                 networks.stacked = False
             return networks.network(0) if of_one else networks
 
-    def _adapts_as_one(self, support: Episodes, network: nn.Module) -> bool:
+    def _adapts_as_one(self, support: Episodes, network: nn.Module, kind: Kind) -> bool:
         """Return whether the tasks of ``support`` are adapted to, and their networks called, as one."""
         if self._executor.tasks == "loop":
             return False
-        verdict = self._verdict(support, network)
+        verdict = self._verdict(support, network, kind)
         if self._executor.tasks == "vmap":
             self._executor.check_stacking(verdict)
             return True
@@ -305,11 +319,10 @@ class MAML(EpisodicModule):
         check_episodes(episodes)
 
         def of(episodes: AnyEpisodes) -> Params:
-            learner = self._learner(episodes)
-            self._check(learner, episodes)
+            plan = self._plan(episodes)
             own = self._training_gradient if curvature is None else partial(self._meta_gradient, curvature=curvature)
-            found: MetaGradient = own(learner, episodes)
-            return {name: found.grad[name] for name in learner.params}
+            found: MetaGradient = own(plan, episodes)
+            return {name: found.grad[name] for name in plan.learner.params}
 
         gradient: Params = self._executor.within_memory(of, episodes, self.device)
         return gradient
@@ -349,9 +362,7 @@ class MAML(EpisodicModule):
             raise ValueError(
                 "Expected one loss for all inner steps but got batch_norm='per_step' in evaluation mode; use another `batch_norm`."
             )
-        learner = self._learner(episodes)
-        self._check(learner, episodes)
-        return Probe(**self._arguments(learner, episodes), progress=progress)
+        return Probe(**self._arguments(self._plan(episodes), episodes), progress=progress)
 
     def check_for_theory(self) -> None:
         """Check that the theory's constants and stepsizes cover such a model.
@@ -396,62 +407,53 @@ class MAML(EpisodicModule):
     @override
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
         self._check_that_rates_are_used()
-        learner, rates = self._learner(episodes), rates_of_steps(self._rates(), self._adapting(), self.train_steps)
-
-        def of_checked(episodes: AnyEpisodes) -> MetaGradient:
-            self._check(learner, episodes)
-            return self._training_gradient(learner, episodes)
-
-        read_only = {name: tensor for name, tensor in learner.params.items() if not tensor.is_inference()}
-        read_only |= {f"inputs {number}": tensor for number, tensor in enumerate(tensors(episodes)) if not tensor.is_inference()}
-        versions = {name: tensor._version for name, tensor in read_only.items()}
-        result: MetaGradient = self._executor.within_memory(of_checked, episodes, self.device)
-        if written := [name for name, tensor in read_only.items() if tensor._version != versions[name]]:
+        rates = rates_of_steps(self._rates(), self._adapting(), self.train_steps)
+        params = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+        read_only = params | {f"inputs {number}": tensor for number, tensor in enumerate(tensors(episodes))}
+        versions = {name: tensor._version for name, tensor in read_only.items() if not tensor.is_inference()}
+        result: MetaGradient = self._executor.within_memory(
+            lambda batch: self._training_gradient(self._plan(batch), batch), episodes, self.device
+        )
+        if written := [name for name, version in versions.items() if read_only[name]._version != version]:
             raise ValueError(
                 f"Expected a network and a loss that leave parameters and inputs as they are but they wrote to {written}, which are no "
                 "longer what they were; let them work on copies, x.clone()."
             )
         self._stop_unless_finite(result)
         self._update_running_averages(episodes)
-        trained = learner.params | self._loss_of_outputs().params
+        trained = params | self._loss_of_outputs().params
         loss = surrogate([trained, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss)
         return loss, result.query_loss, result.aux
 
     @override
     def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
-        curve = self._adapt(self._learner(episodes), episodes, 0)
+        curve = self._adapt(self._plan(episodes), episodes, 0)
         figures = with_accuracy(curve.loss, curve.aux, episodes, ignored_label(self.loss))
         return {f"{name}_before": values[:, 0] for name, values in figures.items()}
 
-    def _training_gradient(self, learner: Learner, episodes: AnyEpisodes) -> MetaGradient:
-        return self._meta_gradient(learner, episodes, self.curvature)
+    def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
+        return self._meta_gradient(plan, episodes, self.curvature)
 
     def _meta_gradient(
-        self, learner: Learner, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
+        self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
     ) -> MetaGradient:
         try:
-            return self._gradient_by(self._head_that_ends(learner, episodes), learner, episodes, curvature, step_weights)
+            return self._gradient_by(plan, episodes, curvature, step_weights)
         except HeadDoesNotEndError:
             self._features_once = False
-            return self._gradient_by(None, learner, episodes, curvature, step_weights)
+            return self._gradient_by(plan._replace(head=None), episodes, curvature, step_weights)
 
     def _gradient_by(
-        self,
-        head: str | None,
-        learner: Learner,
-        episodes: AnyEpisodes,
-        curvature: CurvatureName,
-        step_weights: Sequence[float] | None,
+        self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None
     ) -> MetaGradient:
-        """Return the meta-gradient, with features that are computed once if a head is given, which alone adapts."""
-        arguments = self._training_arguments(learner, episodes)
-        if head is not None:
-            reader = self._head_learner(head, self._execution(episodes))
+        arguments = self._training_arguments(plan, episodes)
+        if plan.head is not None:
+            reader = self._head_learner(plan.head, plan.execution)
             losses = {"loss": self._support_loss(reader), "query_loss": self._query_loss(reader)}
-            arguments |= losses | {"encode": partial(self._encode, learner, head)}
+            arguments |= losses | {"encode": partial(self._encode, plan.learner, plan.head)}
         call = None
         if self._compiler is not None:
-            call = partial(self._compiler, (curvature, self.probe_radius, head, *map(state_of, (self.network, self.loss))))
+            call = partial(self._compiler, (curvature, self.probe_radius, plan.head, *map(state_of, (self.network, self.loss))))
         return meta_gradient(
             **arguments,
             call=call,
@@ -462,30 +464,29 @@ class MAML(EpisodicModule):
             step_weights=step_weights,
         )
 
-    def _adapt(self, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
+    def _adapt(self, plan: Plan, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
         try:
-            return self._curve_by(self._head_that_ends(learner, episodes), learner, episodes, steps)
+            return self._curve_by(plan, episodes, steps)
         except HeadDoesNotEndError:
             self._features_once = False
-            return self._curve_by(None, learner, episodes, steps)
+            return self._curve_by(plan._replace(head=None), episodes, steps)
 
-    def _curve_by(self, head: str | None, learner: Learner, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
-        execution = self._execution(episodes)
-        if head is not None:
+    def _curve_by(self, plan: Plan, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
+        if plan.head is not None:
             with torch.inference_mode(False), torch.no_grad():
                 episodes = detached(episodes)
-                encode = partial(self._encode, learner, head, learner.params)
-                chunks = map_tasks(lambda task, stack: stack.each(encode)(task), episodes, **execution._asdict())
+                encode = partial(self._encode, plan.learner, plan.head, plan.learner.params)
+                chunks = map_tasks(lambda task, stack: stack.each(encode)(task), episodes, **plan.execution._asdict())
                 support_x, query_x = cat_chunks([*chunks])
-            learner, episodes = self._head_learner(head, execution), episodes._replace(support_x=support_x, query_x=query_x)
-        return adaptation_curve(**self._arguments(learner, episodes, steps, execution), inner_lr=self._rates(), steps=steps)
+            plan = plan._replace(learner=self._head_learner(plan.head, plan.execution))
+            episodes = episodes._replace(support_x=support_x, query_x=query_x)
+        return adaptation_curve(**self._arguments(plan, episodes, steps), inner_lr=self._rates(), steps=steps)
 
-    def _head_that_ends(self, learner: Learner, episodes: AnyEpisodes) -> str | None:
+    def _head_that_ends(self, seen: Seen, episodes: AnyEpisodes) -> str | None:
         """Return the head if it alone adapts and ends the network, so that the features before it need computing only once."""
         if not self._features_once or not isinstance(episodes, Episodes) or self.step_statistics is not None:
             return None
         head = head_of(self.network, self.head)
-        seen = self._look(learner, episodes)
         ends = seen.ends_with_head and not seen.draws  # features computed once would have one mask for all steps
         return head if ends and not batch_norms(self.network.get_submodule(head)) else None
 
@@ -510,10 +511,9 @@ class MAML(EpisodicModule):
         rates: InnerRates = self.learned_rates(names)
         return rates
 
-    def _arguments(
-        self, learner: Learner, episodes: AnyEpisodes, steps: int | None = None, execution: Execution | None = None
-    ) -> dict[str, Any]:
+    def _arguments(self, plan: Plan, episodes: AnyEpisodes, steps: int | None = None) -> dict[str, Any]:
         """Return the arguments that the functions share, with a loss for each of ``steps`` steps where batch norm has averages for each."""
+        learner = plan.learner
         loss: Any = self._support_loss(learner)
         query_loss: Any = self._query_loss(learner)
         if self.step_statistics is not None and steps is not None:
@@ -524,14 +524,13 @@ class MAML(EpisodicModule):
             "episodes": episodes,
             "query_loss": query_loss,
             "has_aux": True,
-            **(execution or self._execution(episodes))._asdict(),
+            **plan.execution._asdict(),
         }
 
-    def _training_arguments(self, learner: Learner, episodes: AnyEpisodes) -> dict[str, Any]:
+    def _training_arguments(self, plan: Plan, episodes: AnyEpisodes) -> dict[str, Any]:
         """Return the arguments for a meta-gradient, which is that of the loss's parameters too; these do not adapt."""
-        self._check_loss(learner, episodes)
-        arguments = self._arguments(learner, episodes, self.train_steps)
-        return arguments | {"params": learner.params | self._loss_of_outputs().params}
+        arguments = self._arguments(plan, episodes, self.train_steps)
+        return arguments | {"params": plan.learner.params | self._loss_of_outputs().params}
 
     def _check_loss(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse, once for each loss, one that reads the network's parameters, of which it would not see adapted ones."""
@@ -559,31 +558,25 @@ class MAML(EpisodicModule):
             )
         self._checked_loss = [self.loss]
 
-    def _learner(self, episodes: AnyEpisodes) -> Learner:
-        return Learner(self.network, self.batch_norm, vectorised=are_stacked(*self._execution(episodes)))
-
     def _head_learner(self, head: str, execution: Execution) -> HeadLearner:
         return HeadLearner(self.network, head, vectorised=are_stacked(*execution))
 
-    def _execution(self, episodes: AnyEpisodes) -> Execution:
-        """Return how these tasks are run."""
-        return self._executor(
-            self.network,
-            self.device,
-            episodes,
-            lambda: self._draws(episodes),
-            lambda: self._verdict(episodes, self.network),
-        )
+    def _plan(self, episodes: AnyEpisodes) -> Plan:
+        """Check a meta-batch and decide how its tasks are run.
 
-    def _draws(self, episodes: AnyEpisodes) -> tuple[str, ...]:
-        """Return the names of the random generators that the network draws from."""
-        return self._look(Learner(self.network, self.batch_norm), episodes).draws
+        Raises:
+            ValueError: If its labels do not fit the network's outputs, or network and loss are none that can be trained in this way.
+        """
+        learner, kind = Learner(self.network, self.batch_norm), self._kind(self.network, episodes)
+        seen = self._check(learner, episodes, kind)
+        stacking = partial(self._verdict, episodes, self.network, kind)
+        execution = self._executor(self.network, self.device, episodes, seen.draws, stacking)
+        return Plan(learner.stacked() if are_stacked(*execution) else learner, execution, self._head_that_ends(seen, episodes))
 
-    def _verdict(self, episodes: AnyEpisodes, network: nn.Module) -> Verdict:
-        """Return whether tasks can be stacked for ``network``, which is the model's own or a structural copy in another mode."""
+    def _verdict(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> Verdict:
+        """Return whether tasks of a checked batch can be stacked for ``network``, the model's own or a structural copy in another mode."""
 
         def look() -> Verdict:
-            self._check(Learner(network, self.batch_norm), episodes)  # what is wrong with the batch says nothing about stacking
             if hooks_tensors(network):
                 return Verdict(HOOKED)
             if network is not self.network:  # a copy only adapts, by first derivatives
@@ -595,7 +588,7 @@ class MAML(EpisodicModule):
                     raise
                 return self._compare_in_double(episodes, network, curved=False)
 
-        return self._once_for_its_kind(network, episodes, look)
+        return self._once_for_its_kind(kind, look)
 
     def _compare_in_double(self, episodes: AnyEpisodes, network: nn.Module, *, curved: bool) -> Verdict:
         try:
@@ -669,7 +662,8 @@ class MAML(EpisodicModule):
         super()._update_running_averages(episodes)
         if self.step_statistics is not None:
             first = map_tensors(lambda tensor: tensor[:1], episodes)
-            arguments = self._arguments(self._learner(first), first) | {"query_loss": self._entering, "tasks": "loop", "chunk_size": None}
+            plan = Plan(Learner(self.network, self.batch_norm), Execution("loop", None), None)
+            arguments = self._arguments(plan, first) | {"query_loss": self._entering}
             found = adaptation_curve(**arguments, inner_lr=self._rates(), steps=self.train_steps).aux
             self.step_statistics.update({name: (mean[0], variance[0]) for name, (mean, variance) in found.items()})
 
@@ -682,11 +676,14 @@ class MAML(EpisodicModule):
         found = entering_statistics(network, params, cat([support_set(task)[0], task.query_x]), correction=1)
         return next(iter(params.values())).new_zeros(()), {name: found[name] for name in in_training}
 
-    def _check(self, learner: Learner, episodes: AnyEpisodes) -> None:
+    def _check(self, learner: Learner, episodes: AnyEpisodes, kind: Kind) -> Seen:
         """Refuse what would give wrong numbers, or fail in the loss: some networks, and episodes whose labels do not fit their outputs."""
-        shape = self._look(learner, episodes).outputs
-        if episodes.support_y.is_floating_point():
-            check_targets(support_set(first_task(episodes))[1], self.loss)
+        seen = self._look(learner, episodes, kind)
+        shape = seen.outputs
+        task = first_task(episodes)
+        _, support_y = support_set(task)
+        if support_y.is_floating_point():
+            check_targets(support_y, self.loss)
         else:
             assert shape is not None, "with labels there are logits"
             ways = self._ways_of_datamodule()
@@ -697,14 +694,14 @@ class MAML(EpisodicModule):
                     "width."
                 )
             check_labels(episodes, shape[0], ignored_label(self.loss))
-        task = first_task(episodes)
         self._loss_look(
             self.loss,
             (shape, learner.network.training),
             lambda: self._loss_of_outputs().given(first_outputs(learner, episodes)),
-            (support_set(task)[1], task.query_y),
+            (support_y, task.query_y),
         )
         self._check_loss(learner, episodes)
+        return seen
 
     def _ways_of_datamodule(self) -> int | None:
         """Return how many classes the episodes of a running trainer's datamodule have, if it has one that says so."""
@@ -715,8 +712,8 @@ class MAML(EpisodicModule):
         judges = trainer.evaluating or trainer.predicting
         return getattr(data, "test_ways", None) if judges else getattr(data, "ways", None) if trainer.training else None
 
-    def _look(self, learner: Learner, episodes: AnyEpisodes) -> Seen:
-        return self._first_look(self.network, learner, episodes, self._loss_of_outputs(), self._inspect)
+    def _look(self, learner: Learner, episodes: AnyEpisodes, kind: Kind) -> Seen:
+        return self._first_look(kind, learner, episodes, self._loss_of_outputs(), self._inspect)
 
     def _inspect(self, run: Callable[[], Tensor]) -> None:
         """Look at the network while it runs, once for each kind of batch."""

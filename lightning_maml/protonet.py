@@ -167,7 +167,7 @@ class ProtoNet(EpisodicModule):
                 return Verdict(HOOKED)
             return Verdict() if self._tasks == "loop" else self._compare_stacked(network, ways, episodes)
 
-        verdict = self._once_for_its_kind(network, episodes, look)
+        verdict = self._once_for_its_kind(self._kind(network, episodes), look)
         if verdict.wrong and self._tasks == "vmap":
             raise ValueError(_NOT_STACKED.format(verdict.wrong))
         if any(verdict) and self._tasks == "auto":

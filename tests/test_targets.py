@@ -164,7 +164,7 @@ def test_the_look_leaves_random_numbers_and_the_losses_buffers_as_they_are() -> 
     before = torch.get_rng_state()
     episodes = regression(4)
     with pytest.raises(ValueError, match=r"Expected a loss that leaves its tensors as they are but it writes to \['calls'\]"):
-        model._check(model._learner(episodes), episodes)
+        model._plan(episodes)
     assert torch.equal(before, torch.get_rng_state())
     assert model.loss.calls == 0
 
