@@ -573,6 +573,10 @@ class MAML(EpisodicModule):
         execution = self._executor(self.network, self.device, episodes, seen.draws, stacking)
         return Plan(learner.stacked() if are_stacked(*execution) else learner, execution, self._head_that_ends(seen, episodes))
 
+    def _execution(self, episodes: AnyEpisodes) -> Execution:
+        """Return how the tasks of a meta-batch are run."""
+        return self._plan(episodes).execution
+
     def _verdict(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> Verdict:
         """Return whether tasks of a checked batch can be stacked for ``network``, the model's own or a structural copy in another mode."""
 

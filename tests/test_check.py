@@ -301,7 +301,7 @@ def test_what_auto_chooses_is_what_a_model_does(size: int, count: int, chosen: s
     model, episodes = MAML(nn.Linear(size, WAYS), inner_lr=1e-4), tasks(size, count=count)
     (look,) = _of_auto(_Case(_copied(model), episodes, generator_states(model.device)), ())
     assert look.found == chosen
-    way, chunk_size = model._plan(episodes).execution
+    way, chunk_size = model._execution(episodes)
     assert chosen.startswith(f"{way} in chunks of {chunk_size}," if chunk_size else f"{way},")
 
 

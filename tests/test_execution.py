@@ -128,7 +128,7 @@ def test_auto_gives_the_gradients_of_a_loop(algorithm: type[MAML], name: str) ->
     network, episodes = build(name), make_episodes(tasks=6)
     of_loop = algorithm(network, 0.1, 2, tasks="loop").meta_gradient(episodes)
     auto = algorithm(network, 0.1, 2)
-    assert auto._plan(episodes).execution == Execution("vmap", None)
+    assert auto._execution(episodes) == Execution("vmap", None)
     error = norm(axpy(-1.0, of_loop, auto.meta_gradient(episodes))) / norm(of_loop)
     assert error < (1e-12 if algorithm is MAML else 1e-7)
 
@@ -139,7 +139,7 @@ def test_fresh_batches_are_stacked_too() -> None:
     resampled = ResampledEpisodes(x, y, x, y, *episodes[2:])
     network = build("conv_batch_norm")
     auto = MAML(network, 0.1, 2)
-    assert auto._plan(resampled).execution == Execution("vmap", None)
+    assert auto._execution(resampled) == Execution("vmap", None)
     of_loop = MAML(network, 0.1, 2, tasks="loop").meta_gradient(resampled)
     assert norm(axpy(-1.0, of_loop, auto.meta_gradient(resampled))) < 1e-12 * norm(of_loop)
 
@@ -149,7 +149,7 @@ def test_fresh_batches_are_stacked_too() -> None:
 def test_auto_trains_a_network_that_vmap_does_not_take(network: type[nn.Module]) -> None:
     episodes = make_episodes(tasks=6)
     auto = MAML(network().double(), 0.1)
-    assert auto._plan(episodes).execution.tasks == "threads"
+    assert auto._execution(episodes).tasks == "threads"
     auto.meta_loss(episodes).backward()
     assert all(p.grad is not None for p in auto.network.parameters())
 
@@ -169,7 +169,7 @@ def test_on_an_accelerator_too_it_is_run_one_by_one() -> None:
 
 def test_dropout_keeps_its_loop() -> None:
     network = nn.Sequential(build("mlp"), nn.Dropout(0.5)).double()
-    assert MAML(network, 0.1)._plan(make_episodes(tasks=6)).execution == Execution("loop", None)
+    assert MAML(network, 0.1)._execution(make_episodes(tasks=6)) == Execution("loop", None)
 
 
 def test_what_memory_does_not_suffice_for_is_halved_until_it_does(
@@ -191,7 +191,7 @@ def test_what_memory_does_not_suffice_for_is_halved_until_it_does(
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             model.meta_loss(episodes)
-    assert model._plan(episodes).execution == Execution("vmap", 2)
+    assert model._execution(episodes) == Execution("vmap", 2)
     assert caplog.text.count("memory") == 2  # 9 tasks, 4, 2
     for given in ({"chunk_size": 4}, {"tasks": "vmap"}):
         with pytest.raises(torch.OutOfMemoryError, match="Expected memory for 9 tasks but"):
@@ -206,7 +206,7 @@ def test_a_gpu_takes_as_many_tasks_as_it_has_memory_for() -> None:
     try:
         model = MAML(Conv4(3, 5, 84, downsample="max"), 0.01).cuda()
         model.meta_loss(episodes)
-        assert model._plan(episodes).execution.chunk_size in range(1, 512)
+        assert model._execution(episodes).chunk_size in range(1, 512)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -214,9 +214,9 @@ def test_a_gpu_takes_as_many_tasks_as_it_has_memory_for() -> None:
 def test_a_network_or_loss_put_in_anothers_place_is_tried_anew() -> None:
     episodes = make_episodes(tasks=6)
     model = MAML(build("mlp"), 0.1)
-    assert model._plan(episodes).execution.tasks == "vmap"
+    assert model._execution(episodes).tasks == "vmap"
     model.network = Branching().double()
-    assert model._plan(episodes).execution.tasks != "vmap"
+    assert model._execution(episodes).tasks != "vmap"
     model.meta_loss(episodes).backward()
 
 
@@ -228,7 +228,7 @@ class BranchingOnManyImages(Branching):
 
 
 def test_query_sets_are_tried_too() -> None:
-    assert MAML(BranchingOnManyImages().double(), 0.1)._plan(make_episodes(tasks=6)).execution.tasks != "vmap"
+    assert MAML(BranchingOnManyImages().double(), 0.1)._execution(make_episodes(tasks=6)).tasks != "vmap"
 
 
 def test_a_head_put_in_anothers_place_is_seen() -> None:
@@ -252,7 +252,7 @@ def test_a_first_batch_that_is_refused_does_not_decide_how_later_ones_are_run() 
     model = MAML(build("mlp"), 0.1)
     with pytest.raises(ValueError, match="Expected labels from 0 to 2, the outputs of `network`"):
         model.meta_loss(episodes._replace(support_y=episodes.support_y + 5))
-    assert model._plan(episodes).execution.tasks == "vmap"
+    assert model._execution(episodes).tasks == "vmap"
 
 
 @pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])

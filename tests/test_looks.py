@@ -615,7 +615,7 @@ def test_tasks_with_hooks_on_tensors_are_not_stacked_even_if_the_hooks_do_nothin
             return self.head(hidden)
 
     model = MAML(seeded(Clipping), RATE, STEPS)
-    assert model._plan(points()).execution.tasks == "loop"
+    assert model._execution(points()).tasks == "loop"
     with pytest.raises(ValueError, match="hooks on tensors, which would see all tasks as one"):
         MAML(seeded(Clipping), RATE, STEPS, tasks="vmap").meta_loss(points())
 
@@ -770,6 +770,6 @@ def test_torchs_cache_of_parametrizations_is_not_shared_by_threads() -> None:
 
     x, labels = torch.rand(4, WAYS, 30000, dtype=torch.float64), torch.arange(WAYS).repeat(4, 1)
     model = MAML(seeded(Cached), RATE, 1)
-    assert model._plan(Episodes(x, labels, x, labels)).execution.tasks == "loop"
+    assert model._execution(Episodes(x, labels, x, labels)).tasks == "loop"
     with pytest.raises(ValueError, match=r"parametrize\.cached, a cache that they share"):
         MAML(seeded(Cached), RATE, 1, tasks="threads").meta_loss(Episodes(x, labels, x, labels))

@@ -213,9 +213,9 @@ class Noisy(nn.Module):
 def test_random_networks_are_run_in_a_loop_where_threads_were_not_asked_for() -> None:
     large = Episodes(*(tensor.repeat_interleave(400, 1) for tensor in make_episodes(tasks=4)))
     model = MAML(Noisy().double(), RATE)
-    assert model._plan(large).execution == Execution("loop", None)
+    assert model._execution(large) == Execution("loop", None)
     model.meta_loss(large)
-    assert MAML(build("mlp"), RATE)._plan(large).execution.tasks == "threads"
+    assert MAML(build("mlp"), RATE)._execution(large).tasks == "threads"
     with pytest.raises(RuntimeError, match="draw from torch, and threads share one random generator; use tasks='loop'"):
         MAML(Noisy().double(), RATE, tasks="threads").meta_loss(large)
 
@@ -227,7 +227,7 @@ def test_a_network_that_begins_to_draw_later_is_run_in_a_loop_from_then_on() -> 
     for _ in range(5):
         model.meta_loss(large)
     assert next(model.network.calls) > 40
-    assert model._plan(large).execution == Execution("loop", None)
+    assert model._execution(large) == Execution("loop", None)
 
 
 class OwnGenerator(nn.Module):
