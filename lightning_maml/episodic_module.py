@@ -25,7 +25,7 @@ from lightning_maml.checkpoints import WholeCheckpoints, read_trained
 from lightning_maml.episodes import AnyEpisodes, check_episodes
 from lightning_maml.functional import Params
 from lightning_maml.inputs import Inputs, call, cat, count, map_tensors, shapes, tensors
-from lightning_maml.learner import BatchNormPolicy, Learner, deep_copy, modes, writes
+from lightning_maml.learner import BatchNormPolicy, Learner, deep_copy, modes, trainable_besides_parameters, writes
 from lightning_maml.metrics import Estimate, TaskMean
 from lightning_maml.outputs import logits_in
 from lightning_maml.plain import plain
@@ -77,6 +77,11 @@ class EpisodicModule(LightningModule):
             raise ValueError(
                 f"Expected a network whose parameters are leaves, which can be trained, but {computed} were computed from others; so they "
                 "are if a module of TorchScript is deep-copied: copy it before it is scripted."
+            )
+        if trainable := trainable_besides_parameters(network):
+            raise ValueError(
+                f"Expected trainable tensors of the network to be parameters but {trainable} are none, and would get no gradient; make "
+                "them nn.Parameter, or give them detached."
             )
         if not callable(loss) or isinstance(loss, type):
             got = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,10 +15,19 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_maml.batch_statistics import batch_norms
 from lightning_maml.episodes import AnyEpisodes, first_task, support_set
-from lightning_maml.functional import detached
+from lightning_maml.functional import Params, detached
 from lightning_maml.inputs import Inputs, cat, count, map_tensors, tensors
 from lightning_maml.inputs import shapes as shapes_of
-from lightning_maml.learner import FunctionalLoss, Learner, held_tensors, norms_with_own_forward, put_back, structural_copy, writes
+from lightning_maml.learner import (
+    FunctionalLoss,
+    HeadLearner,
+    Learner,
+    held_tensors,
+    norms_with_own_forward,
+    put_back,
+    structural_copy,
+    writes,
+)
 from lightning_maml.outputs import are_tensors, tensors_in
 from lightning_maml.parts import PartName, adapting, head_of
 from lightning_maml.randomness import generator_states, generators_drawn_from, set_generator_states
@@ -37,8 +46,8 @@ class Seen(NamedTuple):
 
     Attributes:
         outputs: Shape of the logits, or of a regression's outputs, for one example; None if they are not a tensor.
-        ends_with_head: Whether the outputs are one tensor, that of the head alone; False if this was not checked because all parameters
-            adapt.
+        ends_with_head: Whether the outputs are one tensor, that of the head alone, and no random numbers are drawn, so that the features
+            before it may be computed once; False if this was not checked because all parameters adapt.
         draws: Names of the random generators that the network and the loss draw from.
     """
 
@@ -107,12 +116,14 @@ class FirstLook:
                 "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run "
                 "them again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
             )
-        ends = self._part != "all" and self._ends_with_head(learner, episodes)
         outputs = first_outputs(learner, episodes)
         logits = self._logits(outputs)
         check_logits(logits, are_labels=not episodes.support_y.is_floating_point())
         draws = generators_of(learner, episodes, loss)
-        return Seen(logits.shape[1:] if isinstance(logits, Tensor) else None, ends and logits is outputs, draws)
+        ends = self._part != "all" and self._ends_with_head(learner, episodes) and logits is outputs and not draws
+        if ends:  # with numbers drawn, features computed once would have one mask for all steps
+            ends = self._head_alone_gives_the_outputs(learner, episodes)
+        return Seen(logits.shape[1:] if isinstance(logits, Tensor) else None, ends, draws)
 
     def _ends_with_head(self, learner: Learner, episodes: AnyEpisodes) -> bool:
         head = head_of(learner.network, self._head)
@@ -124,6 +135,19 @@ class FirstLook:
                 f"network's outputs; name the head: `head={head!r}`, if it is that."
             )
         return ends
+
+    def _head_alone_gives_the_outputs(self, learner: Learner, episodes: AnyEpisodes) -> bool:
+        """Return whether a head with other parameters gives, from the features alone, what the whole network gives with them.
+
+        It does not if the outputs are changed in place, or if the network calls the head with other weights or leaves something in it.
+        """
+        head = head_of(learner.network, self._head)
+        with first_support(learner, episodes) as x, torch.no_grad():
+            features = learner.features(learner.params, x, head)
+            others = {name: p for name, p in shifted(learner.params).items() if name.startswith(f"{head}.")}
+            whole = self._logits(learner(learner.params | others, x))
+            alone = HeadLearner(learner.network, head)(others, features)
+        return first_difference({"outputs": whole}, {"outputs": alone}, 1e-3) is None
 
 
 def look_for_writes(learner: Learner, episodes: AnyEpisodes) -> None:
@@ -205,8 +229,7 @@ def sees_others(learner: Learner, x: Inputs, statistics_of: Inputs | None) -> bo
         return [tensor for tensor, counts in zip(found, of_examples, strict=True) if counts and tensor.is_floating_point()]
 
     if all(torch.equal(tensor, tensor[:1].expand_as(tensor)) for tensor in outputs(x)):  # a last layer of zeros hides what is before it
-        noise = torch.Generator().manual_seed(0)
-        params = {name: p + 0.01 * torch.randn(p.shape, generator=noise).to(p) for name, p in params.items()}
+        params = shifted(params)
     first_alone = map_tensors(lambda tensor: tensor[:1].expand_as(tensor), x)
     pairs = [(own[0], alone[0]) for own, alone in zip(outputs(x), outputs(first_alone), strict=True)]
     set_generator_states(before, device)
@@ -239,10 +262,19 @@ class _FunctionalBatchNorm(TorchFunctionMode):
         return func(*args, **named)
 
 
-def first_outputs(learner: Learner, episodes: AnyEpisodes) -> Any:
-    """Return the network's outputs for the first task's support set."""
+def shifted(params: Params) -> Params:
+    """Return parameters some hundredths away from these."""
+    noise = torch.Generator().manual_seed(0)
+    return {name: p.detach() + 0.01 * torch.randn(p.shape, generator=noise).to(p) for name, p in params.items()}
+
+
+def first_outputs(learner: Learner, episodes: AnyEpisodes, *, of_queries: bool = False) -> Any:
+    """Return the network's outputs for the first task's support set, or for its query set."""
     with first_support(learner, episodes) as x, torch.no_grad():
-        return learner(learner.params, x)
+        if not of_queries:
+            return learner(learner.params, x)
+        queries = map_tensors(torch.clone, detached(first_task(episodes).query_x))
+        return learner(learner.params, queries, statistics_of=x if learner.uses_support_statistics else None)
 
 
 def check_logits(outputs: Any, are_labels: bool) -> None:
@@ -268,13 +300,15 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
     """Return the names of the random generators that the network and the loss draw from.
 
     Raises:
-        ValueError: If they do not give the same again from the same random state: derivatives need evaluations that can be repeated.
+        ValueError: If they do not give the same again from the same random state, after an evaluation with other parameters: derivatives
+            need evaluations that can be repeated.
     """
+    anew, used = (Learner(learner.network, learner.batch_norm) for _ in range(2))
     device = episodes.support_y.device
     before = generator_states(device)
     y = detached(support_set(first_task(episodes))[1])
 
-    def evaluated(x: Inputs) -> list[dict[str, Tensor]]:
+    def evaluated(learner: Learner, x: Inputs) -> list[dict[str, Tensor]]:
         set_generator_states(before, device)
         outputs = learner(learner.params, x)
         try:
@@ -286,10 +320,12 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
     held = held_tensors(loss.loss)
     with first_support(learner, episodes) as x, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first step has them
-        once = evaluated(x)
+        once = evaluated(anew, x)
         written = put_back(held)
         draws = tuple(generators_drawn_from(before, device))
-        again = evaluated(x)
+        with suppress(Exception):  # a network may fail with other parameters
+            used(shifted(used.params), x)
+        again = evaluated(used, x)
         put_back(held)
     if written:
         raise ValueError(
@@ -301,7 +337,8 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
         raise ValueError(
             f"Expected a {'loss' if outputs is None else 'network'} that returns the same for the same inputs, parameters and random state "
             "but got another result the second time; let it draw from the global random generators of torch, numpy or Python, not from "
-            "one of its own, and keep what it remembers between calls in buffers."
+            "one of its own, keep what it remembers between calls in buffers, and compute anew what depends on its parameters (no "
+            "functools.lru_cache, no results in nested dicts or other objects)."
         )
     return draws
 
@@ -331,6 +368,11 @@ def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Any]:
                 f"Expected a network that takes its inputs as {form} but it does not: {error}; put a module around it that does."
             ) from error
         except RuntimeError as error:
+            if "does not require grad" in str(error):
+                raise ValueError(
+                    "Expected a network and a loss that can be called where no gradients are taken, as evaluation does, but they "
+                    f"differentiate there ({error}); put `with torch.enable_grad():` around what they differentiate."
+                ) from error
             given = {tensor.dtype for tensor in tensors(x)}
             dtype = next((p.dtype for p in learner.network.parameters()), None)
             others = sorted(str(other) for other in given if other != dtype)

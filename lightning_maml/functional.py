@@ -83,7 +83,8 @@ Places = dict[str, list[Place]]
 """Where the modules of a network hold each of its parameters and buffers: shared ones in several places."""
 
 
-_OF_MODULES = ("_parameters", "_buffers", "_modules")
+OF_MODULES = ("_parameters", "_buffers", "_modules")
+"""The attributes in which a module holds its parameters, buffers and parts."""
 
 
 def places(network: nn.Module) -> Places:
@@ -96,11 +97,16 @@ def places(network: nn.Module) -> Places:
     return {name: of_tensor[id(tensor)] for name, tensor in named}
 
 
+_CONTAINERS = frozenset({dict, list, OrderedDict})
+
+
 def _add_places(holder: Any, of_tensor: dict[int, list[Place]], depth: int = 4) -> None:
     for key, value in enumerate(holder) if isinstance(holder, list) else holder.items():
+        if value is None or value is False or value is True:  # most are, and this runs in every step
+            continue
         if isinstance(value, Tensor):
             of_tensor.setdefault(id(value), []).append((holder, key))
-        elif value.__class__ in (dict, list, OrderedDict) and value and depth and key not in _OF_MODULES:
+        elif value.__class__ in _CONTAINERS and value and depth and key not in OF_MODULES:
             _add_places(value, of_tensor, depth - 1)
 
 

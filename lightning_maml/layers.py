@@ -98,10 +98,9 @@ class TaskNorm:
         all_but_channels = [0, *range(2, x.ndim)]
         away = x - x[:rows].mean(all_but_channels, keepdim=True)
         scale = torch.rsqrt(away[:rows].square().mean(all_but_channels, keepdim=True) + eps)  # torch.var_mean takes ten times as long
-        if weight is None:
-            return away * scale
         per_channel = (-1, *[1] * (x.ndim - 2))
-        return away * (scale * weight.view(per_channel)) + bias.view(per_channel)
+        normalised = away * (scale if weight is None else scale * weight.view(per_channel))
+        return normalised if bias is None else normalised + bias.view(per_channel)
 
     def _side_by_side(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         tasks = x.shape[1]
@@ -110,6 +109,10 @@ class TaskNorm:
 
     def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         x = in_one_format(x)
+        if weight is None and bias is not None:  # torch's second derivative fails without one of the two
+            weight = torch.ones_like(bias)
+        elif bias is None and weight is not None:
+            bias = torch.zeros_like(weight)
         if weight is None or bias is None or not _writes_out_derivatives(x):
             return F.batch_norm(x, None, None, weight, bias, training=True, eps=self._layer.eps)
         z: Tensor = BatchNorm.apply(x, weight, bias, self._layer.eps)

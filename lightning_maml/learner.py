@@ -2,14 +2,16 @@
 
 import copy
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from types import CellType, FunctionType
 from typing import Any, Literal, NamedTuple, cast, get_args
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_maml.batch_statistics import batch_norms, forget_running_averages
-from lightning_maml.functional import Params, differentiable, holding, is_out_of_memory, memory, places
+from lightning_maml.functional import OF_MODULES, Params, differentiable, holding, is_out_of_memory, memory, places
 from lightning_maml.inputs import Inputs, call, cat, count
 from lightning_maml.layers import TaskConvolution, TaskEmbedding, TaskNorm, is_padded_embedding, is_plain_convolution
 from lightning_maml.outputs import logits_in, map_outputs, takes_logits, tensors_in
@@ -210,6 +212,8 @@ class Learner:
             tensors.update(name for name, now in held if name in originals and _is_written(now, originals[name]))
 
         numbers, kept = _numbers(network), Kept(network)
+        kept_tensors = {name: b for name, b in (*self.network.named_buffers(), *self.network.named_parameters()) if not b.is_inference()}
+        versions = {name: tensor._version for name, tensor in kept_tensors.items()}
         buffers, self._own.buffers = self._own.buffers, {**self._own.buffers, **frozen}
         self._own.after_a_pass = note
 
@@ -235,6 +239,11 @@ class Learner:
             raise ValueError(
                 "Expected a network that leaves its inputs as they are but it writes to them, which would change the batch for all that "
                 "follows; let it work on a copy, x.clone()."
+            )
+        if written := sorted(name for name, version in versions.items() if kept_tensors[name]._version != version):
+            raise ValueError(
+                f"Expected a network that reaches its buffers through its modules but its forward pass writes to {written} from elsewhere "
+                "(an object, a closure, a global), and would do so in every pass; write to the module's attributes."
             )
         if read_elsewhere:
             raise ValueError(
@@ -403,9 +412,34 @@ def _is_other(now: Any, original: Tensor) -> bool:
     return bool(((now != original) & ~both_nan).any())
 
 
-def modes(network: nn.Module) -> tuple[bool, ...]:
-    """Return the modes of all modules and the flags among their attributes, on which what was found out about a network depends."""
-    return tuple(value for module in network.modules() for value in vars(module).values() if value is True or value is False)
+def modes(network: nn.Module) -> tuple[Any, ...]:
+    """Return what decides how a network runs, as far as it can be told without running it: what was found out about it depends on it.
+
+    These are the classes of its modules, their modes, the flags, words and functions among their attributes, and their hooks.
+    """
+    found: list[Any] = []
+    for module in network.modules():
+        found.append(module.__class__)
+        for key, value in vars(module).items():
+            kind = value.__class__
+            if kind is bool or kind is str:
+                found.append(value)
+            elif kind is FunctionType:
+                found.append(value.__code__)
+            elif kind is OrderedDict and value and key.endswith("_hooks"):  # those of a copy are other functions with the same code
+                found += [key, *(getattr(hook, "__code__", hook.__class__) for hook in value.values())]
+    return tuple(found)
+
+
+def trainable_besides_parameters(network: nn.Module) -> list[str]:
+    """Return the names of buffers and attributes that are leaves and require a gradient, but are no parameters."""
+    holders = ((name, holder) for name, module in network.named_modules() for holder in (module._buffers, vars(module)))
+    held = ((f"{name}.{key}".lstrip("."), value) for name, holder in holders for key, value in holder.items())
+    return [
+        name
+        for name, value in held
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.requires_grad and value.is_leaf
+    ]
 
 
 def _numbers(network: nn.Module) -> dict[tuple[str, str], int | float]:
@@ -578,9 +612,9 @@ def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.
     memo: dict[int, Any] = {id(tensor): _of_type(tensor, dtype) for tensor in tensors}
     dicts = [value for value in attributes if type(value) in (dict, OrderedDict)]
     memo |= {id(value): type(value)() for value in dicts if not value}  # these are dicts of hooks, of which there are many
-    with _CopyingTensors(share=True):
+    with _CopyingTensors(share=True), _saying_what_cannot_be_copied(network):
         copied = copy.deepcopy(network, memo)
-    if any(FunctionType in map(type, holder) for holder in (attributes, *(value.values() for value in dicts if value))):
+    if any(_holds_functions(value) for value in attributes if value.__class__ in _WITH_FUNCTIONS and value):
         _rebind_functions(copied, memo)
     run_uncompiled(copied)
     if network in _WRITTEN:
@@ -588,14 +622,72 @@ def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.
     return copied
 
 
+@contextmanager
+def _saying_what_cannot_be_copied(network: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        holders = ((f"{name}.{key}".lstrip("."), value) for name, module in network.named_modules() for key, value in vars(module).items())
+        failing = [name for name, value in holders if not isinstance(value, Tensor | nn.Module) and not _can_be_copied(value)]
+        if not failing:
+            raise
+        raise TypeError(
+            f"Expected a network that can be copied (copy.deepcopy), as adaptation needs copies, but {failing} cannot be ({error}); make "
+            "it where it is used, or leave it out of the network."
+        ) from error
+
+
+def _can_be_copied(value: Any) -> bool:
+    if value.__class__ in (dict, OrderedDict) and any(isinstance(part, nn.Module | Tensor) for part in value.values()):
+        return True  # modules are looked at themselves
+    try:
+        copy.deepcopy(value)
+    except TypeError:
+        return False
+    except Exception:  # noqa: BLE001 # fails otherwise, and so was not what failed
+        return True
+    return True
+
+
+_WITH_FUNCTIONS = frozenset({FunctionType, ReferenceType, partial, list, tuple, dict, OrderedDict})
+
+
+def _holds_functions(value: Any, depth: int = 4) -> bool:
+    """Return whether a value is, or holds, a function or a weak reference, which ``copy.deepcopy`` leaves as they are."""
+    kind = value.__class__
+    if kind in (FunctionType, ReferenceType, partial):
+        return True
+    if kind not in _WITH_FUNCTIONS or not value or not depth:
+        return False
+    parts = value if kind in (list, tuple) else value.values()
+    return any(_holds_functions(part, depth - 1) for part in parts)
+
+
 def _rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
     """Let hooks and functions that the modules hold refer to the copies of what they refer to, which ``copy.deepcopy`` does not."""
     for module in copied.modules():
         attributes = vars(module)
-        dicts = [value for value in attributes.values() if value.__class__ in (dict, OrderedDict) and value]
-        for holder in (attributes, *dicts):
-            for key in [key for key, value in holder.items() if value.__class__ is FunctionType]:
-                holder[key] = _rebound(holder[key], memo)
+        for key in [key for key, value in attributes.items() if key not in OF_MODULES and _holds_functions(value)]:
+            attributes[key] = _rebound_value(attributes[key], memo)
+
+
+def _rebound_value(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a value of a copy with functions and weak references that refer to copies; its lists and dicts are changed in place."""
+    kind = value.__class__
+    if kind is FunctionType:
+        return _rebound(value, memo)
+    if kind is ReferenceType:
+        target = value()
+        return weakref.ref(memo[id(target)]) if id(target) in memo else value
+    if kind is partial:
+        return partial(_rebound_value(value.func, memo), *value.args, **value.keywords)
+    if not _holds_functions(value):
+        return value
+    if kind is tuple:
+        return tuple(_rebound_value(part, memo) for part in value)
+    for key in range(len(value)) if kind is list else [*value]:
+        value[key] = _rebound_value(value[key], memo)
+    return value
 
 
 def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:

@@ -39,12 +39,14 @@ from lightning_maml.first_look import FirstLook, Seen, first_outputs, first_supp
 from lightning_maml.functional import Params, detached, leaves_of
 from lightning_maml.inputs import Inputs, cat, map_tensors, tensors
 from lightning_maml.learner import (
+    OF_LOSS,
     BatchNormPolicy,
     FunctionalLoss,
     HeadDoesNotEndError,
     HeadLearner,
     Learner,
     hooks_tensors,
+    modes,
     reading,
     structural_copy,
 )
@@ -193,7 +195,7 @@ class MAML(EpisodicModule):
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
         self._first_look = FirstLook(adapt, head, self.logits)
-        self._checked_loss: list[LossFunction] = []  # in a list, so that a module is not taken for a part of the model
+        self._checked_loss: list[tuple[LossFunction, Any]] = []  # in a list, so that a module is not taken for a part of the model
         self._loss_look = LossLook()
         self._warned_of_weight_norm = False
         self._features_once = adapt == "head"
@@ -407,9 +409,16 @@ class MAML(EpisodicModule):
     @override
     def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
         self._check_that_rates_are_used()
+        given = tensors(episodes)
+        if any(tensor.requires_grad for tensor in given):
+            made = [name for name, part in episodes._asdict().items() if any(tensor.requires_grad for tensor in tensors(part))]
+            raise ValueError(
+                f"Expected episodes that need no gradient but {made} do, and would get none; put what makes them into the network, or give "
+                "them detached, x.detach()."
+            )
         rates = rates_of_steps(self._rates(), self._adapting(), self.train_steps)
         params = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-        read_only = params | {f"inputs {number}": tensor for number, tensor in enumerate(tensors(episodes))}
+        read_only = params | {f"inputs {number}": tensor for number, tensor in enumerate(given)}
         versions = {name: tensor._version for name, tensor in read_only.items() if not tensor.is_inference()}
         result: MetaGradient = self._executor.within_memory(
             lambda batch: self._training_gradient(self._plan(batch), batch), episodes, self.device
@@ -487,8 +496,7 @@ class MAML(EpisodicModule):
         if not self._features_once or not isinstance(episodes, Episodes) or self.step_statistics is not None:
             return None
         head = head_of(self.network, self.head)
-        ends = seen.ends_with_head and not seen.draws  # features computed once would have one mask for all steps
-        return head if ends and not batch_norms(self.network.get_submodule(head)) else None
+        return head if seen.ends_with_head and not batch_norms(self.network.get_submodule(head)) else None
 
     def _encode(self, learner: Learner, head: str, params: Params, task: Episodes) -> tuple[Tensor, Tensor]:
         statistics_of = task.support_x if learner.uses_support_statistics else None
@@ -533,8 +541,12 @@ class MAML(EpisodicModule):
         return arguments | {"params": plan.learner.params | self._loss_of_outputs().params}
 
     def _check_loss(self, learner: Learner, episodes: AnyEpisodes) -> None:
-        """Refuse, once for each loss, one that reads the network's parameters, of which it would not see adapted ones."""
-        if self._checked_loss and self._checked_loss[0] is self.loss:
+        """Refuse, once for each loss and mode of it, one whose value or gradient would not be the right one.
+
+        It must be a scalar, and may not read parameters of the network, or its own past its modules: adapted ones cannot be put there.
+        """
+        looked_at = (self.loss, modes(self.loss) if isinstance(self.loss, nn.Module) else ())
+        if self._checked_loss == [looked_at]:
             return
         of_outputs, read = self._loss_of_outputs(), list[str]()
         y = detached(support_set(first_task(episodes))[1])
@@ -550,13 +562,21 @@ class MAML(EpisodicModule):
         with first_support(learner, episodes), torch.enable_grad():
             outputs = map_outputs(Tensor.detach, outputs)
             value = of_outputs({name: p.detach() for name, p in of_outputs.params.items()}, outputs, y)
+        if value.ndim:
+            raise ValueError(f"Expected the loss of a task to be a scalar but got shape {list(value.shape)}; use reduction='mean'.")
+        leaves, own = leaves_of(value), {id(p): name.removeprefix(OF_LOSS) for name, p in of_outputs.params.items()}
+        if past_modules := sorted(own[leaf] for leaf in leaves & own.keys()):
+            raise ValueError(
+                f"Expected a loss that reaches its parameters through its modules but it reads {past_modules} from elsewhere (a tuple, a "
+                "closure, a global), where adapted values cannot be put; read them from the module's attributes."
+            )
         known = (*tensors_in(outputs), *self.parameters())  # those of a subclass are refused by their names
-        if leaves_of(value) - {id(tensor) for tensor in known}:
+        if leaves - {id(tensor) for tensor in known}:
             raise ValueError(
                 "Expected a loss whose trainable parameters are those of an nn.Module but it depends on one from elsewhere (a closure, a "
                 "global), which would get no gradient; make the loss a module that has it as a parameter, or detach it."
             )
-        self._checked_loss = [self.loss]
+        self._checked_loss = [looked_at]
 
     def _head_learner(self, head: str, execution: Execution) -> HeadLearner:
         return HeadLearner(self.network, head, vectorised=are_stacked(*execution))
@@ -701,7 +721,7 @@ class MAML(EpisodicModule):
         self._loss_look(
             self.loss,
             (shape, learner.network.training),
-            lambda: self._loss_of_outputs().given(first_outputs(learner, episodes)),
+            lambda number: self._loss_of_outputs().given(first_outputs(learner, episodes, of_queries=number == 1)),
             (support_y, task.query_y),
         )
         self._check_loss(learner, episodes)

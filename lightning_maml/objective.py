@@ -24,7 +24,9 @@ BatchLoss = Callable[[Params], tuple[Tensor, Any]]
 
 Tensors = tuple[Tensor, ...]
 
-_NO_SECOND_DERIVATIVE = re.compile("derivative for .* is not implemented|differentiate twice|double backward")
+_NO_SECOND_DERIVATIVE = re.compile(
+    "derivative for .* is not implemented|differentiate twice|double backward|expected a proper tensor but got none", re.IGNORECASE
+)
 
 
 class NoSecondDerivativeError(ValueError):

@@ -162,7 +162,7 @@ class ProtoNet(EpisodicModule):
             check_policy(learner, episodes)
             embedded = self.logits(first_outputs(learner, episodes))
             check_logits(embedded, are_labels=True)
-            self._loss_look(self.loss, ways, lambda: embedded.new_zeros(2 * ways, ways), (episodes.support_y[0], episodes.query_y[0]))
+            self._loss_look(self.loss, ways, lambda _: embedded.new_zeros(2 * ways, ways), (episodes.support_y[0], episodes.query_y[0]))
             if hooks_tensors(network):
                 return Verdict(HOOKED)
             return Verdict() if self._tasks == "loop" else self._compare_stacked(network, ways, episodes)

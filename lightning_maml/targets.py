@@ -114,13 +114,15 @@ class LossLook:
     def __init__(self) -> None:
         self._seen: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, loss: Callable[[Any, Tensor], Tensor], kind: Any, outputs: Callable[[], Any], targets: tuple[Tensor, ...]) -> None:
+    def __call__(
+        self, loss: Callable[[Any, Tensor], Tensor], kind: Any, outputs: Callable[[int], Any], targets: tuple[Tensor, ...]
+    ) -> None:
         """Look, unless it has looked at this kind with this loss.
 
         Args:
             loss: The loss.
             kind: Stands for the outputs.
-            outputs: Returns the network's outputs for some examples, tensors ``[B, ...]``.
+            outputs: Returns the network's outputs for the examples of the batch of this number, tensors ``[B, ...]``.
             targets: Labels or targets of some batches, each ``[B', ...]``.
 
         Raises:
@@ -134,9 +136,9 @@ class LossLook:
         try:
             with torch.inference_mode(False), torch.enable_grad(), _unchanged(loss), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the first step has them
-                found = outputs()
-                for y in targets:
-                    _look(loss, found, differentiable(y))
+                found = outputs(0)
+                for number, y in enumerate(targets):
+                    _look(loss, found, partial(outputs, number), differentiable(y))
         finally:
             set_generator_states(before, device)
         self._seen[whole] = loss
@@ -155,7 +157,7 @@ def _unchanged(loss: Any) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _look(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor) -> None:
+def _look(loss: Callable[[Any, Tensor], Tensor], outputs: Any, own_outputs: Callable[[], Any], targets: Tensor) -> None:
     sizes = {size for tensor in (*tensors_in(outputs), targets) for size in tensor.shape}
     unusual = next(number for number in range(_UNUSUAL, _UNUSUAL + len(sizes) + 1) if number not in sizes)
     try:
@@ -163,6 +165,7 @@ def _look(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor) 
     except _Broadcast:
         raise _sentence(outputs, targets) from None
     except Exception:  # noqa: BLE001 # a loss may need the number of examples that it is given
+        outputs = own_outputs()
         try:
             _follow(loss, outputs, targets, len(targets))
         except _Broadcast:

@@ -257,3 +257,50 @@ def test_parameters_in_lists_and_dicts_are_adapted(kept_in: str) -> None:
 def test_parameters_read_from_elsewhere_are_refused(kept_in: str) -> None:
     with pytest.raises(ValueError, match=r"its forward pass reads \['w.0'\] from elsewhere \(a tuple, a closure, a global\)"):
         MAML(cached(kept_in), RATE).meta_loss(make_episodes())
+
+
+class Reached(nn.Module):
+    """Cross-entropy with a learned temperature, which it reaches in one of several ways."""
+
+    def __init__(self, way: str = "attribute") -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+        self.way = way
+        self.terms = [lambda outputs, y: F.cross_entropy(outputs * self.temperature, y)]
+        self.held = (self.temperature,)
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        if self.way == "function in a list":
+            return self.terms[0](outputs, y)
+        return F.cross_entropy(outputs * (self.held[0] if self.way == "tuple" else self.temperature), y)
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML])
+def test_parameters_that_a_loss_reaches_past_its_modules_are_refused(algorithm: type[MAML]) -> None:
+    gradients = []
+    for way in ("attribute", "function in a list"):
+        loss = Reached(way)
+        algorithm(build("mlp"), RATE, STEPS, loss=loss).meta_loss(make_episodes()).backward()
+        gradients.append(loss.temperature.grad)
+    assert gradients[0] != 0
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(ValueError, match=r"reaches its parameters through its modules but it reads \['temperature'\] from elsewhere"):
+        algorithm(build("mlp"), RATE, STEPS, loss=Reached("tuple")).meta_loss(make_episodes())
+
+
+def test_a_loss_that_begins_to_read_parameters_between_steps_is_refused() -> None:
+    class Decaying(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.decays, self.of_network = False, [*network.parameters()]
+
+        def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+            penalty = sum(p.square().sum() for p in self.of_network) if self.decays else 0.0
+            return F.cross_entropy(outputs, y) + penalty
+
+    network = build("mlp")
+    model = MAML(network, RATE, STEPS, loss=Decaying(network))
+    model.meta_loss(make_episodes())
+    model.loss.decays = True
+    with pytest.raises(ValueError, match="it reads the network's parameters"):
+        model.meta_loss(make_episodes())

@@ -2,7 +2,11 @@
 
 import copy
 import random
+import threading
+import weakref
+from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +18,7 @@ from networks import relative_error
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_maml import ANIL, FOMAML, MAML, Episodes, ProtoNet
@@ -773,3 +778,328 @@ def test_torchs_cache_of_parametrizations_is_not_shared_by_threads() -> None:
     assert model._execution(Episodes(x, labels, x, labels)).tasks == "loop"
     with pytest.raises(ValueError, match=r"parametrize\.cached, a cache that they share"):
         MAML(seeded(Cached), RATE, 1, tasks="threads").meta_loss(Episodes(x, labels, x, labels))
+
+
+class ScaledInPlace(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.head(torch.tanh(self.body(x)))
+        logits /= 0.5
+        return logits
+
+
+class CosineHead(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        own = {"weight": F.normalize(self.head.weight, dim=1), "bias": self.head.bias}
+        return functional_call(self.head, own, (torch.tanh(self.body(x)),))
+
+
+class Gain(nn.Linear):
+    gain: Any = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+class GivingItsHeadAGain(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Gain(6, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.tanh(self.body(x))
+        self.head.gain = 1 + features[:, :1]
+        return self.head(features)
+
+
+class DoublingBeforeItsHead(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop"])
+@pytest.mark.parametrize("network", [Plain, ScaledInPlace, CosineHead, GivingItsHeadAGain, DoublingBeforeItsHead])
+def test_features_are_computed_once_only_if_the_head_alone_gives_the_outputs(network: type[nn.Module], tasks: str) -> None:
+    model = ANIL(seeded(network), RATE, STEPS, tasks=tasks, head="head")
+    expected = unrolled(seeded(network), names=["head.weight", "head.bias"])
+    assert relative_error(model.meta_gradient(points()), expected) < 1e-10
+    assert (model._plan(points()).head is None) == (network is not Plain)
+
+
+class CallingAFunction(Plain):
+    """Calls a function that writes to a buffer and drops out in training, which it reaches in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+        def count(hidden: Tensor) -> Tensor:
+            self.calls += 1
+            return F.dropout(hidden, 0.5, self.training)
+
+        def count_of_parent(hidden: Tensor) -> Tensor:
+            parent = self.parent()
+            parent.calls += 1
+            return F.dropout(hidden, 0.5, parent.training)
+
+        self.parent = weakref.ref(self)
+        self.functions: Any = {
+            "list": [count],
+            "tuple": (None, count),
+            "dict": {"of": {"lists": [count]}},
+            "partial": [partial(count)],
+            "weak reference": [count_of_parent],
+        }[way]
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.functions["of"]["lists"] if isinstance(self.functions, dict) else self.functions
+        return self.head(held[-1](torch.tanh(self.body(x))))
+
+
+@pytest.mark.parametrize("way", ["list", "tuple", "dict", "partial", "weak reference"])
+def test_functions_that_a_network_holds_refer_to_the_network_that_runs(way: str) -> None:
+    network = seeded(CallingAFunction, way)
+    model = MAML(network, RATE, STEPS)
+    for step in range(1, 4):
+        model.meta_loss(points()).backward()
+        assert network.calls == step
+    model.evaluate(points())
+    assert network.calls == 3
+    adapted = model.adapt(points().support_x, points().support_y)
+    torch.testing.assert_close(adapted(points().query_x), adapted(points().query_x), rtol=0, atol=0)
+
+
+def test_a_buffer_that_is_written_past_the_modules_is_refused() -> None:
+    class Counter:
+        __slots__ = ("counted",)
+
+        def __init__(self, counted: Tensor) -> None:
+            self.counted = counted
+
+        def __deepcopy__(self, memo: Any) -> "Counter":
+            return self
+
+    class Counted(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.counter = Counter(self.calls)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.counter.counted += 1
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    network = Counted()
+    episodes = Episodes(*(tensor.float() if tensor.is_floating_point() else tensor for tensor in points()))
+    with pytest.raises(ValueError, match=r"reaches its buffers through its modules but .* writes to \['calls'\] from elsewhere"):
+        MAML(network, RATE, STEPS).meta_loss(episodes)
+
+
+class Caching(Plain):
+    """Keeps the sum of its weights from its first pass, which it should compute in each."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.found = None
+        self.nested: dict[str, Any] = {"found": {}}
+        self.held = SimpleNamespace(found=None)
+
+    @lru_cache(None)  # noqa: B019
+    def total(self) -> Tensor:
+        return self.body.weight.sum()
+
+    def scale(self) -> Tensor:
+        if self.where == "nowhere":
+            return self.body.weight.sum()
+        if self.where == "lru_cache":
+            return self.total()
+        holder = self.nested["found"] if self.where == "nested dict" else vars(self.held if self.where == "object" else self)
+        if holder.get("found") is None:
+            holder["found"] = self.body.weight.sum()
+        return holder["found"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x) * self.scale()))
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "threads"])
+def test_what_a_network_keeps_from_its_last_pass_is_put_back_or_refused(tasks: str) -> None:
+    expected = unrolled(seeded(Caching, "nowhere"))
+    assert relative_error(MAML(seeded(Caching, "attribute"), RATE, STEPS, tasks=tasks).meta_gradient(points()), expected) < 1e-10
+    for where in ("nested dict", "object", "lru_cache"):
+        with pytest.raises(ValueError, match="compute anew what depends on its parameters"):
+            MAML(seeded(Caching, where), RATE, STEPS, tasks=tasks).meta_loss(points())
+
+
+def centring(_: nn.Module, inputs: Any, outputs: Tensor) -> Tensor:
+    """A forward hook that registers a hook on tensors."""
+    outputs = outputs.clone()
+    if outputs.requires_grad:
+        outputs.register_hook(lambda gradient: gradient - gradient.mean(0))
+    return outputs
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
+def test_a_hook_that_is_added_between_steps_is_noticed(tasks: str) -> None:
+    network, other = seeded(Plain), seeded(Plain)
+    model = MAML(network, RATE, STEPS, tasks=tasks)
+    model.meta_gradient(points())
+    for changed in (network, other):
+        changed.body.register_forward_hook(centring)
+    if tasks == "vmap":
+        with pytest.raises(ValueError, match="has hooks on tensors"):
+            model.meta_gradient(points())
+    else:
+        assert relative_error(model.meta_gradient(points()), unrolled(other)) < 1e-10
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
+def test_a_hook_that_writes_and_is_added_between_steps_is_noticed(tasks: str) -> None:
+    network = seeded(Plain)
+    network.register_buffer("calls", torch.zeros(()))
+    model = MAML(network, RATE, STEPS, tasks=tasks)
+    model.meta_loss(points())
+    network.body.register_forward_hook(lambda *_: network.calls.add_(1) and None)
+    for step in (1, 2):
+        model.meta_loss(points())
+        assert network.calls == step
+
+
+class Checkpointed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Switched(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode = "plain"
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x) if self.mode == "plain" else checkpoint(self.body, x, use_reentrant=False)
+        return self.head(torch.tanh(hidden))
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "threads", "vmap"])
+@pytest.mark.parametrize("change", ["layer", "word"])
+def test_checkpoints_that_come_between_steps_are_refused(change: str, tasks: str) -> None:
+    network = seeded(Switched)
+    model = MAML(network, RATE, STEPS, tasks=tasks)
+    model.meta_loss(points())
+    if change == "layer":
+        network.body = Checkpointed(8, 6).double()
+    else:
+        network.mode = "checkpointed"
+    with pytest.raises(ValueError, match=r"torch\.utils\.checkpoint"):
+        model.meta_loss(points())
+
+
+@pytest.mark.parametrize("model", [MAML, FOMAML])
+@pytest.mark.parametrize("without", ["weight", "bias"])
+@pytest.mark.parametrize("tasks", ["loop", "vmap"])
+def test_batch_norm_without_one_of_its_parameters(tasks: str, without: str, model: type[MAML]) -> None:
+    """Torch has no second derivative without a weight, so a weight of ones that does not adapt is the oracle."""
+
+    def made(*, missing: bool) -> nn.Module:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, WAYS)).double()
+        nn.init.normal_(network[1].bias if without == "weight" else network[1].weight)
+        constant = torch.ones(6) if without == "weight" else torch.zeros(6)
+        setattr(network[1], without, None if missing else nn.Parameter(constant.double(), requires_grad=False))
+        return network
+
+    for policy in ("batch", "support"):
+        found, expected = (model(made(missing=missing), RATE, STEPS, batch_norm=policy, tasks=tasks) for missing in (True, False))
+        gradients = found.meta_gradient(points()), expected.meta_gradient(points())
+        assert relative_error(*gradients) < 1e-10
+        torch.testing.assert_close(found.evaluate(points()).loss, expected.evaluate(points()).loss)
+
+
+class MultiplyingOthers(Plain):
+    """Multiplies the features of every other example, for which torch has no second derivative where several are zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x).relu()
+        group = (torch.arange(len(x)) % 2)[:, None].expand(-1, hidden.shape[1])
+        products = torch.ones(2, hidden.shape[1], dtype=x.dtype).scatter_reduce(0, group, hidden, "prod")
+        return self.head(hidden + products[group[:, 0]])
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
+def test_operations_without_a_second_derivative_are_named_and_need_none_in_first_order(tasks: str) -> None:
+    with pytest.raises(ValueError, match="train with FOMAML or HFMAML, which need none"):
+        MAML(seeded(MultiplyingOthers), RATE, STEPS, tasks=tasks).meta_loss(points())
+    of_loop = FOMAML(seeded(MultiplyingOthers), RATE, STEPS, tasks="loop").meta_gradient(points())
+    assert relative_error(FOMAML(seeded(MultiplyingOthers), RATE, STEPS, tasks=tasks).meta_gradient(points()), of_loop) < 1e-10
+
+
+def fewer_queries() -> Episodes:
+    return points()._replace(query_x=points().query_x[:, :7], query_y=points().query_y[:, :7])
+
+
+class Distribution(Plain):
+    def forward(self, x: Tensor) -> Any:
+        return torch.distributions.Categorical(logits=super().forward(x))
+
+
+def test_outputs_that_belong_to_their_examples_may_be_of_two_sizes() -> None:
+    def likelihood(outputs: Any, y: Tensor) -> Tensor:
+        return -outputs.log_prob(y).mean()
+
+    model, plain = MAML(seeded(Distribution), RATE, STEPS, loss=likelihood), MAML(seeded(Plain), RATE, STEPS)
+    assert relative_error(model.meta_gradient(fewer_queries()), plain.meta_gradient(fewer_queries())) < 1e-10
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
+def test_losses_of_each_example_are_refused(tasks: str) -> None:
+    with pytest.raises(ValueError, match=r"Expected the loss of a task to be a scalar but got shape \[10\]; use reduction='mean'"):
+        MAML(seeded(Plain), RATE, STEPS, loss=nn.CrossEntropyLoss(reduction="none"), tasks=tasks).meta_loss(fewer_queries())
+
+
+def test_a_network_that_differentiates_where_gradients_are_off_is_told_how() -> None:
+    class Force(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            z = x.detach().requires_grad_()
+            energy = torch.tanh(self.body(z)).square().sum()
+            return self.head(torch.autograd.grad(energy, z, create_graph=True)[0][:, :6])
+
+    class ForceAnywhere(Force):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return super().forward(x)
+
+    with pytest.raises(ValueError, match=r"put `with torch.enable_grad\(\):` around what they differentiate"):
+        MAML(seeded(Force), RATE, STEPS).meta_loss(points())
+    model = MAML(seeded(ForceAnywhere), RATE, STEPS)
+    assert relative_error(model.meta_gradient(points()), unrolled(seeded(Force))) < 1e-10
+    assert model.evaluate(points()).loss.isfinite().all()
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    network = seeded(Plain)
+    network.body.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"Expected a network that can be copied .* but \['body.lock'\] cannot be"):
+        MAML(network, RATE, STEPS).meta_loss(points())
+
+
+def test_inputs_that_were_computed_from_parameters_are_refused() -> None:
+    encoder = nn.Linear(8, 8).double()
+    episodes = points()._replace(support_x=encoder(points().support_x))
+    with pytest.raises(ValueError, match=r"Expected episodes that need no gradient but \['support_x'\] do"):
+        MAML(seeded(Plain), RATE, STEPS).meta_loss(episodes)
+    ProtoNet(nn.Linear(8, 6).double()).meta_loss(episodes).backward()
+    assert encoder.weight.grad is not None
+
+
+@pytest.mark.parametrize("where", ["buffer", "attribute"])
+def test_trainable_tensors_that_are_no_parameters_are_refused(where: str) -> None:
+    network = seeded(Plain)
+    scale = torch.ones((), requires_grad=True)
+    if where == "buffer":
+        network.head.register_buffer("scale", scale)
+    else:
+        network.head.scale = scale
+    with pytest.raises(ValueError, match=r"to be parameters but \['head.scale'\] are none"):
+        MAML(network, RATE, STEPS)
