@@ -23,6 +23,7 @@ from lightning_maml.adapt import AdaptationCurve
 from lightning_maml.batch_statistics import averages_kept, batch_norms
 from lightning_maml.checkpoints import WholeCheckpoints, read_trained
 from lightning_maml.episodes import AnyEpisodes, check_episodes
+from lightning_maml.first_look import KINDS
 from lightning_maml.functional import Params
 from lightning_maml.inputs import Inputs, call, cat, count, map_tensors, shapes, tensors
 from lightning_maml.learner import BatchNormPolicy, Learner, deep_copy, modes, trainable_besides_parameters, writes
@@ -73,6 +74,7 @@ class EpisodicModule(LightningModule):
         Learner(network, batch_norm)  # refuses a network that the policy does not fit
         _warn_if_compiled(network)
         _refuse_lazy(network)
+        _refuse_scripted_batch_norm(network)
         if computed := [name for name, p in network.named_parameters() if not p.is_leaf]:
             raise ValueError(
                 f"Expected a network whose parameters are leaves, which can be trained, but {computed} were computed from others; so they "
@@ -411,6 +413,8 @@ class EpisodicModule(LightningModule):
         loss, verdict = self._verdicts.get(kind, (None, Verdict()))
         if loss is not self.loss:
             verdict = look()
+            if len(self._verdicts) == KINDS:
+                self._verdicts.clear()
             self._verdicts[kind] = self.loss, verdict
             if any(verdict):
                 rank_zero_info(f"Tasks are not stacked unless that is asked for: {verdict.wrong or verdict.slow}.")
@@ -437,6 +441,15 @@ class EpisodicModule(LightningModule):
                 self._sees_all_at_once = _accepts(self.network, cat(sets))
             for x in [cat(sets)] if alike and self._sees_all_at_once else sets:
                 call(self.network, x)
+
+
+def _refuse_scripted_batch_norm(network: nn.Module) -> None:
+    scripted = {name: part for name, part in network.named_modules() if isinstance(part, torch.jit.ScriptModule)}
+    if norms := [name for name, part in scripted.items() if "BatchNorm" in getattr(part, "original_name", "")]:
+        raise ValueError(
+            f"Expected batch norm as nn.BatchNorm layers, whose statistics `batch_norm` decides, but {norms} are TorchScript's; script the "
+            "network after training."
+        )
 
 
 def _refuse_lazy(network: nn.Module) -> None:
@@ -494,7 +507,7 @@ def _same_buffers(network: nn.Module) -> Iterator[None]:
     yield
     for buffers, originals in before:
         for name, tensor in originals.items():
-            now = buffers.get(name)
+            now = dict(buffers).get(name)  # those of TorchScript are no dict
             if tensor is not None and now is not None and now is not tensor and now.shape == tensor.shape:
                 buffers[name] = tensor.detach().copy_(now.detach())
             elif now is not None and now.grad_fn is not None:

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_maml.batch_statistics import batch_norms
 from lightning_maml.episodes import AnyEpisodes, first_task, support_set
-from lightning_maml.functional import Params, detached
+from lightning_maml.functional import Params, detached, is_out_of_memory
 from lightning_maml.inputs import Inputs, cat, count, map_tensors, tensors
 from lightning_maml.inputs import shapes as shapes_of
 from lightning_maml.learner import (
@@ -56,7 +56,7 @@ class Seen(NamedTuple):
     draws: tuple[str, ...] = ()
 
 
-_KINDS = 64
+KINDS = 64
 """How many kinds of batch are remembered."""
 
 
@@ -87,7 +87,7 @@ class FirstLook:
 
         Args:
             kind: Tells one kind of network and batch from another.
-            learner: The learner of the network.
+            learner: The learner of this network, or of a copy.
             episodes: The batch.
             loss: The model's loss.
             inspect: Looks at the network while it runs; it is given a function that runs it.
@@ -101,7 +101,7 @@ class FirstLook:
             seen = self._look(learner, episodes, loss)
             with first_support(learner, episodes) as x:
                 inspect(partial(learner, learner.params, x))
-            if len(self._seen) == _KINDS:
+            if len(self._seen) == KINDS:
                 self._seen.clear()
             self._seen[kind] = seen, loss.loss  # held, so that no other loss gets its id
         return self._seen[kind][0]
@@ -145,8 +145,13 @@ class FirstLook:
         with first_support(learner, episodes) as x, torch.no_grad():
             features = learner.features(learner.params, x, head)
             others = {name: p for name, p in shifted(learner.params).items() if name.startswith(f"{head}.")}
-            whole = self._logits(learner(learner.params | others, x))
-            alone = HeadLearner(learner.network, head)(others, features)
+            try:
+                whole = self._logits(learner(learner.params | others, x))
+                alone = HeadLearner(learner.network, head)(others, features)
+            except Exception as error:  # with other parameters a network may raise anything
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    raise
+                return False
         return first_difference({"outputs": whole}, {"outputs": alone}, 1e-3) is None
 
 
@@ -303,7 +308,7 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
         ValueError: If they do not give the same again from the same random state, after an evaluation with other parameters: derivatives
             need evaluations that can be repeated.
     """
-    anew, used = (Learner(learner.network, learner.batch_norm) for _ in range(2))
+    anew, used = Learner(learner.network, learner.batch_norm), Learner(learner.network, learner.batch_norm)
     device = episodes.support_y.device
     before = generator_states(device)
     y = detached(support_set(first_task(episodes))[1])
@@ -323,8 +328,11 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
         once = evaluated(anew, x)
         written = put_back(held)
         draws = tuple(generators_drawn_from(before, device))
-        with suppress(Exception):  # a network may fail with other parameters
+        try:
             used(shifted(used.params), x)
+        except Exception:  # noqa: BLE001 # with other parameters a network may raise anything
+            used = Learner(learner.network, learner.batch_norm)
+            used(used.params, x)
         again = evaluated(used, x)
         put_back(held)
     if written:

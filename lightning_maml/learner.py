@@ -667,12 +667,14 @@ def _rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
     """Let hooks and functions that the modules hold refer to the copies of what they refer to, which ``copy.deepcopy`` does not."""
     for module in copied.modules():
         attributes = vars(module)
-        for key in [key for key, value in attributes.items() if key not in OF_MODULES and _holds_functions(value)]:
+        for key in [key for key in attributes if key not in OF_MODULES]:
             attributes[key] = _rebound_value(attributes[key], memo)
 
 
-def _rebound_value(value: Any, memo: dict[int, Any]) -> Any:
+def _rebound_value(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
     """Return a value of a copy with functions and weak references that refer to copies; its lists and dicts are changed in place."""
+    if not _holds_functions(value, depth):
+        return value
     kind = value.__class__
     if kind is FunctionType:
         return _rebound(value, memo)
@@ -680,13 +682,11 @@ def _rebound_value(value: Any, memo: dict[int, Any]) -> Any:
         target = value()
         return weakref.ref(memo[id(target)]) if id(target) in memo else value
     if kind is partial:
-        return partial(_rebound_value(value.func, memo), *value.args, **value.keywords)
-    if not _holds_functions(value):
-        return value
+        return partial(_rebound_value(value.func, memo, depth), *value.args, **value.keywords)
     if kind is tuple:
-        return tuple(_rebound_value(part, memo) for part in value)
+        return tuple(_rebound_value(part, memo, depth - 1) for part in value)
     for key in range(len(value)) if kind is list else [*value]:
-        value[key] = _rebound_value(value[key], memo)
+        value[key] = _rebound_value(value[key], memo, depth - 1)
     return value
 
 

@@ -35,7 +35,7 @@ from lightning_maml.episodic_module import (
     with_accuracy,
 )
 from lightning_maml.execution import Execution, Executor, TasksName
-from lightning_maml.first_look import FirstLook, Seen, first_outputs, first_support
+from lightning_maml.first_look import KINDS, FirstLook, Seen, first_outputs, first_support
 from lightning_maml.functional import Params, detached, leaves_of
 from lightning_maml.inputs import Inputs, cat, map_tensors, tensors
 from lightning_maml.learner import (
@@ -195,7 +195,7 @@ class MAML(EpisodicModule):
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
         self._first_look = FirstLook(adapt, head, self.logits)
-        self._checked_loss: list[tuple[LossFunction, Any]] = []  # in a list, so that a module is not taken for a part of the model
+        self._checked_losses: dict[tuple[Any, ...], LossFunction] = {}
         self._loss_look = LossLook()
         self._warned_of_weight_norm = False
         self._features_once = adapt == "head"
@@ -545,8 +545,8 @@ class MAML(EpisodicModule):
 
         It must be a scalar, and may not read parameters of the network, or its own past its modules: adapted ones cannot be put there.
         """
-        looked_at = (self.loss, modes(self.loss) if isinstance(self.loss, nn.Module) else ())
-        if self._checked_loss == [looked_at]:
+        kind = (id(self.loss), modes(self.loss) if isinstance(self.loss, nn.Module) else ())
+        if kind in self._checked_losses:
             return
         of_outputs, read = self._loss_of_outputs(), list[str]()
         y = detached(support_set(first_task(episodes))[1])
@@ -576,7 +576,9 @@ class MAML(EpisodicModule):
                 "Expected a loss whose trainable parameters are those of an nn.Module but it depends on one from elsewhere (a closure, a "
                 "global), which would get no gradient; make the loss a module that has it as a parameter, or detach it."
             )
-        self._checked_loss = [looked_at]
+        if len(self._checked_losses) == KINDS:
+            self._checked_losses.clear()
+        self._checked_losses[kind] = self.loss  # held, so that no other loss gets its id
 
     def _head_learner(self, head: str, execution: Execution) -> HeadLearner:
         return HeadLearner(self.network, head, vectorised=are_stacked(*execution))
@@ -615,12 +617,18 @@ class MAML(EpisodicModule):
         return self._once_for_its_kind(kind, look)
 
     def _compare_in_double(self, episodes: AnyEpisodes, network: nn.Module, *, curved: bool) -> Verdict:
-        try:
-            return self._compare_stacked(episodes, network, torch.float64, curved)
-        except NoSecondDerivativeError:
-            raise
-        except Exception:  # noqa: BLE001 # some networks and losses run in their own type only; what else is wrong is raised there
-            return self._compare_stacked(episodes, network, None, curved)
+        """Compare in float64, or in their own type networks and losses that run in no other."""
+        reason = ""
+        for dtype in (torch.float64, None):
+            try:
+                return self._compare_stacked(episodes, network, dtype, curved)
+            except NoSecondDerivativeError:
+                raise
+            except Exception as error:  # the trial has other parameters, with which a network may raise anything
+                if dtype is None and isinstance(error, ValueError):
+                    raise
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+        return Verdict(f"even single ones fail at parameters a little away from these ({reason})")
 
     def _compare_stacked(self, episodes: AnyEpisodes, network: nn.Module, dtype: torch.dtype | None, curved: bool) -> Verdict:
         episodes = detached(episodes)

@@ -1103,3 +1103,86 @@ def test_trainable_tensors_that_are_no_parameters_are_refused(where: str) -> Non
         network.head.scale = scale
     with pytest.raises(ValueError, match=r"to be parameters but \['head.scale'\] are none"):
         MAML(network, RATE, STEPS)
+
+
+@pytest.mark.parametrize("policy", ["batch", "support", "running"])
+def test_batch_norm_of_torchscript_is_refused(policy: Any) -> None:
+    with pytest.warns(FutureWarning, match="deprecated"):
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, WAYS)).double())
+    with pytest.raises(ValueError, match=r"\['1'\] are TorchScript's; script the network after training"):
+        MAML(scripted, RATE, STEPS, batch_norm=policy)
+
+
+def test_buffers_that_torchscript_writes_are_kept() -> None:
+    class Counting(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.head(torch.tanh(self.body(x)))
+
+    with pytest.warns(FutureWarning, match="deprecated"):
+        scripted = torch.jit.script(seeded(Counting))
+    model = MAML(scripted, RATE, STEPS, tasks="loop")
+    for _ in range(2):
+        model.meta_loss(points())
+    assert scripted.calls == 2
+
+
+class Definite(Plain):
+    """Has a head that fails at parameters some hundredths away from its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, WAYS, bias=False)
+        self.register_buffer("start", self.head.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        if bool((self.head.weight - self.start).abs().max() > 0.01):
+            raise ArithmeticError("too far from the start")
+        return self.head(hidden)
+
+
+def test_networks_that_fail_at_other_parameters_are_not_refused() -> None:
+    for algorithm, tasks in ((MAML, "auto"), (ANIL, "auto"), (MAML, "loop"), (ANIL, "threads")):
+        assert algorithm(seeded(Definite), 1e-9, STEPS, tasks=tasks).meta_loss(points()).isfinite()
+
+
+def test_state_is_seen_in_a_network_that_fails_at_other_parameters() -> None:
+    class CountingDefinite(Definite):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held: dict[str, Any] = {"of": {"calls": 0}}
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = super().forward(x)
+            self.held["of"]["calls"] += 1
+            return outputs / self.held["of"]["calls"]
+
+    with pytest.raises(ValueError, match="got another result the second time"):
+        MAML(seeded(CountingDefinite), 1e-9, STEPS).meta_loss(points())
+
+
+def test_a_dict_of_functions_that_holds_itself() -> None:
+    class Registry(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.functions: dict[str, Any] = {"squash": lambda x: torch.tanh(self.body(x))}
+            self.functions["all"] = self.functions
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.functions["all"]["squash"](x))
+
+    assert relative_error(MAML(seeded(Registry), RATE, STEPS).meta_gradient(points()), unrolled(seeded(Plain))) < 1e-10
+
+
+def test_words_that_change_in_every_step_are_forgotten() -> None:
+    network = seeded(Plain)
+    model = MAML(network, RATE, STEPS, tasks="loop", chunk_size=2)
+    for step in range(70):
+        network.phase = f"step {step}"
+        model.meta_loss(points())
+    assert len(model._verdicts) < 70
