@@ -74,7 +74,7 @@ class EpisodicModule(LightningModule):
         Learner(network, batch_norm)  # refuses a network that the policy does not fit
         _warn_if_compiled(network)
         _refuse_lazy(network)
-        _refuse_scripted_batch_norm(network)
+        _refuse_scripted_batch_norm(network, batch_norm)
         if computed := [name for name, p in network.named_parameters() if not p.is_leaf]:
             raise ValueError(
                 f"Expected a network whose parameters are leaves, which can be trained, but {computed} were computed from others; so they "
@@ -443,12 +443,16 @@ class EpisodicModule(LightningModule):
                 call(self.network, x)
 
 
-def _refuse_scripted_batch_norm(network: nn.Module) -> None:
+_BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+
+
+def _refuse_scripted_batch_norm(network: nn.Module, policy: BatchNormPolicy) -> None:
     scripted = {name: part for name, part in network.named_modules() if isinstance(part, torch.jit.ScriptModule)}
-    if norms := [name for name, part in scripted.items() if "BatchNorm" in getattr(part, "original_name", "")]:
+    norms = [name for name, part in scripted.items() if getattr(part, "original_name", "") in _BATCH_NORMS]
+    if norms and (policy != "running" or any(scripted[name].training for name in norms)):
         raise ValueError(
             f"Expected batch norm as nn.BatchNorm layers, whose statistics `batch_norm` decides, but {norms} are TorchScript's; script the "
-            "network after training."
+            "network after training, or put a frozen one into evaluation mode and use `batch_norm='running'`."
         )
 
 

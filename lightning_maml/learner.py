@@ -682,7 +682,8 @@ def _rebound_value(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
         target = value()
         return weakref.ref(memo[id(target)]) if id(target) in memo else value
     if kind is partial:
-        return partial(_rebound_value(value.func, memo, depth), *value.args, **value.keywords)
+        function, *given = (_rebound_value(part, memo, depth) for part in (value.func, *value.args))
+        return partial(function, *given, **{name: _rebound_value(part, memo, depth) for name, part in value.keywords.items()})
     if kind is tuple:
         return tuple(_rebound_value(part, memo, depth - 1) for part in value)
     for key in range(len(value)) if kind is list else [*value]:

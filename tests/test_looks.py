@@ -848,6 +848,7 @@ class CallingAFunction(Plain):
             "tuple": (None, count),
             "dict": {"of": {"lists": [count]}},
             "partial": [partial(count)],
+            "argument": [partial(lambda hidden, of: of(hidden), of=count)],
             "weak reference": [count_of_parent],
         }[way]
 
@@ -856,7 +857,7 @@ class CallingAFunction(Plain):
         return self.head(held[-1](torch.tanh(self.body(x))))
 
 
-@pytest.mark.parametrize("way", ["list", "tuple", "dict", "partial", "weak reference"])
+@pytest.mark.parametrize("way", ["list", "tuple", "dict", "partial", "argument", "weak reference"])
 def test_functions_that_a_network_holds_refer_to_the_network_that_runs(way: str) -> None:
     network = seeded(CallingAFunction, way)
     model = MAML(network, RATE, STEPS)
@@ -1111,6 +1112,10 @@ def test_batch_norm_of_torchscript_is_refused(policy: Any) -> None:
         scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, WAYS)).double())
     with pytest.raises(ValueError, match=r"\['1'\] are TorchScript's; script the network after training"):
         MAML(scripted, RATE, STEPS, batch_norm=policy)
+    if policy == "running":
+        network = nn.Sequential(scripted.eval(), nn.Linear(WAYS, WAYS).double())
+        model = MAML(network.requires_grad_(True), RATE, STEPS, batch_norm=policy, tasks="loop")
+        assert relative_error(model.meta_gradient(points()), unrolled(network)) < 1e-10
 
 
 def test_buffers_that_torchscript_writes_are_kept() -> None:
