@@ -540,12 +540,15 @@ class MAML(EpisodicModule):
         arguments = self._arguments(plan, episodes, self.train_steps)
         return arguments | {"params": plan.learner.params | self._loss_of_outputs().params}
 
+    def _modes_of_loss(self) -> tuple[Any, ...]:
+        return modes(self.loss) if isinstance(self.loss, nn.Module) else ()
+
     def _check_loss(self, learner: Learner, episodes: AnyEpisodes) -> None:
         """Refuse, once for each loss and mode of it, one whose value or gradient would not be the right one.
 
         It must be a scalar, and may not read parameters of the network, or its own past its modules: adapted ones cannot be put there.
         """
-        kind = (id(self.loss), modes(self.loss) if isinstance(self.loss, nn.Module) else ())
+        kind = (id(self.loss), self._modes_of_loss())
         if kind in self._checked_losses:
             return
         of_outputs, read = self._loss_of_outputs(), list[str]()
@@ -728,7 +731,7 @@ class MAML(EpisodicModule):
             check_labels(episodes, shape[0], ignored_label(self.loss))
         self._loss_look(
             self.loss,
-            (shape, learner.network.training),
+            (shape, learner.network.training, self._modes_of_loss()),
             lambda number: self._loss_of_outputs().given(first_outputs(learner, episodes, of_queries=number == 1)),
             (support_y, task.query_y),
         )

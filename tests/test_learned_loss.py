@@ -304,3 +304,20 @@ def test_a_loss_that_begins_to_read_parameters_between_steps_is_refused() -> Non
     model.loss.decays = True
     with pytest.raises(ValueError, match="it reads the network's parameters"):
         model.meta_loss(make_episodes())
+
+
+def test_a_loss_that_begins_to_broadcast_between_steps_is_refused() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.squares = False
+
+        def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+            return (outputs - y).square().mean() if self.squares else F.cross_entropy(outputs, y)
+
+    model = MAML(build("mlp"), RATE, STEPS, loss=Changing())
+    episodes = make_episodes(shots=1, queries=1)
+    model.meta_loss(episodes)
+    model.loss.squares = True
+    with pytest.raises(ValueError, match=r"fits labels .* element by element"):
+        model.meta_loss(episodes)
