@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_maml.batch_statistics import batch_norms
@@ -78,6 +78,7 @@ class FirstLook:
     def __call__(
         self,
         kind: Any,
+        network: nn.Module,
         learner: Learner,
         episodes: AnyEpisodes,
         loss: FunctionalLoss,
@@ -87,6 +88,7 @@ class FirstLook:
 
         Args:
             kind: Tells one kind of network and batch from another.
+            network: The model's network.
             learner: The learner of this network, or of a copy.
             episodes: The batch.
             loss: The model's loss.
@@ -99,6 +101,7 @@ class FirstLook:
         kind = (kind, id(loss.loss))
         if kind not in self._seen or writes(learner.network) is None:
             seen = self._look(learner, episodes, loss)
+            check_modes(network, learner, episodes)
             with first_support(learner, episodes) as x:
                 inspect(partial(learner, learner.params, x))
             if len(self._seen) == KINDS:
@@ -265,6 +268,37 @@ class _FunctionalBatchNorm(TorchFunctionMode):
         if func is F.batch_norm:
             self.with_running_averages |= not (args[5] if len(args) > 5 else named.get("training", False))
         return func(*args, **named)
+
+
+def check_modes(network: nn.Module, learner: Learner, episodes: AnyEpisodes) -> None:
+    """Refuse a network whose copies read a mode of the network that they were made of, because adaptation may run them in another one.
+
+    Args:
+        network: That network, whose modes are turned round for a pass of a copy.
+        learner: The learner of this network, or of a copy.
+        episodes: The batch.
+
+    Raises:
+        ValueError: If the outputs of the copy change with them.
+    """
+    flagged = [module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    copied, device = Learner(learner.network, learner.batch_norm), episodes.support_y.device
+    before = generator_states(device)
+    with first_support(learner, episodes) as x, torch.no_grad():
+        once = _floats(copied(copied.params, x))
+        set_generator_states(before, device)
+        try:
+            for module in flagged:
+                module.training = not module.training
+            again = _floats(copied(copied.params, x))
+        finally:
+            for module in flagged:
+                module.training = not module.training
+    if first_difference(once, again, 1e-5) is not None:
+        raise ValueError(
+            "Expected a network that reads its mode from its own modules but its outputs change with a mode that it reads from elsewhere "
+            "(a function in a named tuple, a deque or another object), which copies cannot be given; make such functions methods."
+        )
 
 
 def shifted(params: Params) -> Params:

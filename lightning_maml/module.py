@@ -748,7 +748,7 @@ class MAML(EpisodicModule):
         return getattr(data, "test_ways", None) if judges else getattr(data, "ways", None) if trainer.training else None
 
     def _look(self, learner: Learner, episodes: AnyEpisodes, kind: Kind) -> Seen:
-        return self._first_look(kind, learner, episodes, self._loss_of_outputs(), self._inspect)
+        return self._first_look(kind, self.network, learner, episodes, self._loss_of_outputs(), self._inspect)
 
     def _inspect(self, run: Callable[[], Tensor]) -> None:
         """Look at the network while it runs, once for each kind of batch."""

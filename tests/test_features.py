@@ -70,7 +70,7 @@ def test_the_body_is_called_once_for_each_set() -> None:
     calls = counted(network)
     model = ANIL(network, RATE, STEPS, tasks="loop")
     model.meta_loss(make_episodes(tasks))
-    looks = 12  # at what is written, the policy, a backward pass, the outputs, twice at the loss, thrice at random numbers and at the end
+    looks = 14  # written, policy, backward pass, outputs; twice loss and modes; thrice random numbers and end
     assert calls["body"] == looks + 2 * tasks
     assert calls["head"] == calls["body"] + 1 + tasks * (STEPS + STEPS + 1), "one look, N gradients, N products and the query loss"
     calls.clear()
@@ -191,7 +191,7 @@ def test_dropout_in_the_body_is_drawn_in_each_step() -> None:
     assert calls["body"] > 2 * STEPS
     calls.clear()
     ANIL(network.eval(), RATE, STEPS, tasks="loop").meta_loss(make_episodes(1))
-    assert calls["body"] == 2 + 12, "twelve of them to look at the network"
+    assert calls["body"] == 2 + 14, "fourteen of them to look at the network"
 
 
 def test_a_head_that_is_called_with_more_than_features_is_called_so() -> None:

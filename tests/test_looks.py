@@ -4,6 +4,7 @@ import copy
 import random
 import threading
 import weakref
+from collections import deque
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1191,3 +1192,22 @@ def test_words_that_change_in_every_step_are_forgotten() -> None:
         network.phase = f"step {step}"
         model.meta_loss(points())
     assert len(model._verdicts) < 70
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+@pytest.mark.parametrize("holder", [lambda f: deque([f]), lambda f: SimpleNamespace(f=f)], ids=["deque", "object"])
+def test_a_mode_that_is_read_past_the_modules_is_refused(holder: Any, adapts: bool) -> None:
+    class Dropping(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = holder(lambda hidden: F.dropout(hidden, 0.5, self.training))
+
+        def forward(self, x: Tensor) -> Tensor:
+            drop = self.held[0] if isinstance(self.held, deque) else self.held.f
+            return self.head(drop(torch.tanh(self.body(x))))
+
+    network = seeded(Dropping)
+    model = MAML(network, RATE, STEPS)
+    with pytest.raises(ValueError, match="reads its mode from its own modules"):
+        model.adapt(points().support_x, points().support_y) if adapts else model.meta_loss(points())
+    assert all(module.training for module in network.modules())
