@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
 from lightning_maml import ANIL, BOIL, FOMAML, HFMAML, IMAML, LSLR, MAML, Conv4, MAMLPlusPlus, MetaSGD, ProtoNet, Reptile
+from lightning_maml.algorithms.base import EpisodicModule
 from lightning_maml.datamodules import OmniglotDataModule
-from lightning_maml.episodic_module import EpisodicModule
 
 WAYS, STEPS, RATE, EPOCHS = 20, 3, 0.4, 5
 ROUNDS, STEPS_TIMED = 3, 12

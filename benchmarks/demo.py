@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_maml.algorithms.metrics import Estimate
 from lightning_maml.callbacks import LossMapPicture, MetaGradientMonitor
 from lightning_maml.cli import run
-from lightning_maml.metrics import Estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = ("maml", "fomaml", "hfmaml")

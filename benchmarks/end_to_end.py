@@ -24,10 +24,10 @@ from torchvision.transforms import Compose, Resize, ToTensor
 from tqdm import tqdm
 
 from lightning_maml import MAML, keep_freed_memory
+from lightning_maml.algorithms.maml import Plan
+from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.datamodules import OmniglotDataModule
-from lightning_maml.episodes import AnyEpisodes
-from lightning_maml.meta_gradient import MetaGradient
-from lightning_maml.module import Plan
+from lightning_maml.functional.meta_gradient import MetaGradient
 
 WAYS, TASKS, RATE, META_RATE = 5, 32, 0.4, 0.003
 WARM = 5

@@ -41,13 +41,13 @@ with atheris.instrument_imports(include=["lightning_maml", "pickle", "csv", "zip
     from PIL import Image
 
     from lightning_maml import MAML, MLP, cli
-    from lightning_maml.checkpoints import read_checkpoint
-    from lightning_maml.datamodules.array_files import open_cache_pickle, open_category_pickle, open_hdf5
-    from lightning_maml.datamodules.cache import DecodedImages, read_cache, write_cache
-    from lightning_maml.datamodules.image_files import _Chunks, rows_of_classes
-    from lightning_maml.datamodules.layouts import _list_files
-    from lightning_maml.randomness import random_state
-    from lightning_maml.repro import load_step
+    from lightning_maml.core.rng import random_state
+    from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
+    from lightning_maml.datamodules.images.files import _Chunks, rows_of_classes
+    from lightning_maml.datamodules.mini_imagenet.array_files import open_cache_pickle, open_category_pickle, open_hdf5
+    from lightning_maml.datamodules.mini_imagenet.layouts import _list_files
+    from lightning_maml.io.checkpoints import read_checkpoint
+    from lightning_maml.io.replay import load_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZE = 8

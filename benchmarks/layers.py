@@ -1,4 +1,4 @@
-"""Every layer of tests/layer_catalogue.py in every way of running tasks, against autograd through the unrolled loop."""
+"""Every layer of tests/helpers/layer_catalogue.py in every way of running tasks, against autograd through the unrolled loop."""
 
 import argparse
 import sys
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from unrolled import adapted, cell, error, reference, seed, tasks_of, write_between
 
 from lightning_maml import FOMAML, HFMAML, MAML, Episodes
+from unrolled import adapted, cell, error, reference, seed, tasks_of, write_between
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from layer_catalogue import CASES, Case, episodes_of, network_of
+from helpers.layer_catalogue import CASES, Case, episodes_of, network_of
 
 RATE, STEPS = 0.2, 2
 WAYS: dict[str, dict[str, object]] = {

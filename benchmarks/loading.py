@@ -16,8 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from mini_imagenet_files import CLASSES, SIZE, draw_images, write_python2_pickle, write_ravi
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from helpers.mini_imagenet_files import CLASSES, SIZE, draw_images, write_python2_pickle, write_ravi
 
 PER_CLASS = 600
 

@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from speed import OURS, WORKLOADS, method, peak_mb, without_averages
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from speed import OURS, WORKLOADS, method, peak_mb, without_averages
 
 STEPS = (1, 2, 5, 10, 20)
 ALLOCATORS = {"as it is": {}, "returning": {"MALLOC_MMAP_THRESHOLD_": "65536"}}

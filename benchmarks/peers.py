@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_maml import Episodes
-from lightning_maml.functional import Params
+from lightning_maml.core.params import Params
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Task = tuple[Tensor, Tensor, Tensor, Tensor]

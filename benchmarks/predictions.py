@@ -1,13 +1,27 @@
 """The papers' predictions P1 to P12, each checked by one function."""
 
 import math
+import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from families import (
+from torch import Tensor
+
+from lightning_maml import Episodes, ResampledEpisodes, adaptation_curve, meta_gradient, theory
+from lightning_maml.core.hvp import CurvatureName, HessianVectorProduct, hessian_vector_product
+from lightning_maml.core.objective import Objective
+from lightning_maml.core.params import Params
+from lightning_maml.core.task_axis import Stack
+from lightning_maml.functional.adaptation import Loss, task_losses
+from lightning_maml.functional.meta_gradient import pull_back
+from lightning_maml.theory.measure import Probe
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from helpers.families import (
     DOUBLE,
     NONCONVEX_L,
     NONCONVEX_RHO,
@@ -27,16 +41,6 @@ from families import (
     quartic_smoothness,
     quartic_tasks,
 )
-from torch import Tensor
-
-from lightning_maml import Episodes, ResampledEpisodes, adaptation_curve, meta_gradient, theory
-from lightning_maml.adapt import Loss, task_losses
-from lightning_maml.curvature import CurvatureName, HessianVectorProduct, hessian_vector_product
-from lightning_maml.functional import Params
-from lightning_maml.measure import Probe
-from lightning_maml.meta_gradient import pull_back
-from lightning_maml.objective import Objective
-from lightning_maml.stack import Stack
 
 NAMES: dict[CurvatureName, str] = {"exact": "MAML", "none": "FO-MAML", "finite_difference": "HF-MAML"}
 

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from speed import WORKLOADS, method, without_averages
 from torch import multiprocessing
 from tqdm import tqdm
+
+from speed import WORKLOADS, method, without_averages
 
 SIZES = [4**power for power in range(5, 13)]
 """How many numbers are in the buffers whose sum is timed: 4 kB to 67 MB."""

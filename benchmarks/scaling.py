@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from speed import OURS, WORKLOADS, method, seconds, without_averages
 from torch import nn
 from tqdm import tqdm
 
 from lightning_maml import keep_freed_memory
+from speed import OURS, WORKLOADS, method, seconds, without_averages
 
 STEPS, TASKS = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16, 32, 64)
 

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peers import PEERS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12, keep_freed_memory
-from lightning_maml.functional import Params, axpy, norm
+from lightning_maml.core.params import Params, axpy, norm
+from peers import PEERS
 
 OURS = {
     "ours-exact": MAML,

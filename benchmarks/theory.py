@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from predictions import PREDICTIONS, Finding
 from tqdm import tqdm
+
+from predictions import PREDICTIONS, Finding
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -1,4 +1,4 @@
-"""Every network of tests/zoo_catalogue.py: exact and first-order MAML and adaptation, against autograd through the unrolled loop."""
+"""Every network of tests/helpers/zoo_catalogue.py, in training and adaptation, against autograd through the unrolled loop."""
 
 import argparse
 import copy
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from unrolled import Outcome, adapted, error, loss_of, outcome, reference, seed, start_of, tasks_of, write_between
 
 from lightning_maml import FOMAML, MAML, Episodes
+from unrolled import Outcome, adapted, error, loss_of, outcome, reference, seed, start_of, tasks_of, write_between
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from zoo_catalogue import HUGE, NETWORKS, Entry, episodes_of, network_of, size_of
+from helpers.zoo_catalogue import HUGE, NETWORKS, Entry, episodes_of, network_of, size_of
 
 LENGTH = 0.03
 """Of an inner step, in the units of the parameters: a rate that suits one network is nothing, or far too much, for another."""

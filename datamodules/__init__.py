@@ -6,12 +6,12 @@ from lightning_maml.datamodules.adapters import TorchmetaDataModule as Torchmeta
 from lightning_maml.datamodules.adapters import meta_batch as meta_batch
 from lightning_maml.datamodules.adapters import relabelled as relabelled
 from lightning_maml.datamodules.adapters import task_of_examples as task_of_examples
-from lightning_maml.datamodules.episodic import EpisodicDataModule as EpisodicDataModule
+from lightning_maml.datamodules.base import EpisodicDataModule as EpisodicDataModule
 from lightning_maml.datamodules.few_shot import FewShotDataModule as FewShotDataModule
 from lightning_maml.datamodules.glyphs import GlyphsDataModule as GlyphsDataModule
-from lightning_maml.datamodules.image_files import load_images as load_images
 from lightning_maml.datamodules.image_folder import ImageFolderDataModule as ImageFolderDataModule
-from lightning_maml.datamodules.mini_imagenet import MiniImageNetDataModule as MiniImageNetDataModule
+from lightning_maml.datamodules.images.files import load_images as load_images
+from lightning_maml.datamodules.mini_imagenet.datamodule import MiniImageNetDataModule as MiniImageNetDataModule
 from lightning_maml.datamodules.omniglot import OmniglotDataModule as OmniglotDataModule
 from lightning_maml.datamodules.sampler import ClassImages as ClassImages
 from lightning_maml.datamodules.transforms import EpisodeTransforms as EpisodeTransforms

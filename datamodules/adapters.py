@@ -10,9 +10,9 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from lightning_maml.batches.episodes import Episodes
 from lightning_maml.datamodules.known_classes import check_splits, of_easyfsl, of_learn2learn
 from lightning_maml.datamodules.messages import first_five
-from lightning_maml.episodes import Episodes
 
 Labels = Tensor | Sequence[Any]
 """Labels of any kind: integers, strings or other things that can be told apart."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from lightning_maml.datamodules.base import EpisodicDataModule, Regime, splits_of
 from lightning_maml.datamodules.class_splits import Shares, check_disjoint, check_shares, split_classes
-from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime, splits_of
-from lightning_maml.datamodules.image_files import UnsuitableImage, pixels
+from lightning_maml.datamodules.images.files import UnsuitableImage, pixels
 from lightning_maml.datamodules.origins import Label, Origin, Source, origins, source
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms

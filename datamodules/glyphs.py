@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
+from lightning_maml.datamodules.base import EpisodicDataModule, Regime
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_maml.datamodules.base import EpisodicDataModule, Regime
 from lightning_maml.datamodules.class_splits import Shares, check_disjoint, check_shares, split_classes
-from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
-from lightning_maml.datamodules.folders import LeftOut, in_words, innermost, list_class_folders, split_of, subfolders
-from lightning_maml.datamodules.image_files import CachedImageFiles, OnCorrupt, check_on_corrupt
+from lightning_maml.datamodules.images.files import CachedImageFiles, OnCorrupt, check_on_corrupt
+from lightning_maml.datamodules.images.folders import LeftOut, in_words, innermost, list_class_folders, split_of, subfolders
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 

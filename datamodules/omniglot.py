@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 import torchvision
 
-from lightning_maml.datamodules.cache import DecodedImages, read_cache, write_cache
-from lightning_maml.datamodules.episodic import EpisodicDataModule, Regime
-from lightning_maml.datamodules.image_files import decode, rows_of_classes
+from lightning_maml.datamodules.base import EpisodicDataModule, Regime
+from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
+from lightning_maml.datamodules.images.files import decode, rows_of_classes
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 

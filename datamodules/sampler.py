@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
+from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes
 from lightning_maml.datamodules.messages import first_five
-from lightning_maml.episodes import AnyEpisodes, Episodes, ResampledEpisodes
 
 TaskKey = tuple[int, ...]
 """Epoch and number of a task, and in extra streams a number that sets them apart: with the seed, all that an episode depends on."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Normalize
 from torchvision.transforms.v2.functional import resize
 
-from lightning_maml.episodes import AnyEpisodes
+from lightning_maml.batches.episodes import AnyEpisodes
 
 STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

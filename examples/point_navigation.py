@@ -23,9 +23,9 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from lightning_maml import ResampledEpisodes, adaptation_curve, meta_gradient
-from lightning_maml.curvature import CurvatureName
-from lightning_maml.functional import Params
-from lightning_maml.metrics import TaskMean
+from lightning_maml.algorithms.metrics import TaskMean
+from lightning_maml.core.hvp import CurvatureName
+from lightning_maml.core.params import Params
 
 HORIZON = 20
 GOALS = 0.5

@@ -12,28 +12,28 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_maml.allocator import keep_freed_memory
+from lightning_maml.algorithms.base import EpisodicModule
+from lightning_maml.algorithms.maml import MAML
+from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, first_task, support_set
+from lightning_maml.batches.trees import map_tensors
 from lightning_maml.callbacks import (
     AdaptiveMetaStepsize,
     CheckpointOnInterrupt,
     KeepBestCheckpoints,
 )  # as they are imported, configs may name all callbacks without their module
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
-from lightning_maml.check import check
-from lightning_maml.checkpoints import read_checkpoint, read_trained
-from lightning_maml.curvature import default_probe_radius
+from lightning_maml.core.hvp import default_probe_radius
+from lightning_maml.core.params import axpy, norm
 from lightning_maml.datamodules import EpisodicDataModule
-from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes, first_task, support_set
-from lightning_maml.episodic_module import EpisodicModule
-from lightning_maml.functional import axpy, norm
-from lightning_maml.inputs import map_tensors
-from lightning_maml.learner import Learner
-from lightning_maml.module import MAML
-from lightning_maml.report import Adaptive, Settings, report
-from lightning_maml.repro import load_step
-from lightning_maml.smooth import kinked_operations, kinks
+from lightning_maml.execution.allocator import keep_freed_memory
+from lightning_maml.io.checkpoints import read_checkpoint, read_trained
+from lightning_maml.io.replay import load_step
+from lightning_maml.io.yaml_configs import bound_configs
+from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.kinks import kinked_operations, kinks
 from lightning_maml.theory import paper_scale
-from lightning_maml.yaml_configs import bound_configs
+from lightning_maml.theory.report import Adaptive, Settings, report
+from lightning_maml.verification.check import check
 
 
 class _Trainer(Trainer):

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from mini_imagenet_files import CLASSES
 from PIL import Image
 
 import lightning_maml
+from helpers.folders import CONFIGS
+from helpers.mini_imagenet_files import CLASSES
 from lightning_maml import FOMAML, HFMAML, MAML, Conv4, ProtoNet
 from lightning_maml.cli import last_checkpoint, main, run
 from lightning_maml.datamodules import omniglot
-from lightning_maml.datamodules.cache import DecodedImages, write_cache
-from lightning_maml.smooth import kinks
+from lightning_maml.datamodules.images.cache import DecodedImages, write_cache
+from lightning_maml.networks.kinks import kinks
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 SMALL = [
     *("--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),

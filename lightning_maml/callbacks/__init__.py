@@ -1,9 +1,9 @@
 """Callbacks for any run of :class:`lightning_maml.MAML` and its variants."""
 
 from lightning_maml.callbacks.best_checkpoints import KeepBestCheckpoints as KeepBestCheckpoints
-from lightning_maml.callbacks.fidelity import Fidelity as Fidelity
-from lightning_maml.callbacks.fidelity import MetaGradientMonitor as MetaGradientMonitor
-from lightning_maml.callbacks.fidelity import compare as compare
+from lightning_maml.callbacks.gradient_comparison import Fidelity as Fidelity
+from lightning_maml.callbacks.gradient_comparison import MetaGradientMonitor as MetaGradientMonitor
+from lightning_maml.callbacks.gradient_comparison import compare as compare
 from lightning_maml.callbacks.interrupt import CheckpointOnInterrupt as CheckpointOnInterrupt
 from lightning_maml.callbacks.loss_map import LossMapPicture as LossMapPicture
 from lightning_maml.callbacks.loss_map import draw_loss_map as draw_loss_map

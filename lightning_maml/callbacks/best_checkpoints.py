@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_maml.archives import whole_file
-from lightning_maml.checkpoints import read_checkpoint
+from lightning_maml.io.checkpoints import read_checkpoint
+from lightning_maml.io.safe_files import whole_file
 
 
 class KeepBestCheckpoints(Callback):

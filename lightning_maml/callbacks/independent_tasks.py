@@ -5,8 +5,8 @@ from itertools import islice
 
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_maml.episodes import AnyEpisodes
-from lightning_maml.module import MAML
+from lightning_maml.algorithms.maml import MAML
+from lightning_maml.batches.episodes import AnyEpisodes
 
 
 class IndependentTasks:

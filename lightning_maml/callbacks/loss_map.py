@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_maml.algorithms.maml import MAML
+from lightning_maml.batches.episodes import Episodes
 from lightning_maml.callbacks.pictures import FirstTaskPictures
-from lightning_maml.episodes import Episodes
-from lightning_maml.functional import axpy, dot, norm, scaled
-from lightning_maml.module import MAML
+from lightning_maml.core.params import axpy, dot, norm, scaled
 
 
 class LossMap(NamedTuple):

@@ -11,13 +11,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
+from lightning_maml.algorithms.maml import MAML
+from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
-from lightning_maml.episodes import AnyEpisodes, ResampledEpisodes
-from lightning_maml.measure import Probe
-from lightning_maml.module import MAML
-from lightning_maml.plain import number, whole_number
-from lightning_maml.smooth import kinks
+from lightning_maml.io.plain import number, whole_number
+from lightning_maml.networks.kinks import kinks
 from lightning_maml.theory import Rule, meta_smoothness, meta_stepsize, paper_scale
+from lightning_maml.theory.measure import Probe
 
 
 class AdaptiveMetaStepsize(Callback):

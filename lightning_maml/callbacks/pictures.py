@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_maml.episodes import Episodes
-from lightning_maml.inputs import map_tensors
-from lightning_maml.metrics import Estimate
-from lightning_maml.module import MAML
+from lightning_maml.algorithms.maml import MAML
+from lightning_maml.algorithms.metrics import Estimate
+from lightning_maml.batches.episodes import Episodes
+from lightning_maml.batches.trees import map_tensors
 
 
 class FirstTaskPictures(Callback):

@@ -5,7 +5,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_maml.episodic_module import EpisodicModule
+from lightning_maml.algorithms.base import EpisodicModule
 
 
 class SkipNonFinite(Callback):

@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_maml.callbacks.monitor import Monitor
-from lightning_maml.episodes import AnyEpisodes
-from lightning_maml.functional import Params, dot
-from lightning_maml.module import MAML
+from lightning_maml.algorithms.maml import MAML
+from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.callbacks.gradient_monitor import Monitor
+from lightning_maml.core.params import Params, dot
 
 
 class StationarityMonitor(Monitor):

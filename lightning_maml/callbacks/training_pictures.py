@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_maml.callbacks.fidelity import Fidelity, MetaGradientMonitor
-from lightning_maml.episodic_module import EpisodicModule
+from lightning_maml.algorithms.base import EpisodicModule
+from lightning_maml.callbacks.gradient_comparison import Fidelity, MetaGradientMonitor
 
 
 class Validation(NamedTuple):

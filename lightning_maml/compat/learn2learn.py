@@ -16,11 +16,11 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_maml.adapt import Loss, adapted_parameters
-from lightning_maml.episodes import Episodes
-from lightning_maml.functional import Params
-from lightning_maml.learner import Learner
-from lightning_maml.meta_gradient import meta_gradient, surrogate
+from lightning_maml.batches.episodes import Episodes
+from lightning_maml.core.params import Params
+from lightning_maml.functional.adaptation import Loss, adapted_parameters
+from lightning_maml.functional.meta_gradient import meta_gradient, surrogate
+from lightning_maml.networks.functional_network import Learner
 
 _FEATURES = "(features)"  # a name that no parameter has
 

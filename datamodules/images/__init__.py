@@ -1,0 +1,1 @@
+"""Images in folders and archives: found, read and cached."""

@@ -1,0 +1,154 @@
+"""Files that hold mini-ImageNet as arrays: two families of pickles, and HDF5."""
+
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lightning_maml.datamodules.messages import first_five
+from lightning_maml.datamodules.mini_imagenet.pickles import read_pickle
+from lightning_maml.datamodules.sampler import ClassImages
+
+_HDF5_RATIO = 100
+"""Largest allowed ratio of the images' size to the HDF5 file's: torchmeta does not compress, and photographs shrink by half at most."""
+
+
+class Split(NamedTuple):
+    """The images of one split, before they are read.
+
+    Attributes:
+        sizes: Images of each class, by its name.
+        read: Reads them, with the classes in that order.
+    """
+
+    sizes: dict[str, int]
+    read: Callable[[], ClassImages]
+
+
+def open_cache_pickle(file: Path, size: int) -> Split:
+    """Open a pickle of ``image_data``, an array, and ``class_dict``, the numbers of each class's images (Ren et al. 2018).
+
+    Args:
+        file: The pickle.
+        size: Height and width that its images must have.
+
+    Raises:
+        ValueError: If it holds anything else; this applies to all formats here.
+    """
+    images, class_dict = _entries(file, read_pickle(file), "image_data", "class_dict")
+    _check_images(file, images, size)
+    _check_dictionary(f"'class_dict' of {file}", class_dict)
+    if sum(len(numbers) for numbers in class_dict.values() if isinstance(numbers, Sized)) > len(images):
+        raise _not_shared_out(file, images)
+    rows = {str(name): _whole_numbers(f"'class_dict' of {file}", class_dict[name]) for name in sorted(class_dict, key=str)}
+    return _split(file, images, rows)
+
+
+def open_category_pickle(file: Path, size: int) -> Split:
+    """Open a pickle of ``data``, an array, and ``labels``, the class number of each image (Gidaris & Komodakis 2018)."""
+    images, labels = _entries(file, read_pickle(file), "data", "labels")
+    _check_images(file, images, size)
+    labels = _whole_numbers(f"'labels' of {file}", labels)
+    if len(labels) != len(images):
+        raise ValueError(f"Expected 'labels' of {file} to be as many as its {len(images)} images but got {len(labels)}.")
+    return _split(file, images, {str(number): np.flatnonzero(labels == number) for number in np.unique(labels)})
+
+
+def _entries(file: Path, content: Any, *names: str) -> list[Any]:
+    _check_dictionary(str(file), content)
+    if not set(names) <= set(content):
+        raise ValueError(
+            f"Expected {file} to hold {' and '.join(map(repr, names))} but it holds {first_five([*map(repr, content)]) or 'nothing'}."
+        )
+    return [content[name] for name in names]
+
+
+def _check_dictionary(what: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"Expected {what} to be a dictionary but got {type(value).__name__}.")  # noqa: TRY004  it is the file that is wrong
+
+
+def _check_images(what: object, images: Any, size: int) -> None:
+    kind = (str(images.dtype), tuple(images.shape[1:])) if hasattr(images, "dtype") and hasattr(images, "shape") else None
+    if kind != ("uint8", (size, size, 3)):
+        got = f"{images.dtype} {list(images.shape)}" if kind else type(images).__name__
+        raise ValueError(f"Expected the images of {what} to be uint8 [N, {size}, {size}, 3] but got {got}.")
+
+
+def _whole_numbers(what: str, value: Any) -> np.ndarray:
+    is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)  # no nested lists: they may share items 2^30 times
+    numbers = np.asarray(value) if is_list or isinstance(value, np.ndarray) else np.empty((0, 0))
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise ValueError(f"Expected {what} to hold lists of whole numbers but got {type(value).__name__} of another kind.")
+    return numbers.astype(np.int64)
+
+
+def _split(file: Path, images: np.ndarray, rows: dict[str, np.ndarray]) -> Split:
+    together = np.concatenate([np.empty(0, np.int64), *rows.values()])
+    if len(np.unique(together)) < len(together) or not ((together >= 0) & (together < len(images))).all():
+        raise _not_shared_out(file, images)
+    pixels = torch.from_numpy(np.require(images, requirements="W")).permute(0, 3, 1, 2)
+    read = partial(ClassImages, pixels, [np.sort(members) for members in rows.values()], list(rows))
+    return Split({name: len(members) for name, members in rows.items()}, read)
+
+
+def _not_shared_out(file: Path, images: np.ndarray) -> ValueError:
+    return ValueError(f"Expected the classes of {file} to share out the numbers 0 .. {len(images) - 1} of its images but they do not.")
+
+
+def open_hdf5(file: Path, size: int) -> Split:
+    """Open an HDF5 file with one dataset ``datasets/CLASS`` of images for each class, as torchmeta writes it.
+
+    Raises:
+        ModuleNotFoundError: If h5py is not installed.
+        ValueError: If the file holds anything else.
+    """
+    with _hdf5_classes(file) as classes:
+        for name, images in classes.items():
+            _check_images(f"class {name} of {file}", images, size)
+        return Split({name: len(images) for name, images in classes.items()}, partial(_read_hdf5, file, size))
+
+
+def _read_hdf5(file: Path, size: int) -> ClassImages:
+    with _hdf5_classes(file) as classes:
+        ends = np.cumsum([len(images) for images in classes.values()])
+        pixels = np.empty((int(ends[-1]), size, size, 3), np.uint8)
+        for end, images in zip(ends, classes.values(), strict=True):
+            images.read_direct(pixels[end - len(images) : end])
+        members = np.split(np.arange(len(pixels)), ends[:-1])
+        return ClassImages(torch.from_numpy(pixels).permute(0, 3, 1, 2), members, list(classes))
+
+
+@contextmanager
+def _hdf5_classes(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Expected h5py to be installed, for {file}, but it is not: pip install 'lightning_maml[hdf5]'."
+        ) from error
+    try:
+        with h5py.File(file) as content:
+            group = content["datasets"]
+            links = [content.get("datasets", getlink=True), *(group.get(name, getlink=True) for name in group)]
+            classes = dict(sorted(group.items()))
+            datasets = [images for images in classes.values() if isinstance(images, h5py.Dataset)]
+            if not all(isinstance(link, h5py.HardLink) for link in links) or any(map(_lies_elsewhere, datasets)):
+                raise ValueError(f"Expected {file} to hold its images itself but it refers to other files; it is not read.")
+            if sum(images.nbytes for images in datasets) > _HDF5_RATIO * file.stat().st_size:
+                raise ValueError(
+                    f"Expected the images of {file} to be at most {_HDF5_RATIO} times its size but they are more; it is not read."
+                )
+            yield classes
+    except ValueError:
+        raise
+    except Exception as error:  # h5py raises some ten kinds on damaged files
+        raise ValueError(f"Expected {file} to be a whole HDF5 file with a group 'datasets' but it is not ({error}).") from error
+
+
+def _lies_elsewhere(images: Any) -> bool:
+    return images.external is not None or images.is_virtual

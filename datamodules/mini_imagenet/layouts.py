@@ -1,0 +1,212 @@
+"""The forms in which people keep mini-ImageNet, recognised by their file names."""
+
+import csv
+import os
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_maml.datamodules.images.files import CachedImageFiles, OnCorrupt
+from lightning_maml.datamodules.images.folders import list_class_folders
+from lightning_maml.datamodules.messages import first_five
+from lightning_maml.datamodules.mini_imagenet.array_files import Split, open_cache_pickle, open_category_pickle, open_hdf5
+
+_Places = dict[str, Path]
+"""The file or folder of each split."""
+
+
+class Layout(NamedTuple):
+    """What was found, and where.
+
+    Attributes:
+        name: Name of the form, for messages.
+        folder: Where its files lie.
+        splits: The splits ``"train"``, ``"val"`` and ``"test"``.
+        files: The images to be decoded before any split is read; None if they are arrays already.
+    """
+
+    name: str
+    folder: Path
+    splits: dict[str, Split]
+    files: CachedImageFiles | None
+
+
+class _Form(NamedTuple):
+    """How to recognise a layout (by one or two possible names of each split's file or folder), where to get it and how to open it."""
+
+    names: dict[str, tuple[str, ...]]
+    source: str
+    open: Callable[[str, _Places, int, OnCorrupt], Layout]
+
+
+def find_layout(root: Path, size: int, on_corrupt: OnCorrupt) -> Layout:
+    """Open the mini-ImageNet that lies in ``root``, or else in one of its folders.
+
+    Args:
+        root: Where to look.
+        size: Height and width that the images have or are resized to, in pixels.
+        on_corrupt: What to do with an image file that cannot be read.
+
+    Raises:
+        FileNotFoundError: If there is none; the message names each form and where to get it.
+        ValueError: If several folders look like it, or its files are not what they seem; the message says what they are.
+    """
+    incomplete: list[str] = []
+    whole = _matches(root, incomplete)
+    if not whole and root.is_dir():
+        folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)]
+        found = [matches for folder in folders if not folder.name.startswith(".") and (matches := _matches(folder, incomplete))]
+        if len(found) > 1:
+            names = first_five([str(places["train"].parent) for (_, places), *_ in found])
+            raise ValueError(f"Expected one folder in {root} to look like mini-ImageNet but got {names}; give one of them as `root`.")
+        whole = found[0] if found else []
+    if whole:
+        name, places = whole[0]
+        for place in places.values():
+            _refuse_web_page(place)
+        return _FORMS[name].open(name, places, size, on_corrupt)
+    forms = "".join(f"\n- {name}: {form.names['train'][0]}, ...; {form.source}" for name, form in _FORMS.items())
+    raise FileNotFoundError(
+        f"Expected mini-ImageNet in {root} or in a folder of it but found {'; '.join(incomplete) or 'nothing of it'}; "
+        f"put it there in one of these forms:{forms}"
+    )
+
+
+def _matches(folder: Path, incomplete: list[str]) -> list[tuple[str, _Places]]:
+    """Return the forms that are complete in a folder, and add those that are there in part to ``incomplete``."""
+    whole = []
+    for form_name, form in _FORMS.items():
+        exists = Path.is_dir if form.open is _open_folders else Path.is_file
+        places = {split: folder / name for split, names in form.names.items() for name in reversed(names) if exists(folder / name)}
+        if len(places) == len(form.names):
+            whole.append((form_name, places))
+        elif places:
+            missing = [names[0] for split, names in form.names.items() if split not in places]
+            incomplete.append(f"{next(iter(places.values()))} without {' and '.join(missing)}")
+    return whole
+
+
+def _refuse_web_page(place: Path) -> None:
+    if place.is_file():
+        with place.open("rb") as stream:
+            start = stream.read(200)
+        if re.match(rb"\s*<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
+            raise ValueError(
+                f"Expected {place} to hold data but it is a web page, as hosts send in place of large files; download it again, in a "
+                "browser."
+            )
+
+
+def _open_arrays(open_split: Callable[[Path, int], Split], name: str, places: _Places, size: int, on_corrupt: OnCorrupt) -> Layout:
+    return Layout(name, places["train"].parent, {split: open_split(place, size) for split, place in places.items()}, None)
+
+
+def _open_folders(name: str, places: _Places, size: int, on_corrupt: OnCorrupt) -> Layout:
+    return _open_files({split: list_class_folders(place) for split, place in places.items()}, name, places, size, on_corrupt)
+
+
+def _open_lists(name: str, places: _Places, size: int, on_corrupt: OnCorrupt) -> Layout:
+    return _open_files({split: _list_files(place, split) for split, place in places.items()}, name, places, size, on_corrupt)
+
+
+def _open_files(classes: dict[str, dict[str, list[Path]]], name: str, places: _Places, size: int, on_corrupt: OnCorrupt) -> Layout:
+    folder = places["train"].parent
+    images = CachedImageFiles(
+        {f"{split}/{label}": files for split, of_split in classes.items() for label, files in of_split.items()},
+        folder / f"mini_imagenet_{size}.pt",
+        size=size,
+        on_corrupt=on_corrupt,
+        description="Decoding mini-ImageNet once",
+    )
+    splits = {
+        split: Split(
+            {label: len(files) for label, files in of_split.items()}, partial(images.read, [f"{split}/{label}" for label in of_split])
+        )
+        for split, of_split in classes.items()
+    }
+    return Layout(name, folder, splits, images)
+
+
+def _list_files(path: Path, split: str) -> dict[str, list[Path]]:
+    """Return the files of each class of a CSV list, in the order of their names.
+
+    Raises:
+        FileNotFoundError: If files are missing.
+        ValueError: If the header is unknown, or a row names a file outside the folder.
+    """
+    rows = sorted(_read_csv(path))
+    classes: dict[str, list[Path]] = {label: [] for label in sorted({label for _, label in rows})}
+    missing = []
+    for name, label in rows:
+        folders = ("images", f"images/{label}", label, "", f"{split}/{label}")
+        places = (os.path.join(path.parent, folder, name) for folder in folders)
+        place = next((place for place in places if os.path.basename(place) in _names_in(os.path.dirname(place))), None)
+        if place is None:
+            missing.append(name)
+        else:
+            classes[label].append(Path(place))
+    _names_in.cache_clear()
+    if missing:
+        raise FileNotFoundError(
+            f"Expected the {len(rows)} images of {path} in its folder images, in itself, or there in a folder per class, but "
+            f"{len(missing)} are missing: {first_five(missing)}."
+        )
+    return classes
+
+
+@cache
+def _names_in(folder: str) -> frozenset[str]:
+    """Return the names in a folder; listing it once is many times as fast as asking for each file."""
+    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+
+
+def _read_csv(path: Path) -> set[tuple[str, str]]:
+    """Return the file name and the class of each row."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
+            reader = csv.DictReader(stream)
+            header = list(reader.fieldnames or ())
+            columns = [pair for pair in (("filename", "label"), ("image_name", "class_name")) if set(pair) <= set(header)]
+            rows = {tuple(row[column] or "" for column in columns[0]) for row in reader} if columns else set()
+    except csv.Error as error:
+        raise ValueError(f"Expected {path} to be a CSV file but it cannot be read ({error}).") from error
+    if not columns:
+        got = ",".join(header)[:80]
+        raise ValueError(f"Expected the header of {path} to be filename,label or class_name,image_name but got {got!r}.")
+    for part in {part for row in rows for part in row}:
+        steps = re.split(r"[/\\]", part)
+        if not steps[0] or ".." in steps or re.match("[A-Za-z]:", part):
+            raise ValueError(f"Expected {path} to name files inside its folder but got {part!r}.")
+    return {(name, label) for name, label in rows}
+
+
+def _names(pattern: str, *val: str) -> dict[str, tuple[str, ...]]:
+    words = {"train": ("train",), "val": ("val", *val), "test": ("test",)}
+    return {split: tuple(pattern.format(word) for word in of_split) for split, of_split in words.items()}
+
+
+_FORMS = {
+    "cache pickles": _Form(
+        _names("mini-imagenet-cache-{}.pkl", "validation"),
+        "of Ren et al. 2018, as torchmeta and learn2learn download them: zenodo.org/record/7978538, or Google Drive "
+        "16V_ZlkW4SsnNDtnGmaBRq2OoPmUOc5mY",
+        partial(_open_arrays, open_cache_pickle),
+    ),
+    "category-split pickles": _Form(
+        _names("miniImageNet_category_split_{}.pickle") | {"train": ("miniImageNet_category_split_train_phase_train.pickle",)},
+        "of Gidaris & Komodakis 2018 and MetaOptNet: github.com/kjunelee/MetaOptNet, or Google Drive 12V7qi-AjrYi6OoJdYcN_k502BM_jcP8D",
+        partial(_open_arrays, open_category_pickle),
+    ),
+    "HDF5 files": _Form(_names("{}_data.hdf5"), "as torchmeta writes them, in its folder miniimagenet", partial(_open_arrays, open_hdf5)),
+    "CSV lists": _Form(
+        _names("{}.csv"),
+        "with filename,label (Ravi & Larochelle 2017: github.com/twitter-research/meta-learning-lstm) or class_name,image_name (easyfsl: "
+        "github.com/sicara/easy-few-shot-learning), and the images, of ILSVRC 2012 or copies of 84 x 84 pixels, in images/",
+        _open_lists,
+    ),
+    "class folders": _Form(
+        _names("{}", "validation"), "holding a folder of images per class, as most code makes of the above", _open_folders
+    ),
+}

@@ -1,0 +1,311 @@
+"""The named variants of MAML: each sets what its name stands for, so that a config only has to change ``class_path``."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_maml.algorithms.base import LossFunction, OptimizerFactory, SchedulerFactory
+from lightning_maml.algorithms.maml import MAML, Plan
+from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
+from lightning_maml.core.inner_rates import InnerRatesName
+from lightning_maml.core.params import Params
+from lightning_maml.execution.auto import TasksName
+from lightning_maml.functional.implicit import implicit_gradient, proximal
+from lightning_maml.functional.meta_gradient import MetaGradient
+from lightning_maml.functional.reptile import reptile_gradient
+from lightning_maml.io.plain import number, whole_number
+from lightning_maml.networks.functional_network import OF_LOSS, BatchNormPolicy, Learner
+from lightning_maml.networks.head_body import PartName
+from lightning_maml.networks.kinks import kinked_operations, kinks
+
+
+class FOMAML(MAML):
+    """First-order MAML: the gradient after adaptation, without curvature (Fallah et al. 2020, Algorithm 2). Arguments as :class:`MAML`.
+
+    The cheapest variant, but the meta-objective's gradient need not fall below the order of alpha L sigma (Theorem 4.15).
+    """
+
+    curvature = "none"
+
+
+class HFMAML(MAML):
+    """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
+
+    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network. With ReLU or max-pooling
+    HF-MAML does worse than :class:`FOMAML`, so it warns about them: about such layers when the model is made or, if there are none, about
+    such functions at the first batch. Use GELU, softplus or SiLU with strides or average pooling.
+
+    Args:
+        network: As in :class:`MAML`, like all arguments except ``probe_radius``.
+        inner_lr: alpha.
+        train_steps: N.
+        test_steps: K.
+        loss: Maps outputs and labels to their mean loss.
+        batch_norm: Which statistics batch norm uses.
+        optimizer: Builds the meta-optimizer from the parameters.
+        lr_scheduler: Builds the scheduler from the optimizer.
+        tasks: How tasks are run.
+        chunk_size: How many tasks are vectorised together.
+        adapt: Which parameters take the inner steps.
+        head: Name of the submodule that is the head.
+        inner_rates: Whether and how the inner rates are learned.
+        compiled: Whether to compile the meta-gradient.
+        probe_radius: h, how far from the inner point the two gradients are taken, in units of the parameters; by default the cube root of
+            the machine epsilon (4.9e-3 in float32).
+
+    Raises:
+        ValueError: As in :class:`MAML`, and if ``probe_radius`` is not positive.
+    """
+
+    curvature = "finite_difference"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inner_lr: float = 0.4,
+        train_steps: int = 1,
+        test_steps: int | None = None,
+        loss: LossFunction = F.cross_entropy,
+        batch_norm: BatchNormPolicy = "batch",
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        tasks: TasksName = "auto",
+        chunk_size: int | None = None,
+        adapt: PartName | None = None,
+        head: str | None = None,
+        inner_rates: InnerRatesName | None = None,
+        compiled: bool = False,
+        probe_radius: float | None = None,
+    ) -> None:
+        super().__init__(
+            *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
+            *(adapt, head, inner_rates, compiled),
+        )
+        probe_radius = None if probe_radius is None else number(probe_radius, "probe_radius")
+        hessian_vector_product(self.curvature, probe_radius)  # refuses a radius that is not positive
+        self.save_hyperparameters("probe_radius")
+        self.probe_radius = probe_radius
+        self._warned = False
+        self._warn_of_kinks(kinks(network))
+
+    @override
+    def _inspect(self, run: Callable[[], Tensor]) -> None:
+        self._warn_of_kinks(kinked_operations(run))
+
+    def _warn_of_kinks(self, found: list[str]) -> None:
+        if found and not self._warned:
+            warnings.warn(
+                f"HFMAML needs a twice differentiable network but got kinks in {', '.join(found)}: its finite differences are then worse "
+                "than no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
+                stacklevel=3,
+            )
+            self._warned = True
+
+
+class ANIL(MAML):
+    """Almost no inner loop: only the head adapts (Raghu et al. 2020). Arguments as :class:`MAML`.
+
+    The body's meta-gradient has the mixed terms of the head's inner steps. For a first-order or Hessian-free version use the other classes
+    with ``adapt="head"``.
+    """
+
+    default_adapt = "head"
+
+
+class BOIL(MAML):
+    """Body only in the inner loop (Oh et al. 2021): the head does not adapt, but is meta-trained. Arguments as :class:`MAML`."""
+
+    default_adapt = "body"
+
+
+class LSLR(MAML):
+    """MAML with inner rates learned for each layer and step (Antoniou et al. 2019, section 4). Arguments as :class:`MAML`."""
+
+    default_inner_rates = "per_layer_and_step"
+
+
+class MetaSGD(MAML):
+    """MAML with an inner rate learned for each element of the parameters (Li et al. 2017). Arguments as :class:`MAML`."""
+
+    default_inner_rates = "per_parameter"
+
+
+class MAMLPlusPlus(LSLR):
+    """MAML++ (Antoniou et al. 2019): learned rates, and for the first epochs the query losses after all steps, no curvature, or both.
+
+    Args:
+        network: As in :class:`MAML`, like all arguments except the last two.
+        inner_lr: alpha, the value at which the learned rates start.
+        train_steps: N.
+        test_steps: K; steps beyond N use the rates of the last one.
+        loss: Maps outputs and labels to their mean loss.
+        batch_norm: Which statistics batch norm uses.
+        optimizer: Builds the meta-optimizer from the parameters.
+        lr_scheduler: Builds the scheduler from the optimizer.
+        tasks: How tasks are run.
+        chunk_size: How many tasks are vectorised together.
+        adapt: Which parameters take the inner steps.
+        head: Name of the submodule that is the head.
+        inner_rates: Whether and how the inner rates are learned.
+        multi_step_epochs: Epochs over which the weights of the query losses change from equal for all steps to the last step only (section
+            4, "Multi-Step Loss Optimization").
+        first_order_epochs: Epochs at the start that are trained without curvature (section 4, "Derivative-Order Annealing").
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inner_lr: float = 0.1,
+        train_steps: int = 5,
+        test_steps: int | None = None,
+        loss: LossFunction = F.cross_entropy,
+        batch_norm: BatchNormPolicy = "batch",
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        tasks: TasksName = "auto",
+        chunk_size: int | None = None,
+        adapt: PartName | None = None,
+        head: str | None = None,
+        inner_rates: InnerRatesName | None = None,
+        multi_step_epochs: int = 15,
+        first_order_epochs: int = 0,
+    ) -> None:
+        super().__init__(
+            *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
+            *(adapt, head, inner_rates),
+        )
+        multi_step_epochs = whole_number(multi_step_epochs, "multi_step_epochs")
+        first_order_epochs = whole_number(first_order_epochs, "first_order_epochs")
+        for name, epochs in (("multi_step_epochs", multi_step_epochs), ("first_order_epochs", first_order_epochs)):
+            if epochs < 0:
+                raise ValueError(f"Expected `{name}` to be at least 0 but got {epochs}.")
+        self.save_hyperparameters("multi_step_epochs", "first_order_epochs")
+        self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
+
+    def step_weights(self, epoch: int) -> list[float]:
+        """Return the weights of the query losses after steps 1 .. N: earlier ones shrink linearly from 1/N to 0, the last gets the rest."""
+        earlier = max(0.0, 1 - epoch / self.multi_step_epochs) / self.train_steps if self.multi_step_epochs and self.train_steps else 0.0
+        return [earlier] * (self.train_steps - 1) + [1 - earlier * (self.train_steps - 1)] * (self.train_steps > 0)
+
+    def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
+        if self._trainer is None and (self.multi_step_epochs or self.first_order_epochs):
+            raise ValueError(
+                "Expected a trainer, over whose epochs MAMLPlusPlus anneals, but there is none; train with one, or set `multi_step_epochs` "
+                "and `first_order_epochs` to 0."
+            )
+        curvature = "none" if self.current_epoch < self.first_order_epochs else self.curvature
+        return self._meta_gradient(plan, episodes, curvature, self.step_weights(self.current_epoch))
+
+
+class Reptile(MAML):
+    """Reptile (Nichol et al. 2018): the meta-gradient is the way back from the adapted parameters, ``w_0 - w_N``. Arguments are MAML's.
+
+    With SGD of rate epsilon a step is the paper's ``w <- w + epsilon (w_N - w)``. The query sets are evaluated, not trained on. With
+    ``ResampledEpisodes`` each inner step has a mini-batch of its own, as in the paper. The inner rates cannot be learned, and parameters
+    that do not adapt are not trained.
+    """
+
+    curvature = "none"
+    learns_rates = False
+    compiles = False
+
+    def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
+        if learned := [name.removeprefix(OF_LOSS) for name in self._loss_of_outputs().params]:
+            raise ValueError(
+                f"Expected a loss without trainable parameters with Reptile, which trains only what adapts, but got {learned}; freeze them "
+                "by requires_grad_(False), or train with MAML or FOMAML."
+            )
+        return reptile_gradient(**self._training_arguments(plan, episodes), inner_lr=self._rates(), steps=self.train_steps)
+
+
+class IMAML(MAML):
+    """iMAML (Rajeswaran et al. 2019): a proximal term keeps the adapted parameters close, and the meta-gradient is that at the minimum.
+
+    It does not need the inner path, so N may be as large as reaching the minimum takes, and only costs gradients. The paper's
+    "Hessian-free" iMAML is this algorithm with another inner solver, and has nothing to do with :class:`HFMAML`. The inner rates cannot be
+    learned, because the minimum does not depend on them.
+
+    Args:
+        network: As in :class:`MAML`, like all arguments except the last two.
+        inner_lr: alpha.
+        train_steps: N, at least 1.
+        test_steps: K; these steps have the proximal term, too.
+        loss: Maps outputs and labels to their mean loss.
+        batch_norm: Which statistics batch norm uses.
+        optimizer: Builds the meta-optimizer from the parameters.
+        lr_scheduler: Builds the scheduler from the optimizer.
+        tasks: How tasks are run.
+        chunk_size: How many tasks are vectorised together.
+        adapt: Which parameters take the inner steps.
+        head: Name of the submodule that is the head.
+        inner_rates: ``"fixed"``.
+        proximal_strength: lambda, in units of the loss per squared distance of the parameters.
+        cg_steps: Hessian-vector products for each task's meta-gradient.
+    """
+
+    learns_rates = False
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inner_lr: float = 0.1,
+        train_steps: int = 16,
+        test_steps: int | None = None,
+        loss: LossFunction = F.cross_entropy,
+        batch_norm: BatchNormPolicy = "batch",
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        tasks: TasksName = "auto",
+        chunk_size: int | None = None,
+        adapt: PartName | None = None,
+        head: str | None = None,
+        inner_rates: InnerRatesName | None = None,
+        proximal_strength: float = 2.0,
+        cg_steps: int = 5,
+    ) -> None:
+        super().__init__(
+            *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
+            *(adapt, head, inner_rates),
+        )
+        if train_steps < 1:
+            raise ValueError(
+                f"Expected `train_steps` to be at least 1, towards the minimum that the meta-gradient is of, but got {train_steps}."
+            )
+        proximal_strength = number(proximal_strength, "proximal_strength")
+        cg_steps = whole_number(cg_steps, "cg_steps")
+        if not 0 < proximal_strength < float("inf"):
+            raise ValueError(f"Expected `proximal_strength` to be a finite number above 0 but got {proximal_strength}.")
+        if cg_steps < 0:
+            raise ValueError(f"Expected `cg_steps` to be at least 0 but got {cg_steps}.")
+        self.save_hyperparameters("proximal_strength", "cg_steps")
+        self.proximal_strength, self.cg_steps = proximal_strength, cg_steps
+
+    @override
+    def _adapts_by(self) -> dict[str, Any]:
+        return super()._adapts_by() | {"proximal_strength": self.proximal_strength}
+
+    @override
+    def _support_loss(
+        self, learner: Learner, averages: Mapping[str, Tensor] | None = None
+    ) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Any]]:
+        anchor = {name: learner.params[name].detach() for name in self._adapting()}
+        return proximal(super()._support_loss(learner, averages), anchor, self.proximal_strength)
+
+    @override
+    def _meta_gradient(
+        self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
+    ) -> MetaGradient:
+        return implicit_gradient(
+            **self._training_arguments(plan, episodes),
+            inner_lr=self._rates(),
+            steps=self.train_steps,
+            strength=self.proximal_strength,
+            cg_steps=self.cg_steps,
+            curvature=curvature,
+        )

@@ -1,0 +1,77 @@
+"""The base of callbacks that look at a model now and then while it trains, on tasks of their own."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_maml.algorithms.maml import MAML
+from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
+from lightning_maml.core.hvp import CurvatureName
+from lightning_maml.core.params import Params
+from lightning_maml.core.rng import random_state, set_random_state
+
+
+class Monitor(Callback):
+    """Base of the callbacks that measure something every ``n`` optimizer steps; a subclass defines ``purpose`` and :meth:`look`.
+
+    Args:
+        every_n_steps: Optimizer steps between two looks.
+        tasks: Tasks per meta-batch and process.
+        episodes: Meta-batches like those trained on, drawn independently of them; by default the datamodule's, if it is one of this
+            package.
+    """
+
+    purpose: ClassVar[str]
+    """Sets the tasks apart from those of other callbacks."""
+
+    def __init__(self, every_n_steps: int, tasks: int, episodes: Iterable[AnyEpisodes] | None) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}.")
+        self._every_n_steps = every_n_steps
+        self._tasks = IndependentTasks(self.purpose, tasks, episodes)
+        self._last_step = 0
+
+    def look(self, trainer: Trainer, module: MAML) -> None:
+        """Measure, and log what was found."""
+        raise NotImplementedError(f"{type(self).__name__} must define look(trainer, module).")
+
+    def meta_gradient(self, trainer: Trainer, module: MAML, episodes: AnyEpisodes, curvature: CurvatureName) -> Params:
+        """Return the meta-gradient of the tasks of all processes."""
+        gradient = module.meta_gradient(episodes, curvature)
+        if trainer.world_size == 1:
+            return gradient
+        return {name: trainer.strategy.reduce(g, reduce_op="mean") for name, g in gradient.items()}
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there are tasks to draw, and that they have what the exact meta-gradient needs."""
+        as_maml(self, pl_module)
+        self._tasks.check(trainer)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not self._tasks.are_given and getattr(data, "regime", None) == "resampling" and data.hessian_shots == 0:
+            raise ValueError(
+                f"Expected `hessian_shots` to be at least 1 for {type(self).__name__}, which takes the exact meta-gradient, but got 0."
+            )
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Look, if it is time to."""
+        if trainer.global_step % self._every_n_steps or trainer.global_step == self._last_step:  # the second with accumulated batches
+            return
+        self._last_step = trainer.global_step
+        where_it_stands = random_state(pl_module.device)
+        self.look(trainer, as_maml(self, pl_module))
+        set_random_state(where_it_stands, pl_module.device)  # the look must not change the training
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many meta-batches were drawn, and the step of the last look."""
+        return {"drawn": self._tasks.drawn, "last_step": self._last_step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another run stopped."""
+        self._tasks.drawn, self._last_step = state_dict["drawn"], state_dict["last_step"]

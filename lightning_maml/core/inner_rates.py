@@ -1,0 +1,122 @@
+"""The inner rates A: one number, or a number or tensor for each parameter that adapts, the same in every step or not."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_maml.core.params import Params
+
+Rates = Mapping[str, Tensor | float]
+"""The diagonal of A in one step: for each parameter that adapts, a number, or a tensor that broadcasts to it. The others do not adapt."""
+
+InnerRates = float | Tensor | Rates | Sequence[Rates]
+"""One rate for all parameters, rates by parameter, or such rates for each step, of which the last serve all further steps."""
+
+LearnedRatesName = Literal["per_layer", "per_layer_and_step", "per_parameter"]
+InnerRatesName = Literal["fixed"] | LearnedRatesName
+
+
+def check_inner_rates(inner_rates: str) -> None:
+    """Check an argument called ``inner_rates``.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    if inner_rates not in ("fixed", *get_args(LearnedRatesName)):
+        names = ", ".join(map(repr, get_args(LearnedRatesName)))
+        raise ValueError(f"Expected `inner_rates` to be 'fixed', {names} but got {inner_rates!r}.")
+
+
+class LearnedRates(nn.Module):
+    """Inner rates as parameters, which all start from one value.
+
+    Args:
+        params: The parameters that adapt.
+        inner_lr: The first value.
+        kind: ``"per_layer"``: one for each parameter tensor; ``"per_layer_and_step"``: a separate set for each step (LSLR, Antoniou et al.
+            2019, section 4); ``"per_parameter"``: one for each element (Meta-SGD, Li et al. 2017, eq. 3).
+        steps: N, the number of sets with ``"per_layer_and_step"``.
+    """
+
+    def __init__(self, params: Params, inner_lr: float, kind: LearnedRatesName, steps: int) -> None:
+        super().__init__()
+        self._names = list(params)
+        self._each_step = kind == "per_layer_and_step"
+        leading, elementwise = [max(steps, 1)] if self._each_step else [], kind == "per_parameter"
+        shapes = [[*leading, *(tensor.shape if elementwise else [])] for tensor in params.values()]
+        tensors = zip(shapes, params.values(), strict=True)
+        self.values = nn.ParameterList(torch.full(shape, inner_lr, dtype=like.dtype, device=like.device) for shape, like in tensors)
+
+    def forward(self, names: Collection[str]) -> Rates | list[Rates]:
+        """Return the rates of these parameters, with their graph; if each step has its own, return a list of them by step.
+
+        Raises:
+            ValueError: If a parameter was not there, or frozen, when the rates were made.
+        """
+        if new := [name for name in names if name not in self._names]:
+            raise ValueError(
+                f"Expected a learned inner rate for each parameter that adapts but {new} have none; unfreeze them before the model is made."
+            )
+        values = {name: value for name, value in zip(self._names, self.values, strict=True) if name in names}
+        if not self._each_step:
+            return values
+        return [dict(zip(values, of_step, strict=True)) for of_step in zip(*values.values(), strict=True)]
+
+
+def rates_of_steps(inner_lr: InnerRates, params: Params, steps: int) -> list[Rates]:
+    """Return the rates of each of ``steps`` inner steps.
+
+    Raises:
+        ValueError: If a rate is a number that is negative or not finite, belongs to no parameter or does not broadcast to its parameter, or
+            if there are no rates.
+    """
+    if isinstance(inner_lr, int | float | Tensor):
+        inner_lr = dict.fromkeys(params, inner_lr)
+    given = [inner_lr] if isinstance(inner_lr, Mapping) else list(inner_lr)
+    if not given:
+        raise ValueError("Expected `inner_lr` to hold the rates of at least one inner step but it is empty.")
+    for rates in given:
+        _check(rates, params)
+    return [dict(given[min(step, len(given) - 1)]) for step in range(steps)]
+
+
+def descend(w: Params, rates: Rates, gradient: Params) -> Params:
+    """Return ``w - A gradient``."""
+    return {name: w[name] - rates[name] * gradient[name] if name in rates else w[name] for name in w}
+
+
+def applied(rates: Rates, v: Params) -> Params:
+    """Return ``A v`` without the parameters that do not adapt, where it is zero."""
+    return {name: rate * v[name] for name, rate in rates.items()}
+
+
+def learned(rates: Rates) -> Params:
+    """Return the rates that have a gradient: the tensors among them."""
+    return {name: rate for name, rate in rates.items() if isinstance(rate, Tensor)}
+
+
+def gradient_of_rates(rates: Rates, gradient: Params, v: Params) -> Params:
+    """Return the query loss's gradient with respect to A in the step ``w <- w - A gradient``; ``v`` is its gradient after this step."""
+    return {name: -(gradient[name] * v[name]).sum_to_size(rate.shape) for name, rate in learned(rates).items()}
+
+
+def _check(rates: Rates, params: Params) -> None:
+    if not rates:
+        raise ValueError("Expected `inner_lr` to hold the rate of at least one parameter but it is empty; nothing would adapt.")
+    if unknown := [name for name in rates if name not in params]:
+        raise ValueError(f"Expected `inner_lr` to name parameters but {unknown} are none.")
+    for name, rate in rates.items():
+        if isinstance(rate, Tensor):
+            shape = params[name].shape
+            if not _broadcasts(rate.shape, shape):
+                raise ValueError(
+                    f"Expected the inner rate of {name!r} to broadcast to its shape {list(shape)} but got shape {list(rate.shape)}."
+                )
+        elif not 0 <= rate < float("inf"):
+            raise ValueError(f"Expected `inner_lr` to be a finite number of at least 0 but got {rate}.")
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))

@@ -1,0 +1,1 @@
+"""The algorithms as functions of parameters and a meta-batch, without Lightning."""

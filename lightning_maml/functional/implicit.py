@@ -1,0 +1,134 @@
+"""iMAML: the meta-gradient at the solution of the inner problem, whatever the path to it (Rajeswaran et al. 2019)."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episodes
+from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
+from lightning_maml.core.inner_rates import InnerRates, rates_of_steps
+from lightning_maml.core.objective import Objective, twice_differentiable
+from lightning_maml.core.params import Params, axpy, detached, dot
+from lightning_maml.core.task_axis import ONE, Stack
+from lightning_maml.execution.task_map import TaskExecution
+from lightning_maml.functional.adaptation import Loss, QueryLoss, end_of_path, task_losses
+from lightning_maml.functional.meta_gradient import MetaGradient, mean_over_tasks
+
+
+def proximal(loss: Loss, anchor: Params, strength: float) -> Loss:
+    """Return ``loss + strength / 2 |params - anchor|^2`` over the parameters of ``anchor`` (Rajeswaran et al. 2019, eq. 3).
+
+    Args:
+        loss: Returns the loss and outputs.
+        anchor: The meta-parameters that adapt.
+        strength: lambda.
+    """
+
+    def pulled_back(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+        value, aux = loss(params, x, y)
+        away = {name: params[name] - tensor for name, tensor in anchor.items()}
+        return value + strength / 2 * dot(away, away), aux
+
+    return pulled_back
+
+
+def implicit_gradient(
+    loss: Loss | Sequence[Loss],
+    params: Params,
+    episodes: AnyEpisodes,
+    *,
+    inner_lr: InnerRates,
+    steps: int,
+    strength: float,
+    cg_steps: int,
+    curvature: CurvatureName = "exact",
+    probe_radius: float | None = None,
+    query_loss: QueryLoss | Sequence[QueryLoss] | None = None,
+    has_aux: bool = False,
+    tasks: TaskExecution = "loop",
+    chunk_size: int | None = None,
+) -> MetaGradient:
+    """Return the mean over tasks of ``(I + H / lambda)^-1 grad q(w_N)``, H the Hessian of the support loss at ``w_N``.
+
+    That is the gradient of ``w -> q(w*(w))`` if ``w_N`` is ``w*``, the minimiser of the support loss with its proximal term (Rajeswaran et
+    al. 2019, Lemma 1). Nothing of the path to ``w_N`` is kept.
+
+    Args:
+        loss: The support loss with its proximal term, as :func:`proximal` gives it.
+        params: As in :func:`lightning_maml.meta_gradient`, like all arguments that are not explained here.
+        episodes: Of the finite-sum case.
+        inner_lr: alpha, or rates by parameter.
+        steps: N, at least 1.
+        strength: lambda of the proximal term.
+        cg_steps: Iterations of the conjugate gradient method, one Hessian-vector product each; 0 gives the first-order gradient.
+        curvature: How these products are taken.
+        probe_radius: With ``"finite_difference"`` only.
+        query_loss: ``query_loss(params, task)``, without proximal term.
+        has_aux: The losses return ``(loss, aux)``.
+        tasks: How tasks are run.
+        chunk_size: How many tasks are vectorised together.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If the episodes have a support batch for each inner step.
+    """
+    if not isinstance(episodes, Episodes):
+        raise TypeError(
+            "Expected Episodes, whose one support set has a minimum to be at, but got ResampledEpisodes; use regime='finite_sum'."
+        )
+    if steps < 1:
+        raise ValueError(f"Expected `steps` to be at least 1, towards the minimum that the implicit gradient is of, but got {steps}.")
+    rates = rates_of_steps(inner_lr, params, steps)
+    check_episodes(episodes)
+    product = hessian_vector_product(curvature, probe_radius)
+
+    with torch.inference_mode(False), twice_differentiable():
+        episodes, params, rates = detached((episodes, params, rates))
+
+        def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
+            losses = task_losses(loss, task, steps, query_loss, has_aux, None, stack)
+            w_N = end_of_path(losses.support, partial(Objective, stack=stack), stack.shared(params), rates)
+            value, aux, v = Objective(losses.query[-1](w_N), stack).value_and_gradient(w_N)
+            support = Objective(losses.support[-1](w_N), stack)
+            if product is not None:
+                v = pull_back_implicitly(v, lambda p: product(support, w_N, p), [*rates[-1]], strength, cg_steps, stack)
+            return MetaGradient(stack.sum(v), value, aux, [{}] * steps)
+
+        return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
+
+
+def pull_back_implicitly(
+    v: Params, curved: Callable[[Params], Params], names: list[str], strength: float, cg_steps: int, stack: Stack = ONE
+) -> Params:
+    """Return ``v - H x``, where ``x`` solves ``(H + lambda I) x = v`` in the parameters that adapt.
+
+    In these parameters the result is ``lambda x = (I + H / lambda)^-1 v``; in the others it has the mixed derivatives of H. The conjugate
+    gradient method updates ``v - (H + lambda I) x`` as it goes, in all parameters. It stops where the curvature is not positive; if that is
+    so from the start, the gradient is first-order.
+
+    Args:
+        v: Gradient of the query loss, of all parameters.
+        curved: Maps a direction in the parameters that adapt to its product with ``H + lambda I`` in all parameters.
+        names: The parameters that adapt.
+        strength: lambda.
+        cg_steps: Iterations.
+        stack: The tasks, each of which has iterations of its own.
+    """
+    dot_of, add = stack.each(dot), stack.each(axpy)
+    p = {name: v[name] for name in names}
+    x = {name: torch.zeros_like(tensor) for name, tensor in p.items()}
+    squared = dot_of(p, p)
+    going = squared > 0
+    for _ in range(cg_steps):
+        curved_p = curved(p)
+        along = dot_of(p, curved_p)
+        going = going & (along > 0)
+        step = torch.where(going, squared / along, 0.0)
+        x, v = add(step, p, x), add(-step, curved_p, v)
+        remainder = {name: v[name] for name in names}
+        before, squared = squared, dot_of(remainder, remainder)
+        p = add(torch.where(going, squared / before, 0.0), p, remainder)
+    return axpy(strength, x, v)

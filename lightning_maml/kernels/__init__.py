@@ -1,0 +1,1 @@
+"""Layers that compute several tasks at once, and their hand-written derivatives."""

@@ -1,0 +1,215 @@
+"""The trial of stacking: do two tasks run as one give what each of them gives alone?
+
+The forward pass of stacked tasks runs under ``vmap`` and autograd outside of it, so an operation
+that keeps an index into the batch, or a hook of its own, takes all tasks for one. No list of such
+operations is ever complete, therefore numbers decide: losses, gradients and Hessian-vector products
+of two different tasks at two different points.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.core.objective import Objective, twice_differentiable
+from lightning_maml.core.params import Params, detached, is_out_of_memory
+from lightning_maml.core.rng import generator_states, generators_drawn_from, set_generator_states
+from lightning_maml.core.task_axis import ONE, Randomness, Stack
+
+TaskLoss = Callable[[Params, Any], Tensor]
+"""``loss(params, task)`` of one task, a scalar."""
+
+Evaluations = dict[str, Tensor]
+"""What was computed of two tasks, by name, ``[2, ...]``."""
+
+HOOKED = "the network has hooks on tensors, which would see all tasks as one"
+"""Why the tasks of a network with hooks on tensors are not stacked, whatever the hooks do on the first batch."""
+
+_SHIFT = 0.05
+"""How far a point lies from the parameters, in standard deviations of each tensor."""
+
+_ATTEMPTS = 3
+"""At how many pairs of points there must be a difference: a tie in a maximum may make one."""
+
+
+class Verdict(NamedTuple):
+    """What the trial found.
+
+    Attributes:
+        wrong: Why stacked tasks would fail or give other numbers; empty if they do not.
+        slow: Why they would be run one by one all the same; empty if they are not.
+    """
+
+    wrong: str = ""
+    slow: str = ""
+
+
+def compare(
+    alone: Callable[[int], Evaluations],
+    together: Callable[[int, Randomness], Evaluations],
+    device: torch.device,
+) -> Verdict:
+    """Compare what tasks give alone with what they give together.
+
+    Args:
+        alone: Evaluates two tasks one after the other, each with the random numbers that the generators give at
+            the start; its argument numbers the attempt.
+        together: Evaluates the same as one, where all tasks draw the same random numbers, or different ones.
+        device: Where the network is.
+
+    Raises:
+        Exception: What ``alone`` raises.
+    """
+    before = generator_states(device)
+    watch = _DependsOnValues()
+    drawn_from: list[str] = []
+    difference: str | None = None
+    with torch.inference_mode(False), warnings.catch_warnings(record=True) as caught, twice_differentiable():
+        warnings.simplefilter("always")
+        try:
+            for attempt in range(_ATTEMPTS):
+                right = alone(attempt)
+                set_generator_states(before, device)
+                try:
+                    found = together(attempt, "same")
+                    drawn_from = generators_drawn_from(before, device)
+                    with watch:  # apart, because attention takes another way where functions are watched
+                        together(attempt, "different")  # as training will; some ways of drawing fail only here
+                except Exception as error:  # noqa: BLE001 # under vmap any network may raise anything
+                    return _failed(error)
+                difference = first_difference(right, found)
+                if difference is None:
+                    break
+                set_generator_states(before, device)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return _failed(error)
+            raise
+        finally:
+            set_generator_states(before, device)
+    if watch.found:
+        return Verdict(f"{watch.found} is wrong for stacked tasks, if certain values are in the batch")
+    if shared := {"numpy", "python"}.intersection(drawn_from):
+        return Verdict(f"they draw random numbers from {' and '.join(sorted(shared))}, which they would share")
+    if difference is not None:
+        return Verdict(f"as one, their {difference} differs from what each gives alone")
+    slow = [str(warning.message).splitlines()[0] for warning in caught if "batching rule" in str(warning.message)]
+    slow = [message for message in slow if "as_strided_" not in message]
+    return Verdict(slow=f"vmap would loop over them ({slow[0]})" if slow else "")
+
+
+def _failed(error: Exception) -> Verdict:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return Verdict(slow=f"memory does not suffice for two of them ({reason})")
+    return Verdict(f"vmap does not take them ({reason})")
+
+
+def first_difference(right: Evaluations, found: Evaluations, relative: float = 1e-2) -> str | None:
+    """Return the name of the first evaluation that differs by more than rounding, or None.
+
+    In float64 that is a millionth of its size; in lower precision ``relative``, by default a hundredth, since derivatives
+    of large networks have few digits there.
+    """
+    for name, values in right.items():
+        same = torch.isclose(found[name], values, rtol=0, atol=0, equal_nan=True)
+        away = torch.where(same, 0.0, found[name] - values)
+        size = torch.linalg.vector_norm(torch.where(values.isfinite(), values, 0.0))
+        rounding = 100 * torch.finfo(values.dtype).eps
+        most = 1e-6 if values.dtype == torch.float64 else relative
+        if not torch.linalg.vector_norm(away) <= most * size + rounding:
+            return name
+    return None
+
+
+def compare_losses(single: TaskLoss, stacked: TaskLoss, params: Params, episodes: AnyEpisodes, *, curved: bool) -> Verdict:
+    """Compare a loss and its derivatives for two tasks, each of which has parameters of its own.
+
+    Args:
+        single: The loss of one task.
+        stacked: The same, to be called under ``vmap``.
+        params: The parameters.
+        episodes: The tasks, of which the first and the last are tried.
+        curved: Whether to compare Hessian-vector products as well.
+    """
+    device = next(iter(params.values())).device
+    tasks = two_tasks(episodes)
+    states = generator_states(device)
+
+    def alone(attempt: int) -> Evaluations:
+        found = []
+        for w, task in zip(_two_points(params, attempt), tasks, strict=True):
+            set_generator_states(states, device)
+            found.append(_evaluations(Objective(partial(without_aux, single, task), ONE), w, curved))
+        return {name: torch.stack([of_task[name] for of_task in found]) for name in found[0]}
+
+    def together(attempt: int, randomness: Randomness) -> Evaluations:
+        stack = Stack(2, randomness)
+        points = _two_points(params, attempt)
+        w = {name: torch.stack([point[name] for point in points]) for name in params}
+        task = tree_map(lambda *tensors: torch.stack(tensors), *tasks)
+        return _evaluations(Objective(partial(without_aux, stack.each(stacked), task), stack), w, curved)
+
+    def without_aux(loss: TaskLoss, task: Any, w: Params) -> tuple[Tensor, tuple[()]]:
+        return loss(w, task), ()
+
+    return compare(alone, together, device)
+
+
+def two_tasks(episodes: AnyEpisodes) -> list[Any]:
+    """Return the first and the last task of a meta-batch, without the dimension of tasks."""
+    episodes = detached(episodes)
+    last = len(tree_leaves(episodes)[0]) - 1
+    return [tree_map(lambda tensor, number=number: tensor[number], episodes) for number in (0, last)]
+
+
+def _evaluations(objective: Objective, w: Params, curved: bool) -> Evaluations:
+    dim = objective.stack.dim
+
+    def as_rows(params: Params) -> Tensor:
+        return torch.cat([tensor.reshape(*tensor.shape[:dim], -1) for tensor in params.values()], -1)
+
+    value, _, gradient = objective.value_and_gradient(w)
+    found = {"loss": value, "gradient": as_rows(gradient)}
+    if curved:
+        found["Hessian-vector product"] = as_rows(objective.hessian_vector_product(w, w))
+    return found
+
+
+def _two_points(params: Params, attempt: int) -> list[Params]:
+    # a generator of its own, so that the run's random numbers stay what they are
+    random = torch.Generator().manual_seed(attempt)
+    points: list[Params] = []
+    for _ in range(2):
+        point = {}
+        for name, tensor in params.items():
+            spread = _SHIFT * (tensor.detach().std(correction=0) + 0.01)
+            noise = torch.randn(tensor.shape, generator=random).to(tensor)
+            point[name] = tensor.detach() + spread * noise
+        points.append(point)
+    return points
+
+
+class _DependsOnValues(TorchFunctionMode):
+    """Notes operations that are wrong under ``vmap`` for certain values only, which the two tasks may lack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding:
+            names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            for name in ("padding_idx", "scale_grad_by_freq"):
+                value = given.get(name)
+                if value is not None and value is not False:  # row 0 may well be the padding
+                    self.found = f"an embedding with `{name}`"
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,1 @@
+"""An independent check of a model: plain autograd on one of its batches."""

@@ -1,0 +1,140 @@
+"""The meta-gradient as textbooks have it: autograd through the unrolled inner loop, one task after another, in plain torch.
+
+It is slow, keeps the graph of all inner steps, and shares no code with :func:`lightning_maml.meta_gradient`, which it is there to judge.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_maml.batches.episodes import Episodes
+from lightning_maml.batches.outputs import map_outputs
+from lightning_maml.batches.trees import Inputs, call, cat, count, map_tensors
+from lightning_maml.networks.functional_network import deep_copy
+
+Params = dict[str, Tensor]
+Rates = Mapping[str, Tensor | float]
+
+
+def unrolled_gradient(
+    network: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    episodes: Episodes,
+    rates: Sequence[Rates],
+    *,
+    batch_norm: str = "batch",
+    curved: bool = True,
+    besides: Params | None = None,
+) -> Params:
+    """Return the mean over tasks of the gradient of the query loss after adaptation, for the network's trainable parameters.
+
+    Every evaluation starts from the network's buffers as they are, and what it writes to them is dropped.
+
+    Args:
+        network: Its parameters are the meta-parameters.
+        loss: Maps outputs and labels to their mean loss.
+        episodes: The tasks.
+        rates: For each inner step the rates of the parameters that adapt.
+        batch_norm: ``"batch"``, ``"support"`` or ``"running"``, see :class:`lightning_maml.MAML`.
+        curved: Differentiate through the inner steps too; if not, the gradient is first-order.
+        besides: Other tensors, on which the loss and the rates depend, by name: their gradients are returned too.
+
+    Returns:
+        The gradient; nan if the network reads its parameters from where a copy of it cannot be given other ones.
+    """
+    network, w = _emptied(network, batch_norm)
+    leaves = w | (besides or {})
+    total = {name: torch.zeros_like(p) for name, p in leaves.items()}
+    for number in range(len(episodes.query_y)):
+        task = map_tensors(lambda tensor, number=number: tensor[number], episodes)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the only attention with a second derivative
+            adapted = _adapted(network, loss, task, w, rates, curved)
+            value = loss(_query_outputs(network, adapted, task, batch_norm), task.query_y)
+            gradient = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
+        total = {name: total[name] + _dense(g) for name, g in zip(leaves, gradient, strict=True)}
+    return {name: g / len(episodes.query_y) for name, g in total.items()}
+
+
+def unrolled_way_back(
+    network: nn.Module, loss: Callable[[Any, Any], Tensor], episodes: Episodes, rates: Sequence[Rates], *, batch_norm: str = "batch"
+) -> Params:
+    """Return the mean over tasks of ``w_0 - w_N``, Reptile's gradient; the arguments are those of :func:`unrolled_gradient`."""
+    network, w = _emptied(network, batch_norm)
+    total = {name: torch.zeros_like(p) for name, p in w.items()}
+    for number in range(len(episodes.query_y)):
+        task = map_tensors(lambda tensor, number=number: tensor[number], episodes)
+        with torch.enable_grad():
+            adapted = _adapted(network, loss, task, w, rates, curved=False)
+        with torch.no_grad():
+            _query_outputs(network, adapted, task, batch_norm)  # for the random numbers that it draws
+        total = {name: total[name] + (w[name] - adapted[name]).detach() for name in w}
+    return {name: g / len(episodes.query_y) for name, g in total.items()}
+
+
+def _adapted(
+    network: nn.Module, loss: Callable[[Any, Any], Tensor], task: Episodes, w: Params, rates: Sequence[Rates], curved: bool
+) -> Params:
+    """Return ``w_N``: gradient descent on the support loss."""
+    for rates_of_step in rates:
+        value = loss(_outputs(network, w, task.support_x), task.support_y)
+        at = [w[name] for name in rates_of_step]
+        gradient = torch.autograd.grad(value, at, create_graph=curved, materialize_grads=True)
+        w = w | {name: w[name] - rates_of_step[name] * _dense(g) for name, g in zip(rates_of_step, gradient, strict=True)}
+    return w
+
+
+def _query_outputs(network: nn.Module, w: Params, task: Episodes, batch_norm: str) -> Any:
+    if batch_norm != "support" or not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        return _outputs(network, w, task.query_x)
+    shots = len(task.support_y)
+    outputs = _outputs(network, w, cat([task.support_x, task.query_x]), shots)
+    return map_outputs(lambda tensor: tensor[shots:], outputs)
+
+
+def _outputs(network: nn.Module, w: Params, x: Inputs, shots: int | None = None) -> Any:
+    """Return the network's outputs with the parameters ``w``.
+
+    A deep copy to which ``w`` was given in place of the parameters has it wherever the network holds them, and buffers of its own.
+    """
+    own = deep_copy(network, {id(p): w[name] for name, p in network.named_parameters() if name in w})
+    for module in own.modules():
+        if isinstance(module, _BatchNorm):
+            module.support = 1.0 if shots is None else shots / count(x)  # type: ignore[assignment]
+    return call(own, x)
+
+
+def _emptied(network: nn.Module, batch_norm: str) -> tuple[nn.Module, Params]:
+    """Return a copy without numbers in its trainable parameters, so that none are read by mistake, and these parameters."""
+    network = deep_copy(network)
+    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    w = {name: p.detach().clone().requires_grad_() for name, p in trainable.items()}
+    for p in trainable.values():
+        p.detach().fill_(float("nan"))
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and batch_norm != "running":
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+            module.track_running_stats = False
+            if batch_norm == "support":
+                module.register_forward_hook(_normalised_by_support)
+    return network, w
+
+
+def _normalised_by_support(norm: Any, arguments: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    """Return what a batch-norm layer gives if the support set, which comes first, lends its mean and variance to all."""
+    (x,) = arguments
+    support = x[: round(norm.support * len(x))]
+    axes = [0, *range(2, x.ndim)]
+    mean, variance = support.mean(axes, keepdim=True), support.var(axes, correction=0, keepdim=True)
+    normalised: Tensor = (x - mean) / (variance + norm.eps).sqrt()
+    if not norm.affine:
+        return normalised
+    weight, bias = (p.view(1, -1, *[1] * (x.ndim - 2)) for p in (norm.weight, norm.bias))
+    return torch.addcmul(bias, normalised, weight)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient  # embeddings may have sparse ones

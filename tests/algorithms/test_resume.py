@@ -1,0 +1,103 @@
+"""A run that goes on from any of its checkpoints ends as the one that was never stopped: bit for bit on the CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+
+from helpers.runs import MODELS, Noise, is_same
+from helpers.trainers import trainer_in_double as trainer
+from lightning_maml import MAML, AdaptiveMetaStepsize
+
+EPOCHS = 2
+LATER = ("FO-MAML", "LSLR", "Reptile")
+QUICK = ("MAML with dropout", "MAML, adaptive meta-stepsize")
+
+
+class Checkpoints(Callback):
+    """Saves one after every step, before and after the validations too."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._save(trainer, "step")
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self._save(trainer, "validated")
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._save(trainer, "epoch")
+
+    @staticmethod
+    def _save(trainer: Trainer, when: str) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.fit_loop.total_batch_idx:02d}_{when}.ckpt")
+
+
+def ended(folder: Path, name: str, checkpoint: Path | None, workers: int = 0, noise: float = 0.0, **options: Any) -> dict[str, Any]:
+    """Train to the end, from the start or a checkpoint, with other random numbers before; return what there is at the end."""
+    torch.manual_seed(0 if checkpoint is None else 1234)
+    callbacks = [Checkpoints()] if checkpoint is None else []
+    if "adaptive" in name:
+        callbacks.append(AdaptiveMetaStepsize(scale=1.0, tasks=2, every_n_steps=3))
+    settings = {
+        "max_epochs": EPOCHS,
+        "val_check_interval": 2,
+        "callbacks": callbacks,
+        "precision": "32-true",
+        "enable_checkpointing": False,
+    }
+    run = trainer(folder, **(settings | options))
+    model = MODELS[name]()
+    run.fit(model, Noise(noise, num_workers=workers, train_batches=4), ckpt_path=checkpoint)
+    return {"step": run.global_step, "model": model.state_dict(), "optimizer": run.optimizers[0].state_dict()}
+
+
+def resumes_from_each(folder: Path, name: str, every: int = 1, **options: Any) -> None:
+    whole = ended(folder, name, None, **options)
+    checkpoints = sorted(folder.glob("*.ckpt"))
+    assert len(checkpoints) > whole["step"] >= 4
+    differing = [file.name for file in checkpoints[::every] if not is_same(ended(folder, name, file, **options), whole)]
+    assert not differing
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LATER)) for name in MODELS])
+def test_every_algorithm_goes_on_from_every_checkpoint(tmp_path: Path, name: str) -> None:
+    resumes_from_each(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": 2},
+        {"noise": 0.1},
+        {"precision": "64-true"},
+        {"precision": "bf16-mixed"},
+        {"accumulate_grad_batches": 3},
+        {"limit_train_batches": 3, "max_epochs": 3, "val_check_interval": 1.0},
+        {"val_check_interval": 1.0},
+        {"check_val_every_n_epoch": 2, "val_check_interval": 1.0},
+        {"reload_dataloaders_every_n_epochs": 1},
+        {"gradient_clip_val": 0.01},
+    ],
+    ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_so_it_does_under_the_trainers_options(tmp_path: Path, options: dict[str, Any]) -> None:
+    resumes_from_each(tmp_path, "MAML with dropout", every=2, **options)
+
+
+def test_a_validation_that_was_broken_off_leaves_no_random_numbers(tmp_path: Path) -> None:
+    class BrokenOff(Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            raise ZeroDivisionError
+
+    def fitted(model: MAML) -> dict[str, Any]:
+        torch.manual_seed(0)
+        trainer(tmp_path, precision="32-true").fit(model.train(), Noise())
+        return model.state_dict()
+
+    models = [MODELS["MAML with dropout"]() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, precision="32-true", callbacks=[BrokenOff()]).validate(models[1], Noise())
+    assert is_same(*map(fitted, models))

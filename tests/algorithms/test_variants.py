@@ -1,0 +1,117 @@
+"""MAML++ and Reptile under real trainers."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from helpers.networks import build, leaves, make_episodes, plain_loss, relative_error, unrolled
+from helpers.trainers import trainer_in_double as trainer
+from lightning_maml import MAML, MAMLPlusPlus, Reptile, ResampledEpisodes, adaptation_curve
+
+STEPS, RATE = 3, 0.3
+
+
+def test_the_weights_of_the_multi_step_loss_go_to_the_last_step() -> None:
+    model = MAMLPlusPlus(build("mlp"), train_steps=4, multi_step_epochs=10)
+    assert model.step_weights(0) == [0.25] * 4
+    assert model.step_weights(5) == pytest.approx([0.125] * 3 + [0.625])
+    assert model.step_weights(10) == model.step_weights(99) == [0, 0, 0, 1]
+    assert MAMLPlusPlus(build("mlp"), train_steps=2, multi_step_epochs=0).step_weights(0) == [0, 1]
+    assert MAMLPlusPlus(build("mlp"), train_steps=0, inner_rates="fixed").step_weights(0) == []
+
+
+def test_maml_plus_plus_anneals_the_loss_and_the_order_of_derivatives(tmp_path: Path) -> None:
+    """Each epoch's step against autograd through the unrolled loop, whose inner gradients are constants in the first epoch."""
+    network, episodes = build("conv_batch_norm"), make_episodes()
+    model = MAMLPlusPlus(
+        network, RATE, STEPS, optimizer=partial(torch.optim.SGD, lr=0.1), multi_step_epochs=2, first_order_epochs=1, inner_rates="fixed"
+    )
+    expected = leaves(network)
+    loss = plain_loss(build("conv_batch_norm"))
+    for epoch in range(3):
+        total = {name: torch.zeros_like(p) for name, p in expected.items()}
+        for steps, weight in enumerate(model.step_weights(epoch), start=1):
+            if epoch == 0:
+                for task in zip(*episodes, strict=True):
+                    here = expected
+                    for _ in range(steps):
+                        gradient = torch.autograd.grad(loss(here, *task[:2]), list(here.values()))
+                        here = {name: (p - RATE * g).detach().requires_grad_() for (name, p), g in zip(here.items(), gradient, strict=True)}
+                    gradient = torch.autograd.grad(loss(here, *task[2:]) / len(episodes.support_x), list(here.values()))
+                    total = {name: total[name] + weight * g for name, g in zip(here, gradient, strict=True)}
+            else:
+                gradient = torch.autograd.grad(unrolled(loss, expected, episodes, RATE, steps), list(expected.values()))
+                total = {name: total[name] + weight * g for name, g in zip(expected, gradient, strict=True)}
+        expected = {name: (p - 0.1 * total[name]).detach().requires_grad_() for name, p in expected.items()}
+    trainer(tmp_path, max_epochs=3).fit(model, DataLoader([episodes], batch_size=None))
+    assert relative_error(dict(network.named_parameters()), expected) < 1e-12
+
+
+def test_reptile_moves_towards_the_adapted_parameters(tmp_path: Path) -> None:
+    network, episodes = build("conv_batch_norm"), make_episodes()
+    w = leaves(network)
+    loss = plain_loss(build("conv_batch_norm"))
+    adapted = []
+    for x, y in zip(episodes.support_x, episodes.support_y, strict=True):
+        here = w
+        for _ in range(STEPS):
+            gradient = torch.autograd.grad(loss(here, x, y), list(here.values()))
+            here = {name: (p - RATE * g).detach().requires_grad_() for (name, p), g in zip(here.items(), gradient, strict=True)}
+        adapted.append(here)
+    epsilon = 0.5
+    expected = {name: p + epsilon * (sum(point[name] for point in adapted) / len(adapted) - p) for name, p in w.items()}
+    model = Reptile(network, RATE, STEPS, optimizer=partial(torch.optim.SGD, lr=epsilon))
+    run = trainer(tmp_path)
+    run.fit(model, DataLoader([episodes], batch_size=None))
+    assert relative_error(dict(network.named_parameters()), expected) < 1e-12
+    query_loss = adaptation_curve(loss, w, episodes, inner_lr=RATE, steps=STEPS).loss[:, -1].mean()
+    torch.testing.assert_close(run.callback_metrics["train/loss"].double(), query_loss)
+
+
+@pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
+def test_reptile_takes_a_fresh_mini_batch_in_each_step(tmp_path: Path, tasks: str) -> None:
+    network, episodes = build("conv_batch_norm"), make_episodes(shots=3)
+    parts = [tensor.unflatten(1, (STEPS, -1)) for tensor in episodes[:2]]
+    resampled = ResampledEpisodes(*parts, *(part[:, :, :0] for part in parts), *episodes[2:])
+    w, loss = leaves(network), plain_loss(build("conv_batch_norm"))
+    means = {name: torch.zeros_like(p) for name, p in w.items()}
+    for x, y in zip(*resampled[:2], strict=True):
+        here = w
+        for batch in zip(x, y, strict=True):
+            gradient = torch.autograd.grad(loss(here, *batch), list(here.values()))
+            here = {name: (p - RATE * g).detach().requires_grad_() for (name, p), g in zip(here.items(), gradient, strict=True)}
+        means = {name: mean + here[name].detach() / len(resampled.support_x) for name, mean in means.items()}
+    model = Reptile(network, RATE, STEPS, optimizer=partial(torch.optim.SGD, lr=1.0), tasks=tasks)
+    trainer(tmp_path).fit(model, DataLoader([resampled], batch_size=None))
+    assert relative_error(dict(network.named_parameters()), means) < 1e-12
+
+
+def test_the_meta_gradient_is_what_is_trained_by() -> None:
+    episodes = make_episodes()
+    for model in (Reptile(build("mlp"), RATE, STEPS), MAML(build("mlp"), RATE, STEPS)):
+        model.meta_loss(episodes).backward()
+        assert relative_error(model.meta_gradient(episodes), {name: p.grad for name, p in model.network.named_parameters()}) < 1e-12
+
+
+def test_a_loop_without_a_trainer_moves_the_running_averages() -> None:
+    model = MAML(build("conv_batch_norm"), RATE, STEPS, batch_norm="running")
+    model.meta_loss(make_episodes())
+    assert model.network[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Reptile(build("mlp"), inner_rates="per_layer"), "'fixed' with Reptile, which cannot learn them, but got 'per_layer'"),
+        (lambda: MAMLPlusPlus(build("mlp"), multi_step_epochs=-1), "Expected `multi_step_epochs` to be at least 0 but got -1"),
+        (lambda: MAMLPlusPlus(build("mlp")).meta_loss(make_episodes()), "Expected a trainer, over whose epochs MAMLPlusPlus anneals"),
+        (lambda: Reptile(build("mlp")).probe(make_episodes()), "Expected MAML, FOMAML or HFMAML, of which the theory is, but got Reptile"),
+        (lambda: MAMLPlusPlus(build("mlp"), first_order_epochs=-1), "Expected `first_order_epochs` to be at least 0 but got -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,99 @@
+"""A run that goes on in another folder keeps its best checkpoints, and nothing else is touched."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from helpers.runs import MODELS, Noise
+from helpers.trainers import trainer_in_double as trainer
+from lightning_maml import KeepBestCheckpoints
+
+
+def trained(folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any) -> Trainer:
+    """Train for epochs of two steps, the first of which are the best; checkpoints are in ``folder``."""
+    kept = [
+        ModelCheckpoint(folder, monitor="step", mode="min", save_top_k=2, filename="{step}"),
+        ModelCheckpoint(folder, filename="last"),
+    ]
+    settings = {"precision": "32-true", "enable_checkpointing": True, "max_epochs": epochs, "callbacks": [KeepBestCheckpoints(), *kept]}
+    run = trainer(folder, **(settings | options))
+    run.fit(MODELS["FO-MAML"](), Noise(train_batches=2), ckpt_path=checkpoint)
+    return run
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def of_best(run: Trainer) -> tuple[str, dict[str, float]]:
+    """Return the name of the best and the scores of all that are kept."""
+    callback = run.checkpoint_callback
+    assert all(Path(path).parent == Path(callback.dirpath) for path in callback.best_k_models)
+    return Path(callback.best_model_path).name, {Path(path).name: float(score) for path, score in callback.best_k_models.items()}
+
+
+def test_several_go_along_through_several_folders(tmp_path: Path) -> None:
+    run, first = trained(tmp_path / "first", 1), tmp_path / "first" / "last.ckpt"
+    assert of_best(run) == ("step=2.ckpt", {"step=2.ckpt": 2})
+    run = trained(tmp_path / "second", 2, first)
+    assert of_best(run) == ("step=2.ckpt", {"step=2.ckpt": 2, "step=4.ckpt": 4})
+    run = trained(tmp_path / "third", 3, tmp_path / "second" / "last.ckpt")
+    assert of_best(run) == ("step=2.ckpt", {"step=2.ckpt": 2, "step=4.ckpt": 4})
+    assert names(tmp_path / "third") == {"step=2.ckpt", "step=4.ckpt", "last.ckpt"}
+    assert (tmp_path / "third" / "step=2.ckpt").read_bytes() == (tmp_path / "first" / "step=2.ckpt").read_bytes()
+
+
+def test_one_that_took_anothers_place_since_is_not_taken_for_it(tmp_path: Path) -> None:
+    trained(tmp_path / "first", 2)
+    shutil.copy(tmp_path / "first" / "step=4.ckpt", tmp_path / "first" / "step=2.ckpt")
+    run = trained(tmp_path / "second", 3, tmp_path / "first" / "last.ckpt")
+    assert of_best(run) == ("step=6.ckpt", {"step=6.ckpt": 6})
+    assert names(tmp_path / "second") == {"step=6.ckpt", "last.ckpt"}
+
+
+def test_one_that_is_not_whole_does_not_stop_the_run(tmp_path: Path) -> None:
+    trained(tmp_path / "first", 1)
+    (tmp_path / "first" / "step=2.ckpt").write_bytes(b"PK")
+    assert of_best(trained(tmp_path / "second", 2, tmp_path / "first" / "last.ckpt")) == ("step=4.ckpt", {"step=4.ckpt": 4})
+
+
+def test_what_lies_in_the_new_folder_is_left_as_it_is(tmp_path: Path) -> None:
+    trained(tmp_path / "first", 1)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "step=2.ckpt").write_text("of another run")
+    trained(tmp_path / "second", 2, tmp_path / "first" / "last.ckpt")
+    assert (tmp_path / "second" / "step=2.ckpt").read_text() == "of another run"
+
+
+def test_a_checkpoint_from_others_writes_nowhere_else(tmp_path: Path) -> None:
+    trained(tmp_path / "first", 1)
+    file = tmp_path / "first" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    state = next(state for state in content["callbacks"].values() if state.get("best_k_models"))
+    (score,) = state["best_k_models"].values()
+    shutil.copy(tmp_path / "first" / "step=2.ckpt", tmp_path / "victim.txt")
+    (tmp_path / "runs" / "second").mkdir(parents=True)
+    state["best_k_models"] = {f"{state['dirpath']}/../victim.txt": score}
+    torch.save(content, file)
+    trained(tmp_path / "runs" / "second", 2, file)
+    assert names(tmp_path / "runs") == {"second"}
+
+
+@pytest.mark.parametrize("call", ["validate", "test"])
+def test_a_test_takes_none_along(tmp_path: Path, call: str) -> None:
+    trained(tmp_path / "first", 1)
+    run = trained(tmp_path / "second", 1)
+    before = run.checkpoint_callback.best_model_path
+    getattr(run, call)(MODELS["FO-MAML"](), Noise(train_batches=2, test_tasks=6), ckpt_path=tmp_path / "first" / "last.ckpt", verbose=False)
+    assert run.checkpoint_callback.best_model_path == before
+
+
+def test_a_trial_run_leaves_no_files(tmp_path: Path) -> None:
+    trained(tmp_path / "first", 1)
+    trained(tmp_path / "second", 2, tmp_path / "first" / "last.ckpt", fast_dev_run=True)
+    assert not (tmp_path / "second").exists()

@@ -1,0 +1,102 @@
+"""The next batch is prepared while the current one is in use, and is the same as without."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader, Dataset
+
+from helpers.networks import build
+from lightning_maml import MAML
+from lightning_maml.datamodules.base import EpisodicDataModule
+from lightning_maml.datamodules.prefetch import PrefetchingLoader
+from lightning_maml.datamodules.sampler import ClassImages
+
+
+class Numbers(Dataset):
+    """Counts, and lets others wait for a number to be drawn."""
+
+    def __init__(self, length: int = 6, broken: int | None = None) -> None:
+        self.drawn = [threading.Event() for _ in range(length)]
+        self.broken = broken
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    def __getitem__(self, number: int) -> int:
+        if number == self.broken:
+            raise OSError("cannot be read")
+        self.drawn[number].set()
+        return number
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.usefixtures("no_thread_is_left")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_those_of_a_data_loader(workers: int) -> None:
+    prefetching = PrefetchingLoader(Numbers(), batch_size=4, num_workers=workers)
+    assert len(prefetching) == 2
+    for _ in range(2):  # epochs
+        assert [batch.tolist() for batch in prefetching] == [batch.tolist() for batch in DataLoader(Numbers(), batch_size=4)]
+
+
+@pytest.mark.usefixtures("no_thread_is_left")
+def test_the_next_batch_is_drawn_while_the_current_one_is_in_use() -> None:
+    numbers = Numbers()
+    batches = iter(PrefetchingLoader(numbers, batch_size=2))
+    next(batches)
+    assert numbers.drawn[3].wait(timeout=10)
+    assert not numbers.drawn[4].is_set()  # and none after it
+    batches.close()
+
+
+@pytest.mark.usefixtures("no_thread_is_left")
+def test_what_drawing_raises_is_raised_where_the_batch_is_due() -> None:
+    batches = iter(PrefetchingLoader(Numbers(broken=3), batch_size=2))
+    assert next(batches).tolist() == [0, 1]
+    with pytest.raises(OSError, match="cannot be read"):
+        next(batches)
+
+
+def test_the_callers_threads_are_left_alone() -> None:
+    """In a process of its own, whose number of threads torch takes from the machine only when it is first asked for."""
+    script = """
+import torch
+from torch.utils.data import TensorDataset
+from lightning_maml.datamodules.prefetch import PrefetchingLoader
+list(PrefetchingLoader(TensorDataset(torch.zeros(8)), batch_size=2))
+print(torch.get_num_threads())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    threads = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
+    assert int(threads) == len(os.sched_getaffinity(0))
+
+
+def test_a_batch_of_none_is_no_end() -> None:
+    numbers = PrefetchingLoader(Numbers(4), batch_size=2, collate_fn=lambda items: None if 0 in items else items)
+    assert list(numbers) == [None, [2, 3]]
+
+
+class Noise(EpisodicDataModule):
+    def class_images(self, split: str) -> ClassImages:
+        return ClassImages(torch.rand(12, 1, 8, 8), [range(4 * k, 4 * k + 4) for k in range(3)])
+
+
+@pytest.mark.usefixtures("no_thread_is_left")
+@pytest.mark.parametrize("arguments", [{"limit_train_batches": 3}, {"fast_dev_run": True}])
+def test_a_trainer_takes_the_loader_by_whatever_switch(arguments: dict) -> None:
+    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, **arguments)
+    data = Noise(ways=3, meta_batch_size=2, train_batches=4, val_tasks=2, test_tasks=2)
+    trainer.fit(MAML(build("mlp").float(), 0.1), data)
+    assert type(trainer.train_dataloader) is PrefetchingLoader
+    assert not trainer.train_dataloader.pin_memory  # only for a GPU

@@ -1,0 +1,178 @@
+"""Episodes: disjoint, unbiased, reproducible, and shared out among workers and processes without overlap."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from helpers.images import numbered_images
+from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resampling, TaskSampler
+
+
+def dataset(seed: int = 0, rotations: str = "none", **shape) -> EpisodeDataset:
+    shape = {"ways": 5, "shots": 2, "queries": 3} | shape
+    return EpisodeDataset(numbered_images(), **shape, rotations=rotations, seed=(seed, 0), split="train")
+
+
+def class_of(x: torch.Tensor) -> torch.Tensor:
+    return x.amax((1, 2, 3)).long() - 100
+
+
+def test_an_episode_has_its_shape_and_one_class_per_label() -> None:
+    task = dataset()[0, 0]
+    assert task.support_x.shape == (10, 1, 3, 3)
+    assert task.query_x.shape == (15, 1, 3, 3)
+    assert task.support_y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert task.query_y.bincount().tolist() == [3] * 5
+    support, query = class_of(task.support_x), class_of(task.query_x)
+    assert len(set(support.tolist())) == 5
+    for label in range(5):
+        assert set(support[task.support_y == label].tolist()) == set(query[task.query_y == label].tolist())
+
+
+def test_support_and_query_are_disjoint() -> None:
+    for number in range(50):
+        task = dataset(shots=5, queries=5)[0, number]
+        numbers = [{(int(c), int(n)) for c, n in zip(class_of(x), x[:, 0, 1, 1], strict=True)} for x in (task.support_x, task.query_x)]
+        assert len(numbers[0]) == len(numbers[1]) == 25
+        assert not numbers[0] & numbers[1]
+
+
+def test_labels_tell_nothing_about_classes() -> None:
+    """Over many episodes every class gets every label equally often (chi-squared at a level of 1e-6, fixed seed)."""
+    counts = torch.zeros(12, 5)
+    episodes = dataset(shots=1, queries=1)
+    for number in range(6000):
+        task = episodes[0, number]
+        counts[class_of(task.support_x), task.support_y] += 1
+    expected = counts.sum() / counts.numel()
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < 130, "59 degrees of freedom"
+
+
+def test_a_task_is_a_function_of_seed_epoch_and_number() -> None:
+    assert all(torch.equal(a, b) for a, b in zip(dataset()[3, 7], dataset()[3, 7], strict=True))
+    for other in (dataset()[3, 8], dataset()[4, 7], dataset(seed=1)[3, 7]):
+        assert not torch.equal(other.support_x, dataset()[3, 7].support_x)
+
+
+def batches(workers: int, epoch: int = 0, replicas: int = 1, rank: int = 0, batch_size: int = 4) -> list[torch.Tensor]:
+    sampler = TaskSampler(24, fresh=True, num_replicas=replicas, rank=rank)
+    sampler.set_epoch(epoch)
+    return [batch.support_x for batch in DataLoader(dataset(), batch_size=batch_size, sampler=sampler, num_workers=workers)]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_change_the_episodes(workers: int) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(batches(0), batches(workers), strict=True))
+
+
+def test_epochs_differ_in_training_and_not_in_evaluation() -> None:
+    assert not torch.equal(batches(0, epoch=0)[0], batches(0, epoch=1)[0])
+    sampler = TaskSampler(3, fresh=False)
+    sampler.set_epoch(5)
+    assert list(sampler) == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_processes_share_a_steps_tasks_without_overlap() -> None:
+    alone = batches(0, batch_size=4)
+    shared = [batches(0, replicas=2, rank=rank, batch_size=2) for rank in range(2)]
+    assert len(alone) == len(shared[0]) == len(shared[1])
+    for step, whole in enumerate(alone):
+        assert torch.equal(whole[0::2], shared[0][step])
+        assert torch.equal(whole[1::2], shared[1][step])
+
+
+def test_an_uneven_number_of_tasks_is_shared_out_once() -> None:
+    samplers = [TaskSampler(7, fresh=False, num_replicas=3, rank=rank) for rank in range(3)]
+    assert [len(sampler) for sampler in samplers] == [3, 2, 2]
+    assert sorted(number for sampler in samplers for _, number in sampler) == list(range(7))
+
+
+def test_rotated_classes_are_four_times_as_many_and_turned_alike() -> None:
+    episodes = dataset(rotations="classes", ways=48, shots=1, queries=1)
+    task = episodes[0, 0]
+    corners = [tuple(x[0].ge(100).nonzero()[0].tolist()) for x in task.support_x]
+    assert len(set(zip(corners, class_of(task.support_x).tolist(), strict=True))) == 48
+    assert corners == [tuple(x[0].ge(100).nonzero()[0].tolist()) for x in task.query_x]
+
+
+def test_augmenting_rotations_differ_between_the_classes_of_an_episode() -> None:
+    task = dataset(rotations="augment", ways=12)[0, 0]
+    corners = {label: {tuple(x[0].ge(100).nonzero()[0].tolist()) for x in task.query_x[task.query_y == label]} for label in range(12)}
+    assert all(len(turns) == 1 for turns in corners.values()), "one rotation per class"
+    assert len({turns.copy().pop() for turns in corners.values()}) > 1, "not one rotation per task"
+    assert len(set(class_of(task.support_x).tolist())) == 12, "a character is drawn once per task"
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"ways": 13}, "the ways of split 'train' to be at most 12, its classes, but got 13"),
+        (
+            {"shots": 6, "queries": 5},
+            r"split 'train' \(6 \+ 5\) to be at most 10, the images of its smallest class, but 12 of its 12 classes",
+        ),
+    ],
+)
+def test_episodes_that_the_split_cannot_serve_are_refused(shape: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataset(**shape)
+
+
+def test_augmenting_turns_are_as_frequent_as_each_other() -> None:
+    """Chi-squared at a level of 1e-6, three degrees of freedom, fixed seed."""
+    episodes, counts = dataset(rotations="augment", ways=12, shots=1, queries=1), dict.fromkeys([(0, 0), (0, 2), (2, 0), (2, 2)], 0)
+    for number in range(100):
+        for x in episodes[0, number].support_x:
+            counts[tuple(x[0].ge(100).nonzero()[0].tolist())] += 1
+    assert sum((count - 300) ** 2 / 300 for count in counts.values()) < 30.7
+
+
+def test_batches_of_inner_steps_are_turned_like_the_query_set() -> None:
+    episodes = dataset(rotations="augment", ways=4, shots=2, queries=1, resampling=Resampling(3, 1))
+
+    def seen(x: torch.Tensor) -> list[tuple[int, ...]]:
+        return [(int(image.max()), *image[0].ge(100).nonzero()[0].tolist()) for image in x]
+
+    task = episodes[0, 0]
+    assert task.support_x.shape == (3, 8, 1, 3, 3)
+    assert task.hessian_x.shape == (3, 4, 1, 3, 3)
+    for step in range(3):
+        assert seen(task.support_x[step])[::2] == seen(task.support_x[step])[1::2] == seen(task.hessian_x[step]) == seen(task.query_x)
+        assert task.support_y[step].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (9,), (3, 3)])
+def test_what_is_not_square_is_not_turned(shape: tuple[int, ...]) -> None:
+    data = ClassImages(torch.zeros(20, *shape), list(np.arange(20).reshape(5, 4)))
+    arguments = {"ways": 2, "shots": 1, "queries": 1, "seed": (0,), "split": "train"}
+    for rotations in ("classes", "augment"):
+        with pytest.raises(
+            ValueError, match=rf"square images \[M, C, H, W\] .* got shape {re.escape(str([20, *shape]))}; set rotations='none'\.$"
+        ):
+            EpisodeDataset(data, rotations=rotations, **arguments)
+    assert EpisodeDataset(data, rotations="none", **arguments)[0, 0].support_x.shape == (2, *shape)
+
+
+@pytest.mark.parametrize("names", [(), ("cat", "dog", "owl")])
+def test_classes_that_are_too_small(names: tuple[str, ...]) -> None:
+    data = ClassImages(torch.zeros(9, 1, 3, 3), [np.arange(4), np.arange(4, 6), np.arange(6, 9)], names)
+    arguments = {"ways": 1, "shots": 1, "queries": 2, "seed": (0,), "split": "val", "rotations": "none"}
+    found = "1 of its 3 classes have fewer images" + (": dog (2)" if names else "")
+    cure = "; leave these out by small_classes='drop'." if names else "."
+    for given in ({}, {"small_classes": "raise"}):
+        with pytest.raises(ValueError, match=re.escape(f"to be at most 2, the images of its smallest class, but {found}{cure}") + "$"):
+            EpisodeDataset(data, **arguments, **given)
+    with pytest.warns(UserWarning, match=re.escape(f"Split 'val': {found}; without them 2 classes are left.") + "$"):
+        kept = EpisodeDataset(data, small_classes="drop", **arguments)
+    assert kept.__getitem__((0, 0)).query_x.shape == (2, 1, 3, 3)
+
+
+def test_a_sampler_begins_with_epoch_0_and_leaves_out_what_was_given() -> None:
+    sampler = TaskSampler(9, fresh=True, num_replicas=2, rank=1)
+    assert list(sampler) == [(0, 1), (0, 3), (0, 5), (0, 7)]
+    sampler.given = 3
+    assert list(sampler) == [(0, 7)]

@@ -1,0 +1,1 @@
+"""What several files of tests share; benchmarks use some of it too."""

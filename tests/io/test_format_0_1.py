@@ -1,0 +1,42 @@
+"""A config and checkpoints that version 0.1 wrote before its files were moved: they load, and training goes on as it did then."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import nn
+
+from helpers.trainers import trainer
+from lightning_maml import MAMLPlusPlus
+from lightning_maml.cli import run
+from lightning_maml.datamodules import GlyphsDataModule
+
+WRITTEN = Path(__file__).parent / "format_0_1"
+NORMS = json.loads((WRITTEN / "goes_on.json").read_text())
+"""Norms of the weights after a second epoch, trained by the version that wrote the checkpoints."""
+
+
+def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float(tensor.double().norm()) for name, tensor in weights.items()}
+
+
+def test_a_config_and_its_checkpoint(tmp_path: Path) -> None:
+    checkpoint = WRITTEN / "hfmaml.ckpt"
+    arguments = [f"--config={WRITTEN / 'hfmaml.yaml'}", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2"]
+    folders = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    run(["fit", *arguments, *folders])
+    last = next(tmp_path.rglob("last.ckpt"))
+    assert norms(torch.load(last, weights_only=True)["state_dict"]) == pytest.approx(NORMS["hfmaml"], rel=1e-4)
+
+
+def test_a_checkpoint_with_learned_rates_and_averages_of_each_step(tmp_path: Path) -> None:
+    checkpoint = WRITTEN / "mamlplusplus.ckpt"
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(4 * 13 * 13, 5))
+    model = MAMLPlusPlus.load_from_checkpoint(checkpoint, network=network)
+    data = GlyphsDataModule(train_batches=2, meta_batch_size=2, val_tasks=4)
+    going_on: Trainer = trainer(tmp_path, max_epochs=2)
+    going_on.fit(model, data, ckpt_path=checkpoint)
+    assert going_on.global_step == 4
+    assert norms(model.state_dict()) == pytest.approx(NORMS["mamlplusplus"], rel=1e-4)

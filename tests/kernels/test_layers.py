@@ -1,0 +1,141 @@
+"""Layers of stacked tasks as one: the gradients of tasks one by one, where torch's own shortcuts go wrong."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.networks import make_episodes, relative_error
+from lightning_maml import FOMAML, MAML, Episodes, ProtoNet
+
+WAYS = 3
+
+
+def to_one_pixel() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, stride=2), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.SiLU()),
+        *(nn.Conv2d(4, 4, 1), nn.SiLU(), nn.Flatten(), nn.Linear(4, WAYS)),
+    )
+
+
+def in_groups() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 8, 3, stride=2, groups=4), nn.SiLU(), nn.Flatten(), nn.Linear(72, WAYS)),
+    )
+
+
+def on_sequences() -> nn.Module:
+    return nn.Sequential(
+        *(
+            nn.Flatten(2),
+            nn.Conv1d(2, 4, 5, stride=3),
+            nn.BatchNorm1d(4),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(4 * 20, WAYS),
+            nn.BatchNorm1d(WAYS),
+        )
+    )
+
+
+def of_single_pixels() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 1, stride=(2, 3)), nn.SiLU(), nn.Conv2d(4, 4, 1), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 12, WAYS))
+
+
+class Nested(nn.Module):
+    """Has a convolution whose weights another one makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.code = nn.Conv2d(2, 2, 3, padding=1), nn.Parameter(torch.randn(4, 2, 3, 3))
+        self.layer, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4 * 36, WAYS)
+        del self.layer.weight
+        self.layer.weight = torch.zeros(4, 2, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight = torch.tanh(self.maker(self.code))
+        return self.head(torch.sigmoid(self.layer(x)).flatten(1))
+
+
+class Viewing(nn.Module):
+    """Flattens as learn2learn's networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.head = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4 * 36, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.norm(self.layer(x)))
+        return self.head(y.view(y.size(0), -1))
+
+
+class Positional(nn.Module):
+    """Has layers that see no image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_places, self.norm, self.head = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Linear(128, WAYS)
+        self.register_buffer("places", torch.rand(1, 1, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.sigmoid(x + self.norm(self.of_places(self.places))).flatten(1))
+
+
+def frozen(make: Callable[[], nn.Module], name: str) -> Callable[[], nn.Module]:
+    def made() -> nn.Module:
+        network = make()
+        for parameter, p in network.named_parameters():
+            p.requires_grad_(not parameter.startswith(name))
+        return network
+
+    return made
+
+
+def integer_sizes() -> nn.Module:
+    network = to_one_pixel()
+    network[0].stride, network[2].padding = 2, 0
+    return network
+
+
+NETWORKS = {
+    **{
+        make.__name__: make
+        for make in (to_one_pixel, in_groups, of_single_pixels, on_sequences, Nested, Viewing, Positional, integer_sizes)
+    },
+    "frozen layer": frozen(Viewing, "layer"),
+    "frozen weight": frozen(Viewing, "layer.weight"),
+    "frozen bias": frozen(Viewing, "layer.bias"),
+    "frozen norm": frozen(Viewing, "norm"),
+}
+
+
+def episodes(shots: int) -> Episodes:
+    """Of images with two channels; no shots stand for a support set of one image, of the last class: it says how many there are."""
+    found = make_episodes(tasks=4, shots=max(shots, 1))
+    x, q = (torch.cat([tensor, 1 - tensor.square()], 2) for tensor in (found.support_x, found.query_x))
+    return Episodes(x[:, -1:], found.support_y[:, -1:], q, found.query_y) if shots == 0 else Episodes(x, found.support_y, q, found.query_y)
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML])
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize(
+    ("name", "shots"), [*((name, 2) for name in NETWORKS), *((name, 0) for name in NETWORKS if name != "on_sequences")]
+)  # batch norm of a vector for each of one image is of one number
+def test_stacked_tasks_have_the_gradients_of_a_loop(name: str, shots: int, onednn: bool, algorithm: type[MAML]) -> None:
+    torch.manual_seed(0)
+    network = NETWORKS[name]().double()
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        stacked, loop = (algorithm(network, 0.1, 2, tasks=tasks).meta_gradient(episodes(shots)) for tasks in ("vmap", "loop"))
+    assert relative_error(stacked, loop) < 1e-12
+
+
+def test_prototypes_of_a_network_with_layers_that_see_no_image() -> None:
+    torch.manual_seed(0)
+    network = Positional().double()
+    gradients = []
+    for tasks in ("vmap", "loop"):
+        network.zero_grad()
+        ProtoNet(network, tasks=tasks).meta_loss(episodes(2)).backward()
+        gradients.append({name: p.grad.clone() for name, p in network.named_parameters()})
+    assert relative_error(*gradients) < 1e-12

@@ -1,0 +1,264 @@
+"""Measured constants against functions whose constants are known, and against first principles on small networks."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from helpers.networks import build, flat, make_episodes, plain_loss
+from lightning_maml import MAML, Conv4, Episodes, ResampledEpisodes
+from lightning_maml.core.params import Params
+from lightning_maml.datamodules import GlyphsDataModule
+from lightning_maml.networks.functional_network import Learner
+from lightning_maml.theory.measure import Probe, hessian_lipschitz, smoothness
+
+
+def rotation(size: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))[0]
+
+
+def at(w: Tensor) -> Params:
+    """As two tensors, so that norms must run over all of them."""
+    return {"first": w[:1], "rest": w[1:]}
+
+
+def joined(params: Params) -> Tensor:
+    return torch.cat([params["first"], params["rest"]])
+
+
+def quadratic(params: Params) -> Tensor:
+    curvatures = torch.tensor([3.0, -5.0, 1.0, 0.5, 4.5], dtype=torch.float64)
+    return (curvatures * (rotation(5) @ joined(params)) ** 2).sum() / 2
+
+
+WEIGHTS = torch.linspace(0.5, 3, 20, dtype=torch.float64)
+
+
+def cosine_sum(params: Params) -> Tensor:
+    return (WEIGHTS * torch.cos(rotation(20) @ joined(params))).sum()
+
+
+def monkey_saddle(params: Params) -> Tensor:
+    x, y = rotation(2) @ joined(params)
+    return (x**3 - 3 * x * y**2) / 2
+
+
+POINT = torch.linspace(-2, 2, 20, dtype=torch.float64)
+KNOWN = {
+    "quadratic": (quadratic, at(torch.ones(5, dtype=torch.float64)), 5.0, 0.0),
+    "cosine_sum": (cosine_sum, at(rotation(20).T @ POINT), (WEIGHTS * POINT.cos()).abs().max(), (WEIGHTS * POINT.sin()).abs().max()),
+    "monkey_saddle": (monkey_saddle, at(torch.tensor([0.3, 0.4], dtype=torch.float64)), 1.5, 3.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", KNOWN)
+def test_constants_of_functions_where_they_are_known(name: str, dtype: torch.dtype) -> None:
+    loss, w, L, rho = KNOWN[name]
+    w = {key: tensor.to(dtype) for key, tensor in w.items()}
+
+    def cast_loss(params: Params) -> Tensor:
+        return loss({key: tensor.double() for key, tensor in params.items()}).to(dtype)
+
+    measured = smoothness(cast_loss, w)
+    assert measured.value == pytest.approx(float(L), rel=0.02)
+    assert flat(measured.direction).norm() == pytest.approx(1)
+    assert measured.gradient_evaluations < 250
+    assert hessian_lipschitz(cast_loss, w).value == pytest.approx(float(rho), rel=0.05, abs=1e-8 if dtype == torch.float64 else 1e-2)
+
+
+def small_network() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(2)
+    network = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)).double()
+    assert sum(p.numel() for p in network.parameters()) == 1761
+    x = 10 * torch.rand(10, 1, dtype=torch.float64) - 5
+    return network, x, 2 * torch.sin(x)
+
+
+def small_loss() -> tuple[Callable[[Params], Tensor], Params]:
+    network, x, y = small_network()
+    return lambda params: (functional_call(network, params, (x,)) - y).square().mean(), {
+        name: p.detach() for name, p in network.named_parameters()
+    }
+
+
+@pytest.fixture(scope="module")
+def largest_curvature_and_change_of_it() -> tuple[float, float]:
+    """From the whole spectrum, and from a long run."""
+    loss, w = small_loss()
+    sizes = [p.numel() for p in w.values()]
+
+    def of_vector(vector: Tensor) -> Tensor:
+        return loss({name: part.view_as(w[name]) for name, part in zip(w, vector.split(sizes), strict=True)})
+
+    hessian = torch.autograd.functional.hessian(of_vector, torch.cat([p.flatten() for p in w.values()]), vectorize=True)
+    long = hessian_lipschitz(loss, w, restarts=30, iterations=100, tolerance=1e-5, seed=1000)
+    return float(torch.linalg.matrix_norm(hessian, 2)), long.value
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_constants_of_a_network(seed: int, largest_curvature_and_change_of_it: tuple[float, float]) -> None:
+    """A random direction would give a rho tens of times too small."""
+    loss, w = small_loss()
+    curvature, change = largest_curvature_and_change_of_it
+    assert smoothness(loss, w, seed=seed).value == pytest.approx(curvature, rel=1e-3)
+    measured = hessian_lipschitz(loss, w, seed=seed)
+    assert measured.value == pytest.approx(change, rel=0.1)
+    u = {name: torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(seed)) for name, p in w.items()}
+    u = {name: p / flat(u).norm() for name, p in u.items()}
+
+    def curvature_along_u(params: Params) -> Tensor:
+        return torch.func.jvp(lambda q: torch.func.jvp(loss, (q,), (u,))[1], (params,), (u,))[1]
+
+    assert measured.value > 20 * flat(torch.func.grad(curvature_along_u)(w)).norm()
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_single_precision_gives_the_same_constants_on_a_convolutional_network(seed: int) -> None:
+    data = GlyphsDataModule(ways=5, seed=seed)
+    data.setup("fit")
+    episodes = data.on_after_batch_transfer(data.independent_episodes("measure", 0, 2), 0)
+    torch.manual_seed(seed)
+    module = MAML(Conv4(1, 5, 28, channels=16, activation="gelu"))
+    single = module.probe(episodes).curvature(restarts=1)
+    double = Episodes(episodes.support_x.double(), episodes.support_y, episodes.query_x.double(), episodes.query_y)
+    exact = module.double().probe(double).curvature(restarts=1)
+    assert (single.L, single.rho) == (pytest.approx(exact.L, rel=1e-3), pytest.approx(exact.rho, rel=0.02))
+
+
+def test_where_the_hessian_changes_at_a_kink_alone_the_search_ends() -> None:
+    """Huber's loss of a point so near its kink that the first step of the search crosses it, and later ones do not."""
+    near = 1 - 0.5 * torch.finfo(torch.float64).eps ** (1 / 3)
+    loss = lambda w: torch.nn.functional.huber_loss(w["w"], torch.zeros(1).double())
+    assert hessian_lipschitz(loss, {"w": torch.tensor([near], dtype=torch.float64)}).value > 0
+
+
+def test_half_precision_is_refused() -> None:
+    w = {"w": W["w"].bfloat16()}
+    with pytest.raises(ValueError, match="parameters in float32 or float64 to measure with but got torch"):
+        Probe(least_squares, w, regression_tasks())
+
+
+def test_what_is_not_finite_is_not_dropped() -> None:
+    w = {"w": torch.tensor([1e38], dtype=torch.float32)}
+    assert math.isnan(hessian_lipschitz(lambda p: (p["w"] ** 4).sum(), w).value)
+    assert math.isnan(smoothness(lambda p: (p["w"] ** 4).sum(), w).value)
+    start = torch.ones(2, 1, 2, dtype=torch.float64)
+    diverging = Probe(quartic, {"w": 2 * start[0, 0]}, Episodes(start, start, start, start)).curvature(inner_lr=1e200, steps=2)
+    assert math.isnan(diverging.L)
+    assert math.isnan(diverging.rho)
+
+
+@pytest.mark.parametrize("tasks", ["loop", "threads"])
+def test_attention_is_measured(tasks: str) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1).unflatten(1, (16, 4))
+            return self.head(self.attend(x, x, x, need_weights=False)[0].mean(1))
+
+    module = MAML(Attention().double(), tasks=tasks)
+    assert module.probe(make_episodes()).constants(0.1, 1).L > 0
+
+
+def regression_tasks(tasks: int = 6, samples: int = 8, seed: int = 0) -> Episodes:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, tasks, samples, 3, dtype=torch.float64, generator=random)
+    y = torch.randn(2, tasks, samples, dtype=torch.float64, generator=random)
+    return Episodes(x[0], y[0], x[1], y[1])
+
+
+def least_squares(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    return (x @ params["w"] - y).square().mean() / 2
+
+
+W = {"w": torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)}
+
+
+def gradients(x: Tensor, y: Tensor) -> Tensor:
+    """Of least squares at W, one row per sample."""
+    return x * (x @ W["w"] - y)[..., None]
+
+
+@pytest.mark.parametrize("tasks", ["loop", "threads"])
+def test_the_spread_of_gradients(tasks: str) -> None:
+    episodes = regression_tasks()
+    spread = Probe(least_squares, W, episodes, tasks=tasks).spread()
+    support, query = gradients(*episodes[:2]).mean(1), gradients(*episodes[2:]).mean(1)
+    assert spread.gradient_norm == pytest.approx(float(query.norm(dim=1).mean()))
+    assert spread.sigma == pytest.approx(float(query.var(0, correction=1).sum().sqrt()))
+    gaps = (support - query).norm(dim=1)
+    assert spread.b == pytest.approx(float(gaps.mean()))
+    assert spread.mean_square_b == pytest.approx(float(gaps.square().mean()))
+    assert spread.gradient_evaluations == 6 * 4
+
+
+def test_the_deviation_over_samples_is_unbiased() -> None:
+    episodes = regression_tasks(tasks=400, samples=6)
+    expected = float(gradients(*episodes[2:]).var(1, correction=1).sum(-1).mean().sqrt())
+    assert Probe(least_squares, W, episodes).spread().sample_sigma == pytest.approx(expected, rel=0.1)
+    one = Probe(least_squares, W, regression_tasks(samples=1)).spread()
+    assert math.isnan(one.sample_sigma)
+    assert one.gradient_evaluations == 6 * 2
+
+
+def test_sampling_is_taken_out_of_the_deviation_over_tasks_when_resampling() -> None:
+    """Tasks that are all the same differ only by their samples: sigma is 0."""
+    finite = regression_tasks(tasks=400, samples=16)
+    resampled = ResampledEpisodes(
+        finite.support_x[:, None], finite.support_y[:, None], finite.support_x[:, None], finite.support_y[:, None], *finite[2:]
+    )
+    with_sampling = Probe(least_squares, W, finite).spread()
+    assert with_sampling.sigma == pytest.approx(with_sampling.sample_sigma / 4, rel=0.1)
+    assert Probe(least_squares, W, resampled).spread().sigma < 0.3 * with_sampling.sigma
+
+
+def test_the_deviation_of_hessians() -> None:
+    episodes = regression_tasks(tasks=300, samples=6)
+    value, evaluations = Probe(least_squares, W, episodes).hessian_deviation()
+    hessians = episodes.query_x[..., None] * episodes.query_x[..., None, :]
+    deviations = []
+    for task in hessians:
+        leading = torch.linalg.eigh(task.mean(0)).eigenvectors[:, -1]
+        deviations.append((task @ leading).var(0, correction=1).sum())
+    assert value == pytest.approx(float(torch.stack(deviations).mean().sqrt()), rel=0.15)
+    assert evaluations > 300 * 10
+    assert math.isnan(Probe(least_squares, W, regression_tasks(samples=1)).hessian_deviation()[0])
+
+
+def quartic(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """|w - x|^4 / 4: L = 3 |w - x|^2 and rho = 6 |w - x|."""
+    return (params["w"] - x).square().sum().square() / 4
+
+
+def test_curvature_is_the_largest_over_tasks_sets_and_path() -> None:
+    support = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]], dtype=torch.float64)
+    query = torch.tensor([[[-1.0, 0.0]], [[0.0, -3.0]]], dtype=torch.float64)
+    labels = torch.zeros(2, 1)
+    w = {"w": torch.zeros(2, dtype=torch.float64)}
+    probe = Probe(quartic, w, Episodes(support, labels, query, labels))
+    here = probe.curvature()
+    assert (here.L, here.rho) == (pytest.approx(27, rel=1e-3), pytest.approx(18, rel=1e-3))
+    one_step_towards_the_support = 0.05 * 2**3
+    along = probe.curvature(inner_lr=0.05, steps=1)
+    distance = 3 + one_step_towards_the_support
+    assert (along.L, along.rho) == (pytest.approx(3 * distance**2, rel=1e-3), pytest.approx(6 * distance, rel=1e-3))
+    assert along.gradient_evaluations > here.gradient_evaluations > 0
+
+
+@pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_gradient_norms(tasks: str, inference: bool) -> None:
+    network, episodes = build("conv_group_norm"), make_episodes()
+    loss, w = plain_loss(network), {name: p.detach() for name, p in network.named_parameters()}
+    expected = [flat(torch.func.grad(loss)(w, x, y)).norm() for x, y in zip(episodes.query_x, episodes.query_y, strict=True)]
+    learner = Learner(network, vectorised=tasks == "vmap")
+    with torch.inference_mode(inference):
+        actual = Probe(lambda w, x, y: nn.functional.cross_entropy(learner(w, x), y), w, episodes, tasks=tasks).gradient_norms()
+    torch.testing.assert_close(actual, torch.stack(expected))
