@@ -22,7 +22,9 @@ WAYS, RATE = 5, 0.4
 
 def noise(tasks: int, shots: int) -> tuple[Tensor, Tensor]:
     """Return support sets of Omniglot's size."""
-    return torch.rand(tasks, WAYS * shots, 1, 28, 28), torch.arange(WAYS).repeat_interleave(shots).repeat(tasks, 1)
+    return torch.rand(tasks, WAYS * shots, 1, 28, 28), torch.arange(WAYS).repeat_interleave(
+        shots
+    ).repeat(tasks, 1)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -44,7 +46,10 @@ def main() -> None:
     network = Conv4(1, WAYS, 28, channels=arguments.channels)
     model = MAML(network, inner_lr=RATE, test_steps=arguments.steps)
     support_x, support_y = noise(arguments.tasks, shots=1)
-    peers = {name: l2l.algorithms.MAML(network, lr=RATE, first_order=name == "first order") for name in ("second order", "first order")}
+    peers = {
+        name: l2l.algorithms.MAML(network, lr=RATE, first_order=name == "first order")
+        for name in ("second order", "first order")
+    }
 
     def loop(maml: l2l.algorithms.MAML) -> list[torch.nn.Module]:
         learners = []
@@ -61,10 +66,18 @@ def main() -> None:
         ours.append(seconds(lambda: model.adapt(support_x, support_y)))
         for name, maml in peers.items():
             ratios[name].append(seconds(lambda maml=maml: loop(maml)) / ours[-1])
-    print(f"\n{arguments.tasks} tasks, 5-way 1-shot, {arguments.steps} steps, Conv4-{arguments.channels}, {os.cpu_count()} CPU cores")
-    print(f"model.adapt: median {statistics.median(ours):.2f} s ({min(ours):.2f} to {max(ours):.2f})")
+    print(
+        f"\n{arguments.tasks} tasks, 5-way 1-shot, {arguments.steps} steps, "
+        f"Conv4-{arguments.channels}, {os.cpu_count()} CPU cores"
+    )
+    print(
+        f"model.adapt: median {statistics.median(ours):.2f} s ({min(ours):.2f} to {max(ours):.2f})"
+    )
     for name, values in ratios.items():
-        print(f"learn2learn's clones, {name}: {statistics.median(values):.1f} times as long ({min(values):.1f} to {max(values):.1f})")
+        print(
+            f"learn2learn's clones, {name}: {statistics.median(values):.1f} times as long "
+            f"({min(values):.1f} to {max(values):.1f})"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Every algorithm on the same budget: real Omniglot, 20-way 1-shot, one table of accuracy and time.
 
-python benchmarks/algorithms.py --root DATA     # about 40 minutes on 2 cores; goes on where it was interrupted
+python benchmarks/algorithms.py --root DATA     # about 40 minutes on 2 cores; goes on where it was
+interrupted
 
-The times are taken at the end, with all algorithms in turns, so they are comparable even if other work ran during the trainings.
+The times are taken at the end, with all algorithms in turns, so they are comparable even if other
+work ran during the trainings.
 """
 
 import argparse
@@ -19,15 +21,36 @@ from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
-from lightning_maml import ANIL, BOIL, FOMAML, HFMAML, IMAML, LSLR, MAML, Conv4, MAMLPlusPlus, MetaSGD, ProtoNet, Reptile
+from lightning_maml import (
+    ANIL,
+    BOIL,
+    FOMAML,
+    HFMAML,
+    IMAML,
+    LSLR,
+    MAML,
+    Conv4,
+    MAMLPlusPlus,
+    MetaSGD,
+    ProtoNet,
+    Reptile,
+)
 from lightning_maml.algorithms.base import EpisodicModule
 from lightning_maml.datamodules import OmniglotDataModule
 
 WAYS, STEPS, RATE, EPOCHS = 20, 3, 0.4, 5
 ROUNDS, STEPS_TIMED = 3, 12
-EPISODES = {"ways": WAYS, "shots": 1, "queries": 1, "rotations": "classes", "meta_batch_size": 4, "train_batches": 120}
+EPISODES = {
+    "ways": WAYS,
+    "shots": 1,
+    "queries": 1,
+    "rotations": "classes",
+    "meta_batch_size": 4,
+    "train_batches": 120,
+}
 IMPLICIT_STEPS, IMPLICIT_RATE = 16, 0.1
-"""iMAML needs its inner problem solved: its paper's 16 steps, at a rate with which the proximal term of strength 2 does not diverge."""
+"""iMAML needs its inner problem solved: its paper's 16 steps, at a rate with which the proximal
+term of strength 2 does not diverge."""
 
 
 def network(ways: int | None = WAYS) -> Conv4:
@@ -45,7 +68,9 @@ def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=EPOCHS)
 
 
-def gradient_based(algorithm: type[MAML], rate: float = RATE, steps: int = STEPS, **arguments: Any) -> Callable[[], MAML]:
+def gradient_based(
+    algorithm: type[MAML], rate: float = RATE, steps: int = STEPS, **arguments: Any
+) -> Callable[[], MAML]:
     """Return a function that builds the model."""
     chosen = {"optimizer": optimizer, "lr_scheduler": schedule, **arguments}
     return lambda: algorithm(network(), inner_lr=rate, train_steps=steps, **chosen)
@@ -82,16 +107,25 @@ class Clock(Callback):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Take the time."""
         self.ends.append(time.perf_counter())
 
     def median(self) -> float:
         """Return the median time of a step."""
-        return statistics.median(later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False))
+        return statistics.median(
+            later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False)
+        )
 
 
-QUIET = {"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "accelerator": "cpu"}
+QUIET = {
+    "logger": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "accelerator": "cpu",
+}
 
 
 def train(name: str, data: OmniglotDataModule, folder: Path) -> Run:
@@ -102,7 +136,9 @@ def train(name: str, data: OmniglotDataModule, folder: Path) -> Run:
     trainer = Trainer(max_epochs=EPOCHS, callbacks=[best], **QUIET)
     untrained = trainer.test(model, data, verbose=False)[0]["test/accuracy"]
     trainer.fit(model, data)
-    figures = trainer.test(model, data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)[0]
+    figures = trainer.test(
+        model, data, ckpt_path=best.best_model_path, weights_only=True, verbose=False
+    )[0]
     steps = f"{model.train_steps}, {model.inner_lr:g}" if isinstance(model, MAML) else "-"
     return Run(name, steps, figures["test/accuracy"], figures["test/accuracy_ci95"], untrained)
 
@@ -143,12 +179,15 @@ def main() -> None:
             finished.write_text(json.dumps([run._asdict() for run in runs]))
     seconds = seconds_per_iteration([run.name for run in runs], data)
     print(
-        f"\n{os.cpu_count()} CPU cores\n\n| algorithm | N, inner rate | test accuracy, % | untrained, % | seconds per iteration |\n"
-        "|---|---|---|---|---|"
+        f"\n{os.cpu_count()} CPU cores\n\n| algorithm | N, inner rate | test accuracy, % | "
+        "untrained, % | seconds per iteration |\n|---|---|---|---|---|"
     )
     for run in runs:
         accuracy = f"{100 * run.accuracy:.1f} ± {100 * run.ci95:.1f}"
-        print(f"| `{run.name}` | {run.steps} | {accuracy} | {100 * run.untrained:.1f} | {seconds[run.name]:.2f} |")
+        print(
+            f"| `{run.name}` | {run.steps} | {accuracy} | {100 * run.untrained:.1f} | "
+            f"{seconds[run.name]:.2f} |"
+        )
 
 
 if __name__ == "__main__":

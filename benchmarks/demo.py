@@ -36,7 +36,9 @@ class IterationTimer(Callback):
         """Leave validation out."""
         self._last = None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Take the time since the previous batch."""
         now = time.perf_counter()
         if self._last is not None:
@@ -50,8 +52,18 @@ def train_and_test(name: str) -> Row:
     timer = IterationTimer()
     watching = [timer, MetaGradientMonitor(), LossMapPicture()]
     cli = run(["fit", f"--config={ROOT / 'configs' / f'glyphs_{name}.yaml'}"], callbacks=watching)
-    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=cli.trainer.checkpoint_callback.best_model_path, verbose=False)
-    return Row(type(cli.model).__name__, cli.model.adaptation, 1000 * statistics.median(timer.seconds), cli.trainer.log_dir)
+    cli.trainer.test(
+        cli.model,
+        datamodule=cli.datamodule,
+        ckpt_path=cli.trainer.checkpoint_callback.best_model_path,
+        verbose=False,
+    )
+    return Row(
+        type(cli.model).__name__,
+        cli.model.adaptation,
+        1000 * statistics.median(timer.seconds),
+        cli.trainer.log_dir,
+    )
 
 
 def main() -> None:
@@ -59,13 +71,20 @@ def main() -> None:
     rows = [train_and_test(name) for name in ALGORITHMS]
     tasks, steps = rows[0].accuracy.tasks, len(rows[0].accuracy.mean) - 1
     print(
-        f"\nGenerated characters, 5-way 1-shot, 1 query per class, {steps} adaptation steps, {tasks} test tasks, batch statistics "
-        f"(transductive), 95 % intervals; {os.cpu_count()} CPU cores\n"
+        f"\nGenerated characters, 5-way 1-shot, 1 query per class, {steps} adaptation steps, "
+        f"{tasks} test tasks, batch statistics (transductive), 95 % intervals; {os.cpu_count()} "
+        "CPU cores\n"
     )
     print(f"{'':8}{'before':>16}{'after adaptation':>20}{'ms / meta-iteration':>22}   pictures")
     for row in rows:
-        before, after = (f"{100 * row.accuracy.mean[end]:.1f} ± {100 * row.accuracy.ci95[end]:.1f} %" for end in (0, -1))
-        print(f"{row.algorithm:8}{before:>16}{after:>20}{row.milliseconds:>22.0f}   {row.folder}/*.png")
+        before, after = (
+            f"{100 * row.accuracy.mean[end]:.1f} ± {100 * row.accuracy.ci95[end]:.1f} %"
+            for end in (0, -1)
+        )
+        print(
+            f"{row.algorithm:8}{before:>16}{after:>20}{row.milliseconds:>22.0f}   "
+            f"{row.folder}/*.png"
+        )
 
 
 if __name__ == "__main__":

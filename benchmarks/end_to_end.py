@@ -1,6 +1,7 @@
 """Whole training on real Omniglot, 5-way 1-shot: Trainer.fit with loading and logging against learn2learn's loop and data pipeline.
 
-make learn2learn && .venv/bin/python benchmarks/end_to_end.py --root DATA     # some minutes on 2 cores; DATA/omniglot-py as in torchvision
+make learn2learn && .venv/bin/python benchmarks/end_to_end.py --root DATA     # some minutes on 2
+cores; DATA/omniglot-py as in torchvision
 """
 
 import argparse
@@ -53,7 +54,9 @@ class Clock(Callback):
 
     start = seconds = 0.0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Start the clock after the first iterations, and read it after each later one."""
         if batch_idx == WARM - 1:
             self.start, pl_module.seconds = time.perf_counter(), 0.0
@@ -63,7 +66,11 @@ class Clock(Callback):
 def ours(root: str, iterations: int, accelerator: str) -> tuple[float, float]:
     """Return the seconds of an iteration of ``Trainer.fit``, and those of its meta-gradient."""
     data = OmniglotDataModule(root, meta_batch_size=TASKS, download=False)
-    model = Timed(l2l.vision.models.OmniglotCNN(WAYS), RATE, optimizer=lambda params: torch.optim.Adam(params, META_RATE))
+    model = Timed(
+        l2l.vision.models.OmniglotCNN(WAYS),
+        RATE,
+        optimizer=lambda params: torch.optim.Adam(params, META_RATE),
+    )
     clock = Clock()
     with TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -83,7 +90,8 @@ def ours(root: str, iterations: int, accelerator: str) -> tuple[float, float]:
 def learn2learns_tasks(root: str) -> l2l.data.TaskDataset:
     """Return the tasks of learn2learn's ``examples/vision/maml_omniglot.py``, which decodes and resizes images whenever they are drawn."""
     scaled = Compose([Resize(28, interpolation=LANCZOS), ToTensor(), lambda x: 1.0 - x])
-    with patch.object(torchvision.datasets.Omniglot, "_check_integrity", lambda self: True):  # it checks archives; the folders are there
+    # it checks archives; the folders are there
+    with patch.object(torchvision.datasets.Omniglot, "_check_integrity", lambda self: True):
         dataset = l2l.data.MetaDataset(l2l.vision.datasets.FullOmniglot(root, transform=scaled))
     steps = [
         FusedNWaysKShots(dataset, n=WAYS, k=2),
@@ -126,28 +134,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="data", help="folder of Omniglot")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=40, help="of each round; learn2learn's loop does a quarter of them")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=40,
+        help="of each round; learn2learn's loop does a quarter of them",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     OmniglotDataModule(arguments.root).prepare_data()
     tasks = learn2learns_tasks(arguments.root)
     rounds = []
     for _ in tqdm(range(arguments.rounds), desc="Rounds"):
-        iteration, gradient = ours(arguments.root, arguments.iterations, arguments.device.replace("cuda", "gpu"))
-        rounds.append((iteration, gradient, theirs(tasks, max(1, arguments.iterations // 4), arguments.device)))
+        iteration, gradient = ours(
+            arguments.root, arguments.iterations, arguments.device.replace("cuda", "gpu")
+        )
+        rounds.append(
+            (
+                iteration,
+                gradient,
+                theirs(tasks, max(1, arguments.iterations // 4), arguments.device),
+            )
+        )
     print(
-        f"\nOmniglot, 5-way 1-shot, {TASKS} tasks, OmniglotCNN, {arguments.device}, {os.cpu_count()} CPU cores, medians of {len(rounds)} "
-        "rounds\n"
+        f"\nOmniglot, 5-way 1-shot, {TASKS} tasks, OmniglotCNN, {arguments.device}, "
+        f"{os.cpu_count()} CPU cores, medians of {len(rounds)} rounds\n"
     )
     columns = {
         "Trainer.fit, ms": [1000 * iteration for iteration, _, _ in rounds],
-        "of it not the meta-gradient, %": [100 * (1 - gradient / iteration) for iteration, gradient, _ in rounds],
+        "of it not the meta-gradient, %": [
+            100 * (1 - gradient / iteration) for iteration, gradient, _ in rounds
+        ],
         "learn2learn's loop, ms": [1000 * their for _, _, their in rounds],
         "times as long": [their / iteration for iteration, _, their in rounds],
     }
     print("| an iteration | median | least | most |\n|---|---|---|---|")
     for name, values in columns.items():
-        print(f"| {name} | {statistics.median(values):.3g} | {min(values):.3g} | {max(values):.3g} |")
+        print(
+            f"| {name} | {statistics.median(values):.3g} | {min(values):.3g} | {max(values):.3g} |"
+        )
 
 
 if __name__ == "__main__":

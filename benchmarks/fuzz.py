@@ -1,11 +1,13 @@
 """Damaged and hostile files for everything that reads one: does anything but the documented errors happen, does any of them run or write?
 
-.venv/bin/python benchmarks/fuzz.py                                  # 200,000 files for each reader, an hour or so; prints a table
-.venv/bin/python benchmarks/fuzz.py --readers images csv --files 1000
+.venv/bin/python benchmarks/fuzz.py                                  # 200,000 files for each
+reader, an hour or so; prints a table .venv/bin/python benchmarks/fuzz.py --readers images csv
+--files 1000
 
-atheris, which is libFuzzer for Python, makes the files by changing whole ones, and keeps those that reach code that no other did. A file
-is a finding if it raises an undocumented error, takes more than ten seconds or 3 GB, runs or writes something, or ends the process: it
-then stops its reader and is kept beside the report. Needs `pip install --group bench`.
+atheris, which is libFuzzer for Python, makes the files by changing whole ones, and keeps those that
+reach code that no other did. A file is a finding if it raises an undocumented error, takes more
+than ten seconds or 3 GB, runs or writes something, or ends the process: it then stops its reader
+and is kept beside the report. Needs `pip install --group bench`.
 """
 
 import argparse
@@ -44,7 +46,11 @@ with atheris.instrument_imports(include=["lightning_maml", "pickle", "csv", "zip
     from lightning_maml.core.rng import random_state
     from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
     from lightning_maml.datamodules.images.files import _Chunks, rows_of_classes
-    from lightning_maml.datamodules.mini_imagenet.array_files import open_cache_pickle, open_category_pickle, open_hdf5
+    from lightning_maml.datamodules.mini_imagenet.array_files import (
+        open_cache_pickle,
+        open_category_pickle,
+        open_hdf5,
+    )
     from lightning_maml.datamodules.mini_imagenet.layouts import _list_files
     from lightning_maml.io.checkpoints import read_checkpoint
     from lightning_maml.io.replay import load_step
@@ -65,7 +71,8 @@ FORBIDDEN = (
     "os.chmod",
     "os.symlink",
 )
-FORBIDDEN += ("os.link", "os.truncate", "shutil.", "subprocess.", "socket.", "ctypes.")  # not exec: modules that are imported late call it
+# not exec: modules that are imported late call it
+FORBIDDEN += ("os.link", "os.truncate", "shutil.", "subprocess.", "socket.", "ctypes.")
 
 Mutator = Callable[[bytes, int, int], bytes]
 
@@ -78,8 +85,10 @@ class Reader(NamedTuple):
         seeds: Contents of whole files.
         read: Function that reads a file.
         documented: The errors that it may raise.
-        mutate: Function that changes a file, where changed bytes would mostly be refused at once, for example for a checksum.
-        trusted: Parts of the details of forbidden events that it may cause nevertheless, as its documentation says.
+        mutate: Function that changes a file, where changed bytes would mostly be refused at once,
+            for example for a checksum.
+        trusted: Parts of the details of forbidden events that it may cause nevertheless, as its
+            documentation says.
     """
 
     name: str
@@ -106,7 +115,12 @@ def pickles(folder: Path) -> Reader:
         except ValueError:
             return open_category_pickle(path, SIZE).read()
 
-    return Reader("x.pkl", [pickle.dumps(form, protocol) for form in forms for protocol in range(6)], read, (ValueError,))
+    return Reader(
+        "x.pkl",
+        [pickle.dumps(form, protocol) for form in forms for protocol in range(6)],
+        read,
+        (ValueError,),
+    )
 
 
 def hdf5(folder: Path) -> Reader:
@@ -116,7 +130,9 @@ def hdf5(folder: Path) -> Reader:
         path = folder / f"{number}.hdf5"
         with h5py.File(path, "w") as content:
             for name in "ab":
-                content.create_dataset(f"datasets/{name}", data=np.zeros((3, SIZE, SIZE, 3), np.uint8), **options)
+                content.create_dataset(
+                    f"datasets/{name}", data=np.zeros((3, SIZE, SIZE, 3), np.uint8), **options
+                )
         seeds.append(path.read_bytes())
         path.unlink()
     return Reader("x.hdf5", seeds, lambda path: open_hdf5(path, SIZE).read(), (ValueError,))
@@ -130,9 +146,13 @@ def lists(folder: Path) -> Reader:
     seeds = []
     for header in (("filename", "label"), ("class_name", "image_name")):
         text = io.StringIO()
-        csv.writer(text).writerows([header, ("a.jpg", "n1"), ("b.jpg", "n2"), ("c.jpg", "n1"), ("d.jpg", "n2")])
+        csv.writer(text).writerows(
+            [header, ("a.jpg", "n1"), ("b.jpg", "n2"), ("c.jpg", "n1"), ("d.jpg", "n2")]
+        )
         seeds += [text.getvalue().encode(), text.getvalue().encode("utf-16")]
-    return Reader("train.csv", seeds, partial(_list_files, split="train"), (ValueError, FileNotFoundError))
+    return Reader(
+        "train.csv", seeds, partial(_list_files, split="train"), (ValueError, FileNotFoundError)
+    )
 
 
 def images(folder: Path) -> Reader:
@@ -155,7 +175,10 @@ def images(folder: Path) -> Reader:
 def caches(folder: Path) -> Reader:
     """Return the reader of caches of decoded images, which raises nothing either, but warns."""
     content = DecodedImages(
-        torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8), torch.tensor([0, 0, 1, -1]), ["a", "b"], ["c.jpg (cut short)"]
+        torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8),
+        torch.tensor([0, 0, 1, -1]),
+        ["a", "b"],
+        ["c.jpg (cut short)"],
     )
     write_cache(folder / "x.pt", "files", content)
 
@@ -177,7 +200,9 @@ def checkpoints(folder: Path) -> Reader:
     }
     torch.save(content, file := io.BytesIO())
     torch.save(content, old := io.BytesIO(), _use_new_zipfile_serialization=False)
-    return Reader("x.ckpt", [file.getvalue(), old.getvalue()], read_checkpoint, (ValueError,), mutate_archive)
+    return Reader(
+        "x.ckpt", [file.getvalue(), old.getvalue()], read_checkpoint, (ValueError,), mutate_archive
+    )
 
 
 def steps(folder: Path) -> Reader:
@@ -185,9 +210,21 @@ def steps(folder: Path) -> Reader:
     module = MAML(MLP(2, 2, hidden=(3,)), 0.1)
     episodes = [torch.zeros(1, 2, 2), torch.tensor([[0, 1]])] * 2
     state = random_state(torch.device("cpu"))
-    step = {"kind": "Episodes", "episodes": episodes, "state_dict": module.state_dict(), "random_state": state, "epoch": 0}
+    step = {
+        "kind": "Episodes",
+        "episodes": episodes,
+        "state_dict": module.state_dict(),
+        "random_state": state,
+        "epoch": 0,
+    }
     torch.save(step, file := io.BytesIO())
-    return Reader("x.repro", [file.getvalue()], lambda path: load_step(module, path), (ValueError,), mutate_archive)
+    return Reader(
+        "x.repro",
+        [file.getvalue()],
+        lambda path: load_step(module, path),
+        (ValueError,),
+        mutate_archive,
+    )
 
 
 def command_parser() -> Any:
@@ -198,7 +235,10 @@ def command_parser() -> Any:
         found.append(parser)
         raise InterruptedError
 
-    with mock.patch.object(cli._CLI, "parse_arguments", keep), contextlib.suppress(InterruptedError):
+    with (
+        mock.patch.object(cli._CLI, "parse_arguments", keep),
+        contextlib.suppress(InterruptedError),
+    ):
         cli.run([])
     return found[0]
 
@@ -209,14 +249,20 @@ def _with_parts(value: Any) -> Any:
         return {key: _with_parts(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_with_parts(item) for item in value]
-    return _with_parts(yaml.safe_load((CONFIGS / value).read_text())) if str(value).endswith(".yaml") else value
+    return (
+        _with_parts(yaml.safe_load((CONFIGS / value).read_text()))
+        if str(value).endswith(".yaml")
+        else value
+    )
 
 
 def configs(folder: Path) -> Reader:
     """Return the reader of configs, which, as documented, imports the classes and reads the configs that they name."""
     parser = command_parser()
     wholes = [_with_parts(file.name) for file in sorted(CONFIGS.glob("*.yaml"))]
-    sections = {yaml.safe_dump({section: whole[section]}).encode() for whole in wholes for section in whole}
+    sections = {
+        yaml.safe_dump({section: whole[section]}).encode() for whole in wholes for section in whole
+    }
     seeds = [yaml.safe_dump(whole).encode() for whole in wholes]
 
     def read(path: Path) -> None:
@@ -225,7 +271,14 @@ def configs(folder: Path) -> Reader:
 
     finds_modules = "json.dumps(sys.path)"  # a command of jsonargparse's
     mutate = partial(mutate_yaml, seeds)
-    return Reader("x.yaml", [*sorted(sections), *seeds], read, (SystemExit, UnicodeDecodeError), mutate, (finds_modules,))
+    return Reader(
+        "x.yaml",
+        [*sorted(sections), *seeds],
+        read,
+        (SystemExit, UnicodeDecodeError),
+        mutate,
+        (finds_modules,),
+    )
 
 
 READERS = {
@@ -284,7 +337,8 @@ ODDITIES = (
 def mutate_yaml(wholes: list[bytes], data: bytes, most: int, seed: int) -> bytes:
     """Replace a part of a config by something odd or by another part, three times out of four; otherwise change any bytes.
 
-    One time in ten the config is one of ``wholes``, because what the fuzzer keeps is soon full of files that are refused at first sight.
+    One time in ten the config is one of ``wholes``, because what the fuzzer keeps is soon full of
+    files that are refused at first sight.
     """
     choice = random.Random(seed)
     if choice.random() < 0.1:
@@ -309,7 +363,13 @@ def mutate_yaml(wholes: list[bytes], data: bytes, most: int, seed: int) -> bytes
 
 def _places(tree: Any, depth: int = 0) -> Any:
     if depth < 20:
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        for key, value in (
+            tree.items()
+            if isinstance(tree, dict)
+            else enumerate(tree)
+            if isinstance(tree, list)
+            else ()
+        ):
             yield tree, key
             yield from _places(value, depth + 1)
 
@@ -324,7 +384,11 @@ class Watch:
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, details: tuple[Any, ...]) -> None:
-        if self._on and event.startswith(FORBIDDEN) and not any(t in str(details) for t in self._trusted):
+        if (
+            self._on
+            and event.startswith(FORBIDDEN)
+            and not any(t in str(details) for t in self._trusted)
+        ):
             self.seen.append(f"{event} {str(details)[:200]}")
         if self._on and event == "open":
             path, _, flags = details
@@ -411,8 +475,16 @@ def main() -> None:
         with (args.out / f"{name}.log").open("w") as log:
             status = subprocess.run(command, check=False, stdout=log, stderr=log).returncode
         counts = json.loads(report.read_text()) if report.exists() else {}
-        finding = "none" if status == 0 and counts.get("files", 0) >= args.files else f"stopped with status {status}, see {log.name}"
-        print(f"| {name} | {counts.get('files', 0):,} | {counts.get('read', 0):,} | {counts.get('refused', 0):,} | {finding} |", flush=True)
+        finding = (
+            "none"
+            if status == 0 and counts.get("files", 0) >= args.files
+            else f"stopped with status {status}, see {log.name}"
+        )
+        print(
+            f"| {name} | {counts.get('files', 0):,} | {counts.get('read', 0):,} | "
+            f"{counts.get('refused', 0):,} | {finding} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 ``python benchmarks/house.py lightning_maml datamodules`` prints a table with one column; separate
 trees by ``--``, or give installed packages by name (``torchmetrics``), to see them side by side.
-The numbers are to be looked at, not to be reached: no line is split and no docstring padded for them.
+The numbers are to be looked at, not to be reached: no line is split and no docstring padded for
+them.
 """
 
 import argparse
@@ -56,10 +57,18 @@ def docstring_lines(tree: ast.Module) -> set[int]:
 def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
     """Yield the functions and methods with parameters that users may call."""
     holders: list[ast.Module | ast.ClassDef] = [tree]
-    holders += [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    holders += [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
     for holder in holders:
         for node in holder.body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and parameters(node):
+            if (
+                isinstance(node, ast.FunctionDef)
+                and not node.name.startswith("_")
+                and parameters(node)
+            ):
                 yield node
 
 
@@ -119,9 +128,16 @@ def describe(paths: list[Path]) -> dict[str, str]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trees", nargs="+", help="folders or packages; commas join several to one column")
-    columns = {name: describe([path for part in name.split(",") for path in files_of(part)]) for name in parser.parse_args().trees}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "trees", nargs="+", help="folders or packages; commas join several to one column"
+    )
+    columns = {
+        name: describe([path for part in name.split(",") for path in files_of(part)])
+        for name in parser.parse_args().trees
+    }
     print("| | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for figure in next(iter(columns.values())):

@@ -33,7 +33,9 @@ def adapted_apart(case: Case, episodes: Episodes, way: str) -> float:
     elif way == "adapt of many":
         outputs = model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)
     else:
-        outputs = torch.stack([model.adapt(x, y)(query) for x, y, query, _ in zip(*episodes, strict=True)])
+        outputs = torch.stack(
+            [model.adapt(x, y)(query) for x, y, query, _ in zip(*episodes, strict=True)]
+        )
     network = network_of(case)
     right = torch.stack([adapted(network, task, RATE, STEPS) for task in tasks_of(episodes)])
     return float((outputs - right).norm() / right.norm())
@@ -51,7 +53,11 @@ def row(case: Case) -> dict[str, str]:
     cells = {}
     exact, first = reference(network_of(case), episodes, RATE, STEPS)
     ways = ("auto", "loop", "threads") if case.random else WAYS  # stacked tasks draw other numbers
-    for algorithm, right, most in ((MAML, exact, 1e-6), (FOMAML, first, 1e-6), (HFMAML, exact, 1e-4)):
+    for algorithm, right, most in (
+        (MAML, exact, 1e-6),
+        (FOMAML, first, 1e-6),
+        (HFMAML, exact, 1e-4),
+    ):
         if algorithm is HFMAML and (not case.smooth or exact is None):
             continue
         for way in ways:
@@ -68,7 +74,9 @@ def main() -> None:
     """Print the table; write its sums into docs/quality.md with --write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="layers; by default all")
-    parser.add_argument("--write", action="store_true", help="write the sums between the markers of docs/quality.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the sums between the markers of docs/quality.md"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     counts: Counter[str] = Counter()
@@ -83,7 +91,8 @@ def main() -> None:
         print(f"{name:32s} {dict(found)} {'; '.join(bad)}", flush=True)
     wrong = counts["WRONG"] + counts["CRASH"]
     sums = (
-        f"{len(arguments.names or CASES)} layers and functions: {counts['equal']} cells equal, {counts['refused']} refused, {wrong} wrong."
+        f"{len(arguments.names or CASES)} layers and functions: {counts['equal']} cells equal, "
+        f"{counts['refused']} refused, {wrong} wrong."
     )
     print(sums)
     if arguments.write:

@@ -1,9 +1,10 @@
 """learn2learn's Lightning example with other imports, against learn2learn's own loop: same tasksets of real Omniglot, same first weights.
 
-Training is in float64, where both must take the same path; ``--single`` is float32, where rounding separates them within some fifty
-iterations.
+Training is in float64, where both must take the same path; ``--single`` is float32, where rounding
+separates them within some fifty iterations.
 
-make learn2learn && .venv/bin/python benchmarks/learn2learn_example.py --root DATA     # a quarter of an hour on 2 cores
+make learn2learn && .venv/bin/python benchmarks/learn2learn_example.py --root DATA     # a quarter
+of an hour on 2 cores
 """
 
 import argparse
@@ -35,9 +36,19 @@ RATE, META_RATE, ADAPTATION_STEPS = 0.4, 0.003, {"maml": 1, "anil": 5}
 def taskset(data: OmniglotDataModule, split: str) -> TaskDataset:
     """Return learn2learn's taskset over the characters of a split."""
     images, members, _ = data.class_images(split)
-    labels = torch.arange(len(members)).repeat_interleave(torch.tensor([len(rows) for rows in members]))
-    dataset = MetaDataset(TensorDataset(images[np.concatenate(members)].to(torch.get_default_dtype()) / 255, labels))
-    steps = [NWays(dataset, WAYS), KShots(dataset, SHOTS + QUERIES), LoadData(dataset), RemapLabels(dataset), ConsecutiveLabels(dataset)]
+    labels = torch.arange(len(members)).repeat_interleave(
+        torch.tensor([len(rows) for rows in members])
+    )
+    dataset = MetaDataset(
+        TensorDataset(images[np.concatenate(members)].to(torch.get_default_dtype()) / 255, labels)
+    )
+    steps = [
+        NWays(dataset, WAYS),
+        KShots(dataset, SHOTS + QUERIES),
+        LoadData(dataset),
+        RemapLabels(dataset),
+        ConsecutiveLabels(dataset),
+    ]
     return TaskDataset(dataset, task_transforms=steps, num_tasks=-1)
 
 
@@ -47,10 +58,14 @@ def halves(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[support], y[support], x[~support], y[~support]
 
 
-def adapt_as_learn2learn(name: str, network: nn.Module, maml: l2l.algorithms.MAML, task: Task) -> tuple[Tensor, float]:
+def adapt_as_learn2learn(
+    name: str, network: nn.Module, maml: l2l.algorithms.MAML, task: Task
+) -> tuple[Tensor, float]:
     """Return a task's query loss and accuracy: the ``fast_adapt`` of learn2learn's ``maml_omniglot.py`` and ``anil_fc100.py``."""
     learner, (data, labels) = maml.clone(), task
-    support_x, support_y, query_x, query_y = halves(network.features(data) if name == "anil" else data, labels)
+    support_x, support_y, query_x, query_y = halves(
+        network.features(data) if name == "anil" else data, labels
+    )
     for _ in range(ADAPTATION_STEPS[name]):
         learner.adapt(F.cross_entropy(learner(support_x), support_y))
     outputs = learner(query_x)
@@ -73,14 +88,30 @@ def their_loop(name: str, network: nn.Module, tasks: list[TaskDataset]) -> None:
 def our_script(name: str, network: nn.Module, tasks: list[TaskDataset]) -> None:
     """Train as learn2learn's ``examples/vision/lightning/main.py`` does, with its imports and its Trainer changed."""
     arguments = {
-        f"{split}_{key}": value for split in ("train", "test") for key, value in (("ways", WAYS), ("shots", SHOTS), ("queries", QUERIES))
+        f"{split}_{key}": value
+        for split in ("train", "test")
+        for key, value in (("ways", WAYS), ("shots", SHOTS), ("queries", QUERIES))
     }
-    arguments |= {"adaptation_lr": RATE, "adaptation_steps": ADAPTATION_STEPS[name], "lr": META_RATE}
+    arguments |= {
+        "adaptation_lr": RATE,
+        "adaptation_steps": ADAPTATION_STEPS[name],
+        "lr": META_RATE,
+    }
     episodic_data = EpisodicBatcher(*tasks, epoch_length=META_BATCH * ITERATIONS_PER_EPOCH)
-    algorithm = LightningMAML(network, **arguments) if name == "maml" else LightningANIL(network.features, network.classifier, **arguments)
+    algorithm = (
+        LightningMAML(network, **arguments)
+        if name == "maml"
+        else LightningANIL(network.features, network.classifier, **arguments)
+    )
     quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
     precision = "64-true" if torch.get_default_dtype() == torch.float64 else "32-true"
-    trainer = Trainer(accelerator="cpu", precision=precision, accumulate_grad_batches=META_BATCH, max_epochs=EPOCHS, **quiet)
+    trainer = Trainer(
+        accelerator="cpu",
+        precision=precision,
+        accumulate_grad_batches=META_BATCH,
+        max_epochs=EPOCHS,
+        **quiet,
+    )
     trainer.fit(model=algorithm, datamodule=episodic_data)
 
 
@@ -99,7 +130,10 @@ def main() -> None:
         seed_everything(0, verbose=False)
         first = l2l.vision.models.OmniglotCNN(WAYS)
         test_tasks = [tasks[2].sample() for _ in range(TEST_TASKS)]
-        for label, train in (("learn2learn's loop", their_loop), ("the example, ported", our_script)):
+        for label, train in (
+            ("learn2learn's loop", their_loop),
+            ("the example, ported", our_script),
+        ):
             network = copy.deepcopy(first)
             random.seed(1)
             np.random.seed(1)
@@ -107,14 +141,23 @@ def main() -> None:
             train(name, network, tasks)
             minutes = (time.perf_counter() - start) / 60
             maml = l2l.algorithms.MAML(network.classifier if name == "anil" else network, lr=RATE)
-            accuracies = torch.tensor([adapt_as_learn2learn(name, network, maml, task)[1] for task in test_tasks])
+            accuracies = torch.tensor(
+                [adapt_as_learn2learn(name, network, maml, task)[1] for task in test_tasks]
+            )
             ci95 = 1.96 * accuracies.std() / TEST_TASKS**0.5
-            rows.append(f"| {name} | {label} | {100 * accuracies.mean():.2f} ± {100 * ci95:.2f} | {minutes:.1f} |")
+            rows.append(
+                f"| {name} | {label} | {100 * accuracies.mean():.2f} ± {100 * ci95:.2f} | "
+                f"{minutes:.1f} |"
+            )
     print(
-        f"\n{EPOCHS * ITERATIONS_PER_EPOCH} iterations of {META_BATCH} tasks, tested on {TEST_TASKS}, {torch.get_default_dtype()}; "
-        f"{os.cpu_count()} CPU cores"
+        f"\n{EPOCHS * ITERATIONS_PER_EPOCH} iterations of {META_BATCH} tasks, tested on "
+        f"{TEST_TASKS}, {torch.get_default_dtype()}; {os.cpu_count()} CPU cores"
     )
-    print("\n| algorithm | training | test accuracy, % | minutes |\n|---|---|---|---|", *rows, sep="\n")
+    print(
+        "\n| algorithm | training | test accuracy, % | minutes |\n|---|---|---|---|",
+        *rows,
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

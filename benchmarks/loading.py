@@ -1,6 +1,7 @@
 """What loading mini-ImageNet at its full size costs: time, memory, and time per episode.
 
-python benchmarks/loading.py                # some minutes; prints a table; needs `pip install --group bench`
+python benchmarks/loading.py                # some minutes; prints a table; needs
+`pip install --group bench`
 
 The images are made up, in a temporary folder of 3 GB.
 """
@@ -60,7 +61,9 @@ print(json.dumps(times[50:]))
 
 def in_a_process_of_its_own(script: str, root: Path) -> list[float]:
     """Run a script in its own process, so that only its own memory counts, and return the numbers that it prints last."""
-    output = subprocess.run([sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     numbers: list[float] = json.loads(output.splitlines()[-1])
     return numbers
 
@@ -69,13 +72,21 @@ def noise() -> Iterator[tuple[str, np.ndarray]]:
     """Yield each split with as many images as mini-ImageNet has."""
     for split, names in CLASSES.items():
         count = len(names) * PER_CLASS
-        yield split, np.frombuffer(np.random.RandomState(0).bytes(count * SIZE * SIZE * 3), np.uint8).reshape(count, SIZE, SIZE, 3)
+        yield (
+            split,
+            np.frombuffer(
+                np.random.RandomState(0).bytes(count * SIZE * SIZE * 3), np.uint8
+            ).reshape(count, SIZE, SIZE, 3),
+        )
 
 
 def write_cache_pickles(root: Path) -> None:
     """Write the pickles of Ren et al."""
     for split, images in noise():
-        numbers = {name: list(range(k * PER_CLASS, (k + 1) * PER_CLASS)) for k, name in enumerate(CLASSES[split])}
+        numbers = {
+            name: list(range(k * PER_CLASS, (k + 1) * PER_CLASS))
+            for k, name in enumerate(CLASSES[split])
+        }
         with (root / f"mini-imagenet-cache-{split}.pkl").open("wb") as stream:
             pickle.dump({"image_data": images, "class_dict": numbers}, stream, protocol=4)
 
@@ -120,12 +131,15 @@ def main() -> None:
         times = sorted(1000 * seconds for seconds in in_a_process_of_its_own(EPISODES, root))
         bar.update()
     print(f"\n{os.cpu_count()} CPU cores; memory is what the process grew by, at most\n")
-    print("data | | until training may begin | memory then | memory when all images were used\n--- | --- | --- | --- | ---")
+    print(
+        "data | | until training may begin | memory then | memory when all images were used\n--- "
+        "| --- | --- | --- | ---"
+    )
     print("\n".join(rows))
     print(
-        "\nAn episode of 5 classes with 5 support and 15 query images each, from the cache, without workers: median "
-        f"{statistics.median(times):.2f} ms, of {len(times)} between {times[len(times) // 20]:.2f} and {times[-len(times) // 20]:.2f} ms "
-        "(5 and 95 %)"
+        "\nAn episode of 5 classes with 5 support and 15 query images each, from the cache, "
+        f"without workers: median {statistics.median(times):.2f} ms, of {len(times)} between "
+        f"{times[len(times) // 20]:.2f} and {times[-len(times) // 20]:.2f} ms (5 and 95 %)"
     )
 
 

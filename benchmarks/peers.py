@@ -1,6 +1,7 @@
 """The mean meta-gradient of a meta-batch as other libraries compute it, and as plain torch.func does, for comparison.
 
-Each takes a network whose batch norm keeps no running averages, the mean loss, the tasks, the inner rate and the inner steps.
+Each takes a network whose batch norm keeps no running averages, the mean loss, the tasks, the inner
+rate and the inner steps.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,14 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def learn2learn(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, steps: int, first_order: bool = False) -> Params:
+def learn2learn(
+    network: nn.Module,
+    loss: Loss,
+    episodes: Episodes,
+    rate: float,
+    steps: int,
+    first_order: bool = False,
+) -> Params:
     """Clone, adapt, backward: the loop of learn2learn's examples."""
     from learn2learn.algorithms import MAML
 
@@ -28,10 +36,14 @@ def learn2learn(network: nn.Module, loss: Loss, episodes: Episodes, rate: float,
             learner.adapt(loss(learner(task[0]), task[1]))
         return loss(learner(task[2]), task[3])
 
-    return _accumulated(network, map(query_loss, zip(*episodes, strict=True)), len(episodes.support_x))
+    return _accumulated(
+        network, map(query_loss, zip(*episodes, strict=True)), len(episodes.support_x)
+    )
 
 
-def learn2learn_fo(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, steps: int) -> Params:
+def learn2learn_fo(
+    network: nn.Module, loss: Loss, episodes: Episodes, rate: float, steps: int
+) -> Params:
     """Do the same with ``first_order=True``."""
     return learn2learn(network, loss, episodes, rate, steps, first_order=True)
 
@@ -43,7 +55,10 @@ def higher(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, step
     optimizer = torch.optim.SGD(network.parameters(), lr=rate)
     network.zero_grad()
     for support_x, support_y, query_x, query_y in zip(*episodes, strict=True):
-        with library.innerloop_ctx(network, optimizer, copy_initial_weights=False) as (learner, inner):
+        with library.innerloop_ctx(network, optimizer, copy_initial_weights=False) as (
+            learner,
+            inner,
+        ):
             for _ in range(steps):
                 inner.step(loss(learner(support_x), support_y))
             (loss(learner(query_x), query_y) / len(episodes.support_x)).backward()
@@ -68,18 +83,32 @@ def torchopt(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, st
     return {name: p.grad for name, p in params.items()}
 
 
-def torch_func(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, steps: int, first_order: bool = False) -> Params:
+def torch_func(
+    network: nn.Module,
+    loss: Loss,
+    episodes: Episodes,
+    rate: float,
+    steps: int,
+    first_order: bool = False,
+) -> Params:
     """Use ``grad`` through an inner loop of ``grad``, one task after the other: ``vmap`` over tasks fails at batch norm."""
     params = {name: p.detach() for name, p in network.named_parameters()}
 
     def query_loss(w: Params, task: Task) -> Tensor:
         for _ in range(steps):
-            gradient = torch.func.grad(lambda w: loss(functional_call(network, w, (task[0],)), task[1]))(w)
-            w = {name: w[name] - rate * (gradient[name].detach() if first_order else gradient[name]) for name in w}
+            gradient = torch.func.grad(
+                lambda w: loss(functional_call(network, w, (task[0],)), task[1])
+            )(w)
+            w = {
+                name: w[name] - rate * (gradient[name].detach() if first_order else gradient[name])
+                for name in w
+            }
         return loss(functional_call(network, w, (task[2],)), task[3])
 
     gradients = [torch.func.grad(query_loss)(params, task) for task in zip(*episodes, strict=True)]
-    return {name: torch.stack([gradient[name] for gradient in gradients]).mean(0) for name in params}
+    return {
+        name: torch.stack([gradient[name] for gradient in gradients]).mean(0) for name in params
+    }
 
 
 def _accumulated(network: nn.Module, losses: Iterator[Tensor], tasks: int) -> Params:
@@ -89,4 +118,10 @@ def _accumulated(network: nn.Module, losses: Iterator[Tensor], tasks: int) -> Pa
     return {name: p.grad for name, p in network.named_parameters()}
 
 
-PEERS = {"learn2learn": learn2learn, "learn2learn-fo": learn2learn_fo, "higher": higher, "torchopt": torchopt, "torch-func": torch_func}
+PEERS = {
+    "learn2learn": learn2learn,
+    "learn2learn-fo": learn2learn_fo,
+    "higher": higher,
+    "torchopt": torchopt,
+    "torch-func": torch_func,
+}

@@ -42,7 +42,11 @@ from helpers.families import (
     quartic_tasks,
 )
 
-NAMES: dict[CurvatureName, str] = {"exact": "MAML", "none": "FO-MAML", "finite_difference": "HF-MAML"}
+NAMES: dict[CurvatureName, str] = {
+    "exact": "MAML",
+    "none": "FO-MAML",
+    "finite_difference": "HF-MAML",
+}
 
 
 class Series(NamedTuple):
@@ -113,7 +117,9 @@ def quadratic_norm(alpha: float, steps: int, w: Tensor, spread: float = 1.0) -> 
 
 def nonconvex_norm(alpha: float, steps: int, w: Tensor) -> float:
     """Return |grad F| by autograd through the unrolled loop."""
-    return float(torch.func.grad(meta_objective)(w, nonconvex_loss, nonconvex_tasks(), alpha, steps).norm())
+    return float(
+        torch.func.grad(meta_objective)(w, nonconvex_loss, nonconvex_tasks(), alpha, steps).norm()
+    )
 
 
 ALPHAS = {1: (0.1, 0.05, 0.025, 0.0125), 5: (0.02, 0.01, 0.005, 0.0025)}
@@ -124,31 +130,64 @@ def first_order_floor() -> Finding:
     """P1: FO-MAML comes to rest at a distance of the order N alpha L sigma."""
 
     def quadratic_floor(alpha: float, steps: int, spread: float = 1.0) -> tuple[float, float]:
-        w, _ = descend(quadratic_loss, quadratic_tasks(spread), vector(4, 3), 0.5, 200, inner_lr=alpha, steps=steps, curvature="none")
+        w, _ = descend(
+            quadratic_loss,
+            quadratic_tasks(spread),
+            vector(4, 3),
+            0.5,
+            200,
+            inner_lr=alpha,
+            steps=steps,
+            curvature="none",
+        )
         return quadratic_norm(alpha, steps, w, spread), quadratic_sigma(w, spread)
 
     def nonconvex_floor(alpha: float, steps: int) -> tuple[float, float]:
-        w, _ = descend(nonconvex_loss, nonconvex_tasks(), vector(3), 0.3, 800, inner_lr=alpha, steps=steps, curvature="none")
+        w, _ = descend(
+            nonconvex_loss,
+            nonconvex_tasks(),
+            vector(3),
+            0.3,
+            800,
+            inner_lr=alpha,
+            steps=steps,
+            curvature="none",
+        )
         return nonconvex_norm(alpha, steps, w), nonconvex_sigma(w)
 
     series, ratios, within, slopes = [], [], [], []
-    for (name, floor_of, L), steps in product((("quadratic", quadratic_floor, 1.0), ("nonconvex", nonconvex_floor, NONCONVEX_L)), ALPHAS):
+    for (name, floor_of, L), steps in product(
+        (("quadratic", quadratic_floor, 1.0), ("nonconvex", nonconvex_floor, NONCONVEX_L)), ALPHAS
+    ):
         floors = [(alpha_l, *floor_of(alpha_l / L, steps)) for alpha_l in ALPHAS[steps]]
         ratios += [floor / (steps * alpha_l * sigma) for alpha_l, floor, sigma in floors]
-        within += [floor / theory.first_order_floor(L, alpha_l / L, steps, sigma) for alpha_l, floor, sigma in floors]
+        within += [
+            floor / theory.first_order_floor(L, alpha_l / L, steps, sigma)
+            for alpha_l, floor, sigma in floors
+        ]
         slopes.append(slope([row[0] for row in floors], [row[1] for row in floors]))
-        series.append(Series(f"{name}, N = {steps}", [steps * row[0] for row in floors], [row[1] for row in floors]))
+        series.append(
+            Series(
+                f"{name}, N = {steps}",
+                [steps * row[0] for row in floors],
+                [row[1] for row in floors],
+            )
+        )
     in_steps = slope((1, 2, 4, 8), [quadratic_floor(0.0125, steps)[0] for steps in (1, 2, 4, 8)])
     in_sigma = slope((0.25, 1, 4), [quadratic_floor(0.05, 1, spread)[0] for spread in (0.25, 1, 4)])
     exponents = [*slopes, in_steps, in_sigma]
     return Finding(
         "P1",
         "FO-MAML's floor",
-        "FO-MAML has a floor of the order alpha L sigma, whatever the batches (F Thm 4.15, Cor 4.16), and of N (J Lemmas 12-15)",
+        "FO-MAML has a floor of the order alpha L sigma, whatever the batches (F Thm 4.15, Cor "
+        "4.16), and of N (J Lemmas 12-15)",
         "|grad F| <= c sigma / (1 - c), c = a^N (a^N - 1) / (2 - a^2N) ~ N alpha L",
-        f"floor / (N alpha L sigma) = {min(ratios):.2f} .. {max(ratios):.2f}; exponents: of alpha {min(slopes):.2f} .. {max(slopes):.2f}, "
-        f"of N {in_steps:.2f}, of sigma {in_sigma:.2f}; at most {max(within):.2f} of the bound",
-        max(within) <= 1 and min(ratios) > 0.01 and all(0.85 < exponent < 1.15 for exponent in exponents),
+        f"floor / (N alpha L sigma) = {min(ratios):.2f} .. {max(ratios):.2f}; exponents: of alpha "
+        f"{min(slopes):.2f} .. {max(slopes):.2f}, of N {in_steps:.2f}, of sigma {in_sigma:.2f}; "
+        f"at most {max(within):.2f} of the bound",
+        max(within) <= 1
+        and min(ratios) > 0.01
+        and all(0.85 < exponent < 1.15 for exponent in exponents),
         Panel("N alpha L", "|grad F| at rest, FO-MAML", series),
     )
 
@@ -159,7 +198,13 @@ def others_have_no_floor() -> Finding:
     for curvature, steps in product(("exact", "finite_difference"), ALPHAS):
         for alpha_l in ALPHAS[steps]:
             problems = (
-                (quadratic_loss, quadratic_tasks(), vector(4, 3), alpha_l, partial(quadratic_norm, alpha_l, steps)),
+                (
+                    quadratic_loss,
+                    quadratic_tasks(),
+                    vector(4, 3),
+                    alpha_l,
+                    partial(quadratic_norm, alpha_l, steps),
+                ),
                 (
                     nonconvex_loss,
                     nonconvex_tasks(),
@@ -170,19 +215,35 @@ def others_have_no_floor() -> Finding:
             )
             for loss, tasks, start, alpha, norm_of in problems:
                 algorithm = {"inner_lr": alpha, "steps": steps, "curvature": curvature}
-                w, iterations = descend(loss, tasks, start, 0.4, 2000, until=5e-8, norm_of=norm_of, **algorithm)
+                w, iterations = descend(
+                    loss, tasks, start, 0.4, 2000, until=5e-8, norm_of=norm_of, **algorithm
+                )
                 reached.append(norm_of(w))
                 most = max(most, iterations)
     for curvature, steps in product(NAMES, ALPHAS):
         alpha, w, norms = ALPHAS[steps][0] / NONCONVEX_L, vector(3), []
         for _ in range(120):
             norms.append(nonconvex_norm(alpha, steps, w))
-            w, _ = descend(nonconvex_loss, nonconvex_tasks(), w, 0.4, 1, inner_lr=alpha, steps=steps, curvature=curvature)
-        series.append(Series(f"{NAMES[curvature]}, N = {steps}", range(120), norms, "-" if steps == 1 else "--"))
+            w, _ = descend(
+                nonconvex_loss,
+                nonconvex_tasks(),
+                w,
+                0.4,
+                1,
+                inner_lr=alpha,
+                steps=steps,
+                curvature=curvature,
+            )
+        series.append(
+            Series(
+                f"{NAMES[curvature]}, N = {steps}", range(120), norms, "-" if steps == 1 else "--"
+            )
+        )
     return Finding(
         "P2",
         "no floor for the others",
-        "MAML and HF-MAML reach any epsilon on the same problems (F Thm 4.12, Cor 4.13; J Thms 5, 9)",
+        "MAML and HF-MAML reach any epsilon on the same problems (F Thm 4.12, Cor 4.13; J Thms "
+        "5, 9)",
         "|grad F| < 1e-7",
         f"all {len(reached)} runs end below {max(reached):.1e}, after at most {most} iterations",
         max(reached) < 1e-7,
@@ -203,22 +264,40 @@ def printed_delta() -> Finding:
             "HF, h = eps^(1/3)": {"curvature": "finite_difference"},
         }
         for name, variant in variants.items():
-            w, _ = descend(nonconvex_loss, nonconvex_tasks(), vector(3), 0.3, 800, inner_lr=alpha, steps=1, **variant)
+            w, _ = descend(
+                nonconvex_loss,
+                nonconvex_tasks(),
+                vector(3),
+                0.3,
+                800,
+                inner_lr=alpha,
+                steps=1,
+                **variant,
+            )
             floors.setdefault(name, []).append(nonconvex_norm(alpha, 1, w))
     ratios = [p / f for p, f in zip(floors["HF, delta as printed"], floors["FO-MAML"], strict=True)]
     return Finding(
         "P3",
         "the printed delta",
-        "HF-MAML keeps MAML's guarantee (F Thm 4.17); with the delta printed there it does not (erratum)",
-        "delta = 1 / (6 rho alpha |v|) is a fixed probing radius, so the bias stays; with h = eps^(1/3) there is none",
-        f"printed delta stalls at {min(ratios):.2f} .. {max(ratios):.2f} times FO's floor; h = 1e-2 at {max(floors['HF, h = 1e-2']):.0e}, "
-        f"h = eps^(1/3) at {max(floors['HF, h = eps^(1/3)']):.0e}",
+        "HF-MAML keeps MAML's guarantee (F Thm 4.17); with the delta printed there it does not "
+        "(erratum)",
+        "delta = 1 / (6 rho alpha |v|) is a fixed probing radius, so the bias stays; with h = "
+        "eps^(1/3) there is none",
+        f"printed delta stalls at {min(ratios):.2f} .. {max(ratios):.2f} times FO's floor; h = "
+        f"1e-2 at {max(floors['HF, h = 1e-2']):.0e}, h = eps^(1/3) at "
+        f"{max(floors['HF, h = eps^(1/3)']):.0e}",
         min(ratios) > 0.5 and max(floors["HF, h = eps^(1/3)"]) < 1e-9,
-        Panel("alpha L", "|grad F| at rest, N = 1", [Series(name, ALPHAS[1], y) for name, y in floors.items()]),
+        Panel(
+            "alpha L",
+            "|grad F| at rest, N = 1",
+            [Series(name, ALPHAS[1], y) for name, y in floors.items()],
+        ),
     )
 
 
-def cosine_second_derivatives(slope_of_loss: float, alpha: float, steps: int) -> tuple[Tensor, Tensor]:
+def cosine_second_derivatives(
+    slope_of_loss: float, alpha: float, steps: int
+) -> tuple[Tensor, Tensor]:
     """Return ``|F''|`` and ``|l'|`` on a period of ``l(w) = cos(w) + G w``."""
     w = torch.linspace(0, 2 * math.pi, 2001, dtype=DOUBLE)
 
@@ -240,7 +319,9 @@ def unbounded_smoothness() -> Finding:
     series, largest, growth, ratios = [], 0.0, [], []
     for steps in (1, 5):
         alpha = theory.recommended_inner_lr(1.0, steps)
-        base, with_gradient = (theory.meta_smoothness("resampling", 1.0, 1.0, alpha, steps, g) for g in (0.0, 1.0))
+        base, with_gradient = (
+            theory.meta_smoothness("resampling", 1.0, 1.0, alpha, steps, g) for g in (0.0, 1.0)
+        )
         aligned = [
             2 * math.pi / alpha * k for k in (1, 3, 10, 30)
         ]  # an inner step of k periods meets the same curvature each time: the worst case
@@ -252,16 +333,23 @@ def unbounded_smoothness() -> Finding:
             suprema.append(float(second.max()))
             bounds.append(float(bound[second.argmax()]))
         growth.append(slope(slopes[-3:], suprema[-3:]))
-        ratios += [supremum / bound for supremum, bound in zip(suprema[-3:], bounds[-3:], strict=True)]
+        ratios += [
+            supremum / bound for supremum, bound in zip(suprema[-3:], bounds[-3:], strict=True)
+        ]
         x = [1 + slope_of_loss for slope_of_loss in slopes]
-        series += [Series(f"sup |F''|, N = {steps}", x, suprema), Series(f"bound there, N = {steps}", x, bounds, "k--")]
+        series += [
+            Series(f"sup |F''|, N = {steps}", x, suprema),
+            Series(f"bound there, N = {steps}", x, bounds, "k--"),
+        ]
     return Finding(
         "P4",
         "unbounded smoothness",
         "F has no bounded smoothness: it grows with the task gradient (F Lemma 4.8; J Props 1, 7)",
         "|F''(w)| <= a^2N L + C_L |l'(w)|, C_L = (rho / L) a^(2N-1) (a^N - 1)",
-        f"sup |F''| from {series[0].y[0]:.2f} to {series[0].y[-1]:.0f} (N = 1) and {series[2].y[-1]:.0f} (N = 5), exponent of the gradient "
-        f"{min(growth):.2f} .. {max(growth):.2f}; {min(ratios):.2f} .. {max(ratios):.2f} of the bound there, {largest:.3f} at most",
+        f"sup |F''| from {series[0].y[0]:.2f} to {series[0].y[-1]:.0f} (N = 1) and "
+        f"{series[2].y[-1]:.0f} (N = 5), exponent of the gradient {min(growth):.2f} .. "
+        f"{max(growth):.2f}; {min(ratios):.2f} .. {max(ratios):.2f} of the bound there, "
+        f"{largest:.3f} at most",
         largest <= 1 + 1e-9 and all(0.9 < exponent < 1.1 for exponent in growth),
         Panel("1 + gradient of the loss", "sup |F''|", series),
     )
@@ -271,7 +359,12 @@ def blow_up() -> Finding:
     """P5: alpha must shrink like 1 / N."""
     many = (1, 2, 5, 10, 20)
     fixed = [float(cosine_second_derivatives(0.0, 0.5, steps)[0].max()) for steps in many]
-    scaled = [float(cosine_second_derivatives(0.0, theory.recommended_inner_lr(1.0, steps), steps)[0].max()) for steps in many]
+    scaled = [
+        float(
+            cosine_second_derivatives(0.0, theory.recommended_inner_lr(1.0, steps), steps)[0].max()
+        )
+        for steps in many
+    ]
     predicted = [theory.smoothness_constants(1.0, 1.0, 0.5, steps).growth for steps in many]
     return Finding(
         "P5",
@@ -280,7 +373,8 @@ def blow_up() -> Finding:
         "sup |F''| = (1 + alpha L)^2N; at alpha = 1/(8NL) between 1.266 and e^(1/4) = 1.284",
         f"alpha L = 0.5: {', '.join(f'{value:.3g}' for value in fixed)} for N = 1, 2, 5, 10, 20; "
         f"alpha = 1/(8NL): {min(scaled):.3f} .. {max(scaled):.3f}",
-        all(abs(f / p - 1) < 1e-6 for f, p in zip(fixed, predicted, strict=True)) and max(scaled) < math.exp(0.25),
+        all(abs(f / p - 1) < 1e-6 for f, p in zip(fixed, predicted, strict=True))
+        and max(scaled) < math.exp(0.25),
         Panel(
             "N",
             "sup |F''|",
@@ -301,33 +395,54 @@ TASKS = 200_000
 def noisy_episodes(samples: int, steps: int, hessian_noise: float, seed: int) -> ResampledEpisodes:
     """Return many copies of one task, each with its own support samples, which are also its Hessian batches; queries have no noise."""
     random = torch.Generator().manual_seed(seed)
-    noise = torch.randn(TASKS, steps, samples, 2, dtype=DOUBLE, generator=random) * vector(1, hessian_noise)
+    noise = torch.randn(TASKS, steps, samples, 2, dtype=DOUBLE, generator=random) * vector(
+        1, hessian_noise
+    )
     flat = torch.zeros(TASKS, steps, samples, dtype=DOUBLE)
-    return ResampledEpisodes(noise, flat, noise, flat, torch.zeros(TASKS, 1, 2, dtype=DOUBLE), torch.zeros(TASKS, 1, dtype=DOUBLE))
+    return ResampledEpisodes(
+        noise,
+        flat,
+        noise,
+        flat,
+        torch.zeros(TASKS, 1, 2, dtype=DOUBLE),
+        torch.zeros(TASKS, 1, dtype=DOUBLE),
+    )
 
 
-def sampled_gradient(w: Tensor, alpha: float, samples: int, hessian_noise: float, seed: int, curvature: CurvatureName) -> Tensor:
+def sampled_gradient(
+    w: Tensor, alpha: float, samples: int, hessian_noise: float, seed: int, curvature: CurvatureName
+) -> Tensor:
     """Return the mean one-step meta-gradient over many draws of the support samples."""
     episodes = noisy_episodes(samples, 1, hessian_noise, seed)
-    return meta_gradient(cosine_loss, {"w": w}, episodes, inner_lr=alpha, steps=1, curvature=curvature, tasks="vmap").grad["w"]
+    return meta_gradient(
+        cosine_loss, {"w": w}, episodes, inner_lr=alpha, steps=1, curvature=curvature, tasks="vmap"
+    ).grad["w"]
 
 
 def sampling_bias() -> Finding:
     """P6: sampling the inner step biases the gradient by at most alpha L sigma-tilde / sqrt(D_in)."""
     alpha, w = 1 / 6, vector(1)
     exact = -torch.sin(w + alpha * torch.sin(w))
-    biases = [float((sampled_gradient(w, alpha, samples, 0.0, samples, "none") - exact).abs()) for samples in SAMPLES]
+    biases = [
+        float((sampled_gradient(w, alpha, samples, 0.0, samples, "none") - exact).abs())
+        for samples in SAMPLES
+    ]
     bounds = [theory.one_step_bias(1.0, alpha, 1.0, samples) for samples in SAMPLES]
     ratios = [bias / bound for bias, bound in zip(biases, bounds, strict=True)]
     return Finding(
         "P6",
         "sampling bias",
-        "sampling the inner step biases the gradient by O(alpha L sigma~ / sqrt D_in) (F Lemma 4.10, eq 20)",
+        "sampling the inner step biases the gradient by O(alpha L sigma~ / sqrt D_in) (F Lemma "
+        "4.10, eq 20)",
         "bias <= alpha L sigma~ / sqrt(D_in)",
-        f"{min(ratios):.3f} .. {max(ratios):.3f} of the bound; true exponent of D_in {slope(SAMPLES, biases):.2f}: the bound is safe, and "
-        "pessimistic",
+        f"{min(ratios):.3f} .. {max(ratios):.3f} of the bound; true exponent of D_in "
+        f"{slope(SAMPLES, biases):.2f}: the bound is safe, and pessimistic",
         max(ratios) <= 1,
-        Panel("D_in", "bias", [Series("measured", SAMPLES, biases), Series("bound", SAMPLES, bounds, "k--")]),
+        Panel(
+            "D_in",
+            "bias",
+            [Series("measured", SAMPLES, biases), Series("bound", SAMPLES, bounds, "k--")],
+        ),
     )
 
 
@@ -335,18 +450,28 @@ def sampling_when_adapting() -> Finding:
     """P7: adapting on D_test samples changes the gradient of F by little."""
     alpha, w, hessian_noise = 1 / 6, vector(1), 0.5
     exact = torch.func.grad(lambda w: (torch.cos(w + alpha * torch.sin(w))).sum())(w)
-    gaps = [float((sampled_gradient(w, alpha, n, hessian_noise, 100 + n, "exact") - exact).abs()) for n in SAMPLES]
+    gaps = [
+        float((sampled_gradient(w, alpha, n, hessian_noise, 100 + n, "exact") - exact).abs())
+        for n in SAMPLES
+    ]
     noise = math.hypot(1, hessian_noise)  # of the gradient at w = 1
-    bounds = [theory.adaptation_gap(1.0, alpha, noise, hessian_noise, samples) for samples in SAMPLES]
+    bounds = [
+        theory.adaptation_gap(1.0, alpha, noise, hessian_noise, samples) for samples in SAMPLES
+    ]
     ratios = [gap / bound for gap, bound in zip(gaps, bounds, strict=True)]
     return Finding(
         "P7",
         "sampling at test time",
-        "a solution for exact adaptation is one for adaptation on D_test samples, nearly (F Thm 4.11, eq 22)",
+        "a solution for exact adaptation is one for adaptation on D_test samples, nearly (F Thm "
+        "4.11, eq 22)",
         "|grad F^ - grad F| <= 2 alpha L sigma~ / sqrt(D) + alpha^2 L sigma_H sigma~ / D",
         f"{min(ratios):.4f} .. {max(ratios):.4f} of the bound",
         max(ratios) <= 1,
-        Panel("D_test", "|grad F^ - grad F|", [Series("measured", SAMPLES, gaps), Series("bound", SAMPLES, bounds, "k--")]),
+        Panel(
+            "D_test",
+            "|grad F^ - grad F|",
+            [Series("measured", SAMPLES, gaps), Series("bound", SAMPLES, bounds, "k--")],
+        ),
     )
 
 
@@ -365,7 +490,9 @@ def path_errors() -> Finding:
         def distance(params: Params, task: ResampledEpisodes, power: int = power) -> Tensor:
             return params["w"].abs().pow(power).sum()
 
-        curve = adaptation_curve(saddle, start, episodes, inner_lr=alpha, steps=steps, query_loss=distance, tasks="vmap")
+        curve = adaptation_curve(
+            saddle, start, episodes, inner_lr=alpha, steps=steps, query_loss=distance, tasks="vmap"
+        )
         moments.append(curve.loss.mean(0).tolist()[1:])
     bounds = [theory.path_error(1.0, alpha, j, 1.0, samples) for j in range(1, steps + 1)]
     ratios = [[m / bound[k] for m, bound in zip(moments[k], bounds, strict=True)] for k in (0, 1)]
@@ -374,8 +501,10 @@ def path_errors() -> Finding:
         "P8",
         "sampled inner paths",
         "the inner path strays from the exact one by O(sigma_g / sqrt S) (J Prop 2)",
-        "E|w_j - w~_j| <= (a^j - 1) sigma_g / (L sqrt S), and eq. (ii) of the proposition for the square",
-        f"first moment {min(ratios[0]):.2f} .. {max(ratios[0]):.2f}, second {min(ratios[1]):.2f} .. {max(ratios[1]):.2f} of the bound",
+        "E|w_j - w~_j| <= (a^j - 1) sigma_g / (L sqrt S), and eq. (ii) of the proposition for "
+        "the square",
+        f"first moment {min(ratios[0]):.2f} .. {max(ratios[0]):.2f}, second {min(ratios[1]):.2f} "
+        f".. {max(ratios[1]):.2f} of the bound",
         max(ratios[0] + ratios[1]) <= 1,
         Panel(
             "inner step j",
@@ -404,7 +533,9 @@ def stepsize_moments() -> Finding:
             tasks, samples = theory.stepsize_batches(rule, 1.0, 1.0, alpha, 1, sigma, sigma)
             gradients = sigma * torch.randn(20_000, tasks, dtype=DOUBLE, generator=random)
             if samples:
-                gradients = gradients + sigma / samples**0.5 * torch.randn(gradients.shape, dtype=DOUBLE, generator=random)
+                gradients = gradients + sigma / samples**0.5 * torch.randn(
+                    gradients.shape, dtype=DOUBLE, generator=random
+                )
             smoothness_at = partial(theory.meta_smoothness, rule, 1.0, 1.0, alpha, 1)
             base, weight = smoothness_at(0.0), smoothness_at(1.0) - smoothness_at(0.0)
             inverse = 1 / (base + weight * gradients.abs().mean(1))
@@ -413,11 +544,15 @@ def stepsize_moments() -> Finding:
             seconds.append(float(inverse.square().mean()) * true**2)
         low[rule], high[rule] = min(firsts), max(seconds)
         holds &= low[rule] >= least - 2e-3 and high[rule] <= most
-        series += [Series(f"{rule}, E", spreads, firsts), Series(f"{rule}, E square", spreads, seconds, "s--")]
+        series += [
+            Series(f"{rule}, E", spreads, firsts),
+            Series(f"{rule}, E square", spreads, seconds, "s--"),
+        ]
     return Finding(
         "P9",
         "the estimate of 1 / L(w)",
-        "B' and D_beta of eq 18 and of J Thms 5 and 9 suffice for the stepsize (F Lemma 4.9; J Lemmas 16, 20)",
+        "B' and D_beta of eq 18 and of J Thms 5 and 9 suffice for the stepsize (F Lemma 4.9; J "
+        "Lemmas 16, 20)",
         "E(1/L^) L(w) >= 0.8, 0.8, 1 and E(1/L^^2) L(w)^2 <= 3.125, 4, 2 for the three rules",
         "; ".join(f"{rule}: >= {low[rule]:.3f}, <= {high[rule]:.2f}" for rule in limits),
         holds,
@@ -429,23 +564,48 @@ def batch_floors() -> Finding:
     """P10: with sampled tasks, MAML's floor falls like 1 / sqrt(B), while FO-MAML's stays."""
     alpha, batches, chains, floors = 0.1 / NONCONVEX_L, (20, 80, 320), 100, {}
     stack = Stack(chains)
-    tasks = [Episodes(*(tensor.expand(chains, *tensor.shape) for tensor in task)) for task in zip(*nonconvex_tasks(), strict=True)]
-    exact = torch.func.grad(lambda w: meta_objective(w, nonconvex_loss, nonconvex_tasks(), alpha, 1))
+    tasks = [
+        Episodes(*(tensor.expand(chains, *tensor.shape) for tensor in task))
+        for task in zip(*nonconvex_tasks(), strict=True)
+    ]
+    exact = torch.func.grad(
+        lambda w: meta_objective(w, nonconvex_loss, nonconvex_tasks(), alpha, 1)
+    )
     for curvature in NAMES:
         product = hessian_vector_product(curvature)
 
         def of_each_task(w: Tensor, product: HessianVectorProduct | None = product) -> Tensor:
-            losses = [task_losses(nonconvex_loss, task, 1, None, False, None, stack) for task in tasks]
-            back = partial(pull_back, objective=partial(Objective, stack=stack), w={"w": w}, rates=[{"w": alpha}], product=product)
+            losses = [
+                task_losses(nonconvex_loss, task, 1, None, False, None, stack) for task in tasks
+            ]
+            back = partial(
+                pull_back,
+                objective=partial(Objective, stack=stack),
+                w={"w": w},
+                rates=[{"w": alpha}],
+                product=product,
+            )
             return torch.stack([back(of_task).grad["w"] for of_task in losses], 1)
 
-        start, _ = descend(nonconvex_loss, nonconvex_tasks(), vector(3), 0.3, 400, inner_lr=alpha, steps=1, curvature=curvature)
+        start, _ = descend(
+            nonconvex_loss,
+            nonconvex_tasks(),
+            vector(3),
+            0.3,
+            400,
+            inner_lr=alpha,
+            steps=1,
+            curvature=curvature,
+        )
         floors[curvature] = []
         for batch in batches:
             random, w, norms = torch.Generator().manual_seed(batch), start.expand(chains, 1), []
             for k in range(600):
-                drawn = torch.multinomial(torch.ones(chains, 3), batch, replacement=True, generator=random)
-                shares = torch.nn.functional.one_hot(drawn, 3).double().mean(1)  # of each task in a chain's meta-batch
+                drawn = torch.multinomial(
+                    torch.ones(chains, 3), batch, replacement=True, generator=random
+                )
+                # of each task in a chain's meta-batch
+                shares = torch.nn.functional.one_hot(drawn, 3).double().mean(1)
                 w = w - 0.05 * (shares[..., None] * of_each_task(w)).sum(1)
                 if k >= 200:
                     norms.append(torch.func.vmap(exact)(w).abs().mean())
@@ -454,15 +614,22 @@ def batch_floors() -> Finding:
     return Finding(
         "P10",
         "larger task batches",
-        "larger task batches lower the floor of MAML and HF-MAML, not FO-MAML's (F Thms 4.12, 4.15, 4.17; J Thm 9)",
+        "larger task batches lower the floor of MAML and HF-MAML, not FO-MAML's (F Thms 4.12, "
+        "4.15, 4.17; J Thm 9)",
         "E|grad F| ~ B^(-1/2) for MAML and HF-MAML; constant for FO-MAML",
         "; ".join(
-            f"{name}: {', '.join(f'{value:.2g}' for value in floors[curvature])} (exponent {exponents[name]:.2f})"
+            f"{name}: {', '.join(f'{value:.2g}' for value in floors[curvature])} (exponent "
+            f"{exponents[name]:.2f})"
             for curvature, name in NAMES.items()
         )
         + " for B = 20, 80, 320",
-        all(-0.6 < exponents[name] < -0.4 for name in ("MAML", "HF-MAML")) and abs(exponents["FO-MAML"]) < 0.15,
-        Panel("tasks per meta-batch B", "mean |grad F|", [Series(name, batches, floors[curvature]) for curvature, name in NAMES.items()]),
+        all(-0.6 < exponents[name] < -0.4 for name in ("MAML", "HF-MAML"))
+        and abs(exponents["FO-MAML"]) < 0.15,
+        Panel(
+            "tasks per meta-batch B",
+            "mean |grad F|",
+            [Series(name, batches, floors[curvature]) for curvature, name in NAMES.items()],
+        ),
     )
 
 
@@ -471,12 +638,16 @@ class Counting(Objective):
 
     gradients = products = 0
 
-    def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
+    def value_and_gradient(
+        self, w: Params, names: Collection[str] | None = None
+    ) -> tuple[Tensor, Any, Params]:
         """Count and return."""
         Counting.gradients += 1
         return super().value_and_gradient(w, names)
 
-    def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
+    def gradient(
+        self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False
+    ) -> Params:
         """Count and return; if no graph is kept, ``value_and_gradient`` counts."""
         Counting.gradients += keep_graph
         return super().gradient(w, names, keep_graph=keep_graph)
@@ -496,7 +667,13 @@ def cost() -> Finding:
         for steps in many:
             Counting.gradients = Counting.products = 0
             losses = task_losses(quadratic_loss, task, steps, None, False, None)
-            pull_back(losses, Counting, {"w": vector(4, 3)}, [{"w": 0.01}] * steps, hessian_vector_product(curvature))
+            pull_back(
+                losses,
+                Counting,
+                {"w": vector(4, 3)},
+                [{"w": 0.01}] * steps,
+                hessian_vector_product(curvature),
+            )
             counts[curvature].append((Counting.gradients, Counting.products))
     expected = {
         "exact": [(n + 1, n) for n in many],
@@ -509,25 +686,33 @@ def cost() -> Finding:
         "gradients and Hessian-vector products grow linearly in N (J Cors 6, 10)",
         "per task N + 1 gradients and N products (MAML), N + 1 (FO), 3N + 1 (HF)",
         "; ".join(
-            f"{name} at N = 20: {counts[curvature][-1][0]} gradients, {counts[curvature][-1][1]} products"
+            f"{name} at N = 20: {counts[curvature][-1][0]} gradients, {counts[curvature][-1][1]} "
+            "products"
             for curvature, name in NAMES.items()
         ),
         counts == expected,
         Panel(
             "N",
             "gradients + products",
-            [Series(name, many, [sum(pair) for pair in counts[curvature]]) for curvature, name in NAMES.items()],
+            [
+                Series(name, many, [sum(pair) for pair in counts[curvature]])
+                for curvature, name in NAMES.items()
+            ],
             ("linear", "linear"),
         ),
     )
 
 
-def quartic_run(steps: int, scale: float | None, fixed: float | None, iterations: int) -> list[float]:
+def quartic_run(
+    steps: int, scale: float | None, fixed: float | None, iterations: int
+) -> list[float]:
     """Return |grad F| along a run with the adaptive rule (L and rho measured at every point) or a fixed step."""
     rule: theory.Rule = "one_step" if steps == 1 else "finite_sum"
     alpha, w, norms = quartic_inner_lr(steps), Quartic().w.detach(), []
     for _ in range(iterations):
-        gradient = meta_gradient(quartic_loss, {"w": w}, quartic_tasks(), inner_lr=alpha, steps=steps).grad["w"]
+        gradient = meta_gradient(
+            quartic_loss, {"w": w}, quartic_tasks(), inner_lr=alpha, steps=steps
+        ).grad["w"]
         norms.append(float(gradient.norm()))
         if norms[-1] < 1e-6 or not norms[-1] < 1e30:
             break
@@ -535,8 +720,12 @@ def quartic_run(steps: int, scale: float | None, fixed: float | None, iterations
         if beta is None:
             probe = Probe(quartic_loss, {"w": w}, quartic_tasks())
             L, rho, _ = probe.curvature(restarts=1)
-            smoothness = theory.meta_smoothness(rule, L, rho, alpha, steps, float(probe.gradient_norms().mean()))
-            beta = theory.meta_stepsize(smoothness, theory.paper_scale(rule) if scale is None else scale)
+            smoothness = theory.meta_smoothness(
+                rule, L, rho, alpha, steps, float(probe.gradient_norms().mean())
+            )
+            beta = theory.meta_stepsize(
+                smoothness, theory.paper_scale(rule) if scale is None else scale
+            )
         w = w - beta * gradient
     return norms
 
@@ -547,24 +736,49 @@ def adaptive_where_fixed_diverges() -> Finding:
     for steps, style, reference in ((1, "-", (224, 2769)), (5, "--", (51, 4667))):
         at_minimum = 1 / quartic_smoothness(quartic_minimum(steps), steps)
         at_start = 1 / quartic_smoothness(Quartic().w.detach(), steps)
-        adaptive, paper = quartic_run(steps, 1.0, None, 5000), quartic_run(steps, None, None, 20_000)
+        adaptive, paper = (
+            quartic_run(steps, 1.0, None, 5000),
+            quartic_run(steps, None, None, 20_000),
+        )
         diverged = quartic_run(steps, None, at_minimum, 100)
         slow = quartic_run(steps, None, at_start, 20_000)
-        holds &= adaptive[-1] < 1e-6 and paper[-1] < 1e-6 and not diverged[-1] < 1e30 and len(diverged) <= 4
-        counts = (len(adaptive) - 1, len(paper) - 1)
-        holds &= all(abs(count / expected - 1) <= 0.2 for count, expected in zip(counts, reference, strict=True))
-        texts.append(
-            f"N = {steps}: adaptive {len(adaptive) - 1} iterations ({len(paper) - 1} with the papers' constant), 1/|Hess F(w*)| diverges "
-            f"in {len(diverged) - 1}, 1/|Hess F(w_0)| takes {len(slow) - 1}"
+        holds &= (
+            adaptive[-1] < 1e-6
+            and paper[-1] < 1e-6
+            and not diverged[-1] < 1e30
+            and len(diverged) <= 4
         )
-        for name, norms in (("adaptive", adaptive), ("papers' constant", paper), ("1/|Hess F(w*)|", diverged), ("1/|Hess F(w_0)|", slow)):
-            series.append(Series(f"{name}, N = {steps}", range(1, len(norms) + 1), [min(norm, 1e12) for norm in norms], style))
+        counts = (len(adaptive) - 1, len(paper) - 1)
+        holds &= all(
+            abs(count / expected - 1) <= 0.2
+            for count, expected in zip(counts, reference, strict=True)
+        )
+        texts.append(
+            f"N = {steps}: adaptive {len(adaptive) - 1} iterations ({len(paper) - 1} with the "
+            f"papers' constant), 1/|Hess F(w*)| diverges in {len(diverged) - 1}, 1/|Hess F(w_0)| "
+            f"takes {len(slow) - 1}"
+        )
+        for name, norms in (
+            ("adaptive", adaptive),
+            ("papers' constant", paper),
+            ("1/|Hess F(w*)|", diverged),
+            ("1/|Hess F(w_0)|", slow),
+        ):
+            series.append(
+                Series(
+                    f"{name}, N = {steps}",
+                    range(1, len(norms) + 1),
+                    [min(norm, 1e12) for norm in norms],
+                    style,
+                )
+            )
     return Finding(
         "P12",
         "adaptive against fixed steps",
         "an adaptive meta-stepsize is needed where smoothness varies (F Sec 4.2; J Sec 3.3)",
-        "quartic tasks from |w_0| = 20: beta = scale / L^ converges to 1e-6 (in 224 and 51 iterations, 2769 and 4667 with the papers' "
-        "constant, within 20 %), beta = 1/|Hess F(w*)| diverges within 3",
+        "quartic tasks from |w_0| = 20: beta = scale / L^ converges to 1e-6 (in 224 and 51 "
+        "iterations, 2769 and 4667 with the papers' constant, within 20 %), beta = 1/|Hess "
+        "F(w*)| diverges within 3",
         "; ".join(texts),
         holds,
         Panel("iteration", "|grad F|", series),

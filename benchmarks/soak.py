@@ -81,13 +81,20 @@ def train(folder: Path, name: str, phase: mmap.mmap) -> None:
             ModelCheckpoint(folder, every_n_train_steps=1, save_last=True, filename="step_{step}"),
             ModelCheckpoint(folder, monitor="val/loss", filename="best"),
             Phases(phase),
-            *([AdaptiveMetaStepsize(scale=1.0, tasks=2, every_n_steps=3)] if "adaptive" in name else []),
+            *(
+                [AdaptiveMetaStepsize(scale=1.0, tasks=2, every_n_steps=3)]
+                if "adaptive" in name
+                else []
+            ),
         ],
     )
     model = MODELS[name]()
     trainer.fit(model, Noise(noise=0.1), ckpt_path=last if last.exists() else None)
     assert trainer.global_step == EPOCHS * STEPS
-    torch.save({"model": model.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}, folder / "end.pt")
+    torch.save(
+        {"model": model.state_dict(), "optimizer": trainer.optimizers[0].state_dict()},
+        folder / "end.pt",
+    )
 
 
 def in_child(function: Callable[[], None], kill_after: float | None = None) -> bool:
@@ -105,7 +112,9 @@ def in_child(function: Callable[[], None], kill_after: float | None = None) -> b
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if status not in (0, signal.SIGKILL):
-        raise RuntimeError(f"Expected the run to end or to be killed but it ended with status {status}.")
+        raise RuntimeError(
+            f"Expected the run to end or to be killed but it ended with status {status}."
+        )
     return status == 0
 
 
@@ -132,17 +141,27 @@ def killed_run(reference: Path, seconds: float, name: str, seed: int) -> str:
         except Exception as error:  # noqa: BLE001 # whatever it is, it is a finding
             return f"UNREADABLE: {error}"
         in_child(lambda: train(folder, name, mmap.mmap(-1, 1)))
-        is_exact = is_same(*(torch.load(path / "end.pt", weights_only=True) for path in (folder, reference)))
+        is_exact = is_same(
+            *(torch.load(path / "end.pt", weights_only=True) for path in (folder, reference))
+        )
         return when if is_exact else f"NOT THE SAME, killed while {when}"
 
 
-def soak(kills: int, processes: int, seed: int, names: Iterable[str] = MODELS) -> Counter[tuple[str, str]]:
+def soak(
+    kills: int, processes: int, seed: int, names: Iterable[str] = MODELS
+) -> Counter[tuple[str, str]]:
     """Kill and resume until ``kills`` runs were killed after their first checkpoint and before their end; count the outcomes."""
     found: Counter[tuple[str, str]] = Counter()
-    with tempfile.TemporaryDirectory() as temporary, multiprocessing.get_context("fork").Pool(processes) as pool:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        multiprocessing.get_context("fork").Pool(processes) as pool,
+    ):
         folders = {name: Path(temporary) / str(number) for number, name in enumerate(names)}
         seconds = pool.starmap(whole_run, [(folder, name) for name, folder in folders.items()])
-        trials = ((folder, taken, name) for (name, folder), taken in zip(folders.items(), seconds, strict=True))
+        trials = (
+            (folder, taken, name)
+            for (name, folder), taken in zip(folders.items(), seconds, strict=True)
+        )
         rounds = [(*trial, seed + number) for trial in trials for number in range(kills)]
         random.Random(seed).shuffle(rounds)
         killed = 0
@@ -177,7 +196,10 @@ def main() -> None:
         counts = [found[name, outcome] for name in MODELS]
         print(f"| {outcome} | {' | '.join(map(str, counts))} | {sum(counts)} |")
     exact = sum(count for (_, outcome), count in found.items() if outcome in PHASES)
-    print(f"\n{exact} of {arguments.kills} killed runs ended as the ones that were not, in {time.perf_counter() - start:.0f} s")
+    print(
+        f"\n{exact} of {arguments.kills} killed runs ended as the ones that were not, in "
+        f"{time.perf_counter() - start:.0f} s"
+    )
     raise SystemExit(exact != arguments.kills)
 
 

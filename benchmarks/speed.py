@@ -1,8 +1,8 @@
 """Exact, first-order and Hessian-free meta-gradients against those of other libraries: same weights, same tasks, in turns, in one process.
 
-make learn2learn && .venv/bin/python -m pip install --group bench
-.venv/bin/python benchmarks/speed.py                                             # every workload; an hour or so on 2 cores
-.venv/bin/python benchmarks/speed.py --workload omniglot_5w1s_q1 --json out.json
+make learn2learn && .venv/bin/python -m pip install --group bench .venv/bin/python
+benchmarks/speed.py                                             # every workload; an hour or so on 2
+cores .venv/bin/python benchmarks/speed.py --workload omniglot_5w1s_q1 --json out.json
 """
 
 import argparse
@@ -39,10 +39,13 @@ OURS = {
 }
 FIRST_ORDER = ("ours-fo", "ours-fo-bf16", "learn2learn-fo")
 TURN = 0.1
-"""Shortest turn of a method, in seconds; in a turn, short calls follow each other as they do in training."""
+"""Shortest turn of a method, in seconds; in a turn, short calls follow each other as they do in
+training."""
 INEXACT = ("ours-hf", "ours-compiled", "ours-exact-bf16", "ours-fo-bf16")
-"""Methods not checked in float64: finite differences, which kinks disturb; bf16; and a program that would have to be compiled again."""
-COMPILED = ("omniglot_5w1s_q1", "sinusoid")  # for the others, compiling takes minutes on the CPU and gains nothing
+"""Methods not checked in float64: finite differences, which kinks disturb; bf16; and a program that
+would have to be compiled again."""
+# for the others, compiling takes minutes on the CPU and gains nothing
+COMPILED = ("omniglot_5w1s_q1", "sinusoid")
 
 
 class Workload(NamedTuple):
@@ -57,23 +60,34 @@ class Workload(NamedTuple):
     steps: int
     rate: float
     checked_shape: tuple[int, ...] | None = None
-    """Shape of the images in the check, and so for error and peak, if with ``shape`` the check would take more than 24 GB."""
+    """Shape of the images in the check, and so for error and peak, if with ``shape`` the check
+    would take more than 24 GB."""
 
     def episodes(self, device: str) -> Episodes:
         """Return the tasks; if inputs are single numbers, regression of sinusoids."""
         random = torch.Generator().manual_seed(0)
 
         def images(per_class: int) -> Tensor:
-            return torch.rand(self.tasks, self.ways * per_class, *self.shape, generator=random).to(device)
+            return torch.rand(self.tasks, self.ways * per_class, *self.shape, generator=random).to(
+                device
+            )
 
         def labels(per_class: int) -> Tensor:
-            return torch.arange(self.ways).repeat_interleave(per_class).repeat(self.tasks, 1).to(device)
+            return (
+                torch.arange(self.ways)
+                .repeat_interleave(per_class)
+                .repeat(self.tasks, 1)
+                .to(device)
+            )
 
         support_x, query_x = images(self.shots), images(self.queries)
         if self.shape == (1,):
             phase = 3 * torch.rand(self.tasks, 1, 1, generator=random).to(device)
             return Episodes(
-                10 * support_x - 5, torch.sin(10 * support_x - 5 + phase), 10 * query_x - 5, torch.sin(10 * query_x - 5 + phase)
+                10 * support_x - 5,
+                torch.sin(10 * support_x - 5 + phase),
+                10 * query_x - 5,
+                torch.sin(10 * query_x - 5 + phase),
             )
         return Episodes(support_x, labels(self.shots), query_x, labels(self.queries))
 
@@ -82,10 +96,18 @@ WORKLOADS = {
     "omniglot_5w1s_q1": Workload(lambda: Conv4(1, 5, 28), (1, 28, 28), 5, 1, 1, 32, 1, 0.4),
     "omniglot_5w1s_q15": Workload(lambda: Conv4(1, 5, 28), (1, 28, 28), 5, 1, 15, 32, 1, 0.4),
     "omniglot_20w1s": Workload(lambda: Conv4(1, 20, 28), (1, 28, 28), 20, 1, 1, 16, 5, 0.1),
-    "omniglot_pooled_5w1s": Workload(lambda: Conv4(1, 5, 28, downsample="max"), (1, 28, 28), 5, 1, 15, 32, 1, 0.4),
-    "mini_5w1s": Workload(lambda: Conv4(3, 5, 84, channels=32, downsample="max"), (3, 84, 84), 5, 1, 15, 4, 5, 0.01),
-    "mini_5w5s": Workload(lambda: Conv4(3, 5, 84, channels=32, downsample="max"), (3, 84, 84), 5, 5, 15, 4, 5, 0.01),
-    "resnet12_5w5s": Workload(lambda: ResNet12(3, 5), (3, 84, 84), 5, 5, 15, 1, 1, 0.01, checked_shape=(3, 42, 42)),
+    "omniglot_pooled_5w1s": Workload(
+        lambda: Conv4(1, 5, 28, downsample="max"), (1, 28, 28), 5, 1, 15, 32, 1, 0.4
+    ),
+    "mini_5w1s": Workload(
+        lambda: Conv4(3, 5, 84, channels=32, downsample="max"), (3, 84, 84), 5, 1, 15, 4, 5, 0.01
+    ),
+    "mini_5w5s": Workload(
+        lambda: Conv4(3, 5, 84, channels=32, downsample="max"), (3, 84, 84), 5, 5, 15, 4, 5, 0.01
+    ),
+    "resnet12_5w5s": Workload(
+        lambda: ResNet12(3, 5), (3, 84, 84), 5, 5, 15, 1, 1, 0.01, checked_shape=(3, 42, 42)
+    ),
     "sinusoid": Workload(lambda: MLP(1, 1), (1,), 10, 1, 1, 25, 1, 0.01),
 }
 
@@ -111,14 +133,22 @@ def without_averages(network: nn.Module) -> nn.Module:
     return network
 
 
-def start(workload: Workload, device: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], Episodes]:
+def start(
+    workload: Workload, device: str
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], Episodes]:
     """Return the workload's network with its first weights, its loss and its tasks."""
     torch.manual_seed(0)
     loss = F.mse_loss if workload.shape == (1,) else F.cross_entropy
     return without_averages(workload.network()).to(device), loss, workload.episodes(device)
 
 
-def method(name: str, network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], workload: Workload, episodes: Episodes) -> Any:
+def method(
+    name: str,
+    network: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    workload: Workload,
+    episodes: Episodes,
+) -> Any:
     """Return a function that computes the meta-gradient once, as tensors by parameter name."""
     if name in PEERS:
         return lambda: PEERS[name](network, loss, episodes, workload.rate, workload.steps)
@@ -137,7 +167,9 @@ def limits(name: str, device: str) -> dict[str, float]:
     network, loss, episodes = start(WORKLOADS[name], device)
     rate, found = best_rate(device), {}
     for key in ("ours-exact", "ours-fo"):
-        model = OURS[key](network, WORKLOADS[name].rate, WORKLOADS[name].steps, loss=loss, tasks="loop").to(device)
+        model = OURS[key](
+            network, WORKLOADS[name].rate, WORKLOADS[name].steps, loss=loss, tasks="loop"
+        ).to(device)
         with FlopCounterMode(display=False) as counter:
             model.meta_gradient(episodes)
         found[key] = 1000 * counter.get_total_flops() / rate
@@ -147,12 +179,21 @@ def limits(name: str, device: str) -> dict[str, float]:
 def best_rate(device: str) -> float:
     """Return the floating-point operations per second of a large matrix product or a large convolution, whichever has more.
 
-    On CPUs the two come from different libraries: on an AMD EPYC, convolutions have 2.5 times the rate of products.
+    On CPUs the two come from different libraries: on an AMD EPYC, convolutions have 2.5 times the
+    rate of products.
     """
-    a, x, kernels = (torch.rand(shape, device=device) for shape in ((4096, 4096), (64, 128, 42, 42), (128, 128, 3, 3)))
+    a, x, kernels = (
+        torch.rand(shape, device=device)
+        for shape in ((4096, 4096), (64, 128, 42, 42), (128, 128, 3, 3))
+    )
     x, kernels = (tensor.to(memory_format=torch.channels_last) for tensor in (x, kernels))
     product = 2 * 4096**3 / min(seconds(lambda: a @ a, device, 1) for _ in range(5))
-    convolution = 2 * x.numel() * kernels[0].numel() / min(seconds(lambda: F.conv2d(x, kernels, padding=1), device, 1) for _ in range(5))
+    convolution = (
+        2
+        * x.numel()
+        * kernels[0].numel()
+        / min(seconds(lambda: F.conv2d(x, kernels, padding=1), device, 1) for _ in range(5))
+    )
     return max(product, convolution)
 
 
@@ -187,7 +228,10 @@ def seconds(function: Callable[[], object], device: str, calls: int) -> float:
 
 def relative_error(actual: Params, expected: Params) -> float:
     """Return the distance of ``actual`` from ``expected``, relative to the norm of ``expected``."""
-    return float(norm(axpy(-1.0, expected, {name: tensor.double() for name, tensor in actual.items()})) / norm(expected))
+    return float(
+        norm(axpy(-1.0, expected, {name: tensor.double() for name, tensor in actual.items()}))
+        / norm(expected)
+    )
 
 
 def errors_and_peaks(name: str, methods: list[str], device: str) -> dict[str, tuple[float, float]]:
@@ -198,19 +242,31 @@ def errors_and_peaks(name: str, methods: list[str], device: str) -> dict[str, tu
     workload = WORKLOADS[name]
     workload = workload._replace(shape=workload.checked_shape or workload.shape)
     network, loss, episodes = start(workload, device)
-    doubles = Episodes(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in episodes))
+    doubles = Episodes(
+        *(tensor.double() if tensor.is_floating_point() else tensor for tensor in episodes)
+    )
     expected = {
-        first_order: PEERS["torch-func"](copy.deepcopy(network).double(), loss, doubles, workload.rate, workload.steps, first_order)
+        first_order: PEERS["torch-func"](
+            copy.deepcopy(network).double(),
+            loss,
+            doubles,
+            workload.rate,
+            workload.steps,
+            first_order,
+        )
         for first_order in {key in FIRST_ORDER for key in methods}
     }
     found = {}
     for key in methods:
         of = expected[key in FIRST_ORDER]
         if key not in INEXACT:
-            in_double = relative_error(method(key, copy.deepcopy(network).double(), loss, workload, doubles)(), of)
+            in_double = relative_error(
+                method(key, copy.deepcopy(network).double(), loss, workload, doubles)(), of
+            )
             if in_double > 1e-9:
                 raise RuntimeError(
-                    f"Expected the meta-gradient of {key} on {name} to be right but in float64 it is off by {in_double:.1e}."
+                    f"Expected the meta-gradient of {key} on {name} to be right but in float64 it "
+                    f"is off by {in_double:.1e}."
                 )
         function = method(key, copy.deepcopy(network), loss, workload, episodes)
         found[key] = relative_error(function(), of), peak_mb(function, device)
@@ -220,16 +276,21 @@ def errors_and_peaks(name: str, methods: list[str], device: str) -> dict[str, tu
 def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row]:
     """Check every method's meta-gradient, then time them, in float32, in turns.
 
-    The check runs in a process of its own, so that it leaves no memory behind. Freed memory is not kept there: it would hide the peaks.
+    The check runs in a process of its own, so that it leaves no memory behind. Freed memory is not
+    kept there: it would hide the peaks.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
         found = apart.submit(errors_and_peaks, name, methods, device).result()
     workload = WORKLOADS[name]
     network, loss, episodes = start(workload, device)
-    functions = {key: method(key, copy.deepcopy(network), loss, workload, episodes) for key in methods}
+    functions = {
+        key: method(key, copy.deepcopy(network), loss, workload, episodes) for key in methods
+    }
     for function in functions.values():
         function()  # the first call compiles
-    calls = {key: max(1, int(TURN / seconds(function, device, 1))) for key, function in functions.items()}
+    calls = {
+        key: max(1, int(TURN / seconds(function, device, 1))) for key, function in functions.items()
+    }
     times: dict[str, list[float]] = {key: [] for key in functions}
     for _ in tqdm(range(rounds), desc=name):
         for key, function in functions.items():
@@ -243,7 +304,9 @@ def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row
 
 def main() -> None:
     """Measure, print the table, write the rows."""
-    keep_freed_memory()  # for all methods, as the command `lightning-maml` does: then what one method leaves to the next is the same
+    # for all methods, as the command `lightning-maml` does: then what one method leaves to the next
+    # is the same
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=[*WORKLOADS])
     parser.add_argument("--method", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
@@ -258,13 +321,19 @@ def main() -> None:
         if arguments.json is not None:
             arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} CPU cores\n")
-    print("| workload | method | device | median, ms | quartiles apart, ms | relative error | peak, MB |\n|---|---|---|---|---|---|---|")
+    print(
+        "| workload | method | device | median, ms | quartiles apart, ms | relative error | "
+        "peak, MB |\n|---|---|---|---|---|---|---|"
+    )
     for row in rows:
         print(
-            f"| {row.workload} | {row.method} | {row.device} | {row.median_ms:.3g} | {row.iqr_ms:.2g} | {row.relative_error:.1e} "
-            f"| {row.peak_mb:.0f} |"
+            f"| {row.workload} | {row.method} | {row.device} | {row.median_ms:.3g} | "
+            f"{row.iqr_ms:.2g} | {row.relative_error:.1e} | {row.peak_mb:.0f} |"
         )
-    print("\n| workload | method | its operations at the machine's best rate, ms | times as long |\n|---|---|---|---|")
+    print(
+        "\n| workload | method | its operations at the machine's best rate, ms | times as long "
+        "|\n|---|---|---|---|"
+    )
     for name in arguments.workload:
         medians = {row.method: row.median_ms for row in rows if row.workload == name}
         for key, limit in limits(name, arguments.device).items():

@@ -18,7 +18,10 @@ FAST = [
 
 @pytest.mark.parametrize(
     "prediction",
-    [pytest.param(p, id=p.__name__, marks=[] if p in FAST else [pytest.mark.slow]) for p in predictions.PREDICTIONS],
+    [
+        pytest.param(p, id=p.__name__, marks=[] if p in FAST else [pytest.mark.slow])
+        for p in predictions.PREDICTIONS
+    ],
 )
 def test_it_holds(prediction) -> None:
     finding = prediction()
@@ -32,4 +35,6 @@ def test_the_table_has_a_row_for_each_and_escapes_bars() -> None:
     assert len(rows) == 4
     assert all(row.replace(r"\|", "").count("|") == 6 for row in rows)
     assert "2.25, 5.06, 57.7, 3.33e+03, 1.11e+07" in rows[2]
-    assert [axes.get_title() for axes in benchmark.draw([finding]).axes if axes.lines] == ["P5: alpha must shrink with N"]
+    assert [axes.get_title() for axes in benchmark.draw([finding]).axes if axes.lines] == [
+        "P5: alpha must shrink with N"
+    ]

@@ -21,9 +21,14 @@ QUICK = (
 )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NETWORKS],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_a_network_gives_the_gradients_of_the_unrolled_loop_or_is_refused_in_a_sentence(name: str) -> None:
+def test_a_network_gives_the_gradients_of_the_unrolled_loop_or_is_refused_in_a_sentence(
+    name: str,
+) -> None:
     cells = row(NETWORKS[name])
     gc.collect()  # the next network may be a large one
     assert {found.word for found in cells.values()} <= {"equal", "refused"}, cells

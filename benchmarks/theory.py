@@ -1,6 +1,7 @@
 """The predictions of both papers, each as the claim, a formula and a measurement: one table and one page of plots.
 
-python benchmarks/theory.py                 # some minutes on 2 cores; prints the table, writes docs/theory.png
+python benchmarks/theory.py                 # some minutes on 2 cores; prints the table, writes
+docs/theory.png
 """
 
 import argparse
@@ -22,11 +23,23 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 def draw(findings: Sequence[Finding]) -> Figure:
     """Draw one page, a plot for each finding."""
     figure = Figure(figsize=(15, 3.4 * math.ceil(len(findings) / 3)), layout="constrained")
-    for axes, finding in zip(figure.subplots(math.ceil(len(findings) / 3), 3, squeeze=False).flat, findings, strict=False):
+    for axes, finding in zip(
+        figure.subplots(math.ceil(len(findings) / 3), 3, squeeze=False).flat, findings, strict=False
+    ):
         for series in finding.panel.series:
-            axes.plot(series.x, series.y, series.style, markersize=3, linewidth=1, label=series.label)
-        axes.set(xlabel=finding.panel.xlabel, ylabel=finding.panel.ylabel, xscale=finding.panel.scales[0], yscale=finding.panel.scales[1])
-        axes.set_title(f"{finding.number}: {finding.title}{'' if finding.holds else ' (does not hold)'}", fontsize=10)
+            axes.plot(
+                series.x, series.y, series.style, markersize=3, linewidth=1, label=series.label
+            )
+        axes.set(
+            xlabel=finding.panel.xlabel,
+            ylabel=finding.panel.ylabel,
+            xscale=finding.panel.scales[0],
+            yscale=finding.panel.scales[1],
+        )
+        axes.set_title(
+            f"{finding.number}: {finding.title}{'' if finding.holds else ' (does not hold)'}",
+            fontsize=10,
+        )
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         points = sorted({x for series in finding.panel.series for x in series.x})
         if len(points) <= 5:
@@ -38,9 +51,18 @@ def draw(findings: Sequence[Finding]) -> Figure:
 
 def table(findings: Sequence[Finding]) -> str:
     """Return the table in Markdown."""
-    rows = [(f.number, f.claim, f.formula, f.measured, "yes" if f.holds else "no") for f in findings]
+    rows = [
+        (f.number, f.claim, f.formula, f.measured, "yes" if f.holds else "no") for f in findings
+    ]
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
-    return "\n".join(f"| {line} |" for line in [" | the paper's claim | prediction | measured | holds", "---|---|---|---|---", *lines])
+    return "\n".join(
+        f"| {line} |"
+        for line in [
+            " | the paper's claim | prediction | measured | holds",
+            "---|---|---|---|---",
+            *lines,
+        ]
+    )
 
 
 def run(prediction: Callable[[], Finding]) -> Finding:
@@ -56,7 +78,9 @@ def main() -> None:
     out = parser.parse_args().out
     with ProcessPoolExecutor(2) as pool:
         finished = as_completed([pool.submit(run, prediction) for prediction in PREDICTIONS])
-        findings = [future.result() for future in tqdm(finished, total=len(PREDICTIONS), unit="prediction")]
+        findings = [
+            future.result() for future in tqdm(finished, total=len(PREDICTIONS), unit="prediction")
+        ]
     findings.sort(key=lambda finding: int(finding.number[1:]))
     out.mkdir(parents=True, exist_ok=True)
     draw(findings).savefig(out / "theory.png", dpi=110)

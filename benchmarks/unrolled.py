@@ -52,7 +52,11 @@ def loss_of(network: nn.Module, w: Params, x: Any, y: Tensor) -> Tensor:
 
 def start_of(network: nn.Module) -> Params:
     """Return copies of the trainable parameters."""
-    return {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters() if p.requires_grad}
+    return {
+        name: p.detach().clone().requires_grad_()
+        for name, p in network.named_parameters()
+        if p.requires_grad
+    }
 
 
 def tasks_of(episodes: Episodes) -> Iterator[Episodes]:
@@ -63,14 +67,20 @@ def tasks_of(episodes: Episodes) -> Iterator[Episodes]:
 
 def step(network: nn.Module, w: Params, x: Any, y: Tensor, rate: float, *, graph: bool) -> Params:
     """Return the parameters after one inner step."""
-    gradient = torch.autograd.grad(loss_of(network, w, x, y), [*w.values()], create_graph=graph, materialize_grads=True)
+    gradient = torch.autograd.grad(
+        loss_of(network, w, x, y), [*w.values()], create_graph=graph, materialize_grads=True
+    )
     return {name: p - rate * g.to_dense() for (name, p), g in zip(w.items(), gradient, strict=True)}
 
 
-def unrolled(network: nn.Module, episodes: Episodes, rate: float, steps: int, *, exact: bool = True) -> Right:
+def unrolled(
+    network: nn.Module, episodes: Episodes, rate: float, steps: int, *, exact: bool = True
+) -> Right:
     """Return the meta-gradients by autograd; the first-order one alone if the exact one is not wanted."""
     start = start_of(network)
-    exactly, at_the_end = ({name: torch.zeros_like(p) for name, p in start.items()} for _ in range(2))
+    exactly, at_the_end = (
+        {name: torch.zeros_like(p) for name, p in start.items()} for _ in range(2)
+    )
     for task in tasks_of(episodes):
         w = dict(start)
         for _ in range(steps):
@@ -79,7 +89,11 @@ def unrolled(network: nn.Module, episodes: Episodes, rate: float, steps: int, *,
                 w = {name: p.detach().requires_grad_() for name, p in w.items()}
         wanted = [(at_the_end, w), *([(exactly, start)] if exact else [])]
         leaves = [p for _, point in wanted for p in point.values()]
-        found = iter(torch.autograd.grad(loss_of(network, w, task.query_x, task.query_y), leaves, materialize_grads=True))
+        found = iter(
+            torch.autograd.grad(
+                loss_of(network, w, task.query_x, task.query_y), leaves, materialize_grads=True
+            )
+        )
         for total, point in wanted:
             for name in point:
                 total[name] += next(found).to_dense() / len(episodes.support_y)
@@ -116,7 +130,8 @@ def error(found: Params, right: Params | None) -> float:
 def in_evaluation(network: nn.Module) -> nn.Module:
     """Return the network in evaluation mode, but with each batch's own statistics.
 
-    Training mode comes first: some networks keep in evaluation what they computed from their parameters, until they train again.
+    Training mode comes first: some networks keep in evaluation what they computed from their
+    parameters, until they train again.
     """
     network.train().eval()
     for module in network.modules():
@@ -154,8 +169,14 @@ def outcome(found: Callable[[], float], most: float) -> Outcome:
         off = found()
     except Exception as failure:  # noqa: BLE001 # any is a finding
         said = str(failure)
-        refused = isinstance(failure, ValueError | TypeError | RuntimeError) and SENTENCE.match(said)
-        return Outcome("refused", said) if refused else Outcome("CRASH", f"{type(failure).__name__}: {said!r}")
+        refused = isinstance(failure, ValueError | TypeError | RuntimeError) and SENTENCE.match(
+            said
+        )
+        return (
+            Outcome("refused", said)
+            if refused
+            else Outcome("CRASH", f"{type(failure).__name__}: {said!r}")
+        )
     return Outcome("equal" if off <= most else "WRONG", f"{off:.0e}")
 
 

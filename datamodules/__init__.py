@@ -11,7 +11,9 @@ from lightning_maml.datamodules.few_shot import FewShotDataModule as FewShotData
 from lightning_maml.datamodules.glyphs import GlyphsDataModule as GlyphsDataModule
 from lightning_maml.datamodules.image_folder import ImageFolderDataModule as ImageFolderDataModule
 from lightning_maml.datamodules.images.files import load_images as load_images
-from lightning_maml.datamodules.mini_imagenet.datamodule import MiniImageNetDataModule as MiniImageNetDataModule
+from lightning_maml.datamodules.mini_imagenet.datamodule import (
+    MiniImageNetDataModule as MiniImageNetDataModule,
+)
 from lightning_maml.datamodules.omniglot import OmniglotDataModule as OmniglotDataModule
 from lightning_maml.datamodules.sampler import ClassImages as ClassImages
 from lightning_maml.datamodules.transforms import EpisodeTransforms as EpisodeTransforms

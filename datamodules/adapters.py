@@ -28,23 +28,34 @@ class Taskset(Protocol):
 def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list[Any]]:
     """Return a task's labels as ``0 .. ways - 1``, ``[S]`` and ``[Q]``, and the classes in the order of these numbers.
 
-    Labels that are already these numbers are kept, as the sampler gave them out. Others are numbered at random, anew each time: if a
-    class's number depended on the class, a network could learn it by heart and would not need to adapt.
+    Labels that are already these numbers are kept, as the sampler gave them out. Others are
+    numbered at random, anew each time: if a class's number depended on the class, a network could
+    learn it by heart and would not need to adapt.
 
     Raises:
         ValueError: If the class of a query is not in the support set.
     """
-    support, query = ([label.item() if isinstance(label, Tensor) else label for label in labels] for labels in (support_y, query_y))
+    support, query = (
+        [label.item() if isinstance(label, Tensor) else label for label in labels]
+        for labels in (support_y, query_y)
+    )
     found = list(dict.fromkeys(support))
     if unknown := [label for label in dict.fromkeys(query) if label not in found]:
         raise ValueError(
-            f"Expected queries of the classes of the support set, {_first_five(found)}, but got some of {_first_five(unknown)}; "
-            "give each class of a task support examples."
+            f"Expected queries of the classes of the support set, {_first_five(found)}, but got "
+            f"some of {_first_five(unknown)}; give each class of a task support examples."
         )
     ways = len(found)
-    classes = sorted(found) if set(found) == {*range(ways)} else [found[number] for number in torch.randperm(ways).tolist()]
+    classes = (
+        sorted(found)
+        if set(found) == {*range(ways)}
+        else [found[number] for number in torch.randperm(ways).tolist()]
+    )
     numbers = {label: number for number, label in enumerate(classes)}
-    support_numbers, query_numbers = (torch.tensor([numbers[label] for label in labels], dtype=torch.long) for labels in (support, query))
+    support_numbers, query_numbers = (
+        torch.tensor([numbers[label] for label in labels], dtype=torch.long)
+        for labels in (support, query)
+    )
     return support_numbers, query_numbers, classes
 
 
@@ -54,35 +65,49 @@ def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
     The examples may come in any order. Classes may have different numbers of queries.
 
     Raises:
-        ValueError: If a class has no more than ``shots`` examples, or there are not as many labels as examples.
+        ValueError: If a class has no more than ``shots`` examples, or there are not as many labels
+            as examples.
     """
     labels = [label.item() if isinstance(label, Tensor) else label for label in y]
     if len(labels) != len(x):
-        raise ValueError(f"Expected a label for each of the {len(x)} examples of a task but got {len(labels)}.")
+        raise ValueError(
+            f"Expected a label for each of the {len(x)} examples of a task but got {len(labels)}."
+        )
     rows: dict[Any, list[int]] = {}
     for row, label in enumerate(labels):
         rows.setdefault(label, []).append(row)
-    if short := {label: len(of_class) for label, of_class in rows.items() if len(of_class) <= shots}:
+    if short := {
+        label: len(of_class) for label, of_class in rows.items() if len(of_class) <= shots
+    }:
         raise ValueError(
-            f"Expected more than {shots} examples of each class of a task, {shots} for the support set and some to query, but got "
-            f"{_first_five(f'{count} of {label}' for label, count in short.items())}; sample more or lower `shots`."
+            f"Expected more than {shots} examples of each class of a task, {shots} for the "
+            "support set and some to query, but got "
+            f"{_first_five(f'{count} of {label}' for label, count in short.items())}; sample more "
+            "or lower `shots`."
         )
     support = [row for of_class in rows.values() for row in of_class[:shots]]
     query = [row for of_class in rows.values() for row in of_class[shots:]]
-    support_y, query_y, _ = relabelled([labels[row] for row in support], [labels[row] for row in query])
+    support_y, query_y, _ = relabelled(
+        [labels[row] for row in support], [labels[row] for row in query]
+    )
     return Episodes(x[support], support_y.to(x.device), x[query], query_y.to(x.device))
 
 
 def task_of_easyfsl(batch: Sequence[Any]) -> Episodes:
     """Return a task (without the dimension T) from a batch that easyfsl's ``TaskSampler`` collated.
 
-    Its labels depend on the class (they follow the order of a set of class ids), so they are renumbered at random.
+    Its labels depend on the class (they follow the order of a set of class ids), so they are
+    renumbered at random.
 
     Raises:
-        ValueError: If the batch is not support images, their labels, query images, their labels and class ids.
+        ValueError: If the batch is not support images, their labels, query images, their labels and
+            class ids.
     """
     if not isinstance(batch, Sequence) or len(batch) != 5:
-        raise ValueError(f"Expected easyfsl's support images, labels, query images, labels and class ids but got {_kind(batch)}.")
+        raise ValueError(
+            "Expected easyfsl's support images, labels, query images, labels and class ids but "
+            f"got {_kind(batch)}."
+        )
     support_x, support_y, query_x, query_y, _ = batch
     support_y, query_y, classes = relabelled(support_y, query_y)
     numbers = torch.randperm(len(classes))
@@ -97,12 +122,19 @@ def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
     """
     if not isinstance(batch, Mapping) or not {"train", "test"} <= batch.keys():
         got = list(batch) if isinstance(batch, Mapping) else _kind(batch)
-        raise ValueError(f'Expected torchmeta\'s {{"train": (x, y), "test": (x, y)}} but got {got}.')
+        raise ValueError(
+            f'Expected torchmeta\'s {{"train": (x, y), "test": (x, y)}} but got {got}.'
+        )
     (support_x, support_y), (query_x, query_y) = batch["train"], batch["test"]
     if support_y.is_floating_point():  # regression
         return Episodes(support_x, support_y, query_x, query_y)
     labels = [relabelled(*of_task)[:2] for of_task in zip(support_y, query_y, strict=True)]
-    return Episodes(support_x, torch.stack([support for support, _ in labels]), query_x, torch.stack([query for _, query in labels]))
+    return Episodes(
+        support_x,
+        torch.stack([support for support, _ in labels]),
+        query_x,
+        torch.stack([query for _, query in labels]),
+    )
 
 
 def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
@@ -114,8 +146,9 @@ def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
     sizes = {(len(task.support_y), len(task.query_y)) for task in tasks}
     if len(sizes) > 1:
         raise ValueError(
-            f"Expected the tasks of a meta-batch to have the same number of support and of query examples but got {sorted(sizes)}; "
-            "let the sampler draw as many for each task, or use meta_batch_size=1."
+            "Expected the tasks of a meta-batch to have the same number of support and of query "
+            f"examples but got {sorted(sizes)}; let the sampler draw as many for each task, or "
+            "use meta_batch_size=1."
         )
     episodes: Episodes = default_collate([*tasks])
     return episodes
@@ -124,7 +157,12 @@ def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
 class _Loaders(LightningDataModule):
     """Datamodule that hands out the loaders it was given."""
 
-    def __init__(self, train: Iterable[Episodes], val: Iterable[Episodes] | None, test: Iterable[Episodes] | None) -> None:
+    def __init__(
+        self,
+        train: Iterable[Episodes],
+        val: Iterable[Episodes] | None,
+        test: Iterable[Episodes] | None,
+    ) -> None:
         super().__init__()
         self._train, self._val, self._test = train, val, test
 
@@ -132,8 +170,9 @@ class _Loaders(LightningDataModule):
         """Return the training tasks."""
         if self.trainer is not None and self.trainer.world_size > 1:
             raise ValueError(
-                f"Expected one process but got {self.trainer.world_size}: tasks that another library draws would be the same ones in each; "
-                "use one device, or a datamodule of this library."
+                f"Expected one process but got {self.trainer.world_size}: tasks that another "
+                "library draws would be the same ones in each; use one device, or a datamodule "
+                "of this library."
             )
         return self._train
 
@@ -144,7 +183,9 @@ class _Loaders(LightningDataModule):
     def test_dataloader(self) -> Iterable[Episodes]:
         """Return the test tasks."""
         if self._test is None:
-            raise ValueError("Expected `test` tasks but the datamodule was given none; give it some.")
+            raise ValueError(
+                "Expected `test` tasks but the datamodule was given none; give it some."
+            )
         return self._test
 
     def predict_dataloader(self) -> Iterable[Episodes]:
@@ -156,7 +197,8 @@ class Learn2LearnDataModule(_Loaders):
     """Episodes of learn2learn's tasksets.
 
     Args:
-        train: Training taskset: anything whose ``sample()`` returns a task as ``(data, labels)``, with the classes in any order.
+        train: Training taskset: anything whose ``sample()`` returns a task as ``(data, labels)``,
+            with the classes in any order.
         val: Validation taskset.
         test: Test taskset.
         shots: Support examples per class: the first ones of each class; the others are queries.
@@ -168,8 +210,9 @@ class Learn2LearnDataModule(_Loaders):
         num_workers: Loader processes.
 
     Raises:
-        ValueError: If a number is out of range, or tasksets are known to share classes; while loading, if a task cannot be
-            split, its size differs from the others', or the taskset runs out of tasks.
+        ValueError: If a number is out of range, or tasksets are known to share classes; while
+            loading, if a task cannot be split, its size differs from the others', or the taskset
+            runs out of tasks.
     """
 
     def __init__(
@@ -192,7 +235,9 @@ class Learn2LearnDataModule(_Loaders):
 
         def loader(taskset: Taskset, tasks: int, shots: int) -> Iterable[Episodes]:
             dataset = _Sampled(taskset, tasks, shots)
-            return DataLoader(dataset, batch_size=meta_batch_size, collate_fn=meta_batch, num_workers=num_workers)
+            return DataLoader(
+                dataset, batch_size=meta_batch_size, collate_fn=meta_batch, num_workers=num_workers
+            )
 
         super().__init__(
             loader(train, train_batches * meta_batch_size, shots),
@@ -213,7 +258,8 @@ class _Sampled(Dataset[Episodes]):
             x, y = self._taskset.sample()
         except (StopIteration, IndexError) as error:
             raise ValueError(
-                f"Expected {self._tasks} tasks of the taskset but it gave no more at number {number}; let it have more."
+                f"Expected {self._tasks} tasks of the taskset but it gave no more at number "
+                f"{number}; let it have more."
             ) from error
         return task_of_examples(x, y, self._shots)
 
@@ -228,26 +274,39 @@ class EasyFSLDataModule(_Loaders):
         meta_batch_size: Tasks per optimizer step.
 
     Raises:
-        ValueError: If ``meta_batch_size`` is not positive, or loaders are known to share classes; while loading, if a batch is not
-            easyfsl's, or tasks differ in size.
+        ValueError: If ``meta_batch_size`` is not positive, or loaders are known to share classes;
+            while loading, if a batch is not easyfsl's, or tasks differ in size.
     """
 
     def __init__(
-        self, train: Iterable[Any], val: Iterable[Any] | None = None, test: Iterable[Any] | None = None, meta_batch_size: int = 32
+        self,
+        train: Iterable[Any],
+        val: Iterable[Any] | None = None,
+        test: Iterable[Any] | None = None,
+        meta_batch_size: int = 32,
     ) -> None:
         _check_positive(meta_batch_size=meta_batch_size)
         check_splits(of_easyfsl, train=train, val=val, test=test)
 
         def loader(batches: Iterable[Any]) -> Iterable[Episodes]:
-            return _Converted(batches, lambda few: meta_batch([task_of_easyfsl(batch) for batch in few]), meta_batch_size)
+            return _Converted(
+                batches,
+                lambda few: meta_batch([task_of_easyfsl(batch) for batch in few]),
+                meta_batch_size,
+            )
 
-        super().__init__(loader(train), None if val is None else loader(val), None if test is None else loader(test))
+        super().__init__(
+            loader(train),
+            None if val is None else loader(val),
+            None if test is None else loader(test),
+        )
 
 
 class TorchmetaDataModule(_Loaders):
     """Episodes of torchmeta's ``BatchMetaDataLoader``, or of others that give ``{"train": (x, y), "test": (x, y)}``, ``x`` ``[T, S, ...]``.
 
-    An epoch is as long as the loader; if the loader goes through all combinations of classes, set the trainer's ``limit_train_batches``.
+    An epoch is as long as the loader; if the loader goes through all combinations of classes, set
+    the trainer's ``limit_train_batches``.
 
     Args:
         train: Training loader.
@@ -258,17 +317,28 @@ class TorchmetaDataModule(_Loaders):
         ValueError: While loading, if a batch is not torchmeta's.
     """
 
-    def __init__(self, train: Iterable[Any], val: Iterable[Any] | None = None, test: Iterable[Any] | None = None) -> None:
+    def __init__(
+        self,
+        train: Iterable[Any],
+        val: Iterable[Any] | None = None,
+        test: Iterable[Any] | None = None,
+    ) -> None:
         def loader(batches: Iterable[Any]) -> Iterable[Episodes]:
             return _Converted(batches, lambda few: episodes_of_torchmeta(few[0]), 1)
 
-        super().__init__(loader(train), None if val is None else loader(val), None if test is None else loader(test))
+        super().__init__(
+            loader(train),
+            None if val is None else loader(val),
+            None if test is None else loader(test),
+        )
 
 
 class _Converted:
     """Meta-batches that are each made of ``size`` batches of a loader."""
 
-    def __init__(self, batches: Iterable[Any], convert: Callable[[list[Any]], Episodes], size: int) -> None:
+    def __init__(
+        self, batches: Iterable[Any], convert: Callable[[list[Any]], Episodes], size: int
+    ) -> None:
         self._batches, self._convert, self._size = batches, convert, size
         self._gave = False
 
@@ -282,8 +352,9 @@ class _Converted:
             yield self._convert(few)
         if self._gave and not passes:
             raise ValueError(
-                f"Expected a loader that can be gone through in every epoch but this one ({type(self._batches).__name__}) gave nothing the "
-                "second time; give a loader, not its iterator."
+                "Expected a loader that can be gone through in every epoch but this one "
+                f"({type(self._batches).__name__}) gave nothing the second time; give a loader, "
+                "not its iterator."
             )
         self._gave = passes > 0
 

@@ -18,7 +18,9 @@ def check_shares(shares: Shares) -> None:
         ValueError: If they are not.
     """
     if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"Expected `shares` to be three positive numbers that sum to 1 but got {list(shares)}.")
+        raise ValueError(
+            f"Expected `shares` to be three positive numbers that sum to 1 but got {list(shares)}."
+        )
 
 
 def split_classes(count: int, shares: Shares, seed: int) -> dict[str, list[int]]:
@@ -26,7 +28,11 @@ def split_classes(count: int, shares: Shares, seed: int) -> dict[str, list[int]]
     order = np.random.RandomState(seed).permutation(count).tolist()
     val, test = (round(share * count) for share in shares[1:])
     train = count - val - test
-    return {"train": sorted(order[:train]), "val": sorted(order[train : train + val]), "test": sorted(order[train + val :])}
+    return {
+        "train": sorted(order[:train]),
+        "val": sorted(order[train : train + val]),
+        "test": sorted(order[train + val :]),
+    }
 
 
 def check_disjoint(classes: Mapping[str, Collection[str]], where: str, cure: str = "") -> None:
@@ -43,7 +49,8 @@ def check_disjoint(classes: Mapping[str, Collection[str]], where: str, cure: str
     for one, other in combinations(classes, 2):
         if shared := sorted(set(classes[one]) & set(classes[other])):
             raise ValueError(
-                f"Expected the splits of {where} to share no class but {len(shared)} are both in {one} and in {other} "
-                f"({first_five(shared)}): splits that share classes are for ordinary classification; "
-                f"few-shot learning is tested on classes it was not trained on{cure}."
+                f"Expected the splits of {where} to share no class but {len(shared)} are both in "
+                f"{one} and in {other} ({first_five(shared)}): splits that share classes are for "
+                "ordinary classification; few-shot learning is tested on classes it was not "
+                f"trained on{cure}."
             )

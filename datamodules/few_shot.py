@@ -12,7 +12,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lightning_maml.datamodules.base import EpisodicDataModule, Regime, splits_of
-from lightning_maml.datamodules.class_splits import Shares, check_disjoint, check_shares, split_classes
+from lightning_maml.datamodules.class_splits import (
+    Shares,
+    check_disjoint,
+    check_shares,
+    split_classes,
+)
 from lightning_maml.datamodules.images.files import UnsuitableImage, pixels
 from lightning_maml.datamodules.origins import Label, Origin, Source, origins, source
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses, check_seed
@@ -22,15 +27,18 @@ from lightning_maml.datamodules.transforms import EpisodeTransforms
 class FewShotDataModule(EpisodicDataModule):
     """Few-shot episodes of map-style datasets with labels, such as torchvision's or Hugging Face's, read into memory once.
 
-    Items are pairs (image, label), or dictionaries with both. PIL images become RGB of ``image_size``; transparent ones are put on white,
-    and photographs are turned upright as their EXIF data say. Arrays ``[H, W, C]`` or ``[H, W]`` and tensors ``[C, H, W]`` or ``[H, W]``
-    of bytes are images in 0 .. 255. Arrays and tensors of floats, of any shape, become float32.
+    Items are pairs (image, label), or dictionaries with both. PIL images become RGB of
+    ``image_size``; transparent ones are put on white, and photographs are turned upright as their
+    EXIF data say. Arrays ``[H, W, C]`` or ``[H, W]`` and tensors ``[C, H, W]`` or ``[H, W]`` of
+    bytes are images in 0 .. 255. Arrays and tensors of floats, of any shape, become float32.
 
-    The datasets of two splits must not share a class: one of the same name, or of the same label in one dataset that both are taken from
-    by ``torch.utils.data.Subset``, as ``random_split`` does. Labels 0, 1, ... of different datasets are different classes.
+    The datasets of two splits must not share a class: one of the same name, or of the same label in
+    one dataset that both are taken from by ``torch.utils.data.Subset``, as ``random_split`` does.
+    Labels 0, 1, ... of different datasets are different classes.
 
     Args:
-        train: Dataset of the training classes; without ``val`` and ``test``, of all classes, which are then split at random.
+        train: Dataset of the training classes; without ``val`` and ``test``, of all classes, which
+            are then split at random.
         val: Dataset of the validation classes.
         test: Dataset of the test classes.
         ways: Classes per training episode.
@@ -40,26 +48,31 @@ class FewShotDataModule(EpisodicDataModule):
         test_shots: Support images per class there; by default as in training.
         test_queries: Query images per class there; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
-        image_size: Height and width that PIL images are resized to, whatever their aspect ratio; by default they keep their size.
+        image_size: Height and width that PIL images are resized to, whatever their aspect ratio; by
+            default they keep their size.
         image_key: Key of the image in items that are dictionaries.
         label_key: Key of the label in such items.
-        shares: Fractions of the classes for training, validation and testing, where ``train`` is the only dataset.
+        shares: Fractions of the classes for training, validation and testing, where ``train`` is
+            the only dataset.
         split_seed: Seed of that split.
         train_batches: Meta-batches per epoch and process.
         val_tasks: Validation tasks over all processes together; the same ones each time.
         test_tasks: Test tasks over all processes together; the same ones each time.
         rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's ``train_steps``.
-        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as many as ``shots``.
+        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's
+            ``train_steps``.
+        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as
+            many as ``shots``.
         transforms: Transforms of the images of whole episodes, on the device; by default none.
-        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
+        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"``
+            them with a warning.
         seed: Seed of the episodes.
         num_workers: Loader processes.
 
     Raises:
-        ValueError: If an argument is out of range, datasets share classes, images differ in size or have more than 8 bits, or a split
-            cannot serve the episodes.
+        ValueError: If an argument is out of range, datasets share classes, images differ in size or
+            have more than 8 bits, or a split cannot serve the episodes.
         TypeError: If a dataset cannot be indexed, or its items are not images with labels.
     """
 
@@ -115,13 +128,23 @@ class FewShotDataModule(EpisodicDataModule):
         check_shares(shares)
         check_seed("split_seed", split_seed)
         if (val is None) != (test is None):
-            raise ValueError("Expected both `val` and `test`, or neither for a split of the classes of `train`, but got one of them.")
+            raise ValueError(
+                "Expected both `val` and `test`, or neither for a split of the classes of "
+                "`train`, but got one of them."
+            )
         if image_size is not None and image_size < 1:
             raise ValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
-        self._datasets_of = {"train": train} if val is None or test is None else {"train": train, "val": val, "test": test}
+        self._datasets_of = (
+            {"train": train}
+            if val is None or test is None
+            else {"train": train, "val": val, "test": test}
+        )
         for name, dataset in self._datasets_of.items():
             if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-                raise TypeError(f"Expected `{name}` to be a dataset with a length and items by number but got {type(dataset).__name__}.")
+                raise TypeError(
+                    f"Expected `{name}` to be a dataset with a length and items by number but got "
+                    f"{type(dataset).__name__}."
+                )
         self.image_size, self.image_key, self.label_key = image_size, image_key, label_key
         self.shares, self.split_seed = shares, split_seed
         self._read_splits: dict[str, LabelledImages] = {}
@@ -138,12 +161,18 @@ class FewShotDataModule(EpisodicDataModule):
             return self._read(split)
         whole = self._read("train")
         chosen = split_classes(len(whole.members), self.shares, self.split_seed)[split]
-        return ClassImages(whole.images, [whole.members[number] for number in chosen], [whole.names[number] for number in chosen])
+        return ClassImages(
+            whole.images,
+            [whole.members[number] for number in chosen],
+            [whole.names[number] for number in chosen],
+        )
 
     def _read(self, name: str) -> ClassImages:
         """Return the images of a dataset, once it is known to share no class with those read before."""
         if name not in self._read_splits:
-            read = read_dataset(self._datasets_of[name], name, self.image_size, self.image_key, self.label_key)
+            read = read_dataset(
+                self._datasets_of[name], name, self.image_size, self.image_key, self.label_key
+            )
             for other, read_before in self._read_splits.items():
                 _check_no_shared_class({other: read_before, name: read})
             self._read_splits[name] = read
@@ -166,15 +195,24 @@ def _check_no_shared_class(splits: dict[str, LabelledImages]) -> None:
     cure = "; give the whole dataset as `train` alone, and its classes are shared out"
     one, other = (set[Origin]().union(*split.origins) for split in splits.values())
     first = next(iter(splits.values()))
-    shared = [name for name, origin in zip(first.images.names, first.origins, strict=True) if origin & other]
+    shared = [
+        name
+        for name, origin in zip(first.images.names, first.origins, strict=True)
+        if origin & other
+    ]
     check_disjoint(dict.fromkeys(splits, shared), "the datasets", cure)
-    # one dataset may have two classes of a name; and numbers are no names: each dataset may count its classes from 0
+    # one dataset may have two classes of a name; and numbers are no names: each dataset may count
+    # its classes from 0
     of_one_dataset = {dataset for dataset, _ in one} & {dataset for dataset, _ in other}
     if not of_one_dataset and not any(split.images.names[0].isdigit() for split in splits.values()):
-        check_disjoint({name: split.images.names for name, split in splits.items()}, "the datasets", cure)
+        check_disjoint(
+            {name: split.images.names for name, split in splits.items()}, "the datasets", cure
+        )
 
 
-def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str, label_key: str) -> LabelledImages:
+def read_dataset(
+    dataset: Any, name: str, image_size: int | None, image_key: str, label_key: str
+) -> LabelledImages:
     """Read a whole dataset.
 
     Args:
@@ -186,7 +224,8 @@ def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str
 
     Raises:
         TypeError: If an item is not an image with a label.
-        ValueError: If images differ in shape or type or have more than 8 bits, there are none, or a concatenation merges classes.
+        ValueError: If images differ in shape or type or have more than 8 bits, there are none, or a
+            concatenation merges classes.
     """
     if len(dataset) == 0:
         raise ValueError(f"Expected `{name}` to hold images but it is empty.")
@@ -200,10 +239,15 @@ def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str
             images = torch.empty(len(dataset), *tensor.shape, dtype=tensor.dtype)
             _say_if_gray(image, name)
         if (tensor.shape, tensor.dtype) != (images.shape[1:], images.dtype):
-            cure = "give `image_size`" if isinstance(image, Image.Image) else "resize them by the dataset's own transform"
+            cure = (
+                "give `image_size`"
+                if isinstance(image, Image.Image)
+                else "resize them by the dataset's own transform"
+            )
             raise ValueError(
-                f"Expected all images of `{name}` to be like its first, {images.dtype} {list(images.shape[1:])}, but {which} is "
-                f"{tensor.dtype} {list(tensor.shape)}; {cure}."
+                f"Expected all images of `{name}` to be like its first, {images.dtype} "
+                f"{list(images.shape[1:])}, but {which} is {tensor.dtype} {list(tensor.shape)}; "
+                f"{cure}."
             )
         images[number] = tensor
         labels.append(_label(label, which))
@@ -215,26 +259,44 @@ def read_dataset(dataset: Any, name: str, image_size: int | None, image_key: str
         which = f"item {number} of {type(holder).__name__}"
         return _label(_item(holder[number], which, image_key, label_key)[1], which)
 
-    names = _names(dataset, name, sources, dict(zip(values.tolist(), members, strict=True)), label_key)
-    return LabelledImages(ClassImages(images, members, names), origins(sources, labels, members, label_at))
+    names = _names(
+        dataset, name, sources, dict(zip(values.tolist(), members, strict=True)), label_key
+    )
+    return LabelledImages(
+        ClassImages(images, members, names), origins(sources, labels, members, label_at)
+    )
 
 
-def _names(dataset: Any, which: str, sources: list[Source], members: Mapping[Label, np.ndarray], label_key: str) -> list[str]:
+def _names(
+    dataset: Any,
+    which: str,
+    sources: list[Source],
+    members: Mapping[Label, np.ndarray],
+    label_key: str,
+) -> list[str]:
     """Return the name of each class: the dataset's own, or that of the dataset below subsets and concatenations, or else its label.
 
     Raises:
         ValueError: If a concatenation merges classes of different names.
     """
     own = _class_names(dataset, label_key)
-    of_source = {id(item.dataset): _class_names(item.dataset, label_key) for item in sources if item.as_it_is}
+    of_source = {
+        id(item.dataset): _class_names(item.dataset, label_key) for item in sources if item.as_it_is
+    }
     names = []
     for label, rows in members.items():
-        given = [own] if own else [of_source.get(holder, ()) for holder in {id(sources[row].dataset) for row in rows}]
+        given = (
+            [own]
+            if own
+            else [
+                of_source.get(holder, ()) for holder in {id(sources[row].dataset) for row in rows}
+            ]
+        )
         found = sorted({_name(label, some) for some in given})
         if len(found) > 1:
             raise ValueError(
-                f"Expected label {label} to be one class in all parts of `{which}` but it is {' and '.join(found)}; "
-                "give the classes of each part labels of their own."
+                f"Expected label {label} to be one class in all parts of `{which}` but it is "
+                f"{' and '.join(found)}; give the classes of each part labels of their own."
             )
         names += found
     return names
@@ -258,28 +320,38 @@ def _item(item: Any, which: str, image_key: str, label_key: str) -> tuple[Any, A
     if isinstance(item, dict):
         if image_key not in item or label_key not in item:
             raise TypeError(
-                f"Expected {which} to hold {image_key!r} and {label_key!r} but it holds {', '.join(map(repr, item))}; give image_key, "
-                "label_key."
+                f"Expected {which} to hold {image_key!r} and {label_key!r} but it holds "
+                f"{', '.join(map(repr, item))}; give image_key, label_key."
             )
         return item[image_key], item[label_key]
     if not isinstance(item, (tuple, list)) or len(item) != 2:
-        raise TypeError(f"Expected {which} to be a pair (image, label) or a dictionary but got {type(item).__name__}.")
+        raise TypeError(
+            f"Expected {which} to be a pair (image, label) or a dictionary but got "
+            f"{type(item).__name__}."
+        )
     return item[0], item[1]
 
 
 def _say_if_gray(image: Any, name: str) -> None:
     if isinstance(image, Image.Image) and image.mode in ("1", "L"):
         rank_zero_warn(
-            f"The images of `{name}` are gray and become RGB, with three channels; for one channel give the dataset "
-            "transform=Compose([Grayscale(), PILToTensor()]), for three without this warning transform=Grayscale(3), all of "
-            "torchvision.transforms."
+            f"The images of `{name}` are gray and become RGB, with three channels; for one "
+            "channel give the dataset transform=Compose([Grayscale(), PILToTensor()]), for three "
+            "without this warning transform=Grayscale(3), all of torchvision.transforms."
         )
 
 
 def _label(label: Any, which: str) -> Label:
-    value = label.item() if isinstance(label, (Tensor, np.ndarray, np.generic)) and label.ndim == 0 else label
+    value = (
+        label.item()
+        if isinstance(label, (Tensor, np.ndarray, np.generic)) and label.ndim == 0
+        else label
+    )
     if not isinstance(value, (int, str)):
-        raise TypeError(f"Expected the label of {which} to be one whole number or a string but got {type(label).__name__}.")
+        raise TypeError(
+            f"Expected the label of {which} to be one whole number or a string but got "
+            f"{type(label).__name__}."
+        )
     return value
 
 
@@ -293,9 +365,14 @@ def _tensor(image: Any, image_size: int | None, which: str) -> Tensor:
         image = torch.from_numpy(image)
         if image.dtype == torch.uint8 and image.ndim == 3:
             image = image.permute(2, 0, 1)
-    if not isinstance(image, Tensor) or not (image.dtype == torch.uint8 or image.is_floating_point()):
+    if not isinstance(image, Tensor) or not (
+        image.dtype == torch.uint8 or image.is_floating_point()
+    ):
         got = str(image.dtype) if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(f"Expected the image of {which} to be a PIL image, or an array or tensor of bytes or floats, but got {got}.")
+        raise TypeError(
+            f"Expected the image of {which} to be a PIL image, or an array or tensor of bytes or "
+            f"floats, but got {got}."
+        )
     if image.is_floating_point():
         return image.float()
     return image[None] if image.ndim == 2 else image

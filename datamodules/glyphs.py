@@ -18,14 +18,16 @@ _STROKES = 3
 _POINTS = 24  # per stroke
 _INK_RADIUS = 0.022  # of a pen, in image widths
 _WOBBLE = 0.015  # standard deviation of a drawing's control points, in image widths
-_TURN, _STRETCH, _SHIFT = 0.1, 0.08, 0.08  # standard deviations of a drawing's slant (radians), size (logarithm) and place
+# standard deviations of a drawing's slant (radians), size (logarithm) and place
+_TURN, _STRETCH, _SHIFT = 0.1, 0.08, 0.08
 
 
 class GlyphsDataModule(EpisodicDataModule):
     """Few-shot episodes of generated characters, 28 x 28, ink = 1 on paper = 0.
 
-    A character is three curved strokes; each of its 20 drawings wobbles, turns, stretches and shifts them anew, so that two drawings
-    of one character differ by more than pixels: an untrained network that is adapted to one drawing mostly fails on the next.
+    A character is three curved strokes; each of its 20 drawings wobbles, turns, stretches and
+    shifts them anew, so that two drawings of one character differ by more than pixels: an untrained
+    network that is adapted to one drawing mostly fails on the next.
 
     Args:
         ways: Classes per training episode.
@@ -40,8 +42,10 @@ class GlyphsDataModule(EpisodicDataModule):
         test_tasks: Test tasks over all processes together; the same ones each time.
         rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's ``train_steps``.
-        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as many as ``shots``.
+        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's
+            ``train_steps``.
+        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as
+            many as ``shots``.
         transforms: Transforms of the images of whole episodes, on the device; by default none.
         glyph_seed: Seed of the characters and their drawings.
         seed: Seed of the episodes.
@@ -109,10 +113,17 @@ def draw_character(random: np.random.RandomState, image_size: int) -> Tensor:
     Returns:
         ``[20, 1, image_size, image_size]``, uint8 with ink = 255.
     """
-    controls = random.uniform(0.15, 0.85, (_STROKES, 3, 2)) + random.normal(0, _WOBBLE, (DRAWINGS, _STROKES, 3, 2))
+    controls = random.uniform(0.15, 0.85, (_STROKES, 3, 2)) + random.normal(
+        0, _WOBBLE, (DRAWINGS, _STROKES, 3, 2)
+    )
     turn, slant = random.normal(0, _TURN, (2, DRAWINGS))
     size = np.exp(random.normal(0, _STRETCH, (DRAWINGS, 2)))
-    matrix = np.stack([np.cos(turn), -np.sin(turn + slant), np.sin(turn), np.cos(turn + slant)], -1).reshape(-1, 2, 2) * size[:, None]
+    matrix = (
+        np.stack(
+            [np.cos(turn), -np.sin(turn + slant), np.sin(turn), np.cos(turn + slant)], -1
+        ).reshape(-1, 2, 2)
+        * size[:, None]
+    )
     shift = random.normal(0, _SHIFT, (DRAWINGS, 1, 1, 2)) + 0.5
     drawn = np.einsum("dij,dspj->dspi", matrix, controls - 0.5) + shift
     return _render(torch.from_numpy(drawn).float(), image_size)
@@ -126,6 +137,9 @@ def _render(controls: Tensor, image_size: int) -> Tensor:
     spacing = (points[:, :, 1:] - points[:, :, :-1]).norm(dim=-1)
     blots = ((points[:, :, 1:] + points[:, :, :-1]) / 2).flatten(1, 2)
     pixels = (torch.arange(image_size) + 0.5) / image_size
-    profile = torch.exp(-((blots[..., None] - pixels) ** 2) / (2 * _INK_RADIUS**2))  # [drawings, blots, xy, pixels]
-    ink = torch.einsum("db,dby,dbx->dyx", spacing.flatten(1) / _INK_RADIUS, profile[:, :, 1], profile[:, :, 0])
+    # [drawings, blots, xy, pixels]
+    profile = torch.exp(-((blots[..., None] - pixels) ** 2) / (2 * _INK_RADIUS**2))
+    ink = torch.einsum(
+        "db,dby,dbx->dyx", spacing.flatten(1) / _INK_RADIUS, profile[:, :, 1], profile[:, :, 0]
+    )
     return (ink.clamp(max=1) * 255).round().to(torch.uint8)[:, None]

@@ -6,9 +6,21 @@ from typing import NamedTuple
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_maml.datamodules.base import EpisodicDataModule, Regime
-from lightning_maml.datamodules.class_splits import Shares, check_disjoint, check_shares, split_classes
+from lightning_maml.datamodules.class_splits import (
+    Shares,
+    check_disjoint,
+    check_shares,
+    split_classes,
+)
 from lightning_maml.datamodules.images.files import CachedImageFiles, OnCorrupt, check_on_corrupt
-from lightning_maml.datamodules.images.folders import LeftOut, in_words, innermost, list_class_folders, split_of, subfolders
+from lightning_maml.datamodules.images.folders import (
+    LeftOut,
+    in_words,
+    innermost,
+    list_class_folders,
+    split_of,
+    subfolders,
+)
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses, check_seed
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 
@@ -16,14 +28,17 @@ from lightning_maml.datamodules.transforms import EpisodeTransforms
 class ImageFolderDataModule(EpisodicDataModule):
     """Few-shot episodes of the images in a tree of folders, RGB, of one size.
 
-    The tree is ``root/{train,val,test}/CLASS/*``, or ``root/CLASS/*``, whose classes are then divided among the three splits at random.
-    Usual other names of the splits will do: ``training``, ``valid``, ``validation``, ``testing``, ``base``, ``novel``, in any case; and
-    the whole may lie some folders deeper. A class's images may lie at any depth below its folder; linked folders are followed. There may
-    be any number of images, but at least as many as an episode takes. Hidden files, folders that programs make (``@eaDir``,
-    ``__MACOSX``), files with other extensions and folders without images are left out; the log counts them in one line.
+    The tree is ``root/{train,val,test}/CLASS/*``, or ``root/CLASS/*``, whose classes are then
+    divided among the three splits at random. Usual other names of the splits will do: ``training``,
+    ``valid``, ``validation``, ``testing``, ``base``, ``novel``, in any case; and the whole may lie
+    some folders deeper. A class's images may lie at any depth below its folder; linked folders are
+    followed. There may be any number of images, but at least as many as an episode takes. Hidden
+    files, folders that programs make (``@eaDir``, ``__MACOSX``), files with other extensions and
+    folders without images are left out; the log counts them in one line.
 
-    Transparent images are put on white, and photographs are turned upright as their EXIF data say; see :func:`load_images`. They are
-    decoded once, into ``root/images_SIZE.pt``, and again when a file is added, removed or changed.
+    Transparent images are put on white, and photographs are turned upright as their EXIF data say;
+    see :func:`load_images`. They are decoded once, into ``root/images_SIZE.pt``, and again when a
+    file is added, removed or changed.
 
     Args:
         root: Folder of the data.
@@ -34,27 +49,34 @@ class ImageFolderDataModule(EpisodicDataModule):
         test_shots: Support images per class there; by default as in training.
         test_queries: Query images per class there; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
-        image_size: Height and width that images are resized to, whatever their aspect ratio, in pixels.
-        shares: Fractions of the classes for training, validation and testing, in a tree without splits.
+        image_size: Height and width that images are resized to, whatever their aspect ratio, in
+            pixels.
+        shares: Fractions of the classes for training, validation and testing, in a tree without
+            splits.
         split_seed: Seed of that split.
         train_batches: Meta-batches per epoch and process.
         val_tasks: Validation tasks over all processes together; the same ones each time.
         test_tasks: Test tasks over all processes together; the same ones each time.
         rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's ``train_steps``.
-        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as many as ``shots``.
+        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's
+            ``train_steps``.
+        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as
+            many as ``shots``.
         transforms: Transforms of the images of whole episodes, on the device; by default none.
-        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
-        on_corrupt: ``"raise"`` on an image file that cannot be read, or ``"skip"`` it with a warning.
+        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"``
+            them with a warning.
+        on_corrupt: ``"raise"`` on an image file that cannot be read, or ``"skip"`` it with a
+            warning.
         seed: Seed of the episodes.
         num_workers: Loader processes.
-        class_level: How many levels below ``root``, or below the folder of its split, the folder of a class lies: 1, or 2 for
-            ``SUPERCLASS/CLASS/*``, and so on. By default 1; but it must be given where a folder holds no images of its own but several
-            folders of images.
+        class_level: How many levels below ``root``, or below the folder of its split, the folder of
+            a class lies: 1, or 2 for ``SUPERCLASS/CLASS/*``, and so on. By default 1; but it must
+            be given where a folder holds no images of its own but several folders of images.
 
     Raises:
-        ValueError: If an argument is out of range, splits share classes, or a split cannot serve the episodes.
+        ValueError: If an argument is out of range, splits share classes, or a split cannot serve
+            the episodes.
         FileNotFoundError: If there is no such tree.
         OSError: If an image cannot be read, or the cache cannot be written.
     """
@@ -179,32 +201,53 @@ def find_tree(root: Path, shares: Shares, seed: int, class_level: int | None = N
         root: Root of the tree.
         shares: Fractions of the classes for each split, if the tree has no splits.
         seed: Seed of that split.
-        class_level: How many levels below the root or a split the folder of a class lies; None for 1, if that is plain.
+        class_level: How many levels below the root or a split the folder of a class lies; None for
+            1, if that is plain.
 
     Raises:
         FileNotFoundError: If there are no folders of images, or only some of the splits.
-        ValueError: If splits share classes or have two folders, or it is not plain what the classes are.
+        ValueError: If splits share classes or have two folders, or it is not plain what the classes
+            are.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"Expected `root` to be a folder of images but there is none at {root}.")
+        raise FileNotFoundError(
+            f"Expected `root` to be a folder of images but there is none at {root}."
+        )
     folder, left_out = innermost(root), LeftOut()
     places = _find_splits(folder)
     if places:
-        by_split = {split: _classes(innermost(place), class_level, left_out) for split, place in places.items()}
+        by_split = {
+            split: _classes(innermost(place), class_level, left_out)
+            for split, place in places.items()
+        }
         check_disjoint(by_split, str(folder))
         left_out["folders beside the splits"] += len(subfolders(folder)) - len(places)
-        classes = {f"{split}/{name}": files for split, of_split in by_split.items() for name, files in of_split.items()}
-        return Tree(folder, classes, {split: [f"{split}/{name}" for name in names] for split, names in by_split.items()}, left_out)
+        classes = {
+            f"{split}/{name}": files
+            for split, of_split in by_split.items()
+            for name, files in of_split.items()
+        }
+        return Tree(
+            folder,
+            classes,
+            {split: [f"{split}/{name}" for name in names] for split, names in by_split.items()},
+            left_out,
+        )
     classes = _classes(folder, class_level, left_out)
     if not classes:
         seen = in_words(left_out)
         raise FileNotFoundError(
-            f"Expected a folder of images for each class in {folder}, or train, val and test with these, but found none"
-            f"{seen and f', only {seen}'}."
+            f"Expected a folder of images for each class in {folder}, or train, val and test with "
+            f"these, but found none{seen and f', only {seen}'}."
         )
     names = list(classes)
     chosen = split_classes(len(names), shares, seed)
-    return Tree(folder, classes, {split: [names[number] for number in numbers] for split, numbers in chosen.items()}, left_out)
+    return Tree(
+        folder,
+        classes,
+        {split: [names[number] for number in numbers] for split, numbers in chosen.items()},
+        left_out,
+    )
 
 
 def _classes(folder: Path, class_level: int | None, left_out: LeftOut) -> dict[str, list[Path]]:
@@ -228,10 +271,14 @@ def _find_splits(folder: Path) -> dict[str, Path]:
     names = ", ".join(place.name for places in found.values() for place in places)
     for split, places in found.items():
         if len(places) > 1:
-            raise ValueError(f"Expected one folder of each split in {folder} but got {names}; leave one for {split}.")
+            raise ValueError(
+                f"Expected one folder of each split in {folder} but got {names}; leave one for "
+                f"{split}."
+            )
     if names and not all(found.values()):
         omniglot = "; for Omniglot take OmniglotDataModule" if "images_background" in names else ""
         raise FileNotFoundError(
-            f"Expected train, val and test in {folder} but got {names} only; or put all classes in one folder{omniglot}."
+            f"Expected train, val and test in {folder} but got {names} only; or put all classes "
+            f"in one folder{omniglot}."
         )
     return {split: places[0] for split, places in found.items() if places}

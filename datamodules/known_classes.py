@@ -12,7 +12,14 @@ from lightning_maml.datamodules.origins import Source, source
 Known = Callable[[Any], dict[Any, Source]]
 """Returns one item of each class that is drawn from, by its label; nothing if that is not known."""
 
-_KEEP_ALL_CLASSES = {"NWays", "KShots", "FusedNWaysKShots", "LoadData", "RemapLabels", "ConsecutiveLabels"}
+_KEEP_ALL_CLASSES = {
+    "NWays",
+    "KShots",
+    "FusedNWaysKShots",
+    "LoadData",
+    "RemapLabels",
+    "ConsecutiveLabels",
+}
 
 
 def check_splits(known: Known, **splits: Any) -> None:
@@ -31,12 +38,16 @@ def check_splits(known: Known, **splits: Any) -> None:
     for one, other in combinations(given, 2):
         if given[one] is given[other]:
             raise ValueError(
-                f"Expected `{one}` and `{other}` to draw from different classes but they are the same {type(given[one]).__name__}; "
-                "few-shot learning is tested on classes it was not trained on. Leave one of them out, or give it others."
+                f"Expected `{one}` and `{other}` to draw from different classes but they are the "
+                f"same {type(given[one]).__name__}; few-shot learning is tested on classes it was "
+                "not trained on. Leave one of them out, or give it others."
             )
         classes = {name: known(given[name]) for name in (one, other)}
-        shared = set.intersection(*({id(item.dataset) for item in items.values()} for items in classes.values()))
-        # reading an item may draw random numbers, so it is done only if two splits are taken from one dataset
+        shared = set.intersection(
+            *({id(item.dataset) for item in items.values()} for items in classes.values())
+        )
+        # reading an item may draw random numbers, so it is done only if two splits are taken from
+        # one dataset
         origins = [_origins(items, shared) for items in classes.values()]
         labels = [label for _, label in origins[0] & origins[1]]
         check_disjoint({one: labels, other: labels}, f"`{one}` and `{other}`")
@@ -55,10 +66,18 @@ def _origins(classes: dict[Any, Source], datasets: set[int]) -> set[tuple[int, s
 
 def of_learn2learn(taskset: Any) -> dict[Any, Source]:
     """Return an item of each class of a taskset, unless its transforms may leave out classes."""
-    dataset, transforms = getattr(taskset, "dataset", None), getattr(taskset, "task_transforms", None) or ()
+    dataset, transforms = (
+        getattr(taskset, "dataset", None),
+        getattr(taskset, "task_transforms", None) or (),
+    )
     items = getattr(dataset, "labels_to_indices", None)
     keeps_all = all(type(each).__name__ in _KEEP_ALL_CLASSES for each in transforms)
-    if dataset is None or not hasattr(dataset, "dataset") or not isinstance(items, Mapping) or not keeps_all:
+    if (
+        dataset is None
+        or not hasattr(dataset, "dataset")
+        or not isinstance(items, Mapping)
+        or not keeps_all
+    ):
         return {}
     return {label: source(dataset.dataset, int(numbers[0])) for label, numbers in items.items()}
 

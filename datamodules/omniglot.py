@@ -19,13 +19,22 @@ DRAWINGS = 20
 """Images per character."""
 
 VINYALS_TEST = (
-    *("Kannada", "Keble", "Malayalam", "Manipuri", "Mongolian", "Old_Church_Slavonic_(Cyrillic)", "Oriya", "Sylheti"),
+    *(
+        "Kannada",
+        "Keble",
+        "Malayalam",
+        "Manipuri",
+        "Mongolian",
+        "Old_Church_Slavonic_(Cyrillic)",
+        "Oriya",
+        "Sylheti",
+    ),
     *("Syriac_(Serto)", "Tengwar", "Tibetan", "ULOG"),
     *(f"Gurmukhi/character{number}" for number in (42, 43, 44, 45)),
 )
 VINYALS_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
-"""Test alphabets (and four single characters) and validation alphabets of Vinyals et al. 2016, as published by Snell et al. 2017; all
-others are for training."""
+"""Test alphabets (and four single characters) and validation alphabets of Vinyals et al. 2016, as
+published by Snell et al. 2017; all others are for training."""
 
 
 _SOURCE = "the official folders"
@@ -34,9 +43,10 @@ _SOURCE = "the official folders"
 class OmniglotDataModule(EpisodicDataModule):
     """Few-shot episodes of Omniglot, 28 x 28, ink = 1 on paper = 0.
 
-    The images are read once from the official folder tree (``images_background`` and ``images_evaluation``, looked for in ``root`` and up
-    to three levels below), or downloaded there by torchvision, and kept as one uint8 array in ``root/omniglot_28.pt``. As long as that
-    file is intact, nothing else is read.
+    The images are read once from the official folder tree (``images_background`` and
+    ``images_evaluation``, looked for in ``root`` and up to three levels below), or downloaded there
+    by torchvision, and kept as one uint8 array in ``root/omniglot_28.pt``. As long as that file is
+    intact, nothing else is read.
 
     Args:
         root: Folder of the data.
@@ -47,19 +57,24 @@ class OmniglotDataModule(EpisodicDataModule):
         test_shots: Support images per class there; by default as in training.
         test_queries: Query images per class there; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
-        split: ``"random"``: 1100 / 100 / 423 characters, drawn by ``split_seed`` (the MAML paper's sizes); ``"vinyals"``: 1028 / 172 / 423
-            by alphabet (Vinyals et al. 2016); ``"lake"``: tests on the 659 characters of the evaluation set, trains on 864 of the
-            background set and validates on its other 100, drawn by ``split_seed``.
+        split: ``"random"``: 1100 / 100 / 423 characters, drawn by ``split_seed`` (the MAML paper's
+            sizes); ``"vinyals"``: 1028 / 172 / 423 by alphabet (Vinyals et al. 2016); ``"lake"``:
+            tests on the 659 characters of the evaluation set, trains on 864 of the background set
+            and validates on its other 100, drawn by ``split_seed``.
         split_seed: Seed of the splits that are drawn.
-        rotations: ``"classes"``: each character, turned by 0, 90, 180 and 270 degrees, makes four classes; ``"augment"``: each class of
-            an episode is turned at random; ``"none"``. This applies to all splits.
-        download: Download into ``root`` if the cache is missing and so is at least one of the folders.
+        rotations: ``"classes"``: each character, turned by 0, 90, 180 and 270 degrees, makes four
+            classes; ``"augment"``: each class of an episode is turned at random; ``"none"``. This
+            applies to all splits.
+        download: Download into ``root`` if the cache is missing and so is at least one of the
+            folders.
         train_batches: Meta-batches per epoch and process.
         val_tasks: Validation tasks over all processes together; the same ones each time.
         test_tasks: Test tasks over all processes together; the same ones each time.
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's ``train_steps``.
-        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as many as ``shots``.
+        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's
+            ``train_steps``.
+        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as
+            many as ``shots``.
         transforms: Transforms of the images of whole episodes, on the device; by default none.
         seed: Seed of the episodes.
         num_workers: Loader processes.
@@ -116,7 +131,9 @@ class OmniglotDataModule(EpisodicDataModule):
             num_workers=num_workers,
         )
         if split not in ("random", "vinyals", "lake"):
-            raise ValueError(f"Expected `split` to be 'random', 'vinyals' or 'lake' but got {split!r}.")
+            raise ValueError(
+                f"Expected `split` to be 'random', 'vinyals' or 'lake' but got {split!r}."
+            )
         check_seed("split_seed", split_seed)
         self.root = Path(root).expanduser()
         self.split, self.split_seed = split, split_seed
@@ -135,14 +152,19 @@ class OmniglotDataModule(EpisodicDataModule):
             if len(tree) < len(CHARACTERS) and self._download:
                 self._download_tree()
                 tree = find_tree(self.root)
-            paper = decode(list_files(tree, self.root), self.image_size, "L", "raise", "Decoding Omniglot once")
+            paper = decode(
+                list_files(tree, self.root), self.image_size, "L", "raise", "Decoding Omniglot once"
+            )
             write_cache(self.cache_file, _SOURCE, paper._replace(images=255 - paper.images))
 
     def class_images(self, split: str) -> ClassImages:
         """Return the characters of a split."""
         self._decoded = self._decoded or self._read_cache()
         if self._decoded is None:
-            raise FileNotFoundError(f"Expected {self.cache_file} to hold the decoded images but found none; call `prepare_data()` first.")
+            raise FileNotFoundError(
+                f"Expected {self.cache_file} to hold the decoded images but found none; call "
+                "`prepare_data()` first."
+            )
         rows = rows_of_classes(self._decoded)
         classes = split_characters(self._decoded.names, self.split, self.split_seed)[split]
         return ClassImages(self._decoded.images.unsqueeze(1), [rows[number] for number in classes])
@@ -156,7 +178,9 @@ class OmniglotDataModule(EpisodicDataModule):
             for background in (True, False):
                 torchvision.datasets.Omniglot(str(self.root), background=background, download=True)
         except Exception as error:  # torchvision lets through whatever the network, the server or the archive raised
-            raise FileNotFoundError(f"{_not_found(self.root, find_tree(self.root))} The download failed: {error}") from error
+            raise FileNotFoundError(
+                f"{_not_found(self.root, find_tree(self.root))} The download failed: {error}"
+            ) from error
 
 
 def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[int]]:
@@ -172,7 +196,9 @@ def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[
         return {"train": order[:1100], "val": order[1100:1200], "test": order[1200:]}
     if split == "lake":
         background = [number for number in order if names[number].startswith("images_background/")]
-        test = [number for number, name in enumerate(names) if name.startswith("images_evaluation/")]
+        test = [
+            number for number, name in enumerate(names) if name.startswith("images_evaluation/")
+        ]
         return {"train": background[100:], "val": background[:100], "test": test}
 
     def belongs(name: str, part: tuple[str, ...]) -> bool:
@@ -188,7 +214,12 @@ def find_tree(root: Path) -> dict[str, Path]:
     """Return the paths of the official folders, in ``root`` or up to three levels below it; complete ones are preferred."""
     found = {}
     for name, count in CHARACTERS.items():
-        places = [place for levels in range(4) for place in sorted(root.glob("*/" * levels + name)) if "__MACOSX" not in place.parts]
+        places = [
+            place
+            for levels in range(4)
+            for place in sorted(root.glob("*/" * levels + name))
+            if "__MACOSX" not in place.parts
+        ]
         characters = {place: len(_characters(place)) for place in places}
         whole = [place for place in places if characters[place] == count]
         part = [place for place in places if characters[place]]
@@ -209,11 +240,17 @@ def list_files(tree: dict[str, Path], root: Path) -> dict[str, list[Path]]:
     for name, count in CHARACTERS.items():
         characters = _characters(tree[name])
         if len(characters) != count:
-            raise FileNotFoundError(f"Expected {tree[name]} to hold {count} characters but got {len(characters)}; {_HALF}")
+            raise FileNotFoundError(
+                f"Expected {tree[name]} to hold {count} characters but got {len(characters)}; "
+                f"{_HALF}"
+            )
         for character in characters:
             drawings = sorted(character.glob("[0-9]*.png"))
             if len(drawings) != DRAWINGS:
-                raise FileNotFoundError(f"Expected {character} to hold {DRAWINGS} images but got {len(drawings)}; {_HALF}")
+                raise FileNotFoundError(
+                    f"Expected {character} to hold {DRAWINGS} images but got {len(drawings)}; "
+                    f"{_HALF}"
+                )
             files[f"{name}/{character.parent.name}/{character.name}"] = drawings
     return files
 
@@ -223,12 +260,16 @@ def _characters(folder: Path) -> list[Path]:
 
 
 _CURE = (
-    "unpack images_background.zip and images_evaluation.zip, from the folder python/ of github.com/brendenlake/omniglot, into `root`, "
-    "or set download=True where the internet can be reached."
+    "unpack images_background.zip and images_evaluation.zip, from the folder python/ of "
+    "github.com/brendenlake/omniglot, into `root`, or set download=True where the internet can "
+    "be reached."
 )
 _HALF = "it is half extracted: delete it and unpack its archive again."
 
 
 def _not_found(root: Path, tree: dict[str, Path]) -> str:
     found = ", ".join(map(str, tree.values())) or "neither"
-    return f"Expected the folders {' and '.join(CHARACTERS)} in {root} or up to three levels below but found {found}; {_CURE}"
+    return (
+        f"Expected the folders {' and '.join(CHARACTERS)} in {root} or up to three levels below "
+        f"but found {found}; {_CURE}"
+    )

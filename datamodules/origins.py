@@ -18,7 +18,8 @@ class Source(NamedTuple):
     Attributes:
         dataset: The dataset that holds it, which is no ``Subset`` or ``ConcatDataset``.
         number: Its number there.
-        as_it_is: Whether nothing on the way may give it another label, as a subclass of ``Subset`` with items of its own may.
+        as_it_is: Whether nothing on the way may give it another label, as a subclass of ``Subset``
+            with items of its own may.
     """
 
     dataset: Any
@@ -42,7 +43,10 @@ def source(dataset: Any, number: int) -> Source:
 
 
 def origins(
-    sources: Sequence[Source], labels: Sequence[Label], members: Sequence[np.ndarray], label_at: Callable[[Any, int], Label]
+    sources: Sequence[Source],
+    labels: Sequence[Label],
+    members: Sequence[np.ndarray],
+    label_at: Callable[[Any, int], Label],
 ) -> list[set[Origin]]:
     """Return the origins of each class: several, if a concatenation merges classes of several datasets.
 
@@ -50,7 +54,8 @@ def origins(
         sources: Where each item lies.
         labels: Their labels.
         members: The items of each class.
-        label_at: Returns the label of an item where it lies, given the dataset and the number; asked only if it may differ.
+        label_at: Returns the label of an item where it lies, given the dataset and the number;
+            asked only if it may differ.
     """
     of_items = [
         (id(item.dataset), label if item.as_it_is else label_at(item.dataset, item.number))

@@ -12,9 +12,10 @@ from lightning_maml.datamodules.sampler import TaskSampler
 class PrefetchingLoader(DataLoader[Any]):
     """A data loader that prepares the next batch while the current one is in use, in a thread if there are no worker processes.
 
-    It begins when the first batch is asked for, not when Lightning makes its iterator, because Lightning sets the epoch only after that.
-    With a :class:`lightning_maml.datamodules.TaskSampler`, checkpoints record how far the epoch has got, and a resumed run goes on from
-    there.
+    It begins when the first batch is asked for, not when Lightning makes its iterator, because
+    Lightning sets the epoch only after that. With a
+    :class:`lightning_maml.datamodules.TaskSampler`, checkpoints record how far the epoch has got,
+    and a resumed run goes on from there.
     """
 
     _given = 0
@@ -40,7 +41,11 @@ class PrefetchingLoader(DataLoader[Any]):
         resumed, self._resumed = self._resumed, None
         if not isinstance(self.sampler, TaskSampler):
             return 0
-        batches = resumed["batches"] if resumed is not None and resumed["epoch"] == self.sampler.epoch else 0
+        batches = (
+            resumed["batches"]
+            if resumed is not None and resumed["epoch"] == self.sampler.epoch
+            else 0
+        )
         self.sampler.given = batches * (self.batch_size or 1)
         return batches
 

@@ -13,7 +13,8 @@ from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpis
 from lightning_maml.datamodules.messages import first_five
 
 TaskKey = tuple[int, ...]
-"""Epoch and number of a task, and in extra streams a number that sets them apart: with the seed, all that an episode depends on."""
+"""Epoch and number of a task, and in extra streams a number that sets them apart: with the seed,
+all that an episode depends on."""
 
 Rotations = Literal["none", "classes", "augment"]
 SmallClasses = Literal["raise", "drop"]
@@ -45,7 +46,8 @@ class ClassImages(NamedTuple):
     """All images of one split.
 
     Attributes:
-        images: ``[M, C, H, W]``, uint8 with 255 standing for 1; or floats, which are taken as they are, ``[M, ...]``.
+        images: ``[M, C, H, W]``, uint8 with 255 standing for 1; or floats, which are taken as they
+            are, ``[M, ...]``.
         members: For each class the rows of ``images`` that belong to it.
         names: Names of the classes, for messages.
     """
@@ -58,24 +60,29 @@ class ClassImages(NamedTuple):
 class EpisodeDataset(Dataset[AnyEpisodes]):
     """Episodes as a function of (epoch, number): the same for any number of workers and processes.
 
-    A task's classes are drawn without replacement and labelled ``0 .. ways - 1`` in the order drawn, so labels are permuted in each
-    episode. Within a class, all images of an episode are different: its support and query images are disjoint. If there is a support
-    batch and a Hessian batch per inner step, these are disjoint too, and hence independent samples of the class.
+    A task's classes are drawn without replacement and labelled ``0 .. ways - 1`` in the order
+    drawn, so labels are permuted in each episode. Within a class, all images of an episode are
+    different: its support and query images are disjoint. If there is a support batch and a Hessian
+    batch per inner step, these are disjoint too, and hence independent samples of the class.
 
     Args:
         data: The images of one split.
         ways: Classes per episode.
         shots: Support images per class.
         queries: Query images per class.
-        resampling: None for ``Episodes``; for ``ResampledEpisodes`` the number of inner steps and the Hessian images per class and step.
-        rotations: ``"classes"``: each class, turned by 0, 90, 180 and 270 degrees, makes four classes; ``"augment"``: each class of an
-            episode is turned by a random multiple of 90 degrees; ``"none"``.
+        resampling: None for ``Episodes``; for ``ResampledEpisodes`` the number of inner steps and
+            the Hessian images per class and step.
+        rotations: ``"classes"``: each class, turned by 0, 90, 180 and 270 degrees, makes four
+            classes; ``"augment"``: each class of an episode is turned by a random multiple of 90
+            degrees; ``"none"``.
         seed: Numbers that set this stream of episodes apart from others.
         split: Name of the split, for messages.
-        small_classes: ``"raise"`` on classes with too few images for an episode, or ``"drop"`` them with a warning.
+        small_classes: ``"raise"`` on classes with too few images for an episode, or ``"drop"`` them
+            with a warning.
 
     Raises:
-        ValueError: If the split has too few classes, a class has too few images, or images that are not square are to be turned.
+        ValueError: If the split has too few classes, a class has too few images, or images that are
+            not square are to be turned.
     """
 
     def __init__(
@@ -92,7 +99,9 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         small_classes: SmallClasses = "raise",
     ) -> None:
         self._ways, self._shots, self._queries, self._resampling = ways, shots, queries, resampling
-        support = shots if resampling is None else resampling.steps * (shots + resampling.hessian_shots)
+        support = (
+            shots if resampling is None else resampling.steps * (shots + resampling.hessian_shots)
+        )
         self._images_per_class = support + queries
         self._pixels = data.images
         self._members = self._large_enough(data, small_classes, split)
@@ -100,27 +109,41 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         self._seed = seed
         self._classes = len(self._members) * (4 if rotations == "classes" else 1)
         if ways > self._classes:
-            raise ValueError(f"Expected the ways of split {split!r} to be at most {self._classes}, its classes, but got {ways}.")
+            raise ValueError(
+                f"Expected the ways of split {split!r} to be at most {self._classes}, its "
+                f"classes, but got {ways}."
+            )
         shape = data.images.shape
         if rotations != "none" and (len(shape) != 4 or shape[2] != shape[3]):
             raise ValueError(
-                f"Expected square images [M, C, H, W] in split {split!r} for rotations={rotations!r} but got shape {list(shape)}; "
-                "set rotations='none'."
+                f"Expected square images [M, C, H, W] in split {split!r} for "
+                f"rotations={rotations!r} but got shape {list(shape)}; set rotations='none'."
             )
 
     def __getitem__(self, key: TaskKey) -> AnyEpisodes:
         """Return one task, without a meta-batch's leading dimension; its images are as stored and in the order of their labels."""
-        random = np.random.RandomState([*self._seed, *key])  # a frozen stream: the same episodes whatever numpy's version
-        drawn = [self._draw_rows(random, number) for number in random.choice(self._classes, self._ways, replace=False)]
+        # a frozen stream: the same episodes whatever numpy's version
+        random = np.random.RandomState([*self._seed, *key])
+        drawn = [
+            self._draw_rows(random, number)
+            for number in random.choice(self._classes, self._ways, replace=False)
+        ]
         turns = [turn for _, turn in drawn]
         rows = torch.from_numpy(np.stack([rows for rows, _ in drawn]))  # [ways, images]
-        support, query = torch.split(rows, [self._images_per_class - self._queries, self._queries], 1)
+        support, query = torch.split(
+            rows, [self._images_per_class - self._queries, self._queries], 1
+        )
         if self._resampling is None:
             return Episodes(*self._labelled(support, turns), *self._labelled(query, turns))
         steps, hessian_shots = self._resampling
-        per_step = torch.unflatten(support, 1, (steps, self._shots + hessian_shots)).transpose(0, 1)  # [N, ways, images]
+        # [N, ways, images]
+        per_step = torch.unflatten(support, 1, (steps, self._shots + hessian_shots)).transpose(0, 1)
         descent, hessian = torch.split(per_step, [self._shots, hessian_shots], 2)
-        return ResampledEpisodes(*self._labelled(descent, turns), *self._labelled(hessian, turns), *self._labelled(query, turns))
+        return ResampledEpisodes(
+            *self._labelled(descent, turns),
+            *self._labelled(hessian, turns),
+            *self._labelled(query, turns),
+        )
 
     def _draw_rows(self, random: np.random.RandomState, number: int) -> tuple[np.ndarray, int]:
         members, turns = self._members[number % len(self._members)], number // len(self._members)
@@ -131,15 +154,29 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
     def _labelled(self, rows: Tensor, turns: list[int]) -> tuple[Tensor, Tensor]:
         """Return the images of rows ``[..., ways, per class]``, each class turned, as ``[..., ways * per class, C, H, W]``, and labels."""
         *leading, ways, per_class = rows.shape
-        images = torch.unflatten(torch.index_select(self._pixels, 0, rows.flatten()), 0, tuple(rows.shape))
+        images = torch.unflatten(
+            torch.index_select(self._pixels, 0, rows.flatten()), 0, tuple(rows.shape)
+        )
         if any(turns):
             by_class = images.unbind(len(leading))
-            images = torch.stack([torch.rot90(one, turn, (-2, -1)) for one, turn in zip(by_class, turns, strict=True)], len(leading))
+            images = torch.stack(
+                [
+                    torch.rot90(one, turn, (-2, -1))
+                    for one, turn in zip(by_class, turns, strict=True)
+                ],
+                len(leading),
+            )
         labels = torch.arange(ways).repeat_interleave(per_class).expand(*leading, -1)
         return images.flatten(len(leading), len(leading) + 1), labels
 
-    def _large_enough(self, data: ClassImages, small_classes: SmallClasses, split: str) -> list[np.ndarray]:
-        large = [number for number, members in enumerate(data.members) if len(members) >= self._images_per_class]
+    def _large_enough(
+        self, data: ClassImages, small_classes: SmallClasses, split: str
+    ) -> list[np.ndarray]:
+        large = [
+            number
+            for number, members in enumerate(data.members)
+            if len(members) >= self._images_per_class
+        ]
         small = sorted(set(range(len(data.members))) - set(large))
         if not small:
             return data.members
@@ -147,22 +184,36 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         if self._resampling is not None:
             steps, hessian_shots = self._resampling
             per_class = f"{steps} x ({self._shots} + {hessian_shots}) + {self._queries}"
-            formula = f"train_steps x (shots + hessian_shots) + queries of split {split!r} ({per_class})"
-        names = [f"{data.names[number]} ({len(data.members[number])})" for number in small if data.names]
-        found = f"{len(small)} of its {len(data.members)} classes have fewer images{f': {first_five(names)}' if names else ''}"
+            formula = (
+                f"train_steps x (shots + hessian_shots) + queries of split {split!r} ({per_class})"
+            )
+        names = [
+            f"{data.names[number]} ({len(data.members[number])})" for number in small if data.names
+        ]
+        found = (
+            f"{len(small)} of its {len(data.members)} classes have fewer "
+            f"images{f': {first_five(names)}' if names else ''}"
+        )
         if small_classes == "drop":
-            warnings.warn(f"Split {split!r}: {found}; without them {len(large)} classes are left.", stacklevel=5)
+            warnings.warn(
+                f"Split {split!r}: {found}; without them {len(large)} classes are left.",
+                stacklevel=5,
+            )
             return [data.members[number] for number in large]
         fewest = min(map(len, data.members))
         cure = "; leave these out by small_classes='drop'" if data.names and large else ""
-        raise ValueError(f"Expected {formula} to be at most {fewest}, the images of its smallest class, but {found}{cure}.")
+        raise ValueError(
+            f"Expected {formula} to be at most {fewest}, the images of its smallest class, but "
+            f"{found}{cure}."
+        )
 
 
 class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
     """The keys of an epoch's tasks that fall to this process: every R-th of them, so that none is drawn twice.
 
-    With R processes of T tasks each, a step sees the same tasks as one process with R T tasks. It is a ``DistributedSampler`` so that
-    Lightning sets its epoch and leaves it in place, and a ``SequentialSampler`` so that Lightning also does so with ``overfit_batches``.
+    With R processes of T tasks each, a step sees the same tasks as one process with R T tasks. It
+    is a ``DistributedSampler`` so that Lightning sets its epoch and leaves it in place, and a
+    ``SequentialSampler`` so that Lightning also does so with ``overfit_batches``.
 
     Args:
         tasks: Tasks per epoch over all processes.
@@ -175,11 +226,17 @@ class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
         self._tasks, self._fresh = tasks, fresh
         self.num_replicas, self.rank, self.epoch = num_replicas, rank, 0
         self.given = 0
-        """How many of this process's tasks the next iterator leaves out, because they were given out before."""
+        """How many of this process's tasks the next iterator leaves out, because they were given
+        out before."""
 
     def __iter__(self) -> Iterator[TaskKey]:  # type: ignore[override]  # of a SequentialSampler it is the numbers
         epoch = self.epoch if self._fresh else 0
-        return ((epoch, number) for number in range(self.rank + self.given * self.num_replicas, self._tasks, self.num_replicas))
+        return (
+            (epoch, number)
+            for number in range(
+                self.rank + self.given * self.num_replicas, self._tasks, self.num_replicas
+            )
+        )
 
     def __len__(self) -> int:
         return len(range(self.rank, self._tasks, self.num_replicas))

@@ -13,33 +13,42 @@ from lightning_maml.batches.episodes import AnyEpisodes
 
 STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "metaoptnet": ((120.39586 / 255, 115.59361 / 255, 104.54012 / 255), (70.68188 / 255, 68.27635 / 255, 72.54505 / 255)),
+    "metaoptnet": (
+        (120.39586 / 255, 115.59361 / 255, 104.54012 / 255),
+        (70.68188 / 255, 68.27635 / 255, 72.54505 / 255),
+    ),
 }
-"""Means and standard deviations of the colours of images in 0 .. 1, those of ImageNet, as torchvision's networks use them, and those of
-mini-ImageNet's training classes, as MetaOptNet (Lee et al. 2019) and its descendants use them."""
+"""Means and standard deviations of the colours of images in 0 .. 1, those of ImageNet, as
+torchvision's networks use them, and those of mini-ImageNet's training classes, as MetaOptNet (Lee
+et al. 2019) and its descendants use them."""
 
 
 @dataclass(frozen=True)
 class EpisodeTransforms:
     """Transforms of the images of whole episodes, on the device that they are trained on.
 
-    The transforms get float images ``[n, C, H, W]`` in 0 .. 1; those of ``torchvision.transforms.v2`` can be used.
+    The transforms get float images ``[n, C, H, W]`` in 0 .. 1; those of
+    ``torchvision.transforms.v2`` can be used.
 
     Args:
-        resize: Height and width that all images are resized to first, in pixels; by default they stay as they are.
-        train: Transforms in training, applied one after the other, such as random crop, flip and colour jitter.
-        test: Transforms in validation, test and prediction. They get many images at once, so what they draw at random is the same for all
-            of them.
-        vary: ``"image"``: ``train`` draws anew for each image (it is called once for each, which takes half a millisecond for crop, flip
-            and jitter on a CPU); ``"task"``: it draws once for each task, for all of its images alike.
-        normalize: Applied last, in training and testing: ``"imagenet"`` or ``"metaoptnet"`` normalises by these statistics of the three
-            colours, see :data:`lightning_maml.datamodules.transforms.STATISTICS`; with ``"none"`` images stay in 0 .. 1, as in the MAML
-            paper. For other statistics, put ``v2.Normalize`` in both lists.
+        resize: Height and width that all images are resized to first, in pixels; by default they
+            stay as they are.
+        train: Transforms in training, applied one after the other, such as random crop, flip and
+            colour jitter.
+        test: Transforms in validation, test and prediction. They get many images at once, so what
+            they draw at random is the same for all of them.
+        vary: ``"image"``: ``train`` draws anew for each image (it is called once for each, which
+            takes half a millisecond for crop, flip and jitter on a CPU); ``"task"``: it draws once
+            for each task, for all of its images alike.
+        normalize: Applied last, in training and testing: ``"imagenet"`` or ``"metaoptnet"``
+            normalises by these statistics of the three colours, see
+            :data:`lightning_maml.datamodules.transforms.STATISTICS`; with ``"none"`` images stay in
+            0 .. 1, as in the MAML paper. For other statistics, put ``v2.Normalize`` in both lists.
 
     Raises:
         TypeError: If ``train`` or ``test`` is not a list.
-        ValueError: If ``resize`` is not positive, or ``vary`` or ``normalize`` is unknown; when called, if images that are to be normalised
-            do not have three channels.
+        ValueError: If ``resize`` is not positive, or ``vary`` or ``normalize`` is unknown; when
+            called, if images that are to be normalised do not have three channels.
     """
 
     resize: int | None = None
@@ -54,12 +63,16 @@ class EpisodeTransforms:
         for name in ("train", "test"):
             if not isinstance(getattr(self, name), Sequence):
                 raise TypeError(
-                    f"Expected `{name}` to be a list of transforms but got {type(getattr(self, name)).__name__}; put it in a list."
+                    f"Expected `{name}` to be a list of transforms but got "
+                    f"{type(getattr(self, name)).__name__}; put it in a list."
                 )
         if self.vary not in ("image", "task"):
             raise ValueError(f"Expected `vary` to be 'image' or 'task' but got {self.vary!r}.")
         if self.normalize != "none" and self.normalize not in STATISTICS:
-            raise ValueError(f"Expected `normalize` to be 'none', {' or '.join(map(repr, STATISTICS))} but got {self.normalize!r}.")
+            raise ValueError(
+                f"Expected `normalize` to be 'none', {' or '.join(map(repr, STATISTICS))} but got "
+                f"{self.normalize!r}."
+            )
 
     def __call__(self, episodes: AnyEpisodes, training: bool) -> AnyEpisodes:
         """Return the meta-batch with its images ``[T, ..., C, H, W]`` transformed."""
@@ -67,10 +80,20 @@ class EpisodeTransforms:
         if self.resize is None and not transforms and self.normalize == "none":
             return episodes
         names = episodes._fields[::2]
-        by_task = [self._task([getattr(episodes, name)[t] for name in names], transforms, training) for t in range(len(episodes.query_x))]
-        return episodes._replace(**{name: torch.stack(images) for name, images in zip(names, zip(*by_task, strict=True), strict=True)})
+        by_task = [
+            self._task([getattr(episodes, name)[t] for name in names], transforms, training)
+            for t in range(len(episodes.query_x))
+        ]
+        return episodes._replace(
+            **{
+                name: torch.stack(images)
+                for name, images in zip(names, zip(*by_task, strict=True), strict=True)
+            }
+        )
 
-    def _task(self, parts: list[Tensor], transforms: list[nn.Module], training: bool) -> list[Tensor]:
+    def _task(
+        self, parts: list[Tensor], transforms: list[nn.Module], training: bool
+    ) -> list[Tensor]:
         """Transform the support, query and Hessian images of one task together."""
         images = torch.cat([part.flatten(0, -4) for part in parts])
         if self.resize is not None:
@@ -82,11 +105,15 @@ class EpisodeTransforms:
         if self.normalize != "none":
             if images.shape[1] != 3:
                 raise ValueError(
-                    f"Expected images of 3 channels for normalize={self.normalize!r} but got {images.shape[1]}; use v2.Normalize instead."
+                    f"Expected images of 3 channels for normalize={self.normalize!r} but got "
+                    f"{images.shape[1]}; use v2.Normalize instead."
                 )
             images = Normalize(*STATISTICS[self.normalize])(images)
         pieces = torch.split(images, [part[..., 0, 0, 0].numel() for part in parts])
-        return [torch.unflatten(piece, 0, part.shape[:-3]) for piece, part in zip(pieces, parts, strict=True)]
+        return [
+            torch.unflatten(piece, 0, part.shape[:-3])
+            for piece, part in zip(pieces, parts, strict=True)
+        ]
 
 
 def _apply(transforms: list[nn.Module], images: Tensor) -> Tensor:

@@ -9,7 +9,13 @@ version = release = version_of("lightning_maml")
 root_doc = "docs/index"
 include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**", "benchmarks/*.md"]
 exclude_patterns = ["docs/conf.py", "docs/site"]
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.mathjax",
+]
 
 napoleon_use_ivar = True  # of named tuples: autodoc has their attributes already
 
@@ -28,6 +34,9 @@ nb_execution_timeout = 600
 nitpicky = True  # our own references must lead somewhere
 nitpick_ignore_regex = [
     # other projects' are not looked up, so that the site builds without a network
-    ("py:.*", r"(collections|contextlib|lightning|matplotlib|nn|numpy|pathlib|torch|torchmetrics|torchvision|typing)\..*"),
+    (
+        "py:.*",
+        r"(collections|contextlib|lightning|matplotlib|nn|numpy|pathlib|torch|torchmetrics|torchvision|typing)\..*",
+    ),
     ("py:.*", r"lightning_maml\.core\..*"),  # what functions of the core hand each other
 ]

@@ -1,15 +1,19 @@
 """Reinforcement learning through the same core: a point in the plane learns to reach a goal after a few trial runs.
 
-A task is a goal; a policy that does not see it must find it from the rewards of its own trajectories (Ji et al. 2022, Appendix A.1;
-the environment is that of Finn et al. 2017, section 5.3, shorter and without bounds). Two things differ from classification:
+A task is a goal; a policy that does not see it must find it from the rewards of its own
+trajectories (Ji et al. 2022, Appendix A.1; the environment is that of Finn et al. 2017, section
+5.3, shorter and without bounds). Two things differ from classification:
 
-- The data depend on the parameters. ``ResampledEpisodes`` holds noise, which ``sample`` turns into trajectories at the inner point where
-  they are needed.
-- The derivatives of the expected return must include that dependence. The loss weights every reward by the likelihood ratio of its
-  actions between the policy that is differentiated and the one that acted. Where the two are the same the ratio is 1 and its derivatives
-  are those of DiCE (Foerster et al. 2018); at the two points that HF-MAML probes it is the importance weight of the same trajectories.
+- The data depend on the parameters. ``ResampledEpisodes`` holds noise, which ``sample`` turns into
+  trajectories at the inner point where they are needed.
+- The derivatives of the expected return must include that dependence. The loss weights every reward
+  by the likelihood ratio of its actions between the policy that is differentiated and the one that
+  acted. Where the two are the same the ratio is 1 and its derivatives are those of DiCE (Foerster
+  et al. 2018); at the two points that HF-MAML probes it is the importance weight of the same
+  trajectories.
 
-    python examples/point_navigation.py            # three algorithms, a table and a picture, some minutes on 2 cores
+    python examples/point_navigation.py            # three algorithms, a table and a picture, some
+    minutes on 2 cores
 """
 
 import argparse
@@ -35,12 +39,18 @@ STEP, STEP_STD = 0.1, 0.05
 """Longest mean action and standard deviation of an action around it, per coordinate."""
 
 INNER_LR = 0.02
-ALGORITHMS: dict[str, CurvatureName] = {"MAML": "exact", "FO-MAML": "none", "HF-MAML": "finite_difference"}
+ALGORITHMS: dict[str, CurvatureName] = {
+    "MAML": "exact",
+    "FO-MAML": "none",
+    "HF-MAML": "finite_difference",
+}
 
 
 def build_policy() -> nn.Module:
     """Return a smooth network from positions ``[..., 2]`` to mean actions in units of ``STEP``, ``[..., 2]``."""
-    return nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2), nn.Tanh())
+    return nn.Sequential(
+        nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2), nn.Tanh()
+    )
 
 
 class Trajectories(NamedTuple):
@@ -75,13 +85,16 @@ class Navigation:
             position = position + action
         taken_at, taken = torch.stack(positions, 1), torch.stack(actions, 1)
         rewards = -(taken_at + taken - goal[:, None]).square().sum(-1)
-        return Trajectories(taken_at, taken, self._log_probs(params, taken_at, taken), rewards), goal
+        return Trajectories(
+            taken_at, taken, self._log_probs(params, taken_at, taken), rewards
+        ), goal
 
     def loss(self, params: Params, runs: Trajectories, goal: Tensor) -> Tensor:
         """Return minus the mean return: an unbiased estimate for any ``params``, from trajectories drawn at others.
 
-        ``sum_t rho_t r_t - (rho_t - rho_{t-1}) b_t`` with ``rho_t`` the likelihood ratio of the first t actions. The baseline ``b_t``, the
-        mean reward to go of the other trajectories, only lowers the variance: ``rho_t - rho_{t-1}`` has mean 0.
+        ``sum_t rho_t r_t - (rho_t - rho_{t-1}) b_t`` with ``rho_t`` the likelihood ratio of the
+        first t actions. The baseline ``b_t``, the mean reward to go of the other trajectories, only
+        lowers the variance: ``rho_t - rho_{t-1}`` has mean 0.
         """
         log_ratios = self._log_probs(params, runs.positions, runs.actions) - runs.log_probs
         ratios = log_ratios.cumsum(1).exp()
@@ -99,17 +112,23 @@ class Navigation:
         return -deviation.square().sum(-1) / 2  # up to a constant, which cancels in ratios
 
 
-def draw_tasks(tasks: int, steps: int, runs: int, hessian_runs: int, random: torch.Generator) -> ResampledEpisodes:
+def draw_tasks(
+    tasks: int, steps: int, runs: int, hessian_runs: int, random: torch.Generator
+) -> ResampledEpisodes:
     """Draw goals, and the noise of ``runs`` trajectories per batch."""
     goals = GOALS * (2 * torch.rand(tasks, 1, 2, generator=random) - 1)
 
     def batch(*sizes: int) -> tuple[Tensor, Tensor]:
-        return torch.randn(tasks, *sizes, HORIZON, 2, generator=random), goals.view(tasks, *[1] * len(sizes), 2).expand(-1, *sizes, -1)
+        return torch.randn(tasks, *sizes, HORIZON, 2, generator=random), goals.view(
+            tasks, *[1] * len(sizes), 2
+        ).expand(-1, *sizes, -1)
 
     return ResampledEpisodes(*batch(steps, runs), *batch(steps, hessian_runs), *batch(runs))
 
 
-def meta_train(policy: nn.Module, curvature: CurvatureName, iterations: int, seed: int = 0) -> list[float]:
+def meta_train(
+    policy: nn.Module, curvature: CurvatureName, iterations: int, seed: int = 0
+) -> list[float]:
     """Train ``policy`` in place, with N = 1, and return, for every iteration, the mean return after adaptation."""
     task, random = Navigation(policy), torch.Generator().manual_seed(seed)
     params = dict(policy.named_parameters())
@@ -118,7 +137,14 @@ def meta_train(policy: nn.Module, curvature: CurvatureName, iterations: int, see
     for _ in tqdm(range(iterations), desc=curvature, unit="iteration"):
         episodes = draw_tasks(tasks=20, steps=1, runs=20, hessian_runs=20, random=random)
         result = meta_gradient(
-            task.loss, params, episodes, inner_lr=INNER_LR, steps=1, curvature=curvature, sample=task.sample, tasks="vmap"
+            task.loss,
+            params,
+            episodes,
+            inner_lr=INNER_LR,
+            steps=1,
+            curvature=curvature,
+            sample=task.sample,
+            tasks="vmap",
         )
         for name, parameter in params.items():
             parameter.grad = result.grad[name]
@@ -129,9 +155,22 @@ def meta_train(policy: nn.Module, curvature: CurvatureName, iterations: int, see
 
 def returns_on_new_tasks(policy: nn.Module, steps: int = 3, tasks: int = 200) -> Tensor:
     """Return the mean return of 20 runs after 0 .. ``steps`` adaptation steps of 20 runs each, ``[tasks, steps + 1]``."""
-    task, episodes = Navigation(policy), draw_tasks(tasks, steps, runs=20, hessian_runs=0, random=torch.Generator().manual_seed(10_000))
+    task, episodes = (
+        Navigation(policy),
+        draw_tasks(
+            tasks, steps, runs=20, hessian_runs=0, random=torch.Generator().manual_seed(10_000)
+        ),
+    )
     params = dict(policy.named_parameters())
-    return -adaptation_curve(task.loss, params, episodes, inner_lr=INNER_LR, steps=steps, sample=task.sample, tasks="vmap").loss
+    return -adaptation_curve(
+        task.loss,
+        params,
+        episodes,
+        inner_lr=INNER_LR,
+        steps=steps,
+        sample=task.sample,
+        tasks="vmap",
+    ).loss
 
 
 def runs_on_one_task(policy: nn.Module, goal: Tensor, steps: int) -> list[Tensor]:
@@ -157,7 +196,9 @@ def draw_runs(policies: dict[str, nn.Module], steps: int = 3) -> Figure:
             for row, when in enumerate((0, -1)):
                 for run in positions[when]:
                     axes[row, column].plot(*run.T, color=f"C{number}", linewidth=0.5, alpha=0.6)
-                axes[row, column].plot(*goal, marker="*", markersize=14, color=f"C{number}", markeredgecolor="black")
+                axes[row, column].plot(
+                    *goal, marker="*", markersize=14, color=f"C{number}", markeredgecolor="black"
+                )
         axes[0, column].set_title(f"{name}, before adaptation", fontsize=10)
         axes[1, column].set_title(f"after {steps} steps of 20 runs each", fontsize=10)
         axes[0, column].set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
@@ -167,7 +208,9 @@ def draw_runs(policies: dict[str, nn.Module], steps: int = 3) -> Figure:
 
 def main() -> None:
     """Train the three algorithms, print a table and save a picture."""
-    parser = argparse.ArgumentParser(description="Meta-train a point to reach a goal that it is not told.")
+    parser = argparse.ArgumentParser(
+        description="Meta-train a point to reach a goal that it is not told."
+    )
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("runs/point_navigation.png"))
     arguments = parser.parse_args()
@@ -179,9 +222,17 @@ def main() -> None:
         estimate = TaskMean()
         estimate.update(returns_on_new_tasks(policies[name]))
         rows.append((name, estimate.compute()))
-    print(f"\nReturn over {HORIZON} steps, 200 new tasks, 95 % intervals; after 0 .. 3 adaptation steps of 20 runs each\n")
+    print(
+        f"\nReturn over {HORIZON} steps, 200 new tasks, 95 % intervals; after 0 .. 3 adaptation "
+        "steps of 20 runs each\n"
+    )
     for name, (mean, ci95, _) in rows:
-        print(f"{name:8}" + "".join(f"{m:9.2f} ± {c:.2f}" for m, c in zip(mean.tolist(), ci95.tolist(), strict=True)))
+        print(
+            f"{name:8}"
+            + "".join(
+                f"{m:9.2f} ± {c:.2f}" for m, c in zip(mean.tolist(), ci95.tolist(), strict=True)
+            )
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     draw_runs(policies).savefig(arguments.out)
     print(f"\nRuns before and after adaptation: {arguments.out}")

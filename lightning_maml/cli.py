@@ -16,11 +16,13 @@ from lightning_maml.algorithms.base import EpisodicModule
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, first_task, support_set
 from lightning_maml.batches.trees import map_tensors
+
+# as they are imported, configs may name all callbacks without their module
 from lightning_maml.callbacks import (
     AdaptiveMetaStepsize,
     CheckpointOnInterrupt,
     KeepBestCheckpoints,
-)  # as they are imported, configs may name all callbacks without their module
+)
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
 from lightning_maml.core.hvp import default_probe_radius
 from lightning_maml.core.params import axpy, norm
@@ -54,28 +56,47 @@ class _Trainer(Trainer):
             datamodule: Gives the training tasks.
             ckpt_path: A checkpoint at whose weights to measure instead.
             tasks: Training tasks to measure on.
-            weights_only: Has no effect: nothing else is ever read. It is here so that the config saved by a fit can be used.
+            weights_only: Has no effect: nothing else is ever read. It is here so that the config
+                saved by a fit can be used.
         """
         if not isinstance(model, MAML):
-            raise TypeError(f"Expected MAML or one of its variants, of which the theory is, but got {type(model).__name__}.")
+            raise TypeError(
+                "Expected MAML or one of its variants, of which the theory is, but got "
+                f"{type(model).__name__}."
+            )
         if tasks < 2:
-            raise ValueError(f"Expected `tasks` to be at least 2, for a deviation between them, but got {tasks}.")
+            raise ValueError(
+                f"Expected `tasks` to be at least 2, for a deviation between them, but got {tasks}."
+            )
         self._prepare(model, datamodule, ckpt_path)
-        episodes = _transferred(datamodule.independent_episodes("measure", 0, tasks), model.train(), datamodule)
-        constants = model.probe(episodes, progress=True).constants(model.inner_lr, model.train_steps)
+        episodes = _transferred(
+            datamodule.independent_episodes("measure", 0, tasks), model.train(), datamodule
+        )
+        constants = model.probe(episodes, progress=True).constants(
+            model.inner_lr, model.train_steps
+        )
         if not math.isfinite(constants.L + constants.rho):
-            raise FloatingPointError("Expected finite curvature along the inner path but it is not; lower inner_lr.")
+            raise FloatingPointError(
+                "Expected finite curvature along the inner path but it is not; lower inner_lr."
+            )
         print(f"\n{type(model).__name__} at {_weights(ckpt_path)}, {tasks} training tasks\n")
         print(report(constants, _settings(self, model, datamodule, episodes)))
-        if model.curvature != "exact" and not (isinstance(episodes, ResampledEpisodes) and episodes.hessian_y.shape[2] == 0):
+        if model.curvature != "exact" and not (
+            isinstance(episodes, ResampledEpisodes) and episodes.hessian_y.shape[2] == 0
+        ):
             exact = model.meta_gradient(episodes, "exact")
             error = float(norm(axpy(-1.0, exact, model.meta_gradient(episodes))) / norm(exact))
             print(
-                f"\nThe meta-gradient of {type(model).__name__} differs from the exact one by {error:.2g} of it, on these tasks together."
+                f"\nThe meta-gradient of {type(model).__name__} differs from the exact one by "
+                f"{error:.2g} of it, on these tasks together."
             )
 
     def check(
-        self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None = None, weights_only: bool | None = None
+        self,
+        model: EpisodicModule,
+        datamodule: EpisodicDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Look at the model on the first training batch: whether its gradients are right, and what one should know before training it.
 
@@ -83,7 +104,8 @@ class _Trainer(Trainer):
             model: The model, at its initial weights.
             datamodule: Gives the batch.
             ckpt_path: A checkpoint whose weights to take instead.
-            weights_only: Has no effect: nothing else is ever read. It is here so that the config saved by a fit can be used.
+            weights_only: Has no effect: nothing else is ever read. It is here so that the config
+                saved by a fit can be used.
         """
         self._prepare(model, datamodule, ckpt_path)
         model.trainer, self.datamodule = self, datamodule  # which knows its ways
@@ -91,11 +113,16 @@ class _Trainer(Trainer):
         episodes = _transferred(next(iter(datamodule.train_dataloader())), model, datamodule)
         with self.precision_plugin.train_step_context():
             report = check(model, episodes)  # type: ignore[arg-type]  # it refuses those without an inner loop
-        print(f"\n{type(model).__name__} at {_weights(ckpt_path)}, the first training batch\n\n{report}")
+        print(
+            f"\n{type(model).__name__} at {_weights(ckpt_path)}, the first training "
+            f"batch\n\n{report}"
+        )
         if not report.ok:
             sys.exit(1)
 
-    def _prepare(self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None) -> None:
+    def _prepare(
+        self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None
+    ) -> None:
         """Give the model its weights, precision and device, and the datamodule its files."""
         if ckpt_path is not None:
             checkpoint = read_checkpoint(ckpt_path)
@@ -103,11 +130,16 @@ class _Trainer(Trainer):
                 checkpoint = read_trained(ckpt_path)
             model.load_state_dict(checkpoint["state_dict"])
         self.precision_plugin.convert_module(model).to(self.strategy.root_device)
-        datamodule.trainer, self.training = self, True  # the episodes and their transforms are those of training
+        # the episodes and their transforms are those of training
+        datamodule.trainer, self.training = self, True
         datamodule.prepare_data()
 
     def replay(
-        self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None = None, weights_only: bool | None = None
+        self,
+        model: EpisodicModule,
+        datamodule: EpisodicDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Repeat a step that broke a run.
 
@@ -115,34 +147,52 @@ class _Trainer(Trainer):
             model: The model as it was in that run.
             datamodule: Has no effect: the step's file holds its tasks.
             ckpt_path: The file of the step that the run saved.
-            weights_only: Has no effect: nothing else is ever read. It is here so that the config saved by a fit can be used.
+            weights_only: Has no effect: nothing else is ever read. It is here so that the config
+                saved by a fit can be used.
         """
         if ckpt_path is None:
-            raise ValueError("Expected `ckpt_path` to be the file of a step that broke a run but got none.")
+            raise ValueError(
+                "Expected `ckpt_path` to be the file of a step that broke a run but got none."
+            )
         episodes, epoch = load_step(model.to(self.strategy.root_device).train(), ckpt_path)
         model.trainer = self  # the model may depend on its epoch
         self.fit_loop.epoch_progress.current.processed = epoch  # type: ignore[attr-defined]  # Lightning declares a type without it
         with self.precision_plugin.train_step_context():
             loss = model.meta_loss(episodes)
-        print(f"\nThe step of {ckpt_path} does not break this model: its query loss is {loss:.6g}, and its meta-gradient is finite.")
+        print(
+            f"\nThe step of {ckpt_path} does not break this model: its query loss is {loss:.6g}, "
+            "and its meta-gradient is finite."
+        )
 
 
-def _transferred(episodes: AnyEpisodes, model: EpisodicModule, datamodule: EpisodicDataModule) -> AnyEpisodes:
+def _transferred(
+    episodes: AnyEpisodes, model: EpisodicModule, datamodule: EpisodicDataModule
+) -> AnyEpisodes:
     """Return a batch as a trainer gives it to the model."""
-    return datamodule.on_after_batch_transfer(map_tensors(lambda tensor: tensor.to(model.device), episodes), 0)
+    return datamodule.on_after_batch_transfer(
+        map_tensors(lambda tensor: tensor.to(model.device), episodes), 0
+    )
 
 
 def _weights(ckpt_path: str | None) -> str:
     return "the initial weights" if ckpt_path is None else ckpt_path
 
 
-def _settings(trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, episodes: AnyEpisodes) -> Settings:
+def _settings(
+    trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, episodes: AnyEpisodes
+) -> Settings:
     configured = model.configure_optimizers()
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
-    stepsize: Adaptive | float | None = optimizer.param_groups[0]["lr"] if is_plain_sgd(optimizer) else None
+    stepsize: Adaptive | float | None = (
+        optimizer.param_groups[0]["lr"] if is_plain_sgd(optimizer) else None
+    )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, AdaptiveMetaStepsize) and stepsize is not None:
-            scale = paper_scale(callback.rule, model.curvature) if callback.scale is None else callback.scale
+            scale = (
+                paper_scale(callback.rule, model.curvature)
+                if callback.scale is None
+                else callback.scale
+            )
             stepsize = Adaptive(callback.rule, scale, callback.tasks * trainer.world_size)
     return Settings(
         curvature=model.curvature,
@@ -150,8 +200,11 @@ def _settings(trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, epi
         steps=model.train_steps,
         tasks=datamodule.meta_batch_size * trainer.accumulate_grad_batches * trainer.world_size,
         query=episodes.query_y.shape[1],
-        resampling=(episodes.support_y.shape[2], episodes.hessian_y.shape[2]) if isinstance(episodes, ResampledEpisodes) else None,
-        probe_radius=model.probe_radius or default_probe_radius(next(model.network.parameters()).dtype),
+        resampling=(episodes.support_y.shape[2], episodes.hessian_y.shape[2])
+        if isinstance(episodes, ResampledEpisodes)
+        else None,
+        probe_radius=model.probe_radius
+        or default_probe_radius(next(model.network.parameters()).dtype),
         stepsize=stepsize,
         kinks=kinks(model.network) or _kinked_operations(model, episodes),
     )
@@ -168,7 +221,9 @@ class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return Lightning's subcommands plus ``check``, ``measure`` and ``replay``."""
-        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("check", "measure", "replay")}
+        return LightningCLI.subcommands() | {
+            name: {"model", "datamodule"} for name in ("check", "measure", "replay")
+        }
 
     def _parse_ckpt_path(self) -> None:
         """Keep the checkpoint's arguments out of the config, unlike Lightning: what is typed now decides."""
@@ -180,7 +235,8 @@ class _CLI(LightningCLI):
             folder = Path(command.trainer.default_root_dir or "runs")
             if (last := last_checkpoint(folder)) is None:
                 raise FileNotFoundError(
-                    f"Expected `ckpt_path` 'last' to be the last checkpoint of a run in {folder} but there is none; give its path."
+                    f"Expected `ckpt_path` 'last' to be the last checkpoint of a run in {folder} "
+                    "but there is none; give its path."
                 )
             command.ckpt_path = str(last)
         if (
@@ -188,14 +244,21 @@ class _CLI(LightningCLI):
             and command.ckpt_path is not None
             and not Path(command.ckpt_path).is_file()
         ):
-            raise FileNotFoundError(f"Expected `ckpt_path` to be a checkpoint but there is no file {command.ckpt_path}.")
+            raise FileNotFoundError(
+                f"Expected `ckpt_path` to be a checkpoint but there is no file {command.ckpt_path}."
+            )
         if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
             saved = read_checkpoint(command.ckpt_path).get("hyper_parameters", {})
             given = command.model.init_args
-            differing = [f"{name}={value} ({given[name]} now)" for name, value in saved.items() if name in given and given[name] != value]
+            differing = [
+                f"{name}={value} ({given[name]} now)"
+                for name, value in saved.items()
+                if name in given and given[name] != value
+            ]
             if differing:
                 rank_zero_warn(
-                    f"The checkpoint was trained with other arguments than those given now, which count: {', '.join(differing)}."
+                    "The checkpoint was trained with other arguments than those given now, which "
+                    f"count: {', '.join(differing)}."
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -203,14 +266,19 @@ class _CLI(LightningCLI):
         if self._get(self.config_init, "trainer.logger") is None:
             folder = Path(self._get(self.config_init, "trainer.default_root_dir") or "runs")
             tensorboard = TensorBoardLogger(folder, name="")
-            kwargs["logger"] = [tensorboard, CSVLogger(folder, name="", version=tensorboard.version)]
-            warnings.filterwarnings("ignore", "Experiment logs directory")  # the two share it on purpose
+            kwargs["logger"] = [
+                tensorboard,
+                CSVLogger(folder, name="", version=tensorboard.version),
+            ]
+            # the two share it on purpose
+            warnings.filterwarnings("ignore", "Experiment logs directory")
         return super().instantiate_trainer(**kwargs)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest last or interrupted checkpoint in a folder; Lightning would only look in the new run's own."""
-    names = ("last.ckpt", "last-v*.ckpt", "interrupted.ckpt")  # -v1 and so on: of later runs that share a folder
+    # -v1 and so on: of later runs that share a folder
+    names = ("last.ckpt", "last-v*.ckpt", "interrupted.ckpt")
     found = [path for name in names for path in folder.rglob(name)]
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
@@ -234,7 +302,9 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [*callbacks, CheckpointOnInterrupt(), KeepBestCheckpoints()]},
+        trainer_defaults={
+            "callbacks": [*callbacks, CheckpointOnInterrupt(), KeepBestCheckpoints()]
+        },
         args=args,
     )
 
@@ -245,10 +315,15 @@ def main(args: ArgsType = None) -> None:
     try:
         run(args)
     except UnicodeDecodeError as error:
-        sys.exit(f"lightning-maml: Expected configs and lists to be text in UTF-8 but one is not ({error}).")
+        sys.exit(
+            "lightning-maml: Expected configs and lists to be text in UTF-8 but one is not "
+            f"({error})."
+        )
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
         causes: list[BaseException] = [error]
-        while cause := causes[-1].__cause__ or (None if causes[-1].__suppress_context__ else causes[-1].__context__):
+        while cause := causes[-1].__cause__ or (
+            None if causes[-1].__suppress_context__ else causes[-1].__context__
+        ):
             causes.append(cause)
         sentences = [str(cause) for cause in causes if str(cause).startswith("Expected ")]
         if not sentences:

@@ -34,7 +34,11 @@ SMALL = [
 def omniglot_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of Omniglot's size, filled with noise."""
     root = tmp_path_factory.mktemp("omniglot")
-    names = [f"{folder}/alphabet/character{number:04d}" for folder, count in omniglot.CHARACTERS.items() for number in range(count)]
+    names = [
+        f"{folder}/alphabet/character{number:04d}"
+        for folder, count in omniglot.CHARACTERS.items()
+        for number in range(count)
+    ]
     images = torch.randint(0, 256, (len(names) * omniglot.DRAWINGS, 28, 28), dtype=torch.uint8)
     labels = torch.arange(len(names)).repeat_interleave(omniglot.DRAWINGS)
     write_cache(root / "omniglot_28.pt", omniglot._SOURCE, DecodedImages(images, labels, names, []))
@@ -47,7 +51,10 @@ def mini_imagenet_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mini_imagenet")
     for split, names in CLASSES.items():
         images = np.random.RandomState(0).randint(0, 256, (20 * len(names), 84, 84, 3), np.uint8)
-        content = {"image_data": images, "class_dict": {name: list(range(20 * k, 20 * k + 20)) for k, name in enumerate(names)}}
+        content = {
+            "image_data": images,
+            "class_dict": {name: list(range(20 * k, 20 * k + 20)) for k, name in enumerate(names)},
+        }
         (root / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content))
     return root
 
@@ -69,37 +76,94 @@ def config(name: str) -> str:
 
 def test_all_promised_configs_are_there() -> None:
     omniglot_settings = [f"omniglot_{ways}w{shots}s" for ways in (5, 20) for shots in (1, 5)]
-    settings = ["glyphs", *omniglot_settings, "mini_imagenet_5w1s", "mini_imagenet_5w5s", "mini_imagenet_quick_5w5s"]
-    names = [f"{setting}_{algorithm}" for setting in settings for algorithm in ("maml", "fomaml", "hfmaml")]
+    settings = [
+        "glyphs",
+        *omniglot_settings,
+        "mini_imagenet_5w1s",
+        "mini_imagenet_5w5s",
+        "mini_imagenet_quick_5w5s",
+    ]
+    names = [
+        f"{setting}_{algorithm}"
+        for setting in settings
+        for algorithm in ("maml", "fomaml", "hfmaml")
+    ]
     assert (
-        sorted([*names, "glyphs_protonet", "glyphs_maml_mse", "mini_imagenet_5w1s_hfmaml_smooth", "mini_imagenet_5w5s_hfmaml_smooth"])
+        sorted(
+            [
+                *names,
+                "glyphs_protonet",
+                "glyphs_maml_mse",
+                "mini_imagenet_5w1s_hfmaml_smooth",
+                "mini_imagenet_5w5s_hfmaml_smooth",
+            ]
+        )
         == NAMES
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_shipped_config_runs(name: str, in_tmp_path: Path, omniglot_root: Path, mini_imagenet_root: Path) -> None:
+def test_every_shipped_config_runs(
+    name: str, in_tmp_path: Path, omniglot_root: Path, mini_imagenet_root: Path
+) -> None:
     root = {"omniglot": omniglot_root, "mini": mini_imagenet_root}.get(name.split("_")[0])
     few = [f"--data.root={root}", "--data.meta_batch_size=1"] if root else []
     on_the_papers_network = name.startswith("mini_imagenet_5w") and name.endswith("_hfmaml")
-    with pytest.warns(UserWarning, match="needs a twice differentiable network") if on_the_papers_network else nullcontext():
-        cli = run(["fit", config(name), *few, "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
+    with (
+        pytest.warns(UserWarning, match="needs a twice differentiable network")
+        if on_the_papers_network
+        else nullcontext()
+    ):
+        cli = run(
+            [
+                "fit",
+                config(name),
+                *few,
+                "--trainer.fast_dev_run=1",
+                "--trainer.enable_progress_bar=false",
+            ]
+        )
     algorithm = name.removesuffix("_smooth").removesuffix("_mse").rsplit("_", 1)[1]
-    assert type(cli.model) is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML, "protonet": ProtoNet}[algorithm]
-    assert bool(kinks(cli.model.network)) == (name.startswith("mini_imagenet_5w") and not name.endswith("_smooth"))
+    assert (
+        type(cli.model)
+        is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML, "protonet": ProtoNet}[algorithm]
+    )
+    assert bool(kinks(cli.model.network)) == (
+        name.startswith("mini_imagenet_5w") and not name.endswith("_smooth")
+    )
     assert cli.trainer.global_step == 1
 
 
 @pytest.mark.parametrize("shots", [1, 5])
-def test_mini_imagenet_has_the_values_of_the_maml_paper(shots: int, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mini_imagenet_has_the_values_of_the_maml_paper(
+    shots: int, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values = yaml.safe_load(printed_config([config(f"mini_imagenet_5w{shots}s_maml")], capsys))
-    model, data, trainer = values["model"]["init_args"], values["data"]["init_args"], values["trainer"]
-    assert (model["inner_lr"], model["train_steps"], model["test_steps"], model["optimizer"]["init_args"]["lr"]) == (0.05, 5, 10, 1e-3)
-    assert (data["ways"], data["shots"], data["queries"], data["test_queries"], data["meta_batch_size"]) == (5, shots, 15, shots, 4)
+    model, data, trainer = (
+        values["model"]["init_args"],
+        values["data"]["init_args"],
+        values["trainer"],
+    )
+    assert (
+        model["inner_lr"],
+        model["train_steps"],
+        model["test_steps"],
+        model["optimizer"]["init_args"]["lr"],
+    ) == (0.05, 5, 10, 1e-3)
+    assert (
+        data["ways"],
+        data["shots"],
+        data["queries"],
+        data["test_queries"],
+        data["meta_batch_size"],
+    ) == (5, shots, 15, shots, 4)
     assert data["train_batches"] * trainer["max_epochs"] == 60_000
     assert (trainer["gradient_clip_val"], trainer["gradient_clip_algorithm"]) == (10, "value")
     network = Conv4(**model["network"]["init_args"])
-    assert sum(p.numel() for p in network.parameters()) == 32 * 27 + 3 * 32 * 32 * 9 + 4 * 3 * 32 + 800 * 5 + 5
+    assert (
+        sum(p.numel() for p in network.parameters())
+        == 32 * 27 + 3 * 32 * 32 * 9 + 4 * 3 * 32 + 800 * 5 + 5
+    )
 
 
 def test_fit_then_test_leaves_logs_checkpoints_and_pictures(in_tmp_path: Path) -> None:
@@ -109,7 +173,14 @@ def test_fit_then_test_leaves_logs_checkpoints_and_pictures(in_tmp_path: Path) -
     assert {file.name for file in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert (folder / "metrics.csv").read_text().count("\n") > 3
     assert list(folder.glob("events.out.tfevents.*"))
-    tested = run(["test", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}", *SMALL])
+    tested = run(
+        [
+            "test",
+            f"--config={folder / 'config.yaml'}",
+            f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}",
+            *SMALL,
+        ]
+    )
     pictures = Path(tested.trainer.log_dir)
     for name in ("episode.png", "adaptation.png"):
         with Image.open(pictures / name) as picture:
@@ -117,13 +188,21 @@ def test_fit_then_test_leaves_logs_checkpoints_and_pictures(in_tmp_path: Path) -
             assert len(picture.convert("RGB").getcolors(1_000_000)) > 10, "not blank"
     tested.trainer.validate(tested.model, tested.datamodule, verbose=False)
     saved = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(saved[name], tensor) for name, tensor in tested.model.state_dict().items())
+    assert all(
+        torch.equal(saved[name], tensor) for name, tensor in tested.model.state_dict().items()
+    )
 
 
 def test_the_command_line_decides_over_the_checkpoint(in_tmp_path: Path) -> None:
     cli = run(["fit", config("glyphs_maml"), *SMALL])
     checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
-    arguments = [config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}", "--model.test_steps=7", "--model.batch_norm=support"]
+    arguments = [
+        config("glyphs_maml"),
+        *SMALL,
+        f"--ckpt_path={checkpoint}",
+        "--model.test_steps=7",
+        "--model.batch_norm=support",
+    ]
     tested = run(["test", *arguments])
     assert (tested.model.test_steps, tested.model.batch_norm) == (7, "support")
     assert "test/accuracy_step_7" in tested.trainer.callback_metrics
@@ -132,7 +211,10 @@ def test_the_command_line_decides_over_the_checkpoint(in_tmp_path: Path) -> None
 def test_a_checkpoint_trained_with_other_arguments_is_pointed_out(in_tmp_path: Path) -> None:
     cli = run(["fit", config("glyphs_maml"), *SMALL, "--model.inner_lr=0.123"])
     checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
-    with pytest.warns(UserWarning, match=r"trained with other arguments than those given now, which count: inner_lr=0.123 \(0.4 now\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"trained with other arguments than those given now, which count: inner_lr=0.123 \(0.4 now\)",
+    ):
         run(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])
 
 
@@ -142,45 +224,84 @@ def test_a_checkpoint_trained_with_the_same_arguments_is_not(in_tmp_path: Path) 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])
-    assert not [text for text in map(str, caught) if "trained with other arguments" in text or "dirpath has changed" in text]
+    assert not [
+        text
+        for text in map(str, caught)
+        if "trained with other arguments" in text or "dirpath has changed" in text
+    ]
 
 
 def test_the_last_checkpoint_is_that_of_the_last_run(in_tmp_path: Path) -> None:
     with pytest.raises(
-        SystemExit, match="Expected `ckpt_path` 'last' to be the last checkpoint of a run in runs/glyphs_maml but there is none"
+        SystemExit,
+        match="Expected `ckpt_path` 'last' to be the last checkpoint of a run in runs/glyphs_maml "
+        "but there is none",
     ):
         main(["fit", config("glyphs_maml"), *SMALL, "--ckpt_path=last"])
     first = run(["fit", config("glyphs_maml"), *SMALL])
-    second = run(["fit", config("glyphs_maml"), *SMALL, "--ckpt_path=last", f"--trainer.max_epochs={first.trainer.max_epochs + 1}"])
+    second = run(
+        [
+            "fit",
+            config("glyphs_maml"),
+            *SMALL,
+            "--ckpt_path=last",
+            f"--trainer.max_epochs={first.trainer.max_epochs + 1}",
+        ]
+    )
     assert second.trainer.log_dir != first.trainer.log_dir
     assert second.trainer.ckpt_path == f"{first.trainer.log_dir}/checkpoints/last.ckpt"
-    assert second.trainer.global_step == first.trainer.global_step * second.trainer.max_epochs // first.trainer.max_epochs
+    assert (
+        second.trainer.global_step
+        == first.trainer.global_step * second.trainer.max_epochs // first.trainer.max_epochs
+    )
     tested = run(["test", config("glyphs_maml"), *SMALL, "--ckpt_path=last"])
     assert tested.trainer.ckpt_path == f"{second.trainer.log_dir}/checkpoints/last.ckpt"
 
 
 def test_the_last_checkpoint_is_found_in_any_folder_and_by_its_age(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) is None
-    for age, name in enumerate(["a/last.ckpt", "a/last-v1.ckpt", "b/c/interrupted.ckpt", "a/best.ckpt"]):
+    for age, name in enumerate(
+        ["a/last.ckpt", "a/last-v1.ckpt", "b/c/interrupted.ckpt", "a/best.ckpt"]
+    ):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
         os.utime(file, (age, age))
-        assert last_checkpoint(tmp_path) == (file if file.name != "best.ckpt" else tmp_path / "b" / "c" / "interrupted.ckpt")
+        assert last_checkpoint(tmp_path) == (
+            file if file.name != "best.ckpt" else tmp_path / "b" / "c" / "interrupted.ckpt"
+        )
 
 
 def test_the_last_checkpoint_is_kept_where_validation_does_not_improve(in_tmp_path: Path) -> None:
-    still = ["--trainer.max_epochs=3", "--model.optimizer.init_args.lr=0", "--model.lr_scheduler=null"]
+    still = [
+        "--trainer.max_epochs=3",
+        "--model.optimizer.init_args.lr=0",
+        "--model.lr_scheduler=null",
+    ]
     cli = run(["fit", config("glyphs_fomaml"), *SMALL, *still])
-    files = [Path(cli.trainer.log_dir) / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+    files = [
+        Path(cli.trainer.log_dir) / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")
+    ]
     assert [torch.load(file, weights_only=True)["global_step"] for file in files] == [3, 9]
 
 
-@pytest.mark.parametrize(("mode", "kept", "best_step"), [("min", True, 3), ("max", True, 6), ("min", False, 6)])
-def test_the_best_checkpoint_of_a_run_that_goes_on_is_that_of_all_of_it(mode: str, kept: bool, best_step: int, in_tmp_path: Path) -> None:
-    best_one = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "step", "mode": mode, "filename": "best"}}
+@pytest.mark.parametrize(
+    ("mode", "kept", "best_step"), [("min", True, 3), ("max", True, 6), ("min", False, 6)]
+)
+def test_the_best_checkpoint_of_a_run_that_goes_on_is_that_of_all_of_it(
+    mode: str, kept: bool, best_step: int, in_tmp_path: Path
+) -> None:
+    best_one = {
+        "class_path": "ModelCheckpoint",
+        "init_args": {"monitor": "step", "mode": mode, "filename": "best"},
+    }
     callbacks = yaml.safe_dump([best_one, str(CONFIGS / "parts" / "last.yaml")])
-    settings = [config("glyphs_fomaml"), *SMALL, "--trainer.default_root_dir=./runs", f"--trainer.callbacks={callbacks}"]
+    settings = [
+        config("glyphs_fomaml"),
+        *SMALL,
+        "--trainer.default_root_dir=./runs",
+        f"--trainer.callbacks={callbacks}",
+    ]
     first = Path(run(["fit", *settings]).trainer.log_dir) / "checkpoints" / "best.ckpt"
     before = first.read_bytes()
     if not kept:
@@ -198,18 +319,29 @@ def test_a_checkpoint_that_cannot_be_read_is_named(in_tmp_path: Path) -> None:
     cli = run(["fit", config("glyphs_maml"), *SMALL])
     checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    with pytest.raises(SystemExit, match=r"lightning-maml: Expected .*last.ckpt to be a whole checkpoint but it cannot be read"):
+    with pytest.raises(
+        SystemExit,
+        match=r"lightning-maml: Expected .*last.ckpt to be a whole checkpoint but it cannot be read",
+    ):
         main(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])
 
 
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("--model.inner_lr=-1", "Expected `inner_lr` to be a finite number of at least 0 but got -1.0."),
-        ("--data.ways=500", "Expected the ways of split 'train' to be at most 400, its classes, but got 500."),
+        (
+            "--model.inner_lr=-1",
+            "Expected `inner_lr` to be a finite number of at least 0 but got -1.0.",
+        ),
+        (
+            "--data.ways=500",
+            "Expected the ways of split 'train' to be at most 400, its classes, but got 500.",
+        ),
     ],
 )
-def test_what_a_user_can_cause_ends_with_one_sentence(argument: str, sentence: str, in_tmp_path: Path) -> None:
+def test_what_a_user_can_cause_ends_with_one_sentence(
+    argument: str, sentence: str, in_tmp_path: Path
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fit", config("glyphs_maml"), argument])
     assert stop.value.code == f"lightning-maml: {sentence}"
@@ -222,16 +354,31 @@ def test_predict_returns_outputs_for_every_query(in_tmp_path: Path) -> None:
     assert predictions[0].shape[1:] == (5, 5)
 
 
-@pytest.mark.parametrize("algorithm", ["FOMAML", "HFMAML", "ANIL", "BOIL", "LSLR", "MetaSGD", "MAMLPlusPlus", "Reptile"])
+@pytest.mark.parametrize(
+    "algorithm", ["FOMAML", "HFMAML", "ANIL", "BOIL", "LSLR", "MetaSGD", "MAMLPlusPlus", "Reptile"]
+)
 def test_swapping_the_class_is_the_whole_change(algorithm: str, in_tmp_path: Path) -> None:
-    cli = run(["fit", config("glyphs_maml"), f"--model={algorithm}", "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
+    cli = run(
+        [
+            "fit",
+            config("glyphs_maml"),
+            f"--model={algorithm}",
+            "--trainer.fast_dev_run=1",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
     assert type(cli.model) is getattr(lightning_maml, algorithm)
     assert cli.model.network.head.in_features == 32
     assert cli.model.test_steps == 3
 
 
 def test_optimizer_and_scheduler_can_be_given_on_the_command_line(in_tmp_path: Path) -> None:
-    arguments = ["--optimizer=SGD", "--optimizer.lr=0.5", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"]
+    arguments = [
+        "--optimizer=SGD",
+        "--optimizer.lr=0.5",
+        "--lr_scheduler=StepLR",
+        "--lr_scheduler.step_size=1",
+    ]
     cli = run(["fit", config("glyphs_maml"), *SMALL, *arguments])
     assert type(cli.trainer.optimizers[0]) is torch.optim.SGD
     assert cli.trainer.optimizers[0].defaults["lr"] == 0.5
@@ -239,7 +386,15 @@ def test_optimizer_and_scheduler_can_be_given_on_the_command_line(in_tmp_path: P
 
 def test_another_loss_is_named_in_yaml(in_tmp_path: Path) -> None:
     loss = "{class_path: torch.nn.CrossEntropyLoss, init_args: {label_smoothing: 0.1}}"
-    cli = run(["fit", config("glyphs_maml"), f"--model.loss={loss}", "--trainer.fast_dev_run=1", "--trainer.enable_progress_bar=false"])
+    cli = run(
+        [
+            "fit",
+            config("glyphs_maml"),
+            f"--model.loss={loss}",
+            "--trainer.fast_dev_run=1",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
     assert cli.model.loss.label_smoothing == 0.1
 
 
@@ -277,14 +432,23 @@ def test_ten_lines_of_yaml_train_on_ones_own_images(text: str, in_tmp_path: Path
     for number in range(15):
         (in_tmp_path / "photos" / f"class {number}").mkdir(parents=True)
         for image in range(4):
-            Image.new("RGB", (20, 20), (10 * number, 60 * image, 0)).save(in_tmp_path / "photos" / f"class {number}" / f"{image}.png")
+            Image.new("RGB", (20, 20), (10 * number, 60 * image, 0)).save(
+                in_tmp_path / "photos" / f"class {number}" / f"{image}.png"
+            )
     Path("own.yaml").write_text(text)
-    assert run(["fit", "--config=own.yaml", "--trainer.enable_progress_bar=false"]).trainer.global_step in (1, 2)
+    assert run(
+        ["fit", "--config=own.yaml", "--trainer.enable_progress_bar=false"]
+    ).trainer.global_step in (1, 2)
 
 
-def test_what_a_file_lacks_ends_with_one_sentence(in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_file_lacks_ends_with_one_sentence(
+    in_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (in_tmp_path / "train_data.hdf5").touch()
-    with pytest.raises(SystemExit, match=r"lightning-maml: Expected mini-ImageNet in \. .*train_data.hdf5 without val_data.hdf5"):
+    with pytest.raises(
+        SystemExit,
+        match=r"lightning-maml: Expected mini-ImageNet in \. .*train_data.hdf5 without val_data.hdf5",
+    ):
         main(["fit", config("mini_imagenet_5w1s_maml"), "--data.root=."])
     for split in ("val", "test"):
         (in_tmp_path / f"{split}_data.hdf5").touch()
@@ -301,14 +465,21 @@ def printed_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("name", ["glyphs_maml", "omniglot_20w1s_hfmaml"])
-def test_print_config_round_trips(name: str, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_round_trips(
+    name: str, in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     printed = printed_config([config(name)], capsys)
     Path("printed.yaml").write_text(printed)
-    assert yaml.safe_load(printed_config(["--config=printed.yaml"], capsys)) == yaml.safe_load(printed)
+    assert yaml.safe_load(printed_config(["--config=printed.yaml"], capsys)) == yaml.safe_load(
+        printed
+    )
     assert yaml.safe_load(printed)["model"]["init_args"]["inner_lr"] == 0.4
 
 
-SCRIPT, MODULE = [str(Path(sys.executable).parent / "lightning-maml")], [sys.executable, "-m", "lightning_maml"]
+SCRIPT, MODULE = (
+    [str(Path(sys.executable).parent / "lightning-maml")],
+    [sys.executable, "-m", "lightning_maml"],
+)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +492,9 @@ SCRIPT, MODULE = [str(Path(sys.executable).parent / "lightning-maml")], [sys.exe
     ],
     ids=["script", "module, refused", "script, refused", "module"],
 )
-def test_the_command_exits_as_it_should(in_tmp_path: Path, command: list[str], argument: str, status: int) -> None:
+def test_the_command_exits_as_it_should(
+    in_tmp_path: Path, command: list[str], argument: str, status: int
+) -> None:
     arguments = ["fit", config("glyphs_fomaml"), "--trainer.fast_dev_run=1", argument]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == status
@@ -339,11 +512,16 @@ def test_training_on_glyphs_visibly_matters(in_tmp_path: Path) -> None:
     cli = run(["fit", config("glyphs_maml"), "--trainer.enable_progress_bar=false"])
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path="best", verbose=False)
     trained = float(cli.trainer.callback_metrics["test/accuracy"])
-    untrained = run(["test", config("glyphs_maml"), "--trainer.enable_progress_bar=false"]).trainer.callback_metrics["test/accuracy"]
+    untrained = run(
+        ["test", config("glyphs_maml"), "--trainer.enable_progress_bar=false"]
+    ).trainer.callback_metrics["test/accuracy"]
     assert trained > 0.9
     assert untrained < 0.55
 
 
 def test_measure_is_for_the_algorithms_of_the_theory(in_tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="Expected MAML or one of its variants, of which the theory is, but got ProtoNet"):
+    with pytest.raises(
+        TypeError,
+        match="Expected MAML or one of its variants, of which the theory is, but got ProtoNet",
+    ):
         run(["measure", config("glyphs_protonet")])

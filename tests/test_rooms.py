@@ -25,7 +25,8 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-"""Each imports only from those before it, and files of one room do not import each other in circles."""
+"""Each imports only from those before it, and files of one room do not import each other in
+circles."""
 
 WITHOUT_LIGHTNING = ROOMS[: ROOMS.index("io")]
 
@@ -82,7 +83,9 @@ def test_a_room_imports_only_from_those_before_it(room: str) -> None:
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_files_of_a_room_do_not_import_each_other_in_circles(room: str) -> None:
     waiting = {
-        f"lightning_maml.{room}.{file.stem}": {name for name in imports(file) if name.startswith(f"lightning_maml.{room}.")}
+        f"lightning_maml.{room}.{file.stem}": {
+            name for name in imports(file) if name.startswith(f"lightning_maml.{room}.")
+        }
         for file in files_of(room)
         if file.stem != "__init__"
     }
@@ -100,7 +103,11 @@ def test_the_mathematics_imports_no_lightning(room: str) -> None:
 
 
 def test_datamodules_import_only_episodes_files_and_each_other() -> None:
-    allowed = ("lightning_maml.batches", "lightning_maml.datamodules", "lightning_maml.io.safe_files")
+    allowed = (
+        "lightning_maml.batches",
+        "lightning_maml.datamodules",
+        "lightning_maml.io.safe_files",
+    )
     for file in (ROOT / "datamodules").rglob("*.py"):
         own = {name for name in imports(file) if name.startswith("lightning_maml")}
         assert all(name.startswith(allowed) for name in own), file

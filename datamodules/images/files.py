@@ -27,7 +27,8 @@ ClassFiles = Mapping[str, Sequence[Path]]
 """The image files of each class."""
 
 _CHUNK = 64  # files that a worker decodes at a time
-_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # not EPS, for which Pillow starts Ghostscript
+# not EPS, for which Pillow starts Ghostscript
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 _RULES = "2: transparent images on white, turned as their EXIF data say"
 """How files become pixels; caches made by other rules are made anew."""
 
@@ -50,7 +51,8 @@ class CachedImageFiles:
     Args:
         classes: Files of each class, by its name.
         cache: Path of the cache.
-        size: Height and width that images are resized to (with the Lanczos filter, whatever their aspect ratio), in pixels.
+        size: Height and width that images are resized to (with the Lanczos filter, whatever their
+            aspect ratio), in pixels.
         on_corrupt: ``"raise"`` on a file that cannot be read, or ``"skip"`` it with a warning.
         description: Text for the progress bar.
 
@@ -58,9 +60,20 @@ class CachedImageFiles:
         FileNotFoundError: If there are no files.
     """
 
-    def __init__(self, classes: ClassFiles, cache: Path, *, size: int, on_corrupt: OnCorrupt, description: str) -> None:
+    def __init__(
+        self,
+        classes: ClassFiles,
+        cache: Path,
+        *,
+        size: int,
+        on_corrupt: OnCorrupt,
+        description: str,
+    ) -> None:
         if not any(classes.values()):
-            raise FileNotFoundError(f"Expected images ({', '.join(IMAGE_EXTENSIONS)}) of the classes in {cache.parent} but found none.")
+            raise FileNotFoundError(
+                f"Expected images ({', '.join(IMAGE_EXTENSIONS)}) of the classes in "
+                f"{cache.parent} but found none."
+            )
         self._classes, self._cache, self._size = classes, cache, size
         self._on_corrupt, self._description = on_corrupt, description
         self._source = _fingerprint(classes)
@@ -72,29 +85,44 @@ class CachedImageFiles:
             OSError: If an image cannot be read, or the cache cannot be written.
         """
         if self._read() is None:
-            write_cache(self._cache, self._source, decode(self._classes, self._size, "RGB", self._on_corrupt, self._description))
+            write_cache(
+                self._cache,
+                self._source,
+                decode(self._classes, self._size, "RGB", self._on_corrupt, self._description),
+            )
 
     def read(self, classes: Sequence[str]) -> ClassImages:
         """Return the images of some classes, ``[M, 3, size, size]``, mapped into memory.
 
         Raises:
-            FileNotFoundError: If they are not cached yet, or some could not be read and ``on_corrupt`` is ``"raise"``.
+            FileNotFoundError: If they are not cached yet, or some could not be read and
+                ``on_corrupt`` is ``"raise"``.
         """
         cached = self._read()
         if cached is None:
-            raise FileNotFoundError(f"Expected {self._cache} to hold the decoded images but it does not; call `prepare_data()` first.")
+            raise FileNotFoundError(
+                f"Expected {self._cache} to hold the decoded images but it does not; call "
+                "`prepare_data()` first."
+            )
         if cached.unreadable:
             rank_zero_warn(
-                f"{len(cached.unreadable)} images cannot be read and are left out, until they are changed: {first_five(cached.unreadable)}"
+                f"{len(cached.unreadable)} images cannot be read and are left out, until they are "
+                f"changed: {first_five(cached.unreadable)}"
             )
         members = rows_of_classes(cached)
         numbers = [cached.names.index(name) for name in classes]
-        return ClassImages(cached.images.permute(0, 3, 1, 2), [members[number] for number in numbers], classes)
+        return ClassImages(
+            cached.images.permute(0, 3, 1, 2), [members[number] for number in numbers], classes
+        )
 
     def _read(self) -> DecodedImages | None:
         files = sum(map(len, self._classes.values()))
         cached = read_cache(self._cache, self._source, (files, self._size, self._size, 3))
-        return None if cached is not None and cached.unreadable and self._on_corrupt == "raise" else cached
+        return (
+            None
+            if cached is not None and cached.unreadable and self._on_corrupt == "raise"
+            else cached
+        )
 
 
 def _fingerprint(classes: ClassFiles) -> str:
@@ -120,17 +148,22 @@ def rows_of_classes(decoded: DecodedImages) -> list[np.ndarray]:
     """Return the rows of the images of each class."""
     labels = decoded.labels.numpy()
     by_class = np.argsort(labels, kind="stable")
-    return np.split(by_class, np.searchsorted(labels[by_class], np.arange(len(decoded.names) + 1)))[1:-1]
+    return np.split(by_class, np.searchsorted(labels[by_class], np.arange(len(decoded.names) + 1)))[
+        1:-1
+    ]
 
 
-def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, description: str) -> DecodedImages:
+def decode(
+    classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, description: str
+) -> DecodedImages:
     """Read all images, on all cores.
 
     Args:
         classes: Files of each class.
         size: Height and width to resize to.
         mode: ``"RGB"``, for ``[M, size, size, 3]``, or ``"L"``, for ``[M, size, size]``.
-        on_corrupt: What to do with a file that cannot be read; a skipped one becomes zeros, without a class.
+        on_corrupt: What to do with a file that cannot be read; a skipped one becomes zeros, without
+            a class.
         description: Text for the progress bar.
 
     Raises:
@@ -138,7 +171,9 @@ def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, de
     """
     files = [file for paths in classes.values() for file in paths]
     images = torch.empty(len(files), size, size, *([3] if mode == "RGB" else []), dtype=torch.uint8)
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(paths) for paths in classes.values()]))
+    labels = torch.arange(len(classes)).repeat_interleave(
+        torch.tensor([len(paths) for paths in classes.values()])
+    )
     unreadable: list[str] = []
     done = 0  # not bar.n, which stands still if progress bars are switched off
     with tqdm(total=len(files), desc=description, unit="image") as bar:
@@ -158,8 +193,9 @@ def decode(classes: ClassFiles, size: int, mode: Mode, on_corrupt: OnCorrupt, de
 def load_images(files: Iterable[str | Path], image_size: int, mode: Mode = "RGB") -> Tensor:
     """Read images just as :class:`ImageFolderDataModule` does, for a network that was trained with it.
 
-    Transparent images are put on white, photographs are turned upright as their EXIF data say, and all are resized with the Lanczos filter,
-    whatever their aspect ratio. Of an animation the first picture is taken. A datamodule's ``transforms`` are not applied.
+    Transparent images are put on white, photographs are turned upright as their EXIF data say, and
+    all are resized with the Lanczos filter, whatever their aspect ratio. Of an animation the first
+    picture is taken. A datamodule's ``transforms`` are not applied.
 
     Args:
         files: The image files.
@@ -167,7 +203,8 @@ def load_images(files: Iterable[str | Path], image_size: int, mode: Mode = "RGB"
         mode: ``"RGB"``, or ``"L"`` for one gray channel.
 
     Returns:
-        The images in their order, ``[n, 3, image_size, image_size]`` or ``[n, 1, image_size, image_size]``, float32 in 0 .. 1.
+        The images in their order, ``[n, 3, image_size, image_size]`` or
+        ``[n, 1, image_size, image_size]``, float32 in 0 .. 1.
 
     Raises:
         ValueError: If there are no files, or an argument is out of range.
@@ -208,24 +245,36 @@ class UnsuitableImage(ValueError):
 
 class _Problem(NamedTuple):
     message: str
-    kind: Literal["damage", "unsuitable", "passing"]  # unsuitable: the message has a cure; passing: of the disk, say, and gone next time
+    # unsuitable: the message has a cure; passing: of the disk, say, and gone next time
+    kind: Literal["damage", "unsuitable", "passing"]
 
 
 def _problem(file: Path, error: Exception) -> _Problem:
     if _is_dead_link(file):
-        return _Problem(f"it is a link to {os.readlink(file)}, where there is nothing; mend or remove it", "unsuitable")
+        return _Problem(
+            f"it is a link to {os.readlink(file)}, where there is nothing; mend or remove it",
+            "unsuitable",
+        )
     message = str(error) or type(error).__name__
     if isinstance(error, UnsuitableImage):
         return _Problem(message, "unsuitable")
-    return _Problem(message, "passing" if isinstance(error, MemoryError) or getattr(error, "errno", None) else "damage")
+    return _Problem(
+        message,
+        "passing" if isinstance(error, MemoryError) or getattr(error, "errno", None) else "damage",
+    )
 
 
 def _refusal(file: Path, problem: _Problem) -> OSError:
     if problem.kind == "passing":
-        return OSError(f"Expected to read {file} but {problem.message}; see to that and start again.")
+        return OSError(
+            f"Expected to read {file} but {problem.message}; see to that and start again."
+        )
     if problem.kind == "unsuitable":
         return OSError(f"Expected {file} to be an image but {problem.message}.")
-    return OSError(f"Expected {file} to be an image but it cannot be read ({problem.message}); copy or unpack it again.")
+    return OSError(
+        f"Expected {file} to be an image but it cannot be read ({problem.message}); copy or "
+        "unpack it again."
+    )
 
 
 class _Chunks(Dataset[tuple[np.ndarray, dict[int, _Problem]]]):
@@ -252,29 +301,41 @@ def _in_parallel(chunks: _Chunks) -> DataLoader[Any]:
     """Return a loader of the chunks, with a worker per core if processes can be forked safely and there is enough to do."""
     workers = min(len(os.sched_getaffinity(0)), len(chunks) // 4) if sys.platform == "linux" else 0
     context = "fork" if workers else None  # a spawned worker would run the user's script again
-    own_seeds = torch.Generator()  # without it, the first start would draw other random numbers than later ones
+    # without it, the first start would draw other random numbers than later ones
+    own_seeds = torch.Generator()
     return DataLoader(
-        chunks, batch_size=None, collate_fn=_as_it_is, num_workers=workers, multiprocessing_context=context, generator=own_seeds
+        chunks,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        multiprocessing_context=context,
+        generator=own_seeds,
     )
 
 
 def _as_it_is(chunk: Any) -> Any:
-    return chunk  # arrays go through a pipe; as tensors they would fill /dev/shm, which is small in containers
+    # arrays go through a pipe; as tensors they would fill /dev/shm, which is small in containers
+    return chunk
 
 
 def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
     """Return an image ``[size, size, 3]`` (RGB) or ``[size, size]`` (L), uint8.
 
-    Whatever its name, it is read as one of the formats that `torchvision` lists or as GIF, never as one for which Pillow starts a program.
+    Whatever its name, it is read as one of the formats that `torchvision` lists or as GIF, never as
+    one for which Pillow starts a program.
 
     Raises:
-        OSError, SyntaxError, ValueError: If it is in no such format, is damaged, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        OSError, SyntaxError, ValueError: If it is in no such format, is damaged, or has more pixels
+            than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     with Image.open(file, formats=_FORMATS) as image:
-        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        if (
+            Image.MAX_IMAGE_PIXELS is not None
+            and image.width * image.height > Image.MAX_IMAGE_PIXELS
+        ):
             raise ValueError(
-                f"it has {image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS}), which you "
-                "can set"
+                f"it has {image.width} x {image.height} pixels, more than "
+                f"PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS}), which you can set"
             )
         if image.format == "JPEG":
             return pixels(image, mode, size)
@@ -287,10 +348,13 @@ def pixels(image: Image.Image, mode: Mode, size: int | None) -> np.ndarray:
     """Return the pixels of an image as viewers show it on a white page, resized unless ``size`` is None.
 
     Raises:
-        UnsuitableImage: If they have more than 8 bits, which Pillow would cut off, or if white ones would vanish.
+        UnsuitableImage: If they have more than 8 bits, which Pillow would cut off, or if white ones
+            would vanish.
     """
     if image.mode.startswith(("I", "F")):
-        raise UnsuitableImage(f"pixels of mode {image.mode} have more than 8 bits; convert them to 8")
+        raise UnsuitableImage(
+            f"pixels of mode {image.mode} have more than 8 bits; convert them to 8"
+        )
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = _on_white(image)
@@ -303,8 +367,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if not _is_of_one_value(image.getchannel("A")) and all(map(_is_of_one_value, shown.split())):
         raise UnsuitableImage(
-            "what it shows is white on a transparent ground and would vanish, as transparent images are put on white; save it on a darker "
-            "ground, without transparency"
+            "what it shows is white on a transparent ground and would vanish, as transparent "
+            "images are put on white; save it on a darker ground, without transparency"
         )
     return shown
 

@@ -21,7 +21,15 @@ SPLIT_NAMES = {
 }
 """Names of the folder of each split, in lower case and with ``_`` for ``-``."""
 
-_OF_PROGRAMS = ("@eadir", "@recycle", "#recycle", "__macosx", "$recycle.bin", "system volume information", "__pycache__")
+_OF_PROGRAMS = (
+    "@eadir",
+    "@recycle",
+    "#recycle",
+    "__macosx",
+    "$recycle.bin",
+    "system volume information",
+    "__pycache__",
+)
 _FILES_OF_PROGRAMS = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 
 LeftOut = Counter[str]
@@ -36,7 +44,11 @@ def in_words(left_out: LeftOut) -> str:
 
 def subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder and those that are linked there, sorted, without hidden ones and those that programs make."""
-    return [place for place in sorted(folder.iterdir()) if place.is_dir() and not _is_of_programs(place.name)]
+    return [
+        place
+        for place in sorted(folder.iterdir())
+        if place.is_dir() and not _is_of_programs(place.name)
+    ]
 
 
 def innermost(root: Path) -> Path:
@@ -54,24 +66,29 @@ def split_of(folder: Path) -> str | None:
     return next((split for split, names in SPLIT_NAMES.items() if name in names), None)
 
 
-def list_class_folders(folder: Path, level: int | None = 1, left_out: LeftOut | None = None) -> dict[str, list[Path]]:
+def list_class_folders(
+    folder: Path, level: int | None = 1, left_out: LeftOut | None = None
+) -> dict[str, list[Path]]:
     """Return the sorted image files of each class; they may lie at any depth below the class's folder.
 
     Args:
         folder: Folder of the classes.
-        level: How many levels below ``folder`` the folder of a class lies. By default 1; None for 1 only if it is plain that a
-            folder below those is no class.
+        level: How many levels below ``folder`` the folder of a class lies. By default 1; None for 1
+            only if it is plain that a folder below those is no class.
         left_out: Counts what is not taken.
 
     Returns:
         The files by the path of the class below ``folder``.
 
     Raises:
-        ValueError: If ``level`` is None, and a folder holds no images but several folders of images: each of these may be a class.
+        ValueError: If ``level`` is None, and a folder holds no images but several folders of
+            images: each of these may be a class.
     """
     left_out = LeftOut() if left_out is None else left_out
     places = _folders_at(folder, level or 1, left_out)
-    classes = {place.relative_to(folder).as_posix(): _images_below(place, left_out) for place in places}
+    classes = {
+        place.relative_to(folder).as_posix(): _images_below(place, left_out) for place in places
+    }
     if level is None:
         for name, files in classes.items():
             _check_plain(folder / name, files)
@@ -81,7 +98,9 @@ def list_class_folders(folder: Path, level: int | None = 1, left_out: LeftOut | 
 def _folders_at(folder: Path, level: int, left_out: LeftOut) -> Iterator[Path]:
     """Yield the folders ``level`` levels below a folder, and count the images that lie above these."""
     left_out["images above the folders of classes"] += _images_in(folder)
-    left_out["folders of programs"] += sum(place.is_dir() and _is_of_programs(place.name) for place in folder.iterdir())
+    left_out["folders of programs"] += sum(
+        place.is_dir() and _is_of_programs(place.name) for place in folder.iterdir()
+    )
     for place in subfolders(folder):
         if level > 1:
             yield from _folders_at(place, level - 1, left_out)
@@ -96,8 +115,9 @@ def _check_plain(place: Path, files: list[Path]) -> None:
     level = 1 + max(len(parent.relative_to(place).parts) for parent in parents)
     names = first_five([parent.relative_to(place).as_posix() for parent in parents])
     raise ValueError(
-        f"Expected the images of a class to lie in its folder but {place} holds none, and {len(parents)} folders of images ({names}): "
-        f"give class_level={level} if each of these is a class, or class_level=1 if {place.name} is one class."
+        f"Expected the images of a class to lie in its folder but {place} holds none, and "
+        f"{len(parents)} folders of images ({names}): give class_level={level} if each of these "
+        f"is a class, or class_level=1 if {place.name} is one class."
     )
 
 

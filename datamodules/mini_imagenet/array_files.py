@@ -14,7 +14,8 @@ from lightning_maml.datamodules.mini_imagenet.pickles import read_pickle
 from lightning_maml.datamodules.sampler import ClassImages
 
 _HDF5_RATIO = 100
-"""Largest allowed ratio of the images' size to the HDF5 file's: torchmeta does not compress, and photographs shrink by half at most."""
+"""Largest allowed ratio of the images' size to the HDF5 file's: torchmeta does not compress, and
+photographs shrink by half at most."""
 
 
 class Split(NamedTuple):
@@ -42,9 +43,14 @@ def open_cache_pickle(file: Path, size: int) -> Split:
     images, class_dict = _entries(file, read_pickle(file), "image_data", "class_dict")
     _check_images(file, images, size)
     _check_dictionary(f"'class_dict' of {file}", class_dict)
-    if sum(len(numbers) for numbers in class_dict.values() if isinstance(numbers, Sized)) > len(images):
+    if sum(len(numbers) for numbers in class_dict.values() if isinstance(numbers, Sized)) > len(
+        images
+    ):
         raise _not_shared_out(file, images)
-    rows = {str(name): _whole_numbers(f"'class_dict' of {file}", class_dict[name]) for name in sorted(class_dict, key=str)}
+    rows = {
+        str(name): _whole_numbers(f"'class_dict' of {file}", class_dict[name])
+        for name in sorted(class_dict, key=str)
+    }
     return _split(file, images, rows)
 
 
@@ -54,15 +60,23 @@ def open_category_pickle(file: Path, size: int) -> Split:
     _check_images(file, images, size)
     labels = _whole_numbers(f"'labels' of {file}", labels)
     if len(labels) != len(images):
-        raise ValueError(f"Expected 'labels' of {file} to be as many as its {len(images)} images but got {len(labels)}.")
-    return _split(file, images, {str(number): np.flatnonzero(labels == number) for number in np.unique(labels)})
+        raise ValueError(
+            f"Expected 'labels' of {file} to be as many as its {len(images)} images but got "
+            f"{len(labels)}."
+        )
+    return _split(
+        file,
+        images,
+        {str(number): np.flatnonzero(labels == number) for number in np.unique(labels)},
+    )
 
 
 def _entries(file: Path, content: Any, *names: str) -> list[Any]:
     _check_dictionary(str(file), content)
     if not set(names) <= set(content):
         raise ValueError(
-            f"Expected {file} to hold {' and '.join(map(repr, names))} but it holds {first_five([*map(repr, content)]) or 'nothing'}."
+            f"Expected {file} to hold {' and '.join(map(repr, names))} but it holds "
+            f"{first_five([*map(repr, content)]) or 'nothing'}."
         )
     return [content[name] for name in names]
 
@@ -73,23 +87,36 @@ def _check_dictionary(what: str, value: Any) -> None:
 
 
 def _check_images(what: object, images: Any, size: int) -> None:
-    kind = (str(images.dtype), tuple(images.shape[1:])) if hasattr(images, "dtype") and hasattr(images, "shape") else None
+    kind = (
+        (str(images.dtype), tuple(images.shape[1:]))
+        if hasattr(images, "dtype") and hasattr(images, "shape")
+        else None
+    )
     if kind != ("uint8", (size, size, 3)):
         got = f"{images.dtype} {list(images.shape)}" if kind else type(images).__name__
-        raise ValueError(f"Expected the images of {what} to be uint8 [N, {size}, {size}, 3] but got {got}.")
+        raise ValueError(
+            f"Expected the images of {what} to be uint8 [N, {size}, {size}, 3] but got {got}."
+        )
 
 
 def _whole_numbers(what: str, value: Any) -> np.ndarray:
-    is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)  # no nested lists: they may share items 2^30 times
+    # no nested lists: they may share items 2^30 times
+    is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)
     numbers = np.asarray(value) if is_list or isinstance(value, np.ndarray) else np.empty((0, 0))
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise ValueError(f"Expected {what} to hold lists of whole numbers but got {type(value).__name__} of another kind.")
+        raise ValueError(
+            f"Expected {what} to hold lists of whole numbers but got {type(value).__name__} of "
+            "another kind."
+        )
     return numbers.astype(np.int64)
 
 
 def _split(file: Path, images: np.ndarray, rows: dict[str, np.ndarray]) -> Split:
     together = np.concatenate([np.empty(0, np.int64), *rows.values()])
-    if len(np.unique(together)) < len(together) or not ((together >= 0) & (together < len(images))).all():
+    if (
+        len(np.unique(together)) < len(together)
+        or not ((together >= 0) & (together < len(images))).all()
+    ):
         raise _not_shared_out(file, images)
     pixels = torch.from_numpy(np.require(images, requirements="W")).permute(0, 3, 1, 2)
     read = partial(ClassImages, pixels, [np.sort(members) for members in rows.values()], list(rows))
@@ -97,7 +124,10 @@ def _split(file: Path, images: np.ndarray, rows: dict[str, np.ndarray]) -> Split
 
 
 def _not_shared_out(file: Path, images: np.ndarray) -> ValueError:
-    return ValueError(f"Expected the classes of {file} to share out the numbers 0 .. {len(images) - 1} of its images but they do not.")
+    return ValueError(
+        f"Expected the classes of {file} to share out the numbers 0 .. {len(images) - 1} of its "
+        "images but they do not."
+    )
 
 
 def open_hdf5(file: Path, size: int) -> Split:
@@ -110,7 +140,9 @@ def open_hdf5(file: Path, size: int) -> Split:
     with _hdf5_classes(file) as classes:
         for name, images in classes.items():
             _check_images(f"class {name} of {file}", images, size)
-        return Split({name: len(images) for name, images in classes.items()}, partial(_read_hdf5, file, size))
+        return Split(
+            {name: len(images) for name, images in classes.items()}, partial(_read_hdf5, file, size)
+        )
 
 
 def _read_hdf5(file: Path, size: int) -> ClassImages:
@@ -129,25 +161,38 @@ def _hdf5_classes(file: Path) -> Iterator[dict[str, Any]]:
         import h5py
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"Expected h5py to be installed, for {file}, but it is not: pip install 'lightning_maml[hdf5]'."
+            f"Expected h5py to be installed, for {file}, but it is not: pip install "
+            "'lightning_maml[hdf5]'."
         ) from error
     try:
         with h5py.File(file) as content:
             group = content["datasets"]
-            links = [content.get("datasets", getlink=True), *(group.get(name, getlink=True) for name in group)]
+            links = [
+                content.get("datasets", getlink=True),
+                *(group.get(name, getlink=True) for name in group),
+            ]
             classes = dict(sorted(group.items()))
             datasets = [images for images in classes.values() if isinstance(images, h5py.Dataset)]
-            if not all(isinstance(link, h5py.HardLink) for link in links) or any(map(_lies_elsewhere, datasets)):
-                raise ValueError(f"Expected {file} to hold its images itself but it refers to other files; it is not read.")
+            if not all(isinstance(link, h5py.HardLink) for link in links) or any(
+                map(_lies_elsewhere, datasets)
+            ):
+                raise ValueError(
+                    f"Expected {file} to hold its images itself but it refers to other files; it "
+                    "is not read."
+                )
             if sum(images.nbytes for images in datasets) > _HDF5_RATIO * file.stat().st_size:
                 raise ValueError(
-                    f"Expected the images of {file} to be at most {_HDF5_RATIO} times its size but they are more; it is not read."
+                    f"Expected the images of {file} to be at most {_HDF5_RATIO} times its size "
+                    "but they are more; it is not read."
                 )
             yield classes
     except ValueError:
         raise
     except Exception as error:  # h5py raises some ten kinds on damaged files
-        raise ValueError(f"Expected {file} to be a whole HDF5 file with a group 'datasets' but it is not ({error}).") from error
+        raise ValueError(
+            f"Expected {file} to be a whole HDF5 file with a group 'datasets' but it is not "
+            f"({error})."
+        ) from error
 
 
 def _lies_elsewhere(images: Any) -> bool:

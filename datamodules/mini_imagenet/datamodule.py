@@ -19,10 +19,12 @@ CLASSES = {"train": 64, "val": 16, "test": 20}
 class MiniImageNetDataModule(EpisodicDataModule):
     """Few-shot episodes of mini-ImageNet, RGB, 84 x 84 pixels.
 
-    There is no official download. The form of the data is recognised automatically, in ``root`` or in a folder of it: CSV lists of Ravi &
-    Larochelle or of easyfsl beside the images, class folders ``train | val | test``, cache pickles of Ren et al., category-split pickles
-    of Gidaris & Komodakis, or torchmeta's HDF5 files. Image files are decoded once, into ``mini_imagenet_84.pt`` beside them; arrays in
-    pickles are mapped into memory as they are. Pickles are read without running anything they may contain.
+    There is no official download. The form of the data is recognised automatically, in ``root`` or
+    in a folder of it: CSV lists of Ravi & Larochelle or of easyfsl beside the images, class folders
+    ``train | val | test``, cache pickles of Ren et al., category-split pickles of Gidaris &
+    Komodakis, or torchmeta's HDF5 files. Image files are decoded once, into ``mini_imagenet_84.pt``
+    beside them; arrays in pickles are mapped into memory as they are. Pickles are read without
+    running anything they may contain.
 
     Args:
         root: Folder of the data.
@@ -38,18 +40,24 @@ class MiniImageNetDataModule(EpisodicDataModule):
         test_tasks: Test tasks over all processes together; the same ones each time.
         rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
         regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's ``train_steps``.
-        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as many as ``shots``.
+        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's
+            ``train_steps``.
+        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as
+            many as ``shots``.
         transforms: Transforms of the images of whole episodes, on the device; by default none.
-        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"`` them with a warning.
-        on_corrupt: ``"raise"`` on an image file that cannot be read, or ``"skip"`` it with a warning.
+        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"``
+            them with a warning.
+        on_corrupt: ``"raise"`` on an image file that cannot be read, or ``"skip"`` it with a
+            warning.
         seed: Seed of the episodes.
         num_workers: Loader processes.
 
     Raises:
-        ValueError: If an argument is out of range, a split cannot serve the episodes, or the files are not what they seem: a web page in
-            place of a pickle, other classes or arrays than mini-ImageNet's, or the same classes in several splits.
-        FileNotFoundError: If there is no mini-ImageNet in ``root``, or images of a list are missing.
+        ValueError: If an argument is out of range, a split cannot serve the episodes, or the files
+            are not what they seem: a web page in place of a pickle, other classes or arrays than
+            mini-ImageNet's, or the same classes in several splits.
+        FileNotFoundError: If there is no mini-ImageNet in ``root``, or images of a list are
+            missing.
         OSError: If an image cannot be read, or the cache cannot be written.
         ModuleNotFoundError: If the data are HDF5 files and h5py is not installed.
     """
@@ -112,8 +120,13 @@ class MiniImageNetDataModule(EpisodicDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Say what was found, and read the splits that ``stage`` needs."""
         layout = self._found()
-        sizes = (f"{split} {len(part.sizes)} classes, {sum(part.sizes.values())} images" for split, part in layout.splits.items())
-        rank_zero_info(f"mini-ImageNet from the {layout.name} in {layout.folder}: {'; '.join(sizes)}")
+        sizes = (
+            f"{split} {len(part.sizes)} classes, {sum(part.sizes.values())} images"
+            for split, part in layout.splits.items()
+        )
+        rank_zero_info(
+            f"mini-ImageNet from the {layout.name} in {layout.folder}: {'; '.join(sizes)}"
+        )
         super().setup(stage)
 
     def class_images(self, split: str) -> ClassImages:
@@ -132,8 +145,11 @@ def _check_splits(folder: Path, splits: dict[str, Split]) -> None:
     check_disjoint({split: part.sizes for split, part in splits.items()}, str(folder))
     found = {split: len(part.sizes) for split, part in splits.items()}
     if found != CLASSES:
-        expected, got = (", ".join(f"{count} {split}" for split, count in counts.items()) for counts in (CLASSES, found))
+        expected, got = (
+            ", ".join(f"{count} {split}" for split, count in counts.items())
+            for counts in (CLASSES, found)
+        )
         raise ValueError(
-            f"Expected {expected} classes in {folder}, as Ravi & Larochelle 2017 split mini-ImageNet, but got {got} classes; "
-            "for other data take ImageFolderDataModule."
+            f"Expected {expected} classes in {folder}, as Ravi & Larochelle 2017 split "
+            f"mini-ImageNet, but got {got} classes; for other data take ImageFolderDataModule."
         )

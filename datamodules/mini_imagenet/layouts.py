@@ -11,7 +11,12 @@ from typing import NamedTuple
 from lightning_maml.datamodules.images.files import CachedImageFiles, OnCorrupt
 from lightning_maml.datamodules.images.folders import list_class_folders
 from lightning_maml.datamodules.messages import first_five
-from lightning_maml.datamodules.mini_imagenet.array_files import Split, open_cache_pickle, open_category_pickle, open_hdf5
+from lightning_maml.datamodules.mini_imagenet.array_files import (
+    Split,
+    open_cache_pickle,
+    open_category_pickle,
+    open_hdf5,
+)
 
 _Places = dict[str, Path]
 """The file or folder of each split."""
@@ -51,26 +56,40 @@ def find_layout(root: Path, size: int, on_corrupt: OnCorrupt) -> Layout:
 
     Raises:
         FileNotFoundError: If there is none; the message names each form and where to get it.
-        ValueError: If several folders look like it, or its files are not what they seem; the message says what they are.
+        ValueError: If several folders look like it, or its files are not what they seem; the
+            message says what they are.
     """
     incomplete: list[str] = []
     whole = _matches(root, incomplete)
     if not whole and root.is_dir():
-        folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)]
-        found = [matches for folder in folders if not folder.name.startswith(".") and (matches := _matches(folder, incomplete))]
+        folders = [
+            folder
+            for folder in sorted(root.iterdir())
+            if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+        ]
+        found = [
+            matches
+            for folder in folders
+            if not folder.name.startswith(".") and (matches := _matches(folder, incomplete))
+        ]
         if len(found) > 1:
             names = first_five([str(places["train"].parent) for (_, places), *_ in found])
-            raise ValueError(f"Expected one folder in {root} to look like mini-ImageNet but got {names}; give one of them as `root`.")
+            raise ValueError(
+                f"Expected one folder in {root} to look like mini-ImageNet but got {names}; give "
+                "one of them as `root`."
+            )
         whole = found[0] if found else []
     if whole:
         name, places = whole[0]
         for place in places.values():
             _refuse_web_page(place)
         return _FORMS[name].open(name, places, size, on_corrupt)
-    forms = "".join(f"\n- {name}: {form.names['train'][0]}, ...; {form.source}" for name, form in _FORMS.items())
+    forms = "".join(
+        f"\n- {name}: {form.names['train'][0]}, ...; {form.source}" for name, form in _FORMS.items()
+    )
     raise FileNotFoundError(
-        f"Expected mini-ImageNet in {root} or in a folder of it but found {'; '.join(incomplete) or 'nothing of it'}; "
-        f"put it there in one of these forms:{forms}"
+        f"Expected mini-ImageNet in {root} or in a folder of it but found "
+        f"{'; '.join(incomplete) or 'nothing of it'}; put it there in one of these forms:{forms}"
     )
 
 
@@ -79,7 +98,12 @@ def _matches(folder: Path, incomplete: list[str]) -> list[tuple[str, _Places]]:
     whole = []
     for form_name, form in _FORMS.items():
         exists = Path.is_dir if form.open is _open_folders else Path.is_file
-        places = {split: folder / name for split, names in form.names.items() for name in reversed(names) if exists(folder / name)}
+        places = {
+            split: folder / name
+            for split, names in form.names.items()
+            for name in reversed(names)
+            if exists(folder / name)
+        }
         if len(places) == len(form.names):
             whole.append((form_name, places))
         elif places:
@@ -94,27 +118,60 @@ def _refuse_web_page(place: Path) -> None:
             start = stream.read(200)
         if re.match(rb"\s*<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
             raise ValueError(
-                f"Expected {place} to hold data but it is a web page, as hosts send in place of large files; download it again, in a "
-                "browser."
+                f"Expected {place} to hold data but it is a web page, as hosts send in place of "
+                "large files; download it again, in a browser."
             )
 
 
-def _open_arrays(open_split: Callable[[Path, int], Split], name: str, places: _Places, size: int, on_corrupt: OnCorrupt) -> Layout:
-    return Layout(name, places["train"].parent, {split: open_split(place, size) for split, place in places.items()}, None)
+def _open_arrays(
+    open_split: Callable[[Path, int], Split],
+    name: str,
+    places: _Places,
+    size: int,
+    on_corrupt: OnCorrupt,
+) -> Layout:
+    return Layout(
+        name,
+        places["train"].parent,
+        {split: open_split(place, size) for split, place in places.items()},
+        None,
+    )
 
 
 def _open_folders(name: str, places: _Places, size: int, on_corrupt: OnCorrupt) -> Layout:
-    return _open_files({split: list_class_folders(place) for split, place in places.items()}, name, places, size, on_corrupt)
+    return _open_files(
+        {split: list_class_folders(place) for split, place in places.items()},
+        name,
+        places,
+        size,
+        on_corrupt,
+    )
 
 
 def _open_lists(name: str, places: _Places, size: int, on_corrupt: OnCorrupt) -> Layout:
-    return _open_files({split: _list_files(place, split) for split, place in places.items()}, name, places, size, on_corrupt)
+    return _open_files(
+        {split: _list_files(place, split) for split, place in places.items()},
+        name,
+        places,
+        size,
+        on_corrupt,
+    )
 
 
-def _open_files(classes: dict[str, dict[str, list[Path]]], name: str, places: _Places, size: int, on_corrupt: OnCorrupt) -> Layout:
+def _open_files(
+    classes: dict[str, dict[str, list[Path]]],
+    name: str,
+    places: _Places,
+    size: int,
+    on_corrupt: OnCorrupt,
+) -> Layout:
     folder = places["train"].parent
     images = CachedImageFiles(
-        {f"{split}/{label}": files for split, of_split in classes.items() for label, files in of_split.items()},
+        {
+            f"{split}/{label}": files
+            for split, of_split in classes.items()
+            for label, files in of_split.items()
+        },
         folder / f"mini_imagenet_{size}.pt",
         size=size,
         on_corrupt=on_corrupt,
@@ -122,7 +179,8 @@ def _open_files(classes: dict[str, dict[str, list[Path]]], name: str, places: _P
     )
     splits = {
         split: Split(
-            {label: len(files) for label, files in of_split.items()}, partial(images.read, [f"{split}/{label}" for label in of_split])
+            {label: len(files) for label, files in of_split.items()},
+            partial(images.read, [f"{split}/{label}" for label in of_split]),
         )
         for split, of_split in classes.items()
     }
@@ -142,7 +200,14 @@ def _list_files(path: Path, split: str) -> dict[str, list[Path]]:
     for name, label in rows:
         folders = ("images", f"images/{label}", label, "", f"{split}/{label}")
         places = (os.path.join(path.parent, folder, name) for folder in folders)
-        place = next((place for place in places if os.path.basename(place) in _names_in(os.path.dirname(place))), None)
+        place = next(
+            (
+                place
+                for place in places
+                if os.path.basename(place) in _names_in(os.path.dirname(place))
+            ),
+            None,
+        )
         if place is None:
             missing.append(name)
         else:
@@ -150,8 +215,8 @@ def _list_files(path: Path, split: str) -> dict[str, list[Path]]:
     _names_in.cache_clear()
     if missing:
         raise FileNotFoundError(
-            f"Expected the {len(rows)} images of {path} in its folder images, in itself, or there in a folder per class, but "
-            f"{len(missing)} are missing: {first_five(missing)}."
+            f"Expected the {len(rows)} images of {path} in its folder images, in itself, or there "
+            f"in a folder per class, but {len(missing)} are missing: {first_five(missing)}."
         )
     return classes
 
@@ -168,13 +233,26 @@ def _read_csv(path: Path) -> set[tuple[str, str]]:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
             reader = csv.DictReader(stream)
             header = list(reader.fieldnames or ())
-            columns = [pair for pair in (("filename", "label"), ("image_name", "class_name")) if set(pair) <= set(header)]
-            rows = {tuple(row[column] or "" for column in columns[0]) for row in reader} if columns else set()
+            columns = [
+                pair
+                for pair in (("filename", "label"), ("image_name", "class_name"))
+                if set(pair) <= set(header)
+            ]
+            rows = (
+                {tuple(row[column] or "" for column in columns[0]) for row in reader}
+                if columns
+                else set()
+            )
     except csv.Error as error:
-        raise ValueError(f"Expected {path} to be a CSV file but it cannot be read ({error}).") from error
+        raise ValueError(
+            f"Expected {path} to be a CSV file but it cannot be read ({error})."
+        ) from error
     if not columns:
         got = ",".join(header)[:80]
-        raise ValueError(f"Expected the header of {path} to be filename,label or class_name,image_name but got {got!r}.")
+        raise ValueError(
+            f"Expected the header of {path} to be filename,label or class_name,image_name but got "
+            f"{got!r}."
+        )
     for part in {part for row in rows for part in row}:
         steps = re.split(r"[/\\]", part)
         if not steps[0] or ".." in steps or re.match("[A-Za-z]:", part):
@@ -184,29 +262,41 @@ def _read_csv(path: Path) -> set[tuple[str, str]]:
 
 def _names(pattern: str, *val: str) -> dict[str, tuple[str, ...]]:
     words = {"train": ("train",), "val": ("val", *val), "test": ("test",)}
-    return {split: tuple(pattern.format(word) for word in of_split) for split, of_split in words.items()}
+    return {
+        split: tuple(pattern.format(word) for word in of_split) for split, of_split in words.items()
+    }
 
 
 _FORMS = {
     "cache pickles": _Form(
         _names("mini-imagenet-cache-{}.pkl", "validation"),
-        "of Ren et al. 2018, as torchmeta and learn2learn download them: zenodo.org/record/7978538, or Google Drive "
-        "16V_ZlkW4SsnNDtnGmaBRq2OoPmUOc5mY",
+        "of Ren et al. 2018, as torchmeta and learn2learn download them: "
+        "zenodo.org/record/7978538, or Google Drive 16V_ZlkW4SsnNDtnGmaBRq2OoPmUOc5mY",
         partial(_open_arrays, open_cache_pickle),
     ),
     "category-split pickles": _Form(
-        _names("miniImageNet_category_split_{}.pickle") | {"train": ("miniImageNet_category_split_train_phase_train.pickle",)},
-        "of Gidaris & Komodakis 2018 and MetaOptNet: github.com/kjunelee/MetaOptNet, or Google Drive 12V7qi-AjrYi6OoJdYcN_k502BM_jcP8D",
+        _names("miniImageNet_category_split_{}.pickle")
+        | {"train": ("miniImageNet_category_split_train_phase_train.pickle",)},
+        "of Gidaris & Komodakis 2018 and MetaOptNet: github.com/kjunelee/MetaOptNet, or Google "
+        "Drive 12V7qi-AjrYi6OoJdYcN_k502BM_jcP8D",
         partial(_open_arrays, open_category_pickle),
     ),
-    "HDF5 files": _Form(_names("{}_data.hdf5"), "as torchmeta writes them, in its folder miniimagenet", partial(_open_arrays, open_hdf5)),
+    "HDF5 files": _Form(
+        _names("{}_data.hdf5"),
+        "as torchmeta writes them, in its folder miniimagenet",
+        partial(_open_arrays, open_hdf5),
+    ),
     "CSV lists": _Form(
         _names("{}.csv"),
-        "with filename,label (Ravi & Larochelle 2017: github.com/twitter-research/meta-learning-lstm) or class_name,image_name (easyfsl: "
-        "github.com/sicara/easy-few-shot-learning), and the images, of ILSVRC 2012 or copies of 84 x 84 pixels, in images/",
+        "with filename,label (Ravi & Larochelle 2017: "
+        "github.com/twitter-research/meta-learning-lstm) or class_name,image_name (easyfsl: "
+        "github.com/sicara/easy-few-shot-learning), and the images, of ILSVRC 2012 or copies of "
+        "84 x 84 pixels, in images/",
         _open_lists,
     ),
     "class folders": _Form(
-        _names("{}", "validation"), "holding a folder of images per class, as most code makes of the above", _open_folders
+        _names("{}", "validation"),
+        "holding a folder of images per class, as most code makes of the above",
+        _open_folders,
     ),
 }

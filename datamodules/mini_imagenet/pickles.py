@@ -17,31 +17,36 @@ _LARGE = 1 << 16  # bytes; a string of this size or larger is left in the file
 def read_pickle(file: Path) -> Any:
     """Read arrays, lists, dictionaries, strings and numbers, pickled by Python 2 or 3.
 
-    Nothing that the pickle names is imported: stand-ins in this file do what numpy needs to describe an array, and everything else is
-    refused. Raw arrays stay in the file, which is mapped copy-on-write: reading costs neither time nor memory until pixels are used.
-    (Pickles of Python 3 with protocol 2 or older hold arrays as text, which is decoded in memory.)
+    Nothing that the pickle names is imported: stand-ins in this file do what numpy needs to
+    describe an array, and everything else is refused. Raw arrays stay in the file, which is mapped
+    copy-on-write: reading costs neither time nor memory until pixels are used. (Pickles of Python 3
+    with protocol 2 or older hold arrays as text, which is decoded in memory.)
 
     Returns:
         What was pickled, with Python 2's byte strings as text.
 
     Raises:
-        ValueError: If the file is cut short or damaged, or holds anything but arrays and containers.
+        ValueError: If the file is cut short or damaged, or holds anything but arrays and
+            containers.
     """
     with file.open("rb") as stream:
         try:
             return _unpickle(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
         except _Refused as error:
             raise ValueError(
-                f"Expected {file} to hold arrays and containers only but got {error}; it is not read, and nothing ran."
+                f"Expected {file} to hold arrays and containers only but got {error}; it is not "
+                "read, and nothing ran."
             ) from error
         except Exception as error:  # a damaged pickle raises nearly anything
             raise ValueError(
-                f"Expected {file} to be a whole pickle but it is cut short or damaged ({type(error).__name__}: {error}); download it again."
+                f"Expected {file} to be a whole pickle but it is cut short or damaged "
+                f"({type(error).__name__}: {error}); download it again."
             ) from error
 
 
 def _unpickle(mapped: mmap.mmap) -> Any:
-    return _plain(_Unpickler(_Mapped(mapped), encoding="bytes").load(), {})  # bytes: strings of Python 2 are raw data
+    # bytes: strings of Python 2 are raw data
+    return _plain(_Unpickler(_Mapped(mapped), encoding="bytes").load(), {})
 
 
 class _Refused(pickle.UnpicklingError):
@@ -69,7 +74,8 @@ def _list_of_last(unpickler: "_Unpickler", size: int) -> None:
     unpickler.stack[-size:] = [unpickler.stack[-size:]]
 
 
-class _Unpickler(pickle._Unpickler):  # the Python version: the C version copies large strings of Python 2 twice
+# the Python version: the C version copies large strings of Python 2 twice
+class _Unpickler(pickle._Unpickler):
     stack: list[Any]
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
@@ -92,9 +98,11 @@ class _Unpickler(pickle._Unpickler):  # the Python version: the C version copies
 
     dispatch[pickle.BUILD[0]] = load_build
 
-    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # its own loader allocates before it looks for the bytes
+    # its own loader allocates before it looks for the bytes
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]
 
-    # Tuples become lists, which cannot be keys: to hash a tuple that holds another twice, which holds another twice, ..., takes for ever.
+    # Tuples become lists, which cannot be keys: to hash a tuple that holds another twice, which
+    # holds another twice, ..., takes for ever.
     dispatch[pickle.EMPTY_TUPLE[0]] = dispatch[pickle.EMPTY_LIST[0]]
     dispatch[pickle.TUPLE[0]] = dispatch[pickle.LIST[0]]
     dispatch[pickle.TUPLE1[0]] = partial(_list_of_last, size=1)

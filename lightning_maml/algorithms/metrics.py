@@ -13,7 +13,8 @@ class Estimate(NamedTuple):
 
     Attributes:
         mean: ``[...]``.
-        ci95: Half-width of its 95 % confidence interval, 1.96 standard errors; nan for a single task.
+        ci95: Half-width of its 95 % confidence interval, 1.96 standard errors; nan for a single
+            task.
         tasks: How many tasks it is over.
     """
 
@@ -42,5 +43,9 @@ class TaskMean(Metric):
         values = dim_zero_cat(self.per_task).cpu().double()  # not every device has float64
         tasks = len(values)
         mean = values.mean(0)
-        error = values.std(0, correction=1) / tasks**0.5 if tasks > 1 else torch.full_like(mean, torch.nan)
+        error = (
+            values.std(0, correction=1) / tasks**0.5
+            if tasks > 1
+            else torch.full_like(mean, torch.nan)
+        )
         return Estimate(mean.float(), (1.96 * error).float(), tasks)

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
-from lightning_maml.algorithms.base import EpisodicModule, LossFunction, OptimizerFactory, SchedulerFactory
+from lightning_maml.algorithms.base import (
+    EpisodicModule,
+    LossFunction,
+    OptimizerFactory,
+    SchedulerFactory,
+)
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.batches.trees import Inputs, cat, map_tensors
 from lightning_maml.core.context import evaluating
@@ -23,34 +28,50 @@ from lightning_maml.execution.task_map import TaskExecution, map_tasks
 from lightning_maml.functional.adaptation import AdaptationCurve, cat_chunks
 from lightning_maml.io.plain import plain
 from lightning_maml.networks.adapted import AdaptedNetworks
-from lightning_maml.networks.checks import check_logits, check_policy, first_outputs, look_for_writes
-from lightning_maml.networks.functional_network import BatchNormPolicy, Learner, hooks_tensors, structural_copy
+from lightning_maml.networks.checks import (
+    check_logits,
+    check_policy,
+    first_outputs,
+    look_for_writes,
+)
+from lightning_maml.networks.functional_network import (
+    BatchNormPolicy,
+    Learner,
+    hooks_tensors,
+    structural_copy,
+)
 from lightning_maml.networks.loss_checks import LossLook, check_labels
 from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare, two_tasks
 
-_NOT_STACKED = "Expected a network and a loss whose tasks can be stacked with `tasks='vmap'` but {}; use tasks='loop'."
+_NOT_STACKED = (
+    "Expected a network and a loss whose tasks can be stacked with `tasks='vmap'` but {}; use "
+    "tasks='loop'."
+)
 
 
 class ProtoNet(EpisodicModule):
     """Prototypical networks (Snell et al. 2017): the logits of a query are minus its squared distances to the classes' mean embeddings.
 
-    Batches, figures and policies are those of :class:`lightning_maml.MAML`; there are no inner steps, so what is logged as ``_before``
-    adaptation equals what is logged after it. You may train with more ways than you test with (the datamodules' ``ways`` and
-    ``test_ways``), as the paper does: there is no head whose width would be fixed.
+    Batches, figures and policies are those of :class:`lightning_maml.MAML`; there are no inner
+    steps, so what is logged as ``_before`` adaptation equals what is logged after it. You may train
+    with more ways than you test with (the datamodules' ``ways`` and ``test_ways``), as the paper
+    does: there is no head whose width would be fixed.
 
     Args:
-        network: Maps images ``[B, C, H, W]`` to embeddings ``[B, D]``; give the library's own networks ``ways=None``.
+        network: Maps images ``[B, C, H, W]`` to embeddings ``[B, D]``; give the library's own
+            networks ``ways=None``.
         loss: Maps logits and labels to their mean loss.
-        batch_norm: ``"batch"``: support and query set of a task are normalised together (transductive); ``"support"`` and ``"running"``
-            as in :class:`lightning_maml.MAML`.
+        batch_norm: ``"batch"``: support and query set of a task are normalised together
+            (transductive); ``"support"`` and ``"running"`` as in :class:`lightning_maml.MAML`.
         optimizer: Builds the optimizer from the parameters; by default Adam with its rate of 1e-3.
-        lr_scheduler: Builds the scheduler from the optimizer; it is stepped once per epoch; by default none.
-        tasks: ``"vmap"``: the tasks of a meta-batch together; ``"loop"``: one after the other, for networks that vmap cannot take;
-            ``"auto"``: together where vmap takes the network.
+        lr_scheduler: Builds the scheduler from the optimizer; it is stepped once per epoch; by
+            default none.
+        tasks: ``"vmap"``: the tasks of a meta-batch together; ``"loop"``: one after the other, for
+            networks that vmap cannot take; ``"auto"``: together where vmap takes the network.
 
     Raises:
-        ValueError: If the network does not fit the batch-norm policy; in a step, if the labels are not classes ``0 .. ways - 1``, each of
-            which is in every support set.
+        ValueError: If the network does not fit the batch-norm policy; in a step, if the labels are
+            not classes ``0 .. ways - 1``, each of which is in every support set.
         TypeError: In a step, if the episodes have a support batch for each inner step.
         FloatingPointError: In training, if the query loss is not finite.
     """
@@ -67,7 +88,8 @@ class ProtoNet(EpisodicModule):
         super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
         if batch_norm == "per_step":
             raise ValueError(
-                "Expected `batch_norm` to be 'batch', 'support' or 'running', as there are no inner steps, but got 'per_step'."
+                "Expected `batch_norm` to be 'batch', 'support' or 'running', as there are no "
+                "inner steps, but got 'per_step'."
             )
         if tasks not in ("auto", "loop", "vmap"):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop' or 'vmap' but got {tasks!r}.")
@@ -85,11 +107,13 @@ class ProtoNet(EpisodicModule):
     def adapt(self, support_x: Inputs, support_y: Tensor) -> nn.Module:
         """Return the network with the prototypes of a task as its head, or of many tasks, for new queries.
 
-        With ``batch_norm="batch"`` the prototypes have the statistics of the support set and queries those of their own batch, whereas
-        evaluation normalises both together; ``"support"`` and ``"running"`` give here what they give in evaluation.
+        With ``batch_norm="batch"`` the prototypes have the statistics of the support set and
+        queries those of their own batch, whereas evaluation normalises both together; ``"support"``
+        and ``"running"`` give here what they give in evaluation.
 
-        The logits are twice the inner product of embedding and prototype, less the prototype's square (Snell et al. 2017, section 2.4).
-        This is minus the squared distance, up to a term that all classes share.
+        The logits are twice the inner product of embedding and prototype, less the prototype's
+        square (Snell et al. 2017, section 2.4). This is minus the squared distance, up to a term
+        that all classes share.
 
         Args:
             support_x: Inputs of the support set, ``[S, ...]``; of many tasks ``[T, S, ...]``.
@@ -108,16 +132,33 @@ class ProtoNet(EpisodicModule):
             learner, ways, tasks = self._looked_at(network, support)
 
             def means(task: Episodes) -> tuple[Tensor]:
-                return (class_means(self.logits(learner(learner.params, task.support_x)), task.support_y, ways),)
+                return (
+                    class_means(
+                        self.logits(learner(learner.params, task.support_x)), task.support_y, ways
+                    ),
+                )
 
             chunk_size = ADAPTED_AT_ONCE if tasks == "vmap" else None
-            chunks = map_tasks(lambda task, stack: stack.each(means)(task), support, tasks=tasks, chunk_size=chunk_size)
+            chunks = map_tasks(
+                lambda task, stack: stack.each(means)(task),
+                support,
+                tasks=tasks,
+                chunk_size=chunk_size,
+            )
             (prototypes,) = cat_chunks([*chunks])
             head = {"head.weight": 2 * prototypes, "head.bias": -prototypes.square().sum(-1)}
-            linear = nn.Linear(prototypes.shape[-1], ways, device=prototypes.device, dtype=prototypes.dtype)
+            linear = nn.Linear(
+                prototypes.shape[-1], ways, device=prototypes.device, dtype=prototypes.dtype
+            )
             classifier = _Classifier(network, linear, self.logits)
-            networks = AdaptedNetworks(classifier, head, self.batch_norm, support.support_x, tasks == "vmap")
-            if tasks == "vmap" and not of_one and (wrong := networks.compare_stacked(support.support_x).wrong):
+            networks = AdaptedNetworks(
+                classifier, head, self.batch_norm, support.support_x, tasks == "vmap"
+            )
+            if (
+                tasks == "vmap"
+                and not of_one
+                and (wrong := networks.compare_stacked(support.support_x).wrong)
+            ):
                 if self._tasks == "vmap":
                     raise ValueError(_NOT_STACKED.format(wrong))
                 networks.stacked = False
@@ -134,7 +175,9 @@ class ProtoNet(EpisodicModule):
         """Return the query losses ``[T]`` and logits ``[T, Q, ways]``."""
         learner, ways, tasks = self._looked_at(self.network, episodes)
         of_task = partial(self._of_task, learner, ways)
-        loss, logits = cat_chunks([*map_tasks(lambda task, stack: stack.each(of_task)(task), episodes, tasks=tasks)])
+        loss, logits = cat_chunks(
+            [*map_tasks(lambda task, stack: stack.each(of_task)(task), episodes, tasks=tasks)]
+        )
         return loss, logits
 
     def _of_task(self, learner: Learner, ways: int, task: Episodes) -> tuple[Tensor, Tensor]:
@@ -151,7 +194,9 @@ class ProtoNet(EpisodicModule):
         shots = len(task.support_y)
         return embedded[:shots], embedded[shots:]
 
-    def _looked_at(self, network: nn.Module, episodes: AnyEpisodes) -> tuple[Learner, int, TaskExecution]:
+    def _looked_at(
+        self, network: nn.Module, episodes: AnyEpisodes
+    ) -> tuple[Learner, int, TaskExecution]:
         """Refuse episodes that have no prototypes; return the learner that embeds them, their ways, and how tasks are run."""
         tasks: TaskExecution = "vmap" if self._tasks == "auto" else self._tasks
         learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
@@ -162,10 +207,19 @@ class ProtoNet(EpisodicModule):
             check_policy(learner, episodes)
             embedded = self.logits(first_outputs(learner, episodes))
             check_logits(embedded, are_labels=True)
-            self._loss_look(self.loss, ways, lambda _: embedded.new_zeros(2 * ways, ways), (episodes.support_y[0], episodes.query_y[0]))
+            self._loss_look(
+                self.loss,
+                ways,
+                lambda _: embedded.new_zeros(2 * ways, ways),
+                (episodes.support_y[0], episodes.query_y[0]),
+            )
             if hooks_tensors(network):
                 return Verdict(HOOKED)
-            return Verdict() if self._tasks == "loop" else self._compare_stacked(network, ways, episodes)
+            return (
+                Verdict()
+                if self._tasks == "loop"
+                else self._compare_stacked(network, ways, episodes)
+            )
 
         verdict = self._once_for_its_kind(self._kind(network, episodes), look)
         if verdict.wrong and self._tasks == "vmap":
@@ -181,19 +235,28 @@ class ProtoNet(EpisodicModule):
         device = episodes.support_y.device
         before = generator_states(device)
 
-        def evaluated(learner: Learner, losses: Callable[[Callable[[Episodes], Tensor]], Tensor]) -> dict[str, Tensor]:
+        def evaluated(
+            learner: Learner, losses: Callable[[Callable[[Episodes], Tensor]], Tensor]
+        ) -> dict[str, Tensor]:
             def loss(task: Episodes) -> Tensor:
                 return self._of_task(of_point, ways, task)[0]
 
             of_point = copy.copy(learner)
-            of_point.params = {name: p.detach().requires_grad_() for name, p in learner.params.items()}
+            of_point.params = {
+                name: p.detach().requires_grad_() for name, p in learner.params.items()
+            }
             if not of_point.params:
                 return {"loss": losses(loss)}
             with torch.enable_grad():
                 values = losses(loss)
                 weighted = (values * torch.arange(1.0, 3.0, device=device).to(values)).sum()
-                gradient = torch.autograd.grad(weighted, [*of_point.params.values()], materialize_grads=True)
-            return {"loss": values.detach(), "gradient": torch.cat([tensor.flatten() for tensor in gradient])}
+                gradient = torch.autograd.grad(
+                    weighted, [*of_point.params.values()], materialize_grads=True
+                )
+            return {
+                "loss": values.detach(),
+                "gradient": torch.cat([tensor.flatten() for tensor in gradient]),
+            }
 
         def in_turn(loss: Callable[[Episodes], Tensor]) -> Tensor:
             values = []
@@ -206,7 +269,9 @@ class ProtoNet(EpisodicModule):
             found: Tensor = Stack(2, randomness).each(loss)(stacked)
             return found
 
-        single, vectorised = (Learner(network, self.batch_norm, vectorised=flag) for flag in (False, True))
+        single, vectorised = (
+            Learner(network, self.batch_norm, vectorised=flag) for flag in (False, True)
+        )
         return compare(
             lambda _: evaluated(single, in_turn),
             lambda _, randomness: evaluated(vectorised, partial(as_one, randomness=randomness)),
@@ -217,7 +282,9 @@ class ProtoNet(EpisodicModule):
 class _Classifier(nn.Module):
     """A network of embeddings with prototypes as its head."""
 
-    def __init__(self, network: nn.Module, head: nn.Linear, embeddings: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, network: nn.Module, head: nn.Linear, embeddings: Callable[[Any], Any]
+    ) -> None:
         super().__init__()
         self.network, self.head, self._embeddings = network, head, embeddings
 
@@ -233,13 +300,22 @@ def ways_of(episodes: AnyEpisodes) -> int:
         ValueError: If a label is none of these classes, or a class has no example.
     """
     if isinstance(episodes, ResampledEpisodes):
-        raise TypeError("Expected Episodes, which have one support set per task, but got ResampledEpisodes; use regime='finite_sum'.")
+        raise TypeError(
+            "Expected Episodes, which have one support set per task, but got ResampledEpisodes; "
+            "use regime='finite_sum'."
+        )
     if episodes.support_y.is_floating_point():
-        raise ValueError("Expected labels, of classes that have prototypes, but got floating-point targets; ProtoNet only classifies.")
+        raise ValueError(
+            "Expected labels, of classes that have prototypes, but got floating-point targets; "
+            "ProtoNet only classifies."
+        )
     ways = int(episodes.support_y.max()) + 1
     check_labels(episodes, ways)
     if any(len(labels.unique()) < ways for labels in episodes.support_y):
-        raise ValueError(f"Expected every support set to hold examples of all {ways} classes, but one lacks some.")
+        raise ValueError(
+            f"Expected every support set to hold examples of all {ways} classes, but one lacks "
+            "some."
+        )
     return ways
 
 

@@ -28,7 +28,8 @@ from lightning_maml.networks.kinks import kinked_operations, kinks
 class FOMAML(MAML):
     """First-order MAML: the gradient after adaptation, without curvature (Fallah et al. 2020, Algorithm 2). Arguments as :class:`MAML`.
 
-    The cheapest variant, but the meta-objective's gradient need not fall below the order of alpha L sigma (Theorem 4.15).
+    The cheapest variant, but the meta-objective's gradient need not fall below the order of alpha L
+    sigma (Theorem 4.15).
     """
 
     curvature = "none"
@@ -37,9 +38,10 @@ class FOMAML(MAML):
 class HFMAML(MAML):
     """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
 
-    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice differentiable network. With ReLU or max-pooling
-    HF-MAML does worse than :class:`FOMAML`, so it warns about them: about such layers when the model is made or, if there are none, about
-    such functions at the first batch. Use GELU, softplus or SiLU with strides or average pooling.
+    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice
+    differentiable network. With ReLU or max-pooling HF-MAML does worse than :class:`FOMAML`, so it
+    warns about them: about such layers when the model is made or, if there are none, about such
+    functions at the first batch. Use GELU, softplus or SiLU with strides or average pooling.
 
     Args:
         network: As in :class:`MAML`, like all arguments except ``probe_radius``.
@@ -56,8 +58,8 @@ class HFMAML(MAML):
         head: Name of the submodule that is the head.
         inner_rates: Whether and how the inner rates are learned.
         compiled: Whether to compile the meta-gradient.
-        probe_radius: h, how far from the inner point the two gradients are taken, in units of the parameters; by default the cube root of
-            the machine epsilon (4.9e-3 in float32).
+        probe_radius: h, how far from the inner point the two gradients are taken, in units of the
+            parameters; by default the cube root of the machine epsilon (4.9e-3 in float32).
 
     Raises:
         ValueError: As in :class:`MAML`, and if ``probe_radius`` is not positive.
@@ -84,11 +86,23 @@ class HFMAML(MAML):
         probe_radius: float | None = None,
     ) -> None:
         super().__init__(
-            *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
+            *(
+                network,
+                inner_lr,
+                train_steps,
+                test_steps,
+                loss,
+                batch_norm,
+                optimizer,
+                lr_scheduler,
+                tasks,
+                chunk_size,
+            ),
             *(adapt, head, inner_rates, compiled),
         )
         probe_radius = None if probe_radius is None else number(probe_radius, "probe_radius")
-        hessian_vector_product(self.curvature, probe_radius)  # refuses a radius that is not positive
+        # refuses a radius that is not positive
+        hessian_vector_product(self.curvature, probe_radius)
         self.save_hyperparameters("probe_radius")
         self.probe_radius = probe_radius
         self._warned = False
@@ -101,8 +115,10 @@ class HFMAML(MAML):
     def _warn_of_kinks(self, found: list[str]) -> None:
         if found and not self._warned:
             warnings.warn(
-                f"HFMAML needs a twice differentiable network but got kinks in {', '.join(found)}: its finite differences are then worse "
-                "than no curvature at all. Use GELU, softplus or SiLU with strides or average pooling, or train with MAML or FOMAML.",
+                "HFMAML needs a twice differentiable network but got kinks in "
+                f"{', '.join(found)}: its finite differences are then worse than no curvature at "
+                "all. Use GELU, softplus or SiLU with strides or average pooling, or train with "
+                "MAML or FOMAML.",
                 stacklevel=3,
             )
             self._warned = True
@@ -111,8 +127,8 @@ class HFMAML(MAML):
 class ANIL(MAML):
     """Almost no inner loop: only the head adapts (Raghu et al. 2020). Arguments as :class:`MAML`.
 
-    The body's meta-gradient has the mixed terms of the head's inner steps. For a first-order or Hessian-free version use the other classes
-    with ``adapt="head"``.
+    The body's meta-gradient has the mixed terms of the head's inner steps. For a first-order or
+    Hessian-free version use the other classes with ``adapt="head"``.
     """
 
     default_adapt = "head"
@@ -153,9 +169,10 @@ class MAMLPlusPlus(LSLR):
         adapt: Which parameters take the inner steps.
         head: Name of the submodule that is the head.
         inner_rates: Whether and how the inner rates are learned.
-        multi_step_epochs: Epochs over which the weights of the query losses change from equal for all steps to the last step only (section
-            4, "Multi-Step Loss Optimization").
-        first_order_epochs: Epochs at the start that are trained without curvature (section 4, "Derivative-Order Annealing").
+        multi_step_epochs: Epochs over which the weights of the query losses change from equal for
+            all steps to the last step only (section 4, "Multi-Step Loss Optimization").
+        first_order_epochs: Epochs at the start that are trained without curvature (section 4,
+            "Derivative-Order Annealing").
     """
 
     def __init__(
@@ -177,12 +194,26 @@ class MAMLPlusPlus(LSLR):
         first_order_epochs: int = 0,
     ) -> None:
         super().__init__(
-            *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
+            *(
+                network,
+                inner_lr,
+                train_steps,
+                test_steps,
+                loss,
+                batch_norm,
+                optimizer,
+                lr_scheduler,
+                tasks,
+                chunk_size,
+            ),
             *(adapt, head, inner_rates),
         )
         multi_step_epochs = whole_number(multi_step_epochs, "multi_step_epochs")
         first_order_epochs = whole_number(first_order_epochs, "first_order_epochs")
-        for name, epochs in (("multi_step_epochs", multi_step_epochs), ("first_order_epochs", first_order_epochs)):
+        for name, epochs in (
+            ("multi_step_epochs", multi_step_epochs),
+            ("first_order_epochs", first_order_epochs),
+        ):
             if epochs < 0:
                 raise ValueError(f"Expected `{name}` to be at least 0 but got {epochs}.")
         self.save_hyperparameters("multi_step_epochs", "first_order_epochs")
@@ -190,14 +221,20 @@ class MAMLPlusPlus(LSLR):
 
     def step_weights(self, epoch: int) -> list[float]:
         """Return the weights of the query losses after steps 1 .. N: earlier ones shrink linearly from 1/N to 0, the last gets the rest."""
-        earlier = max(0.0, 1 - epoch / self.multi_step_epochs) / self.train_steps if self.multi_step_epochs and self.train_steps else 0.0
-        return [earlier] * (self.train_steps - 1) + [1 - earlier * (self.train_steps - 1)] * (self.train_steps > 0)
+        earlier = (
+            max(0.0, 1 - epoch / self.multi_step_epochs) / self.train_steps
+            if self.multi_step_epochs and self.train_steps
+            else 0.0
+        )
+        return [earlier] * (self.train_steps - 1) + [1 - earlier * (self.train_steps - 1)] * (
+            self.train_steps > 0
+        )
 
     def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
         if self._trainer is None and (self.multi_step_epochs or self.first_order_epochs):
             raise ValueError(
-                "Expected a trainer, over whose epochs MAMLPlusPlus anneals, but there is none; train with one, or set `multi_step_epochs` "
-                "and `first_order_epochs` to 0."
+                "Expected a trainer, over whose epochs MAMLPlusPlus anneals, but there is none; "
+                "train with one, or set `multi_step_epochs` and `first_order_epochs` to 0."
             )
         curvature = "none" if self.current_epoch < self.first_order_epochs else self.curvature
         return self._meta_gradient(plan, episodes, curvature, self.step_weights(self.current_epoch))
@@ -206,9 +243,10 @@ class MAMLPlusPlus(LSLR):
 class Reptile(MAML):
     """Reptile (Nichol et al. 2018): the meta-gradient is the way back from the adapted parameters, ``w_0 - w_N``. Arguments are MAML's.
 
-    With SGD of rate epsilon a step is the paper's ``w <- w + epsilon (w_N - w)``. The query sets are evaluated, not trained on. With
-    ``ResampledEpisodes`` each inner step has a mini-batch of its own, as in the paper. The inner rates cannot be learned, and parameters
-    that do not adapt are not trained.
+    With SGD of rate epsilon a step is the paper's ``w <- w + epsilon (w_N - w)``. The query sets
+    are evaluated, not trained on. With ``ResampledEpisodes`` each inner step has a mini-batch of
+    its own, as in the paper. The inner rates cannot be learned, and parameters that do not adapt
+    are not trained.
     """
 
     curvature = "none"
@@ -218,18 +256,24 @@ class Reptile(MAML):
     def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
         if learned := [name.removeprefix(OF_LOSS) for name in self._loss_of_outputs().params]:
             raise ValueError(
-                f"Expected a loss without trainable parameters with Reptile, which trains only what adapts, but got {learned}; freeze them "
-                "by requires_grad_(False), or train with MAML or FOMAML."
+                "Expected a loss without trainable parameters with Reptile, which trains only "
+                f"what adapts, but got {learned}; freeze them by requires_grad_(False), or train "
+                "with MAML or FOMAML."
             )
-        return reptile_gradient(**self._training_arguments(plan, episodes), inner_lr=self._rates(), steps=self.train_steps)
+        return reptile_gradient(
+            **self._training_arguments(plan, episodes),
+            inner_lr=self._rates(),
+            steps=self.train_steps,
+        )
 
 
 class IMAML(MAML):
     """iMAML (Rajeswaran et al. 2019): a proximal term keeps the adapted parameters close, and the meta-gradient is that at the minimum.
 
-    It does not need the inner path, so N may be as large as reaching the minimum takes, and only costs gradients. The paper's
-    "Hessian-free" iMAML is this algorithm with another inner solver, and has nothing to do with :class:`HFMAML`. The inner rates cannot be
-    learned, because the minimum does not depend on them.
+    It does not need the inner path, so N may be as large as reaching the minimum takes, and only
+    costs gradients. The paper's "Hessian-free" iMAML is this algorithm with another inner solver,
+    and has nothing to do with :class:`HFMAML`. The inner rates cannot be learned, because the
+    minimum does not depend on them.
 
     Args:
         network: As in :class:`MAML`, like all arguments except the last two.
@@ -270,17 +314,32 @@ class IMAML(MAML):
         cg_steps: int = 5,
     ) -> None:
         super().__init__(
-            *(network, inner_lr, train_steps, test_steps, loss, batch_norm, optimizer, lr_scheduler, tasks, chunk_size),
+            *(
+                network,
+                inner_lr,
+                train_steps,
+                test_steps,
+                loss,
+                batch_norm,
+                optimizer,
+                lr_scheduler,
+                tasks,
+                chunk_size,
+            ),
             *(adapt, head, inner_rates),
         )
         if train_steps < 1:
             raise ValueError(
-                f"Expected `train_steps` to be at least 1, towards the minimum that the meta-gradient is of, but got {train_steps}."
+                "Expected `train_steps` to be at least 1, towards the minimum that the "
+                f"meta-gradient is of, but got {train_steps}."
             )
         proximal_strength = number(proximal_strength, "proximal_strength")
         cg_steps = whole_number(cg_steps, "cg_steps")
         if not 0 < proximal_strength < float("inf"):
-            raise ValueError(f"Expected `proximal_strength` to be a finite number above 0 but got {proximal_strength}.")
+            raise ValueError(
+                "Expected `proximal_strength` to be a finite number above 0 but got "
+                f"{proximal_strength}."
+            )
         if cg_steps < 0:
             raise ValueError(f"Expected `cg_steps` to be at least 0 but got {cg_steps}.")
         self.save_hyperparameters("proximal_strength", "cg_steps")
@@ -299,7 +358,11 @@ class IMAML(MAML):
 
     @override
     def _meta_gradient(
-        self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName, step_weights: Sequence[float] | None = None
+        self,
+        plan: Plan,
+        episodes: AnyEpisodes,
+        curvature: CurvatureName,
+        step_weights: Sequence[float] | None = None,
     ) -> MetaGradient:
         return implicit_gradient(
             **self._training_arguments(plan, episodes),

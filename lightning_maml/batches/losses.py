@@ -7,8 +7,9 @@ from torch import Tensor
 def one_hot_mse(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return the mean-squared error between outputs and one-hot labels (Ji et al. 2022, Appendix A.2).
 
-    It is the squared distance ``|e_y - outputs|^2``, a sum over the classes, and the mean of that over the examples, as in the paper; the
-    mean over the classes too, as ``torch.nn.functional.mse_loss`` has it, is smaller by a factor of ``ways``.
+    It is the squared distance ``|e_y - outputs|^2``, a sum over the classes, and the mean of that
+    over the examples, as in the paper; the mean over the classes too, as
+    ``torch.nn.functional.mse_loss`` has it, is smaller by a factor of ``ways``.
 
     Args:
         outputs: The network's outputs, ``[B, ways]``.

@@ -15,7 +15,9 @@ def logits_in(outputs: Any) -> Any:
     """Return the attribute or the entry ``logits`` of outputs that have one, and others as they are."""
     if isinstance(outputs, Tensor):
         return outputs
-    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    found = (
+        outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    )
     return outputs if found is None else found
 
 
@@ -36,7 +38,9 @@ def map_outputs(function: Callable[[Tensor], Any], outputs: Any) -> Any:
         if not any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values()):
             return leaf
         copied = copy.copy(leaf)
-        copied.__dict__.update({name: map_outputs(function, value) for name, value in vars(leaf).items()})
+        copied.__dict__.update(
+            {name: map_outputs(function, value) for name, value in vars(leaf).items()}
+        )
         return copied
 
     return function(outputs) if isinstance(outputs, Tensor) else tree_map(of_leaf, outputs)

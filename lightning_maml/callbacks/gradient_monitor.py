@@ -20,14 +20,16 @@ class Monitor(Callback):
     Args:
         every_n_steps: Optimizer steps between two looks.
         tasks: Tasks per meta-batch and process.
-        episodes: Meta-batches like those trained on, drawn independently of them; by default the datamodule's, if it is one of this
-            package.
+        episodes: Meta-batches like those trained on, drawn independently of them; by default the
+            datamodule's, if it is one of this package.
     """
 
     purpose: ClassVar[str]
     """Sets the tasks apart from those of other callbacks."""
 
-    def __init__(self, every_n_steps: int, tasks: int, episodes: Iterable[AnyEpisodes] | None) -> None:
+    def __init__(
+        self, every_n_steps: int, tasks: int, episodes: Iterable[AnyEpisodes] | None
+    ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}.")
         self._every_n_steps = every_n_steps
@@ -38,7 +40,9 @@ class Monitor(Callback):
         """Measure, and log what was found."""
         raise NotImplementedError(f"{type(self).__name__} must define look(trainer, module).")
 
-    def meta_gradient(self, trainer: Trainer, module: MAML, episodes: AnyEpisodes, curvature: CurvatureName) -> Params:
+    def meta_gradient(
+        self, trainer: Trainer, module: MAML, episodes: AnyEpisodes, curvature: CurvatureName
+    ) -> Params:
         """Return the meta-gradient of the tasks of all processes."""
         gradient = module.meta_gradient(episodes, curvature)
         if trainer.world_size == 1:
@@ -51,15 +55,23 @@ class Monitor(Callback):
         as_maml(self, pl_module)
         self._tasks.check(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not self._tasks.are_given and getattr(data, "regime", None) == "resampling" and data.hessian_shots == 0:
+        if (
+            not self._tasks.are_given
+            and getattr(data, "regime", None) == "resampling"
+            and data.hessian_shots == 0
+        ):
             raise ValueError(
-                f"Expected `hessian_shots` to be at least 1 for {type(self).__name__}, which takes the exact meta-gradient, but got 0."
+                f"Expected `hessian_shots` to be at least 1 for {type(self).__name__}, which "
+                "takes the exact meta-gradient, but got 0."
             )
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Look, if it is time to."""
-        if trainer.global_step % self._every_n_steps or trainer.global_step == self._last_step:  # the second with accumulated batches
+        # the second with accumulated batches
+        if trainer.global_step % self._every_n_steps or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
         where_it_stands = random_state(pl_module.device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -15,14 +16,16 @@ class IndependentTasks:
     Args:
         purpose: Name that sets this stream apart from those of other callbacks.
         tasks: Tasks per meta-batch and process, where the datamodule draws them.
-        episodes: Meta-batches like those trained on but independent of them, gone through again and again; None for the datamodule's.
+        episodes: Meta-batches like those trained on but independent of them, gone through again and
+            again; None for the datamodule's.
     """
 
     def __init__(self, purpose: str, tasks: int, episodes: Iterable[AnyEpisodes] | None) -> None:
         if tasks < 1:
             raise ValueError(f"Expected `tasks` to be at least 1 but got {tasks}.")
         self.drawn = 0
-        """How many meta-batches were drawn; restore this number for the stream to go on where it was."""
+        """How many meta-batches were drawn; restore this number for the stream to go on where it
+        was."""
         self._purpose, self._tasks, self._episodes = purpose, tasks, episodes
         self._stream: Iterator[AnyEpisodes] | None = None
 
@@ -35,20 +38,22 @@ class IndependentTasks:
         """Check that there is something to draw from.
 
         Raises:
-            ValueError: If there is neither an iterable nor a datamodule that draws independent tasks.
+            ValueError: If there is neither an iterable nor a datamodule that draws independent
+                tasks.
         """
         if self._episodes is None and not hasattr(trainer.datamodule, "independent_episodes"):  # type: ignore[attr-defined]
             data = trainer.datamodule  # type: ignore[attr-defined]
             raise ValueError(
                 "Expected a datamodule of lightning_maml, which draws independent tasks, but got "
-                f"{type(data).__name__ if data else 'none'}; give the callback `episodes`, an iterable of meta-batches like those trained "
-                "on but drawn independently of them."
+                f"{type(data).__name__ if data else 'none'}; give the callback `episodes`, an "
+                "iterable of meta-batches like those trained on but drawn independently of them."
             )
 
     def draw(self, trainer: Trainer) -> AnyEpisodes:
         """Return the next meta-batch, on the device and as the module gets it."""
         if self._episodes is None:
-            episodes = trainer.datamodule.independent_episodes(self._purpose, self.drawn, self._tasks)  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            episodes = data.independent_episodes(self._purpose, self.drawn, self._tasks)
         else:
             if self._stream is None:
                 self._stream = islice(_again_and_again(self._episodes), self.drawn, None)
@@ -65,8 +70,9 @@ def _again_and_again(episodes: Iterable[AnyEpisodes]) -> Iterator[AnyEpisodes]:
             yield before
         if before is None:
             raise ValueError(
-                "Expected `episodes` to hold meta-batches each time it is gone through but it gave none; give a list or a loader that is "
-                "not empty, not a generator, which is exhausted after the first time."
+                "Expected `episodes` to hold meta-batches each time it is gone through but it "
+                "gave none; give a list or a loader that is not empty, not a generator, which is "
+                "exhausted after the first time."
             )
 
 
@@ -77,5 +83,8 @@ def as_maml(callback: Callback, module: LightningModule) -> MAML:
         TypeError: If it is not.
     """
     if not isinstance(module, MAML):
-        raise TypeError(f"Expected MAML or one of its variants for {type(callback).__name__} but got {type(module).__name__}.")
+        raise TypeError(
+            f"Expected MAML or one of its variants for {type(callback).__name__} but got "
+            f"{type(module).__name__}."
+        )
     return module

@@ -18,8 +18,9 @@ INTERRUPTED = 128 + signal.SIGINT
 class CheckpointOnInterrupt(Callback):
     """On Ctrl-C finishes the step or validation, writes ``interrupted.ckpt`` beside the checkpoints, and ends with status 130.
 
-    A run that goes on from there ends as if it had never been interrupted. A second Ctrl-C ends the process at once. The command
-    ``lightning-maml fit`` has this callback. Outside of the main thread, where no signal arrives, it does nothing.
+    A run that goes on from there ends as if it had never been interrupted. A second Ctrl-C ends the
+    process at once. The command ``lightning-maml fit`` has this callback. Outside of the main
+    thread, where no signal arrives, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,9 @@ class CheckpointOnInterrupt(Callback):
         if trainer.strategy.reduce_boolean_decision(self._is_interrupted, all=False):
             path = os.path.join(_folder(trainer), "interrupted.ckpt")
             trainer.save_checkpoint(path)
-            rank_zero_info(f"Interrupted after step {trainer.global_step}; go on with ckpt_path={path}")
+            rank_zero_info(
+                f"Interrupted after step {trainer.global_step}; go on with ckpt_path={path}"
+            )
             sys.exit(INTERRUPTED)
 
     @override
@@ -66,10 +69,20 @@ class CheckpointOnInterrupt(Callback):
     def _on_signal(self, *_: Any) -> None:
         self._is_interrupted = True
         signal.signal(signal.SIGINT, self._before)
-        rank_zero_info("\nCtrl-C: the run ends after this step or validation; once more, and it ends now.")
+        rank_zero_info(
+            "\nCtrl-C: the run ends after this step or validation; once more, and it ends now."
+        )
 
 
 def _folder(trainer: Trainer) -> str:
     """Return where the run's checkpoints are or, if it keeps none, ``checkpoints`` beside its logs."""
-    folders = [str(callback.dirpath) for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    return folders[0] if folders else os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
+    folders = [
+        str(callback.dirpath)
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+    ]
+    return (
+        folders[0]
+        if folders
+        else os.path.join(trainer.log_dir or trainer.default_root_dir, "checkpoints")
+    )

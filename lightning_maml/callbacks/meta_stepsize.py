@@ -23,32 +23,40 @@ from lightning_maml.theory.measure import Probe
 class AdaptiveMetaStepsize(Callback):
     """Sets the meta-optimizer's learning rate at every step to ``beta_k = scale / L-hat(w_k)``.
 
-    The meta-objective has no bounded smoothness: ``L-hat(w)`` grows with the task gradients, whose mean norm is estimated at the current
-    parameters on tasks of their own, independent of the training batch. Where the gradients are large the steps are short, and they
-    lengthen as training goes on. Logged: ``train/meta_stepsize``, ``train/meta_smoothness`` (L-hat), ``train/task_gradient_norm``, and
-    ``train/L``, ``train/rho`` and ``train/b``.
+    The meta-objective has no bounded smoothness: ``L-hat(w)`` grows with the task gradients, whose
+    mean norm is estimated at the current parameters on tasks of their own, independent of the
+    training batch. Where the gradients are large the steps are short, and they lengthen as training
+    goes on. Logged: ``train/meta_stepsize``, ``train/meta_smoothness`` (L-hat),
+    ``train/task_gradient_norm``, and ``train/L``, ``train/rho`` and ``train/b``.
 
-    The rate is set once per optimizer step, also with gradient accumulation, for all parameter groups alike, and is the same in every
-    process. The theory is that of plain SGD; with another optimizer, and with gradient clipping, beta becomes the rate of that optimizer
-    and a warning says so.
+    The rate is set once per optimizer step, also with gradient accumulation, for all parameter
+    groups alike, and is the same in every process. The theory is that of plain SGD; with another
+    optimizer, and with gradient clipping, beta becomes the rate of that optimizer and a warning
+    says so.
 
     Args:
-        rule: ``"one_step"`` (Fallah et al. 2020, eq. 17, for N = 1), ``"resampling"`` (Ji et al. 2022, eq. 14) or
-            ``"finite_sum"`` (eq. 22).
+        rule: ``"one_step"`` (Fallah et al. 2020, eq. 17, for N = 1), ``"resampling"`` (Ji et al.
+            2022, eq. 14) or ``"finite_sum"`` (eq. 22).
         L: Smoothness of the task losses; measured if None.
-        rho: Lipschitz constant of their Hessians; measured if None. It exists for networks without kinks only.
-        b: Mean distance between the gradients of support and query loss, for ``"finite_sum"``; measured if None.
-        scale: Numerator of beta, a safety factor; by default the papers' constant, see :func:`lightning_maml.theory.paper_scale`. That one
-            is made for the worst case: with measured constants ``scale=1`` converges ten or more times faster, if alpha is at most 1 / (8 N
-            L). With far larger inner rates L-hat means little, and scale is a number to tune.
+        rho: Lipschitz constant of their Hessians; measured if None. It exists for networks without
+            kinks only.
+        b: Mean distance between the gradients of support and query loss, for ``"finite_sum"``;
+            measured if None.
+        scale: Numerator of beta, a safety factor; by default the papers' constant, see
+            :func:`lightning_maml.theory.paper_scale`. That one is made for the worst case: with
+            measured constants ``scale=1`` converges ten or more times faster, if alpha is at most 1
+            / (8 N L). With far larger inner rates L-hat means little, and scale is a number to
+            tune.
         tasks: B', tasks drawn per step and process.
-        every_n_steps: How often L, rho and b are measured, at the parameters of that step, on B' tasks.
-        episodes: Meta-batches like those trained on, drawn independently of them; by default the datamodule's, if it is one of this
-            package.
+        every_n_steps: How often L, rho and b are measured, at the parameters of that step, on B'
+            tasks.
+        episodes: Meta-batches like those trained on, drawn independently of them; by default the
+            datamodule's, if it is one of this package.
 
     Raises:
-        ValueError: If an argument is out of range; when training starts, with manual optimization, several optimizers, a learning-rate
-            scheduler, ``"one_step"`` with several inner steps, or nothing to draw tasks from.
+        ValueError: If an argument is out of range; when training starts, with manual optimization,
+            several optimizers, a learning-rate scheduler, ``"one_step"`` with several inner steps,
+            or nothing to draw tasks from.
         TypeError: If the module is not a :class:`lightning_maml.MAML`.
         FloatingPointError: If a measured constant or the gradient norm is not finite.
     """
@@ -64,20 +72,27 @@ class AdaptiveMetaStepsize(Callback):
         every_n_steps: int = 100,
         episodes: Iterable[AnyEpisodes] | None = None,
     ) -> None:
-        tasks, every_n_steps = whole_number(tasks, "tasks"), whole_number(every_n_steps, "every_n_steps")
+        tasks, every_n_steps = (
+            whole_number(tasks, "tasks"),
+            whole_number(every_n_steps, "every_n_steps"),
+        )
         scale = None if scale is None else number(scale, "scale")
         given = {"L": L, "rho": rho, "b": b}
-        L, rho, b = (None if value is None else number(value, name) for name, value in given.items())
+        L, rho, b = (
+            None if value is None else number(value, name) for name, value in given.items()
+        )
         if every_n_steps < 1:
             raise ValueError(f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}.")
         if scale is not None and not scale > 0:
             raise ValueError(f"Expected `scale` to be positive but got {scale}.")
-        meta_smoothness(rule, 1.0 if L is None else L, rho or 0.0, 0.0, 1, 0.0, b or 0.0)  # refuses what is out of range
+        # refuses what is out of range
+        meta_smoothness(rule, 1.0 if L is None else L, rho or 0.0, 0.0, 1, 0.0, b or 0.0)
         self.rule: Rule = rule
         self.scale = scale
         self.tasks = tasks
         self.every_n_steps = every_n_steps
-        self._given = {"L": L, "rho": rho, "b": b if rule == "finite_sum" else 0.0}  # other rules have no b
+        # other rules have no b
+        self._given = {"L": L, "rho": rho, "b": b if rule == "finite_sum" else 0.0}
         self._measured: dict[str, float] = {}
         self._tasks = IndependentTasks("stepsize", tasks, episodes)
 
@@ -86,48 +101,83 @@ class AdaptiveMetaStepsize(Callback):
         """Refuse what else would set the learning rate, and warn about what the theory does not cover."""
         if len(trainer.optimizers) != 1:
             raise ValueError(
-                f"Expected one optimizer for AdaptiveMetaStepsize but got {len(trainer.optimizers)}; give all parameters to one of them."
+                "Expected one optimizer for AdaptiveMetaStepsize but got "
+                f"{len(trainer.optimizers)}; give all parameters to one of them."
             )
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "Expected automatic optimization for AdaptiveMetaStepsize but the module optimizes by hand; "
-                "set automatic_optimization = True, or set the rate there by lightning_maml.theory.meta_stepsize."
+                "Expected automatic optimization for AdaptiveMetaStepsize but the module "
+                "optimizes by hand; set automatic_optimization = True, or set the rate there by "
+                "lightning_maml.theory.meta_stepsize."
             )
         if trainer.lr_scheduler_configs:
             scheduler = type(trainer.lr_scheduler_configs[0].scheduler).__name__
             raise ValueError(
-                f"Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got {scheduler}; set the model's `lr_scheduler` to "
-                "null, or remove the callback."
+                "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got "
+                f"{scheduler}; set the model's `lr_scheduler` to null, or remove the callback."
             )
         module = as_maml(self, pl_module)
         module.check_for_theory()
         if self.rule == "one_step" and module.train_steps != 1:
-            raise ValueError(f"Expected train_steps=1 with rule 'one_step' but got {module.train_steps}; use 'resampling' or 'finite_sum'.")
+            raise ValueError(
+                f"Expected train_steps=1 with rule 'one_step' but got {module.train_steps}; use "
+                "'resampling' or 'finite_sum'."
+            )
         self._tasks.check(trainer)
         outside = _outside_the_theory(trainer, module, self._given["rho"] is None)
         if self.rule != "one_step" and module.curvature == "none":
-            outside.append("FO-MAML with several steps or a fixed support set (Ji et al. treat the exact product only)")
+            outside.append(
+                "FO-MAML with several steps or a fixed support set (Ji et al. treat the exact "
+                "product only)"
+            )
         if outside:
-            warnings.warn(f"AdaptiveMetaStepsize: the theorems do not cover {'; nor '.join(outside)}.", stacklevel=2)
+            warnings.warn(
+                f"AdaptiveMetaStepsize: the theorems do not cover {'; nor '.join(outside)}.",
+                stacklevel=2,
+            )
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         """Set the learning rate."""
         module = as_maml(self, pl_module)
         episodes = self._tasks.draw(trainer)
         probe = module.probe(episodes)
         missing = {name for name, value in self._given.items() if value is None}
-        if missing and (missing - self._measured.keys() or trainer.global_step % self.every_n_steps == 0):
+        if missing and (
+            missing - self._measured.keys() or trainer.global_step % self.every_n_steps == 0
+        ):
             self._measured = _measure(probe, trainer, missing)
-        constants = {name: self._measured[name] if value is None else value for name, value in self._given.items()}
+        constants = {
+            name: self._measured[name] if value is None else value
+            for name, value in self._given.items()
+        }
         gradient_norm = _over_processes(trainer, float(probe.gradient_norms().mean()), "mean")
-        smoothness = meta_smoothness(self.rule, **constants, alpha=module.inner_lr, steps=module.train_steps, gradient_norm=gradient_norm)
-        beta = meta_stepsize(smoothness, paper_scale(self.rule, module.curvature) if self.scale is None else self.scale)
+        smoothness = meta_smoothness(
+            self.rule,
+            **constants,
+            alpha=module.inner_lr,
+            steps=module.train_steps,
+            gradient_norm=gradient_norm,
+        )
+        beta = meta_stepsize(
+            smoothness,
+            paper_scale(self.rule, module.curvature) if self.scale is None else self.scale,
+        )
         for group in optimizer.param_groups:
             group["lr"] = beta
         if self.rule == ("finite_sum" if isinstance(episodes, ResampledEpisodes) else "resampling"):
-            rank_zero_warn(f"AdaptiveMetaStepsize: rule {self.rule!r} is made for the other kind of tasks than {type(episodes).__name__}.")
-        figures = {"meta_stepsize": beta, "meta_smoothness": smoothness, "task_gradient_norm": gradient_norm, **constants}
+            rank_zero_warn(
+                f"AdaptiveMetaStepsize: rule {self.rule!r} is made for the other kind of tasks "
+                f"than {type(episodes).__name__}."
+            )
+        figures = {
+            "meta_stepsize": beta,
+            "meta_smoothness": smoothness,
+            "task_gradient_norm": gradient_norm,
+            **constants,
+        }
         module.log_dict({f"train/{name}": value for name, value in figures.items()})
 
     @override
@@ -146,7 +196,11 @@ def _measure(probe: Probe, trainer: Trainer, missing: set[str]) -> dict[str, flo
     measured: dict[str, float] = {}
     if missing & {"L", "rho"}:
         curvature = probe.curvature(restarts=1 if "rho" in missing else 0, tolerance=1e-2)
-        measured = {name: _over_processes(trainer, getattr(curvature, name), "max") for name in ("L", "rho") if name in missing}
+        measured = {
+            name: _over_processes(trainer, getattr(curvature, name), "max")
+            for name in ("L", "rho")
+            if name in missing
+        }
     if "b" in missing:
         measured["b"] = _over_processes(trainer, probe.spread().b, "mean")
     return measured
@@ -159,8 +213,8 @@ def _over_processes(trainer: Trainer, number: float, operation: str) -> float:
         number = float(trainer.strategy.reduce(on_device, reduce_op=operation))
     if not math.isfinite(number):
         raise FloatingPointError(
-            f"Expected finite curvature and gradients for the meta-stepsize but got {number} at step {trainer.global_step}; lower the "
-            "rates or check the data."
+            f"Expected finite curvature and gradients for the meta-stepsize but got {number} at "
+            f"step {trainer.global_step}; lower the rates or check the data."
         )
     return number
 
@@ -168,14 +222,19 @@ def _over_processes(trainer: Trainer, number: float, operation: str) -> float:
 def is_plain_sgd(optimizer: Optimizer) -> bool:
     """Return whether the optimizer's step is its rate times the gradient and nothing else."""
     extras = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    return isinstance(optimizer, SGD) and not any(group[name] for group in optimizer.param_groups for name in extras)
+    return isinstance(optimizer, SGD) and not any(
+        group[name] for group in optimizer.param_groups for name in extras
+    )
 
 
 def _outside_the_theory(trainer: Trainer, module: MAML, rho_is_measured: bool) -> list[str]:
     outside = []
     optimizer = trainer.optimizers[0]
     if not is_plain_sgd(optimizer):
-        outside.append(f"{type(optimizer).__name__} as it is configured, whose rate beta becomes (they are about plain SGD)")
+        outside.append(
+            f"{type(optimizer).__name__} as it is configured, whose rate beta becomes (they are "
+            "about plain SGD)"
+        )
     if trainer.gradient_clip_val:
         outside.append("gradient clipping")
     if rho_is_measured and (found := kinks(module.network)):

@@ -27,7 +27,13 @@ class FirstTaskPictures(Callback):
 
     @override
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the first task."""
         if batch_idx == 0 and dataloader_idx == 0 and isinstance(batch, Episodes):
@@ -45,10 +51,11 @@ class FirstTaskPictures(Callback):
 class EpisodePictures(FirstTaskPictures):
     """Draws, at the end of a test, one episode and the adaptation curve.
 
-    ``episode.png`` shows the support set and the query set of the first test task with the predicted classes before and after
-    adaptation; ``adaptation.png`` the accuracy over all test tasks after 0 .. K steps with its 95 % confidence interval. They are written
-    to the logger's folder, or to the trainer's ``default_root_dir`` without one. For :class:`lightning_maml.MAML` and its variants, on
-    images.
+    ``episode.png`` shows the support set and the query set of the first test task with the
+    predicted classes before and after adaptation; ``adaptation.png`` the accuracy over all test
+    tasks after 0 .. K steps with its 95 % confidence interval. They are written to the logger's
+    folder, or to the trainer's ``default_root_dir`` without one. For :class:`lightning_maml.MAML`
+    and its variants, on images.
 
     Args:
         max_classes: Most classes of the episode that are drawn.
@@ -58,7 +65,10 @@ class EpisodePictures(FirstTaskPictures):
     def __init__(self, max_classes: int = 5, max_images: int = 5) -> None:
         super().__init__()
         if max_classes < 1 or max_images < 1:
-            raise ValueError(f"Expected `max_classes` and `max_images` to be at least 1 but got {max_classes} and {max_images}.")
+            raise ValueError(
+                f"Expected `max_classes` and `max_images` to be at least 1 but got {max_classes} "
+                f"and {max_images}."
+            )
         self._max_classes, self._max_images = max_classes, max_images
 
     @override
@@ -66,11 +76,18 @@ class EpisodePictures(FirstTaskPictures):
         """Draw both pictures."""
         are_labels = not task.query_y.is_floating_point()
         if module.adaptation is not None:
-            draw_adaptation(module.adaptation, "accuracy" if are_labels else "loss").savefig(folder / "adaptation.png")
+            draw_adaptation(module.adaptation, "accuracy" if are_labels else "loss").savefig(
+                folder / "adaptation.png"
+            )
         if isinstance(task.query_x, Tensor) and task.query_x.ndim == 5 and are_labels:
             outputs_per_step: Tensor = module.evaluate(task).aux[0]
             predictions = outputs_per_step.argmax(-1).cpu()
-            picture = draw_episode(Episodes(*(tensor[0].cpu() for tensor in task)), predictions, self._max_classes, self._max_images)
+            picture = draw_episode(
+                Episodes(*(tensor[0].cpu() for tensor in task)),
+                predictions,
+                self._max_classes,
+                self._max_images,
+            )
             picture.savefig(folder / "episode.png")
 
 
@@ -78,18 +95,24 @@ def draw_episode(task: Episodes, predictions: Tensor, max_classes: int, max_imag
     """Draw one task: a row per class with its support images, then its query images with the classes predicted for them.
 
     Args:
-        task: One task, ``Episodes`` without the leading ``T``, on the CPU; images in 0 .. 1, or normalised.
+        task: One task, ``Episodes`` without the leading ``T``, on the CPU; images in 0 .. 1, or
+            normalised.
         predictions: Predicted classes of the query images after 0 .. K steps, ``[K + 1, Q]``.
         max_classes: Most rows.
         max_images: Most support images, and most query images, per row.
     """
     classes = min(int(task.support_y.max()) + 1, max_classes)
     rows = [
-        [(task.support_y == c).nonzero().flatten()[:max_images], (task.query_y == c).nonzero().flatten()[:max_images]]
+        [
+            (task.support_y == c).nonzero().flatten()[:max_images],
+            (task.query_y == c).nonzero().flatten()[:max_images],
+        ]
         for c in range(classes)
     ]
     shots, queries = (max(len(row[part]) for row in rows) for part in (0, 1))
-    figure = Figure(figsize=(1.15 * (shots + queries) + 1.2, 1.35 * classes + 0.9), layout="constrained")
+    figure = Figure(
+        figsize=(1.15 * (shots + queries) + 1.2, 1.35 * classes + 0.9), layout="constrained"
+    )
     axes = figure.subplots(classes, shots + queries, squeeze=False)
     for c, (support, query) in enumerate(rows):
         for column in range(shots + queries):
@@ -98,9 +121,16 @@ def draw_episode(task: Episodes, predictions: Tensor, max_classes: int, max_imag
             _show(axes[c, column], task.support_x[index], f"class {c}")
         for column, index in enumerate(query, start=shots):
             before, after = int(predictions[0, index]), int(predictions[-1, index])
-            _show(axes[c, column], task.query_x[index], f"{before} \N{RIGHTWARDS ARROW} {after}", "tab:green" if after == c else "tab:red")
+            _show(
+                axes[c, column],
+                task.query_x[index],
+                f"{before} \N{RIGHTWARDS ARROW} {after}",
+                "tab:green" if after == c else "tab:red",
+            )
     figure.suptitle(
-        f"left: support set; right: query set,\npredicted before \N{RIGHTWARDS ARROW} after {len(predictions) - 1} steps", fontsize=10
+        f"left: support set; right: query set,\npredicted before \N{RIGHTWARDS ARROW} after "
+        f"{len(predictions) - 1} steps",
+        fontsize=10,
     )
     return figure
 
@@ -113,7 +143,12 @@ def draw_adaptation(adaptation: Estimate, figure_name: str) -> Figure:
     steps = range(len(mean))
     axes.plot(steps, mean, marker="o")
     axes.fill_between(steps, mean - ci95, mean + ci95, alpha=0.25)
-    axes.set(xlabel="adaptation steps", ylabel=f"query {figure_name}", title=f"{adaptation.tasks} test tasks", xticks=list(steps))
+    axes.set(
+        xlabel="adaptation steps",
+        ylabel=f"query {figure_name}",
+        title=f"{adaptation.tasks} test tasks",
+        xticks=list(steps),
+    )
     axes.grid(alpha=0.3)
     return figure
 
@@ -122,6 +157,7 @@ def _show(axes: Axes, image: Tensor, title: str, color: str = "black") -> None:
     image = image.float()
     if len(image) != 3:  # one channel is ink on paper; others have no colours of their own
         image = 1 - image.mean(0).expand(3, -1, -1)
-    low, high = min(float(image.min()), 0.0), max(float(image.max()), 1.0)  # beyond 0 .. 1 where images were normalised
+    # beyond 0 .. 1 where images were normalised
+    low, high = min(float(image.min()), 0.0), max(float(image.max()), 1.0)
     axes.imshow((image.permute(1, 2, 0) - low) / (high - low))
     axes.set_title(title, fontsize=9, color=color)

@@ -11,14 +11,16 @@ from lightning_maml.algorithms.base import EpisodicModule
 class SkipNonFinite(Callback):
     """Skips and counts the meta-batches whose loss or meta-gradient is not finite, on which a run would otherwise stop.
 
-    Logged: ``train/skipped``, how many there were so far. The optimizer does not step on them; if it steps on several meta-batches
-    (``accumulate_grad_batches``), the skipped ones count as 0 in the mean.
+    Logged: ``train/skipped``, how many there were so far. The optimizer does not step on them; if
+    it steps on several meta-batches (``accumulate_grad_batches``), the skipped ones count as 0 in
+    the mean.
 
     Args:
         at_most: With more skipped steps than this the run stops after all.
 
     Raises:
-        ValueError: If ``at_most`` is negative; when training starts, if there are several processes, which have to step together.
+        ValueError: If ``at_most`` is negative; when training starts, if there are several
+            processes, which have to step together.
         TypeError: If the module is not one of this package.
         FloatingPointError: In training, after more than ``at_most`` skipped steps.
     """
@@ -34,10 +36,14 @@ class SkipNonFinite(Callback):
         if stage != "fit":
             return
         if not isinstance(pl_module, EpisodicModule):
-            raise TypeError(f"Expected a module of lightning_maml for SkipNonFinite but got {type(pl_module).__name__}.")
+            raise TypeError(
+                "Expected a module of lightning_maml for SkipNonFinite but got "
+                f"{type(pl_module).__name__}."
+            )
         if trainer.world_size > 1:
             raise ValueError(
-                f"Expected one process for SkipNonFinite but got {trainer.world_size}, which have to step together; remove it."
+                f"Expected one process for SkipNonFinite but got {trainer.world_size}, which have "
+                "to step together; remove it."
             )
         pl_module.skips_non_finite, pl_module.skipped = True, 0
 
@@ -48,7 +54,9 @@ class SkipNonFinite(Callback):
             pl_module.skips_non_finite = False
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Make the module stop skipping."""
         self.teardown(trainer, pl_module, "fit")
 
@@ -57,6 +65,7 @@ class SkipNonFinite(Callback):
         """Stop if too many were skipped."""
         if isinstance(pl_module, EpisodicModule) and pl_module.skipped > self.at_most:
             raise FloatingPointError(
-                f"Expected at most {self.at_most} meta-batches without a finite loss and meta-gradient but there were {pl_module.skipped} "
-                f"by step {trainer.global_step}; lower inner_lr or check the data."
+                f"Expected at most {self.at_most} meta-batches without a finite loss and "
+                f"meta-gradient but there were {pl_module.skipped} by step {trainer.global_step}; "
+                "lower inner_lr or check the data."
             )

@@ -18,24 +18,29 @@ from lightning_maml.core.params import Params, dot
 class StationarityMonitor(Monitor):
     """Estimates ``|grad F(w)|``, the norm of the exact meta-gradient, on tasks of its own, and may stop when it is small.
 
-    Every ``n`` steps it draws some meta-batches independently of those trained on. The norm of their mean meta-gradient would be too large
-    by what sampling adds, so the square is estimated by the mean inner product of different meta-batches, with a jackknife standard error.
-    Logged: ``train/meta_gradient_norm`` and ``train/meta_gradient_norm_se``, and kept as ``norm`` and ``standard_error``.
+    Every ``n`` steps it draws some meta-batches independently of those trained on. The norm of
+    their mean meta-gradient would be too large by what sampling adds, so the square is estimated by
+    the mean inner product of different meta-batches, with a jackknife standard error. Logged:
+    ``train/meta_gradient_norm`` and ``train/meta_gradient_norm_se``, and kept as ``norm`` and
+    ``standard_error``.
 
-    In the resampling case it is the norm of the expected meta-gradient that is estimated, which the sampled inner steps bias: with small
-    support batches it is not ``|grad F|`` (Ji et al. 2022, Proposition 3).
+    In the resampling case it is the norm of the expected meta-gradient that is estimated, which the
+    sampled inner steps bias: with small support batches it is not ``|grad F|`` (Ji et al. 2022,
+    Proposition 3).
 
     Args:
         every_n_steps: Optimizer steps between two estimates.
-        stop_at: epsilon. Training stops when the estimate plus two standard errors is at most this: an epsilon-first-order stationary point
-            (Fallah et al. 2020, Definition 4.1).
+        stop_at: epsilon. Training stops when the estimate plus two standard errors is at most this:
+            an epsilon-first-order stationary point (Fallah et al. 2020, Definition 4.1).
         meta_batches: Meta-batches per estimate, at least 3.
         tasks: Tasks per meta-batch and process.
-        episodes: Meta-batches like those trained on, drawn independently of them and of one another. With so few that they come again, the
-            standard error is too small. By default the datamodule's, if it is one of this package.
+        episodes: Meta-batches like those trained on, drawn independently of them and of one
+            another. With so few that they come again, the standard error is too small. By default
+            the datamodule's, if it is one of this package.
 
     Raises:
-        ValueError: If an argument is out of range; when training starts, if there is nothing to draw tasks from, or no Hessian batches.
+        ValueError: If an argument is out of range; when training starts, if there is nothing to
+            draw tasks from, or no Hessian batches.
         TypeError: If the module is not a :class:`lightning_maml.MAML`.
     """
 
@@ -51,7 +56,10 @@ class StationarityMonitor(Monitor):
     ) -> None:
         super().__init__(every_n_steps, tasks, episodes)
         if meta_batches < 3:
-            raise ValueError(f"Expected `meta_batches` to be at least 3, for a standard error, but got {meta_batches}.")
+            raise ValueError(
+                "Expected `meta_batches` to be at least 3, for a standard error, but got "
+                f"{meta_batches}."
+            )
         if stop_at is not None and not stop_at > 0:
             raise ValueError(f"Expected `stop_at` to be positive but got {stop_at}.")
         self.norm, self.standard_error = math.nan, math.nan
@@ -60,13 +68,22 @@ class StationarityMonitor(Monitor):
     @override
     def look(self, trainer: Trainer, module: MAML) -> None:
         """Estimate the norm."""
-        gradients = [self.meta_gradient(trainer, module, self._tasks.draw(trainer), "exact") for _ in range(self._meta_batches)]
+        gradients = [
+            self.meta_gradient(trainer, module, self._tasks.draw(trainer), "exact")
+            for _ in range(self._meta_batches)
+        ]
         self.norm, self.standard_error = norm_of_mean(gradients)
-        module.log_dict({"train/meta_gradient_norm": self.norm, "train/meta_gradient_norm_se": self.standard_error})
+        module.log_dict(
+            {
+                "train/meta_gradient_norm": self.norm,
+                "train/meta_gradient_norm_se": self.standard_error,
+            }
+        )
         if self._stop_at is not None and self.norm + 2 * self.standard_error <= self._stop_at:
             rank_zero_info(
-                f"Stopped at step {trainer.global_step}: |grad F| = {self.norm:.3g} ± {self.standard_error:.2g} (standard error), "
-                f"within stop_at = {self._stop_at:.3g}."
+                f"Stopped at step {trainer.global_step}: |grad F| = {self.norm:.3g} ± "
+                f"{self.standard_error:.2g} (standard error), within stop_at = "
+                f"{self._stop_at:.3g}."
             )
             trainer.should_stop = True
 
@@ -74,11 +91,14 @@ class StationarityMonitor(Monitor):
 def norm_of_mean(samples: Sequence[Params]) -> tuple[float, float]:
     """Return an estimate of ``|E g|`` from independent samples of ``g``, and its standard error.
 
-    ``|E g|^2`` is estimated without bias by the mean of ``<g_i, g_j>`` over ``i != j``, its standard error ``s`` by leaving out one
-    sample at a time. The norm is the root ``x`` of the estimate (0 where that is negative), and its error ``sqrt(x^2 + s) - x``: about
-    ``s / (2 x)`` away from 0, and ``sqrt(s)`` there.
+    ``|E g|^2`` is estimated without bias by the mean of ``<g_i, g_j>`` over ``i != j``, its
+    standard error ``s`` by leaving out one sample at a time. The norm is the root ``x`` of the
+    estimate (0 where that is negative), and its error ``sqrt(x^2 + s) - x``: about ``s / (2 x)``
+    away from 0, and ``sqrt(s)`` there.
     """
-    products = torch.stack([torch.stack([dot(a, b).cpu().double() for b in samples]) for a in samples])
+    products = torch.stack(
+        [torch.stack([dot(a, b).cpu().double() for b in samples]) for a in samples]
+    )
     square = _mean_off_diagonal(products)
     count = len(samples)
     keep = [[j for j in range(count) if j != i] for i in range(count)]

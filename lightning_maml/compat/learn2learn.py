@@ -1,10 +1,13 @@
 """learn2learn's Lightning classes on Lightning 2: the same constructors, batches, logged metrics and numbers.
 
-``from learn2learn.algorithms import LightningMAML, LightningANIL`` and ``from learn2learn.utils.lightning import EpisodicBatcher`` become
-``from lightning_maml.compat.learn2learn import EpisodicBatcher, LightningANIL, LightningMAML``; learn2learn itself is needed for its
-tasksets only. Batches are learn2learn's: one task ``(data, labels)``, class by class, its first ``shots`` of each class the support set; a
-meta-batch is the trainer's ``accumulate_grad_batches``. Checkpoints have learn2learn's parameter names. What differs: dropout is inactive
-in evaluation, and the running averages of batch norm, on which no number depends, stay as they are.
+``from learn2learn.algorithms import LightningMAML, LightningANIL`` and
+``from learn2learn.utils.lightning import EpisodicBatcher`` become
+``from lightning_maml.compat.learn2learn import EpisodicBatcher, LightningANIL, LightningMAML``;
+learn2learn itself is needed for its tasksets only. Batches are learn2learn's: one task
+``(data, labels)``, class by class, its first ``shots`` of each class the support set; a meta-batch
+is the trainer's ``accumulate_grad_batches``. Checkpoints have learn2learn's parameter names. What
+differs: dropout is inactive in evaluation, and the running averages of batch norm, on which no
+number depends, stay as they are.
 """
 
 from argparse import ArgumentParser
@@ -25,7 +28,8 @@ from lightning_maml.networks.functional_network import Learner
 _FEATURES = "(features)"  # a name that no parameter has
 
 Task = tuple[Tensor, Tensor]
-"""A task of learn2learn's: examples ``[ways * (shots + queries), ...]``, class by class, and their labels."""
+"""A task of learn2learn's: examples ``[ways * (shots + queries), ...]``, class by class, and their
+labels."""
 
 
 class LightningEpisodicModule(LightningModule):
@@ -33,9 +37,11 @@ class LightningEpisodicModule(LightningModule):
 
     Args:
         loss: Maps outputs and labels to their mean loss; by default the cross-entropy.
-        **kwargs: ``train_ways``, ``train_shots``, ``train_queries``, ``test_ways``, ``test_shots``, ``test_queries`` (5, 1 and 1), ``lr``
-            of Adam (0.001), ``scheduler_step`` (20) and ``scheduler_decay`` (1.0) of its schedule, ``adaptation_steps`` N (1) and
-            ``adaptation_lr`` alpha (0.1). Others are ignored, as in learn2learn, whose users pass all arguments of their program.
+        **kwargs: ``train_ways``, ``train_shots``, ``train_queries``, ``test_ways``, ``test_shots``,
+            ``test_queries`` (5, 1 and 1), ``lr`` of Adam (0.001), ``scheduler_step`` (20) and
+            ``scheduler_decay`` (1.0) of its schedule, ``adaptation_steps`` N (1) and
+            ``adaptation_lr`` alpha (0.1). Others are ignored, as in learn2learn, whose users pass
+            all arguments of their program.
 
     These arguments become attributes, which may also be set later.
 
@@ -55,7 +61,9 @@ class LightningEpisodicModule(LightningModule):
     adaptation_steps: int = 1
     adaptation_lr: float = 0.1
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, loss: Callable[[Tensor, Tensor], Tensor] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         chosen = {name: kwargs.get(name, default) for name, default in self._defaults().items()}
@@ -64,8 +72,8 @@ class LightningEpisodicModule(LightningModule):
             setattr(self, name, value)
         if chosen["train_ways"] != chosen["test_ways"]:
             raise ValueError(
-                f"Expected `train_ways` and `test_ways` to be the same, as the outputs of a network are, but got {chosen['train_ways']} "
-                f"and {chosen['test_ways']}."
+                "Expected `train_ways` and `test_ways` to be the same, as the outputs of a "
+                f"network are, but got {chosen['train_ways']} and {chosen['test_ways']}."
             )
 
     @classmethod
@@ -81,9 +89,13 @@ class LightningEpisodicModule(LightningModule):
         parser.add_argument("--data_parallel", action="store_true", help="has no effect")
         return parser
 
-    def meta_learn(self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int) -> tuple[Tensor, Tensor]:
+    def meta_learn(
+        self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int
+    ) -> tuple[Tensor, Tensor]:
         """Return a task's query loss and accuracy; with gradients enabled, the loss's backward pass gives the meta-gradient."""
-        raise NotImplementedError(f"{type(self).__name__} must define meta_learn(batch, batch_idx, ways, shots, queries).")
+        raise NotImplementedError(
+            f"{type(self).__name__} must define meta_learn(batch, batch_idx, ways, shots, queries)."
+        )
 
     def training_step(self, batch: Task, batch_idx: int) -> Tensor:
         """Return and log a training task's query loss."""
@@ -100,25 +112,43 @@ class LightningEpisodicModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return Adam and its schedule."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=self.scheduler_step, gamma=self.scheduler_decay)
+        schedule = torch.optim.lr_scheduler.StepLR(
+            optimizer, step_size=self.scheduler_step, gamma=self.scheduler_decay
+        )
         return [optimizer], [schedule]
 
     def _step(self, stage: str, batch: Task, batch_idx: int) -> Tensor:
-        sizes = (getattr(self, f"{'train' if stage == 'train' else 'test'}_{name}") for name in ("ways", "shots", "queries"))
+        sizes = (
+            getattr(self, f"{'train' if stage == 'train' else 'test'}_{name}")
+            for name in ("ways", "shots", "queries")
+        )
         loss, accuracy = self.meta_learn(batch, batch_idx, *sizes)
         for name, value in (("loss", loss), ("accuracy", accuracy)):
-            self.log(f"{stage}_{name}", value.detach(), on_step=False, on_epoch=True, prog_bar=name == "accuracy", batch_size=1)
+            self.log(
+                f"{stage}_{name}",
+                value.detach(),
+                on_step=False,
+                on_epoch=True,
+                prog_bar=name == "accuracy",
+                batch_size=1,
+            )
         return loss
 
-    def _learn(self, loss: Loss, params: Params, episodes: Episodes, adapts: list[str]) -> tuple[Tensor, Tensor]:
+    def _learn(
+        self, loss: Loss, params: Params, episodes: Episodes, adapts: list[str]
+    ) -> tuple[Tensor, Tensor]:
         """Adapt the parameters named ``adapts`` to one task, and return its query loss and accuracy."""
         rates, steps = dict.fromkeys(adapts, self.adaptation_lr), self.adaptation_steps
         if torch.is_grad_enabled():
-            result = meta_gradient(loss, params, episodes, inner_lr=rates, steps=steps, has_aux=True)
+            result = meta_gradient(
+                loss, params, episodes, inner_lr=rates, steps=steps, has_aux=True
+            )
             value, outputs = surrogate([params], [result.grad], result.query_loss), result.aux[0]
         else:
             support = (episodes.support_x, episodes.support_y)
-            adapted = adapted_parameters(loss, params, *support, inner_lr=rates, steps=steps, has_aux=True)
+            adapted = adapted_parameters(
+                loss, params, *support, inner_lr=rates, steps=steps, has_aux=True
+            )
             w = params | {name: tensor[0] for name, tensor in adapted.items()}
             value, outputs = loss(w, episodes.query_x[0], episodes.query_y[0])
         return value, (outputs.argmax(-1) == episodes.query_y[0]).float().mean()
@@ -147,11 +177,18 @@ class LightningMAML(LightningEpisodicModule):
         **kwargs: See :class:`LightningEpisodicModule`.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(loss, **kwargs)
         self.model = _Wrapped(model)
 
-    def meta_learn(self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int) -> tuple[Tensor, Tensor]:
+    def meta_learn(
+        self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int
+    ) -> tuple[Tensor, Tensor]:
         """Return a task's query loss after adaptation, and its accuracy."""
         learner = Learner(self.model.module)
 
@@ -159,14 +196,17 @@ class LightningMAML(LightningEpisodicModule):
             outputs = learner(params, x)
             return self.loss(outputs, y), outputs
 
-        return self._learn(loss, learner.params, _split(*batch, ways, shots, queries), list(learner.params))
+        return self._learn(
+            loss, learner.params, _split(*batch, ways, shots, queries), list(learner.params)
+        )
 
 
 class LightningANIL(LightningEpisodicModule):
     """learn2learn's ``LightningANIL``: only the classifier adapts.
 
-    The features of support and query set are taken together, so that their batch norm has the statistics of both, as in learn2learn. They
-    are computed once: the meta-gradient reaches them as if they were parameters that do not adapt.
+    The features of support and query set are taken together, so that their batch norm has the
+    statistics of both, as in learn2learn. They are computed once: the meta-gradient reaches them as
+    if they were parameters that do not adapt.
 
     Args:
         features: The network up to the classifier.
@@ -176,24 +216,34 @@ class LightningANIL(LightningEpisodicModule):
     """
 
     def __init__(
-        self, features: nn.Module, classifier: nn.Module, loss: Callable[[Tensor, Tensor], Tensor] | None = None, **kwargs: Any
+        self,
+        features: nn.Module,
+        classifier: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(loss, **kwargs)
         self.features = features
         self.classifier = _Wrapped(classifier)
 
-    def meta_learn(self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int) -> tuple[Tensor, Tensor]:
+    def meta_learn(
+        self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int
+    ) -> tuple[Tensor, Tensor]:
         """Return a task's query loss after adaptation, and its accuracy."""
         data, labels = batch
         learner = Learner(self.classifier.module)
         rows = torch.arange(len(data), device=data.device)
 
         def loss(params: Params, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            outputs = learner({name: params[name] for name in learner.params}, params[_FEATURES][rows])
+            outputs = learner(
+                {name: params[name] for name in learner.params}, params[_FEATURES][rows]
+            )
             return self.loss(outputs, y), outputs
 
         params = learner.params | {_FEATURES: self._features_of(data)}
-        return self._learn(loss, params, _split(rows, labels, ways, shots, queries), list(learner.params))
+        return self._learn(
+            loss, params, _split(rows, labels, ways, shots, queries), list(learner.params)
+        )
 
     def _features_of(self, data: Tensor) -> Tensor:
         """Return the features, computed with batch statistics."""
@@ -212,7 +262,13 @@ class EpisodicBatcher(LightningDataModule):
         epoch_length: Tasks per epoch.
     """
 
-    def __init__(self, train_tasks: Any, validation_tasks: Any = None, test_tasks: Any = None, epoch_length: int = 1) -> None:
+    def __init__(
+        self,
+        train_tasks: Any,
+        validation_tasks: Any = None,
+        test_tasks: Any = None,
+        epoch_length: int = 1,
+    ) -> None:
         super().__init__()
         self.train_tasks = train_tasks
         self.validation_tasks = train_tasks if validation_tasks is None else validation_tasks
@@ -227,8 +283,8 @@ class EpisodicBatcher(LightningDataModule):
         """
         if self.trainer is not None and self.trainer.world_size > 1:
             raise ValueError(
-                f"Expected one process but got {self.trainer.world_size}: the tasks of a taskset would be the same ones in each; use one "
-                "device, or a datamodule of this library."
+                f"Expected one process but got {self.trainer.world_size}: the tasks of a taskset "
+                "would be the same ones in each; use one device, or a datamodule of this library."
             )
         return DataLoader(_Sampled(self.train_tasks, self.epoch_length), batch_size=None)
 
@@ -251,9 +307,13 @@ class _Sampled(Dataset[Task]):
     def __getitem__(self, number: int) -> Task:
         try:
             task: Task = self._tasks.sample()
-        except (StopIteration, IndexError) as error:  # left alone it would silently end the epoch, and the training
+        except (
+            StopIteration,
+            IndexError,
+        ) as error:  # left alone it would silently end the epoch, and the training
             raise ValueError(
-                f"Expected {self._length} tasks of the taskset but it gave no more at number {number}; let it have more."
+                f"Expected {self._length} tasks of the taskset but it gave no more at number "
+                f"{number}; let it have more."
             ) from error
         return task
 
@@ -263,8 +323,9 @@ def _split(x: Tensor, y: Tensor, ways: int, shots: int, queries: int) -> Episode
     per_class = shots + queries
     if len(x) != ways * per_class:
         raise ValueError(
-            f"Expected a task of {ways} ways with {shots} shots and {queries} queries, {ways * per_class} examples, but got {len(x)}; give "
-            "the taskset and the algorithm the same numbers."
+            f"Expected a task of {ways} ways with {shots} shots and {queries} queries, "
+            f"{ways * per_class} examples, but got {len(x)}; give the taskset and the algorithm "
+            "the same numbers."
         )
     place = torch.arange(len(x), device=x.device) % per_class
     support, query = place < shots, place >= shots

@@ -1,8 +1,8 @@
 """What layers deep inside of a network's forward pass must know of the evaluation that they are part of.
 
-A user's network is called with its inputs alone, so this cannot be handed on as an argument. It is one
-value, set where a loss is evaluated (:class:`lightning_maml.core.objective.Objective`, :class:`lightning_maml.core.task_axis.Stack`)
-and read by :mod:`lightning_maml.kernels`.
+A user's network is called with its inputs alone, so this cannot be handed on as an argument. It is
+one value, set where a loss is evaluated (:class:`lightning_maml.core.objective.Objective`,
+:class:`lightning_maml.core.task_axis.Stack`) and read by :mod:`lightning_maml.kernels`.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ class Evaluation(NamedTuple):
 
     Attributes:
         stacked: Whether it is of several tasks as one, under ``vmap``.
-        derivatives: How many times ``torch.autograd`` will differentiate it; 0 if that was not said, in which case layers may use
-            nothing that ``torch.func`` does not accept.
+        derivatives: How many times ``torch.autograd`` will differentiate it; 0 if that was not
+            said, in which case layers may use nothing that ``torch.func`` does not accept.
     """
 
     stacked: bool = False

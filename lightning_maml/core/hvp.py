@@ -24,24 +24,30 @@ def exact(objective: Objective, w: Params, v: Params) -> Params:
     return objective.hessian_vector_product(w, v)
 
 
-def finite_difference(objective: Objective, w: Params, v: Params, *, probe_radius: float | None = None) -> Params:
+def finite_difference(
+    objective: Objective, w: Params, v: Params, *, probe_radius: float | None = None
+) -> Params:
     """HF-MAML: a central difference of gradients along ``v`` (Fallah et al. 2020, eqs. 9-11; here at each of N steps).
 
-    ``H v = [grad l(w + delta v) - grad l(w - delta v)] / (2 delta)`` with ``delta = h / |v|``: the two points lie at the probing radius
-    ``h`` from ``w`` whatever the scale of the loss. Both use the same batch and the same random numbers. The paper's own ``delta`` (Theorem
-    4.17) fixes a radius that does not shrink with the error wanted, so that the bias remains; it is not used here.
+    ``H v = [grad l(w + delta v) - grad l(w - delta v)] / (2 delta)`` with ``delta = h / |v|``: the
+    two points lie at the probing radius ``h`` from ``w`` whatever the scale of the loss. Both use
+    the same batch and the same random numbers. The paper's own ``delta`` (Theorem 4.17) fixes a
+    radius that does not shrink with the error wanted, so that the bias remains; it is not used
+    here.
 
     Args:
         objective: The loss of the batch whose Hessian is meant.
         w: The point at which the Hessian is taken.
         v: Direction; for ``v = 0`` the product is 0.
-        probe_radius: h, in units of the parameters; by default the cube root of the dtype's machine epsilon, which balances
-            truncation (h^2) against rounding (1/h): 4.9e-3 in float32, 6.1e-6 in float64.
+        probe_radius: h, in units of the parameters; by default the cube root of the dtype's machine
+            epsilon, which balances truncation (h^2) against rounding (1/h): 4.9e-3 in float32,
+            6.1e-6 in float64.
     """
     like = next(iter(w.values()))
     h = default_probe_radius(like.dtype) if probe_radius is None else probe_radius
     unit, size = objective.stack.each(_unit)(v)
-    with torch.autocast(like.device.type, enabled=False):  # a difference of nearby gradients has no digits to spare
+    # a difference of nearby gradients has no digits to spare
+    with torch.autocast(like.device.type, enabled=False):
         ahead = objective.gradient(axpy(h, unit, w))
         behind = objective.gradient(axpy(-h, unit, w))
     product: Params = objective.stack.each(scaled)(size / (2 * h), axpy(-1.0, behind, ahead))
@@ -59,16 +65,19 @@ def default_probe_radius(dtype: torch.dtype) -> float:
     return radius
 
 
-def hessian_vector_product(curvature: CurvatureName, probe_radius: float | None = None) -> HessianVectorProduct | None:
+def hessian_vector_product(
+    curvature: CurvatureName, probe_radius: float | None = None
+) -> HessianVectorProduct | None:
     """Return the product that ``curvature`` names, or None where it is zero (FO-MAML: Fallah et al. 2020, eq. 8).
 
     Raises:
-        ValueError: If ``curvature`` is not one of the three, or ``probe_radius`` is not positive or not used by it.
+        ValueError: If ``curvature`` is not one of the three, or ``probe_radius`` is not positive or
+            not used by it.
     """
     if probe_radius is not None and not (curvature == "finite_difference" and probe_radius > 0):
         raise ValueError(
-            "Expected `probe_radius` to be None, or a positive number with `curvature='finite_difference'`, "
-            f"but got {probe_radius} with {curvature!r}."
+            "Expected `probe_radius` to be None, or a positive number with "
+            f"`curvature='finite_difference'`, but got {probe_radius} with {curvature!r}."
         )
     if curvature == "exact":
         return exact
@@ -76,4 +85,6 @@ def hessian_vector_product(curvature: CurvatureName, probe_radius: float | None 
         return partial(finite_difference, probe_radius=probe_radius)
     if curvature == "none":
         return None
-    raise ValueError(f"Expected `curvature` to be 'exact', 'none' or 'finite_difference' but got {curvature!r}.")
+    raise ValueError(
+        f"Expected `curvature` to be 'exact', 'none' or 'finite_difference' but got {curvature!r}."
+    )

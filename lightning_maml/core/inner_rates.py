@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from lightning_maml.core.params import Params
 
 Rates = Mapping[str, Tensor | float]
-"""The diagonal of A in one step: for each parameter that adapts, a number, or a tensor that broadcasts to it. The others do not adapt."""
+"""The diagonal of A in one step: for each parameter that adapts, a number, or a tensor that
+broadcasts to it. The others do not adapt."""
 
 InnerRates = float | Tensor | Rates | Sequence[Rates]
-"""One rate for all parameters, rates by parameter, or such rates for each step, of which the last serve all further steps."""
+"""One rate for all parameters, rates by parameter, or such rates for each step, of which the last
+serve all further steps."""
 
 LearnedRatesName = Literal["per_layer", "per_layer_and_step", "per_parameter"]
 InnerRatesName = Literal["fixed"] | LearnedRatesName
@@ -35,8 +37,9 @@ class LearnedRates(nn.Module):
     Args:
         params: The parameters that adapt.
         inner_lr: The first value.
-        kind: ``"per_layer"``: one for each parameter tensor; ``"per_layer_and_step"``: a separate set for each step (LSLR, Antoniou et al.
-            2019, section 4); ``"per_parameter"``: one for each element (Meta-SGD, Li et al. 2017, eq. 3).
+        kind: ``"per_layer"``: one for each parameter tensor; ``"per_layer_and_step"``: a separate
+            set for each step (LSLR, Antoniou et al. 2019, section 4); ``"per_parameter"``: one for
+            each element (Meta-SGD, Li et al. 2017, eq. 3).
         steps: N, the number of sets with ``"per_layer_and_step"``.
     """
 
@@ -47,7 +50,10 @@ class LearnedRates(nn.Module):
         leading, elementwise = [max(steps, 1)] if self._each_step else [], kind == "per_parameter"
         shapes = [[*leading, *(tensor.shape if elementwise else [])] for tensor in params.values()]
         tensors = zip(shapes, params.values(), strict=True)
-        self.values = nn.ParameterList(torch.full(shape, inner_lr, dtype=like.dtype, device=like.device) for shape, like in tensors)
+        self.values = nn.ParameterList(
+            torch.full(shape, inner_lr, dtype=like.dtype, device=like.device)
+            for shape, like in tensors
+        )
 
     def forward(self, names: Collection[str]) -> Rates | list[Rates]:
         """Return the rates of these parameters, with their graph; if each step has its own, return a list of them by step.
@@ -57,26 +63,36 @@ class LearnedRates(nn.Module):
         """
         if new := [name for name in names if name not in self._names]:
             raise ValueError(
-                f"Expected a learned inner rate for each parameter that adapts but {new} have none; unfreeze them before the model is made."
+                f"Expected a learned inner rate for each parameter that adapts but {new} have "
+                "none; unfreeze them before the model is made."
             )
-        values = {name: value for name, value in zip(self._names, self.values, strict=True) if name in names}
+        values = {
+            name: value
+            for name, value in zip(self._names, self.values, strict=True)
+            if name in names
+        }
         if not self._each_step:
             return values
-        return [dict(zip(values, of_step, strict=True)) for of_step in zip(*values.values(), strict=True)]
+        return [
+            dict(zip(values, of_step, strict=True))
+            for of_step in zip(*values.values(), strict=True)
+        ]
 
 
 def rates_of_steps(inner_lr: InnerRates, params: Params, steps: int) -> list[Rates]:
     """Return the rates of each of ``steps`` inner steps.
 
     Raises:
-        ValueError: If a rate is a number that is negative or not finite, belongs to no parameter or does not broadcast to its parameter, or
-            if there are no rates.
+        ValueError: If a rate is a number that is negative or not finite, belongs to no parameter or
+            does not broadcast to its parameter, or if there are no rates.
     """
     if isinstance(inner_lr, int | float | Tensor):
         inner_lr = dict.fromkeys(params, inner_lr)
     given = [inner_lr] if isinstance(inner_lr, Mapping) else list(inner_lr)
     if not given:
-        raise ValueError("Expected `inner_lr` to hold the rates of at least one inner step but it is empty.")
+        raise ValueError(
+            "Expected `inner_lr` to hold the rates of at least one inner step but it is empty."
+        )
     for rates in given:
         _check(rates, params)
     return [dict(given[min(step, len(given) - 1)]) for step in range(steps)]
@@ -84,7 +100,9 @@ def rates_of_steps(inner_lr: InnerRates, params: Params, steps: int) -> list[Rat
 
 def descend(w: Params, rates: Rates, gradient: Params) -> Params:
     """Return ``w - A gradient``."""
-    return {name: w[name] - rates[name] * gradient[name] if name in rates else w[name] for name in w}
+    return {
+        name: w[name] - rates[name] * gradient[name] if name in rates else w[name] for name in w
+    }
 
 
 def applied(rates: Rates, v: Params) -> Params:
@@ -99,12 +117,18 @@ def learned(rates: Rates) -> Params:
 
 def gradient_of_rates(rates: Rates, gradient: Params, v: Params) -> Params:
     """Return the query loss's gradient with respect to A in the step ``w <- w - A gradient``; ``v`` is its gradient after this step."""
-    return {name: -(gradient[name] * v[name]).sum_to_size(rate.shape) for name, rate in learned(rates).items()}
+    return {
+        name: -(gradient[name] * v[name]).sum_to_size(rate.shape)
+        for name, rate in learned(rates).items()
+    }
 
 
 def _check(rates: Rates, params: Params) -> None:
     if not rates:
-        raise ValueError("Expected `inner_lr` to hold the rate of at least one parameter but it is empty; nothing would adapt.")
+        raise ValueError(
+            "Expected `inner_lr` to hold the rate of at least one parameter but it is empty; "
+            "nothing would adapt."
+        )
     if unknown := [name for name in rates if name not in params]:
         raise ValueError(f"Expected `inner_lr` to name parameters but {unknown} are none.")
     for name, rate in rates.items():
@@ -112,11 +136,16 @@ def _check(rates: Rates, params: Params) -> None:
             shape = params[name].shape
             if not _broadcasts(rate.shape, shape):
                 raise ValueError(
-                    f"Expected the inner rate of {name!r} to broadcast to its shape {list(shape)} but got shape {list(rate.shape)}."
+                    f"Expected the inner rate of {name!r} to broadcast to its shape {list(shape)} "
+                    f"but got shape {list(rate.shape)}."
                 )
         elif not 0 <= rate < float("inf"):
-            raise ValueError(f"Expected `inner_lr` to be a finite number of at least 0 but got {rate}.")
+            raise ValueError(
+                f"Expected `inner_lr` to be a finite number of at least 0 but got {rate}."
+            )
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+    return len(shape) <= len(to) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)
+    )

@@ -1,8 +1,8 @@
 """The loss of one batch, or of one batch of each of several tasks, as a function of the parameters alone, with its derivatives.
 
-Several tasks are stacked: they are the first dimension of parameters, gradients and values. As each task's loss depends on its own
-parameters alone, the gradient of the sum of the losses holds the gradients of all tasks, and one Hessian-vector product holds the products
-of all.
+Several tasks are stacked: they are the first dimension of parameters, gradients and values. As each
+task's loss depends on its own parameters alone, the gradient of the sum of the losses holds the
+gradients of all tasks, and one Hessian-vector product holds the products of all.
 """
 
 import re
@@ -20,12 +20,15 @@ from lightning_maml.core.rng import generator_states, set_generator_states, torc
 from lightning_maml.core.task_axis import ONE, Stack
 
 BatchLoss = Callable[[Params], tuple[Tensor, Any]]
-"""Maps parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the network's outputs, or ``()``)."""
+"""Maps parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the
+network's outputs, or ``()``)."""
 
 Tensors = tuple[Tensor, ...]
 
 _NO_SECOND_DERIVATIVE = re.compile(
-    "derivative for .* is not implemented|differentiate twice|double backward|expected a proper tensor but got none", re.IGNORECASE
+    "derivative for .* is not implemented|differentiate twice|double backward|expected a proper "
+    "tensor but got none",
+    re.IGNORECASE,
 )
 
 
@@ -41,7 +44,8 @@ def twice_differentiable() -> AbstractContextManager[Any]:
 class Objective:
     """The loss and its derivatives.
 
-    Every evaluation draws the same random numbers (dropout masks) as the first one did, from torch, numpy and Python.
+    Every evaluation draws the same random numbers (dropout masks) as the first one did, from torch,
+    numpy and Python.
 
     Args:
         loss: The loss of one task; or of the tasks of ``stack``, with a value of ``[T]``.
@@ -54,18 +58,26 @@ class Objective:
         self._random_state: dict[str, Any] | None = None
         self._kept: tuple[Params, Params, Params] | None = None
 
-    def value_and_gradient(self, w: Params, names: Collection[str] | None = None) -> tuple[Tensor, Any, Params]:
+    def value_and_gradient(
+        self, w: Params, names: Collection[str] | None = None
+    ) -> tuple[Tensor, Any, Params]:
         """Return the loss at ``w`` (which has no graph), what the loss function returned besides it, and the gradient, all without a graph.
 
         With ``names``, the gradient is with respect to these parameters only.
         """
         names = w if names is None else names
         leaves, value, aux = self._evaluate(w, names)
-        gradient = torch.autograd.grad(value, [leaves[name] for name in names], torch.ones_like(value), materialize_grads=True)
-        aux = torch.utils._pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
+        gradient = torch.autograd.grad(
+            value, [leaves[name] for name in names], torch.ones_like(value), materialize_grads=True
+        )
+        aux = torch.utils._pytree.tree_map(
+            lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux
+        )
         return value.detach(), aux, dict(zip(names, map(_dense, gradient), strict=True))
 
-    def gradient(self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False) -> Params:
+    def gradient(
+        self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False
+    ) -> Params:
         """Return the gradient at ``w``; with ``keep_graph`` a Hessian-vector product at this same ``w`` may reuse the work."""
         if not keep_graph:
             return self.value_and_gradient(w, names)[2]
@@ -83,7 +95,9 @@ class Objective:
         return _pull_back_gradient(leaves, gradient, v)
 
     @staticmethod
-    def pull_back(function: Callable[[Params], Tensors], w: Params) -> tuple[Tensors, Callable[[Tensors], Params]]:
+    def pull_back(
+        function: Callable[[Params], Tensors], w: Params
+    ) -> tuple[Tensors, Callable[[Tensors], Params]]:
         """Return ``function(w)``, without a graph, and a function that pulls gradients of these tensors back to those of ``w``."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
         with torch.enable_grad(), evaluating(derivatives=1):
@@ -92,7 +106,10 @@ class Objective:
 
         def back(gradients: Tensors) -> Params:
             found = torch.autograd.grad(
-                [outputs[k] for k in curved], [*leaves.values()], [gradients[k] for k in curved], materialize_grads=True
+                [outputs[k] for k in curved],
+                [*leaves.values()],
+                [gradients[k] for k in curved],
+                materialize_grads=True,
             )
             return dict(zip(leaves, found, strict=True))
 
@@ -107,24 +124,30 @@ class Objective:
         leaves, value, _ = self._evaluate(w, w, times=2)
         at = [leaves[name] for name in names]
         with _second_derivatives():
-            gradient = torch.autograd.grad(value, at, torch.ones_like(value), create_graph=True, materialize_grads=True)
+            gradient = torch.autograd.grad(
+                value, at, torch.ones_like(value), create_graph=True, materialize_grads=True
+            )
         return leaves, dict(zip(names, map(_dense, gradient), strict=True))
 
-    def _evaluate(self, w: Params, names: Collection[str], times: Literal[1, 2] = 1) -> tuple[Params, Tensor, Any]:
+    def _evaluate(
+        self, w: Params, names: Collection[str], times: Literal[1, 2] = 1
+    ) -> tuple[Params, Tensor, Any]:
         leaves = {name: tensor.detach().requires_grad_(name in names) for name, tensor in w.items()}
         with torch.enable_grad(), self._same_randomness(w), evaluating(derivatives=times):
             value, aux = self._loss(leaves)
         if names and not value.requires_grad:
             raise ValueError(
-                "Expected a loss that depends on the network's parameters but nothing leads from it to them; look for torch.no_grad, "
-                ".detach() and .item() in the network and the loss, and where a task has no loss, return 0 * outputs.sum()."
+                "Expected a loss that depends on the network's parameters but nothing leads from "
+                "it to them; look for torch.no_grad, .detach() and .item() in the network and "
+                "the loss, and where a task has no loss, return 0 * outputs.sum()."
             )
         return leaves, value, aux
 
     @contextmanager
     def _same_randomness(self, w: Params) -> Iterator[None]:
         device = next(iter(w.values())).device
-        # stacked tasks draw from torch alone: the trial of stacking refuses networks that draw from numpy or Python
+        # stacked tasks draw from torch alone: the trial of stacking refuses networks that draw from
+        # numpy or Python
         read = generator_states if self.stack.dim == 0 else torch_random_state
         now = read(device)
         if self._random_state is None:
@@ -138,18 +161,27 @@ class Objective:
             set_generator_states(now, device)
 
 
-def _pull_back_gradient(leaves: Params, gradient: Params, v: Params, retain_graph: bool = False) -> Params:
+def _pull_back_gradient(
+    leaves: Params, gradient: Params, v: Params, retain_graph: bool = False
+) -> Params:
     curved = [(g, v[name]) for name, g in gradient.items() if g.requires_grad]
     if not curved:  # the loss is linear in the parameters
         return {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
     outputs, cotangents = zip(*curved, strict=True)
     with _second_derivatives():
-        product = torch.autograd.grad(outputs, list(leaves.values()), cotangents, retain_graph=retain_graph, materialize_grads=True)
+        product = torch.autograd.grad(
+            outputs,
+            list(leaves.values()),
+            cotangents,
+            retain_graph=retain_graph,
+            materialize_grads=True,
+        )
     return dict(zip(leaves, map(_dense, product), strict=True))
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient  # embeddings may have sparse ones
+    # embeddings may have sparse ones
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 @contextmanager
@@ -161,6 +193,7 @@ def _second_derivatives() -> Iterator[None]:
         if not _NO_SECOND_DERIVATIVE.search(str(error)):
             raise
         raise NoSecondDerivativeError(
-            f"Expected a network and a loss with second derivatives but torch has none for one of their operations ({error}); train with "
-            "FOMAML or HFMAML, which need none, or put another layer in its place (Hardswish or SiLU for Hardsigmoid, for instance)."
+            "Expected a network and a loss with second derivatives but torch has none for one of "
+            f"their operations ({error}); train with FOMAML or HFMAML, which need none, or put "
+            "another layer in its place (Hardswish or SiLU for Hardsigmoid, for instance)."
         ) from error

@@ -73,14 +73,17 @@ def memory(tensor: Tensor) -> int:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether a device ran out of memory; for CPUs torch has no exception type for this."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(
+        error, torch.OutOfMemoryError
+    ) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 Place = tuple[Any, Any]
 """A dict or list that holds a tensor, and the key or number under which it does."""
 
 Places = dict[str, list[Place]]
-"""Where the modules of a network hold each of its parameters and buffers: shared ones in several places."""
+"""Where the modules of a network hold each of its parameters and buffers: shared ones in several
+places."""
 
 
 OF_MODULES = ("_parameters", "_buffers", "_modules")
@@ -93,7 +96,10 @@ def places(network: nn.Module) -> Places:
     for module in network.modules():
         for holder in (module._parameters, module._buffers, vars(module)):
             _add_places(holder, of_tensor)
-    named = chain(network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
+    named = chain(
+        network.named_parameters(remove_duplicate=False),
+        network.named_buffers(remove_duplicate=False),
+    )
     return {name: of_tensor[id(tensor)] for name, tensor in named}
 
 
@@ -102,7 +108,8 @@ _CONTAINERS = frozenset({dict, list, OrderedDict})
 
 def _add_places(holder: Any, of_tensor: dict[int, list[Place]], depth: int = 4) -> None:
     for key, value in enumerate(holder) if isinstance(holder, list) else holder.items():
-        if value is None or value is False or value is True:  # most are, and this runs in every step
+        # most are, and this runs in every step
+        if value is None or value is False or value is True:
             continue
         if isinstance(value, Tensor):
             of_tensor.setdefault(id(value), []).append((holder, key))

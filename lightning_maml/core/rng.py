@@ -12,7 +12,9 @@ from torchvision.ops import DropBlock2d
 
 def is_random(network: nn.Module) -> bool:
     """Return whether a layer draws random numbers: dropout, DropBlock, attention or recurrence with dropout, or RReLU, in training mode."""
-    return drops_blocks(network) or any(module.training and _draws(module) for module in network.modules())
+    return drops_blocks(network) or any(
+        module.training and _draws(module) for module in network.modules()
+    )
 
 
 def drops_blocks(network: nn.Module) -> bool:
@@ -22,7 +24,9 @@ def drops_blocks(network: nn.Module) -> bool:
 
 def _draws(module: nn.Module) -> bool:
     inside = isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
-    return inside or (isinstance(module, _DropoutNd) and module.p > 0) or isinstance(module, nn.RReLU)
+    return (
+        inside or (isinstance(module, _DropoutNd) and module.p > 0) or isinstance(module, nn.RReLU)
+    )
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -36,14 +40,20 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Set the generators to ``state``; the device's only if the device is of the kind that the state was taken on."""
     name, key, *rest = state["numpy"]
     version, internal, following = state["python"]
-    plain = {"numpy": (name, np.array(key, dtype=np.uint32), *rest), "python": (version, tuple(internal), following)}
+    plain = {
+        "numpy": (name, np.array(key, dtype=np.uint32), *rest),
+        "python": (version, tuple(internal), following),
+    }
     set_generator_states(state | plain, device)
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
     """Return the states of the random generators of torch, the device, numpy and Python, which networks draw from."""
     # the global generators: a network that draws from one of its own is refused at the first look
-    return torch_random_state(device) | {"numpy": np.random.get_state(), "python": random.getstate()}
+    return torch_random_state(device) | {
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
 
 
 def set_generator_states(states: dict[str, Any], device: torch.device) -> None:
@@ -56,7 +66,11 @@ def set_generator_states(states: dict[str, Any], device: torch.device) -> None:
 
 def torch_random_state(device: torch.device) -> dict[str, Any]:
     """Return the states of the random generators of torch and of the device."""
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*_numbered(device))
+    own = (
+        None
+        if device.type == "cpu"
+        else torch.get_device_module(device).get_rng_state(*_numbered(device))
+    )
     return {"torch": torch.get_rng_state(), device.type: own}
 
 

@@ -16,8 +16,8 @@ class Stack:
 
     Args:
         tasks: Their number; None for one task, whose tensors have no dimension for it.
-        randomness: ``"different"``: each task draws random numbers of its own; ``"same"``: all draw the same ones, so that stacked
-            tasks can be compared with single ones.
+        randomness: ``"different"``: each task draws random numbers of its own; ``"same"``: all draw
+            the same ones, so that stacked tasks can be compared with single ones.
     """
 
     def __init__(self, tasks: int | None = None, randomness: Randomness = "different") -> None:
@@ -26,15 +26,29 @@ class Stack:
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function``, which takes the tensors of one task, as a function of the tensors of all tasks."""
-        return function if self._tasks is None else torch.func.vmap(_stacked(function), randomness=self._randomness)
+        return (
+            function
+            if self._tasks is None
+            else torch.func.vmap(_stacked(function), randomness=self._randomness)
+        )
 
     def shared(self, params: Params) -> Params:
         """Return ``params`` for each task, without copies."""
-        return params if self._tasks is None else {name: tensor.expand(self._tasks, *tensor.shape) for name, tensor in params.items()}
+        return (
+            params
+            if self._tasks is None
+            else {
+                name: tensor.expand(self._tasks, *tensor.shape) for name, tensor in params.items()
+            }
+        )
 
     def sum(self, params: Params) -> Params:
         """Return the sum over the tasks, as tensors of a stack of one task; the tensors of a single task are their own sum."""
-        return params if self._tasks is None else {name: tensor.sum(0, keepdim=True) for name, tensor in params.items()}
+        return (
+            params
+            if self._tasks is None
+            else {name: tensor.sum(0, keepdim=True) for name, tensor in params.items()}
+        )
 
     @property
     def dim(self) -> int:

@@ -25,8 +25,8 @@ OfTasks = Callable[[Params, Sequence[Rates], AnyEpisodes], Any]
 class Compiler:
     """Calls functions of tasks through programs that it compiles: one for each setting and each shape, type and device of the tensors.
 
-    A program is traced: what the function reads besides its tensors (numbers, attributes of a network) stays as it was at that time. Copies
-    of a compiler start without programs.
+    A program is traced: what the function reads besides its tensors (numbers, attributes of a
+    network) stays as it was at that time. Copies of a compiler start without programs.
 
     Raises:
         ValueError: In a call, if the function draws random numbers.
@@ -38,13 +38,36 @@ class Compiler:
     def __reduce__(self) -> tuple[type["Compiler"], tuple[()]]:
         return Compiler, ()
 
-    def __call__(self, setting: Hashable, function: OfTasks, params: Params, rates: Sequence[Rates], task: AnyEpisodes) -> Any:
+    def __call__(
+        self,
+        setting: Hashable,
+        function: OfTasks,
+        params: Params,
+        rates: Sequence[Rates],
+        task: AnyEpisodes,
+    ) -> Any:
         """Return ``function(params, rates, task)``, where ``setting`` is all that the function depends on besides them."""
-        tensors = [*params.values(), *(rate for of_step in rates for rate in learned(of_step).values()), *tensors_of(task)]
+        tensors = [
+            *params.values(),
+            *(rate for of_step in rates for rate in learned(of_step).values()),
+            *tensors_of(task),
+        ]
         device = task.support_y.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        numbers = tuple(tuple((name, None if isinstance(rate, Tensor) else rate) for name, rate in of_step.items()) for of_step in rates)
-        kind = (setting, autocast, type(task), tuple(params), numbers, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        numbers = tuple(
+            tuple(
+                (name, None if isinstance(rate, Tensor) else rate) for name, rate in of_step.items()
+            )
+            for of_step in rates
+        )
+        kind = (
+            setting,
+            autocast,
+            type(task),
+            tuple(params),
+            numbers,
+            *((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
+        )
         with torch.no_grad():
             if kind not in self._programs:
                 self._programs[kind] = _compiled(function, params, rates, task, tensors)
@@ -58,11 +81,18 @@ def state_of(module: Any) -> tuple[Any, ...]:
     """Return what decides whether the same program can be used: the module's parts, their modes, and the tensors that they hold."""
     if not isinstance(module, nn.Module):
         return (module,)
-    return tuple((part, part.training, *map(id, chain(part._parameters.values(), part._buffers.values()))) for part in module.modules())
+    return tuple(
+        (part, part.training, *map(id, chain(part._parameters.values(), part._buffers.values())))
+        for part in module.modules()
+    )
 
 
 def _compiled(
-    function: OfTasks, params: Params, rates: Sequence[Rates], task: AnyEpisodes, tensors: list[Tensor]
+    function: OfTasks,
+    params: Params,
+    rates: Sequence[Rates],
+    task: AnyEpisodes,
+    tensors: list[Tensor],
 ) -> Callable[[list[Tensor]], Any]:
     """Return the program, run once already, as a function of the tensors; it keeps those of the network, so that no other gets their id."""
     of_result: list[TreeSpec] = []
@@ -70,7 +100,13 @@ def _compiled(
     def of_tensors(*tensors: Tensor) -> list[Tensor]:
         given = iter(tensors)
         w = {name: next(given) for name in params}
-        at = [{name: next(given) if isinstance(rate, Tensor) else rate for name, rate in of_step.items()} for of_step in rates]
+        at = [
+            {
+                name: next(given) if isinstance(rate, Tensor) else rate
+                for name, rate in of_step.items()
+            }
+            for of_step in rates
+        ]
         found, result = tree_flatten(function(w, at, map_tensors(lambda _: next(given), task)))
         of_result.append(result)
         return found
@@ -81,19 +117,26 @@ def _compiled(
     traced = make_fx(of_tensors, {torch.ops.aten.convolution.default: _bias_apart})(*tensors)
     if generators_drawn_from(before, device):
         raise ValueError(
-            "Expected a network and a loss that draw no random numbers with `compiled=True` but they drew some; leave it uncompiled."
+            "Expected a network and a loss that draw no random numbers with `compiled=True` but "
+            "they drew some; leave it uncompiled."
         )
     program = torch.compile(traced)
     with torch.autocast(device.type, enabled=False):
         _check_program(program, traced, tensors)
-    rank_zero_info(f"Compiled the meta-gradient in {time.perf_counter() - start:.0f} s; it is used for batches of the same shapes.")
+    rank_zero_info(
+        f"Compiled the meta-gradient in {time.perf_counter() - start:.0f} s; it is used for "
+        "batches of the same shapes."
+    )
     return lambda tensors: tree_unflatten(program(*tensors), of_result[0])
 
 
-def _check_program(program: Callable[..., list[Any]], traced: Callable[..., list[Any]], tensors: list[Tensor]) -> None:
+def _check_program(
+    program: Callable[..., list[Any]], traced: Callable[..., list[Any]], tensors: list[Tensor]
+) -> None:
     """Check that the program gives what it was compiled from.
 
-    Rounding is what the result changes by if the tensors change in their last digits: at large inner rates, it grows with every step.
+    Rounding is what the result changes by if the tensors change in their last digits: at large
+    inner rates, it grows with every step.
 
     Raises:
         ValueError: If it gives something else.
@@ -108,8 +151,8 @@ def _check_program(program: Callable[..., list[Any]], traced: Callable[..., list
     rounding = torch.linalg.vector_norm(_as_row(traced(*nearby)) - right)
     if away > 100 * rounding + 1e-2 * size:
         raise ValueError(
-            f"Expected the compiled meta-gradient to be what it was compiled from but it differs by {float(away / size):.1g} of it; leave "
-            "it uncompiled."
+            "Expected the compiled meta-gradient to be what it was compiled from but it differs "
+            f"by {float(away / size):.1g} of it; leave it uncompiled."
         )
 
 

@@ -31,14 +31,17 @@ def map_tasks(
     """Yield ``function``'s results for all tasks in their order, a chunk of tasks at a time with a leading task dimension.
 
     Args:
-        function: Takes one task (the same type as ``episodes`` without the leading ``T``) and :data:`lightning_maml.core.task_axis.ONE`, or
-            a chunk of tasks and what they are stacked as; it returns tensors in tuples and dicts, those of a chunk with its tasks in front.
+        function: Takes one task (the same type as ``episodes`` without the leading ``T``) and
+            :data:`lightning_maml.core.task_axis.ONE`, or a chunk of tasks and what they are stacked
+            as; it returns tensors in tuples and dicts, those of a chunk with its tasks in front.
         episodes: The meta-batch.
-        tasks: ``"loop"``: one after the other; ``"threads"``: one for each CPU core, each on one core, so ``function`` must be safe to call
-            from several threads and must not draw random numbers; ``"vmap"``: all as one.
-        chunk_size: How many tasks are vectorised together in any of the three; by default 1, with ``"vmap"`` all.
-        may_draw: Whether ``function`` might draw random numbers. If so, threads check that it does not; other code that draws meanwhile is
-            mistaken for it.
+        tasks: ``"loop"``: one after the other; ``"threads"``: one for each CPU core, each on one
+            core, so ``function`` must be safe to call from several threads and must not draw random
+            numbers; ``"vmap"``: all as one.
+        chunk_size: How many tasks are vectorised together in any of the three; by default 1, with
+            ``"vmap"`` all.
+        may_draw: Whether ``function`` might draw random numbers. If so, threads check that it does
+            not; other code that draws meanwhile is mistaken for it.
 
     Raises:
         ValueError: If ``tasks`` is none of the three, or ``chunk_size`` is not positive.
@@ -52,16 +55,25 @@ def map_tasks(
     chunks = [episodes]
     if size < len(episodes.support_y):
         starts = range(0, len(episodes.support_y), size)
-        chunks = [map_tensors(lambda tensor, start=start: tensor[start : start + size], episodes) for start in starts]
+        chunks = [
+            map_tensors(lambda tensor, start=start: tensor[start : start + size], episodes)
+            for start in starts
+        ]
 
     def of_chunk(chunk: AnyEpisodes) -> Any:
         if stacked:
             return function(chunk, Stack(len(chunk.support_y)))
         result = function(first_task(chunk), ONE)
-        return tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result)
+        return tree_map(
+            lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result
+        )
 
     run = _in_the_callers_modes(of_chunk, episodes.support_y.device.type)
-    yield from _in_threads(run, chunks, episodes.support_y.device, may_draw) if tasks == "threads" else map(run, chunks)
+    yield from (
+        _in_threads(run, chunks, episodes.support_y.device, may_draw)
+        if tasks == "threads"
+        else map(run, chunks)
+    )
 
 
 def are_stacked(tasks: TaskExecution, chunk_size: int | None) -> bool:
@@ -82,25 +94,35 @@ def check_chunk_size(chunk_size: int | None) -> None:
 def _in_the_callers_modes(function: Callable[[Any], Any], device: str) -> Callable[[Any], Any]:
     """Return ``function`` under the caller's grad mode and autocast, which threads do not inherit.
 
-    Autocast runs without its cache, which would keep every inner step's parameters until the caller leaves it.
+    Autocast runs without its cache, which would keep every inner step's parameters until the caller
+    leaves it.
     """
     grad = torch.is_grad_enabled()
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def run(chunk: AnyEpisodes) -> Any:
-        with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled=autocast, cache_enabled=False):
+        with (
+            torch.set_grad_enabled(grad),
+            torch.autocast(device, dtype, enabled=autocast, cache_enabled=False),
+        ):
             return function(chunk)
 
     return run
 
 
-def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes], device: torch.device, may_draw: bool) -> Iterator[Any]:
+def _in_threads(
+    function: Callable[[Any], Any],
+    chunks: Iterable[AnyEpisodes],
+    device: torch.device,
+    may_draw: bool,
+) -> Iterator[Any]:
     """Run one chunk per core.
 
-    The caller's own thread is held to one core as well: it works on the results meanwhile, and its idle helper threads would spin on
-    the cores that the tasks need.
+    The caller's own thread is held to one core as well: it works on the results meanwhile, and its
+    idle helper threads would spin on the cores that the tasks need.
     """
-    # not numpy's and Python's, which other threads of the process may use; the first look knows networks that draw from them
+    # not numpy's and Python's, which other threads of the process may use; the first look knows
+    # networks that draw from them
     before = torch_random_state(device)
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -111,6 +133,7 @@ def _in_threads(function: Callable[[Any], Any], chunks: Iterable[AnyEpisodes], d
         torch.set_num_threads(cores)
     if may_draw and (drawn_from := generators_drawn_from(before, device)):
         raise RandomInThreadsError(
-            "Expected a network and a loss that draw no random numbers with `tasks='threads'` but the random state of "
-            f"{' and '.join(drawn_from)} moved, and threads share one random generator; use tasks='loop'."
+            "Expected a network and a loss that draw no random numbers with `tasks='threads'` "
+            f"but the random state of {' and '.join(drawn_from)} moved, and threads share one "
+            "random generator; use tasks='loop'."
         )

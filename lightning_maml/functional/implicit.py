@@ -53,17 +53,20 @@ def implicit_gradient(
 ) -> MetaGradient:
     """Return the mean over tasks of ``(I + H / lambda)^-1 grad q(w_N)``, H the Hessian of the support loss at ``w_N``.
 
-    That is the gradient of ``w -> q(w*(w))`` if ``w_N`` is ``w*``, the minimiser of the support loss with its proximal term (Rajeswaran et
-    al. 2019, Lemma 1). Nothing of the path to ``w_N`` is kept.
+    That is the gradient of ``w -> q(w*(w))`` if ``w_N`` is ``w*``, the minimiser of the support
+    loss with its proximal term (Rajeswaran et al. 2019, Lemma 1). Nothing of the path to ``w_N`` is
+    kept.
 
     Args:
         loss: The support loss with its proximal term, as :func:`proximal` gives it.
-        params: As in :func:`lightning_maml.meta_gradient`, like all arguments that are not explained here.
+        params: As in :func:`lightning_maml.meta_gradient`, like all arguments that are not
+            explained here.
         episodes: Of the finite-sum case.
         inner_lr: alpha, or rates by parameter.
         steps: N, at least 1.
         strength: lambda of the proximal term.
-        cg_steps: Iterations of the conjugate gradient method, one Hessian-vector product each; 0 gives the first-order gradient.
+        cg_steps: Iterations of the conjugate gradient method, one Hessian-vector product each; 0
+            gives the first-order gradient.
         curvature: How these products are taken.
         probe_radius: With ``"finite_difference"`` only.
         query_loss: ``query_loss(params, task)``, without proximal term.
@@ -77,10 +80,14 @@ def implicit_gradient(
     """
     if not isinstance(episodes, Episodes):
         raise TypeError(
-            "Expected Episodes, whose one support set has a minimum to be at, but got ResampledEpisodes; use regime='finite_sum'."
+            "Expected Episodes, whose one support set has a minimum to be at, but got "
+            "ResampledEpisodes; use regime='finite_sum'."
         )
     if steps < 1:
-        raise ValueError(f"Expected `steps` to be at least 1, towards the minimum that the implicit gradient is of, but got {steps}.")
+        raise ValueError(
+            "Expected `steps` to be at least 1, towards the minimum that the implicit gradient "
+            f"is of, but got {steps}."
+        )
     rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)
     product = hessian_vector_product(curvature, probe_radius)
@@ -90,28 +97,39 @@ def implicit_gradient(
 
         def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
             losses = task_losses(loss, task, steps, query_loss, has_aux, None, stack)
-            w_N = end_of_path(losses.support, partial(Objective, stack=stack), stack.shared(params), rates)
+            w_N = end_of_path(
+                losses.support, partial(Objective, stack=stack), stack.shared(params), rates
+            )
             value, aux, v = Objective(losses.query[-1](w_N), stack).value_and_gradient(w_N)
             support = Objective(losses.support[-1](w_N), stack)
             if product is not None:
-                v = pull_back_implicitly(v, lambda p: product(support, w_N, p), [*rates[-1]], strength, cg_steps, stack)
+                v = pull_back_implicitly(
+                    v, lambda p: product(support, w_N, p), [*rates[-1]], strength, cg_steps, stack
+                )
             return MetaGradient(stack.sum(v), value, aux, [{}] * steps)
 
         return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
 
 
 def pull_back_implicitly(
-    v: Params, curved: Callable[[Params], Params], names: list[str], strength: float, cg_steps: int, stack: Stack = ONE
+    v: Params,
+    curved: Callable[[Params], Params],
+    names: list[str],
+    strength: float,
+    cg_steps: int,
+    stack: Stack = ONE,
 ) -> Params:
     """Return ``v - H x``, where ``x`` solves ``(H + lambda I) x = v`` in the parameters that adapt.
 
-    In these parameters the result is ``lambda x = (I + H / lambda)^-1 v``; in the others it has the mixed derivatives of H. The conjugate
-    gradient method updates ``v - (H + lambda I) x`` as it goes, in all parameters. It stops where the curvature is not positive; if that is
-    so from the start, the gradient is first-order.
+    In these parameters the result is ``lambda x = (I + H / lambda)^-1 v``; in the others it has the
+    mixed derivatives of H. The conjugate gradient method updates ``v - (H + lambda I) x`` as it
+    goes, in all parameters. It stops where the curvature is not positive; if that is so from the
+    start, the gradient is first-order.
 
     Args:
         v: Gradient of the query loss, of all parameters.
-        curved: Maps a direction in the parameters that adapt to its product with ``H + lambda I`` in all parameters.
+        curved: Maps a direction in the parameters that adapt to its product with ``H + lambda I``
+            in all parameters.
         names: The parameters that adapt.
         strength: lambda.
         cg_steps: Iterations.

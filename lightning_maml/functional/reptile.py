@@ -11,7 +11,14 @@ from lightning_maml.core.objective import Objective
 from lightning_maml.core.params import Params, axpy, detached
 from lightning_maml.core.task_axis import Stack
 from lightning_maml.execution.task_map import TaskExecution
-from lightning_maml.functional.adaptation import Loss, QueryLoss, check_step_count, check_support_batches, end_of_path, task_losses
+from lightning_maml.functional.adaptation import (
+    Loss,
+    QueryLoss,
+    check_step_count,
+    check_support_batches,
+    end_of_path,
+    task_losses,
+)
 from lightning_maml.functional.meta_gradient import MetaGradient, mean_over_tasks
 
 
@@ -29,7 +36,8 @@ def reptile_gradient(
 ) -> MetaGradient:
     """Return the mean over tasks of ``w_0 - w_N``: a meta-step of rate epsilon is the paper's ``w <- w + epsilon (w_N - w)``.
 
-    The arguments and the query losses are those of :func:`lightning_maml.meta_gradient`; nothing is learned from the query losses.
+    The arguments and the query losses are those of :func:`lightning_maml.meta_gradient`; nothing is
+    learned from the query losses.
     """
     check_step_count(steps)
     rates = rates_of_steps(inner_lr, params, steps)
@@ -42,8 +50,12 @@ def reptile_gradient(
 
         def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
             losses = task_losses(loss, task, steps, query_loss, has_aux, None, stack)
-            w_N = end_of_path(losses.support, partial(Objective, stack=stack), stack.shared(params), rates)
+            w_N = end_of_path(
+                losses.support, partial(Objective, stack=stack), stack.shared(params), rates
+            )
             value, aux = losses.query[-1](w_N)(w_N)
-            return MetaGradient(stack.sum(axpy(-1.0, w_N, stack.shared(params))), value, aux, [{}] * steps)
+            return MetaGradient(
+                stack.sum(axpy(-1.0, w_N, stack.shared(params))), value, aux, [{}] * steps
+            )
 
         return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)

@@ -19,18 +19,21 @@ from lightning_maml.io.safe_files import check_archive, whole_file
 class WholeCheckpoints(TorchCheckpointIO):
     """Lightning's checkpoint files, but a process that dies while writing one leaves the previous file, never half of a new one.
 
-    Lightning first writes into the system's folder for temporary files; if that is on another file system than the checkpoints, a process
-    killed while copying leaves half a file in place of a good one. The models of this package put this class in place of Lightning's
-    default in a trainer.
+    Lightning first writes into the system's folder for temporary files; if that is on another file
+    system than the checkpoints, a process killed while copying leaves half a file in place of a
+    good one. The models of this package put this class in place of Lightning's default in a
+    trainer.
 
-    What is written is read back as it will be read, without running anything in it; weights are only mapped, not read. Where that fails,
-    a warning names the entry.
+    What is written is read back as it will be read, without running anything in it; weights are
+    only mapped, not read. Where that fails, a warning names the entry.
     """
 
     _has_warned = False
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
         """Write a file beside ``path``, all of it to the disk, and then move it into place in one step.
 
         Numbers of numpy are written as Python's.
@@ -46,16 +49,25 @@ class WholeCheckpoints(TorchCheckpointIO):
         try:
             with whole_file(Path(path)) as file:
                 torch.save(checkpoint, file)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:  # Python's, for what it cannot pickle
+        except (
+            pickle.PicklingError,
+            AttributeError,
+            TypeError,
+        ) as error:  # Python's, for what it cannot pickle
             name, entry = _innermost_unreadable(checkpoint, "checkpoint")
             raise TypeError(
-                f"Expected to save the checkpoint {path} but `{name}` is a {type(entry).__name__}, which cannot be saved "
-                f"({_first_line(error)}); have what it belongs to save numbers, strings, lists, dicts or tensors."
+                f"Expected to save the checkpoint {path} but `{name}` is a "
+                f"{type(entry).__name__}, which cannot be saved ({_first_line(error)}); have what "
+                "it belongs to save numbers, strings, lists, dicts or tensors."
             ) from error
-        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError if the disk is full
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch's writer raises a RuntimeError if the disk is full
             raise OSError(
-                f"Expected to write the checkpoint {path} but it cannot be written: {_first_line(error)}; "
-                "make room and go on from the last checkpoint, which is as it was."
+                f"Expected to write the checkpoint {path} but it cannot be written: "
+                f"{_first_line(error)}; make room and go on from the last checkpoint, which is as "
+                "it was."
             ) from error
         if not self._has_warned and not _is_whole(Path(path), mapped=True):
             self._warn_of_what_cannot_be_read(checkpoint, path)
@@ -64,63 +76,87 @@ class WholeCheckpoints(TorchCheckpointIO):
         self._has_warned = True
         name, entry = _innermost_unreadable(checkpoint, "checkpoint")
         rank_zero_warn(
-            f"Expected the checkpoint {path} to hold tensors and plain data but `{name}` is a {type(entry).__name__}, so it can only be "
-            "read with `weights_only=False`, which runs what is in it: have what it belongs to save numbers, strings, lists, dicts or "
-            "tensors, or give `weights_only=False` to `fit`, `test` and `load_from_checkpoint` where you trust the file."
+            f"Expected the checkpoint {path} to hold tensors and plain data but `{name}` is a "
+            f"{type(entry).__name__}, so it can only be read with `weights_only=False`, which "
+            "runs what is in it: have what it belongs to save numbers, strings, lists, dicts or "
+            "tensors, or give `weights_only=False` to `fit`, `test` and `load_from_checkpoint` "
+            "where you trust the file."
         )
 
     @override
-    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Return the checkpoint, without running anything in it unless ``weights_only=False``.
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is not whole; the message names the newest whole one beside it. If it holds weights but was not written by a
-                trainer; the message has the lines that load them.
+            ValueError: If it is not whole; the message names the newest whole one beside it. If it
+                holds weights but was not written by a trainer; the message has the lines that load
+                them.
         """
         return read_trained(path, map_location, weights_only is None or weights_only)
 
 
-def read_trained(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
+def read_trained(
+    path: str | Path, map_location: Any = "cpu", weights_only: bool = True
+) -> dict[str, Any]:
     """Return the checkpoint of a trainer at ``path``, see :meth:`WholeCheckpoints.load_checkpoint`."""
     checkpoint = read_checkpoint(path, map_location, weights_only)
     if "pytorch-lightning_version" in checkpoint:
         return checkpoint
     where, weights = _weights_in(checkpoint)
     if not weights:
-        raise ValueError(f"Expected {path} to be a checkpoint of a trainer but it holds only {[*checkpoint]}.")
+        raise ValueError(
+            f"Expected {path} to be a checkpoint of a trainer but it holds only {[*checkpoint]}."
+        )
     line = f"load_state_dict(torch.load({str(path)!r}, weights_only=True){where})`"
     of_model = any(str(name).startswith("network.") for name in weights)
     first, second = f"`network.{line}", "`model = MAML(network, ...)`, or the class that you train"
     if of_model:
         first, second = "`model = MAML(network, ...)`, or the class that it was", f"`model.{line}"
     raise ValueError(
-        f"Expected {path} to be a checkpoint of a trainer but it holds weights saved without one; load them by {first}, and then {second}."
+        f"Expected {path} to be a checkpoint of a trainer but it holds weights saved without one; "
+        f"load them by {first}, and then {second}."
     )
 
 
 def _weights_in(checkpoint: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the weights in what was saved without a trainer, and the index under which they are."""
-    for where, found in [("", checkpoint), *((f"[{name!r}]", entry) for name, entry in checkpoint.items())]:
+    for where, found in [
+        ("", checkpoint),
+        *((f"[{name!r}]", entry) for name, entry in checkpoint.items()),
+    ]:
         if isinstance(found, dict) and any(isinstance(tensor, Tensor) for tensor in found.values()):
             return where, found
     return "", {}
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, map_location: Any = "cpu", weights_only: bool = True
+) -> dict[str, Any]:
     """Return the checkpoint at ``path``, see :meth:`WholeCheckpoints.load_checkpoint`."""
     try:
         if weights_only and "://" not in str(path) and Path(path).is_file():
             check_archive(Path(path))
-        checkpoint: dict[str, Any] = TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
+        checkpoint: dict[str, Any] = TorchCheckpointIO().load_checkpoint(
+            path, map_location, weights_only
+        )
         if not isinstance(checkpoint, dict):
             raise ValueError(f"it holds {type(checkpoint).__name__}")  # noqa: TRY004  it is the file that is wrong
     except FileNotFoundError:
         raise
     except Exception as error:
         before = _newest_whole(Path(path))
-        cure = f"go on from {before}, the newest whole one beside it" if before else "there is no whole one beside it"
-        raise ValueError(f"Expected {path} to be a whole checkpoint but it cannot be read: {_why(error, path)}; {cure}.") from error
+        cure = (
+            f"go on from {before}, the newest whole one beside it"
+            if before
+            else "there is no whole one beside it"
+        )
+        raise ValueError(
+            f"Expected {path} to be a whole checkpoint but it cannot be read: "
+            f"{_why(error, path)}; {cure}."
+        ) from error
     return checkpoint
 
 
@@ -131,12 +167,21 @@ def _why(error: Exception, path: str | Path) -> str:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # noqa: BLE001 # whatever is wrong with it, it is damaged
         asked = []
-    asks = f" (it asks for {', '.join(asked)[:200]}; where you trust it, read it with `weights_only=False`)" if asked else ""
+    asks = (
+        (
+            f" (it asks for {', '.join(asked)[:200]}; where you trust it, read it with "
+            "`weights_only=False`)"
+        )
+        if asked
+        else ""
+    )
     return _first_line(error) + asks
 
 
 def _newest_whole(path: Path) -> Path | None:
-    others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime_ns, reverse=True)
+    others = sorted(
+        path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime_ns, reverse=True
+    )
     return next((other for other in others if other.name != path.name and _is_whole(other)), None)
 
 
@@ -175,6 +220,7 @@ def _is_whole(path: Path, mapped: bool = False) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # whose message advises running what is in the file
+    # whose message advises running what is in the file
+    if isinstance(error, pickle.UnpicklingError):
         return "it is damaged or holds more than tensors and plain data, and nothing in it was run"
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

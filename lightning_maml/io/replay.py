@@ -14,7 +14,9 @@ from lightning_maml.io.checkpoints import WholeCheckpoints, read_checkpoint
 _KINDS = {kind.__name__: kind for kind in (Episodes, ResampledEpisodes)}
 
 
-def save_step(module: LightningModule, episodes: AnyEpisodes, random_state: dict[str, Any], folder: Path) -> Path:
+def save_step(
+    module: LightningModule, episodes: AnyEpisodes, random_state: dict[str, Any], folder: Path
+) -> Path:
     """Save the step in which ``module`` broke, and return the path.
 
     Args:
@@ -45,17 +47,27 @@ def load_step(module: LightningModule, path: str | Path) -> tuple[AnyEpisodes, i
         ValueError: If it is not whole, or is not a step of such a model.
     """
     step = read_checkpoint(path)
-    if not {"kind", "episodes", "state_dict", "random_state", "epoch"} <= step.keys() or step["kind"] not in [*_KINDS]:
-        raise ValueError(f"Expected {path} to be a step that a run saved when it broke but it holds {', '.join(map(repr, step))}.")
+    if not {"kind", "episodes", "state_dict", "random_state", "epoch"} <= step.keys() or step[
+        "kind"
+    ] not in [*_KINDS]:
+        raise ValueError(
+            f"Expected {path} to be a step that a run saved when it broke but it holds "
+            f"{', '.join(map(repr, step))}."
+        )
     try:
         saved = step["state_dict"]
         dtypes = {tensor.dtype for tensor in saved.values() if tensor.is_floating_point()}
-        module.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))  # also converts what is not saved
+        # also converts what is not saved
+        module.to(max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32))
         for name, tensor in module.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(saved[name].dtype) if name in saved else tensor.data
         module.load_state_dict(saved)
         set_random_state(step["random_state"], module.device)
-        episodes: AnyEpisodes = _KINDS[step["kind"]](*map_tensors(lambda tensor: tensor.to(module.device), step["episodes"]))
+        episodes: AnyEpisodes = _KINDS[step["kind"]](
+            *map_tensors(lambda tensor: tensor.to(module.device), step["episodes"])
+        )
     except Exception as error:
-        raise ValueError(f"Expected {path} to be a step that the same model saved but got another: {error}") from error
+        raise ValueError(
+            f"Expected {path} to be a step that the same model saved but got another: {error}"
+        ) from error
     return episodes, step["epoch"]

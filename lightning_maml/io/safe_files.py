@@ -15,20 +15,28 @@ def check_archive(file: Path) -> None:
     """Check a file before ``torch.load(weights_only=True)``, which runs nothing in it but unpacks and allocates whatever it asks for.
 
     Raises:
-        ValueError: If it is not an archive as torch.save has made them since 1.6, if it is compressed, which these never are, or if it asks
-            for a bytearray: either of the last two can turn a few kilobytes into gigabytes.
+        ValueError: If it is not an archive as torch.save has made them since 1.6, if it is
+            compressed, which these never are, or if it asks for a bytearray: either of the last two
+            can turn a few kilobytes into gigabytes.
         OSError: If it cannot be read.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            if not entries or min(entry.header_offset for entry in entries) > 0:  # torch would look elsewhere for its parts
+            # torch would look elsewhere for its parts
+            if not entries or min(entry.header_offset for entry in entries) > 0:
                 raise ValueError("it is no archive of torch.save")
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             if not stored or sum(entry.file_size for entry in entries) > os.path.getsize(file):
                 raise ValueError("it is compressed, as torch.save makes none")
-            if any(b"bytearray" in archive.read(entry) for entry in entries if entry.filename.lower().endswith(".pkl")):
-                raise ValueError("it asks for bytes of its own, as torch.save does for none of ours")
+            if any(
+                b"bytearray" in archive.read(entry)
+                for entry in entries
+                if entry.filename.lower().endswith(".pkl")
+            ):
+                raise ValueError(
+                    "it asks for bytes of its own, as torch.save does for none of ours"
+                )
     except (
         zipfile.BadZipFile,
         NotImplementedError,
@@ -45,7 +53,8 @@ def whole_file(path: Path, writer: str = "") -> Iterator[BinaryIO]:
 
     Args:
         path: The file to be written.
-        writer: A name unique to this process, needed if several may write to ``path`` at once; by default only this one does.
+        writer: A name unique to this process, needed if several may write to ``path`` at once; by
+            default only this one does.
 
     Raises:
         OSError: If it cannot be written.

@@ -18,18 +18,23 @@ def load_yaml(text: str) -> Any:
     """Return the content of YAML, as jsonargparse reads it.
 
     Raises:
-        ValueError: If there are more than 100,000 values, including those that aliases repeat, or if they are nested too deeply for Python.
+        ValueError: If there are more than 100,000 values, including those that aliases repeat, or
+            if they are nested too deeply for Python.
         YAMLError: If it is not YAML, or asks for Python objects.
     """
     try:
         values = _unfolded(compose(text, Loader=SafeLoader), {})
         if values > _MOST_VALUES:
             raise ValueError(
-                f"Expected YAML of at most {_MOST_VALUES} values but its aliases (*) repeat them to more; write out what is meant."
+                f"Expected YAML of at most {_MOST_VALUES} values but its aliases (*) repeat them "
+                "to more; write out what is meant."
             )
         return _jsonargparse_yaml(text)
     except RecursionError as error:
-        raise ValueError("Expected YAML of values that hold no more than some hundred others in each other but got deeper ones.") from error
+        raise ValueError(
+            "Expected YAML of values that hold no more than some hundred others in each other "
+            "but got deeper ones."
+        ) from error
 
 
 def _unfolded(node: Node | None, counted: dict[int, int]) -> int:
@@ -37,6 +42,10 @@ def _unfolded(node: Node | None, counted: dict[int, int]) -> int:
     if not isinstance(node, CollectionNode):
         return 1
     if id(node) not in counted:
-        pairs = node.value if isinstance(node, SequenceNode) else [part for pair in node.value for part in pair]
+        pairs = (
+            node.value
+            if isinstance(node, SequenceNode)
+            else [part for pair in node.value for part in pair]
+        )
         counted[id(node)] = 1 + sum(_unfolded(part, counted) for part in pairs)
     return counted[id(node)]

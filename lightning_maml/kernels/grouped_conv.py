@@ -1,8 +1,10 @@
 """torch's convolution for one task or several: in groups, or as one convolution where all tasks have the same weight.
 
-The images of T tasks side by side are ``[B, T C, ...]``; weight and bias have the tasks as their first dimension. Before the first inner
-step all tasks share one weight, expanded over the tasks with stride 0. It is applied as if the tasks were the depth of a volume whose
-planes are each convolved alone, which is up to five times as fast as in groups. Each task still gets a gradient of its own.
+The images of T tasks side by side are ``[B, T C, ...]``; weight and bias have the tasks as their
+first dimension. Before the first inner step all tasks share one weight, expanded over the tasks
+with stride 0. It is applied as if the tasks were the depth of a volume whose planes are each
+convolved alone, which is up to five times as fast as in groups. Each task still gets a gradient of
+its own.
 """
 
 from typing import Any
@@ -18,26 +20,52 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
     """Return x * W + b, where ``x`` is ``[B, C, ...]`` and W ``[O, C, ...]``, or ``[B, T C, ...]`` and ``[T, O, C, ...]``."""
     if _is_one_for_all(weight, x) and (bias is None or bias.stride(0) == 0):
         of_one = _of_one(weight), None if bias is None else bias[0]
-        return _side_by_side(torch.convolution(_in_depth(x, len(weight)), *of_one, *_over_depth(geometry)))
+        return _side_by_side(
+            torch.convolution(_in_depth(x, len(weight)), *of_one, *_over_depth(geometry))
+        )
     kernels = in_one_format(as_groups(weight, x))
-    return torch.convolution(in_one_format(x), kernels, None if bias is None else bias.flatten(), *_in_groups(geometry, weight, x))
+    return torch.convolution(
+        in_one_format(x),
+        kernels,
+        None if bias is None else bias.flatten(),
+        *_in_groups(geometry, weight, x),
+    )
 
 
 def gradient_of_images(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Return the gradient of ``<g, x * W>`` with respect to x, whose values are not read."""
     if _is_one_for_all(weight, x):
         volumes = _in_depth(g, len(weight)), _in_depth(x, len(weight))
-        return _side_by_side(_backward(*volumes, _of_one(weight), _over_depth(geometry), (True, False, False))[0])
+        return _side_by_side(
+            _backward(*volumes, _of_one(weight), _over_depth(geometry), (True, False, False))[0]
+        )
     kernels = in_one_format(as_groups(weight, x))
-    return _backward(in_one_format(g), in_one_format(x), kernels, _in_groups(geometry, weight, x), (True, False, False))[0]
+    return _backward(
+        in_one_format(g),
+        in_one_format(x),
+        kernels,
+        _in_groups(geometry, weight, x),
+        (True, False, False),
+    )[0]
 
 
 def gradient_of_weight(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Return the gradient of ``<g, x * W>`` with respect to W, whose values are neither read nor copied for each task."""
     tasks = weight.shape[: 1 - x.ndim]
     of_format = torch.channels_last if _is_last(x) else torch.contiguous_format
-    kernels = torch.empty((tasks.numel(), *weight.shape[1 - x.ndim :]), dtype=x.dtype, device=x.device, memory_format=of_format)
-    gradient = _backward(in_one_format(g), in_one_format(x), kernels, _in_groups(geometry, weight, x), (False, True, False))[1]
+    kernels = torch.empty(
+        (tasks.numel(), *weight.shape[1 - x.ndim :]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=of_format,
+    )
+    gradient = _backward(
+        in_one_format(g),
+        in_one_format(x),
+        kernels,
+        _in_groups(geometry, weight, x),
+        (False, True, False),
+    )[1]
     return gradient.view(*tasks, *weight.shape[1 - x.ndim :])
 
 
@@ -56,15 +84,24 @@ def channels_last(x: Tensor) -> Tensor:
 def in_one_format(x: Tensor) -> Tensor:
     """Return ``x`` with exactly the strides of its memory format.
 
-    Where a dimension is 1, other strides pass for that format too, but torch's convolutions in groups and batch norm on the CPU are wrong
-    with them.
+    Where a dimension is 1, other strides pass for that format too, but torch's convolutions in
+    groups and batch norm on the CPU are wrong with them.
     """
-    is_last = x.ndim == 4 and 1 in x.shape and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    is_last = (
+        x.ndim == 4
+        and 1 in x.shape
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
     return channels_last(x) if is_last else x
 
 
-def _backward(g: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...], wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
-    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(g, x, weight, None, *options, wanted)
+def _backward(
+    g: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...], wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        g, x, weight, None, *options, wanted
+    )
     return gradients
 
 
@@ -89,7 +126,8 @@ def _is_last(x: Tensor) -> bool:
 
 
 def _of_one(weight: Tensor) -> Tensor:
-    return weight[0].unsqueeze(-1).clone(memory_format=torch.channels_last_3d)  # with that format's strides: with others torch is wrong
+    # with that format's strides: with others torch is wrong
+    return weight[0].unsqueeze(-1).clone(memory_format=torch.channels_last_3d)
 
 
 def _in_depth(x: Tensor, tasks: int) -> Tensor:

@@ -22,8 +22,10 @@ class Conv4(nn.Module):
     """Four 3x3 convolutions with batch norm, and a linear head (Finn et al. 2017, section 5.2 and its published code).
 
     - Omniglot: ``downsample="stride"``, 64 channels; the head reads the mean over space.
-    - mini-ImageNet: ``downsample="max"``, 32 channels; the head reads the flattened map (5 x 5 x 32 from 84 x 84).
-    - smooth, as HF-MAML needs it: ``activation="gelu"`` (or softplus, SiLU, tanh) with ``"stride"`` or ``"avg"``.
+    - mini-ImageNet: ``downsample="max"``, 32 channels; the head reads the flattened map (5 x 5 x 32
+      from 84 x 84).
+    - smooth, as HF-MAML needs it: ``activation="gelu"`` (or softplus, SiLU, tanh) with ``"stride"``
+      or ``"avg"``.
 
     Args:
         in_channels: 1 for grey, 3 for colour.
@@ -31,10 +33,12 @@ class Conv4(nn.Module):
         image_size: Height and width of the images, in pixels.
         channels: Filters of each convolution.
         activation: One of relu, leaky_relu, gelu, silu, softplus, tanh.
-        downsample: How each block halves the image: ``"stride"`` of the convolution, or ``"max"`` or ``"avg"`` pooling after it.
+        downsample: How each block halves the image: ``"stride"`` of the convolution, or ``"max"``
+            or ``"avg"`` pooling after it.
 
     Raises:
-        ValueError: If a size is not positive, the image is too small to be pooled four times, or a name is unknown.
+        ValueError: If a size is not positive, the image is too small to be pooled four times, or a
+            name is unknown.
     """
 
     def __init__(
@@ -47,13 +51,25 @@ class Conv4(nn.Module):
         downsample: Literal["stride", "max", "avg"] = "stride",
     ) -> None:
         super().__init__()
-        _check_positive(in_channels=in_channels, ways=1 if ways is None else ways, image_size=image_size, channels=channels)
+        _check_positive(
+            in_channels=in_channels,
+            ways=1 if ways is None else ways,
+            image_size=image_size,
+            channels=channels,
+        )
         if downsample not in ("stride", "max", "avg"):
-            raise ValueError(f"Expected `downsample` to be 'stride', 'max' or 'avg' but got {downsample!r}.")
+            raise ValueError(
+                f"Expected `downsample` to be 'stride', 'max' or 'avg' but got {downsample!r}."
+            )
         if downsample != "stride" and image_size < 16:
-            raise ValueError(f"Expected `image_size` to be at least 16 for four poolings by 2 but got {image_size}.")
+            raise ValueError(
+                "Expected `image_size` to be at least 16 for four poolings by 2 but got "
+                f"{image_size}."
+            )
         inputs = [in_channels, channels, channels, channels]
-        self.features = nn.Sequential(*(_conv_block(n, channels, activation, downsample) for n in inputs))
+        self.features = nn.Sequential(
+            *(_conv_block(n, channels, activation, downsample) for n in inputs)
+        )
         mean_over_space = downsample == "stride"
         self.pool = nn.AdaptiveAvgPool2d(1) if mean_over_space else nn.Identity()
         self.head = _head(channels if mean_over_space else channels * (image_size // 16) ** 2, ways)
@@ -67,21 +83,25 @@ class Conv4(nn.Module):
 class ResNet12(nn.Module):
     """Four residual blocks of three 3x3 convolutions each, the mean over space, and a linear head (Oreshkin et al. 2018, Lee et al. 2019).
 
-    Smooth, as HF-MAML needs it, with ``activation="gelu"`` (or softplus, SiLU, tanh) and ``downsample="avg"``.
+    Smooth, as HF-MAML needs it, with ``activation="gelu"`` (or softplus, SiLU, tanh) and
+    ``downsample="avg"``.
 
     Args:
         in_channels: 1 for grey, 3 for colour.
         ways: Outputs, one per class of an episode; None for the features, without a head.
         widths: Filters of the blocks' convolutions.
         activation: One of relu, leaky_relu (of slope 0.1), gelu, silu, softplus, tanh.
-        downsample: How each block halves the image: ``"max"`` or ``"avg"`` pooling. Images need 16 pixels or more.
-        drop_block: Probability of DropBlock (Ghiasi et al. 2018) in training, after the last two blocks; 0 for none.
-        drop_block_size: Height and width of the squares that it drops, an odd number, in pixels of feature maps that are an 8th and a 16th
-            of the image's size. 5 is for images of 80 pixels or more.
+        downsample: How each block halves the image: ``"max"`` or ``"avg"`` pooling. Images need 16
+            pixels or more.
+        drop_block: Probability of DropBlock (Ghiasi et al. 2018) in training, after the last two
+            blocks; 0 for none.
+        drop_block_size: Height and width of the squares that it drops, an odd number, in pixels of
+            feature maps that are an 8th and a 16th of the image's size. 5 is for images of 80
+            pixels or more.
 
     Raises:
-        ValueError: If a size is not positive, ``drop_block`` is not at least 0 and less than 1, ``drop_block_size`` is even, there are no
-            ``widths``, or a name is unknown.
+        ValueError: If a size is not positive, ``drop_block`` is not at least 0 and less than 1,
+            ``drop_block_size`` is even, there are no ``widths``, or a name is unknown.
     """
 
     def __init__(
@@ -96,16 +116,27 @@ class ResNet12(nn.Module):
     ) -> None:
         super().__init__()
         if not widths:
-            raise ValueError("Expected `widths` to hold the filters of at least one block but it is empty.")
-        _check_positive(in_channels=in_channels, ways=1 if ways is None else ways, drop_block_size=drop_block_size)
+            raise ValueError(
+                "Expected `widths` to hold the filters of at least one block but it is empty."
+            )
+        _check_positive(
+            in_channels=in_channels,
+            ways=1 if ways is None else ways,
+            drop_block_size=drop_block_size,
+        )
         _check_positive(**{f"widths[{i}]": width for i, width in enumerate(widths)})
         if downsample not in ("max", "avg"):
             raise ValueError(f"Expected `downsample` to be 'max' or 'avg' but got {downsample!r}.")
         if not 0 <= drop_block < 1:
-            raise ValueError(f"Expected `drop_block` to be at least 0 and less than 1 but got {drop_block}.")
+            raise ValueError(
+                f"Expected `drop_block` to be at least 0 and less than 1 but got {drop_block}."
+            )
         if drop_block_size % 2 == 0:
             raise ValueError(f"Expected `drop_block_size` to be odd but got {drop_block_size}.")
-        blocks = [_residual_block(n, m, activation, downsample) for n, m in pairwise([in_channels, *widths])]
+        blocks = [
+            _residual_block(n, m, activation, downsample)
+            for n, m in pairwise([in_channels, *widths])
+        ]
         if drop_block > 0:
             for block in blocks[-2:]:
                 block.append(DropBlock2d(drop_block, drop_block_size))
@@ -126,9 +157,14 @@ class _Residual(nn.Module):
         super().__init__()
 
         def conv(inputs: int, size: int) -> list[nn.Module]:
-            return [nn.Conv2d(inputs, channels, size, padding=size // 2, bias=False), nn.BatchNorm2d(channels)]
+            return [
+                nn.Conv2d(inputs, channels, size, padding=size // 2, bias=False),
+                nn.BatchNorm2d(channels),
+            ]
 
-        first, second = ([*conv(inputs, 3), _leaky(activation)] for inputs in (in_channels, channels))
+        first, second = (
+            [*conv(inputs, 3), _leaky(activation)] for inputs in (in_channels, channels)
+        )
         self.main = nn.Sequential(*first, *second, *conv(channels, 3))
         self.shortcut = nn.Sequential(*conv(in_channels, 1))
 
@@ -137,14 +173,18 @@ class _Residual(nn.Module):
         return output
 
 
-def _residual_block(in_channels: int, channels: int, activation: str, downsample: str) -> nn.Sequential:
+def _residual_block(
+    in_channels: int, channels: int, activation: str, downsample: str
+) -> nn.Sequential:
     pooling = nn.MaxPool2d(2) if downsample == "max" else nn.AvgPool2d(2)
     return nn.Sequential(_Residual(in_channels, channels, activation), _leaky(activation), pooling)
 
 
 def _leaky(activation: str) -> nn.Module:
     """Return the activation; LeakyReLU has this network's slope and runs in place: second derivatives then take a fifth less memory."""
-    return nn.LeakyReLU(0.1, inplace=True) if activation == "leaky_relu" else _activation(activation)
+    return (
+        nn.LeakyReLU(0.1, inplace=True) if activation == "leaky_relu" else _activation(activation)
+    )
 
 
 class MLP(nn.Module):
@@ -160,9 +200,19 @@ class MLP(nn.Module):
         ValueError: If a size is not positive or the activation is unknown.
     """
 
-    def __init__(self, in_features: int, ways: int, hidden: Sequence[int] = (40, 40), activation: ActivationName = "relu") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        ways: int,
+        hidden: Sequence[int] = (40, 40),
+        activation: ActivationName = "relu",
+    ) -> None:
         super().__init__()
-        _check_positive(in_features=in_features, ways=ways, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
+        _check_positive(
+            in_features=in_features,
+            ways=ways,
+            **{f"hidden[{i}]": width for i, width in enumerate(hidden)},
+        )
         widths = [in_features, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for n, m in pairwise(widths):
@@ -177,8 +227,14 @@ class MLP(nn.Module):
 
 def _conv_block(in_channels: int, channels: int, activation: str, downsample: str) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, channels, 3, stride=2 if downsample == "stride" else 1, padding=1)
-    pooling: dict[str, list[nn.Module]] = {"stride": [], "max": [nn.MaxPool2d(2)], "avg": [nn.AvgPool2d(2)]}
-    return nn.Sequential(conv, nn.BatchNorm2d(channels), _activation(activation), *pooling[downsample])
+    pooling: dict[str, list[nn.Module]] = {
+        "stride": [],
+        "max": [nn.MaxPool2d(2)],
+        "avg": [nn.AvgPool2d(2)],
+    }
+    return nn.Sequential(
+        conv, nn.BatchNorm2d(channels), _activation(activation), *pooling[downsample]
+    )
 
 
 def _head(features: int, ways: int | None) -> nn.Module:
@@ -187,7 +243,9 @@ def _head(features: int, ways: int | None) -> nn.Module:
 
 def _activation(name: str) -> nn.Module:
     if name not in _ACTIVATIONS:
-        raise ValueError(f"Expected `activation` to be one of {sorted(_ACTIVATIONS)} but got {name!r}.")
+        raise ValueError(
+            f"Expected `activation` to be one of {sorted(_ACTIVATIONS)} but got {name!r}."
+        )
     return _ACTIVATIONS[name]()
 
 

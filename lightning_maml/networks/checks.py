@@ -45,9 +45,11 @@ class Seen(NamedTuple):
     """What a look at a network found.
 
     Attributes:
-        outputs: Shape of the logits, or of a regression's outputs, for one example; None if they are not a tensor.
-        ends_with_head: Whether the outputs are one tensor, that of the head alone, and no random numbers are drawn, so that the features
-            before it may be computed once; False if this was not checked because all parameters adapt.
+        outputs: Shape of the logits, or of a regression's outputs, for one example; None if they
+            are not a tensor.
+        ends_with_head: Whether the outputs are one tensor, that of the head alone, and no random
+            numbers are drawn, so that the features before it may be computed once; False if this
+            was not checked because all parameters adapt.
         draws: Names of the random generators that the network and the loss draw from.
     """
 
@@ -95,8 +97,8 @@ class FirstLook:
             inspect: Looks at the network while it runs; it is given a function that runs it.
 
         Raises:
-            ValueError: If layers that adapt run again in the backward pass, the batch-norm policy cannot govern the network, or there are
-                labels but no logits.
+            ValueError: If layers that adapt run again in the backward pass, the batch-norm policy
+                cannot govern the network, or there are labels but no logits.
         """
         kind = (kind, id(loss.loss))
         if kind not in self._seen or writes(learner.network) is None:
@@ -114,16 +116,24 @@ class FirstLook:
         check_policy(learner, episodes)
         with first_support(learner, episodes) as x:
             again = tuple(learner.names_read_in_backward(x))
-        if any(name.startswith(again) for name in adapting(learner.network, self._part, self._head)):
+        if any(
+            name.startswith(again) for name in adapting(learner.network, self._part, self._head)
+        ):
             raise ValueError(
-                "Expected a network whose adapting layers run once but got one with checkpoints (torch.utils.checkpoint), which run "
-                "them again with other parameters than the adapted ones; take the checkpoints out, and for memory use `chunk_size`."
+                "Expected a network whose adapting layers run once but got one with checkpoints "
+                "(torch.utils.checkpoint), which run them again with other parameters than the "
+                "adapted ones; take the checkpoints out, and for memory use `chunk_size`."
             )
         outputs = first_outputs(learner, episodes)
         logits = self._logits(outputs)
         check_logits(logits, are_labels=not episodes.support_y.is_floating_point())
         draws = generators_of(learner, episodes, loss)
-        ends = self._part != "all" and self._ends_with_head(learner, episodes) and logits is outputs and not draws
+        ends = (
+            self._part != "all"
+            and self._ends_with_head(learner, episodes)
+            and logits is outputs
+            and not draws
+        )
         if ends:  # with numbers drawn, features computed once would have one mask for all steps
             ends = self._head_alone_gives_the_outputs(learner, episodes)
         return Seen(logits.shape[1:] if isinstance(logits, Tensor) else None, ends, draws)
@@ -134,20 +144,26 @@ class FirstLook:
             ends = learner.ends_with(head, x, self._logits)
         if self._head is None and not ends:
             rank_zero_warn(
-                f"The last layer with trainable parameters, {head!r}, is taken for the network's head, but what it gives are not the "
-                f"network's outputs; name the head: `head={head!r}`, if it is that."
+                f"The last layer with trainable parameters, {head!r}, is taken for the network's "
+                "head, but what it gives are not the network's outputs; name the head: "
+                f"`head={head!r}`, if it is that."
             )
         return ends
 
     def _head_alone_gives_the_outputs(self, learner: Learner, episodes: AnyEpisodes) -> bool:
         """Return whether a head with other parameters gives, from the features alone, what the whole network gives with them.
 
-        It does not if the outputs are changed in place, or if the network calls the head with other weights or leaves something in it.
+        It does not if the outputs are changed in place, or if the network calls the head with other
+        weights or leaves something in it.
         """
         head = head_of(learner.network, self._head)
         with first_support(learner, episodes) as x, torch.no_grad():
             features = learner.features(learner.params, x, head)
-            others = {name: p for name, p in shifted(learner.params).items() if name.startswith(f"{head}.")}
+            others = {
+                name: p
+                for name, p in shifted(learner.params).items()
+                if name.startswith(f"{head}.")
+            }
             try:
                 whole = self._logits(learner(learner.params | others, x))
                 alone = HeadLearner(learner.network, head)(others, features)
@@ -162,24 +178,30 @@ def look_for_writes(learner: Learner, episodes: AnyEpisodes) -> None:
     """Find out what a forward pass changes in the network; the first of all looks, so that no other changes it.
 
     Raises:
-        ValueError: If it writes to its inputs or to a trainable parameter, or remembers something in a plain tensor.
+        ValueError: If it writes to its inputs or to a trainable parameter, or remembers something
+            in a plain tensor.
     """
-    with first_support(learner, episodes) as x, torch.enable_grad():  # some layers write in training with gradients only
+    # some layers write in training with gradients only
+    with first_support(learner, episodes) as x, torch.enable_grad():
         once, twice = learner.look_for_writes(x)
-    before, after = ({name: tensor.double() for name, tensor in held.items()} for held in (once, twice))
+    before, after = (
+        {name: tensor.double() for name, tensor in held.items()} for held in (once, twice)
+    )
     attribute = first_difference(before, after)
     if attribute is not None:
         raise ValueError(
-            f"Expected a network that keeps what it remembers between calls in buffers but it has the attribute {attribute!r}, a plain "
-            "tensor, for it; make it a buffer, `register_buffer`, so that it is updated once per step and saved."
+            "Expected a network that keeps what it remembers between calls in buffers but it has "
+            f"the attribute {attribute!r}, a plain tensor, for it; make it a buffer, "
+            "`register_buffer`, so that it is updated once per step and saved."
         )
 
 
 def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
     """Refuse a network that normalises, or looks over the batch, in a way that its batch-norm policy cannot govern.
 
-    ``"support"`` promises that queries do not see one another, ``"running"`` and ``"per_step"`` promise it in evaluation mode: an output
-    may then not change with the other inputs. ``"batch"`` and ``"support"`` promise that no running averages are used.
+    ``"support"`` promises that queries do not see one another, ``"running"`` and ``"per_step"``
+    promise it in evaluation mode: an output may then not change with the other inputs. ``"batch"``
+    and ``"support"`` promise that no running averages are used.
 
     Raises:
         ValueError: If it is such a network.
@@ -190,38 +212,51 @@ def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
         queries = detached(first_task(episodes).query_x)
         x = queries if count(queries) > 1 else cat([queries, queries])
         statistics_of = support if learner.uses_support_statistics else None
-        if policy in ("support", "per_step") and batch_norms(learner.network) and shapes_of(queries) != shapes_of(support):
+        if (
+            policy in ("support", "per_step")
+            and batch_norms(learner.network)
+            and shapes_of(queries) != shapes_of(support)
+        ):
             raise ValueError(
-                f"Expected support and query inputs of one size for `batch_norm={policy!r}`, which runs both together, but got others; pad "
-                "them, or use `batch_norm='batch'`."
+                f"Expected support and query inputs of one size for `batch_norm={policy!r}`, "
+                "which runs both together, but got others; pad them, or use `batch_norm='batch'`."
             )
         if statistics_of is not None and not all(_outputs_of_examples(learner, x)):
             raise ValueError(
-                "Expected outputs with the examples in front for `batch_norm='support'`, which takes the queries' part of them, but one "
-                "has another first dimension; leave it out, or use `batch_norm='batch'`."
+                "Expected outputs with the examples in front for `batch_norm='support'`, which "
+                "takes the queries' part of them, but one has another first dimension; leave it "
+                "out, or use `batch_norm='batch'`."
             )
         if policy in ("batch", "support"):
             try:
                 with _FunctionalBatchNorm() as calls:
                     in_evaluation(in_evaluation.params, x, statistics_of=statistics_of)
             except (TypeError, AttributeError) as error:
-                if not (own := norms_with_own_forward(learner.network, batch_norms(learner.network))):
+                if not (
+                    own := norms_with_own_forward(learner.network, batch_norms(learner.network))
+                ):
                     raise
                 raise ValueError(
-                    f"Expected batch norm that needs no running averages in evaluation, as `batch_norm={policy!r}` has it, but {own} need "
-                    "theirs; use `batch_norm='running'`."
+                    "Expected batch norm that needs no running averages in evaluation, as "
+                    f"`batch_norm={policy!r}` has it, but {own} need theirs; use "
+                    "`batch_norm='running'`."
                 ) from error
             if calls.with_running_averages:
                 raise ValueError(
-                    f"Expected batch norm that follows `batch_norm={policy!r}` but in evaluation mode the network calls "
-                    "torch.nn.functional.batch_norm with training=False, which uses running averages; use nn.BatchNorm layers, or "
+                    f"Expected batch norm that follows `batch_norm={policy!r}` but in evaluation "
+                    "mode the network calls torch.nn.functional.batch_norm with training=False, "
+                    "which uses running averages; use nn.BatchNorm layers, or "
                     "`batch_norm='running'`."
                 )
-        if policy != "batch" and sees_others(learner if policy == "support" else in_evaluation, x, statistics_of):
+        if policy != "batch" and sees_others(
+            learner if policy == "support" else in_evaluation, x, statistics_of
+        ):
             raise ValueError(
-                f"Expected outputs that do not depend on the other queries, as `batch_norm={policy!r}` promises, but the first one changes "
-                "with them: the network normalises by the batch, or looks at it, outside of batch-norm layers; use nn.BatchNorm layers "
-                "for it, or `batch_norm='batch'`, whose figures are transductive."
+                "Expected outputs that do not depend on the other queries, as "
+                f"`batch_norm={policy!r}` promises, but the first one changes with them: the "
+                "network normalises by the batch, or looks at it, outside of batch-norm layers; "
+                "use nn.BatchNorm layers for it, or `batch_norm='batch'`, whose figures are "
+                "transductive."
             )
 
 
@@ -234,14 +269,24 @@ def sees_others(learner: Learner, x: Inputs, statistics_of: Inputs | None) -> bo
     def outputs(x: Inputs) -> list[Tensor]:
         set_generator_states(before, device)
         found = tensors_in(learner(params, x, statistics_of=statistics_of))
-        return [tensor for tensor, counts in zip(found, of_examples, strict=True) if counts and tensor.is_floating_point()]
+        return [
+            tensor
+            for tensor, counts in zip(found, of_examples, strict=True)
+            if counts and tensor.is_floating_point()
+        ]
 
-    if all(torch.equal(tensor, tensor[:1].expand_as(tensor)) for tensor in outputs(x)):  # a last layer of zeros hides what is before it
+    # a last layer of zeros hides what is before it
+    if all(torch.equal(tensor, tensor[:1].expand_as(tensor)) for tensor in outputs(x)):
         params = shifted(params)
     first_alone = map_tensors(lambda tensor: tensor[:1].expand_as(tensor), x)
-    pairs = [(own[0], alone[0]) for own, alone in zip(outputs(x), outputs(first_alone), strict=True)]
+    pairs = [
+        (own[0], alone[0]) for own, alone in zip(outputs(x), outputs(first_alone), strict=True)
+    ]
     set_generator_states(before, device)
-    return any(bool((own - alone).abs().max() > torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()) for own, alone in pairs)
+    return any(
+        bool((own - alone).abs().max() > torch.finfo(own.dtype).eps ** 0.5 * own.abs().max())
+        for own, alone in pairs
+    )
 
 
 def _outputs_of_examples(learner: Learner, x: Inputs) -> list[bool]:
@@ -251,9 +296,16 @@ def _outputs_of_examples(learner: Learner, x: Inputs) -> list[bool]:
     try:
         twice = tensors_in(learner(learner.params, cat([x, x])))
     except Exception:  # noqa: BLE001 # a network that was made for a certain number of examples may raise anything
-        twice = [tensor.repeat(2, *[1] * (tensor.ndim - 1)) if tensor.ndim else tensor for tensor in once]
-    lengths = [[len(tensor) if tensor.ndim else 0 for tensor in tensors] for tensors in (once, twice)]
-    return [of_once == number and of_twice == 2 * number for of_once, of_twice in zip(*lengths, strict=True)]
+        twice = [
+            tensor.repeat(2, *[1] * (tensor.ndim - 1)) if tensor.ndim else tensor for tensor in once
+        ]
+    lengths = [
+        [len(tensor) if tensor.ndim else 0 for tensor in tensors] for tensors in (once, twice)
+    ]
+    return [
+        of_once == number and of_twice == 2 * number
+        for of_once, of_twice in zip(*lengths, strict=True)
+    ]
 
 
 class _FunctionalBatchNorm(TorchFunctionMode):
@@ -266,7 +318,9 @@ class _FunctionalBatchNorm(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         if func is F.batch_norm:
-            self.with_running_averages |= not (args[5] if len(args) > 5 else named.get("training", False))
+            self.with_running_averages |= not (
+                args[5] if len(args) > 5 else named.get("training", False)
+            )
         return func(*args, **named)
 
 
@@ -281,7 +335,9 @@ def check_modes(network: nn.Module, learner: Learner, episodes: AnyEpisodes) -> 
     Raises:
         ValueError: If the outputs of the copy change with them.
     """
-    flagged = [module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    flagged = [
+        module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)
+    ]
     copied, device = Learner(learner.network, learner.batch_norm), episodes.support_y.device
     before = generator_states(device)
     with first_support(learner, episodes) as x, torch.no_grad():
@@ -296,15 +352,19 @@ def check_modes(network: nn.Module, learner: Learner, episodes: AnyEpisodes) -> 
                 module.training = not module.training
     if first_difference(once, again, 1e-5) is not None:
         raise ValueError(
-            "Expected a network that reads its mode from its own modules but its outputs change with a mode that it reads from elsewhere "
-            "(a function in a named tuple, a deque or another object), which copies cannot be given; make such functions methods."
+            "Expected a network that reads its mode from its own modules but its outputs change "
+            "with a mode that it reads from elsewhere (a function in a named tuple, a deque or "
+            "another object), which copies cannot be given; make such functions methods."
         )
 
 
 def shifted(params: Params) -> Params:
     """Return parameters some hundredths away from these."""
     noise = torch.Generator().manual_seed(0)
-    return {name: p.detach() + 0.01 * torch.randn(p.shape, generator=noise).to(p) for name, p in params.items()}
+    return {
+        name: p.detach() + 0.01 * torch.randn(p.shape, generator=noise).to(p)
+        for name, p in params.items()
+    }
 
 
 def first_outputs(learner: Learner, episodes: AnyEpisodes, *, of_queries: bool = False) -> Any:
@@ -313,25 +373,32 @@ def first_outputs(learner: Learner, episodes: AnyEpisodes, *, of_queries: bool =
         if not of_queries:
             return learner(learner.params, x)
         queries = map_tensors(torch.clone, detached(first_task(episodes).query_x))
-        return learner(learner.params, queries, statistics_of=x if learner.uses_support_statistics else None)
+        return learner(
+            learner.params, queries, statistics_of=x if learner.uses_support_statistics else None
+        )
 
 
 def check_logits(outputs: Any, are_labels: bool) -> None:
     """Check what was taken for the logits of a network's outputs, or for a regression's outputs.
 
     Raises:
-        ValueError: If there are labels and it is no tensor ``[S, D]``, or if there are targets and it holds other things than tensors.
+        ValueError: If there are labels and it is no tensor ``[S, D]``, or if there are targets and
+            it holds other things than tensors.
     """
     got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    cure = "wrap it in a module that does, or let a subclass of the model take them from its outputs, in a static method `logits(outputs)`"
+    cure = (
+        "wrap it in a module that does, or let a subclass of the model take them from its "
+        "outputs, in a static method `logits(outputs)`"
+    )
     if are_labels and (not isinstance(outputs, Tensor) or outputs.ndim != 2):
         raise ValueError(
-            "Expected `network` to return logits [examples, ways], as a tensor or as the attribute or entry `logits` of its outputs, "
-            f"but got {got}; {cure}."
+            "Expected `network` to return logits [examples, ways], as a tensor or as the "
+            f"attribute or entry `logits` of its outputs, but got {got}; {cure}."
         )
     if not are_tensors(outputs):
         raise ValueError(
-            f"Expected `network` to return tensors, alone or in a dict, tuple or list, or outputs with `logits`, but got {got}; {cure}."
+            "Expected `network` to return tensors, alone or in a dict, tuple or list, or outputs "
+            f"with `logits`, but got {got}; {cure}."
         )
 
 
@@ -339,10 +406,13 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
     """Return the names of the random generators that the network and the loss draw from.
 
     Raises:
-        ValueError: If they do not give the same again from the same random state, after an evaluation with other parameters: derivatives
-            need evaluations that can be repeated.
+        ValueError: If they do not give the same again from the same random state, after an
+            evaluation with other parameters: derivatives need evaluations that can be repeated.
     """
-    anew, used = Learner(learner.network, learner.batch_norm), Learner(learner.network, learner.batch_norm)
+    anew, used = (
+        Learner(learner.network, learner.batch_norm),
+        Learner(learner.network, learner.batch_norm),
+    )
     device = episodes.support_y.device
     before = generator_states(device)
     y = detached(support_set(first_task(episodes))[1])
@@ -371,22 +441,31 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
         put_back(held)
     if written:
         raise ValueError(
-            f"Expected a loss that leaves its tensors as they are but it writes to {written}, and would do so several times a step; put "
-            "what writes into evaluation mode (a frozen teacher's batch norm), or into the network, whose buffers are written once a step."
+            f"Expected a loss that leaves its tensors as they are but it writes to {written}, and "
+            "would do so several times a step; put what writes into evaluation mode (a frozen "
+            "teacher's batch norm), or into the network, whose buffers are written once a step."
         )
-    outputs, value = (first_difference(one, other, 1e-5) for one, other in zip(once, again, strict=True))
+    outputs, value = (
+        first_difference(one, other, 1e-5) for one, other in zip(once, again, strict=True)
+    )
     if outputs is not None or value is not None:
         raise ValueError(
-            f"Expected a {'loss' if outputs is None else 'network'} that returns the same for the same inputs, parameters and random state "
-            "but got another result the second time; let it draw from the global random generators of torch, numpy or Python, not from "
-            "one of its own, keep what it remembers between calls in buffers, and compute anew what depends on its parameters (no "
-            "functools.lru_cache, no results in nested dicts or other objects)."
+            f"Expected a {'loss' if outputs is None else 'network'} that returns the same for the "
+            "same inputs, parameters and random state but got another result the second time; "
+            "let it draw from the global random generators of torch, numpy or Python, not from "
+            "one of its own, keep what it remembers between calls in buffers, and compute anew "
+            "what depends on its parameters (no functools.lru_cache, no results in nested dicts "
+            "or other objects)."
         )
     return draws
 
 
 def _floats(outputs: Any) -> dict[str, Tensor]:
-    return {str(number): tensor for number, tensor in enumerate(tensors_in(outputs)) if tensor.is_floating_point()}
+    return {
+        str(number): tensor
+        for number, tensor in enumerate(tensors_in(outputs))
+        if tensor.is_floating_point()
+    }
 
 
 @contextmanager
@@ -399,21 +478,28 @@ def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Any]:
     device = episodes.support_y.device
     before = generator_states(device)  # a resumed run looks once more
     with torch.inference_mode(False):
-        x = map_tensors(torch.clone, detached(support_set(first_task(episodes))[0]))  # a copy, in case the network writes to it
+        # a copy, in case the network writes to it
+        x = map_tensors(torch.clone, detached(support_set(first_task(episodes))[0]))
         try:
             yield x
         except TypeError as error:
             if isinstance(x, Tensor) or not _OF_ARGUMENTS.search(str(error)):
                 raise
-            form = "network(**x) with " + ", ".join(map(repr, x)) if isinstance(x, dict) else f"network(*x) with {len(x)} tensors"
+            form = (
+                "network(**x) with " + ", ".join(map(repr, x))
+                if isinstance(x, dict)
+                else f"network(*x) with {len(x)} tensors"
+            )
             raise ValueError(
-                f"Expected a network that takes its inputs as {form} but it does not: {error}; put a module around it that does."
+                f"Expected a network that takes its inputs as {form} but it does not: {error}; "
+                "put a module around it that does."
             ) from error
         except RuntimeError as error:
             if "does not require grad" in str(error):
                 raise ValueError(
-                    "Expected a network and a loss that can be called where no gradients are taken, as evaluation does, but they "
-                    f"differentiate there ({error}); put `with torch.enable_grad():` around what they differentiate."
+                    "Expected a network and a loss that can be called where no gradients are "
+                    f"taken, as evaluation does, but they differentiate there ({error}); put "
+                    "`with torch.enable_grad():` around what they differentiate."
                 ) from error
             given = {tensor.dtype for tensor in tensors(x)}
             dtype = next((p.dtype for p in learner.network.parameters()), None)
@@ -422,7 +508,8 @@ def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Any]:
                 raise
             of_bytes = " / 255" if torch.uint8 in given else ""
             raise ValueError(
-                f"Expected inputs of the network's type, {dtype}, but it fails on {' and '.join(others)}; give it x.to({dtype}){of_bytes}."
+                f"Expected inputs of the network's type, {dtype}, but it fails on "
+                f"{' and '.join(others)}; give it x.to({dtype}){of_bytes}."
             ) from error
         finally:
             set_generator_states(before, device)

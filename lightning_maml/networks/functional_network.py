@@ -25,15 +25,30 @@ from typing_extensions import override
 
 from lightning_maml.batches.outputs import logits_in, map_outputs, takes_logits, tensors_in
 from lightning_maml.batches.trees import Inputs, call, cat, count
-from lightning_maml.core.params import OF_MODULES, Params, differentiable, holding, is_out_of_memory, memory, places
+from lightning_maml.core.params import (
+    OF_MODULES,
+    Params,
+    differentiable,
+    holding,
+    is_out_of_memory,
+    memory,
+    places,
+)
 from lightning_maml.core.rng import generator_states, set_generator_states
-from lightning_maml.kernels.layers import TaskConvolution, TaskEmbedding, TaskNorm, is_padded_embedding, is_plain_convolution
+from lightning_maml.kernels.layers import (
+    TaskConvolution,
+    TaskEmbedding,
+    TaskNorm,
+    is_padded_embedding,
+    is_plain_convolution,
+)
 from lightning_maml.networks.batch_norm import batch_norms, forget_running_averages
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
 
 _CACHING: WeakSet[nn.Module] = WeakSet()
-"""Networks found to compute parametrisations under ``torch.nn.utils.parametrize.cached``, a cache that all threads share."""
+"""Networks found to compute parametrisations under ``torch.nn.utils.parametrize.cached``, a cache
+that all threads share."""
 
 _HOOKING: WeakSet[nn.Module] = WeakSet()
 """Networks found to register hooks on tensors in their forward pass."""
@@ -52,7 +67,8 @@ class Written(NamedTuple):
     Attributes:
         tensors: Names of buffers and frozen parameters.
         numbers: Names of modules and of their attributes that are plain numbers.
-        kept: The same of other attributes, in which it keeps something, by itself or in a list or a dict.
+        kept: The same of other attributes, in which it keeps something, by itself or in a list or a
+            dict.
     """
 
     tensors: frozenset[str] = frozenset()
@@ -61,32 +77,41 @@ class Written(NamedTuple):
 
 
 _WRITTEN: WeakKeyDictionary[nn.Module, Written] = WeakKeyDictionary()
-"""What networks and structural copies of them were found to write; those that were not looked at have no entry."""
+"""What networks and structural copies of them were found to write; those that were not looked at
+have no entry."""
 
 
 class Learner:
     """Calls ``network`` with given values for its trainable parameters, from any number of threads, without changing it.
 
-    Each thread works on a structural copy of the network: its own module objects over the same tensors. Frozen parameters are used as
-    they are; every call starts from the network's buffers as they are, and what it writes to them is not kept. The same holds for frozen
-    parameters, plain numbers and other attributes once :meth:`look_for_writes` has found that they are written to.
+    Each thread works on a structural copy of the network: its own module objects over the same
+    tensors. Frozen parameters are used as they are; every call starts from the network's buffers as
+    they are, and what it writes to them is not kept. The same holds for frozen parameters, plain
+    numbers and other attributes once :meth:`look_for_writes` has found that they are written to.
 
     Args:
         network: Any module; its training mode (dropout) is kept.
-        batch_norm: Which statistics its batch-norm layers normalise by. ``"batch"``: those of the batch at hand, so on the query set its
-            own (transductive, as in the MAML papers). ``"support"``: those of the support set, on both sets. ``"running"``: the running
-            averages in the layers that are in evaluation mode, and the batch's in those in training mode. ``"per_step"``: the same, with
-            the averages that are given to the call.
+        batch_norm: Which statistics its batch-norm layers normalise by. ``"batch"``: those of the
+            batch at hand, so on the query set its own (transductive, as in the MAML papers).
+            ``"support"``: those of the support set, on both sets. ``"running"``: the running
+            averages in the layers that are in evaluation mode, and the batch's in those in training
+            mode. ``"per_step"``: the same, with the averages that are given to the call.
         vectorised: Whether it is called under ``vmap``.
 
     Raises:
-        ValueError: If there is no such policy, or it does not fit the network's batch norm: no running averages for ``"running"``, or a
-            class with a forward pass of its own for ``"support"``.
+        ValueError: If there is no such policy, or it does not fit the network's batch norm: no
+            running averages for ``"running"``, or a class with a forward pass of its own for
+            ``"support"``.
     """
 
-    def __init__(self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, batch_norm: BatchNormPolicy = "batch", *, vectorised: bool = False
+    ) -> None:
         if batch_norm not in get_args(BatchNormPolicy):
-            raise ValueError(f"Expected `batch_norm` to be 'batch', 'support', 'running' or 'per_step' but got {batch_norm!r}.")
+            raise ValueError(
+                "Expected `batch_norm` to be 'batch', 'support', 'running' or 'per_step' but got "
+                f"{batch_norm!r}."
+            )
         self.params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.network = network
         self.batch_norm = batch_norm
@@ -106,30 +131,46 @@ class Learner:
         return other
 
     def __call__(
-        self, params: Params, x: Inputs, *, statistics_of: Inputs | None = None, averages: Mapping[str, Tensor] | None = None
+        self,
+        params: Params,
+        x: Inputs,
+        *,
+        statistics_of: Inputs | None = None,
+        averages: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """Return the network's outputs for ``x``, tensors ``[B, ...]``.
 
         Args:
             params: Values for the trainable parameters.
             x: Inputs of one task, ``[B, ...]``.
-            statistics_of: Inputs that are run along with ``x`` and give the batch-norm statistics in its place.
-            averages: Running averages to use in place of the network's, by the names of its buffers.
+            statistics_of: Inputs that are run along with ``x`` and give the batch-norm statistics
+                in its place.
+            averages: Running averages to use in place of the network's, by the names of its
+                buffers.
         """
-        inputs, context = (x, 0) if statistics_of is None else (cat([statistics_of, x]), count(statistics_of))
+        inputs, context = (
+            (x, 0) if statistics_of is None else (cat([statistics_of, x]), count(statistics_of))
+        )
         outputs = self._run(params, inputs, context, averages or {})
         if not context:
             return outputs
         every = count(inputs)
-        return map_outputs(lambda tensor: tensor[context:] if tensor.ndim and len(tensor) == every else tensor, outputs)
+        return map_outputs(
+            lambda tensor: tensor[context:] if tensor.ndim and len(tensor) == every else tensor,
+            outputs,
+        )
 
-    def features(self, params: Params, x: Inputs, head: str, *, statistics_of: Inputs | None = None) -> Tensor:
+    def features(
+        self, params: Params, x: Inputs, head: str, *, statistics_of: Inputs | None = None
+    ) -> Tensor:
         """Return what enters the submodule ``head``, for which :meth:`ends_with` must be true; the arguments are those of a call.
 
         Raises:
             HeadDoesNotEndError: If the outputs for these inputs are not those of the head.
         """
-        inputs, context = (x, 0) if statistics_of is None else (cat([statistics_of, x]), count(statistics_of))
+        inputs, context = (
+            (x, 0) if statistics_of is None else (cat([statistics_of, x]), count(statistics_of))
+        )
         with self._calls_of(head) as calls:
             outputs = self._run(params, inputs, context, {})
         if len(calls) != 1 or calls[0][2] is not outputs:
@@ -140,7 +181,8 @@ class Learner:
     def ends_with(self, head: str, x: Inputs, logits: Callable[[Any], Any] = logits_in) -> bool:
         """Return whether the logits for ``x`` are those of the submodule ``head``.
 
-        It must be called once and with one tensor ``[B, ...]``, which does not depend on the head's parameters.
+        It must be called once and with one tensor ``[B, ...]``, which does not depend on the head's
+        parameters.
         """
         with torch.enable_grad(), self._calls_of(head) as calls:
             params = {name: differentiable(p).requires_grad_() for name, p in self.params.items()}
@@ -148,35 +190,59 @@ class Learner:
         if len(calls) != 1:
             return False
         arguments, named, result = calls[0]
-        if len(arguments) != 1 or named or not isinstance(arguments[0], Tensor) or len(arguments[0]) != count(x):
+        if (
+            len(arguments) != 1
+            or named
+            or not isinstance(arguments[0], Tensor)
+            or len(arguments[0]) != count(x)
+        ):
             return False
         of_head = [p for name, p in params.items() if name.startswith(f"{head}.")]
         features = arguments[0]
         if of_head and features.requires_grad:
             along = torch.ones_like(features)
-            if any(gradient is not None for gradient in torch.autograd.grad(features, of_head, along, allow_unused=True)):
+            if any(
+                gradient is not None
+                for gradient in torch.autograd.grad(features, of_head, along, allow_unused=True)
+            ):
                 return False
         return result is logits(outputs)
 
     def names_read_in_backward(self, x: Inputs) -> set[str]:
         """Return the names of parameters, or ending in a dot the prefixes of modules, that a backward pass reads from the network.
 
-        It does so where ``torch.utils.checkpoint`` runs a part of the network again, which by then no longer holds the given values.
+        It does so where ``torch.utils.checkpoint`` runs a part of the network again, which by then
+        no longer holds the given values.
         """
         runs: list[str] = []
         every = self._copy_of_this_thread().named_modules()
-        modules = [(name, module) for name, module in every if not isinstance(module, torch.jit.ScriptModule)]  # these take no hooks
-        hooks = [module.register_forward_pre_hook(lambda *_, name=name: runs.append(name and f"{name}.")) for name, module in modules]
+        # these take no hooks
+        modules = [
+            (name, module)
+            for name, module in every
+            if not isinstance(module, torch.jit.ScriptModule)
+        ]
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: runs.append(name and f"{name}."))
+            for name, module in modules
+        ]
         forward = 0
         try:
             with torch.enable_grad():
-                params = {name: differentiable(p).clone().requires_grad_() for name, p in self.params.items()}
+                params = {
+                    name: differentiable(p).clone().requires_grad_()
+                    for name, p in self.params.items()
+                }
                 outputs = self._run(params, x, 0, {})
                 forward = len(runs)
                 curved = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
                 if curved:
                     with _Reading(self.params, runs):
-                        torch.autograd.grad([tensor.abs().sum() for tensor in curved], [*params.values()], allow_unused=True)
+                        torch.autograd.grad(
+                            [tensor.abs().sum() for tensor in curved],
+                            [*params.values()],
+                            allow_unused=True,
+                        )
         except RuntimeError as error:
             if "checkpoint" not in str(error):
                 raise
@@ -190,14 +256,18 @@ class Learner:
         """Find out what a forward pass changes in the network, see :func:`writes`.
 
         Returns:
-            The tensors in plain attributes after one pass, and after another one with the same inputs and random numbers.
+            The tensors in plain attributes after one pass, and after another one with the same
+            inputs and random numbers.
 
         Raises:
-            ValueError: If it writes to its inputs or to a trainable parameter, or reads one from elsewhere than the network's modules.
+            ValueError: If it writes to its inputs or to a trainable parameter, or reads one from
+                elsewhere than the network's modules.
         """
         network = self._copy_of_this_thread()
         frozen = {name: p.detach() for name, p in network.named_parameters() if not p.requires_grad}
-        params = {name: differentiable(p).clone().requires_grad_() for name, p in self.params.items()}
+        params = {
+            name: differentiable(p).clone().requires_grad_() for name, p in self.params.items()
+        }
         originals = {**self._own.buffers, **frozen, **self.params}
         tensors: set[str] = set()
         read_elsewhere: set[str] = set()
@@ -208,11 +278,23 @@ class Learner:
 
         def note() -> None:  # while the network still holds what was given to it
             read_elsewhere.update(reads)  # before they are read here
-            held = ((name, place[0][0][place[0][1]]) for name, place in self._own.places.items() if place)
-            tensors.update(name for name, now in held if name in originals and _is_written(now, originals[name]))
+            held = (
+                (name, place[0][0][place[0][1]])
+                for name, place in self._own.places.items()
+                if place
+            )
+            tensors.update(
+                name
+                for name, now in held
+                if name in originals and _is_written(now, originals[name])
+            )
 
         numbers, kept = _numbers(network), Kept(network)
-        kept_tensors = {name: b for name, b in (*self.network.named_buffers(), *self.network.named_parameters()) if not b.is_inference()}
+        kept_tensors = {
+            name: b
+            for name, b in (*self.network.named_buffers(), *self.network.named_parameters())
+            if not b.is_inference()
+        }
         versions = {name: tensor._version for name, tensor in kept_tensors.items()}
         buffers, self._own.buffers = self._own.buffers, {**self._own.buffers, **frozen}
         self._own.after_a_pass = note
@@ -221,7 +303,11 @@ class Learner:
             if parametrize._cache_enabled:
                 _CACHING.add(self.network)
 
-        lists = [module for module in network.modules() if isinstance(module, parametrize.ParametrizationList)]
+        lists = [
+            module
+            for module in network.modules()
+            if isinstance(module, parametrize.ParametrizationList)
+        ]
         hooks = [module.register_forward_pre_hook(note_cache) for module in lists]
         try:
             with reading(self.params, reads), _Watching() as watched:
@@ -237,24 +323,30 @@ class Learner:
             _HOOKING.add(self.network)
         if any(tensor._version != version for tensor, version in given):
             raise ValueError(
-                "Expected a network that leaves its inputs as they are but it writes to them, which would change the batch for all that "
-                "follows; let it work on a copy, x.clone()."
+                "Expected a network that leaves its inputs as they are but it writes to them, "
+                "which would change the batch for all that follows; let it work on a copy, "
+                "x.clone()."
             )
-        if written := sorted(name for name, version in versions.items() if kept_tensors[name]._version != version):
+        if written := sorted(
+            name for name, version in versions.items() if kept_tensors[name]._version != version
+        ):
             raise ValueError(
-                f"Expected a network that reaches its buffers through its modules but its forward pass writes to {written} from elsewhere "
-                "(an object, a closure, a global), and would do so in every pass; write to the module's attributes."
+                "Expected a network that reaches its buffers through its modules but its forward "
+                f"pass writes to {written} from elsewhere (an object, a closure, a global), and "
+                "would do so in every pass; write to the module's attributes."
             )
         if read_elsewhere:
             raise ValueError(
-                "Expected a network that reaches its parameters through its modules but its forward pass reads "
-                f"{sorted(read_elsewhere)} from elsewhere (a tuple, a closure, a global), where adapted values cannot be put; read them "
-                "from the module's attributes."
+                "Expected a network that reaches its parameters through its modules but its "
+                f"forward pass reads {sorted(read_elsewhere)} from elsewhere (a tuple, a closure, "
+                "a global), where adapted values cannot be put; read them from the module's "
+                "attributes."
             )
         if trained := sorted(tensors & self.params.keys()):
             raise ValueError(
-                f"Expected a forward pass that leaves the network's parameters as they are but it writes to {trained}; run the network "
-                "once before the model is made, if these are initialised by the first batch, make them buffers, or leave out what writes "
+                "Expected a forward pass that leaves the network's parameters as they are but it "
+                f"writes to {trained}; run the network once before the model is made, if these "
+                "are initialised by the first batch, make them buffers, or leave out what writes "
                 "(an embedding's max_norm)."
             )
         moved = {key for key, number in _numbers(network).items() if number != numbers.get(key)}
@@ -264,14 +356,20 @@ class Learner:
             self._run(params, x, 0, {})
         twice = self._tensor_attributes()
         before = _WRITTEN.get(self.network, Written())
-        _WRITTEN[self.network] = Written(before.tensors | tensors, before.numbers | moved, before.kept | changed)
+        _WRITTEN[self.network] = Written(
+            before.tensors | tensors, before.numbers | moved, before.kept | changed
+        )
         del self._own.network  # so that it is copied anew, with all as it was
         return once, twice
 
     def _tensor_attributes(self) -> Params:
         """Return copies of the tensors that the modules hold in plain attributes."""
         modules = self._copy_of_this_thread().named_modules()
-        held = ((f"{name}.{key}".lstrip("."), value) for name, module in modules for key, value in vars(module).items())
+        held = (
+            (f"{name}.{key}".lstrip("."), value)
+            for name, module in modules
+            for key, value in vars(module).items()
+        )
         return {name: value.detach().clone() for name, value in held if isinstance(value, Tensor)}
 
     @contextmanager
@@ -284,13 +382,18 @@ class Learner:
         finally:
             handle.remove()
 
-    def _run(self, params: Params, inputs: Inputs, context: int, averages: Mapping[str, Tensor]) -> Any:
+    def _run(
+        self, params: Params, inputs: Inputs, context: int, averages: Mapping[str, Tensor]
+    ) -> Any:
         """Return the outputs for all inputs, of which the first ``context`` give the statistics, if there are any.
 
-        If the network fails, it is tried once more with channels first, which a network that views its images as rows needs.
+        If the network fails, it is tried once more with channels first, which a network that views
+        its images as rows needs.
         """
         self._copy_of_this_thread()
-        converting = [convolution for convolution in self._own.convolutions if convolution.channels == "last"]
+        converting = [
+            convolution for convolution in self._own.convolutions if convolution.channels == "last"
+        ]
         random_state = torch.get_rng_state() if converting else None
         try:
             outputs = self._attempt(params, inputs, context, averages)
@@ -304,18 +407,32 @@ class Learner:
             _VIEWING.add(self.network)
         return outputs
 
-    def _attempt(self, params: Params, inputs: Inputs, context: int, averages: Mapping[str, Tensor]) -> Any:
+    def _attempt(
+        self, params: Params, inputs: Inputs, context: int, averages: Mapping[str, Tensor]
+    ) -> Any:
         for norm in self._own.norms:
             norm.context = Fraction(context, count(inputs))
-        buffers = {name: averages[name] if name in averages else buffer.clone() for name, buffer in self._own.buffers.items()}
+        buffers = {
+            name: averages[name] if name in averages else buffer.clone()
+            for name, buffer in self._own.buffers.items()
+        }
         with holding(self._own.places, {**buffers, **params}):
             outputs = call(self._own.network, inputs)
             if self._own.after_a_pass is not None:
                 self._own.after_a_pass()
-            held = {name: self._own.places[name][0] for name in self._own.unwritten if self._own.places[name]}
-            found = [name for name, (holder, key) in held.items() if buffers[name]._version or holder[key] is not buffers[name]]
+            held = {
+                name: self._own.places[name][0]
+                for name in self._own.unwritten
+                if self._own.places[name]
+            }
+            found = [
+                name
+                for name, (holder, key) in held.items()
+                if buffers[name]._version or holder[key] is not buffers[name]
+            ]
         if found:
-            before = _WRITTEN[self.network]  # its look did not see this, because it depends on values
+            # its look did not see this, because it depends on values
+            before = _WRITTEN[self.network]
             _WRITTEN[self.network] = before._replace(tensors=before.tensors | {*found})
             self._own.unwritten -= {*found}
         for attributes, key, number in self._own.numbers:
@@ -329,22 +446,42 @@ class Learner:
             network = structural_copy(self.network)
             self._own.norms, self._own.convolutions, self._own.after_a_pass = [], [], None
             for module in network.modules():
-                if isinstance(module, _BatchNorm) and (module.training or self.batch_norm in ("batch", "support")):
+                if isinstance(module, _BatchNorm) and (
+                    module.training or self.batch_norm in ("batch", "support")
+                ):
                     self._take_statistics_of_the_batch(module)
                 elif is_plain_convolution(module):
-                    module.forward = TaskConvolution(module, "first" if self.network in _VIEWING else "last", self._vectorised)
+                    module.forward = TaskConvolution(
+                        module, "first" if self.network in _VIEWING else "last", self._vectorised
+                    )
                     self._own.convolutions.append(module.forward)
                 elif self._vectorised and is_padded_embedding(module):
                     module.forward = TaskEmbedding(module)  # type: ignore[method-assign, assignment]
             written = _WRITTEN.get(self.network, Written())
             frozen = {}
             if written.tensors:
-                frozen = {name: p.detach() for name, p in network.named_parameters() if name in written.tensors}
-            self._own.network, self._own.places, self._own.buffers = network, places(network), {**dict(network.named_buffers()), **frozen}
+                frozen = {
+                    name: p.detach()
+                    for name, p in network.named_parameters()
+                    if name in written.tensors
+                }
+            self._own.network, self._own.places, self._own.buffers = (
+                network,
+                places(network),
+                {**dict(network.named_buffers()), **frozen},
+            )
             unlooked = self.network not in _WRITTEN
-            self._own.unwritten = set() if unlooked or self._vectorised else self._own.buffers.keys() - written.tensors
+            self._own.unwritten = (
+                set()
+                if unlooked or self._vectorised
+                else self._own.buffers.keys() - written.tensors
+            )
             attributes = [(vars(network.get_submodule(name)), key) for name, key in written.numbers]
-            self._own.numbers = [(of_module, key, of_module[key]) for of_module, key in attributes if key in of_module]
+            self._own.numbers = [
+                (of_module, key, of_module[key])
+                for of_module, key in attributes
+                if key in of_module
+            ]
             self._own.kept = Kept(network, written.kept) if written.kept else None
         own: nn.Module = self._own.network
         return own
@@ -364,7 +501,11 @@ def held_tensors(module: Any) -> list[tuple[dict[str, Any], str, Tensor, Tensor]
     parts = module.modules() if isinstance(module, nn.Module) else ()
     holders = (holder for part in parts for holder in (part._buffers, part._parameters, vars(part)))
     held = ((holder, name, value) for holder in holders for name, value in holder.items())
-    tensors = ((holder, name, value) for holder, name, value in held if isinstance(value, Tensor) and not value.requires_grad)
+    tensors = (
+        (holder, name, value)
+        for holder, name, value in held
+        if isinstance(value, Tensor) and not value.requires_grad
+    )
     return [(holder, name, tensor, tensor.clone()) for holder, name, tensor in tensors]
 
 
@@ -407,7 +548,10 @@ def _is_written(now: Tensor | None, original: Tensor) -> bool:
 def _is_other(now: Any, original: Tensor) -> bool:
     if not isinstance(now, Tensor) or now.shape != original.shape:
         return True
-    now, original = (tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in (now, original))
+    now, original = (
+        tensor if tensor.layout == torch.strided else tensor.to_dense()
+        for tensor in (now, original)
+    )
     both_nan = now.isnan() & original.isnan()
     return bool(((now != original) & ~both_nan).any())
 
@@ -415,7 +559,8 @@ def _is_other(now: Any, original: Tensor) -> bool:
 def modes(network: nn.Module) -> tuple[Any, ...]:
     """Return what decides how a network runs, as far as it can be told without running it: what was found out about it depends on it.
 
-    These are the classes of its modules, their modes, the flags, words and functions among their attributes, and their hooks.
+    These are the classes of its modules, their modes, the flags, words and functions among their
+    attributes, and their hooks.
     """
     found: list[Any] = []
     for module in network.modules():
@@ -426,25 +571,44 @@ def modes(network: nn.Module) -> tuple[Any, ...]:
                 found.append(value)
             elif kind is FunctionType:
                 found.append(value.__code__)
-            elif kind is OrderedDict and value and key.endswith("_hooks"):  # those of a copy are other functions with the same code
-                found += [key, *(getattr(hook, "__code__", hook.__class__) for hook in value.values())]
+            elif kind is OrderedDict and value and key.endswith("_hooks"):
+                # those of a copy are other functions with the same code
+                found += [
+                    key,
+                    *(getattr(hook, "__code__", hook.__class__) for hook in value.values()),
+                ]
     return tuple(found)
 
 
 def trainable_besides_parameters(network: nn.Module) -> list[str]:
     """Return the names of buffers and attributes that are leaves and require a gradient, but are no parameters."""
-    holders = ((name, holder) for name, module in network.named_modules() for holder in (module._buffers, vars(module)))
-    held = ((f"{name}.{key}".lstrip("."), value) for name, holder in holders for key, value in holder.items())
+    holders = (
+        (name, holder)
+        for name, module in network.named_modules()
+        for holder in (module._buffers, vars(module))
+    )
+    held = (
+        (f"{name}.{key}".lstrip("."), value)
+        for name, holder in holders
+        for key, value in holder.items()
+    )
     return [
         name
         for name, value in held
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.requires_grad and value.is_leaf
+        if isinstance(value, Tensor)
+        and not isinstance(value, nn.Parameter)
+        and value.requires_grad
+        and value.is_leaf
     ]
 
 
 def _numbers(network: nn.Module) -> dict[tuple[str, str], int | float]:
     """Return the plain numbers and flags among the attributes of a network's modules."""
-    attributes = ((name, key, value) for name, module in network.named_modules() for key, value in vars(module).items())
+    attributes = (
+        (name, key, value)
+        for name, module in network.named_modules()
+        for key, value in vars(module).items()
+    )
     return {(name, key): value for name, key, value in attributes if isinstance(value, int | float)}
 
 
@@ -454,15 +618,19 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 class Kept:
     """What the modules of a network hold in attributes, besides parameters, buffers and other modules.
 
-    Some networks keep there what they computed from their parameters (in evaluation mode timm's LeViT does, the biases of its attention).
-    The next pass, which has other parameters, must not find it.
+    Some networks keep there what they computed from their parameters (in evaluation mode timm's
+    LeViT does, the biases of its attention). The next pass, which has other parameters, must not
+    find it.
 
     Args:
         network: The network as it is before a pass.
-        names: Names of the modules and of their attributes to put back; by default all that have changed.
+        names: Names of the modules and of their attributes to put back; by default all that have
+            changed.
     """
 
-    def __init__(self, network: nn.Module, names: Collection[tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, names: Collection[tuple[str, str]] | None = None
+    ) -> None:
         self._modules = {name: vars(module) for name, module in network.named_modules()}
         self._names = names
         self._before = self._now()
@@ -479,7 +647,11 @@ class Kept:
     def changed(self) -> frozenset[tuple[str, str]]:
         """Return the names of the modules and attributes that a pass has changed, other than from number to number."""
         now = self._now()
-        return frozenset(key for key in self._before.keys() | now.keys() if not _are_same(self._before.get(key), now.get(key)))
+        return frozenset(
+            key
+            for key in self._before.keys() | now.keys()
+            if not _are_same(self._before.get(key), now.get(key))
+        )
 
     def put_back(self) -> None:
         """Undo what a pass has changed."""
@@ -501,10 +673,14 @@ def _are_same(before: tuple[Any, Any] | None, now: tuple[Any, Any] | None) -> bo
     if before is None or now is None:
         return False
     if isinstance(before[0], dict) and before[0] is now[0]:
-        return before[1].keys() == now[1].keys() and all(now[1][key] is value for key, value in before[1].items())
+        return before[1].keys() == now[1].keys() and all(
+            now[1][key] is value for key, value in before[1].items()
+        )
     if isinstance(before[0], list) and before[0] is now[0]:
         return [*map(id, before[1])] == [*map(id, now[1])]
-    return before[0] is now[0] or (isinstance(before[0], int | float) and isinstance(now[0], int | float))
+    return before[0] is now[0] or (
+        isinstance(before[0], int | float) and isinstance(now[0], int | float)
+    )
 
 
 class _Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -545,12 +721,17 @@ class HeadLearner(Learner):
         self.params = {full: self.params[name] for full, name in self._names.items()}
 
     @override
-    def _run(self, params: Params, inputs: Inputs, context: int, averages: Mapping[str, Tensor]) -> Any:
-        return super()._run({name: params[full] for full, name in self._names.items()}, inputs, context, averages)
+    def _run(
+        self, params: Params, inputs: Inputs, context: int, averages: Mapping[str, Tensor]
+    ) -> Any:
+        return super()._run(
+            {name: params[full] for full, name in self._names.items()}, inputs, context, averages
+        )
 
 
 OF_LOSS = "(loss)."
-"""What the names of a loss's parameters start with, among those of a network: no module has such a name."""
+"""What the names of a loss's parameters start with, among those of a network: no module has such a
+name."""
 
 
 class FunctionalLoss:
@@ -568,7 +749,9 @@ class FunctionalLoss:
         self.params: Params = {}
         """Its trainable parameters, by names that start with :data:`OF_LOSS`."""
         if isinstance(loss, nn.Module):
-            self.params = {f"{OF_LOSS}{name}": p for name, p in loss.named_parameters() if p.requires_grad}
+            self.params = {
+                f"{OF_LOSS}{name}": p for name, p in loss.named_parameters() if p.requires_grad
+            }
         self._own = threading.local()
 
     def __call__(self, params: Params, outputs: Any, y: Any) -> Any:
@@ -580,7 +763,8 @@ class FunctionalLoss:
         value = self._value(params, self.given(outputs), y)
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"Expected the loss of a task to be a scalar tensor but got {type(value).__name__}; return the loss alone, without .item()."
+                "Expected the loss of a task to be a scalar tensor but got "
+                f"{type(value).__name__}; return the loss alone, without .item()."
             )
         return value
 
@@ -589,8 +773,12 @@ class FunctionalLoss:
             return self.loss(outputs, y)
         if not hasattr(self._own, "loss"):
             self._own.loss = structural_copy(cast("nn.Module", self.loss))
-            self._own.places = {f"{OF_LOSS}{name}": where for name, where in places(self._own.loss).items()}
-        with holding(self._own.places, {name: params[name] for name in self.params if name in params}):
+            self._own.places = {
+                f"{OF_LOSS}{name}": where for name, where in places(self._own.loss).items()
+            }
+        with holding(
+            self._own.places, {name: params[name] for name in self.params if name in params}
+        ):
             return self._own.loss(outputs, y)
 
 
@@ -601,20 +789,30 @@ def _as_they_are(outputs: Any) -> Any:
 def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Return other module objects over the same tensors; those given to ``torch.compile`` run uncompiled.
 
-    ``torch.compile`` would compile each copy anew, knows no second derivatives and fails under ``vmap``.
+    ``torch.compile`` would compile each copy anew, knows no second derivatives and fails under
+    ``vmap``.
 
     Args:
         network: Any module.
         dtype: If given, floating-point tensors are copies of this type.
     """
     attributes = [value for module in network.modules() for value in vars(module).values()]
-    tensors = chain(network.parameters(), network.buffers(), (value for value in attributes if isinstance(value, Tensor)))
+    tensors = chain(
+        network.parameters(),
+        network.buffers(),
+        (value for value in attributes if isinstance(value, Tensor)),
+    )
     memo: dict[int, Any] = {id(tensor): _of_type(tensor, dtype) for tensor in tensors}
     dicts = [value for value in attributes if type(value) in (dict, OrderedDict)]
-    memo |= {id(value): type(value)() for value in dicts if not value}  # these are dicts of hooks, of which there are many
+    # these are dicts of hooks, of which there are many
+    memo |= {id(value): type(value)() for value in dicts if not value}
     with _CopyingTensors(share=True), _saying_what_cannot_be_copied(network):
         copied = copy.deepcopy(network, memo)
-    if any(_holds_functions(value) for value in attributes if value.__class__ in _WITH_FUNCTIONS and value):
+    if any(
+        _holds_functions(value)
+        for value in attributes
+        if value.__class__ in _WITH_FUNCTIONS and value
+    ):
         _rebind_functions(copied, memo)
     run_uncompiled(copied)
     if network in _WRITTEN:
@@ -627,18 +825,29 @@ def _saying_what_cannot_be_copied(network: nn.Module) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        holders = ((f"{name}.{key}".lstrip("."), value) for name, module in network.named_modules() for key, value in vars(module).items())
-        failing = [name for name, value in holders if not isinstance(value, Tensor | nn.Module) and not _can_be_copied(value)]
+        holders = (
+            (f"{name}.{key}".lstrip("."), value)
+            for name, module in network.named_modules()
+            for key, value in vars(module).items()
+        )
+        failing = [
+            name
+            for name, value in holders
+            if not isinstance(value, Tensor | nn.Module) and not _can_be_copied(value)
+        ]
         if not failing:
             raise
         raise TypeError(
-            f"Expected a network that can be copied (copy.deepcopy), as adaptation needs copies, but {failing} cannot be ({error}); make "
-            "it where it is used, or leave it out of the network."
+            "Expected a network that can be copied (copy.deepcopy), as adaptation needs copies, "
+            f"but {failing} cannot be ({error}); make it where it is used, or leave it out of the "
+            "network."
         ) from error
 
 
 def _can_be_copied(value: Any) -> bool:
-    if value.__class__ in (dict, OrderedDict) and any(isinstance(part, nn.Module | Tensor) for part in value.values()):
+    if value.__class__ in (dict, OrderedDict) and any(
+        isinstance(part, nn.Module | Tensor) for part in value.values()
+    ):
         return True  # modules are looked at themselves
     try:
         copy.deepcopy(value)
@@ -683,7 +892,11 @@ def _rebound_value(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
         return weakref.ref(memo[id(target)]) if id(target) in memo else value
     if kind is partial:
         function, *given = (_rebound_value(part, memo, depth) for part in (value.func, *value.args))
-        return partial(function, *given, **{name: _rebound_value(part, memo, depth) for name, part in value.keywords.items()})
+        return partial(
+            function,
+            *given,
+            **{name: _rebound_value(part, memo, depth) for name, part in value.keywords.items()},
+        )
     if kind is tuple:
         return tuple(_rebound_value(part, memo, depth - 1) for part in value)
     for key in range(len(value)) if kind is list else [*value]:
@@ -705,11 +918,17 @@ def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     after, defaults_after = [*map(copy_of, before)], [*map(copy_of, defaults)]
     named = function.__kwdefaults__ or {}
     named_after = {name: copy_of(value) for name, value in named.items()}
-    pairs = zip((*before, *defaults, *named.values()), (*after, *defaults_after, *named_after.values()), strict=True)
+    pairs = zip(
+        (*before, *defaults, *named.values()),
+        (*after, *defaults_after, *named_after.values()),
+        strict=True,
+    )
     if all(a is b for a, b in pairs):
         return function
     cells = tuple(map(CellType, after))
-    made = FunctionType(function.__code__, function.__globals__, function.__name__, tuple(defaults_after), cells)
+    made = FunctionType(
+        function.__code__, function.__globals__, function.__name__, tuple(defaults_after), cells
+    )
     made.__kwdefaults__ = named_after or None
     made.__dict__.update(function.__dict__)
     return made
@@ -719,7 +938,11 @@ def _of_type(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or not tensor.is_floating_point():
         return tensor
     converted = tensor.detach().to(dtype)
-    return nn.Parameter(converted, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else converted
+    return (
+        nn.Parameter(converted, tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else converted
+    )
 
 
 def deep_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -739,8 +962,8 @@ def deep_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
 class _Watching(TorchFunctionMode):
     """Notes what a forward pass does that depends on how it is run.
 
-    Reading tensors by their place in memory, which is another one if images have channels last; and hooks on tensors, to which stacked
-    tasks are one, or which are not registered for them at all.
+    Reading tensors by their place in memory, which is another one if images have channels last; and
+    hooks on tensors, to which stacked tasks are one, or which are not registered for them at all.
     """
 
     def __init__(self) -> None:
@@ -786,13 +1009,17 @@ def _check_running_averages(network: nn.Module, norms: list[str], policy: str) -
     without = [name for name in norms if network.get_submodule(name).running_mean is None]
     if without:
         raise ValueError(
-            f"Expected the batch-norm layers to keep running averages for `batch_norm={policy!r}` but {without} do not; "
-            "build them with track_running_stats=True, or use 'batch' or 'support'."
+            f"Expected the batch-norm layers to keep running averages for `batch_norm={policy!r}` "
+            f"but {without} do not; build them with track_running_stats=True, or use 'batch' or "
+            "'support'."
         )
 
 
 def _has_own_forward(norm: nn.Module) -> bool:
-    return "forward" in vars(norm) or type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return "forward" in vars(norm) or type(norm).forward not in (
+        _BatchNorm.forward,
+        nn.SyncBatchNorm.forward,
+    )
 
 
 def norms_with_own_forward(network: nn.Module, norms: Iterable[str]) -> list[str]:
@@ -803,6 +1030,6 @@ def norms_with_own_forward(network: nn.Module, norms: Iterable[str]) -> list[str
 def _check_own_forward(network: nn.Module, norms: list[str]) -> None:
     if own := norms_with_own_forward(network, norms):
         raise ValueError(
-            f"Expected plain batch-norm layers for `batch_norm='support'` but {own} have a forward pass of their own; "
-            "use 'batch' or 'running'."
+            f"Expected plain batch-norm layers for `batch_norm='support'` but {own} have a "
+            "forward pass of their own; use 'batch' or 'running'."
         )

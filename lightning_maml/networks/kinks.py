@@ -30,7 +30,12 @@ _KINKED = {
     *("relu", "leaky_relu", "_prelu_kernel", "rrelu_with_noise", "threshold"),
     *("hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink"),
     *("abs", "maximum", "minimum", "amax", "amin", "max", "min", "topk", "sort", "median"),
-    *("max_pool2d_with_indices", "max_pool3d_with_indices", "fractional_max_pool2d", "fractional_max_pool3d"),
+    *(
+        "max_pool2d_with_indices",
+        "max_pool3d_with_indices",
+        "fractional_max_pool2d",
+        "fractional_max_pool3d",
+    ),
     *("adaptive_max_pool2d", "adaptive_max_pool3d"),
 }
 """Operations by their names inside torch, where pooling in one dimension is an operation in two."""
@@ -40,8 +45,9 @@ _KINKED = {
 def kinked_operations(run: Callable[[], Any]) -> list[str]:
     """Return the operations in ``run()`` that are not twice differentiable, as torch names them; functions that are not layers count too.
 
-    It sees activations, pooling, maxima, absolute values and clamps that cut values off, and takes them for kinks even where their results
-    are detached. It does not see what masks and ``torch.where`` do.
+    It sees activations, pooling, maxima, absolute values and clamps that cut values off, and takes
+    them for kinks even where their results are detached. It does not see what masks and
+    ``torch.where`` do.
     """
     watch = _Watch()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), watch:
@@ -81,8 +87,14 @@ def _weight_norm_has_second_derivatives() -> bool:
     g = torch.ones(1, 1)
 
     def second(weight: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(weight.square() @ torch.tensor([1.0, 3.0]), v, torch.ones(1), create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            weight.square() @ torch.tensor([1.0, 3.0]), v, torch.ones(1), create_graph=True
+        )
         return torch.autograd.grad(gradient.square().sum(), v)[0]
 
     with torch.inference_mode(False), torch.enable_grad():
-        return torch.allclose(second(torch._weight_norm(v, g, 0)), second(v * g / v.norm(dim=1, keepdim=True)), rtol=1e-3)
+        return torch.allclose(
+            second(torch._weight_norm(v, g, 0)),
+            second(v * g / v.norm(dim=1, keepdim=True)),
+            rtol=1e-3,
+        )

@@ -69,10 +69,19 @@ def check_labels(episodes: AnyEpisodes, ways: int, ignored: int | None = None) -
     if low < 0 or high >= ways:
         cure = ""
         if low == _PADDING and ignored is None:
-            cure = "; for padding take a loss that says which label it ignores, in an attribute `ignore_index`"
+            cure = (
+                "; for padding take a loss that says which label it ignores, in an attribute "
+                "`ignore_index`"
+            )
         elif low == 0 and ways == 1:
-            cure = "; give its head an output per class, or give the targets of one output as floats, y.float()"
-        raise ValueError(f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to {high}{cure}.")
+            cure = (
+                "; give its head an output per class, or give the targets of one output as "
+                "floats, y.float()"
+            )
+        raise ValueError(
+            f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to "
+            f"{high}{cure}."
+        )
 
 
 def _check_that_some_count(episodes: AnyEpisodes, ignored: int) -> None:
@@ -80,8 +89,8 @@ def _check_that_some_count(episodes: AnyEpisodes, ignored: int) -> None:
         empty = (y == ignored).all(-1).reshape(len(y), -1).any(-1)
         if y.numel() and empty.any():
             raise ValueError(
-                f"Expected a label in `{name}` of each task that the loss does not ignore but got {ignored} alone in tasks "
-                f"{empty.nonzero().flatten().tolist()}; leave these out."
+                f"Expected a label in `{name}` of each task that the loss does not ignore but got "
+                f"{ignored} alone in tasks {empty.nonzero().flatten().tolist()}; leave these out."
             )
 
 
@@ -97,32 +106,42 @@ def check_targets(targets: Tensor, loss: Any) -> None:
     """
     while isinstance(loss, partial):
         loss = loss.func
-    if (loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)) and targets.shape[1:] in ((), (1,)):
+    if (loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)) and targets.shape[1:] in (
+        (),
+        (1,),
+    ):
         raise ValueError(
-            "Expected a loss for regression but got the cross-entropy, which of one output is always 0; give the model "
-            "`loss=torch.nn.functional.mse_loss`, or if these are classes, labels of integers."
+            "Expected a loss for regression but got the cross-entropy, which of one output is "
+            "always 0; give the model `loss=torch.nn.functional.mse_loss`, or if these are "
+            "classes, labels of integers."
         )
 
 
 class LossLook:
     """Looks at what a loss does with outputs and targets on the first batch of each kind: whether it broadcasts one over the other.
 
-    It is called once with an unusual number of examples, by which the dimension of the examples can be told from all others; a loss that
-    takes only the number at hand is called with that. Kinds differ by the loss and by the shapes and types of outputs and targets.
+    It is called once with an unusual number of examples, by which the dimension of the examples can
+    be told from all others; a loss that takes only the number at hand is called with that. Kinds
+    differ by the loss and by the shapes and types of outputs and targets.
     """
 
     def __init__(self) -> None:
         self._seen: dict[tuple[Any, ...], Any] = {}
 
     def __call__(
-        self, loss: Callable[[Any, Tensor], Tensor], kind: Any, outputs: Callable[[int], Any], targets: tuple[Tensor, ...]
+        self,
+        loss: Callable[[Any, Tensor], Tensor],
+        kind: Any,
+        outputs: Callable[[int], Any],
+        targets: tuple[Tensor, ...],
     ) -> None:
         """Look, unless it has looked at this kind with this loss.
 
         Args:
             loss: The loss.
             kind: Stands for the outputs.
-            outputs: Returns the network's outputs for the examples of the batch of this number, tensors ``[B, ...]``.
+            outputs: Returns the network's outputs for the examples of the batch of this number,
+                tensors ``[B, ...]``.
             targets: Labels or targets of some batches, each ``[B', ...]``.
 
         Raises:
@@ -134,7 +153,12 @@ class LossLook:
         device = targets[0].device
         before = generator_states(device)
         try:
-            with torch.inference_mode(False), torch.enable_grad(), _unchanged(loss), warnings.catch_warnings():
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                _unchanged(loss),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")  # the first step has them
                 found = outputs(0)
                 for number, y in enumerate(targets):
@@ -157,9 +181,16 @@ def _unchanged(loss: Any) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _look(loss: Callable[[Any, Tensor], Tensor], outputs: Any, own_outputs: Callable[[], Any], targets: Tensor) -> None:
+def _look(
+    loss: Callable[[Any, Tensor], Tensor],
+    outputs: Any,
+    own_outputs: Callable[[], Any],
+    targets: Tensor,
+) -> None:
     sizes = {size for tensor in (*tensors_in(outputs), targets) for size in tensor.shape}
-    unusual = next(number for number in range(_UNUSUAL, _UNUSUAL + len(sizes) + 1) if number not in sizes)
+    unusual = next(
+        number for number in range(_UNUSUAL, _UNUSUAL + len(sizes) + 1) if number not in sizes
+    )
     try:
         _follow(loss, outputs, targets, unusual)
     except _Broadcast:
@@ -179,9 +210,8 @@ def _look(loss: Callable[[Any, Tensor], Tensor], outputs: Any, own_outputs: Call
             shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors_in(outputs))
             held = "" if isinstance(outputs, Tensor) else f", in {type(outputs).__name__},"
             raise ValueError(
-                f"Expected a loss that takes outputs {shapes}{held} with targets {list(targets.shape)} of {targets.dtype}, "
-                f"but it fails{cure}: "
-                f"{error}"
+                f"Expected a loss that takes outputs {shapes}{held} with targets "
+                f"{list(targets.shape)} of {targets.dtype}, but it fails{cure}: {error}"
             ) from error
 
 
@@ -189,7 +219,9 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _follow(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor, examples: int) -> None:
+def _follow(
+    loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor, examples: int
+) -> None:
     """Call the loss on ``examples`` examples, the first ones and these again, and follow what it does with them."""
     number = max((len(tensor) for tensor in tensors_in(outputs) if tensor.ndim), default=0)
 
@@ -208,19 +240,34 @@ def _follow(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor
 def _sentence(outputs: Any, targets: Tensor) -> ValueError:
     found = tensors_in(outputs)
     shape = found[0].shape[1:] if len(found) == 1 else torch.Size()
-    if len(found) == 1 and not targets.is_floating_point() and targets.ndim == 1 and len(shape) == 1:
+    if (
+        len(found) == 1
+        and not targets.is_floating_point()
+        and targets.ndim == 1
+        and len(shape) == 1
+    ):
         return ValueError(
-            f"Expected a loss of labels but got one that fits labels [examples] to outputs [examples, {shape[0]}] element by element; use "
-            "`loss=lightning_maml.one_hot_mse` or the cross-entropy, or if there is one output, outputs[:, 0] in the loss."
+            "Expected a loss of labels but got one that fits labels [examples] to outputs "
+            f"[examples, {shape[0]}] element by element; use `loss=lightning_maml.one_hot_mse` or "
+            "the cross-entropy, or if there is one output, outputs[:, 0] in the loss."
         )
-    expected = f"[examples{''.join(f', {size}' for size in shape)}]" if len(found) == 1 else "the same"
+    expected = (
+        f"[examples{''.join(f', {size}' for size in shape)}]" if len(found) == 1 else "the same"
+    )
     return ValueError(
-        f"Expected targets of the shape of the network's outputs, {expected}, but got {list(targets.shape)}; "
-        "reshape them, y[..., None] for instance, or the outputs; if the loss is to broadcast them, let it say so, y.expand_as(outputs)."
+        f"Expected targets of the shape of the network's outputs, {expected}, but got "
+        f"{list(targets.shape)}; reshape them, y[..., None] for instance, or the outputs; if the "
+        "loss is to broadcast them, let it say so, y.expand_as(outputs)."
     )
 
 
-_EXPANDING = (Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to, torch.broadcast_tensors)
+_EXPANDING = (
+    Tensor.expand,
+    Tensor.expand_as,
+    Tensor.broadcast_to,
+    torch.broadcast_to,
+    torch.broadcast_tensors,
+)
 
 
 class _Expanding(TorchFunctionMode):
@@ -228,7 +275,11 @@ class _Expanding(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result) if func in _EXPANDING else result
+        return (
+            tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
+            if func in _EXPANDING
+            else result
+        )
 
 
 class _Broadcast(Exception):
@@ -289,11 +340,16 @@ class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_elementwise(func: Any) -> bool:
-    return torch.Tag.pointwise in func.tags or ("loss" in func.__name__ and not _OF_CLASSES.match(func.__name__))
+    return torch.Tag.pointwise in func.tags or (
+        "loss" in func.__name__ and not _OF_CLASSES.match(func.__name__)
+    )
 
 
 def _unexpanded(tensor: Tensor) -> tuple[int, ...]:
     """Return the shape before an ``expand``, which leaves strides of zero; losses expand both before they compare."""
-    sizes = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    sizes = [
+        1 if stride == 0 else size
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
     leading = next((place for place, stride in enumerate(tensor.stride()) if stride != 0), 0)
     return tuple(sizes[leading:])

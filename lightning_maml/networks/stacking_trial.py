@@ -30,7 +30,8 @@ Evaluations = dict[str, Tensor]
 """What was computed of two tasks, by name, ``[2, ...]``."""
 
 HOOKED = "the network has hooks on tensors, which would see all tasks as one"
-"""Why the tasks of a network with hooks on tensors are not stacked, whatever the hooks do on the first batch."""
+"""Why the tasks of a network with hooks on tensors are not stacked, whatever the hooks do on the
+first batch."""
 
 _SHIFT = 0.05
 """How far a point lies from the parameters, in standard deviations of each tensor."""
@@ -59,9 +60,10 @@ def compare(
     """Compare what tasks give alone with what they give together.
 
     Args:
-        alone: Evaluates two tasks one after the other, each with the random numbers that the generators give at
-            the start; its argument numbers the attempt.
-        together: Evaluates the same as one, where all tasks draw the same random numbers, or different ones.
+        alone: Evaluates two tasks one after the other, each with the random numbers that the
+            generators give at the start; its argument numbers the attempt.
+        together: Evaluates the same as one, where all tasks draw the same random numbers, or
+            different ones.
         device: Where the network is.
 
     Raises:
@@ -71,7 +73,11 @@ def compare(
     watch = _DependsOnValues()
     drawn_from: list[str] = []
     difference: str | None = None
-    with torch.inference_mode(False), warnings.catch_warnings(record=True) as caught, twice_differentiable():
+    with (
+        torch.inference_mode(False),
+        warnings.catch_warnings(record=True) as caught,
+        twice_differentiable(),
+    ):
         warnings.simplefilter("always")
         try:
             for attempt in range(_ATTEMPTS):
@@ -80,8 +86,10 @@ def compare(
                 try:
                     found = together(attempt, "same")
                     drawn_from = generators_drawn_from(before, device)
-                    with watch:  # apart, because attention takes another way where functions are watched
-                        together(attempt, "different")  # as training will; some ways of drawing fail only here
+                    # apart, because attention takes another way where functions are watched
+                    with watch:
+                        # as training will; some ways of drawing fail only here
+                        together(attempt, "different")
                 except Exception as error:  # noqa: BLE001 # under vmap any network may raise anything
                     return _failed(error)
                 difference = first_difference(right, found)
@@ -95,12 +103,20 @@ def compare(
         finally:
             set_generator_states(before, device)
     if watch.found:
-        return Verdict(f"{watch.found} is wrong for stacked tasks, if certain values are in the batch")
+        return Verdict(
+            f"{watch.found} is wrong for stacked tasks, if certain values are in the batch"
+        )
     if shared := {"numpy", "python"}.intersection(drawn_from):
-        return Verdict(f"they draw random numbers from {' and '.join(sorted(shared))}, which they would share")
+        return Verdict(
+            f"they draw random numbers from {' and '.join(sorted(shared))}, which they would share"
+        )
     if difference is not None:
         return Verdict(f"as one, their {difference} differs from what each gives alone")
-    slow = [str(warning.message).splitlines()[0] for warning in caught if "batching rule" in str(warning.message)]
+    slow = [
+        str(warning.message).splitlines()[0]
+        for warning in caught
+        if "batching rule" in str(warning.message)
+    ]
     slow = [message for message in slow if "as_strided_" not in message]
     return Verdict(slow=f"vmap would loop over them ({slow[0]})" if slow else "")
 
@@ -115,8 +131,8 @@ def _failed(error: Exception) -> Verdict:
 def first_difference(right: Evaluations, found: Evaluations, relative: float = 1e-2) -> str | None:
     """Return the name of the first evaluation that differs by more than rounding, or None.
 
-    In float64 that is a millionth of its size; in lower precision ``relative``, by default a hundredth, since derivatives
-    of large networks have few digits there.
+    In float64 that is a millionth of its size; in lower precision ``relative``, by default a
+    hundredth, since derivatives of large networks have few digits there.
     """
     for name, values in right.items():
         same = torch.isclose(found[name], values, rtol=0, atol=0, equal_nan=True)
@@ -129,7 +145,9 @@ def first_difference(right: Evaluations, found: Evaluations, relative: float = 1
     return None
 
 
-def compare_losses(single: TaskLoss, stacked: TaskLoss, params: Params, episodes: AnyEpisodes, *, curved: bool) -> Verdict:
+def compare_losses(
+    single: TaskLoss, stacked: TaskLoss, params: Params, episodes: AnyEpisodes, *, curved: bool
+) -> Verdict:
     """Compare a loss and its derivatives for two tasks, each of which has parameters of its own.
 
     Args:
@@ -147,7 +165,9 @@ def compare_losses(single: TaskLoss, stacked: TaskLoss, params: Params, episodes
         found = []
         for w, task in zip(_two_points(params, attempt), tasks, strict=True):
             set_generator_states(states, device)
-            found.append(_evaluations(Objective(partial(without_aux, single, task), ONE), w, curved))
+            found.append(
+                _evaluations(Objective(partial(without_aux, single, task), ONE), w, curved)
+            )
         return {name: torch.stack([of_task[name] for of_task in found]) for name in found[0]}
 
     def together(attempt: int, randomness: Randomness) -> Evaluations:
@@ -155,7 +175,9 @@ def compare_losses(single: TaskLoss, stacked: TaskLoss, params: Params, episodes
         points = _two_points(params, attempt)
         w = {name: torch.stack([point[name] for point in points]) for name in params}
         task = tree_map(lambda *tensors: torch.stack(tensors), *tasks)
-        return _evaluations(Objective(partial(without_aux, stack.each(stacked), task), stack), w, curved)
+        return _evaluations(
+            Objective(partial(without_aux, stack.each(stacked), task), stack), w, curved
+        )
 
     def without_aux(loss: TaskLoss, task: Any, w: Params) -> tuple[Tensor, tuple[()]]:
         return loss(w, task), ()
@@ -167,14 +189,18 @@ def two_tasks(episodes: AnyEpisodes) -> list[Any]:
     """Return the first and the last task of a meta-batch, without the dimension of tasks."""
     episodes = detached(episodes)
     last = len(tree_leaves(episodes)[0]) - 1
-    return [tree_map(lambda tensor, number=number: tensor[number], episodes) for number in (0, last)]
+    return [
+        tree_map(lambda tensor, number=number: tensor[number], episodes) for number in (0, last)
+    ]
 
 
 def _evaluations(objective: Objective, w: Params, curved: bool) -> Evaluations:
     dim = objective.stack.dim
 
     def as_rows(params: Params) -> Tensor:
-        return torch.cat([tensor.reshape(*tensor.shape[:dim], -1) for tensor in params.values()], -1)
+        return torch.cat(
+            [tensor.reshape(*tensor.shape[:dim], -1) for tensor in params.values()], -1
+        )
 
     value, _, gradient = objective.value_and_gradient(w)
     found = {"loss": value, "gradient": as_rows(gradient)}
@@ -206,7 +232,14 @@ class _DependsOnValues(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.embedding:
-            names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
+            names = (
+                "input",
+                "weight",
+                "padding_idx",
+                "max_norm",
+                "norm_type",
+                "scale_grad_by_freq",
+            )
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             for name in ("padding_idx", "scale_grad_by_freq"):
                 value = given.get(name)

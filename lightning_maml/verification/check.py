@@ -15,7 +15,13 @@ from torch.utils._pytree import tree_leaves
 from lightning_maml.algorithms.base import with_accuracy
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.algorithms.variants import IMAML, MAMLPlusPlus, Reptile
-from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episodes, first_task, support_set
+from lightning_maml.batches.episodes import (
+    AnyEpisodes,
+    Episodes,
+    check_episodes,
+    first_task,
+    support_set,
+)
 from lightning_maml.batches.outputs import tensors_in
 from lightning_maml.batches.trees import call, cat, map_tensors, tensors
 from lightning_maml.batches.trees import count as count_of
@@ -24,7 +30,14 @@ from lightning_maml.core.inner_rates import rates_of_steps
 from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.params import Params, axpy, dot, norm
 from lightning_maml.core.rng import drops_blocks, generator_states, set_generator_states
-from lightning_maml.execution.auto import FEWEST_STACKED, LARGE_INPUTS, STACKED_INPUTS, STACKED_PARAMETERS, Execution, Executor
+from lightning_maml.execution.auto import (
+    FEWEST_STACKED,
+    LARGE_INPUTS,
+    STACKED_INPUTS,
+    STACKED_PARAMETERS,
+    Execution,
+    Executor,
+)
 from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.networks.batch_norm import batch_norms
 from lightning_maml.networks.checks import Seen, first_support, sees_others
@@ -44,10 +57,12 @@ _SLOW_SECONDS = 1.0
 """With steps on so many that take longer, gradients are compared on two."""
 
 _ROUNDING, _LOW, _AT_KINKS = 1e-6, 1e-2, 0.1
-"""Largest relative errors of gradients that count as rounding: in float64, below, and where rounding may cross a kink."""
+"""Largest relative errors of gradients that count as rounding: in float64, below, and where
+rounding may cross a kink."""
 
 _FAR = 0.3
-"""A relative error from which on HF-MAML does not train by what it is meant to: first order would be nearer."""
+"""A relative error from which on HF-MAML does not train by what it is meant to: first order would
+be nearer."""
 
 _TIMED_SECONDS = 0.5
 """The longest step, estimated from a few tasks, that is timed with the whole batch."""
@@ -68,7 +83,8 @@ class Look(NamedTuple):
     Attributes:
         at: What it was.
         found: What was found.
-        verdict: ``"right"``, ``"wrong"``, or ``"note"`` for what is no mistake, or was not compared.
+        verdict: ``"right"``, ``"wrong"``, or ``"note"`` for what is no mistake, or was not
+            compared.
     """
 
     at: str
@@ -95,13 +111,22 @@ class CheckReport(NamedTuple):
     @property
     def verdict(self) -> str:
         """The result in a sentence."""
-        count = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in ("right", "wrong", "note")}
+        count = {
+            verdict: sum(row.verdict == verdict for row in self.rows)
+            for verdict in ("right", "wrong", "note")
+        }
         if self.ok:
             counts = f"{count['right']} looks, none wrong; {count['note']} notes"
-            return f"The gradients of {self.algorithm} are right on this network, loss and batch ({counts})."
+            return (
+                f"The gradients of {self.algorithm} are right on this network, loss and batch "
+                f"({counts})."
+            )
         first = next(row for row in self.rows if row.verdict == "wrong")
         others = f" ({count['wrong'] - 1} more below it)" if count["wrong"] > 1 else ""
-        return f"{self.algorithm} is wrong on this network, loss or batch, see '{first.at}'{others}: {first.found}"
+        return (
+            f"{self.algorithm} is wrong on this network, loss or batch, see '{first.at}'{others}: "
+            f"{first.found}"
+        )
 
     def __str__(self) -> str:
         first = max(len(row.at) for row in self.rows)
@@ -119,10 +144,11 @@ def _lines(row: Look, width: int) -> Iterator[str]:
 def check(model: MAML, episodes: AnyEpisodes) -> CheckReport:
     """Look at a model on a batch of its data, before it is trained.
 
-    The exact meta-gradient is compared with autograd through the unrolled inner loop, in float64 and in the parameters' own precision, and
-    every way of running tasks with a loop; the rest says what one should know of the network: buffers, random numbers, kinks, time, memory.
-    The model and the random generators are left as they are. It takes some seconds for a small network, and under a minute for a Conv4 on
-    Omniglot.
+    The exact meta-gradient is compared with autograd through the unrolled inner loop, in float64
+    and in the parameters' own precision, and every way of running tasks with a loop; the rest says
+    what one should know of the network: buffers, random numbers, kinks, time, memory. The model and
+    the random generators are left as they are. It takes some seconds for a small network, and under
+    a minute for a Conv4 on Omniglot.
 
     Example:
         >>> import torch
@@ -138,19 +164,30 @@ def check(model: MAML, episodes: AnyEpisodes) -> CheckReport:
         episodes: A meta-batch like those that it is to be trained on.
 
     Returns:
-        What was found. It is not ``ok`` if a gradient is wrong, or if the model cannot be trained on such batches.
+        What was found. It is not ``ok`` if a gradient is wrong, or if the model cannot be trained
+        on such batches.
 
     Raises:
         TypeError: If the model has no inner loop.
     """
     if not isinstance(model, MAML):
-        raise TypeError(f"Expected MAML or one of its variants, whose inner loop is checked, but got {type(model).__name__}.")
+        raise TypeError(
+            "Expected MAML or one of its variants, whose inner loop is checked, but got "
+            f"{type(model).__name__}."
+        )
     states = generator_states(model.device)
     try:
         # compilers know no second derivatives; and what warnings would say is in the rows
-        with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
-            return CheckReport(type(model).__name__, tuple(_looks(_Case(_copied(model), episodes, states))))
+            return CheckReport(
+                type(model).__name__, tuple(_looks(_Case(_copied(model), episodes, states)))
+            )
     finally:
         set_generator_states(states, model.device)
 
@@ -158,7 +195,8 @@ def check(model: MAML, episodes: AnyEpisodes) -> CheckReport:
 def _copied(model: MAML) -> MAML:
     """Return a copy of the model that has seen nothing yet."""
     copied: Any = deep_copy(model)
-    copied._trainer = model._trainer  # which Lightning leaves out; it knows the epoch and the datamodule's ways
+    # which Lightning leaves out; it knows the epoch and the datamodule's ways
+    copied._trainer = model._trainer
     copied._verdicts, copied._compiler = {}, None
     copied.zero_grad()
     if isinstance(copied, MAMLPlusPlus) and copied._trainer is None:
@@ -179,11 +217,14 @@ class _Case:
         self.model, self.episodes, self.states = model, episodes, states
         self.dtype = next(model.network.parameters()).dtype
         self.channels_last = False
-        """Whether the plain network's convolutions leave channels last in memory, as the library's do: dropout draws in that order."""
+        """Whether the plain network's convolutions leave channels last in memory, as the library's
+        do: dropout draws in that order."""
 
     def few(self, count: int = _TASKS) -> "_Case":
         """Return the same with few tasks, on which gradients are compared."""
-        return _Case(self.model, map_tensors(lambda tensor: tensor[:count], self.episodes), self.states)
+        return _Case(
+            self.model, map_tensors(lambda tensor: tensor[:count], self.episodes), self.states
+        )
 
     def double(self) -> "_Case":
         """Return a copy in float64."""
@@ -192,13 +233,19 @@ class _Case:
             for name, value in vars(module).items():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     setattr(module, name, value.double())
-        episodes = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, self.episodes)
+        episodes = map_tensors(
+            lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, self.episodes
+        )
         return _Case(model, episodes, self.states)
 
     def looked_at(self) -> Seen:
         """Return what the model sees of its network on such a batch, which it refuses if something is wrong."""
         model = self.model
-        return model._check(Learner(model.network, model.batch_norm), self.episodes, model._kind(model.network, self.episodes))
+        return model._check(
+            Learner(model.network, model.batch_norm),
+            self.episodes,
+            model._kind(model.network, self.episodes),
+        )
 
     def stacking(self) -> StackingVerdict:
         """Return whether the tasks can be stacked."""
@@ -206,7 +253,9 @@ class _Case:
         network = self.model.network
         return self.model._verdict(self.episodes, network, self.model._kind(network, self.episodes))
 
-    def gradient(self, curvature: CurvatureName | None = None, way: Execution = _WAYS["loop"]) -> Params:
+    def gradient(
+        self, curvature: CurvatureName | None = None, way: Execution = _WAYS["loop"]
+    ) -> Params:
         """Return the network's meta-gradient as the library has it, by default that of the model's own algorithm."""
         self.start(way)
         with self.precision():
@@ -225,17 +274,25 @@ class _Case:
         with self.precision():
             model.meta_loss(self.episodes).backward()  # type: ignore[no-untyped-call]
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()
+        }
 
     def exact(self) -> Params:
         """Return the exact meta-gradient: of all that is trained if the model is trained by it, else of the network."""
         model = self.model
-        trained_so = model.curvature == "exact" and type(model)._training_gradient is MAML._training_gradient
+        trained_so = (
+            model.curvature == "exact" and type(model)._training_gradient is MAML._training_gradient
+        )
         return self.arriving() if trained_so else self.gradient("exact")
 
     def unrolled(self, *, curved: bool = True) -> Params:
         """Return the gradient by autograd, those of the loss and of the inner rates included."""
-        besides: Params = {name: p for name, p in self.model.named_parameters() if p.requires_grad and not name.startswith("network.")}
+        besides: Params = {
+            name: p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and not name.startswith("network.")
+        }
         return self._by_autograd(partial(unrolled_gradient, curved=curved, besides=besides))
 
     def way_back(self) -> Params:
@@ -247,7 +304,13 @@ class _Case:
         model = self.model
         rates = rates_of_steps(model._rates(), model._adapting(), model.train_steps)
         with self.precision():
-            found = function(self.plain_network(), self.plain_loss, self.episodes, rates, batch_norm=model.batch_norm)
+            found = function(
+                self.plain_network(),
+                self.plain_loss,
+                self.episodes,
+                rates,
+                batch_norm=model.batch_norm,
+            )
         own = {name for name, _ in model.network.named_parameters()}
         return {f"network.{name}" if name in own else name: g for name, g in found.items()}
 
@@ -262,18 +325,28 @@ class _Case:
         if self.channels_last:
             for module in network.modules():
                 if isinstance(module, nn.Conv2d):
-                    module.register_forward_hook(lambda _, __, x: x.contiguous(memory_format=torch.channels_last))
+                    module.register_forward_hook(
+                        lambda _, __, x: x.contiguous(memory_format=torch.channels_last)
+                    )
         return network
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return a context in which float64 is not rounded by a mixed precision."""
-        return torch.autocast(self.model.device.type, enabled=False) if self.dtype == torch.float64 else nullcontext()
+        return (
+            torch.autocast(self.model.device.type, enabled=False)
+            if self.dtype == torch.float64
+            else nullcontext()
+        )
 
     def name(self) -> str:
         """Return the precision in words."""
         device, name = self.model.device.type, str(self.dtype).removeprefix("torch.")
         mixed = torch.is_autocast_enabled(device) and self.dtype != torch.float64
-        return f"mixed {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}" if mixed else name
+        return (
+            f"mixed {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}"
+            if mixed
+            else name
+        )
 
     def start(self, way: Execution = _WAYS["loop"]) -> None:
         """Set the random generators back, and choose how tasks are run."""
@@ -317,7 +390,10 @@ def _accepted(case: _Case) -> Look:
         return Look(at, _sentence(error), "wrong")
     shots, queries = len(support_set(first_task(few.episodes))[1]), few.episodes.query_y.shape[1]
     return Look(
-        at, f"{_tasks(case.episodes)} of {shots} support and {queries} query examples, outputs {list(outputs or ())} for each", "right"
+        at,
+        f"{_tasks(case.episodes)} of {shots} support and {queries} query examples, outputs "
+        f"{list(outputs or ())} for each",
+        "right",
     )
 
 
@@ -342,8 +418,16 @@ def _adaptation(case: _Case) -> Look:
     curve = case.model.evaluate(case.episodes)
     figures = with_accuracy(curve.loss, curve.aux, case.episodes, ignored_label(case.model.loss))
     means = {name: values.double().mean(0) for name, values in figures.items()}
-    found = ", ".join(f"{name} {float(mean[0]):.3g} before and {float(mean[-1]):.3g} after" for name, mean in means.items())
-    return Look("adaptation", f"query {found} {len(curve.loss[0]) - 1} steps, on {_tasks(case.episodes)} at these weights", "note")
+    found = ", ".join(
+        f"{name} {float(mean[0]):.3g} before and {float(mean[-1]):.3g} after"
+        for name, mean in means.items()
+    )
+    return Look(
+        "adaptation",
+        f"query {found} {len(curve.loss[0]) - 1} steps, on {_tasks(case.episodes)} at these "
+        "weights",
+        "note",
+    )
 
 
 def _of_gradients(case: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
@@ -357,11 +441,24 @@ def _of_gradients(case: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
         yield from _against_autograd(at, case, double, exact, draws)
     own = type(case.model)._training_gradient is MAML._training_gradient
     if case.model.curvature == "none" and own and not reason:
-        yield _compared(f"{own_at}, {double.name()}", double, double.arriving, partial(double.unrolled, curved=False), draws)
+        yield _compared(
+            f"{own_at}, {double.name()}",
+            double,
+            double.arriving,
+            partial(double.unrolled, curved=False),
+            draws,
+        )
     if isinstance(case.model, MAMLPlusPlus):
-        yield Look(own_at, "not compared: it anneals over the epochs of a training; the exact meta-gradient is what it ends with", "note")
+        yield Look(
+            own_at,
+            "not compared: it anneals over the epochs of a training; the exact meta-gradient is "
+            "what it ends with",
+            "note",
+        )
     if isinstance(case.model, Reptile) and not reason:
-        yield _compared(f"{own_at}, {double.name()}", double, double.gradient, double.way_back, draws)
+        yield _compared(
+            f"{own_at}, {double.name()}", double, double.gradient, double.way_back, draws
+        )
     if exact is not None:
         yield from _approximations(case, double, exact)
 
@@ -381,40 +478,69 @@ def _exact(case: _Case) -> tuple[_Case, Params | None, str]:
             return case, None, _sentence(error)
 
 
-def _against_autograd(at: str, case: _Case, double: _Case, exact: Params, draws: tuple[str, ...]) -> Iterator[Look]:
+def _against_autograd(
+    at: str, case: _Case, double: _Case, exact: Params, draws: tuple[str, ...]
+) -> Iterator[Look]:
     """Compare the exact meta-gradient in float64, and say how far it is from that in the parameters' own type."""
     look = _compared(f"{at}, {double.name()}", double, lambda: exact, double.unrolled, draws)
     yield look
     if look.verdict == "note" or case.dtype == double.dtype:
         return
     case.channels_last = double.channels_last
-    of_library, of_autograd = (_error(gradient, exact) for gradient in (case.exact(), case.unrolled()))
-    found = f"{of_library:.1g} from the one in float64; autograd in {case.name()} is {of_autograd:.1g} from it"
+    of_library, of_autograd = (
+        _error(gradient, exact) for gradient in (case.exact(), case.unrolled())
+    )
+    found = (
+        f"{of_library:.1g} from the one in float64; autograd in {case.name()} is "
+        f"{of_autograd:.1g} from it"
+    )
     most = max(_AT_KINKS if _kinks(case) else _LOW, 10 * of_autograd)
     yield Look(f"{at}, {case.name()}", found, "right" if of_library <= most else "wrong")
 
 
-def _compared(at: str, case: _Case, of_library: Callable[[], Params], of_autograd: Callable[[], Params], draws: tuple[str, ...]) -> Look:
+def _compared(
+    at: str,
+    case: _Case,
+    of_library: Callable[[], Params],
+    of_autograd: Callable[[], Params],
+    draws: tuple[str, ...],
+) -> Look:
     """Compare a gradient of the library with autograd's."""
     try:
         right = of_autograd()
     except Exception as error:  # noqa: BLE001 # a network may not allow what plain torch does with it
-        return Look(at, f"not compared, as autograd through the unrolled loop fails: {_sentence(error)}", "note")
+        return Look(
+            at,
+            f"not compared, as autograd through the unrolled loop fails: {_sentence(error)}",
+            "note",
+        )
     if not all(gradient.isfinite().all() for gradient in right.values()):
-        return Look(at, "not compared: autograd through the unrolled loop gives no finite numbers", "note")
+        return Look(
+            at, "not compared: autograd through the unrolled loop gives no finite numbers", "note"
+        )
     away, tolerance = _error(of_library(), right), _tolerance(case)
     if not away <= tolerance and draws and not _draws_alike(case):
         case.channels_last = True
         away = _error(of_library(), of_autograd())
         if not away <= tolerance:
-            return Look(at, "not compared: called by the library, the network draws its random numbers in another order", "note")
-    found = f"{away:.1g} from autograd through the unrolled loop, relative to its norm, on {_tasks(case.episodes)}"
+            return Look(
+                at,
+                "not compared: called by the library, the network draws its random numbers in "
+                "another order",
+                "note",
+            )
+    found = (
+        f"{away:.1g} from autograd through the unrolled loop, relative to its norm, on "
+        f"{_tasks(case.episodes)}"
+    )
     return Look(at, found, "right" if away <= tolerance else "wrong")
 
 
 def _approximations(case: _Case, double: _Case, exact: Params) -> Iterator[Look]:
     if not float(norm(exact)):
-        yield Look("Hessian-free and first-order", "not compared: the exact meta-gradient is zero", "note")
+        yield Look(
+            "Hessian-free and first-order", "not compared: the exact meta-gradient is zero", "note"
+        )
         return
     if isinstance(case.episodes, Episodes) or case.episodes.hessian_y.shape[2]:
         bent = _kinks(case)
@@ -423,7 +549,9 @@ def _approximations(case: _Case, double: _Case, exact: Params) -> Iterator[Look]
         close: Verdict = "right" if error <= 1e-2 and not bent else "note"
         if case.model.curvature == "finite_difference" and not error <= _FAR:
             close = "wrong"
-        yield Look(f"Hessian-free, {case.name()}", f"{error:.1g} from the exact one; {smooth}", close)
+        yield Look(
+            f"Hessian-free, {case.name()}", f"{error:.1g} from the exact one; {smooth}", close
+        )
     first_order = double.gradient("none")
     exact = {name: exact[name] for name in first_order}
     cosine = float(dot(first_order, exact) / (norm(first_order) * norm(exact)))
@@ -441,29 +569,47 @@ def _of_ways(case: _Case, few: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
     for name, way in _WAYS.items():
         at = f"tasks in {'a loop' if name == 'loop' else name}"
         try:
-            found, verdict = _same(double, way, right, draws) if name != "loop" else ("the others are compared with it", "note")
+            found, verdict = (
+                _same(double, way, right, draws)
+                if name != "loop"
+                else ("the others are compared with it", "note")
+            )
             cost = _cost(timed, way)
         except Exception as error:  # noqa: BLE001 # what fails here is to be shown
             refused = str(error).startswith("Expected ")
-            yield Look(at, f"{'refused' if refused else 'fails'}: {_sentence(error)}", "note" if refused else "wrong")
+            yield Look(
+                at,
+                f"{'refused' if refused else 'fails'}: {_sentence(error)}",
+                "note" if refused else "wrong",
+            )
             continue
         yield Look(at, f"{found}; {cost}", verdict)
     if case.model.hparams.get("compiled"):
-        yield Look("compiled=True", "not looked at: these are the same computations uncompiled", "note")
+        yield Look(
+            "compiled=True", "not looked at: these are the same computations uncompiled", "note"
+        )
 
 
-def _same(case: _Case, way: Execution, right: Params, draws: tuple[str, ...]) -> tuple[str, Verdict]:
+def _same(
+    case: _Case, way: Execution, right: Params, draws: tuple[str, ...]
+) -> tuple[str, Verdict]:
     gradient = case.gradient(way=way)
     if draws and are_stacked(*way):
         return "not compared, as each task draws random numbers of its own", "note"
     error = _error(gradient, right)
-    return f"{error:.1g} from the loop's gradient", "right" if error <= _tolerance(case) else "wrong"
+    return f"{error:.1g} from the loop's gradient", "right" if error <= _tolerance(
+        case
+    ) else "wrong"
 
 
 def _timed(case: _Case, few: _Case) -> _Case:
     """Return the whole batch if a step on it does not take long, else a few tasks."""
     of_few = seconds(few.gradient, case.model.device)
-    return case if of_few * len(case.episodes.query_y) / len(few.episodes.query_y) <= _TIMED_SECONDS else few
+    return (
+        case
+        if of_few * len(case.episodes.query_y) / len(few.episodes.query_y) <= _TIMED_SECONDS
+        else few
+    )
 
 
 def _cost(case: _Case, way: Execution) -> str:
@@ -476,7 +622,8 @@ def _cost(case: _Case, way: Execution) -> str:
     if took < _TIMED_SECONDS:  # the first times take longer
         took = min(took, seconds(gradient, device))
     found = f"{_tasks(case.episodes)}: {took:.2g} s"
-    unseen = peak is None or (way.tasks == "threads" and device.type == "cpu")  # what other threads hold
+    # what other threads hold
+    unseen = peak is None or (way.tasks == "threads" and device.type == "cpu")
     return found if unseen else f"{found}, tensors of {(peak or 0) / 2**20:.2g} MB"
 
 
@@ -484,29 +631,57 @@ def _of_network(case: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
     """Say what the network does besides mapping inputs to outputs."""
     model = case.model
     written = _written(case)
-    policy = f"batch norm's averages follow batch_norm={model.batch_norm!r}" if batch_norms(model.network) else ""
-    yield Look("buffers written", "; ".join(filter(None, [_named(written) if written else "none", policy])), "note")
-    yield Look("random numbers", f"drawn from {' and '.join(draws)}" if draws else "none are drawn", "note")
+    policy = (
+        f"batch norm's averages follow batch_norm={model.batch_norm!r}"
+        if batch_norms(model.network)
+        else ""
+    )
+    yield Look(
+        "buffers written",
+        "; ".join(filter(None, [_named(written) if written else "none", policy])),
+        "note",
+    )
+    yield Look(
+        "random numbers", f"drawn from {' and '.join(draws)}" if draws else "none are drawn", "note"
+    )
     others = "change with" if _sees_others(case) else "do not depend on"
     yield Look(
-        "normalisation", f"outputs {others} the other {'queries' if model.batch_norm == 'support' else 'inputs of the batch'}", "note"
+        "normalisation",
+        f"outputs {others} the other "
+        f"{'queries' if model.batch_norm == 'support' else 'inputs of the batch'}",
+        "note",
     )
     bent = _kinks(case)
-    yield Look("kinks", f"in {_named(bent)}: HFMAML needs a network without them" if bent else "none found", "note")
+    yield Look(
+        "kinks",
+        f"in {_named(bent)}: HFMAML needs a network without them" if bent else "none found",
+        "note",
+    )
     if layers := weight_normed(model.network):
-        found = f"torch's second derivative of weight norm is wrong, and so is the exact meta-gradient through {_named(layers)}"
+        found = (
+            "torch's second derivative of weight norm is wrong, and so is the exact "
+            f"meta-gradient through {_named(layers)}"
+        )
         yield Look("weight norm", found, "wrong" if model.curvature == "exact" else "note")
 
 
 def _written(case: _Case) -> list[str]:
     """Return the names of the buffers that a forward pass writes, without those of batch norm."""
     network = deep_copy(case.model.network)
-    of_norms = {f"{layer}.{name}" for layer, module in batch_norms(network).items() for name, _ in module.named_buffers()}
+    of_norms = {
+        f"{layer}.{name}"
+        for layer, module in batch_norms(network).items()
+        for name, _ in module.named_buffers()
+    }
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with torch.no_grad():
         call(network, support_set(first_task(case.episodes))[0])
     now = dict(network.named_buffers())
-    return [name for name, buffer in before.items() if name not in of_norms and not torch.equal(buffer, now[name])]
+    return [
+        name
+        for name, buffer in before.items()
+        if name not in of_norms and not torch.equal(buffer, now[name])
+    ]
 
 
 def _sees_others(case: _Case) -> bool:
@@ -531,9 +706,13 @@ def _of_auto(case: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
     """Say how ``tasks="auto"`` runs the whole batch, and why."""
     model = case.model
     case.start()
-    way = Executor("auto", None, compiled=False)(model.network, model.device, case.episodes, draws, case.stacking)
+    way = Executor("auto", None, compiled=False)(
+        model.network, model.device, case.episodes, draws, case.stacking
+    )
     chunks = f" in chunks of {way.chunk_size}" if way.chunk_size else ""
-    yield Look("tasks='auto' chooses", f"{way.tasks}{chunks}, because {_why(case, draws, way)}", "note")
+    yield Look(
+        "tasks='auto' chooses", f"{way.tasks}{chunks}, because {_why(case, draws, way)}", "note"
+    )
 
 
 def _why(case: _Case, draws: tuple[str, ...], way: Execution) -> str:
@@ -547,10 +726,20 @@ def _why(case: _Case, draws: tuple[str, ...], way: Execution) -> str:
     if on_cpu and inputs >= LARGE_INPUTS:
         return f"one task, with {inputs} numbers in its inputs, keeps all cores busy"
     if are_stacked(*way):
-        return f"a task has only {inputs} numbers in its inputs" if on_cpu else "the tasks can be stacked"
+        return (
+            f"a task has only {inputs} numbers in its inputs"
+            if on_cpu
+            else "the tasks can be stacked"
+        )
     parameters = sum(p.numel() for p in model.network.parameters())
-    if on_cpu and min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // max(1, parameters)) < FEWEST_STACKED:
-        return f"a task, with {inputs} numbers in its inputs and {parameters} in its parameters, is too large to be stacked"
+    if (
+        on_cpu
+        and min(STACKED_INPUTS // inputs, STACKED_PARAMETERS // max(1, parameters)) < FEWEST_STACKED
+    ):
+        return (
+            f"a task, with {inputs} numbers in its inputs and {parameters} in its parameters, is "
+            "too large to be stacked"
+        )
     if on_cpu and len(case.episodes.query_y) < FEWEST_STACKED:
         return f"{_tasks(case.episodes)} are too few to stack"
     verdict = case.stacking()
@@ -559,7 +748,11 @@ def _why(case: _Case, draws: tuple[str, ...], way: Execution) -> str:
 
 def _not_unrolled(case: _Case) -> str:
     """Return why autograd through the plain inner loop does not give this model's gradient; empty if it does."""
-    own = (type(case.model)._support_loss, type(case.model)._query_loss, type(case.model)._meta_gradient)
+    own = (
+        type(case.model)._support_loss,
+        type(case.model)._query_loss,
+        type(case.model)._meta_gradient,
+    )
     if isinstance(case.model, IMAML):
         return "iMAML's is implicit, and that of the inner path is another one"
     if own != (MAML._support_loss, MAML._query_loss, MAML._meta_gradient):
@@ -578,10 +771,21 @@ def _draws_alike(case: _Case) -> bool:
     def outputs(network: Callable[[Any], Any]) -> Tensor:
         case.start()
         found = (network(x) for x in (support_set(task)[0], task.query_x))
-        return torch.cat([tensor.flatten() for each in found for tensor in tensors_in(each) if tensor.is_floating_point()])
+        return torch.cat(
+            [
+                tensor.flatten()
+                for each in found
+                for tensor in tensors_in(each)
+                if tensor.is_floating_point()
+            ]
+        )
 
     with torch.no_grad(), case.precision():
-        return torch.allclose(outputs(partial(learner, learner.params)), outputs(partial(call, case.plain_network())), rtol=1e-4)
+        return torch.allclose(
+            outputs(partial(learner, learner.params)),
+            outputs(partial(call, case.plain_network())),
+            rtol=1e-4,
+        )
 
 
 def _tolerance(case: _Case) -> float:
@@ -606,14 +810,20 @@ class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.found |= {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+        self.found |= {
+            leaf.dtype
+            for leaf in tree_leaves(result)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        }
         return result
 
 
 def _error(gradient: Params, right: Params) -> float:
     """Return the distance of a gradient from the right one, relative to the norm of the latter, over the parameters that both have."""
     both = [name for name in gradient if name in right]
-    gradient, right = ({name: each[name].detach().double() for name in both} for each in (gradient, right))
+    gradient, right = (
+        {name: each[name].detach().double() for name in both} for each in (gradient, right)
+    )
     size, distance = float(norm(right)), float(norm(axpy(-1.0, right, gradient)))
     return distance / size if size else distance
 

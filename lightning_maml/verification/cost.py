@@ -23,8 +23,9 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
     """Return the most bytes that one call adds to those in use; None on a device whose memory cannot be watched.
 
-    On CUDA these are the bytes that torch's allocator gave. On the CPU they are those of the tensors that operations make in the calling
-    thread: what other threads make, and what kernels need inside, is not counted.
+    On CUDA these are the bytes that torch's allocator gave. On the CPU they are those of the
+    tensors that operations make in the calling thread: what other threads make, and what kernels
+    need inside, is not counted.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -49,11 +50,14 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if _has_storage(leaf)}
+        given = {
+            id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if _has_storage(leaf)
+        }
         result = func(*args, **(kwargs or {}))
         for leaf in filter(_has_storage, tree_leaves(result)):
             storage = leaf.untyped_storage()
-            if id(storage) not in self._sizes and id(storage) not in given:  # views share what they were given
+            # views share what they were given
+            if id(storage) not in self._sizes and id(storage) not in given:
                 self._sizes[id(storage)] = storage.nbytes()
                 self._now += storage.nbytes()
                 weakref.finalize(storage, self._freed, id(storage))

@@ -1,6 +1,7 @@
 """The meta-gradient as textbooks have it: autograd through the unrolled inner loop, one task after another, in plain torch.
 
-It is slow, keeps the graph of all inner steps, and shares no code with :func:`lightning_maml.meta_gradient`, which it is there to judge.
+It is slow, keeps the graph of all inner steps, and shares no code with
+:func:`lightning_maml.meta_gradient`, which it is there to judge.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,8 @@ def unrolled_gradient(
 ) -> Params:
     """Return the mean over tasks of the gradient of the query loss after adaptation, for the network's trainable parameters.
 
-    Every evaluation starts from the network's buffers as they are, and what it writes to them is dropped.
+    Every evaluation starts from the network's buffers as they are, and what it writes to them is
+    dropped.
 
     Args:
         network: Its parameters are the meta-parameters.
@@ -41,17 +43,20 @@ def unrolled_gradient(
         rates: For each inner step the rates of the parameters that adapt.
         batch_norm: ``"batch"``, ``"support"`` or ``"running"``, see :class:`lightning_maml.MAML`.
         curved: Differentiate through the inner steps too; if not, the gradient is first-order.
-        besides: Other tensors, on which the loss and the rates depend, by name: their gradients are returned too.
+        besides: Other tensors, on which the loss and the rates depend, by name: their gradients are
+            returned too.
 
     Returns:
-        The gradient; nan if the network reads its parameters from where a copy of it cannot be given other ones.
+        The gradient; nan if the network reads its parameters from where a copy of it cannot be
+        given other ones.
     """
     network, w = _emptied(network, batch_norm)
     leaves = w | (besides or {})
     total = {name: torch.zeros_like(p) for name, p in leaves.items()}
     for number in range(len(episodes.query_y)):
         task = map_tensors(lambda tensor, number=number: tensor[number], episodes)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the only attention with a second derivative
+        # the only attention with a second derivative
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             adapted = _adapted(network, loss, task, w, rates, curved)
             value = loss(_query_outputs(network, adapted, task, batch_norm), task.query_y)
             gradient = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
@@ -60,7 +65,12 @@ def unrolled_gradient(
 
 
 def unrolled_way_back(
-    network: nn.Module, loss: Callable[[Any, Any], Tensor], episodes: Episodes, rates: Sequence[Rates], *, batch_norm: str = "batch"
+    network: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    episodes: Episodes,
+    rates: Sequence[Rates],
+    *,
+    batch_norm: str = "batch",
 ) -> Params:
     """Return the mean over tasks of ``w_0 - w_N``, Reptile's gradient; the arguments are those of :func:`unrolled_gradient`."""
     network, w = _emptied(network, batch_norm)
@@ -70,25 +80,36 @@ def unrolled_way_back(
         with torch.enable_grad():
             adapted = _adapted(network, loss, task, w, rates, curved=False)
         with torch.no_grad():
-            _query_outputs(network, adapted, task, batch_norm)  # for the random numbers that it draws
+            # for the random numbers that it draws
+            _query_outputs(network, adapted, task, batch_norm)
         total = {name: total[name] + (w[name] - adapted[name]).detach() for name in w}
     return {name: g / len(episodes.query_y) for name, g in total.items()}
 
 
 def _adapted(
-    network: nn.Module, loss: Callable[[Any, Any], Tensor], task: Episodes, w: Params, rates: Sequence[Rates], curved: bool
+    network: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    task: Episodes,
+    w: Params,
+    rates: Sequence[Rates],
+    curved: bool,
 ) -> Params:
     """Return ``w_N``: gradient descent on the support loss."""
     for rates_of_step in rates:
         value = loss(_outputs(network, w, task.support_x), task.support_y)
         at = [w[name] for name in rates_of_step]
         gradient = torch.autograd.grad(value, at, create_graph=curved, materialize_grads=True)
-        w = w | {name: w[name] - rates_of_step[name] * _dense(g) for name, g in zip(rates_of_step, gradient, strict=True)}
+        w = w | {
+            name: w[name] - rates_of_step[name] * _dense(g)
+            for name, g in zip(rates_of_step, gradient, strict=True)
+        }
     return w
 
 
 def _query_outputs(network: nn.Module, w: Params, task: Episodes, batch_norm: str) -> Any:
-    if batch_norm != "support" or not any(isinstance(module, _BatchNorm) for module in network.modules()):
+    if batch_norm != "support" or not any(
+        isinstance(module, _BatchNorm) for module in network.modules()
+    ):
         return _outputs(network, w, task.query_x)
     shots = len(task.support_y)
     outputs = _outputs(network, w, cat([task.support_x, task.query_x]), shots)
@@ -98,9 +119,12 @@ def _query_outputs(network: nn.Module, w: Params, task: Episodes, batch_norm: st
 def _outputs(network: nn.Module, w: Params, x: Inputs, shots: int | None = None) -> Any:
     """Return the network's outputs with the parameters ``w``.
 
-    A deep copy to which ``w`` was given in place of the parameters has it wherever the network holds them, and buffers of its own.
+    A deep copy to which ``w`` was given in place of the parameters has it wherever the network
+    holds them, and buffers of its own.
     """
-    own = deep_copy(network, {id(p): w[name] for name, p in network.named_parameters() if name in w})
+    own = deep_copy(
+        network, {id(p): w[name] for name, p in network.named_parameters() if name in w}
+    )
     for module in own.modules():
         if isinstance(module, _BatchNorm):
             module.support = 1.0 if shots is None else shots / count(x)  # type: ignore[assignment]
@@ -137,4 +161,5 @@ def _normalised_by_support(norm: Any, arguments: tuple[Tensor, ...], _: Tensor) 
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient  # embeddings may have sparse ones
+    # embeddings may have sparse ones
+    return gradient.to_dense() if gradient.is_sparse else gradient

@@ -20,7 +20,13 @@ from lightning_maml.datamodules.sampler import EpisodeDataset
 
 ALGORITHMS = [MAML, FOMAML, HFMAML]
 
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
 
 ALONE = """
 import sys
@@ -31,13 +37,23 @@ torch.save([test["trained"](algorithm) for algorithm in test["ALGORITHMS"]], sys
 """
 
 
-def trained(algorithm: type[MAML], precision: str = "32-true", tasks: Any = "auto", device: str = "cpu", **data: Any) -> torch.Tensor:
+def trained(
+    algorithm: type[MAML],
+    precision: str = "32-true",
+    tasks: Any = "auto",
+    device: str = "cpu",
+    **data: Any,
+) -> torch.Tensor:
     """Return the weights after some steps; of SGD, for Adam makes large differences of small ones."""
     seed_everything(3)
-    model = algorithm(network(dropout=0.0), 0.1, 2, tasks=tasks, optimizer=partial(torch.optim.SGD, lr=0.1))
-    Trainer(max_epochs=2, precision=precision, **QUIET | {"accelerator": device, "deterministic": device != "cpu"}).fit(
-        model, Noise(**data)
+    model = algorithm(
+        network(dropout=0.0), 0.1, 2, tasks=tasks, optimizer=partial(torch.optim.SGD, lr=0.1)
     )
+    Trainer(
+        max_epochs=2,
+        precision=precision,
+        **QUIET | {"accelerator": device, "deterministic": device != "cpu"},
+    ).fit(model, Noise(**data))
     return flat(dict(model.named_parameters())).cpu()
 
 
@@ -49,14 +65,21 @@ def test_workers_change_no_weight(algorithm: type[MAML]) -> None:
 
 
 def test_another_process_ends_with_the_same_weights(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", ALONE, __file__, tmp_path / "w.pt"], env=ENVIRONMENT, check=True)
-    for algorithm, weights in zip(ALGORITHMS, torch.load(tmp_path / "w.pt", weights_only=True), strict=True):
+    subprocess.run(
+        [sys.executable, "-c", ALONE, __file__, tmp_path / "w.pt"], env=ENVIRONMENT, check=True
+    )
+    for algorithm, weights in zip(
+        ALGORITHMS, torch.load(tmp_path / "w.pt", weights_only=True), strict=True
+    ):
         assert torch.equal(weights, trained(algorithm))
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(("algorithm", "bound"), [(MAML, 1e-11), (FOMAML, 1e-11), (HFMAML, 1e-6)])  # differences magnify rounding
-def test_ways_of_running_tasks_change_weights_by_rounding(algorithm: type[MAML], bound: float) -> None:
+# differences magnify rounding
+@pytest.mark.parametrize(("algorithm", "bound"), [(MAML, 1e-11), (FOMAML, 1e-11), (HFMAML, 1e-6)])
+def test_ways_of_running_tasks_change_weights_by_rounding(
+    algorithm: type[MAML], bound: float
+) -> None:
     loop = trained(algorithm, "64-true", "loop")
     for tasks in ("threads", "vmap"):
         other = trained(algorithm, "64-true", tasks)
@@ -65,7 +88,15 @@ def test_ways_of_running_tasks_change_weights_by_rounding(algorithm: type[MAML],
 
 def test_tasks_are_the_same_on_every_python() -> None:
     """The digest was taken on Python 3.11; CI and users have others, and other numpys."""
-    episodes = EpisodeDataset(numbered_images(), ways=5, shots=2, queries=3, rotations="augment", seed=(7, 0), split="train")
+    episodes = EpisodeDataset(
+        numbered_images(),
+        ways=5,
+        shots=2,
+        queries=3,
+        rotations="augment",
+        seed=(7, 0),
+        split="train",
+    )
     digest = hashlib.sha256()
     for number in range(50):
         for tensor in episodes[2, number]:

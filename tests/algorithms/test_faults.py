@@ -43,13 +43,20 @@ class Broken(Noise):
 
 
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML, ProtoNet])
-def test_a_step_that_is_not_finite_stops_the_run_and_can_be_taken_again(tmp_path: Path, algorithm: type[MAML]) -> None:
+def test_a_step_that_is_not_finite_stops_the_run_and_can_be_taken_again(
+    tmp_path: Path, algorithm: type[MAML]
+) -> None:
     def model() -> LightningModule:
-        return ProtoNet(network(None, dropout=0.5)) if algorithm is ProtoNet else algorithm(network(dropout=0.5), 0.1, 2)
+        return (
+            ProtoNet(network(None, dropout=0.5))
+            if algorithm is ProtoNet
+            else algorithm(network(dropout=0.5), 0.1, 2)
+        )
 
     broken = model()
     with pytest.raises(
-        FloatingPointError, match=r"in tasks \[1\] at step 2.*`lightning-maml replay --config=CONFIG --ckpt_path=.*step_2.repro`"
+        FloatingPointError,
+        match=r"in tasks \[1\] at step 2.*`lightning-maml replay --config=CONFIG --ckpt_path=.*step_2.repro`",
     ) as first:
         trainer(tmp_path, precision="32-true").fit(broken, Broken())
     again = model()
@@ -59,15 +66,32 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_taken_again(tmp_path
     assert episodes.support_x[1, 0].isnan().all()
     with pytest.raises(FloatingPointError) as second:
         again.train().meta_loss(episodes)
-    losses = [re.search(r"got (.*) in tasks", str(error.value)).group(1) for error in (first, second)]
+    losses = [
+        re.search(r"got (.*) in tasks", str(error.value)).group(1) for error in (first, second)
+    ]
     assert losses[0] == losses[1]
 
 
-def test_the_command_that_a_broken_run_names_takes_the_step_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_that_a_broken_run_names_takes_the_step_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    small = ["--data.train_batches=2", "--data.meta_batch_size=2", "--trainer.max_epochs=1", "--trainer.limit_val_batches=1"]
+    small = [
+        "--data.train_batches=2",
+        "--data.meta_batch_size=2",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_val_batches=1",
+    ]
     with pytest.raises(SystemExit, match="Expected a finite query loss") as end:
-        main(["fit", f"--config={CONFIGS / 'glyphs_maml.yaml'}", *small, "--model.inner_lr=1e30", "--trainer.enable_progress_bar=false"])
+        main(
+            [
+                "fit",
+                f"--config={CONFIGS / 'glyphs_maml.yaml'}",
+                *small,
+                "--model.inner_lr=1e30",
+                "--trainer.enable_progress_bar=false",
+            ]
+        )
     command = re.search(r"`lightning-maml (.*)`", str(end.value)).group(1).split()
     with pytest.raises(SystemExit, match="Expected a finite query loss") as replayed:
         main(command)
@@ -78,32 +102,62 @@ def test_replay_says_when_a_step_does_not_break(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    small = ["--data.train_batches=2", "--data.meta_batch_size=2", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+    small = [
+        "--data.train_batches=2",
+        "--data.meta_batch_size=2",
+        "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false",
+    ]
     with pytest.raises(SystemExit) as end:
         main(["fit", f"--config={CONFIGS / 'glyphs_maml.yaml'}", *small, "--model.inner_lr=1e30"])
     command = re.search(r"`lightning-maml (.*)`", str(end.value)).group(1).split()
     main([*command, "--model.inner_lr=0.1"])
     assert "does not break this model" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"Expected .* to be a step that the same model saved but got another"):
+    with pytest.raises(
+        SystemExit, match=r"Expected .* to be a step that the same model saved but got another"
+    ):
         main([*command, "--model.network.channels=8"])
     torch.save({"weights": 1}, "other.repro")
-    with pytest.raises(SystemExit, match=r"Expected other\.repro to be a step that a run saved when it broke but it holds 'weights'"):
+    with pytest.raises(
+        SystemExit,
+        match=r"Expected other\.repro to be a step that a run saved when it broke but it holds 'weights'",
+    ):
         main([command[0], command[1], "--ckpt_path=other.repro"])
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        ["--model=MAMLPlusPlus", "--model.multi_step_epochs=2", "--model.first_order_epochs=1", "--model.batch_norm=per_step"],
+        [
+            "--model=MAMLPlusPlus",
+            "--model.multi_step_epochs=2",
+            "--model.first_order_epochs=1",
+            "--model.batch_norm=per_step",
+        ],
         ["--trainer.precision=bf16-mixed", "--model=FOMAML"],
     ],
     ids=["annealing", "bf16"],
 )
-def test_steps_are_replayed_as_they_were_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str]) -> None:
+def test_steps_are_replayed_as_they_were_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    small = ["--data.train_batches=2", "--data.meta_batch_size=2", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+    small = [
+        "--data.train_batches=2",
+        "--data.meta_batch_size=2",
+        "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false",
+    ]
     with pytest.raises(SystemExit) as end:
-        main(["fit", f"--config={CONFIGS / 'glyphs_maml.yaml'}", *changes, *small, "--model.inner_lr=1e30"])
+        main(
+            [
+                "fit",
+                f"--config={CONFIGS / 'glyphs_maml.yaml'}",
+                *changes,
+                *small,
+                "--model.inner_lr=1e30",
+            ]
+        )
     with pytest.raises(SystemExit, match="Expected a finite query loss") as replayed:
         main(re.search(r"`lightning-maml (.*)`", str(end.value)).group(1).split())
     assert str(end.value).startswith(str(replayed.value).split(" at step")[0])
@@ -121,7 +175,9 @@ def test_weights_are_of_the_types_that_they_were_of(tmp_path: Path) -> None:
     path = save_step(broken, make_episodes(), random_state(broken.device), tmp_path)
     load_step(again, path)
     assert is_same(again.state_dict(), broken.state_dict())
-    assert {name: p.dtype for name, p in again.named_parameters()} == {name: p.dtype for name, p in broken.named_parameters()}
+    assert {name: p.dtype for name, p in again.named_parameters()} == {
+        name: p.dtype for name, p in broken.named_parameters()
+    }
     assert again.network.unsaved.dtype == torch.float64
 
 
@@ -136,7 +192,9 @@ class Weights(Callback):
 
 
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML])
-def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(tmp_path: Path, algorithm: type[MAML]) -> None:
+def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(
+    tmp_path: Path, algorithm: type[MAML]
+) -> None:
     weights = Weights()
     run = trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite(), weights])
     run.fit(algorithm(network(), 0.1), Broken())
@@ -145,24 +203,36 @@ def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(tmp_path: Path
     assert run.callback_metrics["train/skipped"] == 1
     assert not list(tmp_path.glob("*.repro"))
     with pytest.raises(
-        FloatingPointError, match="Expected at most 0 meta-batches without a finite loss and meta-gradient but there were 1"
+        FloatingPointError,
+        match="Expected at most 0 meta-batches without a finite loss and meta-gradient but there "
+        "were 1",
     ):
-        trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite(at_most=0)]).fit(algorithm(network(), 0.1), Broken())
+        trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite(at_most=0)]).fit(
+            algorithm(network(), 0.1), Broken()
+        )
 
 
 def test_what_cannot_skip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected `at_most` to be at least 0 but got -1"):
         SkipNonFinite(at_most=-1)
     run = trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite()])
-    with pytest.raises(TypeError, match="Expected a module of lightning_maml for SkipNonFinite but got BoringModel"):
+    with pytest.raises(
+        TypeError, match="Expected a module of lightning_maml for SkipNonFinite but got BoringModel"
+    ):
         run.fit(BoringModel())
     several = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
-    with pytest.raises(ValueError, match="Expected one process for SkipNonFinite but got 2, which have to step together; remove it"):
+    with pytest.raises(
+        ValueError,
+        match="Expected one process for SkipNonFinite but got 2, which have to step together; "
+        "remove it",
+    ):
         SkipNonFinite().setup(several, MAML(network(), 0.1), "fit")
     SkipNonFinite().setup(several, MAML(network(), 0.1), "test")
 
 
-def test_skipping_ends_with_its_run_and_the_count_goes_on_with_its_checkpoint(tmp_path: Path) -> None:
+def test_skipping_ends_with_its_run_and_the_count_goes_on_with_its_checkpoint(
+    tmp_path: Path,
+) -> None:
     model = MAML(network(), 0.1)
     run = trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite()])
     run.fit(model, Broken())
@@ -170,7 +240,9 @@ def test_skipping_ends_with_its_run_and_the_count_goes_on_with_its_checkpoint(tm
     with pytest.raises(FloatingPointError, match="at step 2"):
         trainer(tmp_path, precision="32-true").fit(model, Broken())
     again = MAML(network(), 0.1)
-    trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite()], max_epochs=2).fit(again, Broken(), ckpt_path=tmp_path / "one.ckpt")
+    trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite()], max_epochs=2).fit(
+        again, Broken(), ckpt_path=tmp_path / "one.ckpt"
+    )
     assert again.skipped == 1
     trainer(tmp_path, precision="32-true", callbacks=[SkipNonFinite()]).fit(again, Broken())
     assert again.skipped == 1, "another run counts anew"
@@ -199,7 +271,9 @@ def test_a_step_that_breaks_in_one_process_ends_all(tmp_path: Path, rank: int) -
     script = tmp_path / "script.py"
     script.write_text(ONE_BREAKS)
     command = [sys.executable, str(script), str(rank), str(tmp_path)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode != 0
     assert f"step_2_rank_{rank}.repro" in done.stderr
     assert [*tmp_path.rglob(f"step_2_rank_{rank}.repro")]
@@ -219,13 +293,19 @@ model.meta_loss(Episodes(x, y, x, y))
 
 @pytest.mark.parametrize(
     ("tasks", "cure"),
-    [("vmap", "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "), ("loop", "")],
+    [
+        ("vmap", "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "),
+        ("loop", ""),
+    ],
     ids=["vmap", "loop"],
 )
 def test_without_memory_the_error_names_what_takes_less(tasks: str, cure: str) -> None:
     ended = another_process.run(OUT_OF_MEMORY, tasks, 300)
     assert ended.returncode == 1
-    found = f"Expected memory for 16 tasks but there is not enough (tasks='{tasks}', chunk_size=None); {cure}smaller are tasks with"
+    found = (
+        f"Expected memory for 16 tasks but there is not enough (tasks='{tasks}', "
+        f"chunk_size=None); {cure}smaller are tasks with"
+    )
     assert f"OutOfMemoryError: {found}" in ended.stderr
 
 
@@ -247,7 +327,9 @@ class Killed(Noise):
 
 
 def test_a_loader_process_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* exited unexpectedly|is killed by signal"):
+    with pytest.raises(
+        RuntimeError, match=r"DataLoader worker \(pid.* exited unexpectedly|is killed by signal"
+    ):
         trainer(tmp_path, precision="32-true").fit(MAML(network(), 0.1), Killed(num_workers=2))
 
 
@@ -263,7 +345,9 @@ def photographs(folder: Path) -> Path:
 
 def test_a_data_folder_that_vanishes(tmp_path: Path) -> None:
     class Vanishing(Callback):
-        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, batch: Any, *_: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: Trainer, module: LightningModule, batch: Any, *_: Any
+        ) -> None:
             shutil.rmtree(tmp_path / "photographs", ignore_errors=True)
 
     def data() -> ImageFolderDataModule:
@@ -275,7 +359,9 @@ def test_a_data_folder_that_vanishes(tmp_path: Path) -> None:
     run.fit(MAML(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 3)), 0.1), data())
     assert run.global_step == 8, "what is in memory stays there"
     with pytest.raises((FileNotFoundError, ValueError), match=r"Expected .*photographs"):
-        trainer(tmp_path, precision="32-true").fit(MAML(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 3)), 0.1), data())
+        trainer(tmp_path, precision="32-true").fit(
+            MAML(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 3)), 0.1), data()
+        )
 
 
 INTERRUPTED = """
@@ -304,7 +390,11 @@ torch.save(model.state_dict(), folder / "end.pt")
 """
 
 
-@pytest.mark.parametrize("at", ["step 3", "validation after 6", "validation after 12"], ids=["step", "validation", "last validation"])
+@pytest.mark.parametrize(
+    "at",
+    ["step 3", "validation after 6", "validation after 12"],
+    ids=["step", "validation", "last validation"],
+)
 def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, at: str) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
@@ -324,22 +414,38 @@ def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, at
     assert f"ckpt_path={checkpoint}" in (tmp_path / "stderr").read_text()
     assert not (stopped / "end.pt").exists()
     another_process.output(INTERRUPTED, stopped, checkpoint)
-    assert is_same(*(torch.load(folder / "end.pt", weights_only=True) for folder in (stopped, whole)))
+    assert is_same(
+        *(torch.load(folder / "end.pt", weights_only=True) for folder in (stopped, whole))
+    )
 
 
 @pytest.mark.parametrize("kept", ["best", None])
-def test_an_interrupted_run_leaves_it_beside_its_checkpoints(tmp_path: Path, kept: str | None) -> None:
+def test_an_interrupted_run_leaves_it_beside_its_checkpoints(
+    tmp_path: Path, kept: str | None
+) -> None:
     class CtrlC(Callback):
         def on_train_batch_start(self, *_) -> None:
             signal.raise_signal(signal.SIGINT)
 
-    checkpoints = [OnExceptionCheckpoint(tmp_path), ModelCheckpoint(tmp_path / kept)] if kept is not None else []
+    checkpoints = (
+        [OnExceptionCheckpoint(tmp_path), ModelCheckpoint(tmp_path / kept)]
+        if kept is not None
+        else []
+    )
     run = trainer(
-        tmp_path, callbacks=[CheckpointOnInterrupt(), CtrlC(), *checkpoints], precision="64-true", enable_checkpointing=kept is not None
+        tmp_path,
+        callbacks=[CheckpointOnInterrupt(), CtrlC(), *checkpoints],
+        precision="64-true",
+        enable_checkpointing=kept is not None,
     )
     with pytest.raises(SystemExit):
-        run.fit(MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1), torch.utils.data.DataLoader([make_episodes()], batch_size=None))
-    assert [*tmp_path.rglob("interrupted.ckpt")] == [tmp_path / (kept or "checkpoints") / "interrupted.ckpt"]
+        run.fit(
+            MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1),
+            torch.utils.data.DataLoader([make_episodes()], batch_size=None),
+        )
+    assert [*tmp_path.rglob("interrupted.ckpt")] == [
+        tmp_path / (kept or "checkpoints") / "interrupted.ckpt"
+    ]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -349,7 +455,10 @@ def test_the_signal_is_as_before_after_a_run(tmp_path: Path, fails: bool) -> Non
             if fails:
                 raise ZeroDivisionError
 
-    before, model = signal.getsignal(signal.SIGINT), MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1)
+    before, model = (
+        signal.getsignal(signal.SIGINT),
+        MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1),
+    )
     with pytest.raises(ZeroDivisionError) if fails else nullcontext():
         trainer(tmp_path, callbacks=[CheckpointOnInterrupt(), Fails()], precision="64-true").fit(
             model, torch.utils.data.DataLoader([make_episodes()], batch_size=None)

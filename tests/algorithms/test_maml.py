@@ -17,7 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from helpers import another_process
-from helpers.networks import IMAGE, WAYS, build, conv_batch_norm, flat, make_episodes, relative_error
+from helpers.networks import (
+    IMAGE,
+    WAYS,
+    build,
+    conv_batch_norm,
+    flat,
+    make_episodes,
+    relative_error,
+)
 from helpers.trainers import trainer
 from lightning_maml import ANIL, FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ProtoNet, meta_gradient
 from lightning_maml.callbacks import EpisodePictures
@@ -33,7 +41,9 @@ def single(episodes: Episodes) -> Episodes:
 
 
 def loader(count: int = 2, tasks: int = 3, first_seed: int = 0) -> DataLoader[Episodes]:
-    return DataLoader([single(make_episodes(tasks, seed=first_seed + k)) for k in range(count)], batch_size=None)
+    return DataLoader(
+        [single(make_episodes(tasks, seed=first_seed + k)) for k in range(count)], batch_size=None
+    )
 
 
 def parameters(module: nn.Module) -> Params:
@@ -46,7 +56,9 @@ def sgd(**arguments) -> partial:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("batch_norm", ["batch", "support"])
-def test_one_sgd_step_is_the_meta_gradient(tmp_path: Path, algorithm: type[MAML], batch_norm: str) -> None:
+def test_one_sgd_step_is_the_meta_gradient(
+    tmp_path: Path, algorithm: type[MAML], batch_norm: str
+) -> None:
     network = build("conv_batch_norm")
     before = parameters(network)
     learner = Learner(build("conv_batch_norm"), batch_norm)
@@ -65,7 +77,10 @@ def test_one_sgd_step_is_the_meta_gradient(tmp_path: Path, algorithm: type[MAML]
         curvature=algorithm.curvature,
         query_loss=query_loss,
     ).grad
-    module = algorithm(network, inner_lr=0.3, train_steps=2, optimizer=sgd(), batch_norm=batch_norm, tasks="loop")  # as above
+    # as above
+    module = algorithm(
+        network, inner_lr=0.3, train_steps=2, optimizer=sgd(), batch_norm=batch_norm, tasks="loop"
+    )
     trainer(tmp_path, precision="64-true").fit(module, DataLoader([episodes], batch_size=None))
     moved = {name: before[name] - p for name, p in parameters(network).items()}
     assert relative_error(moved, expected) < 1e-12
@@ -77,15 +92,21 @@ def test_fit_validate_test_and_predict(tmp_path: Path, algorithm: type[MAML]) ->
     run = trainer(tmp_path, log_every_n_steps=1)
     run.fit(module, loader(), loader())
     names = {"loss", "accuracy", "loss_before", "accuracy_before"}
-    assert {f"{stage}/{name}" for stage in ("train", "val") for name in names} <= set(run.callback_metrics)
+    assert {f"{stage}/{name}" for stage in ("train", "val") for name in names} <= set(
+        run.callback_metrics
+    )
     run.validate(module, loader(), verbose=False)
     validated = dict(run.callback_metrics)
     run.test(module, loader(), verbose=False)
     for name in names:
         torch.testing.assert_close(validated[f"val/{name}"], run.callback_metrics[f"test/{name}"])
     assert run.callback_metrics["test/loss_before"] != run.callback_metrics["test/loss"]
-    assert run.callback_metrics["test/accuracy_before"] == run.callback_metrics["test/accuracy_step_0"]
-    assert {"test/accuracy_ci95", *(f"test/accuracy_step_{k}" for k in range(4))} <= set(run.callback_metrics)
+    assert (
+        run.callback_metrics["test/accuracy_before"] == run.callback_metrics["test/accuracy_step_0"]
+    )
+    assert {"test/accuracy_ci95", *(f"test/accuracy_step_{k}" for k in range(4))} <= set(
+        run.callback_metrics
+    )
     predictions = run.predict(module, loader())
     assert [prediction.shape for prediction in predictions] == [(3, 9, WAYS)] * 2
 
@@ -100,9 +121,15 @@ def test_the_logged_and_returned_losses_are_the_query_loss(tmp_path: Path) -> No
     learner = Learner(build("mlp").float())
     episodes = single(make_episodes())
     expected = meta_gradient(
-        lambda w, x, y: F.cross_entropy(learner(w, x), y), learner.params, episodes, inner_lr=0.1, steps=1
+        lambda w, x, y: F.cross_entropy(learner(w, x), y),
+        learner.params,
+        episodes,
+        inner_lr=0.1,
+        steps=1,
     ).query_loss.mean()
-    trainer(tmp_path, callbacks=[Watch()]).fit(MAML(network, inner_lr=0.1), DataLoader([episodes], batch_size=None))
+    trainer(tmp_path, callbacks=[Watch()]).fit(
+        MAML(network, inner_lr=0.1), DataLoader([episodes], batch_size=None)
+    )
     assert seen == [(pytest.approx(expected.item()), pytest.approx(expected.item()))]
 
 
@@ -112,23 +139,36 @@ def test_the_test_reports_mean_and_confidence_interval_over_all_tasks(tmp_path: 
     per_task = []
     for batch in batches:
         for t in range(len(batch.support_x)):
-            w = {name: p.detach().clone().requires_grad_() for name, p in module.network.named_parameters()}
+            w = {
+                name: p.detach().clone().requires_grad_()
+                for name, p in module.network.named_parameters()
+            }
             accuracies = []
             for _ in range(5):
                 logits = torch.func.functional_call(module.network, w, (batch.query_x[t],))
                 accuracies.append(float((logits.argmax(-1) == batch.query_y[t]).float().mean()))
-                loss = F.cross_entropy(torch.func.functional_call(module.network, w, (batch.support_x[t],)), batch.support_y[t])
+                loss = F.cross_entropy(
+                    torch.func.functional_call(module.network, w, (batch.support_x[t],)),
+                    batch.support_y[t],
+                )
                 gradient = torch.autograd.grad(loss, list(w.values()))
-                w = {name: (p - 0.5 * g).detach().requires_grad_() for (name, p), g in zip(w.items(), gradient, strict=True)}
+                w = {
+                    name: (p - 0.5 * g).detach().requires_grad_()
+                    for (name, p), g in zip(w.items(), gradient, strict=True)
+                }
             per_task.append(accuracies)
     expected = torch.tensor(per_task)
     run = trainer(tmp_path)
     run.test(module, DataLoader(batches, batch_size=None), verbose=False)
     metrics = run.callback_metrics
     for step in range(5):
-        assert metrics[f"test/accuracy_step_{step}"].item() == pytest.approx(expected[:, step].mean().item(), abs=1e-6)
+        assert metrics[f"test/accuracy_step_{step}"].item() == pytest.approx(
+            expected[:, step].mean().item(), abs=1e-6
+        )
     assert metrics["test/accuracy"].item() == pytest.approx(expected[:, -1].mean().item(), abs=1e-6)
-    assert metrics["test/accuracy_ci95"].item() == pytest.approx(1.96 * expected[:, -1].std().item() / math.sqrt(11), abs=1e-6)
+    assert metrics["test/accuracy_ci95"].item() == pytest.approx(
+        1.96 * expected[:, -1].std().item() / math.sqrt(11), abs=1e-6
+    )
     assert module.adaptation.tasks == 11
 
 
@@ -138,24 +178,43 @@ def test_every_execution_evaluates_alike(tasks: str) -> None:
     arguments = {"inner_lr": 0.2, "test_steps": 3}
     expected = MAML(build("conv_batch_norm"), **arguments, tasks="loop").evaluate(episodes)
     with torch.inference_mode():
-        actual = MAML(build("conv_batch_norm"), **arguments, tasks=tasks, chunk_size=3 if tasks == "vmap" else None).evaluate(episodes)
+        actual = MAML(
+            build("conv_batch_norm"),
+            **arguments,
+            tasks=tasks,
+            chunk_size=3 if tasks == "vmap" else None,
+        ).evaluate(episodes)
     torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("tasks", ["vmap", *(pytest.param(tasks, marks=pytest.mark.slow) for tasks in ("loop", "threads"))])
-def test_regression_by_mean_squared_error_learns_a_sinusoid(tmp_path: Path, algorithm: type[MAML], tasks: str) -> None:
+@pytest.mark.parametrize(
+    "tasks",
+    ["vmap", *(pytest.param(tasks, marks=pytest.mark.slow) for tasks in ("loop", "threads"))],
+)
+def test_regression_by_mean_squared_error_learns_a_sinusoid(
+    tmp_path: Path, algorithm: type[MAML], tasks: str
+) -> None:
     random = torch.Generator().manual_seed(0)
 
     def sinusoids() -> Episodes:
-        amplitude, phase = torch.rand(2, 25, 1, 1, generator=random) * torch.tensor([4.9, math.pi])[:, None, None, None]
+        amplitude, phase = (
+            torch.rand(2, 25, 1, 1, generator=random)
+            * torch.tensor([4.9, math.pi])[:, None, None, None]
+        )
         x = torch.rand(2, 25, 10, 1, generator=random) * 10 - 5
         y = (amplitude + 0.1) * torch.sin(x - phase)
         return Episodes(x[0], y[0], x[1], y[1])
 
     torch.manual_seed(0)
     optimizer = partial(torch.optim.Adam, lr=1e-2)
-    module = algorithm(MLP(1, 1, activation="tanh"), inner_lr=0.02, loss=F.mse_loss, optimizer=optimizer, tasks=tasks)
+    module = algorithm(
+        MLP(1, 1, activation="tanh"),
+        inner_lr=0.02,
+        loss=F.mse_loss,
+        optimizer=optimizer,
+        tasks=tasks,
+    )
     batches = [sinusoids() for _ in range(150)]
     run = trainer(tmp_path)
     run.test(module, DataLoader(batches[:5], batch_size=None), verbose=False)
@@ -166,42 +225,75 @@ def test_regression_by_mean_squared_error_learns_a_sinusoid(tmp_path: Path, algo
     assert not any("accuracy" in name for name in run.callback_metrics)
 
 
-@pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(), partial(F.cross_entropy, label_smoothing=0.1)])
+@pytest.mark.parametrize(
+    "loss", [F.cross_entropy, nn.CrossEntropyLoss(), partial(F.cross_entropy, label_smoothing=0.1)]
+)
 def test_regression_by_the_cross_entropy_of_one_output_is_refused(loss) -> None:
-    episodes = Episodes(torch.rand(2, 5, 3), torch.rand(2, 5, 1), torch.rand(2, 5, 3), torch.rand(2, 5, 1))
-    with pytest.raises(ValueError, match="cross-entropy, which of one output is always 0; give the model `loss="):
+    episodes = Episodes(
+        torch.rand(2, 5, 3), torch.rand(2, 5, 1), torch.rand(2, 5, 3), torch.rand(2, 5, 1)
+    )
+    with pytest.raises(
+        ValueError, match="cross-entropy, which of one output is always 0; give the model `loss="
+    ):
         MAML(MLP(3, 1), loss=loss).meta_loss(episodes)
     with pytest.raises(ValueError, match="Expected a loss for regression"):
-        MAML(MLP(3, 1), loss=loss).meta_loss(episodes._replace(support_y=episodes.support_y[..., 0], query_y=episodes.query_y[..., 0]))
+        MAML(MLP(3, 1), loss=loss).meta_loss(
+            episodes._replace(
+                support_y=episodes.support_y[..., 0], query_y=episodes.query_y[..., 0]
+            )
+        )
 
 
 @pytest.mark.parametrize("loss", [F.mse_loss, nn.L1Loss()])
 def test_targets_that_would_be_broadcast_are_refused(loss) -> None:
-    episodes = Episodes(torch.rand(2, 5, 3), torch.rand(2, 5), torch.rand(2, 4, 3), torch.rand(2, 4))
+    episodes = Episodes(
+        torch.rand(2, 5, 3), torch.rand(2, 5), torch.rand(2, 4, 3), torch.rand(2, 4)
+    )
     model = MAML(MLP(3, 1), loss=loss)
-    fitting = episodes._replace(support_y=episodes.support_y[..., None], query_y=episodes.query_y[..., None])
+    fitting = episodes._replace(
+        support_y=episodes.support_y[..., None], query_y=episodes.query_y[..., None]
+    )
     model.meta_loss(fitting).backward()
     for wrong, size in (
         (episodes, 5),
         (fitting._replace(query_y=episodes.query_y), 4),
         (fitting._replace(support_y=episodes.support_y), 5),
     ):
-        with pytest.raises(ValueError, match=rf"shape of the network's outputs, \[examples, 1\], but got \[{size}\]; reshape them"):
+        with pytest.raises(
+            ValueError,
+            match=rf"shape of the network's outputs, \[examples, 1\], but got \[{size}\]; reshape them",
+        ):
             model.meta_loss(wrong)
-    MAML(MLP(3, 1), loss=lambda outputs, y: F.mse_loss(outputs, y) + F.mse_loss(outputs.mean(), y.mean())).meta_loss(fitting).backward()
+    MAML(
+        MLP(3, 1),
+        loss=lambda outputs, y: F.mse_loss(outputs, y) + F.mse_loss(outputs.mean(), y.mean()),
+    ).meta_loss(fitting).backward()
 
 
-@pytest.mark.parametrize(("dtype", "cure"), [(torch.float64, r"x.to\(torch.float32\)\."), (torch.uint8, r"x.to\(torch.float32\) / 255")])
+@pytest.mark.parametrize(
+    ("dtype", "cure"),
+    [(torch.float64, r"x.to\(torch.float32\)\."), (torch.uint8, r"x.to\(torch.float32\) / 255")],
+)
 @pytest.mark.parametrize("name", ["mlp", "conv_batch_norm"])
 @pytest.mark.parametrize("algorithm", [MAML, ProtoNet])
-def test_inputs_of_another_type_than_the_networks_are_refused(algorithm: type[MAML], name: str, dtype: torch.dtype, cure: str) -> None:
+def test_inputs_of_another_type_than_the_networks_are_refused(
+    algorithm: type[MAML], name: str, dtype: torch.dtype, cure: str
+) -> None:
     model, episodes = algorithm(build(name).float()), single(make_episodes())
-    other = episodes._replace(support_x=episodes.support_x.to(dtype), query_x=episodes.query_x.to(dtype))
+    other = episodes._replace(
+        support_x=episodes.support_x.to(dtype), query_x=episodes.query_x.to(dtype)
+    )
     for act in (model.meta_loss, model.evaluate, lambda episodes: model.adapt(*episodes[:2])):
         act(episodes)
-        with pytest.raises(ValueError, match=f"Expected inputs of the network's type, torch.float32, but it fails on {dtype}; .*{cure}"):
+        with pytest.raises(
+            ValueError,
+            match=f"Expected inputs of the network's type, torch.float32, but it fails on {dtype}; "
+            f".*{cure}",
+        ):
             act(other)
-        with pytest.raises(ValueError, match="all inputs of `episodes` to be of one type but got torch"):
+        with pytest.raises(
+            ValueError, match="all inputs of `episodes` to be of one type but got torch"
+        ):
             model.meta_loss(episodes._replace(query_x=other.query_x))
 
 
@@ -248,17 +340,22 @@ def test_a_non_finite_meta_gradient_stops_before_the_optimizer(tmp_path: Path) -
             self.scale = nn.Parameter(torch.zeros(()))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x.flatten(1)[:, :WAYS] * self.scale.abs().sqrt()  # its slope at 0 is infinite, its value is not
+            # its slope at 0 is infinite, its value is not
+            return x.flatten(1)[:, :WAYS] * self.scale.abs().sqrt()
 
     module = MAML(Root(), train_steps=0, test_steps=0)
-    with pytest.raises(FloatingPointError, match=r"meta-gradient but it is not finite in \['scale'\] at step 0"):
+    with pytest.raises(
+        FloatingPointError, match=r"meta-gradient but it is not finite in \['scale'\] at step 0"
+    ):
         trainer(tmp_path).fit(module, loader(1))
     assert module.network.scale == 0
 
 
 @pytest.mark.parametrize("stage", ["fit", "test", "predict"])
 def test_a_network_with_fewer_outputs_than_ways(tmp_path: Path, stage: str) -> None:
-    with pytest.raises(ValueError, match="labels from 0 to 1, the outputs of `network`, but got 0 to 2"):
+    with pytest.raises(
+        ValueError, match="labels from 0 to 1, the outputs of `network`, but got 0 to 2"
+    ):
         getattr(trainer(tmp_path), stage)(MAML(MLP(64, 2)), loader())
 
 
@@ -266,7 +363,11 @@ def test_a_network_with_fewer_outputs_than_ways(tmp_path: Path, stage: str) -> N
 def test_labels_outside_the_head(tmp_path: Path, label: int) -> None:
     episodes = single(make_episodes())
     episodes.query_y[0, 0] = label
-    with pytest.raises(ValueError, match=f"labels from 0 to 2, the outputs of `network`, but got {min(label, 0)} to {max(label, 2)}"):
+    with pytest.raises(
+        ValueError,
+        match=f"labels from 0 to 2, the outputs of `network`, but got {min(label, 0)} to "
+        f"{max(label, 2)}",
+    ):
         trainer(tmp_path).fit(MAML(MLP(64, 3)), DataLoader([episodes], batch_size=None))
 
 
@@ -276,13 +377,18 @@ def test_labels_outside_the_head(tmp_path: Path, label: int) -> None:
         ({"inner_lr": -1.0}, "`inner_lr`"),
         ({"train_steps": -1}, "`train_steps` to be at least 0 but got -1"),
         ({"test_steps": -2}, "`test_steps` to be at least 0 but got -2"),
-        ({"batch_norm": "none"}, "`batch_norm` to be 'batch', 'support', 'running' or 'per_step' but got 'none'"),
+        (
+            {"batch_norm": "none"},
+            "`batch_norm` to be 'batch', 'support', 'running' or 'per_step' but got 'none'",
+        ),
         ({"chunk_size": 0}, "`chunk_size` to be at least 1 but got 0"),
         ({"tasks": "fast"}, "`tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got 'fast'"),
     ],
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_arguments_out_of_range_are_refused(algorithm: type[MAML], arguments: dict, message: str) -> None:
+def test_arguments_out_of_range_are_refused(
+    algorithm: type[MAML], arguments: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         algorithm(MLP(64, 3, activation="gelu"), **arguments)
 
@@ -302,7 +408,10 @@ def test_hf_maml_warns_about_kinks_by_name_and_not_about_smooth_networks() -> No
         MAML(Conv4(1, 3, 16, downsample="max"))
 
 
-@pytest.mark.parametrize(("layer", "warns"), [(nn.SELU(), True), (nn.ELU(2.0), True), (nn.ELU(), False), (nn.CELU(2.0), False)])
+@pytest.mark.parametrize(
+    ("layer", "warns"),
+    [(nn.SELU(), True), (nn.ELU(2.0), True), (nn.ELU(), False), (nn.CELU(2.0), False)],
+)
 def test_kinks_depend_on_an_elus_alpha(layer: nn.Module, warns: bool) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -356,8 +465,12 @@ def test_hf_maml_warns_once_about_kinks_of_functions_at_the_first_batch(name: st
 
 
 @pytest.mark.parametrize("algorithm", [FOMAML, HFMAML])
-def test_networks_with_a_function_that_is_compiled_as_a_whole_are_trained(algorithm: type[MAML]) -> None:
-    activation = torch.compile(F.gelu if algorithm is FOMAML else F.relu, fullgraph=True, backend="eager")
+def test_networks_with_a_function_that_is_compiled_as_a_whole_are_trained(
+    algorithm: type[MAML],
+) -> None:
+    activation = torch.compile(
+        F.gelu if algorithm is FOMAML else F.relu, fullgraph=True, backend="eager"
+    )
     model = algorithm(Pooled(activation).double(), 0.1, tasks="loop")
     with pytest.warns(UserWarning, match="kinks in relu") if algorithm is HFMAML else nullcontext():
         model.meta_loss(make_episodes(tasks=2))
@@ -380,10 +493,13 @@ def test_a_network_that_returns_no_tensor_of_logits_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_tensors_that_a_network_keeps_as_plain_attributes_do_not_stop_a_test(tmp_path: Path) -> None:
+def test_tensors_that_a_network_keeps_as_plain_attributes_do_not_stop_a_test(
+    tmp_path: Path,
+) -> None:
     class Grid(MLP):
         def forward(self, x: Tensor) -> Tensor:
-            self.grid = torch.linspace(0, 1, 3)  # made in inference mode by the first pass of a test
+            # made in inference mode by the first pass of a test
+            self.grid = torch.linspace(0, 1, 3)
             return super().forward(x) * self.grid
 
     for tasks in ("loop", "threads", "vmap"):
@@ -419,10 +535,14 @@ def test_datamodules_follow_the_trainers_precision(tmp_path: Path, precision: st
 def judged(folder: Path, **arguments) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    module = MAML(Conv4(1, 3, 28, channels=2, activation="gelu"), inner_lr=0.5, test_steps=2, tasks="threads")
+    module = MAML(
+        Conv4(1, 3, 28, channels=2, activation="gelu"), inner_lr=0.5, test_steps=2, tasks="threads"
+    )
     run = trainer(folder, callbacks=[EpisodePictures()], logger=CSVLogger(folder), **arguments)
     run.test(module, GlyphsDataModule(ways=3, meta_batch_size=4, test_tasks=21), verbose=False)
-    torch.save({name: value.item() for name, value in run.callback_metrics.items()}, folder / "judged.pt")
+    torch.save(
+        {name: value.item() for name, value in run.callback_metrics.items()}, folder / "judged.pt"
+    )
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -444,7 +564,9 @@ def test_running_averages_follow_training_and_serve_evaluation(tmp_path: Path) -
     module.eval()
     one = single(make_episodes(tasks=1))
     outputs = module.evaluate(one).aux
-    alone = module.evaluate(one._replace(query_x=one.query_x[:, :1], query_y=one.query_y[:, :1])).aux
+    alone = module.evaluate(
+        one._replace(query_x=one.query_x[:, :1], query_y=one.query_y[:, :1])
+    ).aux
     torch.testing.assert_close(outputs[:, :, :1], alone)
     assert torch.equal(network[1].running_mean, before)
 
@@ -454,7 +576,9 @@ def test_only_batch_statistics_look_at_the_other_queries(policy: str, transducti
     module = MAML(build("conv_batch_norm"), inner_lr=0.1, test_steps=2, batch_norm=policy).eval()
     one = make_episodes(tasks=1)
     outputs = module.evaluate(one).aux[:, :, :2]
-    fewer = module.evaluate(one._replace(query_x=one.query_x[:, :2], query_y=one.query_y[:, :2])).aux
+    fewer = module.evaluate(
+        one._replace(query_x=one.query_x[:, :2], query_y=one.query_y[:, :2])
+    ).aux
     assert torch.allclose(outputs, fewer) is not transductive
 
 
@@ -489,8 +613,12 @@ def test_accumulation_averages_meta_batches(tmp_path: Path) -> None:
     batches = [make_episodes(seed=1), make_episodes(seed=2)]
     together = Episodes(*(torch.cat(pair) for pair in zip(*batches, strict=True)))
     arguments = {"precision": "64-true", "accumulate_grad_batches": 2}
-    trainer(tmp_path, **arguments).fit(MAML(networks[0], optimizer=sgd()), DataLoader(batches, batch_size=None))
-    trainer(tmp_path, precision="64-true").fit(MAML(networks[1], optimizer=sgd()), DataLoader([together], batch_size=None))
+    trainer(tmp_path, **arguments).fit(
+        MAML(networks[0], optimizer=sgd()), DataLoader(batches, batch_size=None)
+    )
+    trainer(tmp_path, precision="64-true").fit(
+        MAML(networks[1], optimizer=sgd()), DataLoader([together], batch_size=None)
+    )
     assert relative_error(parameters(networks[0]), parameters(networks[1])) < 1e-14
 
 
@@ -498,7 +626,9 @@ def test_clipping_bounds_the_meta_gradient(tmp_path: Path) -> None:
     network = build("mlp")
     before = parameters(network)
     arguments = {"precision": "64-true", "gradient_clip_val": 1e-3}
-    trainer(tmp_path, **arguments).fit(MAML(network, optimizer=sgd()), DataLoader([make_episodes()], batch_size=None))
+    trainer(tmp_path, **arguments).fit(
+        MAML(network, optimizer=sgd()), DataLoader([make_episodes()], batch_size=None)
+    )
     assert float((flat(parameters(network)) - flat(before)).norm()) == pytest.approx(1e-3, rel=1e-4)
 
 
@@ -519,13 +649,17 @@ def test_dropout_inside_other_modules_is_found_by_auto(tmp_path: Path) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_mixed_precision_runs(tmp_path: Path, algorithm: type[MAML]) -> None:
     network = conv_batch_norm()
-    trainer(tmp_path, precision="bf16-mixed").fit(algorithm(network, inner_lr=0.1), loader(), loader())
+    trainer(tmp_path, precision="bf16-mixed").fit(
+        algorithm(network, inner_lr=0.1), loader(), loader()
+    )
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in network.parameters())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_dropout_trains_and_evaluation_is_without_it(tmp_path: Path, algorithm: type[MAML]) -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, WAYS))
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, WAYS)
+    )
     module = algorithm(network, inner_lr=0.1, train_steps=2)
     trainer(tmp_path).fit(module, loader())
     module.eval()
@@ -534,9 +668,13 @@ def test_dropout_trains_and_evaluation_is_without_it(tmp_path: Path, algorithm: 
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_checkpoint_holds_plain_arguments_and_loads_safely(tmp_path: Path, algorithm: type[MAML]) -> None:
+def test_a_checkpoint_holds_plain_arguments_and_loads_safely(
+    tmp_path: Path, algorithm: type[MAML]
+) -> None:
     extra = {"probe_radius": 1e-3} if algorithm is HFMAML else {}
-    module = algorithm(MLP(64, 3, activation="gelu"), inner_lr=0.2, train_steps=2, test_steps=4, **extra)
+    module = algorithm(
+        MLP(64, 3, activation="gelu"), inner_lr=0.2, train_steps=2, test_steps=4, **extra
+    )
     run = trainer(tmp_path)
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "model.ckpt")
@@ -554,7 +692,9 @@ def test_a_checkpoint_holds_plain_arguments_and_loads_safely(tmp_path: Path, alg
         "compiled": False,
         **extra,
     }
-    loaded = algorithm.load_from_checkpoint(tmp_path / "model.ckpt", network=MLP(64, 3, activation="gelu"), weights_only=True)
+    loaded = algorithm.load_from_checkpoint(
+        tmp_path / "model.ckpt", network=MLP(64, 3, activation="gelu"), weights_only=True
+    )
     episodes = single(make_episodes())
     torch.testing.assert_close(loaded.evaluate(episodes), module.evaluate(episodes), rtol=0, atol=0)
     assert loaded.test_steps == 4
@@ -563,7 +703,9 @@ def test_a_checkpoint_holds_plain_arguments_and_loads_safely(tmp_path: Path, alg
 def test_optimizers_and_schedulers_are_configured_like_lightnings(tmp_path: Path) -> None:
     assert type(MAML(MLP(64, 3)).configure_optimizers()) is torch.optim.Adam
     assert MAML(MLP(64, 3)).configure_optimizers().defaults["lr"] == 1e-3
-    plateau = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, factor=0.1, patience=0, threshold=10.0)
+    plateau = partial(
+        torch.optim.lr_scheduler.ReduceLROnPlateau, factor=0.1, patience=0, threshold=10.0
+    )
     module = MAML(MLP(64, 3), optimizer=sgd(lr=1e-3), lr_scheduler=plateau)
     trainer(tmp_path, max_epochs=3).fit(module, loader(), loader())
     assert module.optimizers().param_groups[0]["lr"] == pytest.approx(1e-6)
@@ -580,10 +722,17 @@ class Own(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.head = nn.Parameter(torch.randn(8, IMAGE * IMAGE) / IMAGE), nn.Linear(8, WAYS)
+        self.weight, self.head = (
+            nn.Parameter(torch.randn(8, IMAGE * IMAGE) / IMAGE),
+            nn.Linear(8, WAYS),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(checkpoint(lambda x: torch.tanh(F.linear(x, self.weight)), x.flatten(1), use_reentrant=False))
+        return self.head(
+            checkpoint(
+                lambda x: torch.tanh(F.linear(x, self.weight)), x.flatten(1), use_reentrant=False
+            )
+        )
 
 
 def test_checkpoints_of_a_modules_own_parameters_are_refused() -> None:
@@ -597,19 +746,31 @@ class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool, inputs: int = IMAGE * IMAGE, outputs: int = WAYS) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 8))
-        self.middle, self.head = nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, outputs)
+        self.middle, self.head = (
+            nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.Tanh()),
+            nn.Linear(8, outputs),
+        )
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(x)
-        return self.head(checkpoint(self.middle, x, use_reentrant=self.reentrant) if self.training else self.middle(x))
+        return self.head(
+            checkpoint(self.middle, x, use_reentrant=self.reentrant)
+            if self.training
+            else self.middle(x)
+        )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpoints_which_run_with_other_parameters_are_refused(reentrant: bool) -> None:
+def test_activation_checkpoints_which_run_with_other_parameters_are_refused(
+    reentrant: bool,
+) -> None:
     model, episodes = MAML(Checkpointed(reentrant).double(), 0.1, 2, tasks="loop"), make_episodes()
     for refused in (model.meta_loss, model.meta_gradient, model.evaluate):
-        with pytest.raises(ValueError, match="Expected a network whose adapting layers run once but got one with checkpoints"):
+        with pytest.raises(
+            ValueError,
+            match="Expected a network whose adapting layers run once but got one with checkpoints",
+        ):
             refused(episodes)
     model.eval().evaluate(episodes)
     x = torch.linspace(-1, 1, 6).reshape(2, 3, 1)
@@ -619,7 +780,10 @@ def test_activation_checkpoints_which_run_with_other_parameters_are_refused(reen
 
 def test_lazy_layers_are_refused_until_they_have_run() -> None:
     network = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
-    with pytest.raises(ValueError, match=r"whose parameters have shapes but \['1.weight', '1.bias'\] are lazy; run it once"):
+    with pytest.raises(
+        ValueError,
+        match=r"whose parameters have shapes but \['1.weight', '1.bias'\] are lazy; run it once",
+    ):
         MAML(network, 0.1)
     network(make_episodes().support_x[0].float())
     MAML(network.double(), 0.1).meta_loss(make_episodes())

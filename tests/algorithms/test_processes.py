@@ -18,7 +18,12 @@ from helpers.run_of_processes import CASES, run
 from helpers.runs import Noise, network
 from helpers.trainers import trainer_in_double as trainer
 from lightning_maml import HFMAML, MAML, AdaptiveMetaStepsize
-from lightning_maml.callbacks import EpisodePictures, MetaGradientMonitor, StationarityMonitor, TrainingPictures
+from lightning_maml.callbacks import (
+    EpisodePictures,
+    MetaGradientMonitor,
+    StationarityMonitor,
+    TrainingPictures,
+)
 
 DYING = """
 import os, signal, sys
@@ -47,26 +52,50 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_shared_tasks_give_the_meta_gradient_of_one_process(processes: int, alone: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def test_shared_tasks_give_the_meta_gradient_of_one_process(
+    processes: int, alone: Path, tmp_path: Path
+) -> None:
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     script = ROOT / "tests" / "helpers" / "run_of_processes.py"
     done = subprocess.run(
-        [*launcher, str(script), str(tmp_path), str(processes)], env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
+        [*launcher, str(script), str(tmp_path), str(processes)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for case, (algorithm, _) in enumerate(CASES):
-        ranks = [torch.load(tmp_path / f"case_{case}_rank_{rank}_of_{processes}.pt", weights_only=True) for rank in range(processes)]
+        ranks = [
+            torch.load(tmp_path / f"case_{case}_rank_{rank}_of_{processes}.pt", weights_only=True)
+            for rank in range(processes)
+        ]
         one = torch.load(alone / f"case_{case}_rank_0_of_1.pt", weights_only=True)
         for step, tasks in enumerate(one["tasks"]):
             shared = torch.stack([rank["tasks"][step] for rank in ranks], 1).flatten(0, 1)
             assert torch.equal(shared, tasks), "each task in one process"
-            # HF-MAML's differences make 1e-11 of the last bit in which the parameters differ after a step
+            # HF-MAML's differences make 1e-11 of the last bit in which the parameters differ after
+            # a step
             bound = 1e-9 if algorithm is HFMAML and step else 1e-12
-            assert all(relative_error(rank["gradients"][step], one["gradients"][step]) < bound for rank in ranks)
+            assert all(
+                relative_error(rank["gradients"][step], one["gradients"][step]) < bound
+                for rank in ranks
+            )
         assert all(relative_error(rank["end"], one["end"]) < 1e-11 for rank in ranks)
         assert all(rank["tested"] == pytest.approx(one["tested"], abs=1e-7) for rank in ranks)
         assert len(one["history"]) == 2
-        assert all(rank["history"] == [pytest.approx(validation, abs=1e-6) for validation in one["history"]] for rank in ranks)
+        assert all(
+            rank["history"]
+            == [pytest.approx(validation, abs=1e-6) for validation in one["history"]]
+            for rank in ranks
+        )
 
 
 ACCUMULATING = """
@@ -112,7 +141,11 @@ def test_a_run_that_goes_on_amid_an_accumulation_has_the_gradients_of_all(tmp_pa
 
 def test_what_is_sent_to_other_processes_trains_as_it_does_here(tmp_path: Path) -> None:
     model = MAML(network(), 0.1, optimizer=partial(torch.optim.SGD, lr=0.1))
-    watching = [AdaptiveMetaStepsize(scale=1.0, tasks=2), StationarityMonitor(tasks=2, every_n_steps=2), MetaGradientMonitor(tasks=2)]
+    watching = [
+        AdaptiveMetaStepsize(scale=1.0, tasks=2),
+        StationarityMonitor(tasks=2, every_n_steps=2),
+        MetaGradientMonitor(tasks=2),
+    ]
     here = (model, Noise(train_batches=2), [*watching, EpisodePictures(), TrainingPictures()])
     ends = []
     for number, (module, data, callbacks) in enumerate((pickle.loads(pickle.dumps(here)), here)):
@@ -126,7 +159,14 @@ def test_what_is_sent_to_other_processes_trains_as_it_does_here(tmp_path: Path) 
 def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
     script = tmp_path / "dying.py"
     script.write_text(DYING)
-    done = subprocess.run([sys.executable, str(script)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode != 0
     assert "came to the end" not in done.stdout
 
@@ -135,6 +175,10 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
 def test_strategies_that_split_parameters_are_refused(strategy: type) -> None:
     module = MAML(build("mlp"), 0.1)
     module.trainer = Trainer(accelerator="cpu", logger=False)
-    module.trainer._accelerator_connector.strategy = strategy.__new__(strategy)  # a trainer itself takes them on GPUs only
-    with pytest.raises(TypeError, match=rf"Expected a strategy that keeps whole parameters .* but got {strategy.__name__}; .*'ddp'"):
+    # a trainer itself takes them on GPUs only
+    module.trainer._accelerator_connector.strategy = strategy.__new__(strategy)
+    with pytest.raises(
+        TypeError,
+        match=rf"Expected a strategy that keeps whole parameters .* but got {strategy.__name__}; .*'ddp'",
+    ):
         module.setup("fit")

@@ -19,14 +19,21 @@ from lightning_maml.datamodules import GlyphsDataModule
 
 def log_softmax_of_distances(support: Tensor, support_y: Tensor, query: Tensor) -> Tensor:
     """Snell et al. 2017, eqs. 1 and 2, one query and one class at a time."""
-    prototypes = [torch.stack([z for z, y in zip(support, support_y, strict=True) if y == way]).mean(0) for way in range(WAYS)]
-    return torch.stack([torch.stack([-((z - c) ** 2).sum() for c in prototypes]).log_softmax(0) for z in query])
+    prototypes = [
+        torch.stack([z for z, y in zip(support, support_y, strict=True) if y == way]).mean(0)
+        for way in range(WAYS)
+    ]
+    return torch.stack(
+        [torch.stack([-((z - c) ** 2).sum() for c in prototypes]).log_softmax(0) for z in query]
+    )
 
 
 def paper_loss(network: nn.Module, w: Params, task: tuple[Tensor, ...]) -> Tensor:
     support_x, support_y, query_x, query_y = task
     embedded = functional_call(network, w, (torch.cat([support_x, query_x]),))
-    log_p = log_softmax_of_distances(embedded[: len(support_x)], support_y, embedded[len(support_x) :])
+    log_p = log_softmax_of_distances(
+        embedded[: len(support_x)], support_y, embedded[len(support_x) :]
+    )
     return -log_p.gather(1, query_y[:, None]).mean()
 
 
@@ -39,17 +46,24 @@ def test_an_sgd_step_follows_the_papers_loss(tmp_path: Path, network_name: str) 
     gradient = torch.autograd.grad(losses.mean(), list(w.values()))
     expected = {name: p - 0.1 * g for (name, p), g in zip(w.items(), gradient, strict=True)}
     run = trainer(tmp_path)
-    run.fit(ProtoNet(network, optimizer=partial(torch.optim.SGD, lr=0.1)), DataLoader([episodes], batch_size=None))
+    run.fit(
+        ProtoNet(network, optimizer=partial(torch.optim.SGD, lr=0.1)),
+        DataLoader([episodes], batch_size=None),
+    )
     assert relative_error(dict(network.named_parameters()), expected) < 1e-12
     torch.testing.assert_close(run.callback_metrics["train/loss"].double(), losses.mean().detach())
 
 
 @pytest.mark.parametrize("batch_norm", ["support", "running"])
-def test_statistics_of_the_support_set_or_running_averages_make_queries_independent(batch_norm: str) -> None:
+def test_statistics_of_the_support_set_or_running_averages_make_queries_independent(
+    batch_norm: str,
+) -> None:
     model = ProtoNet(build("conv_batch_norm"), batch_norm=batch_norm).eval()
     episodes = make_episodes()
     together = model.evaluate(episodes).aux
-    alone = model.evaluate(episodes._replace(query_x=episodes.query_x[:, :1], query_y=episodes.query_y[:, :1])).aux
+    alone = model.evaluate(
+        episodes._replace(query_x=episodes.query_x[:, :1], query_y=episodes.query_y[:, :1])
+    ).aux
     torch.testing.assert_close(together[:, :, :1], alone)
     transductive = ProtoNet(build("conv_batch_norm")).evaluate(episodes).aux
     assert not torch.allclose(together, transductive)
@@ -68,7 +82,9 @@ def test_adapted_networks_classify_as_evaluation_does(batch_norm: str) -> None:
 
 def test_tasks_one_by_one_are_the_same() -> None:
     episodes = make_episodes()
-    together, one_by_one = (ProtoNet(build("conv_batch_norm"), tasks=tasks) for tasks in ("vmap", "loop"))
+    together, one_by_one = (
+        ProtoNet(build("conv_batch_norm"), tasks=tasks) for tasks in ("vmap", "loop")
+    )
     torch.testing.assert_close(together.evaluate(episodes), one_by_one.evaluate(episodes))
 
 
@@ -83,13 +99,19 @@ class Recurrent(nn.Module):
 
 def test_a_network_that_vmap_does_not_take_is_run_one_by_one() -> None:
     episodes = make_episodes()
-    auto, one_by_one = ProtoNet(Recurrent()).double().eval(), ProtoNet(Recurrent(), tasks="loop").double().eval()
+    auto, one_by_one = (
+        ProtoNet(Recurrent()).double().eval(),
+        ProtoNet(Recurrent(), tasks="loop").double().eval(),
+    )
     one_by_one.load_state_dict(auto.state_dict())
     auto.train().meta_loss(episodes).backward()
     auto.eval()
     torch.testing.assert_close(auto.evaluate(episodes), one_by_one.evaluate(episodes))
     networks = auto.adapt(*episodes[:2])
-    torch.testing.assert_close(networks(episodes.query_x).log_softmax(-1), auto.evaluate(episodes).aux[:, 0].log_softmax(-1))
+    torch.testing.assert_close(
+        networks(episodes.query_x).log_softmax(-1),
+        auto.evaluate(episodes).aux[:, 0].log_softmax(-1),
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -99,7 +121,10 @@ def test_others_are_run_together(frozen: bool) -> None:
     class Watched(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body, self.dropout = build("conv_batch_norm").requires_grad_(not frozen), nn.Dropout(0.1)
+            self.body, self.dropout = (
+                build("conv_batch_norm").requires_grad_(not frozen),
+                nn.Dropout(0.1),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             calls.append(len(x))
@@ -137,7 +162,16 @@ def test_adapting_leaves_the_model_as_it_is() -> None:
 
 def test_it_learns_with_more_ways_than_it_is_tested_on_and_resumes(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    data = GlyphsDataModule(ways=10, shots=1, queries=2, test_ways=5, meta_batch_size=2, train_batches=30, val_tasks=20, test_tasks=100)
+    data = GlyphsDataModule(
+        ways=10,
+        shots=1,
+        queries=2,
+        test_ways=5,
+        meta_batch_size=2,
+        train_batches=30,
+        val_tasks=20,
+        test_tasks=100,
+    )
     run = trainer(tmp_path, max_epochs=2, precision="32-true")
     model = ProtoNet(Conv4(1, None, 28, channels=16))
     run.fit(model, data)
@@ -145,11 +179,16 @@ def test_it_learns_with_more_ways_than_it_is_tested_on_and_resumes(tmp_path: Pat
     assert figures["test/accuracy"] - figures["test/accuracy_ci95"] > 0.4
     checkpoint = tmp_path / "last.ckpt"
     run.save_checkpoint(checkpoint)
-    loaded = ProtoNet.load_from_checkpoint(checkpoint, network=Conv4(1, None, 28, channels=16), weights_only=True)
+    loaded = ProtoNet.load_from_checkpoint(
+        checkpoint, network=Conv4(1, None, 28, channels=16), weights_only=True
+    )
     assert relative_error(dict(loaded.named_parameters()), dict(model.named_parameters())) == 0
 
 
-@pytest.mark.parametrize("make", [lambda ways: Conv4(1, ways, 16, channels=8), lambda ways: ResNet12(1, ways, widths=(4, 8))])
+@pytest.mark.parametrize(
+    "make",
+    [lambda ways: Conv4(1, ways, 16, channels=8), lambda ways: ResNet12(1, ways, widths=(4, 8))],
+)
 def test_backbones_without_a_head_give_features(make) -> None:
     features = make(None)(torch.rand(2, 1, 16, 16))
     assert features.shape == (2, 8)
@@ -160,7 +199,9 @@ def test_drop_block_is_drawn(tmp_path: Path) -> None:
     network = ResNet12(1, None, widths=(4, 8), drop_block=0.5, drop_block_size=1)
     model = ProtoNet(network)
     episodes = make_episodes()
-    single = episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())
+    single = episodes._replace(
+        support_x=episodes.support_x.float(), query_x=episodes.query_x.float()
+    )
     assert model.meta_loss(single) != model.meta_loss(single)
 
 
@@ -179,7 +220,9 @@ def test_what_has_no_prototypes_is_refused() -> None:
         model.evaluate(resampled)
     with pytest.raises(FloatingPointError, match="Expected a finite query loss but got"):
         model.meta_loss(episodes._replace(query_x=torch.full_like(episodes.query_x, torch.nan)))
-    with pytest.raises(ValueError, match="Expected `tasks` to be 'auto', 'loop' or 'vmap' but got 'threads'"):
+    with pytest.raises(
+        ValueError, match="Expected `tasks` to be 'auto', 'loop' or 'vmap' but got 'threads'"
+    ):
         ProtoNet(build("mlp"), tasks="threads")
     with pytest.raises(ValueError, match=r"return logits \[examples, ways\]"):
         ProtoNet(nn.Conv2d(1, 2, 1).double()).evaluate(episodes)

@@ -31,10 +31,19 @@ class Checkpoints(Callback):
 
     @staticmethod
     def _save(trainer: Trainer, when: str) -> None:
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.fit_loop.total_batch_idx:02d}_{when}.ckpt")
+        trainer.save_checkpoint(
+            Path(trainer.default_root_dir) / f"{trainer.fit_loop.total_batch_idx:02d}_{when}.ckpt"
+        )
 
 
-def ended(folder: Path, name: str, checkpoint: Path | None, workers: int = 0, noise: float = 0.0, **options: Any) -> dict[str, Any]:
+def ended(
+    folder: Path,
+    name: str,
+    checkpoint: Path | None,
+    workers: int = 0,
+    noise: float = 0.0,
+    **options: Any,
+) -> dict[str, Any]:
     """Train to the end, from the start or a checkpoint, with other random numbers before; return what there is at the end."""
     torch.manual_seed(0 if checkpoint is None else 1234)
     callbacks = [Checkpoints()] if checkpoint is None else []
@@ -50,18 +59,28 @@ def ended(folder: Path, name: str, checkpoint: Path | None, workers: int = 0, no
     run = trainer(folder, **(settings | options))
     model = MODELS[name]()
     run.fit(model, Noise(noise, num_workers=workers, train_batches=4), ckpt_path=checkpoint)
-    return {"step": run.global_step, "model": model.state_dict(), "optimizer": run.optimizers[0].state_dict()}
+    return {
+        "step": run.global_step,
+        "model": model.state_dict(),
+        "optimizer": run.optimizers[0].state_dict(),
+    }
 
 
 def resumes_from_each(folder: Path, name: str, every: int = 1, **options: Any) -> None:
     whole = ended(folder, name, None, **options)
     checkpoints = sorted(folder.glob("*.ckpt"))
     assert len(checkpoints) > whole["step"] >= 4
-    differing = [file.name for file in checkpoints[::every] if not is_same(ended(folder, name, file, **options), whole)]
+    differing = [
+        file.name
+        for file in checkpoints[::every]
+        if not is_same(ended(folder, name, file, **options), whole)
+    ]
     assert not differing
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LATER)) for name in MODELS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LATER)) for name in MODELS]
+)
 def test_every_algorithm_goes_on_from_every_checkpoint(tmp_path: Path, name: str) -> None:
     resumes_from_each(tmp_path, name)
 

@@ -44,23 +44,39 @@ class Watch(Callback):
         self.rates: list[float] = []
         self.validations = 0
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.batches.append(batch.support_x)
 
-    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-        self.gradients += [flat(gradients)] if gradients else []  # there are none in SWA's last epoch, which only looks at batch norm
+    def on_before_optimizer_step(
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        gradients = {
+            name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None
+        }
+        # there are none in SWA's last epoch, which only looks at batch norm
+        self.gradients += [flat(gradients)] if gradients else []
         self.rates.append(optimizer.param_groups[0]["lr"])
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.validations += not trainer.sanity_checking
 
 
-def fit(folder: Path, algorithm: type[MAML], *callbacks: Callback, model: dict[str, Any] | None = None, **switches: Any) -> Any:
+def fit(
+    folder: Path,
+    algorithm: type[MAML],
+    *callbacks: Callback,
+    model: dict[str, Any] | None = None,
+    **switches: Any,
+) -> Any:
     """Fit, test and predict; return the trainer, the model and what was seen."""
     torch.manual_seed(0)
     watch = Watch()
-    run = trainer(folder, **({"precision": "32-true", "max_epochs": 2, "callbacks": [watch, *callbacks]} | switches))
+    run = trainer(
+        folder,
+        **({"precision": "32-true", "max_epochs": 2, "callbacks": [watch, *callbacks]} | switches),
+    )
     module = algorithm(network(), 0.1, **({"optimizer": SGD} | (model or {})))
     data = Noise(train_batches=BATCHES, test_tasks=6)
     run.fit(module, data)
@@ -76,7 +92,9 @@ every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
 @every_algorithm
-def test_overfitting_sees_the_same_tasks_again_and_again(tmp_path: Path, algorithm: type[MAML]) -> None:
+def test_overfitting_sees_the_same_tasks_again_and_again(
+    tmp_path: Path, algorithm: type[MAML]
+) -> None:
     steps, _, _, watch = fit(tmp_path, algorithm, overfit_batches=2, max_epochs=3)
     assert steps == 6
     first, second = watch.batches[:2]
@@ -86,7 +104,9 @@ def test_overfitting_sees_the_same_tasks_again_and_again(tmp_path: Path, algorit
 
 @every_algorithm
 @pytest.mark.parametrize(("fast_dev_run", "steps"), [(True, 1), (3, 3)])
-def test_a_fast_development_run(tmp_path: Path, algorithm: type[MAML], fast_dev_run: int, steps: int) -> None:
+def test_a_fast_development_run(
+    tmp_path: Path, algorithm: type[MAML], fast_dev_run: int, steps: int
+) -> None:
     assert fit(tmp_path, algorithm, fast_dev_run=fast_dev_run)[0] == steps
 
 
@@ -108,7 +128,9 @@ def test_fewer_batches(tmp_path: Path, algorithm: type[MAML]) -> None:
         ({"limit_val_batches": 0}, 0),
     ],
 )
-def test_validation_intervals(tmp_path: Path, algorithm: type[MAML], interval: dict[str, Any], validations: int) -> None:
+def test_validation_intervals(
+    tmp_path: Path, algorithm: type[MAML], interval: dict[str, Any], validations: int
+) -> None:
     steps, _, _, watch = fit(tmp_path, algorithm, **interval)
     assert (steps, watch.validations) == (8, validations)
 
@@ -120,7 +142,9 @@ def test_clipping(tmp_path: Path, algorithm: type[MAML], kind: str) -> None:
     bound = float(plain.norm() if kind == "norm" else plain.abs().max()) / 3
     start = flat(dict(algorithm(_seeded_network(), 0.1).named_parameters()))
     expected = plain / 3 if kind == "norm" else plain.clamp(-bound, bound)
-    one = fit(tmp_path, algorithm, max_steps=1, gradient_clip_val=bound, gradient_clip_algorithm=kind)[2]
+    one = fit(
+        tmp_path, algorithm, max_steps=1, gradient_clip_val=bound, gradient_clip_algorithm=kind
+    )[2]
     moved = (start - flat(dict(one.named_parameters()))) / 0.1
     torch.testing.assert_close(moved.detach(), expected, rtol=1e-3, atol=1e-6)
 
@@ -147,7 +171,8 @@ def test_precisions(tmp_path: Path, algorithm: type[MAML], precision: str) -> No
     exact = fit(tmp_path, algorithm, precision="64-true", max_epochs=1)[3].gradients[0]
     steps, _, _, watch = fit(tmp_path, algorithm, precision=precision, max_epochs=1)
     assert steps == BATCHES
-    of_precision = {"32-true": 1e-4, "64-true": 1e-12}.get(precision, 0.5)  # on a CPU Lightning takes 16-mixed for bf16-mixed
+    # on a CPU Lightning takes 16-mixed for bf16-mixed
+    of_precision = {"32-true": 1e-4, "64-true": 1e-12}.get(precision, 0.5)
     assert relative_error({"g": watch.gradients[0].double()}, {"g": exact}) < of_precision
 
 
@@ -179,15 +204,20 @@ def test_exponential_averages_of_weights(tmp_path: Path, algorithm: type[MAML]) 
 @every_algorithm
 def test_stochastic_weight_averages(tmp_path: Path, algorithm: type[MAML]) -> None:
     seen = Weights()
-    module = fit(tmp_path, algorithm, seen, StochasticWeightAveraging(0.05, swa_epoch_start=1), max_epochs=3)[2]
-    average = torch.stack(seen.of_epochs[:3]).mean(0)  # Lightning takes them at the starts of epochs; the fourth looks at batch norm only
+    module = fit(
+        tmp_path, algorithm, seen, StochasticWeightAveraging(0.05, swa_epoch_start=1), max_epochs=3
+    )[2]
+    # Lightning takes them at the starts of epochs; the fourth looks at batch norm only
+    average = torch.stack(seen.of_epochs[:3]).mean(0)
     torch.testing.assert_close(flat(dict(module.named_parameters())).detach(), average)
 
 
 @every_algorithm
 def test_stopping_early_and_by_time(tmp_path: Path, algorithm: type[MAML]) -> None:
     still = {"optimizer": partial(torch.optim.SGD, lr=0.0)}
-    steps, run, _, _ = fit(tmp_path, algorithm, EarlyStopping("val/loss", patience=1), model=still, max_epochs=9)
+    steps, run, _, _ = fit(
+        tmp_path, algorithm, EarlyStopping("val/loss", patience=1), model=still, max_epochs=9
+    )
     assert (steps, run.current_epoch) == (2 * BATCHES, 2)
     assert fit(tmp_path, algorithm, Timer("00:00:00:00"), max_epochs=9)[0] <= 1
 
@@ -197,7 +227,12 @@ def test_schedules(tmp_path: Path, algorithm: type[MAML]) -> None:
     schedule = {"optimizer": SGD, "lr_scheduler": partial(StepLR, step_size=1, gamma=0.1)}
     rates = fit(tmp_path, algorithm, model=schedule)[3].rates
     assert rates == pytest.approx([0.1] * BATCHES + [0.01] * BATCHES)
-    on_a_plateau = {"optimizer": SGD, "lr_scheduler": partial(ReduceLROnPlateau, mode="max", patience=0, factor=0.1, threshold=10.0)}
+    on_a_plateau = {
+        "optimizer": SGD,
+        "lr_scheduler": partial(
+            ReduceLROnPlateau, mode="max", patience=0, factor=0.1, threshold=10.0
+        ),
+    }
     rates = fit(tmp_path, algorithm, model=on_a_plateau, max_epochs=3)[3].rates
     assert rates == pytest.approx([0.1] * BATCHES * 2 + [0.01] * BATCHES)
 
@@ -220,14 +255,24 @@ LOGGERS: dict[str, Callable[[Path], Any]] = {
 
 @every_algorithm
 @pytest.mark.parametrize("kind", LOGGERS)
-def test_loggers(tmp_path: Path, algorithm: type[MAML], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loggers(
+    tmp_path: Path, algorithm: type[MAML], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    run = fit(tmp_path, algorithm, LearningRateMonitor(), logger=LOGGERS[kind](tmp_path), log_every_n_steps=1)[1]
+    run = fit(
+        tmp_path,
+        algorithm,
+        LearningRateMonitor(),
+        logger=LOGGERS[kind](tmp_path),
+        log_every_n_steps=1,
+    )[1]
     if kind == "wandb":  # whose files another process writes, some time after
         logged = str([dict(run.logger.experiment.summary), run.logger.experiment.config])
         run.logger.experiment.finish()
     else:
-        logged = "".join(file.name + str(file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
+        logged = "".join(
+            file.name + str(file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file()
+        )
     assert "accuracy" in logged
     assert "inner_lr" in logged
 
@@ -242,23 +287,35 @@ def test_several_loaders_are_judged_one_by_one(tmp_path: Path, algorithm: type[M
     data, module = Halves(val_tasks=5, test_tasks=7), algorithm(network(), 0.1)
     data.setup()
     loaders = [data.test_dataloader(), data.val_dataloader()]
-    alone = [trainer(tmp_path, precision="32-true").test(module, loader, verbose=False)[0] for loader in loaders]
+    alone = [
+        trainer(tmp_path, precision="32-true").test(module, loader, verbose=False)[0]
+        for loader in loaders
+    ]
     together = trainer(tmp_path, precision="32-true").test(module, loaders, verbose=False)
     for number, one in enumerate(alone):
-        assert {f"{name}/dataloader_idx_{number}": value for name, value in one.items()}.items() <= together[number].items()
-    assert {"test/accuracy", "test/accuracy_ci95", "test/accuracy_step_1", "test/loss_before"} < alone[0].keys()
+        assert {
+            f"{name}/dataloader_idx_{number}": value for name, value in one.items()
+        }.items() <= together[number].items()
+    assert {
+        "test/accuracy",
+        "test/accuracy_ci95",
+        "test/accuracy_step_1",
+        "test/loss_before",
+    } < alone[0].keys()
     validated = trainer(tmp_path, precision="32-true").validate(module, loaders, verbose=False)
     for number, one in enumerate(alone):
-        assert {f"{name}/dataloader_idx_{number}".replace("test/", "val/"): v for name, v in one.items()}.items() <= validated[
-            number
-        ].items()
+        assert {
+            f"{name}/dataloader_idx_{number}".replace("test/", "val/"): v for name, v in one.items()
+        }.items() <= validated[number].items()
     predicted = trainer(tmp_path, precision="32-true").predict(module, loaders)
     assert [len(torch.cat(outputs)) for outputs in predicted] == [7, 5]
 
 
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, IMAML, ProtoNet])
 @pytest.mark.parametrize(("tasks", "batch_norm"), [("loop", "batch"), ("vmap", "support")])
-def test_a_network_given_compiled_runs_as_it_was(algorithm: type[EpisodicModule], tasks: Any, batch_norm: Any) -> None:
+def test_a_network_given_compiled_runs_as_it_was(
+    algorithm: type[EpisodicModule], tasks: Any, batch_norm: Any
+) -> None:
     data = Noise()
     data.setup()
     episodes = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -267,11 +324,20 @@ def test_a_network_given_compiled_runs_as_it_was(algorithm: type[EpisodicModule]
     wrapped = torch.nn.Sequential(torch.compile(wrapped, backend=_refuse))
     expected, *others = [], [], []
     for given, found in ((plain, expected), (in_place, others[0]), (wrapped, others[1])):
-        with nullcontext() if given is plain else pytest.warns(UserWarning, match="given to torch.compile, but tasks run it as it was"):
+        with (
+            nullcontext()
+            if given is plain
+            else pytest.warns(
+                UserWarning, match="given to torch.compile, but tasks run it as it was"
+            )
+        ):
             model = algorithm(given, tasks=tasks, batch_norm=batch_norm)
         model.meta_loss(episodes).backward()
         found += [p.grad for p in model.parameters()]
-        found += [model.evaluate(episodes).aux, model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)]
+        found += [
+            model.evaluate(episodes).aux,
+            model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x),
+        ]
         found.append(model.adapt(episodes.support_x[0], episodes.support_y[0])(episodes.query_x[0]))
     for found in others:
         torch.testing.assert_close(found, expected)
@@ -281,26 +347,42 @@ def _refuse(program: Any, inputs: Any) -> None:
     raise AssertionError("This is not to be compiled.")
 
 
-@pytest.mark.parametrize("algorithm", [MAML, pytest.param(FOMAML, marks=slow), pytest.param(HFMAML, marks=slow)])
-def test_a_compiled_model_trains_as_it_does_uncompiled(tmp_path: Path, algorithm: type[MAML]) -> None:
+@pytest.mark.parametrize(
+    "algorithm", [MAML, pytest.param(FOMAML, marks=slow), pytest.param(HFMAML, marks=slow)]
+)
+def test_a_compiled_model_trains_as_it_does_uncompiled(
+    tmp_path: Path, algorithm: type[MAML]
+) -> None:
     ends = []
     for wrapped in (False, True):
         module = algorithm(_seeded_network(), 0.1, optimizer=SGD)
-        run, given = trainer(tmp_path, precision="32-true"), torch.compile(module) if wrapped else module
+        run, given = (
+            trainer(tmp_path, precision="32-true"),
+            torch.compile(module) if wrapped else module,
+        )
         run.fit(given, Noise())
-        ends.append(dict(module.named_parameters()) | {"predicted": torch.cat(run.predict(given, Noise()))})
+        ends.append(
+            dict(module.named_parameters()) | {"predicted": torch.cat(run.predict(given, Noise()))}
+        )
     assert relative_error(*ends) < 1e-3
 
 
 @every_algorithm
 def test_the_tuner_finds_a_rate_and_a_batch_size(tmp_path: Path, algorithm: type[MAML]) -> None:
     run = trainer(tmp_path, precision="32-true", enable_checkpointing=True)
-    found = Tuner(run).lr_find(algorithm(network(), 0.1), Noise(train_batches=30), num_training=20, update_attr=False)
+    found = Tuner(run).lr_find(
+        algorithm(network(), 0.1), Noise(train_batches=30), num_training=20, update_attr=False
+    )
     assert 1e-8 < found.suggestion() < 1
     data = Noise()
     run = trainer(tmp_path, precision="32-true", enable_checkpointing=True)
     found = Tuner(run).scale_batch_size(
-        algorithm(network(), 0.1), data, batch_arg_name="meta_batch_size", init_val=2, steps_per_trial=1, max_trials=2
+        algorithm(network(), 0.1),
+        data,
+        batch_arg_name="meta_batch_size",
+        init_val=2,
+        steps_per_trial=1,
+        max_trials=2,
     )
     assert found > 2
     assert len(next(iter(data.train_dataloader())).support_x) == data.meta_batch_size > 2
@@ -327,7 +409,9 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ],
     ids=lambda switches: next(iter(switches)),
 )
-def test_switches_that_change_no_number(tmp_path: Path, plain: MAML, switches: dict[str, Any]) -> None:
+def test_switches_that_change_no_number(
+    tmp_path: Path, plain: MAML, switches: dict[str, Any]
+) -> None:
     try:
         switched = fit(tmp_path, type(plain), **switches)[2]
     finally:

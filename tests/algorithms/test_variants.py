@@ -27,7 +27,13 @@ def test_maml_plus_plus_anneals_the_loss_and_the_order_of_derivatives(tmp_path: 
     """Each epoch's step against autograd through the unrolled loop, whose inner gradients are constants in the first epoch."""
     network, episodes = build("conv_batch_norm"), make_episodes()
     model = MAMLPlusPlus(
-        network, RATE, STEPS, optimizer=partial(torch.optim.SGD, lr=0.1), multi_step_epochs=2, first_order_epochs=1, inner_rates="fixed"
+        network,
+        RATE,
+        STEPS,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        multi_step_epochs=2,
+        first_order_epochs=1,
+        inner_rates="fixed",
     )
     expected = leaves(network)
     loss = plain_loss(build("conv_batch_norm"))
@@ -39,13 +45,28 @@ def test_maml_plus_plus_anneals_the_loss_and_the_order_of_derivatives(tmp_path: 
                     here = expected
                     for _ in range(steps):
                         gradient = torch.autograd.grad(loss(here, *task[:2]), list(here.values()))
-                        here = {name: (p - RATE * g).detach().requires_grad_() for (name, p), g in zip(here.items(), gradient, strict=True)}
-                    gradient = torch.autograd.grad(loss(here, *task[2:]) / len(episodes.support_x), list(here.values()))
-                    total = {name: total[name] + weight * g for name, g in zip(here, gradient, strict=True)}
+                        here = {
+                            name: (p - RATE * g).detach().requires_grad_()
+                            for (name, p), g in zip(here.items(), gradient, strict=True)
+                        }
+                    gradient = torch.autograd.grad(
+                        loss(here, *task[2:]) / len(episodes.support_x), list(here.values())
+                    )
+                    total = {
+                        name: total[name] + weight * g
+                        for name, g in zip(here, gradient, strict=True)
+                    }
             else:
-                gradient = torch.autograd.grad(unrolled(loss, expected, episodes, RATE, steps), list(expected.values()))
-                total = {name: total[name] + weight * g for name, g in zip(expected, gradient, strict=True)}
-        expected = {name: (p - 0.1 * total[name]).detach().requires_grad_() for name, p in expected.items()}
+                gradient = torch.autograd.grad(
+                    unrolled(loss, expected, episodes, RATE, steps), list(expected.values())
+                )
+                total = {
+                    name: total[name] + weight * g
+                    for name, g in zip(expected, gradient, strict=True)
+                }
+        expected = {
+            name: (p - 0.1 * total[name]).detach().requires_grad_() for name, p in expected.items()
+        }
     trainer(tmp_path, max_epochs=3).fit(model, DataLoader([episodes], batch_size=None))
     assert relative_error(dict(network.named_parameters()), expected) < 1e-12
 
@@ -59,10 +80,16 @@ def test_reptile_moves_towards_the_adapted_parameters(tmp_path: Path) -> None:
         here = w
         for _ in range(STEPS):
             gradient = torch.autograd.grad(loss(here, x, y), list(here.values()))
-            here = {name: (p - RATE * g).detach().requires_grad_() for (name, p), g in zip(here.items(), gradient, strict=True)}
+            here = {
+                name: (p - RATE * g).detach().requires_grad_()
+                for (name, p), g in zip(here.items(), gradient, strict=True)
+            }
         adapted.append(here)
     epsilon = 0.5
-    expected = {name: p + epsilon * (sum(point[name] for point in adapted) / len(adapted) - p) for name, p in w.items()}
+    expected = {
+        name: p + epsilon * (sum(point[name] for point in adapted) / len(adapted) - p)
+        for name, p in w.items()
+    }
     model = Reptile(network, RATE, STEPS, optimizer=partial(torch.optim.SGD, lr=epsilon))
     run = trainer(tmp_path)
     run.fit(model, DataLoader([episodes], batch_size=None))
@@ -82,8 +109,14 @@ def test_reptile_takes_a_fresh_mini_batch_in_each_step(tmp_path: Path, tasks: st
         here = w
         for batch in zip(x, y, strict=True):
             gradient = torch.autograd.grad(loss(here, *batch), list(here.values()))
-            here = {name: (p - RATE * g).detach().requires_grad_() for (name, p), g in zip(here.items(), gradient, strict=True)}
-        means = {name: mean + here[name].detach() / len(resampled.support_x) for name, mean in means.items()}
+            here = {
+                name: (p - RATE * g).detach().requires_grad_()
+                for (name, p), g in zip(here.items(), gradient, strict=True)
+            }
+        means = {
+            name: mean + here[name].detach() / len(resampled.support_x)
+            for name, mean in means.items()
+        }
     model = Reptile(network, RATE, STEPS, optimizer=partial(torch.optim.SGD, lr=1.0), tasks=tasks)
     trainer(tmp_path).fit(model, DataLoader([resampled], batch_size=None))
     assert relative_error(dict(network.named_parameters()), means) < 1e-12
@@ -93,7 +126,13 @@ def test_the_meta_gradient_is_what_is_trained_by() -> None:
     episodes = make_episodes()
     for model in (Reptile(build("mlp"), RATE, STEPS), MAML(build("mlp"), RATE, STEPS)):
         model.meta_loss(episodes).backward()
-        assert relative_error(model.meta_gradient(episodes), {name: p.grad for name, p in model.network.named_parameters()}) < 1e-12
+        assert (
+            relative_error(
+                model.meta_gradient(episodes),
+                {name: p.grad for name, p in model.network.named_parameters()},
+            )
+            < 1e-12
+        )
 
 
 def test_a_loop_without_a_trainer_moves_the_running_averages() -> None:
@@ -105,11 +144,26 @@ def test_a_loop_without_a_trainer_moves_the_running_averages() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Reptile(build("mlp"), inner_rates="per_layer"), "'fixed' with Reptile, which cannot learn them, but got 'per_layer'"),
-        (lambda: MAMLPlusPlus(build("mlp"), multi_step_epochs=-1), "Expected `multi_step_epochs` to be at least 0 but got -1"),
-        (lambda: MAMLPlusPlus(build("mlp")).meta_loss(make_episodes()), "Expected a trainer, over whose epochs MAMLPlusPlus anneals"),
-        (lambda: Reptile(build("mlp")).probe(make_episodes()), "Expected MAML, FOMAML or HFMAML, of which the theory is, but got Reptile"),
-        (lambda: MAMLPlusPlus(build("mlp"), first_order_epochs=-1), "Expected `first_order_epochs` to be at least 0 but got -1"),
+        (
+            lambda: Reptile(build("mlp"), inner_rates="per_layer"),
+            "'fixed' with Reptile, which cannot learn them, but got 'per_layer'",
+        ),
+        (
+            lambda: MAMLPlusPlus(build("mlp"), multi_step_epochs=-1),
+            "Expected `multi_step_epochs` to be at least 0 but got -1",
+        ),
+        (
+            lambda: MAMLPlusPlus(build("mlp")).meta_loss(make_episodes()),
+            "Expected a trainer, over whose epochs MAMLPlusPlus anneals",
+        ),
+        (
+            lambda: Reptile(build("mlp")).probe(make_episodes()),
+            "Expected MAML, FOMAML or HFMAML, of which the theory is, but got Reptile",
+        ),
+        (
+            lambda: MAMLPlusPlus(build("mlp"), first_order_epochs=-1),
+            "Expected `first_order_epochs` to be at least 0 but got -1",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message: str) -> None:

@@ -20,7 +20,12 @@ def trained(folder: Path, epochs: int, checkpoint: Path | None = None, **options
         ModelCheckpoint(folder, monitor="step", mode="min", save_top_k=2, filename="{step}"),
         ModelCheckpoint(folder, filename="last"),
     ]
-    settings = {"precision": "32-true", "enable_checkpointing": True, "max_epochs": epochs, "callbacks": [KeepBestCheckpoints(), *kept]}
+    settings = {
+        "precision": "32-true",
+        "enable_checkpointing": True,
+        "max_epochs": epochs,
+        "callbacks": [KeepBestCheckpoints(), *kept],
+    }
     run = trainer(folder, **(settings | options))
     run.fit(MODELS["FO-MAML"](), Noise(train_batches=2), ckpt_path=checkpoint)
     return run
@@ -34,7 +39,9 @@ def of_best(run: Trainer) -> tuple[str, dict[str, float]]:
     """Return the name of the best and the scores of all that are kept."""
     callback = run.checkpoint_callback
     assert all(Path(path).parent == Path(callback.dirpath) for path in callback.best_k_models)
-    return Path(callback.best_model_path).name, {Path(path).name: float(score) for path, score in callback.best_k_models.items()}
+    return Path(callback.best_model_path).name, {
+        Path(path).name: float(score) for path, score in callback.best_k_models.items()
+    }
 
 
 def test_several_go_along_through_several_folders(tmp_path: Path) -> None:
@@ -45,7 +52,9 @@ def test_several_go_along_through_several_folders(tmp_path: Path) -> None:
     run = trained(tmp_path / "third", 3, tmp_path / "second" / "last.ckpt")
     assert of_best(run) == ("step=2.ckpt", {"step=2.ckpt": 2, "step=4.ckpt": 4})
     assert names(tmp_path / "third") == {"step=2.ckpt", "step=4.ckpt", "last.ckpt"}
-    assert (tmp_path / "third" / "step=2.ckpt").read_bytes() == (tmp_path / "first" / "step=2.ckpt").read_bytes()
+    assert (tmp_path / "third" / "step=2.ckpt").read_bytes() == (
+        tmp_path / "first" / "step=2.ckpt"
+    ).read_bytes()
 
 
 def test_one_that_took_anothers_place_since_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -59,7 +68,10 @@ def test_one_that_took_anothers_place_since_is_not_taken_for_it(tmp_path: Path) 
 def test_one_that_is_not_whole_does_not_stop_the_run(tmp_path: Path) -> None:
     trained(tmp_path / "first", 1)
     (tmp_path / "first" / "step=2.ckpt").write_bytes(b"PK")
-    assert of_best(trained(tmp_path / "second", 2, tmp_path / "first" / "last.ckpt")) == ("step=4.ckpt", {"step=4.ckpt": 4})
+    assert of_best(trained(tmp_path / "second", 2, tmp_path / "first" / "last.ckpt")) == (
+        "step=4.ckpt",
+        {"step=4.ckpt": 4},
+    )
 
 
 def test_what_lies_in_the_new_folder_is_left_as_it_is(tmp_path: Path) -> None:
@@ -89,7 +101,12 @@ def test_a_test_takes_none_along(tmp_path: Path, call: str) -> None:
     trained(tmp_path / "first", 1)
     run = trained(tmp_path / "second", 1)
     before = run.checkpoint_callback.best_model_path
-    getattr(run, call)(MODELS["FO-MAML"](), Noise(train_batches=2, test_tasks=6), ckpt_path=tmp_path / "first" / "last.ckpt", verbose=False)
+    getattr(run, call)(
+        MODELS["FO-MAML"](),
+        Noise(train_batches=2, test_tasks=6),
+        ckpt_path=tmp_path / "first" / "last.ckpt",
+        verbose=False,
+    )
     assert run.checkpoint_callback.best_model_path == before
 
 

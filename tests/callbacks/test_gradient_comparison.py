@@ -17,17 +17,39 @@ from lightning_maml.callbacks import MetaGradientMonitor, StationarityMonitor, c
 from lightning_maml.datamodules import GlyphsDataModule
 
 RATE, STEPS = 0.3, 2
-QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+QUIET: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+    "enable_checkpointing": False,
+}
 
 
-def fit(folder: Path, module: Any, *callbacks: Callback, checkpoint: Path | None = None, **arguments: Any) -> Trainer:
-    run = Trainer(default_root_dir=folder, accelerator="cpu", callbacks=[*callbacks], **(QUIET | {"max_epochs": 1} | arguments))
-    run.fit(module, DataLoader([make_episodes(seed=k) for k in range(4)], batch_size=None), ckpt_path=checkpoint)
+def fit(
+    folder: Path,
+    module: Any,
+    *callbacks: Callback,
+    checkpoint: Path | None = None,
+    **arguments: Any,
+) -> Trainer:
+    run = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        callbacks=[*callbacks],
+        **(QUIET | {"max_epochs": 1} | arguments),
+    )
+    run.fit(
+        module,
+        DataLoader([make_episodes(seed=k) for k in range(4)], batch_size=None),
+        ckpt_path=checkpoint,
+    )
     return run
 
 
 def still(algorithm: type[MAML], network: nn.Module) -> MAML:
-    return algorithm(network, inner_lr=RATE, train_steps=STEPS, optimizer=partial(torch.optim.SGD, lr=0.0))
+    return algorithm(
+        network, inner_lr=RATE, train_steps=STEPS, optimizer=partial(torch.optim.SGD, lr=0.0)
+    )
 
 
 def expected_first_order() -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,19 +61,34 @@ def expected_first_order() -> tuple[torch.Tensor, torch.Tensor]:
     for t in range(len(episodes.support_x)):
         adapted = w
         for _ in range(STEPS):
-            gradient = torch.autograd.grad(loss(adapted, episodes.support_x[t], episodes.support_y[t]), [*adapted.values()])
-            adapted = {name: (p - RATE * g).detach().requires_grad_() for (name, p), g in zip(adapted.items(), gradient, strict=True)}
-        gradient = torch.autograd.grad(loss(adapted, episodes.query_x[t], episodes.query_y[t]), [*adapted.values()])
-        first_order = [total + g / len(episodes.support_x) for total, g in zip(first_order, gradient, strict=True)]
+            gradient = torch.autograd.grad(
+                loss(adapted, episodes.support_x[t], episodes.support_y[t]), [*adapted.values()]
+            )
+            adapted = {
+                name: (p - RATE * g).detach().requires_grad_()
+                for (name, p), g in zip(adapted.items(), gradient, strict=True)
+            }
+        gradient = torch.autograd.grad(
+            loss(adapted, episodes.query_x[t], episodes.query_y[t]), [*adapted.values()]
+        )
+        first_order = [
+            total + g / len(episodes.support_x)
+            for total, g in zip(first_order, gradient, strict=True)
+        ]
     return tuple(flat(dict(zip(w, gradient, strict=True))) for gradient in (exact, first_order))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML])
-def test_the_figures_are_those_of_autograd_whatever_the_algorithm(tmp_path: Path, algorithm: type[MAML]) -> None:
+def test_the_figures_are_those_of_autograd_whatever_the_algorithm(
+    tmp_path: Path, algorithm: type[MAML]
+) -> None:
     monitor = MetaGradientMonitor(every_n_steps=2, episodes=[make_episodes(seed=9)])
     run = fit(tmp_path, still(algorithm, build("conv_group_norm")), monitor, precision="64-true")
     exact, first_order = expected_first_order()
-    cosine, error = float(exact @ first_order / exact.norm() / first_order.norm()), float((first_order - exact).norm() / exact.norm())
+    cosine, error = (
+        float(exact @ first_order / exact.norm() / first_order.norm()),
+        float((first_order - exact).norm() / exact.norm()),
+    )
     assert list(monitor.history) == [2, 4]
     found = monitor.history[4]
     assert found["first_order"] == (pytest.approx(cosine, rel=1e-9), pytest.approx(error, rel=1e-9))
@@ -69,7 +106,14 @@ def test_kinks_show(tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = still(MAML, Conv4(1, 3, 28, channels=8, activation=activation))
         monitor = MetaGradientMonitor(every_n_steps=1, tasks=4)
-        run = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, callbacks=[monitor], limit_val_batches=0, **QUIET)
+        run = Trainer(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            max_epochs=1,
+            callbacks=[monitor],
+            limit_val_batches=0,
+            **QUIET,
+        )
         run.fit(module, GlyphsDataModule(ways=3, meta_batch_size=4, train_batches=1))
         errors[activation] = monitor.history[1]["hessian_free"].error
     assert errors["gelu"] < 0.01
@@ -89,37 +133,61 @@ def test_kinks_show(tmp_path: Path) -> None:
 )
 def test_it_watches_all_that_adapt(tmp_path: Path, algorithm: Any) -> None:
     monitor = MetaGradientMonitor(every_n_steps=4, episodes=[make_episodes(seed=9)])
-    module = algorithm(build("conv_batch_norm"), inner_lr=0.05, train_steps=2, optimizer=partial(torch.optim.SGD, lr=0.01))
+    module = algorithm(
+        build("conv_batch_norm"),
+        inner_lr=0.05,
+        train_steps=2,
+        optimizer=partial(torch.optim.SGD, lr=0.01),
+    )
     fit(tmp_path, module, monitor, precision="64-true")
     assert monitor.history[4]["hessian_free"].error < 1e-4
 
 
 def test_it_watches_fresh_samples(tmp_path: Path) -> None:
     monitor = MetaGradientMonitor(every_n_steps=2, tasks=2)
-    data = GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=2, regime="resampling", train_steps=2)
+    data = GlyphsDataModule(
+        ways=3, meta_batch_size=2, train_batches=2, regime="resampling", train_steps=2
+    )
     module = MAML(Conv4(1, 3, 28, channels=4, activation="gelu"), inner_lr=0.1, train_steps=2)
-    watched: dict[str, Any] = {"callbacks": [monitor], "limit_val_batches": 0, "precision": "64-true"}
-    Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **watched, **QUIET).fit(module, data)
+    watched: dict[str, Any] = {
+        "callbacks": [monitor],
+        "limit_val_batches": 0,
+        "precision": "64-true",
+    }
+    Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **watched, **QUIET).fit(
+        module, data
+    )
     assert monitor.history[2]["hessian_free"].error < 1e-6
 
 
 def test_the_run_does_not_notice_that_it_is_watched(tmp_path: Path) -> None:
     def trained(*callbacks: Callback) -> torch.Tensor:
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 50), nn.Tanh(), nn.Dropout(0.5), nn.Linear(50, 3)).double()
+        network = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 50), nn.Tanh(), nn.Dropout(0.5), nn.Linear(50, 3)
+        ).double()
         torch.manual_seed(1)
-        fit(tmp_path, MAML(network, RATE, optimizer=partial(torch.optim.SGD, lr=0.1)), *callbacks, precision="64-true")
+        fit(
+            tmp_path,
+            MAML(network, RATE, optimizer=partial(torch.optim.SGD, lr=0.1)),
+            *callbacks,
+            precision="64-true",
+        )
         return flat(dict(network.named_parameters()))
 
     tasks = [make_episodes(seed=k) for k in range(9)]
     alone = trained()
     assert torch.equal(alone, trained(MetaGradientMonitor(every_n_steps=1, episodes=tasks)))
-    assert torch.equal(alone, trained(StationarityMonitor(every_n_steps=1, meta_batches=3, episodes=tasks)))
+    assert torch.equal(
+        alone, trained(StationarityMonitor(every_n_steps=1, meta_batches=3, episodes=tasks))
+    )
 
 
 def test_dropout_is_the_same_in_all_three(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 50), nn.Tanh(), nn.Dropout(0.5), nn.Linear(50, 3)).double()
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 50), nn.Tanh(), nn.Dropout(0.5), nn.Linear(50, 3)
+    ).double()
     monitor = MetaGradientMonitor(every_n_steps=4, episodes=[make_episodes(seed=9)])
     fit(tmp_path, still(MAML, network), monitor, precision="64-true")
     assert monitor.history[4]["hessian_free"].error < 1e-6
@@ -127,7 +195,9 @@ def test_dropout_is_the_same_in_all_three(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_keeps_what_was_found(tmp_path: Path) -> None:
     def monitor() -> MetaGradientMonitor:
-        return MetaGradientMonitor(every_n_steps=2, episodes=[make_episodes(seed=k) for k in range(9)])
+        return MetaGradientMonitor(
+            every_n_steps=2, episodes=[make_episodes(seed=k) for k in range(9)]
+        )
 
     def module() -> MAML:
         return MAML(build("mlp").float(), inner_lr=RATE, optimizer=partial(torch.optim.SGD, lr=0.1))
@@ -150,5 +220,8 @@ def test_nothing_compares_with_zero() -> None:
 def test_what_it_cannot_look_at_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected `every_n_steps` to be at least 1 but got 0"):
         MetaGradientMonitor(every_n_steps=0)
-    with pytest.raises(TypeError, match="Expected MAML or one of its variants for MetaGradientMonitor but got ProtoNet"):
+    with pytest.raises(
+        TypeError,
+        match="Expected MAML or one of its variants for MetaGradientMonitor but got ProtoNet",
+    ):
         fit(tmp_path, ProtoNet(build("mlp")), MetaGradientMonitor(episodes=[make_episodes()]))

@@ -39,15 +39,31 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.rates: list[float] = []
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step > len(self.rates):
             self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     return Trainer(
-        **({"default_root_dir": folder, "accelerator": "cpu", "max_epochs": 1, "callbacks": list(callbacks)} | quiet | arguments)
+        **(
+            {
+                "default_root_dir": folder,
+                "accelerator": "cpu",
+                "max_epochs": 1,
+                "callbacks": list(callbacks),
+            }
+            | quiet
+            | arguments
+        )
     )
 
 
@@ -56,7 +72,13 @@ def repeated(episodes: Episodes, count: int) -> DataLoader[Episodes]:
 
 
 def quartic_module(steps: int) -> MAML:
-    return MAML(Quartic(), inner_lr=quartic_inner_lr(steps), train_steps=steps, loss=quartic_outputs_loss, optimizer=SGD)
+    return MAML(
+        Quartic(),
+        inner_lr=quartic_inner_lr(steps),
+        train_steps=steps,
+        loss=quartic_outputs_loss,
+        optimizer=SGD,
+    )
 
 
 class StopAt(Callback):
@@ -66,19 +88,27 @@ class StopAt(Callback):
         self.reached: int | None = None
         self.steps, self.epsilon = steps, epsilon
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        gradient = torch.func.grad(partial(quartic_meta_objective, steps=self.steps))(pl_module.network.w.detach())
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        gradient = torch.func.grad(partial(quartic_meta_objective, steps=self.steps))(
+            pl_module.network.w.detach()
+        )
         if gradient.norm() < self.epsilon:
             self.reached, trainer.should_stop = trainer.global_step, True
 
 
-@pytest.mark.parametrize(("steps", "rule", "iterations"), [(1, "one_step", 224), (5, "finite_sum", 51)])
+@pytest.mark.parametrize(
+    ("steps", "rule", "iterations"), [(1, "one_step", 224), (5, "finite_sum", 51)]
+)
 def test_it_converges_where_the_best_fixed_step_at_the_minimum_diverges(
     tmp_path: Path, steps: int, rule: theory.Rule, iterations: int
 ) -> None:
     stop = StopAt(steps, 1e-6)
     stepsize = AdaptiveMetaStepsize(rule, scale=1.0, every_n_steps=1, episodes=[quartic_tasks()])
-    trainer(tmp_path, stepsize, stop, precision="64-true").fit(quartic_module(steps), repeated(quartic_tasks(), 400))
+    trainer(tmp_path, stepsize, stop, precision="64-true").fit(
+        quartic_module(steps), repeated(quartic_tasks(), 400)
+    )
     assert stop.reached == pytest.approx(iterations, rel=0.2)
 
     rate = 1 / quartic_smoothness(quartic_minimum(steps), steps)
@@ -91,7 +121,9 @@ def test_it_converges_where_the_best_fixed_step_at_the_minimum_diverges(
     )
     distances = []
     with pytest.raises(FloatingPointError, match="finite"):
-        trainer(tmp_path, Record(distances), precision="64-true").fit(fixed, repeated(quartic_tasks(), 4))
+        trainer(tmp_path, Record(distances), precision="64-true").fit(
+            fixed, repeated(quartic_tasks(), 4)
+        )
     assert len(distances) <= 3
 
 
@@ -99,7 +131,9 @@ class Record(Callback):
     def __init__(self, distances: list[float]) -> None:
         self.distances = distances
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.distances.append(float(pl_module.network.w.norm()))
 
 
@@ -107,33 +141,51 @@ class Record(Callback):
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML])
 def test_beta_is_the_rule_s(tmp_path: Path, algorithm: type[MAML], rule: theory.Rule) -> None:
     """Against closed forms of L, rho and the gradients; support and query are the same, so b = 0."""
-    module = algorithm(Quartic(), inner_lr=quartic_inner_lr(1), loss=quartic_outputs_loss, optimizer=SGD)
+    module = algorithm(
+        Quartic(), inner_lr=quartic_inner_lr(1), loss=quartic_outputs_loss, optimizer=SGD
+    )
     w = module.network.w.detach().clone()
     watch = Watch()
-    run = trainer(tmp_path, AdaptiveMetaStepsize(rule, episodes=[quartic_tasks()]), watch, precision="64-true")
+    run = trainer(
+        tmp_path, AdaptiveMetaStepsize(rule, episodes=[quartic_tasks()]), watch, precision="64-true"
+    )
     run.fit(module, repeated(quartic_tasks(), 1))
     L, rho = quartic_curvature(w)
     distance = w - QUARTIC_CENTRES[:, 0]
     norms = (0.1 * w + distance.square().sum(-1, keepdim=True) * distance).norm(dim=-1)
     smoothness = theory.meta_smoothness(rule, L, rho, quartic_inner_lr(1), 1, float(norms.mean()))
-    scale = {"one_step": {MAML: 1 / 12, FOMAML: 1 / 18, HFMAML: 1 / 25}[algorithm], "resampling": 1 / 100, "finite_sum": 1 / 80}[rule]
+    scale = {
+        "one_step": {MAML: 1 / 12, FOMAML: 1 / 18, HFMAML: 1 / 25}[algorithm],
+        "resampling": 1 / 100,
+        "finite_sum": 1 / 80,
+    }[rule]
     assert watch.rates == [pytest.approx(scale / smoothness, rel=1e-3)]
     logged = run.callback_metrics
     assert logged["train/meta_stepsize"] == pytest.approx(watch.rates[0])
     assert logged["train/meta_smoothness"] == pytest.approx(smoothness, rel=1e-3)
     assert logged["train/task_gradient_norm"] == pytest.approx(float(norms.mean()))
-    assert (logged["train/L"], logged["train/rho"], logged["train/b"]) == (pytest.approx(L, rel=1e-3), pytest.approx(rho, rel=1e-3), 0)
+    assert (logged["train/L"], logged["train/rho"], logged["train/b"]) == (
+        pytest.approx(L, rel=1e-3),
+        pytest.approx(rho, rel=1e-3),
+        0,
+    )
 
 
 def test_given_constants_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_maml.theory.measure.Probe.curvature", None)
     monkeypatch.setattr("lightning_maml.theory.measure.Probe.spread", None)
     module, watch = MAML(build("mlp"), inner_lr=0.1, train_steps=2, optimizer=SGD), Watch()
-    stepsize = AdaptiveMetaStepsize("finite_sum", L=2.0, rho=3.0, b=5.0, scale=0.5, episodes=[make_episodes(seed=9)])
+    stepsize = AdaptiveMetaStepsize(
+        "finite_sum", L=2.0, rho=3.0, b=5.0, scale=0.5, episodes=[make_episodes(seed=9)]
+    )
     norms = module.probe(make_episodes(seed=9)).gradient_norms()
-    trainer(tmp_path, stepsize, watch, precision="64-true").fit(module, repeated(make_episodes(), 1))
+    trainer(tmp_path, stepsize, watch, precision="64-true").fit(
+        module, repeated(make_episodes(), 1)
+    )
     growth, c_l, c_b = theory.smoothness_constants(2.0, 3.0, 0.1, 2)
-    assert watch.rates[0] == pytest.approx(0.5 / (growth * 2 + c_b * 5 + c_l * float(norms.mean())), rel=1e-9)
+    assert watch.rates[0] == pytest.approx(
+        0.5 / (growth * 2 + c_b * 5 + c_l * float(norms.mean())), rel=1e-9
+    )
 
 
 def test_constants_are_measured_again_every_n_steps(tmp_path: Path) -> None:
@@ -161,14 +213,22 @@ def test_the_rate_is_set_per_optimizer_step_not_per_batch(tmp_path: Path) -> Non
 
     module = MAML(build("mlp"), inner_lr=0.1, optimizer=SGD)
     run = trainer(
-        tmp_path, AdaptiveMetaStepsize(L=1.0, rho=1.0, b=1.0, episodes=episodes()), precision="64-true", accumulate_grad_batches=3
+        tmp_path,
+        AdaptiveMetaStepsize(L=1.0, rho=1.0, b=1.0, episodes=episodes()),
+        precision="64-true",
+        accumulate_grad_batches=3,
     )
     run.fit(module, repeated(make_episodes(), 6))
     assert run.global_step == len(drawn) == 2
 
 
 def glyphs(**arguments: Any) -> GlyphsDataModule:
-    return GlyphsDataModule(**({"ways": 3, "queries": 2, "meta_batch_size": 4, "train_batches": 4, "val_tasks": 4} | arguments))
+    return GlyphsDataModule(
+        **(
+            {"ways": 3, "queries": 2, "meta_batch_size": 4, "train_batches": 4, "val_tasks": 4}
+            | arguments
+        )
+    )
 
 
 def small_network() -> nn.Module:
@@ -202,7 +262,14 @@ def test_a_resumed_run_equals_the_one_that_was_not_stopped(tmp_path: Path, own: 
     def fit(epochs: int, checkpoint: Path | None = None) -> tuple[torch.Tensor, list[float]]:
         module, watch = MAML(small_network(), inner_lr=0.1, optimizer=SGD), Watch()
         stepsize = AdaptiveMetaStepsize(scale=1.0, every_n_steps=3, tasks=2, episodes=tasks)
-        run = trainer(tmp_path, stepsize, watch, max_epochs=epochs, enable_checkpointing=True, reload_dataloaders_every_n_epochs=1)
+        run = trainer(
+            tmp_path,
+            stepsize,
+            watch,
+            max_epochs=epochs,
+            enable_checkpointing=True,
+            reload_dataloaders_every_n_epochs=1,
+        )
         watch.rates = [0.0] * (0 if checkpoint is None else 4)
         run.fit(module, data, ckpt_path=checkpoint)
         run.save_checkpoint(tmp_path / f"{epochs}.ckpt")
@@ -236,7 +303,9 @@ class SaveRates(Watch):
 def rated(folder: Path, tasks: int, **arguments: Any) -> None:
     stepsize = AdaptiveMetaStepsize(scale=1.0, every_n_steps=2, tasks=tasks)
     module = MAML(small_network().double(), inner_lr=0.1, optimizer=SGD)
-    trainer(folder, stepsize, SaveRates(folder), precision="64-true", **arguments).fit(module, glyphs(meta_batch_size=tasks))
+    trainer(folder, stepsize, SaveRates(folder), precision="64-true", **arguments).fit(
+        module, glyphs(meta_batch_size=tasks)
+    )
 
 
 def test_every_process_sets_the_same_rate(tmp_path: Path) -> None:
@@ -245,7 +314,9 @@ def test_every_process_sets_the_same_rate(tmp_path: Path) -> None:
     of_two.mkdir()
     rated(of_one, 4)
     another_process.in_two(rated, of_two, 2)
-    (one,), (first, second) = ([torch.load(file) for file in sorted(folder.glob("*.pt"))] for folder in (of_one, of_two))
+    (one,), (first, second) = (
+        [torch.load(file) for file in sorted(folder.glob("*.pt"))] for folder in (of_one, of_two)
+    )
     assert first == second
     assert len(set(first)) > 1
     assert first == pytest.approx(one, rel=1e-6), "the same tasks, shared out"
@@ -254,11 +325,32 @@ def test_every_process_sets_the_same_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("algorithm", "regime"), [(MAML, "finite_sum"), (HFMAML, "resampling")])
 def test_it_runs_from_a_config(tmp_path: Path, algorithm: type[MAML], regime: str) -> None:
     config = CONFIGS / f"glyphs_{algorithm.__name__.lower()}.yaml"
-    arguments = ["--trainer.callbacks=AdaptiveMetaStepsize", f"--trainer.callbacks.rule={regime}", "--trainer.callbacks.scale=10"]
-    sgd = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0", "--model.lr_scheduler=null"]
-    small = ["--data.train_batches=2", "--data.meta_batch_size=2", "--trainer.max_epochs=1", "--trainer.limit_val_batches=1"]
+    arguments = [
+        "--trainer.callbacks=AdaptiveMetaStepsize",
+        f"--trainer.callbacks.rule={regime}",
+        "--trainer.callbacks.scale=10",
+    ]
+    sgd = [
+        "--model.optimizer=torch.optim.SGD",
+        "--model.optimizer.lr=0",
+        "--model.lr_scheduler=null",
+    ]
+    small = [
+        "--data.train_batches=2",
+        "--data.meta_batch_size=2",
+        "--trainer.max_epochs=1",
+        "--trainer.limit_val_batches=1",
+    ]
     command = run(
-        ["fit", f"--config={config}", *arguments, *sgd, *small, f"--data.regime={regime}", f"--trainer.default_root_dir={tmp_path}"]
+        [
+            "fit",
+            f"--config={config}",
+            *arguments,
+            *sgd,
+            *small,
+            f"--data.regime={regime}",
+            f"--trainer.default_root_dir={tmp_path}",
+        ]
     )
     assert command.trainer.callback_metrics["train/meta_stepsize"] > 0
     assert command.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(
@@ -290,30 +382,68 @@ class NotMAML(LightningModule):
 
 
 def scheduled() -> MAML:
-    return MAML(build("mlp"), optimizer=SGD, lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
+    return MAML(
+        build("mlp"),
+        optimizer=SGD,
+        lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1),
+    )
 
 
 @pytest.mark.parametrize(
     ("module", "rule", "message"),
     [
-        (lambda: ByHand(build("mlp")), "finite_sum", "Expected automatic optimization for AdaptiveMetaStepsize"),
-        (lambda: TwoOptimizers(build("mlp")), "finite_sum", "Expected one optimizer for AdaptiveMetaStepsize but got 2"),
-        (scheduled, "finite_sum", "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got StepLR; set the model"),
-        (NotMAML, "finite_sum", "Expected MAML or one of its variants for AdaptiveMetaStepsize but got NotMAML"),
-        (lambda: MAML(build("mlp"), train_steps=3, optimizer=SGD), "one_step", "Expected train_steps=1 with rule 'one_step' but got 3"),
+        (
+            lambda: ByHand(build("mlp")),
+            "finite_sum",
+            "Expected automatic optimization for AdaptiveMetaStepsize",
+        ),
+        (
+            lambda: TwoOptimizers(build("mlp")),
+            "finite_sum",
+            "Expected one optimizer for AdaptiveMetaStepsize but got 2",
+        ),
+        (
+            scheduled,
+            "finite_sum",
+            (
+                "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got StepLR; set "
+                "the model"
+            ),
+        ),
+        (
+            NotMAML,
+            "finite_sum",
+            "Expected MAML or one of its variants for AdaptiveMetaStepsize but got NotMAML",
+        ),
+        (
+            lambda: MAML(build("mlp"), train_steps=3, optimizer=SGD),
+            "one_step",
+            "Expected train_steps=1 with rule 'one_step' but got 3",
+        ),
     ],
 )
-def test_what_would_fight_over_the_rate_is_refused(tmp_path: Path, module: Any, rule: theory.Rule, message: str) -> None:
-    run = trainer(tmp_path, AdaptiveMetaStepsize(rule, episodes=[make_episodes()]), precision="64-true")
+def test_what_would_fight_over_the_rate_is_refused(
+    tmp_path: Path, module: Any, rule: theory.Rule, message: str
+) -> None:
+    run = trainer(
+        tmp_path, AdaptiveMetaStepsize(rule, episodes=[make_episodes()]), precision="64-true"
+    )
     with pytest.raises((ValueError, TypeError), match=message):
         run.fit(module(), repeated(make_episodes(), 1))
 
 
 def test_tasks_of_its_own_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="draws independent tasks, but got none; give the callback `episodes`"):
-        trainer(tmp_path, AdaptiveMetaStepsize()).fit(MAML(build("mlp"), optimizer=SGD), repeated(make_episodes(), 1))
+    with pytest.raises(
+        ValueError, match="draws independent tasks, but got none; give the callback `episodes`"
+    ):
+        trainer(tmp_path, AdaptiveMetaStepsize()).fit(
+            MAML(build("mlp"), optimizer=SGD), repeated(make_episodes(), 1)
+        )
     run = trainer(tmp_path, AdaptiveMetaStepsize(episodes=[]), precision="64-true")
-    with pytest.raises(ValueError, match="`episodes` to hold meta-batches each time it is gone through but it gave none"):
+    with pytest.raises(
+        ValueError,
+        match="`episodes` to hold meta-batches each time it is gone through but it gave none",
+    ):
         run.fit(MAML(build("mlp"), optimizer=SGD), repeated(make_episodes(), 1))
 
 
@@ -325,7 +455,9 @@ def test_tasks_of_its_own_are_asked_for(tmp_path: Path) -> None:
         (SGD, {"gradient_clip_val": 1.0}, "do not cover gradient clipping"),
     ],
 )
-def test_what_the_theory_does_not_cover_is_said(tmp_path: Path, optimizer: Any, arguments: dict[str, Any], message: str) -> None:
+def test_what_the_theory_does_not_cover_is_said(
+    tmp_path: Path, optimizer: Any, arguments: dict[str, Any], message: str
+) -> None:
     stepsize = AdaptiveMetaStepsize(L=1.0, rho=1.0, b=0.0, episodes=[make_episodes()])
     with pytest.warns(UserWarning, match=message):
         trainer(tmp_path, stepsize, precision="64-true", **arguments).fit(
@@ -335,26 +467,41 @@ def test_what_the_theory_does_not_cover_is_said(tmp_path: Path, optimizer: Any, 
 
 def test_a_network_with_kinks_has_no_rho(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3)).double()
-    with pytest.warns(UserWarning, match=r"a network with kinks in 2 \(ReLU\), whose rho does not exist"):
-        trainer(tmp_path, AdaptiveMetaStepsize(episodes=[make_episodes()]), precision="64-true").fit(
-            MAML(network, optimizer=SGD), repeated(make_episodes(), 1)
-        )
+    with pytest.warns(
+        UserWarning, match=r"a network with kinks in 2 \(ReLU\), whose rho does not exist"
+    ):
+        trainer(
+            tmp_path, AdaptiveMetaStepsize(episodes=[make_episodes()]), precision="64-true"
+        ).fit(MAML(network, optimizer=SGD), repeated(make_episodes(), 1))
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "rule", "message"), [(FOMAML, "finite_sum", "FO-MAML"), (MAML, "resampling", "the other kind of tasks")]
+    ("algorithm", "rule", "message"),
+    [(FOMAML, "finite_sum", "FO-MAML"), (MAML, "resampling", "the other kind of tasks")],
 )
-def test_rules_outside_their_case_are_named(tmp_path: Path, algorithm: type[MAML], rule: theory.Rule, message: str) -> None:
+def test_rules_outside_their_case_are_named(
+    tmp_path: Path, algorithm: type[MAML], rule: theory.Rule, message: str
+) -> None:
     stepsize = AdaptiveMetaStepsize(rule, L=1.0, rho=1.0, b=0.0, episodes=[make_episodes()])
     with pytest.warns(UserWarning, match=message):
-        trainer(tmp_path, stepsize, precision="64-true").fit(algorithm(build("mlp"), optimizer=SGD), repeated(make_episodes(), 1))
+        trainer(tmp_path, stepsize, precision="64-true").fit(
+            algorithm(build("mlp"), optimizer=SGD), repeated(make_episodes(), 1)
+        )
 
 
 def test_a_constant_that_was_given_before_is_measured_after_a_resume(tmp_path: Path) -> None:
     def fit(epochs: int, checkpoint: Path | None, **constants: float) -> dict[str, Any]:
-        stepsize = AdaptiveMetaStepsize(scale=1.0, every_n_steps=1000, episodes=[make_episodes(seed=9)], **constants)
-        run = trainer(tmp_path, stepsize, precision="64-true", max_epochs=epochs, enable_checkpointing=True)
-        run.fit(MAML(build("mlp"), inner_lr=0.1, optimizer=SGD), repeated(make_episodes(), 2), ckpt_path=checkpoint)
+        stepsize = AdaptiveMetaStepsize(
+            scale=1.0, every_n_steps=1000, episodes=[make_episodes(seed=9)], **constants
+        )
+        run = trainer(
+            tmp_path, stepsize, precision="64-true", max_epochs=epochs, enable_checkpointing=True
+        )
+        run.fit(
+            MAML(build("mlp"), inner_lr=0.1, optimizer=SGD),
+            repeated(make_episodes(), 2),
+            ckpt_path=checkpoint,
+        )
         run.save_checkpoint(tmp_path / "some.ckpt")
         return run.callback_metrics
 

@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader
 from helpers.networks import build, make_episodes
 from lightning_maml import MAML, MLP, Episodes, ResampledEpisodes
 from lightning_maml.algorithms.metrics import Estimate
-from lightning_maml.callbacks import EpisodePictures, LossMapPicture, draw_adaptation, draw_episode, draw_loss_map, loss_map
+from lightning_maml.callbacks import (
+    EpisodePictures,
+    LossMapPicture,
+    draw_adaptation,
+    draw_episode,
+    draw_loss_map,
+    loss_map,
+)
 
 
 def test_an_episode_shows_every_class_with_its_predictions_before_and_after() -> None:
@@ -30,7 +37,9 @@ def test_an_episode_shows_every_class_with_its_predictions_before_and_after() ->
 def test_normalised_images_are_shown_within_their_range() -> None:
     task = Episodes(*(tensor[0] for tensor in make_episodes(tasks=1, shots=1, queries=1)))
     colours = (task.support_x.expand(-1, 3, -1, -1) - 0.45) / 0.25
-    figure = draw_episode(task._replace(support_x=colours), torch.zeros(1, 3).long(), max_classes=1, max_images=1)
+    figure = draw_episode(
+        task._replace(support_x=colours), torch.zeros(1, 3).long(), max_classes=1, max_images=1
+    )
     shown = torch.tensor(figure.axes[0].images[0].get_array())
     assert 0 <= shown.min() < shown.max() <= 1
     stretched = (colours[0] - colours[0].min()) / (colours[0].max() - colours[0].min())
@@ -38,14 +47,18 @@ def test_normalised_images_are_shown_within_their_range() -> None:
 
 
 def test_the_adaptation_curve_shows_means_and_intervals() -> None:
-    figure = draw_adaptation(Estimate(torch.tensor([0.2, 0.8, 0.9]), torch.tensor([0.02, 0.01, 0.01]), 600), "accuracy")
+    figure = draw_adaptation(
+        Estimate(torch.tensor([0.2, 0.8, 0.9]), torch.tensor([0.02, 0.01, 0.01]), 600), "accuracy"
+    )
     axes = figure.axes[0]
     assert axes.lines[0].get_ydata().tolist() == pytest.approx([0.2, 0.8, 0.9])
     assert axes.get_title() == "600 test tasks"
 
 
 def run_test(module: MAML, episodes: Episodes, folder: Path) -> list[str]:
-    episodes = episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())
+    episodes = episodes._replace(
+        support_x=episodes.support_x.float(), query_x=episodes.query_x.float()
+    )
     quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu"}
     Trainer(default_root_dir=folder, callbacks=[EpisodePictures()], **quiet).test(
         module, DataLoader([episodes], batch_size=None), verbose=False
@@ -54,30 +67,53 @@ def run_test(module: MAML, episodes: Episodes, folder: Path) -> list[str]:
 
 
 def test_pictures_are_written_where_there_is_something_to_show(tmp_path: Path) -> None:
-    assert run_test(MAML(build("mlp").float(), test_steps=2), make_episodes(), tmp_path / "images") == ["adaptation.png", "episode.png"]
+    assert run_test(
+        MAML(build("mlp").float(), test_steps=2), make_episodes(), tmp_path / "images"
+    ) == ["adaptation.png", "episode.png"]
     vectors = make_episodes()
-    vectors = vectors._replace(support_x=vectors.support_x.flatten(2), query_x=vectors.query_x.flatten(2))
-    assert run_test(MAML(MLP(64, 3), test_steps=2), vectors, tmp_path / "vectors") == ["adaptation.png"]
-    targets = Episodes(vectors.support_x, vectors.support_x[:, :, :1], vectors.query_x, vectors.query_x[:, :, :1])
+    vectors = vectors._replace(
+        support_x=vectors.support_x.flatten(2), query_x=vectors.query_x.flatten(2)
+    )
+    assert run_test(MAML(MLP(64, 3), test_steps=2), vectors, tmp_path / "vectors") == [
+        "adaptation.png"
+    ]
+    targets = Episodes(
+        vectors.support_x, vectors.support_x[:, :, :1], vectors.query_x, vectors.query_x[:, :, :1]
+    )
     targets = Episodes(*(tensor.float() for tensor in targets))
-    assert run_test(MAML(MLP(64, 1), loss=torch.nn.MSELoss(), test_steps=2), targets, tmp_path / "targets") == ["adaptation.png"]
+    assert run_test(
+        MAML(MLP(64, 1), loss=torch.nn.MSELoss(), test_steps=2), targets, tmp_path / "targets"
+    ) == ["adaptation.png"]
 
 
 def test_of_tasks_with_several_support_sets_no_picture_is_drawn(tmp_path: Path) -> None:
-    several = ResampledEpisodes(*(torch.stack([tensor] * 2, 1) for tensor in make_episodes()[:2] * 2), *make_episodes()[2:])
-    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "default_root_dir": tmp_path, "precision": "64-true"}
+    several = ResampledEpisodes(
+        *(torch.stack([tensor] * 2, 1) for tensor in make_episodes()[:2] * 2), *make_episodes()[2:]
+    )
+    quiet = {
+        "enable_progress_bar": False,
+        "logger": False,
+        "accelerator": "cpu",
+        "default_root_dir": tmp_path,
+        "precision": "64-true",
+    }
     run = Trainer(callbacks=[EpisodePictures()], **quiet)
     assert run.test(MAML(build("mlp"), train_steps=2), DataLoader([several], batch_size=None))
     assert list(tmp_path.glob("*.png")) == []
 
 
 def test_sizes_below_one_are_refused() -> None:
-    with pytest.raises(ValueError, match="`max_classes` and `max_images` to be at least 1 but got 0 and 5"):
+    with pytest.raises(
+        ValueError, match="`max_classes` and `max_images` to be at least 1 but got 0 and 5"
+    ):
         EpisodePictures(max_classes=0)
 
 
 def test_the_loss_map_has_the_losses_of_the_path_at_its_ends(tmp_path: Path) -> None:
-    task, module = make_episodes(tasks=1), MAML(build("conv_batch_norm"), inner_lr=0.5, test_steps=3, batch_norm="support")
+    task, module = (
+        make_episodes(tasks=1),
+        MAML(build("conv_batch_norm"), inner_lr=0.5, test_steps=3, batch_norm="support"),
+    )
     found = loss_map(module, task, resolution=5)
     assert found.along.tolist() == pytest.approx([-0.5, 0, 0.5, 1, 1.5])
     assert found.across.tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1])
@@ -89,14 +125,21 @@ def test_the_loss_map_has_the_losses_of_the_path_at_its_ends(tmp_path: Path) -> 
     assert found.path[0].tolist() == [0, 0]
     assert found.path[-1].tolist() == pytest.approx([1, 0], abs=1e-6)
     assert 0.3 < found.in_plane <= 1
-    assert loss_map(MAML(build("mlp"), inner_lr=0.5), task, 2).in_plane == pytest.approx(1), "one step is straight"
+    assert loss_map(MAML(build("mlp"), inner_lr=0.5), task, 2).in_plane == pytest.approx(1), (
+        "one step is straight"
+    )
 
 
 def test_the_second_axis_of_the_loss_map_is_the_rest_of_the_query_gradient() -> None:
     task, module = make_episodes(tasks=1), MAML(build("mlp"), inner_lr=1e-3)
-    found = loss_map(module, task, resolution=101)  # of points 2e-2 of the distance moved from one another
-    support_slope, query_slope = (float(values[51, 25] - values[49, 25]) for values in (found.support, found.query))
-    assert abs(support_slope) < 1e-3 * query_slope, "the first axis is the support gradient, to which this one is orthogonal"
+    # of points 2e-2 of the distance moved from one another
+    found = loss_map(module, task, resolution=101)
+    support_slope, query_slope = (
+        float(values[51, 25] - values[49, 25]) for values in (found.support, found.query)
+    )
+    assert abs(support_slope) < 1e-3 * query_slope, (
+        "the first axis is the support gradient, to which this one is orthogonal"
+    )
     assert query_slope > 0
 
 
@@ -118,25 +161,53 @@ def test_the_loss_map_has_what_is_trained_alone_and_needs_no_vmap() -> None:
 
 
 def test_a_map_that_cannot_be_drawn_does_not_end_the_test(tmp_path: Path) -> None:
-    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "default_root_dir": tmp_path, "precision": "64-true"}
+    quiet = {
+        "enable_progress_bar": False,
+        "logger": False,
+        "accelerator": "cpu",
+        "default_root_dir": tmp_path,
+        "precision": "64-true",
+    }
     data = DataLoader([make_episodes()], batch_size=None)
-    for module in (MAML(build("mlp"), test_steps=0), MAML(build("conv_batch_norm"), batch_norm="per_step")):
+    for module in (
+        MAML(build("mlp"), test_steps=0),
+        MAML(build("conv_batch_norm"), batch_norm="per_step"),
+    ):
         with pytest.warns(UserWarning, match="LossMapPicture draws nothing: Expected"):
             assert Trainer(callbacks=[LossMapPicture(5)], **quiet).test(module, data, verbose=False)
     assert list(tmp_path.glob("*.png")) == []
 
 
 def test_the_loss_map_of_a_test_is_drawn(tmp_path: Path) -> None:
-    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu", "default_root_dir": tmp_path, "precision": "64-true"}
+    quiet = {
+        "enable_progress_bar": False,
+        "logger": False,
+        "accelerator": "cpu",
+        "default_root_dir": tmp_path,
+        "precision": "64-true",
+    }
     data = DataLoader([make_episodes()], batch_size=None)
-    Trainer(callbacks=[LossMapPicture(resolution=5)], **quiet).test(MAML(build("mlp")), data, verbose=False)
+    Trainer(callbacks=[LossMapPicture(resolution=5)], **quiet).test(
+        MAML(build("mlp")), data, verbose=False
+    )
     assert [file.name for file in tmp_path.glob("*.png")] == ["loss_map.png"]
     rounded = MAML(build("mlp").bfloat16(), inner_lr=0.5)
-    draw_loss_map(loss_map(rounded, Episodes(*(t.bfloat16() if t.is_floating_point() else t for t in make_episodes(tasks=1))), 5))
+    draw_loss_map(
+        loss_map(
+            rounded,
+            Episodes(
+                *(t.bfloat16() if t.is_floating_point() else t for t in make_episodes(tasks=1))
+            ),
+            5,
+        )
+    )
 
 
 def test_no_map_is_drawn_of_what_does_not_move() -> None:
-    with pytest.raises(ValueError, match="Expected adaptation to move the parameters but it does not; use `test_steps`"):
+    with pytest.raises(
+        ValueError,
+        match="Expected adaptation to move the parameters but it does not; use `test_steps`",
+    ):
         loss_map(MAML(build("mlp"), test_steps=0), make_episodes(tasks=1), 5)
     with pytest.raises(ValueError, match="Expected `resolution` to be at least 2 but got 1"):
         LossMapPicture(resolution=1)

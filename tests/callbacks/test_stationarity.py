@@ -30,8 +30,19 @@ CONFIG = CONFIGS / "glyphs_maml.yaml"
 
 
 def trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
-    settings = {"default_root_dir": folder, "accelerator": "cpu", "max_epochs": 1, "precision": "64-true", "callbacks": list(callbacks)}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
+    settings = {
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "precision": "64-true",
+        "callbacks": list(callbacks),
+    }
     return Trainer(**(settings | quiet | arguments))
 
 
@@ -62,24 +73,38 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.norms: dict[int, float] = {}
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        monitor = next(callback for callback in trainer.callbacks if isinstance(callback, StationarityMonitor))
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        monitor = next(
+            callback for callback in trainer.callbacks if isinstance(callback, StationarityMonitor)
+        )
         self.norms[trainer.global_step] = monitor.norm
 
 
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML])
-def test_it_is_the_norm_of_the_exact_meta_gradient_whatever_the_algorithm(tmp_path: Path, algorithm: type[MAML]) -> None:
+def test_it_is_the_norm_of_the_exact_meta_gradient_whatever_the_algorithm(
+    tmp_path: Path, algorithm: type[MAML]
+) -> None:
     network = build("mlp")
-    module = algorithm(network, inner_lr=0.3, train_steps=2, optimizer=partial(torch.optim.SGD, lr=0.1))
+    module = algorithm(
+        network, inner_lr=0.3, train_steps=2, optimizer=partial(torch.optim.SGD, lr=0.1)
+    )
     monitor, watch = StationarityMonitor(every_n_steps=2, episodes=[make_episodes(seed=5)]), Watch()
     run = trainer(tmp_path, monitor, watch)
     run.fit(module, DataLoader([make_episodes(seed=k) for k in range(5)], batch_size=None))
     assert [watch.norms[2] == watch.norms[3], watch.norms[3] == watch.norms[4]] == [True, False]
     assert watch.norms[1] != watch.norms[1], "not yet known"
-    repeat = algorithm(build("mlp"), inner_lr=0.3, train_steps=2, optimizer=partial(torch.optim.SGD, lr=0.1))
-    trainer(tmp_path).fit(repeat, DataLoader([make_episodes(seed=k) for k in range(4)], batch_size=None))
+    repeat = algorithm(
+        build("mlp"), inner_lr=0.3, train_steps=2, optimizer=partial(torch.optim.SGD, lr=0.1)
+    )
+    trainer(tmp_path).fit(
+        repeat, DataLoader([make_episodes(seed=k) for k in range(4)], batch_size=None)
+    )
     exact = meta_gradient(
-        lambda w, x, y: torch.nn.functional.cross_entropy(torch.func.functional_call(repeat.network, w, (x,)), y),
+        lambda w, x, y: torch.nn.functional.cross_entropy(
+            torch.func.functional_call(repeat.network, w, (x,)), y
+        ),
         dict(repeat.network.named_parameters()),
         make_episodes(seed=5),
         inner_lr=0.3,
@@ -94,7 +119,12 @@ def test_it_stops_at_an_epsilon_stationary_point(tmp_path: Path) -> None:
     network = Quartic()
     with torch.no_grad():
         network.w /= 10
-    module = MAML(network, inner_lr=quartic_inner_lr(1), loss=quartic_outputs_loss, optimizer=partial(torch.optim.SGD, lr=0.05))
+    module = MAML(
+        network,
+        inner_lr=quartic_inner_lr(1),
+        loss=quartic_outputs_loss,
+        optimizer=partial(torch.optim.SGD, lr=0.05),
+    )
     monitor = StationarityMonitor(every_n_steps=1, stop_at=1e-3, episodes=[quartic_tasks()])
     run = trainer(tmp_path, monitor)
     run.fit(module, DataLoader([quartic_tasks()] * 500, batch_size=None))
@@ -127,7 +157,9 @@ def test_a_resumed_run_draws_on(tmp_path: Path) -> None:
             StationarityMonitor(2, tasks=2, meta_batches=3),
         )
         # In 64-true Lightning loads checkpoints through float32.
-        run = trainer(tmp_path, monitor, max_epochs=epochs, enable_checkpointing=True, precision="32-true")
+        run = trainer(
+            tmp_path, monitor, max_epochs=epochs, enable_checkpointing=True, precision="32-true"
+        )
         run.fit(module, data, ckpt_path=checkpoint)
         run.save_checkpoint(tmp_path / f"{epochs}.ckpt")
         return monitor.norm
@@ -146,14 +178,26 @@ class SaveFigures(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         of_norm, of_fidelity, pictures = trainer.callbacks[:3]
         fidelity = [figure for found in of_fidelity.history[2].values() for figure in found]
-        self.folder.mkdir(parents=True, exist_ok=True)  # either process may be the first to get here
-        torch.save([of_norm.norm, of_norm.standard_error, *fidelity, *pictures.history[0][:4]], self.folder / f"{trainer.global_rank}.pt")
+        # either process may be the first to get here
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            [of_norm.norm, of_norm.standard_error, *fidelity, *pictures.history[0][:4]],
+            self.folder / f"{trainer.global_rank}.pt",
+        )
 
 
 def watched(folder: Path, tasks: int, **arguments: Any) -> None:
     torch.manual_seed(0)
-    module = MAML(Conv4(1, 3, 28, channels=2, activation="gelu"), inner_lr=0.1, optimizer=partial(torch.optim.SGD, lr=0.1))
-    watching = [StationarityMonitor(1, tasks=tasks, meta_batches=3), MetaGradientMonitor(1, tasks=tasks), TrainingPictures()]
+    module = MAML(
+        Conv4(1, 3, 28, channels=2, activation="gelu"),
+        inner_lr=0.1,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    watching = [
+        StationarityMonitor(1, tasks=tasks, meta_batches=3),
+        MetaGradientMonitor(1, tasks=tasks),
+        TrainingPictures(),
+    ]
     run = trainer(folder, *watching, SaveFigures(folder), **arguments)
     run.fit(module, GlyphsDataModule(ways=3, meta_batch_size=tasks, train_batches=2, val_tasks=6))
     assert (folder / "fidelity.png").is_file()
@@ -163,21 +207,36 @@ def test_processes_share_the_tasks_and_agree(tmp_path: Path) -> None:
     of_one, of_two = (tmp_path / name for name in ("one", "two"))
     watched(of_one, 4)
     another_process.in_two(watched, of_two, 2)
-    (one,), (first, second) = ([torch.load(file) for file in sorted(folder.glob("*.pt"))] for folder in (of_one, of_two))
+    (one,), (first, second) = (
+        [torch.load(file) for file in sorted(folder.glob("*.pt"))] for folder in (of_one, of_two)
+    )
     assert first == second
     assert first == pytest.approx(one, rel=1e-6, abs=1e-9)
 
 
 def test_hessian_batches_are_asked_for(tmp_path: Path) -> None:
     data = GlyphsDataModule(ways=3, regime="resampling", hessian_shots=0)
-    with pytest.raises(ValueError, match="`hessian_shots` to be at least 1 for StationarityMonitor"):
+    with pytest.raises(
+        ValueError, match="`hessian_shots` to be at least 1 for StationarityMonitor"
+    ):
         trainer(tmp_path, StationarityMonitor()).fit(FOMAML(Conv4(1, 3, 28, channels=2)), data)
 
 
 def test_it_runs_from_a_config(tmp_path: Path) -> None:
-    monitor = ["--trainer.callbacks=StationarityMonitor", "--trainer.callbacks.every_n_steps=1", "--trainer.callbacks.stop_at=1e6"]
-    small = ["--trainer.callbacks.tasks=2", "--data.train_batches=5", "--data.meta_batch_size=2", "--trainer.limit_val_batches=1"]
-    command = run(["fit", f"--config={CONFIG}", *monitor, *small, f"--trainer.default_root_dir={tmp_path}"])
+    monitor = [
+        "--trainer.callbacks=StationarityMonitor",
+        "--trainer.callbacks.every_n_steps=1",
+        "--trainer.callbacks.stop_at=1e6",
+    ]
+    small = [
+        "--trainer.callbacks.tasks=2",
+        "--data.train_batches=5",
+        "--data.meta_batch_size=2",
+        "--trainer.limit_val_batches=1",
+    ]
+    command = run(
+        ["fit", f"--config={CONFIG}", *monitor, *small, f"--trainer.default_root_dir={tmp_path}"]
+    )
     assert command.trainer.global_step == 1
 
 

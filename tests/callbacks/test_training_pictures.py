@@ -28,14 +28,30 @@ def loader(batches: list[Episodes]) -> DataLoader[Any]:
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
-QUIET: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
+QUIET: dict[str, Any] = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+    "enable_checkpointing": False,
+}
 TRAIN, VAL = [in_float32(seed) for seed in range(4)], [in_float32(seed) for seed in range(10, 13)]
 
 
 def fit(
-    folder: Path, module: LightningModule, *callbacks: Callback, val: Any = None, checkpoint: Path | None = None, epochs: int = 2
+    folder: Path,
+    module: LightningModule,
+    *callbacks: Callback,
+    val: Any = None,
+    checkpoint: Path | None = None,
+    epochs: int = 2,
 ) -> Trainer:
-    run = Trainer(default_root_dir=folder, accelerator="cpu", max_epochs=epochs, callbacks=[*callbacks], **QUIET)
+    run = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=[*callbacks],
+        **QUIET,
+    )
     run.fit(module, loader(TRAIN), loader(VAL) if val is None else val, ckpt_path=checkpoint)
     return run
 
@@ -45,14 +61,30 @@ def module() -> MAML:
 
 
 def test_it_shows_what_validation_and_training_found(tmp_path: Path) -> None:
-    pictures, still = TrainingPictures(), MAML(build("mlp").float(), 0.3, test_steps=2, optimizer=partial(torch.optim.SGD, lr=0.0))
+    pictures, still = (
+        TrainingPictures(),
+        MAML(build("mlp").float(), 0.3, test_steps=2, optimizer=partial(torch.optim.SGD, lr=0.0)),
+    )
     fit(tmp_path, still, pictures)
-    right = [(still.evaluate(batch).aux.argmax(-1) == batch.query_y[:, None]).double().mean(-1) for batch in VAL]
+    right = [
+        (still.evaluate(batch).aux.argmax(-1) == batch.query_y[:, None]).double().mean(-1)
+        for batch in VAL
+    ]
     per_task = torch.cat(right)  # after 0, 1, 2 steps
     in_training = MAML(build("mlp").float(), 0.3)
-    train = torch.cat([(in_training.evaluate(batch).aux[:, -1].argmax(-1) == batch.query_y).double().mean(-1) for batch in TRAIN])
+    train = torch.cat(
+        [
+            (in_training.evaluate(batch).aux[:, -1].argmax(-1) == batch.query_y).double().mean(-1)
+            for batch in TRAIN
+        ]
+    )
     ci95 = 1.96 * float(per_task[:, -1].std()) / len(per_task) ** 0.5
-    expected = (float(per_task[:, -1].mean()), ci95, float(per_task[:, 0].mean()), float(train.mean()))
+    expected = (
+        float(per_task[:, -1].mean()),
+        ci95,
+        float(per_task[:, 0].mean()),
+        float(train.mean()),
+    )
     assert [found.step for found in pictures.history] == [4, 8]
     for found in pictures.history:
         assert found[1:] == pytest.approx(expected, abs=1e-6)
@@ -60,7 +92,9 @@ def test_it_shows_what_validation_and_training_found(tmp_path: Path) -> None:
 
 
 def test_the_picture_has_the_band_of_the_interval() -> None:
-    figure = draw_learning([Validation(10, 0.5, 0.1, 0.2, 0.6), Validation(20, 0.7, 0.05, 0.25, 0.8)], "accuracy")
+    figure = draw_learning(
+        [Validation(10, 0.5, 0.1, 0.2, 0.6), Validation(20, 0.7, 0.05, 0.25, 0.8)], "accuracy"
+    )
     axes = figure.axes[0]
     lines = [[pytest.approx(value) for value in line.get_ydata()] for line in axes.lines]
     assert lines == [[0.5, 0.7], [0.6, 0.8], [0.2, 0.25]]
@@ -85,7 +119,10 @@ def test_a_run_that_goes_on_draws_on(tmp_path: Path) -> None:
 def test_so_it_does_between_two_validations(tmp_path: Path) -> None:
     def pictures(*others: Callback, checkpoint: Path | None = None) -> TrainingPictures:
         torch.manual_seed(0)
-        found, data = TrainingPictures(), GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=4, val_tasks=4)
+        found, data = (
+            TrainingPictures(),
+            GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=4, val_tasks=4),
+        )
         run = Trainer(
             default_root_dir=tmp_path,
             accelerator="cpu",
@@ -93,7 +130,9 @@ def test_so_it_does_between_two_validations(tmp_path: Path) -> None:
             callbacks=[found, *others],
             **(QUIET | {"enable_checkpointing": True}),
         )
-        run.fit(MAML(Conv4(1, 3, 28, channels=4, activation="gelu"), 0.3), data, ckpt_path=checkpoint)
+        run.fit(
+            MAML(Conv4(1, 3, 28, channels=4, activation="gelu"), 0.3), data, ckpt_path=checkpoint
+        )
         return found
 
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
@@ -101,7 +140,9 @@ def test_so_it_does_between_two_validations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("is_global_zero", "steps"), [(True, 2), (False, 0)])
-def test_the_sums_of_a_checkpoint_are_those_of_one_process(is_global_zero: bool, steps: int) -> None:
+def test_the_sums_of_a_checkpoint_are_those_of_one_process(
+    is_global_zero: bool, steps: int
+) -> None:
     pictures = TrainingPictures()
     pictures.load_state_dict({"history": [], "sum": 1.5, "steps": 2})
     pictures.on_fit_start(SimpleNamespace(is_global_zero=is_global_zero), module())  # type: ignore[arg-type]
@@ -112,7 +153,13 @@ def test_skipped_steps_are_no_figures(tmp_path: Path) -> None:
     broken = TRAIN[0]._replace(query_x=torch.full_like(TRAIN[0].query_x, torch.nan))
     some, without = TrainingPictures(), TrainingPictures()
     for pictures, batches in ((some, [broken, TRAIN[1], broken, TRAIN[2]]), (without, TRAIN[1:3])):
-        run = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, callbacks=[SkipNonFinite(), pictures], **QUIET)
+        run = Trainer(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            max_epochs=1,
+            callbacks=[SkipNonFinite(), pictures],
+            **QUIET,
+        )
         run.fit(module(), loader(batches), loader(VAL))
     assert some.history[0].train == without.history[0].train
 
@@ -129,7 +176,10 @@ def test_a_subclass_may_judge_in_its_own_way(tmp_path: Path) -> None:
 
 
 def test_other_modules_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="Expected a module of lightning_maml for TrainingPictures but got BoringModel"):
+    with pytest.raises(
+        TypeError,
+        match="Expected a module of lightning_maml for TrainingPictures but got BoringModel",
+    ):
         fit(tmp_path, BoringModel(), TrainingPictures())
 
 
@@ -140,7 +190,11 @@ def test_several_loaders_baselines_and_regression_are_drawn_too(tmp_path: Path) 
     fit(tmp_path / "one", module(), one)
     assert several.history == one.history
     torch.manual_seed(0)
-    fit(tmp_path / "baseline", ProtoNet(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))), TrainingPictures())
+    fit(
+        tmp_path / "baseline",
+        ProtoNet(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))),
+        TrainingPictures(),
+    )
     assert (tmp_path / "baseline" / "learning.png").is_file()
 
     def regression(batch: Episodes) -> Episodes:
@@ -148,7 +202,17 @@ def test_several_loaders_baselines_and_regression_are_drawn_too(tmp_path: Path) 
         return Episodes(support, support[:, :, :1], query, query[:, :, :1])
 
     pictures = TrainingPictures()
-    run = Trainer(default_root_dir=tmp_path / "targets", accelerator="cpu", max_epochs=1, callbacks=[pictures], **QUIET)
+    run = Trainer(
+        default_root_dir=tmp_path / "targets",
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[pictures],
+        **QUIET,
+    )
     model = MAML(MLP(64, 1), 0.01, loss=torch.nn.MSELoss())
-    run.fit(model, loader([regression(batch) for batch in TRAIN]), loader([regression(batch) for batch in VAL]))
+    run.fit(
+        model,
+        loader([regression(batch) for batch in TRAIN]),
+        loader([regression(batch) for batch in VAL]),
+    )
     assert pictures.history[0].mean == pytest.approx(float(run.callback_metrics["val/loss"]))

@@ -29,7 +29,13 @@ SIZES = {
 
 
 def features() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.Softplus(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+    )
 
 
 def classifier() -> nn.Module:
@@ -61,14 +67,22 @@ def unrolled_anil(network: nn.Sequential, task: tuple[Tensor, Tensor]) -> Tensor
     support_z, support_y, query_z, query_y = split(network.features(task[0]), task[1])
     weight, bias = network.classifier.parameters()
     for _ in range(STEPS):
-        gradient = torch.autograd.grad(F.cross_entropy(F.linear(support_z, weight, bias), support_y), [weight, bias], create_graph=True)
+        gradient = torch.autograd.grad(
+            F.cross_entropy(F.linear(support_z, weight, bias), support_y),
+            [weight, bias],
+            create_graph=True,
+        )
         weight, bias = weight - RATE * gradient[0], bias - RATE * gradient[1]
     return F.cross_entropy(F.linear(query_z, weight, bias), query_y)
 
 
 def build(name: str, network: nn.Sequential, **arguments) -> LightningMAML | LightningANIL:
     arguments = {"adaptation_steps": STEPS, "adaptation_lr": RATE, **SIZES, **arguments}
-    return LightningMAML(network, **arguments) if name == "maml" else LightningANIL(network.features, network.classifier, **arguments)
+    return (
+        LightningMAML(network, **arguments)
+        if name == "maml"
+        else LightningANIL(network.features, network.classifier, **arguments)
+    )
 
 
 @pytest.mark.parametrize("name", ["maml", "anil"])
@@ -80,19 +94,27 @@ def test_the_meta_gradient_is_that_of_the_unrolled_loop(name: str) -> None:
     loss.backward()
     torch.testing.assert_close(loss, value)
     assert 0 <= accuracy <= 1
-    gradients = [{key: p.grad for key, p in module.named_parameters()} for module in (network, reference)]
+    gradients = [
+        {key: p.grad for key, p in module.named_parameters()} for module in (network, reference)
+    ]
     assert relative_error(*gradients) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["maml", "anil"])
 def test_numbers_are_learn2learns(name: str) -> None:
-    pytest.importorskip("learn2learn", reason="learn2learn is not installed; `make learn2learn` builds it")
+    pytest.importorskip(
+        "learn2learn", reason="learn2learn is not installed; `make learn2learn` builds it"
+    )
     from learn2learn.algorithms import LightningANIL as TheirANIL
     from learn2learn.algorithms import LightningMAML as TheirMAML
 
     network, reference, task = whole(), whole(), NoiseTaskset().sample()
     arguments = {"adaptation_steps": STEPS, "adaptation_lr": RATE, **SIZES}
-    theirs = TheirMAML(reference, **arguments) if name == "maml" else TheirANIL(reference.features, reference.classifier, **arguments)
+    theirs = (
+        TheirMAML(reference, **arguments)
+        if name == "maml"
+        else TheirANIL(reference.features, reference.classifier, **arguments)
+    )
     ours = build(name, network)
     assert dict(ours.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
     values = [module.meta_learn(task, 0, WAYS, SHOTS, QUERIES) for module in (ours, theirs)]
@@ -123,7 +145,9 @@ def test_learn2learns_own_script_runs_with_other_imports(name: str, tmp_path: Pa
     parser = LightningANIL.add_model_specific_args(parser)
     parser.add_argument("--meta_batch_size", type=int, default=4)
     options = " ".join(f"--{key} {value}" for key, value in SIZES.items())
-    arguments = parser.parse_args(f"{options} --adaptation_steps 2 --adaptation_lr 0.2 --lr 0.01".split())
+    arguments = parser.parse_args(
+        f"{options} --adaptation_steps 2 --adaptation_lr 0.2 --lr 0.01".split()
+    )
     tasks = [NoiseTaskset(seed, torch.float32) for seed in range(3)]
     episodic_data = EpisodicBatcher(*tasks, epoch_length=arguments.meta_batch_size)
     network = whole().float()
@@ -140,7 +164,12 @@ def test_learn2learns_own_script_runs_with_other_imports(name: str, tmp_path: Pa
     trainer.fit(model=model, datamodule=episodic_data)
     assert trainer.global_step == 3
     assert not torch.equal(before, flat(dict(network.named_parameters())))
-    assert {"train_accuracy", "train_loss", "valid_loss", "valid_accuracy"} <= trainer.callback_metrics.keys()
+    assert {
+        "train_accuracy",
+        "train_loss",
+        "valid_loss",
+        "valid_accuracy",
+    } <= trainer.callback_metrics.keys()
     (tested,) = trainer.test(ckpt_path="best", datamodule=episodic_data)
     assert {"test_loss", "test_accuracy"} == tested.keys()
     assert model.hparams["adaptation_steps"] == 2
@@ -157,15 +186,26 @@ def test_frozen_features_use_batch_statistics_in_any_mode() -> None:
 
 def test_arguments_are_attributes() -> None:
     model = build("maml", whole())
-    assert (model.adaptation_lr, model.adaptation_steps, model.train_ways, model.lr) == (RATE, STEPS, WAYS, 0.001)
+    assert (model.adaptation_lr, model.adaptation_steps, model.train_ways, model.lr) == (
+        RATE,
+        STEPS,
+        WAYS,
+        0.001,
+    )
     assert (LightningMAML.adaptation_lr, LightningMAML.train_ways) == (0.1, 5)
 
 
 def test_attributes_may_be_set_later() -> None:
-    longer, changed = build("maml", whole(), adaptation_steps=7, adaptation_lr=0.01, lr=0.5), build("maml", whole())
+    longer, changed = (
+        build("maml", whole(), adaptation_steps=7, adaptation_lr=0.01, lr=0.5),
+        build("maml", whole()),
+    )
     changed.adaptation_steps, changed.adaptation_lr, changed.lr = 7, 0.01, 0.5
     task = NoiseTaskset().sample()
-    losses = [model.meta_learn(task, 0, WAYS, SHOTS, QUERIES)[0] for model in (longer, changed, build("maml", whole()))]
+    losses = [
+        model.meta_learn(task, 0, WAYS, SHOTS, QUERIES)[0]
+        for model in (longer, changed, build("maml", whole()))
+    ]
     assert losses[0] == losses[1] != losses[2]
     (optimizer,), _ = changed.configure_optimizers()
     assert optimizer.defaults["lr"] == 0.5
@@ -181,17 +221,34 @@ def test_a_taskset_that_runs_dry_says_so(tmp_path: Path) -> None:
             self.left -= 1
             return super().sample()
 
-    run = Trainer(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match="Expected 4 tasks of the taskset but it gave no more at number 3"):
-        run.fit(build("maml", whole()), train_dataloaders=EpisodicBatcher(Dry(), epoch_length=4).train_dataloader())
+    run = Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+    )
+    with pytest.raises(
+        ValueError, match="Expected 4 tasks of the taskset but it gave no more at number 3"
+    ):
+        run.fit(
+            build("maml", whole()),
+            train_dataloaders=EpisodicBatcher(Dry(), epoch_length=4).train_dataloader(),
+        )
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Expected `train_ways` and `test_ways` to be the same, .* but got 5 and 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected `train_ways` and `test_ways` to be the same, .* but got 5 and 3",
+    ):
         LightningMAML(whole(), train_ways=5, test_ways=3)
     data = EpisodicBatcher(NoiseTaskset())
     data.trainer = SimpleNamespace(world_size=2)
     with pytest.raises(ValueError, match="Expected one process but got 2"):
         data.train_dataloader()
-    with pytest.raises(ValueError, match="Expected a task of 3 ways with 2 shots and 1 queries, 9 examples, but got 15"):
+    with pytest.raises(
+        ValueError,
+        match="Expected a task of 3 ways with 2 shots and 1 queries, 9 examples, but got 15",
+    ):
         build("maml", whole()).meta_learn(NoiseTaskset().sample(), 0, WAYS, SHOTS, 1)

@@ -6,8 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.networks import build, flat, leaves, make_episodes, plain_loss, relative_error, unrolled
-from lightning_maml import Episodes, MetaGradient, ResampledEpisodes, adaptation_curve, meta_gradient
+from helpers.networks import (
+    build,
+    flat,
+    leaves,
+    make_episodes,
+    plain_loss,
+    relative_error,
+    unrolled,
+)
+from lightning_maml import (
+    Episodes,
+    MetaGradient,
+    ResampledEpisodes,
+    adaptation_curve,
+    meta_gradient,
+)
 from lightning_maml.core.inner_rates import InnerRates, Rates
 from lightning_maml.core.params import Params
 from lightning_maml.networks.functional_network import Learner
@@ -27,8 +41,15 @@ def body(w: Params) -> list[str]:
 def random_rates(w: Params, shape_of: str, seed: int) -> Rates:
     """Rates between 0.1 and 0.5: one per parameter tensor, per output channel or per element."""
     random = torch.Generator().manual_seed(seed)
-    shapes = {"layer": lambda p: (), "channel": lambda p: (len(p), *[1] * (p.ndim - 1)), "parameter": lambda p: p.shape}
-    return {name: 0.1 + 0.4 * torch.rand(shapes[shape_of](p), dtype=p.dtype, generator=random) for name, p in w.items()}
+    shapes = {
+        "layer": lambda p: (),
+        "channel": lambda p: (len(p), *[1] * (p.ndim - 1)),
+        "parameter": lambda p: p.shape,
+    }
+    return {
+        name: 0.1 + 0.4 * torch.rand(shapes[shape_of](p), dtype=p.dtype, generator=random)
+        for name, p in w.items()
+    }
 
 
 def only(rates: Rates, names: list[str]) -> Rates:
@@ -42,37 +63,62 @@ RATES = {
     "per layer and step": lambda w: [random_rates(w, "layer", step) for step in range(STEPS)],
     "per channel": lambda w: [random_rates(w, "channel", 1)] * STEPS,
     "per parameter": lambda w: [random_rates(w, "parameter", 1)] * STEPS,
-    "head, per parameter and step": lambda w: [only(random_rates(w, "parameter", step), head(w)) for step in range(STEPS)],
+    "head, per parameter and step": lambda w: [
+        only(random_rates(w, "parameter", step), head(w)) for step in range(STEPS)
+    ],
     "body, per layer": lambda w: [only(random_rates(w, "layer", 1), body(w))] * STEPS,
-    "another part in each step": lambda w: [only(random_rates(w, "layer", 7), names) for names in (head(w), body(w), list(w))],
+    "another part in each step": lambda w: [
+        only(random_rates(w, "layer", 7), names) for names in (head(w), body(w), list(w))
+    ],
 }
 
 
 def with_own_leaves(rates: list[Rates]) -> list[Rates]:
     """The same rates with a leaf for each step, so that each step's gradient can be told from the others'."""
-    return [{n: r.clone().requires_grad_() if isinstance(r, Tensor) else r for n, r in of_step.items()} for of_step in rates]
+    return [
+        {n: r.clone().requires_grad_() if isinstance(r, Tensor) else r for n, r in of_step.items()}
+        for of_step in rates
+    ]
 
 
-def expected(network: torch.nn.Module, episodes: Episodes, rates: list[Rates]) -> tuple[Params, list[Params]]:
+def expected(
+    network: torch.nn.Module, episodes: Episodes, rates: list[Rates]
+) -> tuple[Params, list[Params]]:
     w, rates = leaves(network), with_own_leaves(rates)
-    inputs = [*w.values(), *(r for of_step in rates for r in of_step.values() if isinstance(r, Tensor))]
-    gradients = iter(torch.autograd.grad(unrolled(plain_loss(network), w, episodes, rates, STEPS), inputs))
+    inputs = [
+        *w.values(),
+        *(r for of_step in rates for r in of_step.values() if isinstance(r, Tensor)),
+    ]
+    gradients = iter(
+        torch.autograd.grad(unrolled(plain_loss(network), w, episodes, rates, STEPS), inputs)
+    )
     return (
         {name: next(gradients) for name in w},
-        [{name: next(gradients) for name, r in of_step.items() if isinstance(r, Tensor)} for of_step in rates],
+        [
+            {name: next(gradients) for name, r in of_step.items() if isinstance(r, Tensor)}
+            for of_step in rates
+        ],
     )
 
 
-def gradient_of(network: torch.nn.Module, episodes: Episodes, rates: InnerRates, **options) -> MetaGradient:
-    return meta_gradient(plain_loss(network), leaves(network), episodes, inner_lr=rates, steps=STEPS, **options)
+def gradient_of(
+    network: torch.nn.Module, episodes: Episodes, rates: InnerRates, **options
+) -> MetaGradient:
+    return meta_gradient(
+        plain_loss(network), leaves(network), episodes, inner_lr=rates, steps=STEPS, **options
+    )
 
 
 def error_of_rates(actual: list[Params], expected: list[Params]) -> float:
     assert [of_step.keys() for of_step in actual] == [of_step.keys() for of_step in expected]
-    assert all(a[name].shape == e[name].shape for a, e in zip(actual, expected, strict=True) for name in e)
+    assert all(
+        a[name].shape == e[name].shape for a, e in zip(actual, expected, strict=True) for name in e
+    )
     if not any(expected):
         return 0.0
-    a, e = (torch.cat([flat(of_step) for of_step in steps if of_step]) for steps in (actual, expected))
+    a, e = (
+        torch.cat([flat(of_step) for of_step in steps if of_step]) for steps in (actual, expected)
+    )
     return float((a - e).norm() / e.norm())
 
 
@@ -85,7 +131,9 @@ def test_exact_equals_autograd_through_the_unrolled_loop(name: str, kind: str, t
     of_w, of_rates = expected(network, episodes, rates)
     learner = Learner(network, vectorised=tasks == "vmap")
     loss = lambda params, x, y: torch.nn.functional.cross_entropy(learner(params, x), y)
-    result = meta_gradient(loss, leaves(network), episodes, inner_lr=rates, steps=STEPS, tasks=tasks)
+    result = meta_gradient(
+        loss, leaves(network), episodes, inner_lr=rates, steps=STEPS, tasks=tasks
+    )
     assert relative_error(result.grad, of_w) < 1e-12
     assert error_of_rates(result.inner_lr, of_rates) < 1e-12
 
@@ -97,8 +145,14 @@ def test_finite_difference_converges_at_second_order_in_the_radius(kind: str) ->
     of_w, of_rates = expected(network, episodes, rates)
     errors = []
     for radius in (4e-2, 2e-2, 1e-2):
-        result = gradient_of(network, episodes, rates, curvature="finite_difference", probe_radius=radius)
-        errors.append(torch.tensor([relative_error(result.grad, of_w), error_of_rates(result.inner_lr, of_rates)]))
+        result = gradient_of(
+            network, episodes, rates, curvature="finite_difference", probe_radius=radius
+        )
+        errors.append(
+            torch.tensor(
+                [relative_error(result.grad, of_w), error_of_rates(result.inner_lr, of_rates)]
+            )
+        )
     for coarse, fine in pairwise(errors):
         orders = (coarse / fine).log2()[: 1 + any(of_rates)]
         assert ((orders > 1.8) & (orders < 2.2)).all(), errors
@@ -117,16 +171,29 @@ def test_without_curvature_the_adapted_gradient_is_pulled_back_as_it_is(kind: st
             adapted = w
             for step in rates:
                 here = {n: p.detach().requires_grad_() for n, p in adapted.items()}
-                gradient = torch.autograd.grad(loss(here, task[0], task[1]), [here[n] for n in step])
-                adapted = adapted | {n: adapted[n] - step[n] * g for n, g in zip(step, gradient, strict=True)}
+                gradient = torch.autograd.grad(
+                    loss(here, task[0], task[1]), [here[n] for n in step]
+                )
+                adapted = adapted | {
+                    n: adapted[n] - step[n] * g for n, g in zip(step, gradient, strict=True)
+                }
             total = total + loss(adapted, task[2], task[3]) / len(episodes.support_x)
         return total
 
     result = gradient_of(network, episodes, rates, curvature="none")
     of_w = dict(zip(w, torch.autograd.grad(objective(), list(w.values())), strict=True))
     assert relative_error(result.grad, of_w) < 1e-12
-    learned = [(step, name) for step, of_step in enumerate(rates) for name, r in of_step.items() if isinstance(r, Tensor)]
-    of_rates = torch.autograd.grad(objective(), [rates[step][name] for step, name in learned]) if learned else ()
+    learned = [
+        (step, name)
+        for step, of_step in enumerate(rates)
+        for name, r in of_step.items()
+        if isinstance(r, Tensor)
+    ]
+    of_rates = (
+        torch.autograd.grad(objective(), [rates[step][name] for step, name in learned])
+        if learned
+        else ()
+    )
     for (step, name), gradient in zip(learned, of_rates, strict=True):
         torch.testing.assert_close(result.inner_lr[step][name], gradient, rtol=1e-12, atol=1e-15)
 
@@ -149,19 +216,26 @@ def test_query_losses_on_the_way_are_differentiated_with_their_weights(kind: str
     rates = with_own_leaves(RATES[kind](leaves(network)))
     w = leaves(network)
     value = sum(
-        weight * unrolled(plain_loss(network), w, episodes, rates, steps) for steps, weight in enumerate(weights, start=1) if weight
+        weight * unrolled(plain_loss(network), w, episodes, rates, steps)
+        for steps, weight in enumerate(weights, start=1)
+        if weight
     )
     learned = [rate for of_step in rates for rate in of_step.values() if isinstance(rate, Tensor)]
     gradients = iter(torch.autograd.grad(value, [*w.values(), *learned]))
     result = gradient_of(network, episodes, rates, step_weights=weights)
     assert relative_error(result.grad, {name: next(gradients) for name in w}) < 1e-12
-    of_rates = [{name: next(gradients) for name, rate in of_step.items() if isinstance(rate, Tensor)} for of_step in rates]
+    of_rates = [
+        {name: next(gradients) for name, rate in of_step.items() if isinstance(rate, Tensor)}
+        for of_step in rates
+    ]
     assert error_of_rates(result.inner_lr, of_rates) < 1e-12
     assert torch.equal(result.query_loss, gradient_of(network, episodes, rates).query_loss)
 
 
 def test_there_is_a_weight_for_each_step() -> None:
-    with pytest.raises(ValueError, match="Expected `step_weights` to hold 3 weights, one per inner step, but got 2"):
+    with pytest.raises(
+        ValueError, match="Expected `step_weights` to hold 3 weights, one per inner step, but got 2"
+    ):
         gradient_of(build("mlp"), make_episodes(), 0.3, step_weights=[0.5, 0.5])
 
 
@@ -169,8 +243,17 @@ def test_one_rate_may_be_a_tensor() -> None:
     network, episodes = build("mlp"), make_episodes()
     rate = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     result = gradient_of(network, episodes, rate)
-    value = unrolled(plain_loss(network), leaves(network), episodes, [dict.fromkeys(leaves(network), rate)] * STEPS, STEPS)
-    torch.testing.assert_close(sum(sum(of_step.values()) for of_step in result.inner_lr), torch.autograd.grad(value, rate)[0])
+    value = unrolled(
+        plain_loss(network),
+        leaves(network),
+        episodes,
+        [dict.fromkeys(leaves(network), rate)] * STEPS,
+        STEPS,
+    )
+    torch.testing.assert_close(
+        sum(sum(of_step.values()) for of_step in result.inner_lr),
+        torch.autograd.grad(value, rate)[0],
+    )
 
 
 def test_further_steps_use_the_last_rates() -> None:
@@ -204,11 +287,20 @@ def test_what_does_not_adapt_is_left_out_of_the_inner_gradient() -> None:
         ({"3.weight": -1.0}, "at least 0 but got -1.0"),
         ({"3.weight": float("nan")}, "finite number"),
         ({"9.weight": 0.1}, r"name parameters but \['9.weight'\] are none"),
-        ([{"3.weight": 0.1}, {"3.weight": torch.ones(5)}], r"rate of '3.weight' to broadcast to its shape \[3, 6\] but got shape \[5\]"),
+        (
+            [{"3.weight": 0.1}, {"3.weight": torch.ones(5)}],
+            r"rate of '3.weight' to broadcast to its shape \[3, 6\] but got shape \[5\]",
+        ),
         ({"3.bias": torch.ones(2, 3)}, r"broadcast to its shape \[3\] but got shape \[2, 3\]"),
     ],
 )
 def test_rates_that_fit_nothing_are_refused(rates: InnerRates, message: str) -> None:
     for function in (meta_gradient, adaptation_curve):
         with pytest.raises(ValueError, match=message):
-            function(plain_loss(build("mlp")), leaves(build("mlp")), make_episodes(), inner_lr=rates, steps=2)
+            function(
+                plain_loss(build("mlp")),
+                leaves(build("mlp")),
+                make_episodes(),
+                inner_lr=rates,
+                steps=2,
+            )

@@ -23,17 +23,26 @@ def test_value_gradient_and_hessian_vector_product() -> None:
 
 
 def test_a_kept_graph_serves_only_the_point_it_was_made_at() -> None:
-    here, there, v = {"w": torch.tensor([1.0])}, {"w": torch.tensor([5.0])}, {"w": torch.tensor([1.0])}
+    here, there, v = (
+        {"w": torch.tensor([1.0])},
+        {"w": torch.tensor([5.0])},
+        {"w": torch.tensor([1.0])},
+    )
     for points in ([there, here], [here, there], [here, here]):
         objective = Objective(cubic)
         assert objective.gradient(here, keep_graph=True)["w"] == 3
-        assert [float(objective.hessian_vector_product(w, v)["w"]) for w in points] == [6 * float(w["w"]) for w in points]
+        assert [float(objective.hessian_vector_product(w, v)["w"]) for w in points] == [
+            6 * float(w["w"]) for w in points
+        ]
 
 
 def test_results_carry_no_graph() -> None:
     w = {"w": torch.tensor([1.0])}
     objective = Objective(cubic)
-    tensors = [*objective.value_and_gradient(w)[2].values(), *objective.gradient(w, keep_graph=True).values()]
+    tensors = [
+        *objective.value_and_gradient(w)[2].values(),
+        *objective.gradient(w, keep_graph=True).values(),
+    ]
     assert not any(tensor.requires_grad for tensor in tensors)
 
 
@@ -49,7 +58,10 @@ def test_stacked_tasks_have_derivatives_of_their_own() -> None:
 
 def test_finite_differences_of_stacked_tasks_probe_at_the_same_radius() -> None:
     """One task's direction is a million times the other's; the radius is no less its own."""
-    w, v = {"w": torch.tensor([[1.0, 2.0], [1.0, 2.0]]).double()}, {"w": torch.tensor([[1e6, 0.0], [0.0, 1.0]]).double()}
+    w, v = (
+        {"w": torch.tensor([[1.0, 2.0], [1.0, 2.0]]).double()},
+        {"w": torch.tensor([[1e6, 0.0], [0.0, 1.0]]).double()},
+    )
     probed: list[torch.Tensor] = []
 
     def loss(w: Params) -> tuple[Tensor, tuple[()]]:

@@ -17,11 +17,18 @@ SHAPE = (50, 9, 9, 3)
 def content(shape: tuple[int, ...] = SHAPE) -> DecodedImages:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return DecodedImages(images, torch.arange(shape[0]) % 5, [f"class {number}" for number in range(5)], [])
+    return DecodedImages(
+        images, torch.arange(shape[0]) % 5, [f"class {number}" for number in range(5)], []
+    )
 
 
 def same(read: DecodedImages | None, whole: DecodedImages) -> bool:
-    return read is not None and read[2:] == whole[2:] and torch.equal(read.images, whole.images) and torch.equal(read.labels, whole.labels)
+    return (
+        read is not None
+        and read[2:] == whole[2:]
+        and torch.equal(read.images, whole.images)
+        and torch.equal(read.labels, whole.labels)
+    )
 
 
 @pytest.fixture
@@ -36,7 +43,9 @@ def test_what_is_written_is_read(file: Path, checksums: bool) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["images.pt"]
 
 
-def test_there_is_nothing_to_say_about_a_cache_that_is_not_there(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_there_is_nothing_to_say_about_a_cache_that_is_not_there(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     assert read_cache(tmp_path / "images.pt", "photos", SHAPE) is None
     assert not recwarn.list
 
@@ -70,11 +79,28 @@ def damaged(file: Path, kind: str) -> None:
     elif kind == "not bytes":
         write_cache(file, "photos", content()._replace(images=torch.zeros(SHAPE)))
     else:
-        torch.save({"version": 1, "source": "photos", **content()._asdict(), "unreadable": Touch(file.with_name("proof"))}, file)
+        torch.save(
+            {
+                "version": 1,
+                "source": "photos",
+                **content()._asdict(),
+                "unreadable": Touch(file.with_name("proof")),
+            },
+            file,
+        )
 
 
 KINDS = [
-    *("truncated", "empty", "a web page", "another source", "another version", "another shape", "labels without a class", "not bytes"),
+    *(
+        "truncated",
+        "empty",
+        "a web page",
+        "another source",
+        "another version",
+        "another shape",
+        "labels without a class",
+        "not bytes",
+    ),
     "code in a pickle",
 ]
 
@@ -91,7 +117,9 @@ def test_what_is_not_whole_or_not_of_this_source_is_not_used(file: Path, kind: s
 def test_with_checksums_no_flipped_bit_gets_through(file: Path) -> None:
     whole = file.read_bytes()
     names = (b"data.pkl", b"data/0", b"data/1", b"version", b"byteorder")
-    positions = {whole.find(name) + offset for name in names for offset in range(-30, 140)} | {*range(len(whole) - 1200, len(whole))}
+    positions = {whole.find(name) + offset for name in names for offset in range(-30, 140)} | {
+        *range(len(whole) - 1200, len(whole))
+    }
     positions |= set(np.random.RandomState(0).randint(0, len(whole), 300).tolist())
     for position in sorted(positions):
         flipped = bytearray(whole)
@@ -105,13 +133,17 @@ def test_the_images_are_mapped_not_read(tmp_path: Path) -> None:
     """The one image that is read first brings the code that reads into memory."""
     images = torch.ones(3000, 84, 84, 3, dtype=torch.uint8)
     for count in (1, 3000):
-        write_cache(tmp_path / f"{count}.pt", "photos", DecodedImages(images[:count], torch.zeros(count).long(), ["x"], []))
+        write_cache(
+            tmp_path / f"{count}.pt",
+            "photos",
+            DecodedImages(images[:count], torch.zeros(count).long(), ["x"], []),
+        )
     script = (
-        "import resource; from pathlib import Path; from lightning_maml.datamodules.images.cache import read_cache\n"
-        "for count in (1, 3000):\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "    cached = read_cache(Path(f'{count}.pt'), 'photos', (count, 84, 84, 3))\n"
-        "    assert int(cached.images[count // 2].sum()) == 84 * 84 * 3\n"
+        "import resource; from pathlib import Path; from lightning_maml.datamodules.images.cache "
+        "import read_cache\nfor count in (1, 3000):\n    before = "
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n    cached = "
+        "read_cache(Path(f'{count}.pt'), 'photos', (count, 84, 84, 3))\n    assert "
+        "int(cached.images[count // 2].sum()) == 84 * 84 * 3\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     grown = another_process.output(script, folder=tmp_path)
@@ -121,27 +153,34 @@ def test_the_images_are_mapped_not_read(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_leaves_the_old_cache_and_nothing_else(file: Path) -> None:
     """In a process whose files may not grow beyond 100 kB, which the system reports as it reports a full disk."""
     script = (
-        "import resource, signal, sys, torch; from pathlib import Path\n"
-        "from lightning_maml.datamodules.images.cache import DecodedImages, write_cache\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "images = DecodedImages(torch.zeros(50, 84, 84, 3, dtype=torch.uint8), torch.zeros(50).long(), ['x'], [])\n"
-        "write_cache(Path(sys.argv[1]), 'photos', images)"
+        "import resource, signal, sys, torch; from pathlib import Path\nfrom "
+        "lightning_maml.datamodules.images.cache import DecodedImages, write_cache\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\nimages = "
+        "DecodedImages(torch.zeros(50, 84, 84, 3, dtype=torch.uint8), torch.zeros(50).long(), "
+        "['x'], [])\nwrite_cache(Path(sys.argv[1]), 'photos', images)"
     )
     failed = another_process.run(script, file)
     assert failed.returncode == 1
-    assert f"OSError: Expected to write 1 MB into {file.parent} but could not ([Errno 27] File too large); make room" in failed.stderr
+    assert (
+        f"OSError: Expected to write 1 MB into {file.parent} but could not ([Errno 27] File too "
+        "large); make room"
+    ) in failed.stderr
     assert [path.name for path in file.parent.iterdir()] == ["images.pt"]
     assert same(read_cache(file, "photos", SHAPE), content())
 
 
-def test_what_is_killed_while_it_writes_leaves_the_old_cache_and_its_part_is_removed_later(file: Path) -> None:
+def test_what_is_killed_while_it_writes_leaves_the_old_cache_and_its_part_is_removed_later(
+    file: Path,
+) -> None:
     """Killed by the system in the middle of a write, by a limit on the size of its files."""
     script = (
-        "import resource, signal, sys, torch; from pathlib import Path\n"
-        "from lightning_maml.datamodules.images.cache import DecodedImages, write_cache\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "images = DecodedImages(torch.zeros(50, 84, 84, 3, dtype=torch.uint8), torch.zeros(50).long(), ['x'], [])\n"
-        "write_cache(Path(sys.argv[1]), 'photos', images)"
+        "import resource, signal, sys, torch; from pathlib import Path\nfrom "
+        "lightning_maml.datamodules.images.cache import DecodedImages, write_cache\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\nimages = "
+        "DecodedImages(torch.zeros(50, 84, 84, 3, dtype=torch.uint8), torch.zeros(50).long(), "
+        "['x'], [])\nwrite_cache(Path(sys.argv[1]), 'photos', images)"
     )
     assert another_process.run(script, file).returncode == -signal.SIGXFSZ
     assert same(read_cache(file, "photos", SHAPE, checksums=True), content())
@@ -153,7 +192,9 @@ def test_what_is_killed_while_it_writes_leaves_the_old_cache_and_its_part_is_rem
     assert [path.name for path in file.parent.iterdir()] == ["images.pt"]
 
 
-def test_two_that_write_at_once_leave_a_whole_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_that_write_at_once_leave_a_whole_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As two machines with one folder do, whose processes may have the same number."""
     file, save = tmp_path / "images.pt", torch.save
 
@@ -168,11 +209,14 @@ def test_two_that_write_at_once_leave_a_whole_cache(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["images.pt"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user who may not write everywhere; this is root")
+@pytest.mark.skipif(
+    os.geteuid() == 0, reason="needs a user who may not write everywhere; this is root"
+)
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(
-        OSError, match=r"Expected to write 0 MB into .* but could not .*, or choose a writable `root`, with links to the data\."
+        OSError,
+        match=r"Expected to write 0 MB into .* but could not .*, or choose a writable `root`, with links to the data\.",
     ):
         write_cache(tmp_path / "images.pt", "photos", content())
 

@@ -35,28 +35,46 @@ def tensors(classes: range = range(4), count: int = 6) -> TensorDataset:
 
 
 def datamodule(*datasets, **arguments) -> FewShotDataModule:
-    return FewShotDataModule(*datasets, **({"ways": 2, "shots": 1, "queries": 2, "meta_batch_size": 3} | arguments))
+    return FewShotDataModule(
+        *datasets, **({"ways": 2, "shots": 1, "queries": 2, "meta_batch_size": 3} | arguments)
+    )
 
 
 def test_three_datasets_are_the_three_splits() -> None:
     module = datamodule(tensors(range(4)), tensors(range(4, 6)), tensors(range(6, 9)))
     module.setup()
-    seen = {split: set(module.class_images(split).images[:, 0, 0, 0].tolist()) for split in ("train", "val", "test")}
+    seen = {
+        split: set(module.class_images(split).images[:, 0, 0, 0].tolist())
+        for split in ("train", "val", "test")
+    }
     assert seen == {"train": {0, 1, 2, 3}, "val": {4, 5}, "test": {6, 7, 8}}
     for loader in (module.train_dataloader(), module.val_dataloader(), module.test_dataloader()):
         batch = next(iter(loader))
         assert batch.query_x.shape == (3, 4, 3, 8, 8)
         for t in range(3):
             for label in range(2):
-                parts = (batch.support_x[t][batch.support_y[t] == label], batch.query_x[t][batch.query_y[t] == label])
-                assert len({int(image[0, 0, 0]) for part in parts for image in part}) == 1, "one class per label"
-                assert len({int(image[1, 1, 1]) for part in parts for image in part}) == 3, "different images"
+                parts = (
+                    batch.support_x[t][batch.support_y[t] == label],
+                    batch.query_x[t][batch.query_y[t] == label],
+                )
+                assert len({int(image[0, 0, 0]) for part in parts for image in part}) == 1, (
+                    "one class per label"
+                )
+                assert len({int(image[1, 1, 1]) for part in parts for image in part}) == 3, (
+                    "different images"
+                )
 
 
 def test_one_dataset_is_split_by_class() -> None:
     module = datamodule(tensors(range(25)), ways=3)
     module.setup()
-    seen = [{int(module.class_images(split).images[rows[0], 0, 0, 0]) for rows in module.class_images(split).members} for split in STREAMS]
+    seen = [
+        {
+            int(module.class_images(split).images[rows[0], 0, 0, 0])
+            for rows in module.class_images(split).members
+        }
+        for split in STREAMS
+    ]
     assert [len(classes) for classes in seen] == [16, 4, 5]
     assert len(set.union(*seen)) == 25
 
@@ -65,7 +83,10 @@ STREAMS = ("train", "val", "test")
 
 
 def test_torchvision_datasets_of_pil_images() -> None:
-    data, *others = (FakeData(size=60, image_size=(3, 20, 24), num_classes=5, random_offset=60 * split) for split in range(3))
+    data, *others = (
+        FakeData(size=60, image_size=(3, 20, 24), num_classes=5, random_offset=60 * split)
+        for split in range(3)
+    )
     module = datamodule(data, *others, image_size=16)
     module.setup("fit")
     assert next(iter(module.train_dataloader())).support_x.shape == (3, 2, 3, 16, 16)
@@ -79,7 +100,12 @@ def test_torchvision_datasets_of_pil_images() -> None:
 
 def test_torchvision_datasets_with_a_transform_to_floats() -> None:
     floats = Compose([ToImage(), ToDtype(torch.float32, scale=True)])
-    module = datamodule(*(FakeData(size=60, image_size=(3, 20, 24), num_classes=5, transform=floats) for _ in range(3)))
+    module = datamodule(
+        *(
+            FakeData(size=60, image_size=(3, 20, 24), num_classes=5, transform=floats)
+            for _ in range(3)
+        )
+    )
     module.setup("fit")
     batch = module.on_after_batch_transfer(next(iter(module.train_dataloader())), 0)
     assert batch.query_x.shape == (3, 4, 3, 20, 24)
@@ -95,14 +121,28 @@ def test_dictionaries_as_hugging_face_gives_them() -> None:
     class HuggingFace(Items):
         features = {"img": object(), "fine_label": Names()}  # noqa: RUF012
 
-    items = [{"img": Image.new("L", (10, 12), 20 * number), "fine_label": number % 3} for number in range(12)]
-    module = datamodule(HuggingFace(items), image_key="img", label_key="fine_label", ways=2, queries=3, shares=(0.34, 0.33, 0.33))
+    items = [
+        {"img": Image.new("L", (10, 12), 20 * number), "fine_label": number % 3}
+        for number in range(12)
+    ]
+    module = datamodule(
+        HuggingFace(items),
+        image_key="img",
+        label_key="fine_label",
+        ways=2,
+        queries=3,
+        shares=(0.34, 0.33, 0.33),
+    )
     images = {split: module.class_images(split) for split in STREAMS}
     assert sorted(name for read in images.values() for name in read.names) == ["cat", "dog", "owl"]
     read = images["train"]
     assert read.images.shape == (12, 3, 12, 10)
     assert int(read.images[4].unique()) == 80
-    with pytest.raises(TypeError, match="item 0 of `train` to hold 'image' and 'label' but it holds 'img', 'fine_label'; give image_key"):
+    with pytest.raises(
+        TypeError,
+        match="item 0 of `train` to hold 'image' and 'label' but it holds 'img', 'fine_label'; "
+        "give image_key",
+    ):
         datamodule(HuggingFace(items)).class_images("train")
 
 
@@ -114,7 +154,11 @@ def test_numbers_without_a_name_are_their_own() -> None:
     assert datamodule(data, data, data, ways=2).class_images("train").names == ["cat", "dog", "2"]
 
 
-@pytest.mark.parametrize("label", ["owl", 3, np.int64(3), torch.tensor(3), True], ids=["str", "int", "numpy", "tensor", "bool"])
+@pytest.mark.parametrize(
+    "label",
+    ["owl", 3, np.int64(3), torch.tensor(3), True],
+    ids=["str", "int", "numpy", "tensor", "bool"],
+)
 def test_labels_of_any_kind(label) -> None:
     other = {"owl": "cat", True: False}.get(label if isinstance(label, (str, bool)) else None, 0)
     data = Items([(np.full((8, 8), 100, np.uint8), label), (np.zeros((8, 8), np.uint8), other)] * 4)
@@ -131,17 +175,30 @@ def test_arrays_of_colour_images_are_height_width_channels() -> None:
 
 def test_floats_of_any_precision_become_single() -> None:
     for array in (np.full((3, 8, 8), 0.5), torch.full((3, 8, 8), 0.5, dtype=torch.float16)):
-        assert datamodule(*[Items([(array, 0), (array, 1)] * 3)] * 3).class_images("train").images.dtype == torch.float32
+        assert (
+            datamodule(*[Items([(array, 0), (array, 1)] * 3)] * 3)
+            .class_images("train")
+            .images.dtype
+            == torch.float32
+        )
 
 
 def test_feature_vectors_train_too() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(30, 16, generator=generator)
     labels = torch.arange(30).repeat(12)
-    data = TensorDataset(centres[labels] + 0.3 * torch.randn(len(labels), 16, generator=generator), labels)
+    data = TensorDataset(
+        centres[labels] + 0.3 * torch.randn(len(labels), 16, generator=generator), labels
+    )
     module = datamodule(data, ways=5, queries=5, train_batches=100, val_tasks=4, test_tasks=40)
     model = MAML(MLP(16, 5, activation="gelu"), inner_lr=0.5, train_steps=2)
-    trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
     trainer.fit(model, module)
     trainer.test(model, module, verbose=False)
     assert trainer.callback_metrics["test/accuracy"] > 0.8
@@ -151,18 +208,46 @@ def test_feature_vectors_train_too() -> None:
     ("items", "error", "message"),
     [
         ([], ValueError, "`train` to hold images but it is empty"),
-        ([torch.zeros(3)], TypeError, r"item 0 of `train` to be a pair \(image, label\) or a dictionary but got Tensor"),
+        (
+            [torch.zeros(3)],
+            TypeError,
+            r"item 0 of `train` to be a pair \(image, label\) or a dictionary but got Tensor",
+        ),
         (
             [(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 9, 8), 0)],
             ValueError,
             r"like its first, torch.float32 \[3, 8, 8\], but item 1 of `train` is torch.float32 \[3, 9, 8\]; resize them by",
         ),
-        ([(torch.zeros(3, 8, 8), [0, 1])], TypeError, "the label of item 0 of `train` to be one whole number or a string but got list"),
-        ([(torch.zeros(3, 8, 8), torch.zeros(2))], TypeError, "one whole number or a string but got Tensor"),
-        ([(torch.zeros(3, 8, 8).long(), 0)], TypeError, "the image of item 0 of `train` to be a PIL image, .* but got torch.int64"),
-        ([("cat.jpg", 0)], TypeError, "the image of item 0 of `train` to be a PIL image, .* but got str"),
-        ([(Image.new("L", (3, 4)), 0), (Image.new("L", (4, 4)), 0)], ValueError, "give `image_size`"),
-        ([(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 8, 8).byte(), 0)], ValueError, r"but item 1 of `train` is torch.uint8 \[3, 8, 8\]"),
+        (
+            [(torch.zeros(3, 8, 8), [0, 1])],
+            TypeError,
+            "the label of item 0 of `train` to be one whole number or a string but got list",
+        ),
+        (
+            [(torch.zeros(3, 8, 8), torch.zeros(2))],
+            TypeError,
+            "one whole number or a string but got Tensor",
+        ),
+        (
+            [(torch.zeros(3, 8, 8).long(), 0)],
+            TypeError,
+            "the image of item 0 of `train` to be a PIL image, .* but got torch.int64",
+        ),
+        (
+            [("cat.jpg", 0)],
+            TypeError,
+            "the image of item 0 of `train` to be a PIL image, .* but got str",
+        ),
+        (
+            [(Image.new("L", (3, 4)), 0), (Image.new("L", (4, 4)), 0)],
+            ValueError,
+            "give `image_size`",
+        ),
+        (
+            [(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 8, 8).byte(), 0)],
+            ValueError,
+            r"but item 1 of `train` is torch.uint8 \[3, 8, 8\]",
+        ),
     ],
 )
 def test_datasets_that_do_not_fit(items: list, error: type, message: str) -> None:
@@ -171,7 +256,10 @@ def test_datasets_that_do_not_fit(items: list, error: type, message: str) -> Non
 
 
 def test_what_is_no_dataset_is_refused() -> None:
-    with pytest.raises(TypeError, match="`train` to be a dataset with a length and items by number but got generator"):
+    with pytest.raises(
+        TypeError,
+        match="`train` to be a dataset with a length and items by number but got generator",
+    ):
         datamodule(item for item in ())
     with pytest.raises(ValueError, match="Expected both `val` and `test`, or neither"):
         datamodule(tensors(), tensors())
@@ -185,18 +273,28 @@ def named(names: list[str], labels: range) -> Dataset:
 
 def test_datasets_that_share_named_classes_are_refused() -> None:
     names = ["cat", "dog", "owl", "elk", "bat", "ant"]
-    module = datamodule(named(names, range(2)), named(names, range(2, 4)), named(names[::-1], range(2)))
+    module = datamodule(
+        named(names, range(2)), named(names, range(2, 4)), named(names[::-1], range(2))
+    )
     module.setup("test")
     datamodule(named(names, range(2)), named(names, range(2, 4)), named(names, range(4, 6))).setup()
-    with pytest.raises(ValueError, match=r"the splits of the datasets to share no class but 1 are both in train and in test \(dog\)"):
-        datamodule(named(names, range(2)), named(names, range(2, 4)), named(names, range(1, 5))).setup()
+    with pytest.raises(
+        ValueError,
+        match=r"the splits of the datasets to share no class but 1 are both in train and in test \(dog\)",
+    ):
+        datamodule(
+            named(names, range(2)), named(names, range(2, 4)), named(names, range(1, 5))
+        ).setup()
 
 
 class Renumbered(Subset):
     """Some classes of a dataset, numbered from 0, as few-shot code often has it."""
 
     def __init__(self, dataset: Dataset, classes: list[int]) -> None:
-        super().__init__(dataset, [number for number in range(len(dataset)) if int(dataset[number][1]) in classes])
+        super().__init__(
+            dataset,
+            [number for number in range(len(dataset)) if int(dataset[number][1]) in classes],
+        )
         self._classes = classes
 
     def __getitem__(self, number: int):
@@ -216,7 +314,10 @@ def test_random_split_is_refused_as_all_splits_have_all_classes() -> None:
     cure = "give the whole dataset as `train` alone"
     for data, shared in ((named(names, range(4)), "cat, dog, elk, owl"), (tensors(), "0, 1, 2, 3")):
         parts = random_split(data, [8, 8, 8], torch.Generator().manual_seed(0))
-        with pytest.raises(ValueError, match=rf"share no class but 4 are both in train and in val \({shared}\): .*; {cure}"):
+        with pytest.raises(
+            ValueError,
+            match=rf"share no class but 4 are both in train and in val \({shared}\): .*; {cure}",
+        ):
             datamodule(*parts, queries=15).setup("fit")
 
 
@@ -224,48 +325,80 @@ def test_one_class_in_two_subsets_of_a_dataset_is_named() -> None:
     data = named(["cat", "dog", "owl", "elk", "bat", "ant"], range(6))
     nested = Subset(of_classes(data, 3, 4, 5), range(18))
     datamodule(of_classes(data, 0, 1), of_classes(data, 2, 3), of_classes(data, 4, 5)).setup()
-    with pytest.raises(ValueError, match=r"share no class but 1 are both in train and in test \(elk\)"):
+    with pytest.raises(
+        ValueError, match=r"share no class but 1 are both in train and in test \(elk\)"
+    ):
         datamodule(of_classes(data, 0, 3), of_classes(data, 1, 2), nested).setup()
-    with pytest.raises(ValueError, match=r"both in train and in val \(ant, bat, cat, dog, elk, ...\)"):
+    with pytest.raises(
+        ValueError, match=r"both in train and in val \(ant, bat, cat, dog, elk, ...\)"
+    ):
         datamodule(data, data, nested).setup()
-    with pytest.raises(ValueError, match=r"share no class but 3 are both in train and in test \(ant, bat, elk\)"):
-        datamodule(ConcatDataset([of_classes(data, 0), nested]), of_classes(data, 1, 2), nested).setup()
+    with pytest.raises(
+        ValueError, match=r"share no class but 3 are both in train and in test \(ant, bat, elk\)"
+    ):
+        datamodule(
+            ConcatDataset([of_classes(data, 0), nested]), of_classes(data, 1, 2), nested
+        ).setup()
 
 
 def test_subsets_that_number_their_classes_anew_are_told_apart_by_the_labels_below() -> None:
     data = tensors(range(6))
     datamodule(Renumbered(data, [0, 1]), Renumbered(data, [2, 3]), Renumbered(data, [4, 5])).setup()
     with pytest.raises(ValueError, match=r"share no class but 1 are both in val and in test \(1\)"):
-        datamodule(Renumbered(data, [0, 1]), Renumbered(data, [2, 3]), Renumbered(data, [3, 5])).setup()
+        datamodule(
+            Renumbered(data, [0, 1]), Renumbered(data, [2, 3]), Renumbered(data, [3, 5])
+        ).setup()
 
 
 def test_one_dataset_may_have_two_classes_of_a_name_in_two_splits() -> None:
     data = named(["crane", "dog", "owl", "elk", "crane", "ant"], range(6))
     module = datamodule(of_classes(data, 0, 1), of_classes(data, 2, 3), of_classes(data, 4, 5))
     module.setup()
-    assert [list(module.class_images(split).names) for split in STREAMS] == [["crane", "dog"], ["owl", "elk"], ["crane", "ant"]]
+    assert [list(module.class_images(split).names) for split in STREAMS] == [
+        ["crane", "dog"],
+        ["owl", "elk"],
+        ["crane", "ant"],
+    ]
 
 
 def test_a_concatenation_that_merges_classes_is_refused() -> None:
     data = ConcatDataset([named(["cat", "dog"], range(2)), named(["owl", "dog"], range(2))])
-    with pytest.raises(ValueError, match="label 0 to be one class in all parts of `train` but it is cat and owl; give the classes of each"):
+    with pytest.raises(
+        ValueError,
+        match="label 0 to be one class in all parts of `train` but it is cat and owl; give the "
+        "classes of each",
+    ):
         datamodule(data).class_images("train")
 
 
 def test_gray_pil_images_become_rgb_with_a_warning_and_as_tensors_keep_one_channel() -> None:
     transform = Compose([Grayscale(), PILToTensor()])
     for mode in ("L", "1"):
-        images = [Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert(mode) for _ in range(12)]
-        with pytest.warns(UserWarning, match=r"of `train` are gray and become RGB.*transform=Compose\(\[Grayscale\(\), PILToTensor\(\)\]"):
-            read = datamodule(Items([(image, number % 3) for number, image in enumerate(images)])).class_images("train")
+        images = [
+            Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert(mode)
+            for _ in range(12)
+        ]
+        with pytest.warns(
+            UserWarning,
+            match=r"of `train` are gray and become RGB.*transform=Compose\(\[Grayscale\(\), PILToTensor\(\)\]",
+        ):
+            read = datamodule(
+                Items([(image, number % 3) for number, image in enumerate(images)])
+            ).class_images("train")
         assert read.images.shape == (12, 3, 8, 8)
-        one = datamodule(Items([(transform(image), number % 3) for number, image in enumerate(images)])).class_images("train")
+        one = datamodule(
+            Items([(transform(image), number % 3) for number, image in enumerate(images)])
+        ).class_images("train")
         assert torch.equal(one.images, read.images[:, :1])
 
 
 def test_pil_images_that_would_lose_what_they_show_are_named() -> None:
     data = Items([(Image.new("RGB", (8, 8)), 0), (Image.new("I;16", (8, 8)), 1)])
-    with pytest.raises(ValueError, match="Expected item 1 of `train` to be an image but pixels of mode I;16 have more than 8 bits"):
+    with pytest.raises(
+        ValueError,
+        match="Expected item 1 of `train` to be an image but pixels of mode I;16 have more than 8 "
+        "bits",
+    ):
         datamodule(data).class_images("train")
 
 
@@ -280,7 +413,14 @@ def test_classes_of_the_same_name_are_different_classes() -> None:
     assert sorted(label for labels in seen.values() for label in labels) == list(range(20))
 
 
-@pytest.mark.parametrize("odd", [{"features": torch.zeros(3)}, {"classes": np.zeros(3)}, {"classes": [("cat", "tabby"), ("dog",)]}])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"features": torch.zeros(3)},
+        {"classes": np.zeros(3)},
+        {"classes": [("cat", "tabby"), ("dog",)]},
+    ],
+)
 def test_attributes_that_only_look_like_names(odd: dict) -> None:
     data = Items([(np.zeros((8, 8), np.uint8), number % 2) for number in range(12)])
     for name, value in odd.items():
@@ -289,8 +429,11 @@ def test_attributes_that_only_look_like_names(odd: dict) -> None:
 
 
 def test_rotations_need_square_images() -> None:
-    data = [Items([(torch.zeros(3, 8, 9).byte(), number % 4) for number in range(24)]) for _ in range(3)]
+    data = [
+        Items([(torch.zeros(3, 8, 9).byte(), number % 4) for number in range(24)]) for _ in range(3)
+    ]
     with pytest.raises(
-        ValueError, match=r"square images \[M, C, H, W\] in split 'train' for rotations='classes' but got shape \[24, 3, 8, 9\]"
+        ValueError,
+        match=r"square images \[M, C, H, W\] in split 'train' for rotations='classes' but got shape \[24, 3, 8, 9\]",
     ):
         datamodule(*data, rotations="classes").setup("fit")

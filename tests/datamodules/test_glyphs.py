@@ -16,7 +16,10 @@ def test_the_same_seed_draws_the_same_characters_and_another_seed_others() -> No
 def test_every_split_has_its_own_characters_of_twenty_drawings() -> None:
     splits = {name: GlyphsDataModule().class_images(name) for name in ("val", "test")}
     assert [len(split.members) for split in splits.values()] == [50, 100]
-    assert all(split.images.shape[1:] == (1, 28, 28) and split.images.dtype == torch.uint8 for split in splits.values())
+    assert all(
+        split.images.shape[1:] == (1, 28, 28) and split.images.dtype == torch.uint8
+        for split in splits.values()
+    )
     assert not torch.equal(splits["val"].images, splits["test"].images[:1000])
     ink = splits["test"].images.float().div(255).mean((1, 2, 3))
     assert 0.03 < ink.quantile(0.01) < ink.quantile(0.99) < 0.35
@@ -30,7 +33,16 @@ def test_loaders_work_before_setup_too() -> None:
 
 
 def test_test_episodes_may_have_another_shape() -> None:
-    module = GlyphsDataModule(ways=5, shots=1, queries=2, test_ways=3, test_shots=4, test_queries=5, meta_batch_size=2, train_batches=1)
+    module = GlyphsDataModule(
+        ways=5,
+        shots=1,
+        queries=2,
+        test_ways=3,
+        test_shots=4,
+        test_queries=5,
+        meta_batch_size=2,
+        train_batches=1,
+    )
     module.setup("fit")
     train, val = next(iter(module.train_dataloader())), next(iter(module.val_dataloader()))
     assert (train.support_x.shape[1], train.query_x.shape[1]) == (5, 10)
@@ -56,7 +68,9 @@ def test_arguments_out_of_range_are_refused(arguments: dict, message: str) -> No
 
 
 def test_episodes_the_split_cannot_serve_are_refused_before_training() -> None:
-    with pytest.raises(ValueError, match="the ways of split 'val' to be at most 50, its classes, but got 51"):
+    with pytest.raises(
+        ValueError, match="the ways of split 'val' to be at most 50, its classes, but got 51"
+    ):
         GlyphsDataModule(test_ways=51).setup("fit")
 
 
@@ -64,5 +78,8 @@ def test_episodes_the_split_cannot_serve_are_refused_before_training() -> None:
 def test_fewer_tasks_than_processes_are_refused(split: str) -> None:
     data = GlyphsDataModule(val_tasks=3, test_tasks=3)
     data.trainer = Trainer(accelerator="cpu", devices=4, logger=False)
-    with pytest.raises(ValueError, match=f"Expected `{split}_tasks` to be at least 4, one for each process, but got 3"):
+    with pytest.raises(
+        ValueError,
+        match=f"Expected `{split}_tasks` to be at least 4, one for each process, but got 3",
+    ):
         getattr(data, f"{split}_dataloader")()

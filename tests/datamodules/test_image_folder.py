@@ -22,7 +22,9 @@ from lightning_maml.datamodules.images.folders import IMAGE_EXTENSIONS
 def write_class(place: Path, count: int, color: int, suffix: str = ".png") -> None:
     place.mkdir(parents=True)
     for number in range(count):
-        Image.new("RGB", (20 + number, 30), (color, number, 0)).save(place / f"{number:03d}{suffix}")
+        Image.new("RGB", (20 + number, 30), (color, number, 0)).save(
+            place / f"{number:03d}{suffix}"
+        )
 
 
 @pytest.fixture
@@ -30,7 +32,10 @@ def tree(tmp_path: Path) -> Path:
     """25 classes of 6 to 10 images, of several sizes and formats."""
     for number in range(25):
         write_class(
-            tmp_path / "animals" / f"species {number:02d}", 6 + number % 5, 10 * number, (".png", ".jpg", ".JPEG", ".bmp")[number % 4]
+            tmp_path / "animals" / f"species {number:02d}",
+            6 + number % 5,
+            10 * number,
+            (".png", ".jpg", ".JPEG", ".bmp")[number % 4],
         )
     return tmp_path / "animals"
 
@@ -44,7 +49,13 @@ def split_tree(tmp_path: Path) -> Path:
 
 
 def datamodule(root: Path, **arguments) -> ImageFolderDataModule:
-    return ImageFolderDataModule(str(root), **({"ways": 3, "shots": 2, "queries": 4, "image_size": 16, "meta_batch_size": 2} | arguments))
+    return ImageFolderDataModule(
+        str(root),
+        **(
+            {"ways": 3, "shots": 2, "queries": 4, "image_size": 16, "meta_batch_size": 2}
+            | arguments
+        ),
+    )
 
 
 def prepared(root: Path, **arguments) -> ImageFolderDataModule:
@@ -56,9 +67,18 @@ def prepared(root: Path, **arguments) -> ImageFolderDataModule:
 
 def test_a_tree_with_splits(split_tree: Path) -> None:
     module = prepared(split_tree)
-    assert [len(module.class_images(split).members) for split in ("train", "val", "test")] == [5, 3, 4]
+    assert [len(module.class_images(split).members) for split in ("train", "val", "test")] == [
+        5,
+        3,
+        4,
+    ]
     reds = module.class_images("test").images[:, 0, 8, 8]
-    assert sorted({int(reds[rows].unique()) for rows in module.class_images("test").members}) == [160, 180, 200, 220]
+    assert sorted({int(reds[rows].unique()) for rows in module.class_images("test").members}) == [
+        160,
+        180,
+        200,
+        220,
+    ]
     batch = next(iter(module.test_dataloader()))
     assert batch.support_x.shape == (2, 6, 3, 16, 16)
     assert batch.query_y.tolist() == [[0] * 4 + [1] * 4 + [2] * 4] * 2
@@ -73,8 +93,14 @@ def test_other_names_of_the_validation_split(split_tree: Path) -> None:
 def test_a_tree_without_splits_is_shared_out_by_class(tree: Path) -> None:
     module = prepared(tree)
     names = {split: list(module.class_images(split).names) for split in ("train", "val", "test")}
-    assert {split: len(of_split) for split, of_split in names.items()} == {"train": 16, "val": 4, "test": 5}
-    assert sorted(name for of_split in names.values() for name in of_split) == [f"species {number:02d}" for number in range(25)]
+    assert {split: len(of_split) for split, of_split in names.items()} == {
+        "train": 16,
+        "val": 4,
+        "test": 5,
+    }
+    assert sorted(name for of_split in names.values() for name in of_split) == [
+        f"species {number:02d}" for number in range(25)
+    ]
     for split, of_split in names.items():
         images = module.class_images(split)
         for name, rows in zip(of_split, images.members, strict=True):
@@ -119,7 +145,9 @@ def _classes(module: ImageFolderDataModule) -> list[tuple[str, np.ndarray]]:
 def test_images_of_any_mode_become_rgb(split_tree: Path, mode: str) -> None:
     (split_tree / "test" / "class 8" / "000.png").unlink()
     file = split_tree / "test" / "class 8" / f"000{'.tif' if mode == 'CMYK' else '.png'}"
-    Image.new("RGB", (30, 30), (255, 255, 255)).convert(mode if mode != "LA" else "L").convert(mode).save(file)
+    Image.new("RGB", (30, 30), (255, 255, 255)).convert(mode if mode != "LA" else "L").convert(
+        mode
+    ).save(file)
     images = prepared(split_tree).class_images("test")
     first = images.members[list(images.names).index("test/class 8")][0]
     assert images.images[first].min() > 250
@@ -137,7 +165,10 @@ def drawing(mode: str) -> Image.Image:
     return palette
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("RGBA", ".png"), ("LA", ".png"), ("P", ".png"), ("P", ".gif"), ("RGBA", ".webp")])
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("RGBA", ".png"), ("LA", ".png"), ("P", ".png"), ("P", ".gif"), ("RGBA", ".webp")],
+)
 def test_transparent_images_are_put_on_white(tmp_path: Path, mode: str, suffix: str) -> None:
     file = tmp_path / f"drawing{suffix}"
     drawing(mode).save(file, **({"lossless": True} if suffix == ".webp" else {}))
@@ -162,7 +193,10 @@ def test_a_white_drawing_on_a_transparent_ground_is_refused(split_tree: Path) ->
     white = ImageOps.invert(drawing("LA").getchannel("L"))
     white.putalpha(drawing("LA").getchannel("A"))
     white.save(split_tree / "test" / "class 8" / "000.png")
-    with pytest.raises(OSError, match=r"000.png to be an image but what it shows is white on a transparent .*; save it on a darker ground"):
+    with pytest.raises(
+        OSError,
+        match=r"000.png to be an image but what it shows is white on a transparent .*; save it on a darker ground",
+    ):
         datamodule(split_tree).prepare_data()
     with pytest.warns(UserWarning, match="1 images cannot be read"):
         module = prepared(split_tree, on_corrupt="skip")
@@ -172,7 +206,9 @@ def test_a_white_drawing_on_a_transparent_ground_is_refused(split_tree: Path) ->
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_turned_as_their_exif_data_say(tmp_path: Path, orientation: int, suffix: str) -> None:
+def test_photographs_are_turned_as_their_exif_data_say(
+    tmp_path: Path, orientation: int, suffix: str
+) -> None:
     """Against the turns that the EXIF standard lists, of arrays."""
     stored = np.zeros((40, 40, 3), np.uint8)
     stored[:20, :20, 0], stored[:20, 20:, 1], stored[20:, :20, 2] = 255, 255, 255
@@ -188,7 +224,13 @@ def test_photographs_are_turned_as_their_exif_data_say(tmp_path: Path, orientati
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    quality = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {"lossless": True} if suffix == ".webp" else {}
+    quality = (
+        {"quality": 95, "subsampling": 0}
+        if suffix == ".jpg"
+        else {"lossless": True}
+        if suffix == ".webp"
+        else {}
+    )
     Image.fromarray(stored).save(tmp_path / f"photograph{suffix}", exif=exif, **quality)
     read = read_image(tmp_path / f"photograph{suffix}", 40, "RGB").astype(int)
     inner = [slice(4, 16), slice(24, 36)]  # away from the edges, which JPEG blurs
@@ -201,7 +243,9 @@ def write_all_kinds(place: Path) -> None:
     """Images of every mode and format that are read, some of them turned."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    photograph = Image.fromarray(np.random.RandomState(0).randint(0, 256, (24, 20, 3)).astype(np.uint8))
+    photograph = Image.fromarray(
+        np.random.RandomState(0).randint(0, 256, (24, 20, 3)).astype(np.uint8)
+    )
     for mode, suffix in (
         ("RGB", ".jpg"),
         ("L", ".jfif"),
@@ -211,8 +255,16 @@ def write_all_kinds(place: Path) -> None:
         ("L", ".bmp"),
         ("RGB", ".tif"),
     ):
-        photograph.convert(mode).save(place / f"{mode}{suffix}", exif=exif, format="JPEG" if suffix == ".jfif" else None)
-    for mode, suffix in (("RGBA", ".png"), ("LA", ".png"), ("P", ".png"), ("P", ".gif"), ("RGBA", ".webp")):
+        photograph.convert(mode).save(
+            place / f"{mode}{suffix}", exif=exif, format="JPEG" if suffix == ".jfif" else None
+        )
+    for mode, suffix in (
+        ("RGBA", ".png"),
+        ("LA", ".png"),
+        ("P", ".png"),
+        ("P", ".gif"),
+        ("RGBA", ".webp"),
+    ):
         drawing(mode).save(place / f"drawing {mode}{suffix}")
 
 
@@ -238,7 +290,9 @@ def test_load_images_in_gray(tmp_path: Path) -> None:
 
 def test_load_images_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(OSError, match=r"Expected .*a.png to be an image but it cannot be read \(cannot identify"):
+    with pytest.raises(
+        OSError, match=r"Expected .*a.png to be an image but it cannot be read \(cannot identify"
+    ):
         load_images([tmp_path / "a.png"], 28)
     with pytest.raises(OSError, match=r"Expected to read .*b.png but .*No such file"):
         load_images([tmp_path / "b.png"], 28)
@@ -250,11 +304,16 @@ def test_load_images_says_what_is_wrong(tmp_path: Path) -> None:
         load_images([tmp_path / "a.png"], 28, mode="RGBA")
 
 
-def test_a_cache_made_by_other_rules_is_made_anew(split_tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_made_by_other_rules_is_made_anew(
+    split_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(image_files, "_RULES", "1: transparency is cut off")
     prepared(split_tree)
     monkeypatch.undo()
-    with pytest.warns(UserWarning, match=r"images_16.pt is damaged or out of date .*other files, or by the rules of another version"):
+    with pytest.warns(
+        UserWarning,
+        match=r"images_16.pt is damaged or out of date .*other files, or by the rules of another version",
+    ):
         prepared(split_tree)
 
 
@@ -262,7 +321,10 @@ def test_a_cache_made_by_other_rules_is_made_anew(split_tree: Path, monkeypatch:
 def test_images_of_more_than_8_bits_are_refused(split_tree: Path, mode: str) -> None:
     (split_tree / "test" / "class 8" / "000.png").unlink()
     Image.new(mode, (30, 30), 300).save(split_tree / "test" / "class 8" / "000.tif")
-    with pytest.raises(OSError, match=rf"000.tif to be an image but .* mode {mode}\S* have more than 8 bits; convert them to 8"):
+    with pytest.raises(
+        OSError,
+        match=rf"000.tif to be an image but .* mode {mode}\S* have more than 8 bits; convert them to 8",
+    ):
         datamodule(split_tree).prepare_data()
 
 
@@ -286,46 +348,82 @@ def test_no_flipped_bit_of_an_image_with_checksums_gets_through(tmp_path: Path) 
 def test_trees_without_images_say_so(split_tree: Path) -> None:
     for file in split_tree.rglob("*.png"):
         file.rename(file.with_suffix(".txt"))
-    with pytest.raises(FileNotFoundError, match=r"Expected images \(.jpg, .*\) of the classes in .*photos but found none"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"Expected images \(.jpg, .*\) of the classes in .*photos but found none",
+    ):
         datamodule(split_tree).prepare_data()
 
 
 def test_without_progress_bars_the_images_are_the_same(tree: Path, tmp_path: Path) -> None:
     other = shutil.copytree(tree, tmp_path / "other")
-    code = "import runpy, sys; from pathlib import Path; runpy.run_path(sys.argv[2])['prepared'](Path(sys.argv[1]), on_corrupt='skip')"
+    code = (
+        "import runpy, sys; from pathlib import Path; "
+        "runpy.run_path(sys.argv[2])['prepared'](Path(sys.argv[1]), on_corrupt='skip')"
+    )
     for place in (tree, other):
         (place / "species 24" / "000.png").write_bytes(b"no image")
     assert "TQDM_DISABLE" not in os.environ
     environment = ENVIRONMENT | {"TQDM_DISABLE": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(other), __file__], env=environment, check=True)
-    with_bars, without = (prepared(place, on_corrupt="skip").class_images("train") for place in (tree, other))
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(other), __file__],
+        env=environment,
+        check=True,
+    )
+    with_bars, without = (
+        prepared(place, on_corrupt="skip").class_images("train") for place in (tree, other)
+    )
     assert torch.equal(with_bars.images, without.images)
-    assert [rows.tolist() for rows in with_bars.members] == [rows.tolist() for rows in without.members]
+    assert [rows.tolist() for rows in with_bars.members] == [
+        rows.tolist() for rows in without.members
+    ]
 
 
 def test_what_is_no_tree_is_said(tmp_path: Path, split_tree: Path, tree: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"`root` to be a folder of images but there is none at .*mistyped"):
+    with pytest.raises(
+        FileNotFoundError, match=r"`root` to be a folder of images but there is none at .*mistyped"
+    ):
         datamodule(tmp_path / "mistyped").prepare_data()
-    with pytest.raises(FileNotFoundError, match=r"Expected a folder of images for each class in .*, but found none"):
+    with pytest.raises(
+        FileNotFoundError, match=r"Expected a folder of images for each class in .*, but found none"
+    ):
         datamodule(tree / "species 00").prepare_data()
     shutil.rmtree(split_tree / "val")
-    with pytest.raises(FileNotFoundError, match=r"Expected train, val and test in .*photos but got train, test only; or put all classes"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"Expected train, val and test in .*photos but got train, test only; or put all classes",
+    ):
         datamodule(split_tree).prepare_data()
 
 
 def test_splits_that_share_a_class_are_refused(split_tree: Path) -> None:
     shutil.copytree(split_tree / "train" / "class 0", split_tree / "test" / "class 0")
     with pytest.raises(
-        ValueError, match=r"photos to share no class but 1 are both in train and in test \(class 0\): .* ordinary classification"
+        ValueError,
+        match=r"photos to share no class but 1 are both in train and in test \(class 0\): .* ordinary classification",
     ):
         datamodule(split_tree).prepare_data()
 
 
-def test_what_programs_leave_beside_the_images_is_left_out_and_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_programs_leave_beside_the_images_is_left_out_and_counted(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = [len(rows) for _, rows in _classes(prepared(tree))]
-    for place in (tree / "__MACOSX" / "species 00", tree / "species 00" / "@eaDir" / "000.png", tree / ".ipynb_checkpoints"):
+    for place in (
+        tree / "__MACOSX" / "species 00",
+        tree / "species 00" / "@eaDir" / "000.png",
+        tree / ".ipynb_checkpoints",
+    ):
         write_class(place, 3, 0)
-    for name in ("._000.png", ".DS_Store", "Thumbs.db", "notes.txt", "phone.heic", "phone2.HEIC", "README"):
+    for name in (
+        "._000.png",
+        ".DS_Store",
+        "Thumbs.db",
+        "notes.txt",
+        "phone.heic",
+        "phone2.HEIC",
+        "README",
+    ):
         (tree / "species 01" / name).write_bytes(b"")
     (tree / "logs").mkdir()
     write_class(tree / "loose", 1, 0)
@@ -334,14 +432,25 @@ def test_what_programs_leave_beside_the_images_is_left_out_and_counted(tree: Pat
         module = prepared(tree)
     assert [len(rows) for _, rows in _classes(module)] == expected
     (line,) = [record.message for record in caplog.records if "left out" in record.message]
-    assert line.split("left out: ")[0] == f"Images in {tree}: 16 train classes, 4 val classes, 5 test classes; "
+    assert (
+        line.split("left out: ")[0]
+        == f"Images in {tree}: 16 train classes, 4 val classes, 5 test classes; "
+    )
     assert set(line.split("left out: ")[1].split(", ")) == {
-        *("3 folders of programs", "3 hidden files", "2 files .heic", "2 folders without images", "1 files .txt"),
+        *(
+            "3 folders of programs",
+            "3 hidden files",
+            "2 files .heic",
+            "2 folders without images",
+            "1 files .txt",
+        ),
         *("1 files without an extension", "1 images above the folders of classes"),
     }
 
 
-def test_where_nothing_is_left_out_nothing_is_said(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_nothing_is_left_out_nothing_is_said(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO"):
         prepared(tree)
     assert [record.message for record in caplog.records if "Images in" in record.message] == [
@@ -356,7 +465,9 @@ def test_images_with_any_usual_extension_are_read(tmp_path: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         form = {".jfif": "JPEG", ".jpe": "JPEG", ".mpo": "JPEG", ".apng": "PNG"}.get(suffix)
         image.convert("L" if suffix in (".pgm", ".pbm") else "RGB").save(file, format=form)
-    files = image_files.decode({"one class": sorted((tmp_path / "photos" / "one class").iterdir())}, 20, "RGB", "raise", "")
+    files = image_files.decode(
+        {"one class": sorted((tmp_path / "photos" / "one class").iterdir())}, 20, "RGB", "raise", ""
+    )
     assert files.images.shape == (len(IMAGE_EXTENSIONS), 20, 20, 3)
 
 
@@ -371,34 +482,49 @@ def test_images_with_any_usual_extension_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_usual_names_of_the_splits(split_tree: Path, names: tuple[str, str, str]) -> None:
-    expected = {split: prepared(split_tree).class_images(split).images.clone() for split in ("train", "val", "test")}
+    expected = {
+        split: prepared(split_tree).class_images(split).images.clone()
+        for split in ("train", "val", "test")
+    }
     for split, name in zip(expected, names, strict=True):
         (split_tree / split).rename(split_tree / f"{split}_")
         (split_tree / f"{split}_").rename(split_tree / name)
     module = prepared(split_tree)
-    assert all(torch.equal(module.class_images(split).images, images) for split, images in expected.items())
+    assert all(
+        torch.equal(module.class_images(split).images, images) for split, images in expected.items()
+    )
 
 
 def test_folders_that_are_only_some_of_the_splits_or_too_many_are_listed(split_tree: Path) -> None:
     shutil.copytree(split_tree / "val", split_tree / "validation")
-    with pytest.raises(ValueError, match=r"one folder of each split in .*photos but got train, val, validation, test; leave one for val"):
+    with pytest.raises(
+        ValueError,
+        match=r"one folder of each split in .*photos but got train, val, validation, test; leave one for val",
+    ):
         datamodule(split_tree).prepare_data()
     for name in ("val", "validation"):
         shutil.rmtree(split_tree / name)
     for name, omniglot in (("train", "images_background"), ("test", "images_evaluation")):
         (split_tree / name).rename(split_tree / omniglot)
-    with pytest.raises(FileNotFoundError, match=r"got images_background, images_evaluation only; .*; for Omniglot take OmniglotDataModule"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"got images_background, images_evaluation only; .*; for Omniglot take OmniglotDataModule",
+    ):
         datamodule(split_tree).prepare_data()
 
 
 @pytest.mark.parametrize("kind", ["tree", "split_tree"])
-def test_a_tree_may_lie_some_folders_deeper(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_tree_may_lie_some_folders_deeper(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
     whole = request.getfixturevalue(kind)
     expected = prepared(whole)
     (tmp_path / "download" / "data" / "v1").mkdir(parents=True)
     shutil.copytree(whole, tmp_path / "download" / "data" / "v1" / "images")
     module = prepared(tmp_path / "download")
-    assert [(name, len(rows)) for name, rows in _classes(module)] == [(name, len(rows)) for name, rows in _classes(expected)]
+    assert [(name, len(rows)) for name, rows in _classes(module)] == [
+        (name, len(rows)) for name, rows in _classes(expected)
+    ]
     assert module.cache_file.parent == tmp_path / "download"
 
 
@@ -418,9 +544,13 @@ def test_superclasses_are_no_classes_unless_one_says_so(tmp_path: Path) -> None:
     ):
         datamodule(root).prepare_data()
     names = [name for name, _ in _classes(prepared(root, class_level=2))]
-    assert sorted(names) == [f"family {number}/kind {kind}" for number in range(6) for kind in range(3)]
+    assert sorted(names) == [
+        f"family {number}/kind {kind}" for number in range(6) for kind in range(3)
+    ]
     merged = _classes(prepared(root, class_level=1, ways=2, test_ways=2, shares=(0.34, 0.33, 0.33)))
-    assert sorted((name, len(rows)) for name, rows in merged) == [(f"family {number}", 18) for number in range(6)]
+    assert sorted((name, len(rows)) for name, rows in merged) == [
+        (f"family {number}", 18) for number in range(6)
+    ]
 
 
 def test_superclasses_within_splits(tmp_path: Path) -> None:
@@ -431,7 +561,11 @@ def test_superclasses_within_splits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give class_level=2"):
         datamodule(tmp_path / "animals").prepare_data()
     module = prepared(tmp_path / "animals", class_level=2)
-    assert [len(module.class_images(split).members) for split in ("train", "val", "test")] == [18, 18, 18]
+    assert [len(module.class_images(split).members) for split in ("train", "val", "test")] == [
+        18,
+        18,
+        18,
+    ]
 
 
 def test_one_folder_of_images_below_each_class_is_plain(tmp_path: Path) -> None:
@@ -455,7 +589,10 @@ def test_linked_folders_are_followed_once(tree: Path, tmp_path: Path) -> None:
 
 def test_a_dead_link_is_said_or_skipped_and_read_once_it_leads_somewhere(split_tree: Path) -> None:
     (split_tree / "test" / "class 8" / "new.png").symlink_to(split_tree / "elsewhere.png")
-    with pytest.raises(OSError, match=r"new.png to be an image but it is a link to .*elsewhere.png, where there is nothing; mend or"):
+    with pytest.raises(
+        OSError,
+        match=r"new.png to be an image but it is a link to .*elsewhere.png, where there is nothing; mend or",
+    ):
         datamodule(split_tree).prepare_data()
     with pytest.warns(UserWarning, match="1 images cannot be read"):
         module = prepared(split_tree, on_corrupt="skip")
@@ -467,9 +604,15 @@ def test_a_dead_link_is_said_or_skipped_and_read_once_it_leads_somewhere(split_t
 
 
 def test_small_classes(tree: Path) -> None:
-    with pytest.raises(ValueError, match=r"split 'train' \(2 \+ 6\) to be at most 6, .* species \d\d \(\d\).*; leave these out by small"):
+    with pytest.raises(
+        ValueError,
+        match=r"split 'train' \(2 \+ 6\) to be at most 6, .* species \d\d \(\d\).*; leave these out by small",
+    ):
         prepared(tree, queries=6)
-    with pytest.warns(UserWarning, match=r"Split 'train': \d of its 16 classes have fewer images: species .*; without them \d+ classes"):
+    with pytest.warns(
+        UserWarning,
+        match=r"Split 'train': \d of its 16 classes have fewer images: species .*; without them \d+ classes",
+    ):
         module = prepared(tree, queries=6, ways=2, small_classes="drop")
     for _ in range(20):
         assert next(iter(module.train_dataloader())).query_x.shape == (2, 12, 3, 16, 16)
@@ -478,8 +621,14 @@ def test_small_classes(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shares": (0.5, 0.5, 0.5)}, "`shares` to be three positive numbers that sum to 1 but got"),
-        ({"shares": (1.0, 0.0, 0.0)}, "`shares` to be three positive numbers that sum to 1 but got"),
+        (
+            {"shares": (0.5, 0.5, 0.5)},
+            "`shares` to be three positive numbers that sum to 1 but got",
+        ),
+        (
+            {"shares": (1.0, 0.0, 0.0)},
+            "`shares` to be three positive numbers that sum to 1 but got",
+        ),
         ({"image_size": 0}, "`image_size` to be at least 1 but got 0"),
         ({"class_level": 0}, "`class_level` to be at least 1 but got 0"),
         ({"on_corrupt": "ignore"}, "`on_corrupt` to be 'raise' or 'skip' but got 'ignore'"),

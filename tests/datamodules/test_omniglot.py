@@ -28,7 +28,12 @@ def write_tree(root: Path) -> Path:
     for folder, count in COUNTS.items():
         for character in range(count):
             number += 1
-            place = root / folder / f"{folder[7]}_alphabet_{character // 2}" / f"character{character % 2 + 1:02d}"
+            place = (
+                root
+                / folder
+                / f"{folder[7]}_alphabet_{character // 2}"
+                / f"character{character % 2 + 1:02d}"
+            )
             place.mkdir(parents=True)
             for drawing in range(20):
                 image = np.ones((105, 105), bool)
@@ -38,7 +43,13 @@ def write_tree(root: Path) -> Path:
 
 
 def datamodule(root: Path, **arguments) -> OmniglotDataModule:
-    return OmniglotDataModule(str(root), **({"ways": 2, "shots": 1, "queries": 2, "meta_batch_size": 2, "download": False} | arguments))
+    return OmniglotDataModule(
+        str(root),
+        **(
+            {"ways": 2, "shots": 1, "queries": 2, "meta_batch_size": 2, "download": False}
+            | arguments
+        ),
+    )
 
 
 def lake(root: Path, **arguments) -> OmniglotDataModule:
@@ -68,13 +79,21 @@ def test_images_are_the_files_in_the_order_of_their_names(tmp_path: Path) -> Non
     images = lake(tmp_path).class_images("test")
     assert len(images.members) == 4
     ink_rows = [
-        float((images.images[rows].float() * torch.arange(28)[:, None]).sum() / images.images[rows].sum()) for rows in images.members
+        float(
+            (images.images[rows].float() * torch.arange(28)[:, None]).sum()
+            / images.images[rows].sum()
+        )
+        for rows in images.members
     ]
-    assert ink_rows == pytest.approx([(5 * number + 9.5) * 28 / 105 for number in (7, 8, 9, 10)], abs=0.5)
+    assert ink_rows == pytest.approx(
+        [(5 * number + 9.5) * 28 / 105 for number in (7, 8, 9, 10)], abs=0.5
+    )
 
 
 @pytest.mark.usefixtures("small")
-def test_nothing_is_read_but_the_cache_once_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_but_the_cache_once_it_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tree(tmp_path)
     first = lake(tmp_path).class_images("test")
     for folder in COUNTS:
@@ -99,8 +118,14 @@ def test_a_damaged_cache_is_built_anew(tmp_path: Path, damage: str) -> None:
         content[len(content) // 2] ^= 0xFF
         module.cache_file.write_bytes(content)
     else:
-        write_cache(module.cache_file, omniglot._SOURCE, DecodedImages(torch.zeros(200, 14, 14).byte(), torch.zeros(200).long(), ["x"], []))
-    with pytest.warns(UserWarning, match=r"omniglot_28.pt is damaged or out of date and is not used"):
+        write_cache(
+            module.cache_file,
+            omniglot._SOURCE,
+            DecodedImages(torch.zeros(200, 14, 14).byte(), torch.zeros(200).long(), ["x"], []),
+        )
+    with pytest.warns(
+        UserWarning, match=r"omniglot_28.pt is damaged or out of date and is not used"
+    ):
         rebuilt = lake(tmp_path)
     assert torch.equal(rebuilt.class_images("test").images, whole)
 
@@ -110,7 +135,9 @@ def test_what_archivers_and_desktops_leave_in_the_tree_is_passed_over(tmp_path: 
     write_tree(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "__MACOSX")
     half = tmp_path / "images_background"
-    shutil.copytree(tmp_path / "whole" / "images_background" / "b_alphabet_0", half / "b_alphabet_0")
+    shutil.copytree(
+        tmp_path / "whole" / "images_background" / "b_alphabet_0", half / "b_alphabet_0"
+    )
     first = tmp_path / "whole" / "images_background" / "b_alphabet_0" / "character01"
     for name in ("._0001_01.png", ".DS_Store"):
         (first / name).write_bytes(b"not an image")
@@ -122,7 +149,9 @@ def test_what_archivers_and_desktops_leave_in_the_tree_is_passed_over(tmp_path: 
 @pytest.mark.usefixtures("small")
 def test_a_half_tree_is_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(write_tree(tmp_path) / "images_evaluation")
-    monkeypatch.setattr(OmniglotDataModule, "_download_tree", lambda self: write_tree(self.root / "omniglot-py"))
+    monkeypatch.setattr(
+        OmniglotDataModule, "_download_tree", lambda self: write_tree(self.root / "omniglot-py")
+    )
     lake(tmp_path, download=True)
     assert set(omniglot.find_tree(tmp_path)) == set(COUNTS)
 
@@ -133,11 +162,19 @@ def test_a_half_tree_is_downloaded_again(tmp_path: Path, monkeypatch: pytest.Mon
     [
         (
             lambda root: shutil.rmtree(root / "images_evaluation"),
-            "folders images_background and images_evaluation in .* but found .*images_background; unpack",
+            (
+                "folders images_background and images_evaluation in .* but found "
+                ".*images_background; unpack"
+            ),
         ),
-        (lambda root: shutil.rmtree(root / "images_background" / "b_alphabet_0"), "to hold 6 characters but got 4; it is half extracted"),
         (
-            lambda root: (root / "images_background" / "b_alphabet_0" / "character01" / "0001_05.png").unlink(),
+            lambda root: shutil.rmtree(root / "images_background" / "b_alphabet_0"),
+            "to hold 6 characters but got 4; it is half extracted",
+        ),
+        (
+            lambda root: (
+                root / "images_background" / "b_alphabet_0" / "character01" / "0001_05.png"
+            ).unlink(),
             "character01 to hold 20 images but got 19; it is half extracted",
         ),
         (
@@ -146,7 +183,9 @@ def test_a_half_tree_is_downloaded_again(tmp_path: Path, monkeypatch: pytest.Mon
         ),
     ],
 )
-def test_a_folder_that_is_not_whole_is_named_with_the_cure(tmp_path: Path, damage, message: str) -> None:
+def test_a_folder_that_is_not_whole_is_named_with_the_cure(
+    tmp_path: Path, damage, message: str
+) -> None:
     damage(write_tree(tmp_path))
     with pytest.raises(FileNotFoundError, match=message):
         lake(tmp_path)
@@ -159,9 +198,14 @@ def test_a_missing_or_empty_folder_without_a_network_says_what_was_looked_for(
 ) -> None:
     for variable in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(FileNotFoundError, match=r"Expected the folders .*unpack images_background.zip.* The download failed"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"Expected the folders .*unpack images_background.zip.* The download failed",
+    ):
         datamodule(tmp_path / root, download=True).prepare_data()
-    with pytest.raises(FileNotFoundError, match=r"Expected the folders .*unpack images_background.zip"):
+    with pytest.raises(
+        FileNotFoundError, match=r"Expected the folders .*unpack images_background.zip"
+    ):
         datamodule(tmp_path / "mistyped").prepare_data()
     assert not (tmp_path / "mistyped").exists()
 
@@ -180,7 +224,9 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small")
 def test_episodes_the_split_cannot_serve(tmp_path: Path) -> None:
     write_tree(tmp_path)
-    with pytest.raises(ValueError, match="the ways of split 'test' to be at most 16, its classes, but got 17"):
+    with pytest.raises(
+        ValueError, match="the ways of split 'test' to be at most 16, its classes, but got 17"
+    ):
         lake(tmp_path, test_ways=17).setup("test")
     with pytest.raises(
         ValueError,
@@ -190,7 +236,9 @@ def test_episodes_the_split_cannot_serve(tmp_path: Path) -> None:
 
 
 def test_unknown_split() -> None:
-    with pytest.raises(ValueError, match="`split` to be 'random', 'vinyals' or 'lake' but got 'mini'"):
+    with pytest.raises(
+        ValueError, match="`split` to be 'random', 'vinyals' or 'lake' but got 'mini'"
+    ):
         OmniglotDataModule(split="mini")
 
 
@@ -211,16 +259,29 @@ ALPHABETS = {  # alphabet:number of characters, as in the official folders
 
 
 def character_names() -> list[str]:
-    alphabets = [(folder, *entry.split(":")) for folder, entries in ALPHABETS.items() for entry in entries.split()]
-    return [f"{folder}/{alphabet}/character{number:02d}" for folder, alphabet, count in alphabets for number in range(1, int(count) + 1)]
+    alphabets = [
+        (folder, *entry.split(":"))
+        for folder, entries in ALPHABETS.items()
+        for entry in entries.split()
+    ]
+    return [
+        f"{folder}/{alphabet}/character{number:02d}"
+        for folder, alphabet, count in alphabets
+        for number in range(1, int(count) + 1)
+    ]
 
 
 def test_the_alphabets_are_all_of_omniglot() -> None:
-    counts = {folder: sum(name.startswith(folder) for name in character_names()) for folder in ALPHABETS}
+    counts = {
+        folder: sum(name.startswith(folder) for name in character_names()) for folder in ALPHABETS
+    }
     assert counts == omniglot.CHARACTERS
 
 
-@pytest.mark.parametrize(("split", "sizes"), [("random", (1100, 100, 423)), ("vinyals", (1028, 172, 423)), ("lake", (864, 100, 659))])
+@pytest.mark.parametrize(
+    ("split", "sizes"),
+    [("random", (1100, 100, 423)), ("vinyals", (1028, 172, 423)), ("lake", (864, 100, 659))],
+)
 def test_splits_have_their_sizes_and_share_no_class(split: str, sizes: tuple[int, ...]) -> None:
     parts = omniglot.split_characters(character_names(), split, seed=0)
     assert tuple(map(len, parts.values())) == sizes
@@ -246,4 +307,6 @@ def test_the_vinyals_split_is_the_published_one() -> None:
     for part, numbers in parts.items():
         file = SPLITS / f"omniglot_vinyals_{part}.txt"
         lines = file.read_text().split()
-        assert {names[number].split("/", 1)[1] for number in numbers} == {line.rsplit("/", 1)[0] for line in lines}
+        assert {names[number].split("/", 1)[1] for number in numbers} == {
+            line.rsplit("/", 1)[0] for line in lines
+        }

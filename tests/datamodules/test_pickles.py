@@ -41,11 +41,19 @@ def test_python_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("images", [IMAGES, np.asfortranarray(IMAGES), IMAGES[::2, ::-1]], ids=["plain", "F", "strided"])
+@pytest.mark.parametrize(
+    "images", [IMAGES, np.asfortranarray(IMAGES), IMAGES[::2, ::-1]], ids=["plain", "F", "strided"]
+)
 def test_every_protocol_of_python_3(tmp_path: Path, protocol: int, images: np.ndarray) -> None:
     content = {
         "image_data": images,
-        "class_dict": collections.OrderedDict({"n01532829": [0, 2], "n02091244": np.arange(3), "n03476684": (np.int64(5), np.uint8(6))}),
+        "class_dict": collections.OrderedDict(
+            {
+                "n01532829": [0, 2],
+                "n02091244": np.arange(3),
+                "n03476684": (np.int64(5), np.uint8(6)),
+            }
+        ),
         "big-endian": np.arange(5, dtype=">i2"),
         "floats": np.linspace(0, 1, 7, dtype=np.float32),
     }
@@ -70,14 +78,20 @@ class Call:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("function", [os.system, exec, eval, print, subprocess.run, getattr, np.load, __import__, list, bytearray])
+@pytest.mark.parametrize(
+    "function",
+    [os.system, exec, eval, print, subprocess.run, getattr, np.load, __import__, list, bytearray],
+)
 def test_no_function_that_a_pickle_names_is_called(tmp_path: Path, function, protocol: int) -> None:
     proof = tmp_path / "proof"
     code = f"open({str(proof)!r}, 'w').close()"
     argument = f"touch {proof}" if function in (os.system, subprocess.run) else code
     for content in ({"data": IMAGES, "labels": Call(function, argument)}, Call(function, argument)):
         file = write(tmp_path / "a.pkl", pickle.dumps(content, protocol=protocol))
-        with pytest.raises(ValueError, match=r"a.pkl to hold arrays and containers only but got [\w.]+; it is not read, and nothing ran"):
+        with pytest.raises(
+            ValueError,
+            match=r"a.pkl to hold arrays and containers only but got [\w.]+; it is not read, and nothing ran",
+        ):
             read_pickle(file)
         assert not proof.exists()
 
@@ -91,7 +105,8 @@ def test_such_a_pickle_would_have_run_its_code(tmp_path: Path) -> None:
     "content",
     [
         b"cnumpy\nndarray\n}(U\x08__init__cnumpy\ndtype\nub.",  # a new method for a class of ours
-        b"cnumpy.core.multiarray\nscalar\nN}(U\x0c__defaults__)u\x86b.",  # other defaults for a function of ours
+        # other defaults for a function of ours
+        b"cnumpy.core.multiarray\nscalar\nN}(U\x0c__defaults__)u\x86b.",
         b"ccollections\nOrderedDict\n)R}(U\x01aK\x01ub.",
     ],
     ids=["class", "function", "instance"],
@@ -105,14 +120,18 @@ def test_numpy_itself_sets_up_no_array_of_a_pickle(tmp_path: Path) -> None:
     """A type that says it holds numbers and holds addresses would have numpy follow these."""
     lying = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n(I1\ntcnumpy\ndtype\n(U\x02O8I0\nI1\ntR"
     lying += b"(I3\nU\x01|NNNI-1\nI-1\nI0\ntbI00\nU\x08AAAAAAAAtb."
-    with pytest.raises(ValueError, match="only but got an array of objects, such as images of several sizes"):
+    with pytest.raises(
+        ValueError, match="only but got an array of objects, such as images of several sizes"
+    ):
         read_pickle(write(tmp_path / "a.pkl", lying))
 
 
 def test_images_of_several_sizes_are_named(tmp_path: Path) -> None:
     ragged = np.empty(2, object)
     ragged[:] = [np.zeros((84, 84, 3), np.uint8), np.zeros((84, 90, 3), np.uint8)]
-    with pytest.raises(ValueError, match="only but got an array of objects, such as images of several sizes"):
+    with pytest.raises(
+        ValueError, match="only but got an array of objects, such as images of several sizes"
+    ):
         read_pickle(write(tmp_path / "a.pkl", pickle.dumps({"data": ragged})))
 
 
@@ -125,8 +144,15 @@ def test_arrays_of_other_than_numbers_are_refused(tmp_path: Path, dtype: str) ->
 @pytest.mark.parametrize("kept", [0, 1, 100, 20_000, 84 * 84 * 3 * 20, -1])
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_a_pickle_cut_short_says_so(tmp_path: Path, kept: int, protocol: int) -> None:
-    whole = python2_pickle(IMAGES, [1]) if protocol == 2 else pickle.dumps({"data": IMAGES}, protocol=protocol)
-    with pytest.raises(ValueError, match=r"a.pkl to be a whole pickle but it is cut short or damaged .*; download it again"):
+    whole = (
+        python2_pickle(IMAGES, [1])
+        if protocol == 2
+        else pickle.dumps({"data": IMAGES}, protocol=protocol)
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"a.pkl to be a whole pickle but it is cut short or damaged .*; download it again",
+    ):
         read_pickle(write(tmp_path / "a.pkl", whole[:kept]))
 
 
@@ -158,15 +184,18 @@ def test_arrays_are_mapped_not_read(tmp_path: Path, form: str) -> None:
     images = np.ones((4000, 84, 84, 3), np.uint8)
     for count in (100, 4000):  # the last is what is measured
         read = images[:count]
-        content = python2_pickle(read, [1]) if form == "python 2" else pickle.dumps({"data": read}, protocol=int(form[-1]))
+        content = (
+            python2_pickle(read, [1])
+            if form == "python 2"
+            else pickle.dumps({"data": read}, protocol=int(form[-1]))
+        )
         file = write(tmp_path / f"{count}.pkl", content)
     script = (
-        "import resource; from pathlib import Path; from lightning_maml.datamodules.mini_imagenet.pickles import read_pickle\n"
-        "for count in (100, 4000):\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "    data = read_pickle(Path(f'{count}.pkl'))['data']\n"
-        "    assert data[count // 2].sum() == 84 * 84 * 3; data[0] = 2\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "import resource; from pathlib import Path; from "
+        "lightning_maml.datamodules.mini_imagenet.pickles import read_pickle\nfor count in (100, "
+        "4000):\n    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n    data = "
+        "read_pickle(Path(f'{count}.pkl'))['data']\n    assert data[count // 2].sum() == 84 * 84 "
+        "* 3; data[0] = 2\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     grown = another_process.output(script, folder=tmp_path)
     assert int(grown) * 1024 < images.nbytes / 3

@@ -47,7 +47,9 @@ def test_batches_are_those_of_a_data_loader(workers: int) -> None:
     prefetching = PrefetchingLoader(Numbers(), batch_size=4, num_workers=workers)
     assert len(prefetching) == 2
     for _ in range(2):  # epochs
-        assert [batch.tolist() for batch in prefetching] == [batch.tolist() for batch in DataLoader(Numbers(), batch_size=4)]
+        assert [batch.tolist() for batch in prefetching] == [
+            batch.tolist() for batch in DataLoader(Numbers(), batch_size=4)
+        ]
 
 
 @pytest.mark.usefixtures("no_thread_is_left")
@@ -78,12 +80,16 @@ list(PrefetchingLoader(TensorDataset(torch.zeros(8)), batch_size=2))
 print(torch.get_num_threads())
 """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    threads = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
+    threads = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert int(threads) == len(os.sched_getaffinity(0))
 
 
 def test_a_batch_of_none_is_no_end() -> None:
-    numbers = PrefetchingLoader(Numbers(4), batch_size=2, collate_fn=lambda items: None if 0 in items else items)
+    numbers = PrefetchingLoader(
+        Numbers(4), batch_size=2, collate_fn=lambda items: None if 0 in items else items
+    )
     assert list(numbers) == [None, [2, 3]]
 
 
@@ -95,7 +101,14 @@ class Noise(EpisodicDataModule):
 @pytest.mark.usefixtures("no_thread_is_left")
 @pytest.mark.parametrize("arguments", [{"limit_train_batches": 3}, {"fast_dev_run": True}])
 def test_a_trainer_takes_the_loader_by_whatever_switch(arguments: dict) -> None:
-    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, **arguments)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        **arguments,
+    )
     data = Noise(ways=3, meta_batch_size=2, train_batches=4, val_tasks=2, test_tasks=2)
     trainer.fit(MAML(build("mlp").float(), 0.1), data)
     assert type(trainer.train_dataloader) is PrefetchingLoader

@@ -13,7 +13,9 @@ from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resa
 
 def dataset(seed: int = 0, rotations: str = "none", **shape) -> EpisodeDataset:
     shape = {"ways": 5, "shots": 2, "queries": 3} | shape
-    return EpisodeDataset(numbered_images(), **shape, rotations=rotations, seed=(seed, 0), split="train")
+    return EpisodeDataset(
+        numbered_images(), **shape, rotations=rotations, seed=(seed, 0), split="train"
+    )
 
 
 def class_of(x: torch.Tensor) -> torch.Tensor:
@@ -29,13 +31,18 @@ def test_an_episode_has_its_shape_and_one_class_per_label() -> None:
     support, query = class_of(task.support_x), class_of(task.query_x)
     assert len(set(support.tolist())) == 5
     for label in range(5):
-        assert set(support[task.support_y == label].tolist()) == set(query[task.query_y == label].tolist())
+        assert set(support[task.support_y == label].tolist()) == set(
+            query[task.query_y == label].tolist()
+        )
 
 
 def test_support_and_query_are_disjoint() -> None:
     for number in range(50):
         task = dataset(shots=5, queries=5)[0, number]
-        numbers = [{(int(c), int(n)) for c, n in zip(class_of(x), x[:, 0, 1, 1], strict=True)} for x in (task.support_x, task.query_x)]
+        numbers = [
+            {(int(c), int(n)) for c, n in zip(class_of(x), x[:, 0, 1, 1], strict=True)}
+            for x in (task.support_x, task.query_x)
+        ]
         assert len(numbers[0]) == len(numbers[1]) == 25
         assert not numbers[0] & numbers[1]
 
@@ -58,10 +65,17 @@ def test_a_task_is_a_function_of_seed_epoch_and_number() -> None:
         assert not torch.equal(other.support_x, dataset()[3, 7].support_x)
 
 
-def batches(workers: int, epoch: int = 0, replicas: int = 1, rank: int = 0, batch_size: int = 4) -> list[torch.Tensor]:
+def batches(
+    workers: int, epoch: int = 0, replicas: int = 1, rank: int = 0, batch_size: int = 4
+) -> list[torch.Tensor]:
     sampler = TaskSampler(24, fresh=True, num_replicas=replicas, rank=rank)
     sampler.set_epoch(epoch)
-    return [batch.support_x for batch in DataLoader(dataset(), batch_size=batch_size, sampler=sampler, num_workers=workers)]
+    return [
+        batch.support_x
+        for batch in DataLoader(
+            dataset(), batch_size=batch_size, sampler=sampler, num_workers=workers
+        )
+    ]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -101,7 +115,12 @@ def test_rotated_classes_are_four_times_as_many_and_turned_alike() -> None:
 
 def test_augmenting_rotations_differ_between_the_classes_of_an_episode() -> None:
     task = dataset(rotations="augment", ways=12)[0, 0]
-    corners = {label: {tuple(x[0].ge(100).nonzero()[0].tolist()) for x in task.query_x[task.query_y == label]} for label in range(12)}
+    corners = {
+        label: {
+            tuple(x[0].ge(100).nonzero()[0].tolist()) for x in task.query_x[task.query_y == label]
+        }
+        for label in range(12)
+    }
     assert all(len(turns) == 1 for turns in corners.values()), "one rotation per class"
     assert len({turns.copy().pop() for turns in corners.values()}) > 1, "not one rotation per task"
     assert len(set(class_of(task.support_x).tolist())) == 12, "a character is drawn once per task"
@@ -124,7 +143,10 @@ def test_episodes_that_the_split_cannot_serve_are_refused(shape: dict, message: 
 
 def test_augmenting_turns_are_as_frequent_as_each_other() -> None:
     """Chi-squared at a level of 1e-6, three degrees of freedom, fixed seed."""
-    episodes, counts = dataset(rotations="augment", ways=12, shots=1, queries=1), dict.fromkeys([(0, 0), (0, 2), (2, 0), (2, 2)], 0)
+    episodes, counts = (
+        dataset(rotations="augment", ways=12, shots=1, queries=1),
+        dict.fromkeys([(0, 0), (0, 2), (2, 0), (2, 2)], 0),
+    )
     for number in range(100):
         for x in episodes[0, number].support_x:
             counts[tuple(x[0].ge(100).nonzero()[0].tolist())] += 1
@@ -141,7 +163,12 @@ def test_batches_of_inner_steps_are_turned_like_the_query_set() -> None:
     assert task.support_x.shape == (3, 8, 1, 3, 3)
     assert task.hessian_x.shape == (3, 4, 1, 3, 3)
     for step in range(3):
-        assert seen(task.support_x[step])[::2] == seen(task.support_x[step])[1::2] == seen(task.hessian_x[step]) == seen(task.query_x)
+        assert (
+            seen(task.support_x[step])[::2]
+            == seen(task.support_x[step])[1::2]
+            == seen(task.hessian_x[step])
+            == seen(task.query_x)
+        )
         assert task.support_y[step].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -151,7 +178,8 @@ def test_what_is_not_square_is_not_turned(shape: tuple[int, ...]) -> None:
     arguments = {"ways": 2, "shots": 1, "queries": 1, "seed": (0,), "split": "train"}
     for rotations in ("classes", "augment"):
         with pytest.raises(
-            ValueError, match=rf"square images \[M, C, H, W\] .* got shape {re.escape(str([20, *shape]))}; set rotations='none'\.$"
+            ValueError,
+            match=rf"square images \[M, C, H, W\] .* got shape {re.escape(str([20, *shape]))}; set rotations='none'\.$",
         ):
             EpisodeDataset(data, rotations=rotations, **arguments)
     assert EpisodeDataset(data, rotations="none", **arguments)[0, 0].support_x.shape == (2, *shape)
@@ -159,14 +187,30 @@ def test_what_is_not_square_is_not_turned(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("names", [(), ("cat", "dog", "owl")])
 def test_classes_that_are_too_small(names: tuple[str, ...]) -> None:
-    data = ClassImages(torch.zeros(9, 1, 3, 3), [np.arange(4), np.arange(4, 6), np.arange(6, 9)], names)
-    arguments = {"ways": 1, "shots": 1, "queries": 2, "seed": (0,), "split": "val", "rotations": "none"}
+    data = ClassImages(
+        torch.zeros(9, 1, 3, 3), [np.arange(4), np.arange(4, 6), np.arange(6, 9)], names
+    )
+    arguments = {
+        "ways": 1,
+        "shots": 1,
+        "queries": 2,
+        "seed": (0,),
+        "split": "val",
+        "rotations": "none",
+    }
     found = "1 of its 3 classes have fewer images" + (": dog (2)" if names else "")
     cure = "; leave these out by small_classes='drop'." if names else "."
     for given in ({}, {"small_classes": "raise"}):
-        with pytest.raises(ValueError, match=re.escape(f"to be at most 2, the images of its smallest class, but {found}{cure}") + "$"):
+        with pytest.raises(
+            ValueError,
+            match=re.escape(f"to be at most 2, the images of its smallest class, but {found}{cure}")
+            + "$",
+        ):
             EpisodeDataset(data, **arguments, **given)
-    with pytest.warns(UserWarning, match=re.escape(f"Split 'val': {found}; without them 2 classes are left.") + "$"):
+    with pytest.warns(
+        UserWarning,
+        match=re.escape(f"Split 'val': {found}; without them 2 classes are left.") + "$",
+    ):
         kept = EpisodeDataset(data, small_classes="drop", **arguments)
     assert kept.__getitem__((0, 0)).query_x.shape == (2, 1, 3, 3)
 

@@ -58,11 +58,14 @@ def test_testing_has_its_own_transforms() -> None:
     ("name", "mean", "std"),
     [
         ("imagenet", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),  # as torchvision documents them
-        ("metaoptnet", [0.47214, 0.45331, 0.40996], [0.27719, 0.26775, 0.28449]),  # 120.396 / 255 and so on
+        # 120.396 / 255 and so on
+        ("metaoptnet", [0.47214, 0.45331, 0.40996], [0.27719, 0.26775, 0.28449]),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_normalisation_by_name(name: str, mean: list[float], std: list[float], training: bool) -> None:
+def test_normalisation_by_name(
+    name: str, mean: list[float], std: list[float], training: bool
+) -> None:
     normalised = EpisodeTransforms(normalize=name)(episodes(), training)
     expected = (places(6, 4) - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert (normalised.support_x - expected).abs().max() < 1e-4
@@ -71,9 +74,22 @@ def test_normalisation_by_name(name: str, mean: list[float], std: list[float], t
 @pytest.mark.parametrize("vary", ["image", "task"])
 def test_resampled_episodes(vary: str) -> None:
     labels = torch.zeros(2, 3, 4, dtype=torch.long)
-    batch = ResampledEpisodes(places(2, 3, 4), labels, places(2, 3, 0), labels[:, :, :0], places(2, 5), torch.zeros(2, 5).long())
-    moved = EpisodeTransforms(6, train=[v2.RandomHorizontalFlip(1.0)], vary=vary, normalize="imagenet")(batch, training=True)
-    assert [tuple(x.shape) for x in moved[::2]] == [(2, 3, 4, 3, 6, 6), (2, 3, 0, 3, 6, 6), (2, 5, 3, 6, 6)]
+    batch = ResampledEpisodes(
+        places(2, 3, 4),
+        labels,
+        places(2, 3, 0),
+        labels[:, :, :0],
+        places(2, 5),
+        torch.zeros(2, 5).long(),
+    )
+    moved = EpisodeTransforms(
+        6, train=[v2.RandomHorizontalFlip(1.0)], vary=vary, normalize="imagenet"
+    )(batch, training=True)
+    assert [tuple(x.shape) for x in moved[::2]] == [
+        (2, 3, 4, 3, 6, 6),
+        (2, 3, 0, 3, 6, 6),
+        (2, 5, 3, 6, 6),
+    ]
     plain = EpisodeTransforms(6, normalize="imagenet")(batch, training=False)
     assert torch.allclose(moved.support_x.flip(-1), plain.support_x, atol=1e-5)
 
@@ -96,18 +112,26 @@ def test_images_are_resized_in_training_and_testing(training: bool) -> None:
 
 def test_grey_images_have_no_such_statistics() -> None:
     grey = Episodes(*(x[:, :, :1] if x.ndim == 5 else x for x in episodes()))
-    with pytest.raises(ValueError, match=r"images of 3 channels for normalize='imagenet' but got 1; use v2.Normalize instead"):
+    with pytest.raises(
+        ValueError,
+        match=r"images of 3 channels for normalize='imagenet' but got 1; use v2.Normalize instead",
+    ):
         EpisodeTransforms(normalize="imagenet")(grey, training=True)
 
 
-@pytest.mark.parametrize(("argument", "message"), [("vary", "'image' or 'task'"), ("normalize", "'none', 'imagenet' or 'metaoptnet'")])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("vary", "'image' or 'task'"), ("normalize", "'none', 'imagenet' or 'metaoptnet'")],
+)
 def test_unknown_words_are_refused(argument: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}` to be {message} but got 'both'"):
         EpisodeTransforms(**{argument: "both"})
 
 
 def test_a_transform_that_is_not_in_a_list_is_refused() -> None:
-    with pytest.raises(TypeError, match="`train` to be a list of transforms but got Compose; put it in a list"):
+    with pytest.raises(
+        TypeError, match="`train` to be a list of transforms but got Compose; put it in a list"
+    ):
         EpisodeTransforms(train=v2.Compose([v2.RandomHorizontalFlip()]))
 
 
@@ -120,7 +144,9 @@ class Means(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self.means["train"].append(float(batch.query_x.mean()))
 
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_start(
+        self, trainer, pl_module, batch, batch_idx, dataloader_idx=0
+    ) -> None:
         self.means["val"].append(float(batch.query_x.mean()))
 
 
@@ -137,11 +163,19 @@ class Fill(nn.Module):
 
 def test_the_trainer_decides_which_transforms_are_used() -> None:
     data = GlyphsDataModule(
-        train_batches=3, meta_batch_size=2, val_tasks=4, transforms=EpisodeTransforms(train=[Fill(0.25)], test=[Fill(0.75)])
+        train_batches=3,
+        meta_batch_size=2,
+        val_tasks=4,
+        transforms=EpisodeTransforms(train=[Fill(0.25)], test=[Fill(0.75)]),
     )
     means = Means()
     trainer = Trainer(
-        max_epochs=2, accelerator="cpu", callbacks=[means], logger=False, enable_checkpointing=False, enable_progress_bar=False
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[means],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
     )
     trainer.fit(FOMAML(Conv4(1, 5, 28, channels=4)), data)
     assert means.means == {"train": [0.25] * 6, "val": [0.75] * 6}, "sanity checking is no training"
@@ -166,10 +200,19 @@ def test_transforms_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     Path("transforms.yaml").write_text(YAML)
     config = CONFIGS / "glyphs_fomaml.yaml"
-    arguments = [f"--config={config}", "--config=transforms.yaml", "--data.transforms.vary=task", "--trainer.fast_dev_run=1"]
+    arguments = [
+        f"--config={config}",
+        "--config=transforms.yaml",
+        "--data.transforms.vary=task",
+        "--trainer.fast_dev_run=1",
+    ]
     cli = run(["fit", *arguments, "--trainer.enable_progress_bar=false"])
     transforms = cli.datamodule.transforms
-    assert [type(transform) for transform in transforms.train] == [v2.RandomCrop, v2.RandomHorizontalFlip, v2.ColorJitter]
+    assert [type(transform) for transform in transforms.train] == [
+        v2.RandomCrop,
+        v2.RandomHorizontalFlip,
+        v2.ColorJitter,
+    ]
     assert (transforms.vary, type(transforms.test[0])) == ("task", v2.Resize)
     with pytest.raises(SystemExit):
         main(["fit", *arguments, "--data.transforms.normalise=imagenet"])

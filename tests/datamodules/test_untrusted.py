@@ -25,7 +25,11 @@ from lightning_maml import MAML, MLP
 from lightning_maml.cli import main
 from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
 from lightning_maml.datamodules.images.files import decode, read_image
-from lightning_maml.datamodules.mini_imagenet.array_files import open_cache_pickle, open_category_pickle, open_hdf5
+from lightning_maml.datamodules.mini_imagenet.array_files import (
+    open_cache_pickle,
+    open_category_pickle,
+    open_hdf5,
+)
 from lightning_maml.datamodules.mini_imagenet.pickles import read_pickle
 from lightning_maml.io.checkpoints import read_checkpoint
 from lightning_maml.io.replay import load_step
@@ -86,7 +90,10 @@ def test_the_key_that_takes_for_ever_is_one() -> None:
 
 
 def test_a_key_is_not_hashed_for_ever(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"whole pickle but it is cut short or damaged \(TypeError: unhashable type: 'list'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"whole pickle but it is cut short or damaged \(TypeError: unhashable type: 'list'\)",
+    ):
         read_pickle(write(tmp_path / "a.pkl", nested_key(60)))
 
 
@@ -103,7 +110,10 @@ def test_lists_that_share_their_parts_are_not_unfolded(tmp_path: Path) -> None:
 
 
 def test_numbers_that_classes_share_are_not_copied_for_each(tmp_path: Path) -> None:
-    content = {"image_data": IMAGES, "class_dict": dict.fromkeys(map(str, range(7000)), [0] * 20_000)}
+    content = {
+        "image_data": IMAGES,
+        "class_dict": dict.fromkeys(map(str, range(7000)), [0] * 20_000),
+    }
     with pytest.raises(ValueError, match=r"share out the numbers 0 \.\. 5 of its images"):
         open_cache_pickle(write(tmp_path / "a.pkl", pickle.dumps(content)), SIZE)
 
@@ -124,7 +134,9 @@ def archive(content: object, tmp_path: Path) -> dict[str, bytes]:
 
 
 def test_what_torch_saves_is_let_through(tmp_path: Path) -> None:
-    for number, content in enumerate([{"a": torch.zeros(3)}, {}, {"text": "x" * 100_000, "b": torch.zeros(1000, 100)}, 1]):
+    for number, content in enumerate(
+        [{"a": torch.zeros(3)}, {}, {"text": "x" * 100_000, "b": torch.zeros(1000, 100)}, 1]
+    ):
         torch.save(content, tmp_path / str(number))
         check_archive(tmp_path / str(number))
 
@@ -137,7 +149,9 @@ def test_compressed_checkpoints_are_refused(tmp_path: Path) -> None:
             bomb.writestr(name, parts.pop(name))
     assert (tmp_path / "a.ckpt").stat().st_size < 1e6
     tracemalloc.reset_peak()
-    with pytest.raises(ValueError, match=r"a.ckpt to be a whole checkpoint but it cannot be read: it is compressed"):
+    with pytest.raises(
+        ValueError, match=r"a.ckpt to be a whole checkpoint but it cannot be read: it is compressed"
+    ):
         read_checkpoint(tmp_path / "a.ckpt")
 
 
@@ -184,7 +198,13 @@ def test_archives_of_old_and_other_things_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     torch.save([1], tmp_path / "list.ckpt")
     write(tmp_path / "empty.ckpt", b"")
-    for name, reason in ({"old": "no archive of torch.save", "list": "it holds list", "empty": "no archive of torch.save"}).items():
+    for name, reason in (
+        {
+            "old": "no archive of torch.save",
+            "list": "it holds list",
+            "empty": "no archive of torch.save",
+        }
+    ).items():
         with pytest.raises(ValueError, match=reason):
             read_checkpoint(tmp_path / f"{name}.ckpt")
 
@@ -192,7 +212,11 @@ def test_archives_of_old_and_other_things_are_refused(tmp_path: Path) -> None:
 def test_models_are_loaded_without_running_anything(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "evil": Run(tmp_path / "ran")}, tmp_path / "a.ckpt")
     for given in ({}, {"weights_only": None}, {"weights_only": True}):
-        with pytest.raises(ValueError, match="it is damaged or holds more than tensors and plain data, and nothing in it was run"):
+        with pytest.raises(
+            ValueError,
+            match="it is damaged or holds more than tensors and plain data, and nothing in it was "
+            "run",
+        ):
             MAML.load_from_checkpoint(tmp_path / "a.ckpt", network=MLP(2, 2), **given)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(KeyError, match="version"):  # it is no model's; but it ran, as was asked for
@@ -201,13 +225,30 @@ def test_models_are_loaded_without_running_anything(tmp_path: Path) -> None:
 
 
 def test_checkpoints_do_not_say_what_makes_a_model(tmp_path: Path) -> None:
-    (tmp_path / "a_module_of_mine.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Loss: pass\n")
+    (tmp_path / "a_module_of_mine.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Loss: pass\n"
+    )
     model = MAML(MLP(2, 2), 0.1)
-    named = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "loss": {"class_path": "a_module_of_mine.Loss"}, "inner_lr": 0.1}
-    torch.save({"state_dict": model.state_dict(), "hyper_parameters": named, "pytorch-lightning_version": "2.6.0"}, tmp_path / "a.ckpt")
+    named = {
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        "loss": {"class_path": "a_module_of_mine.Loss"},
+        "inner_lr": 0.1,
+    }
+    torch.save(
+        {
+            "state_dict": model.state_dict(),
+            "hyper_parameters": named,
+            "pytorch-lightning_version": "2.6.0",
+        },
+        tmp_path / "a.ckpt",
+    )
     sys.path.insert(0, str(tmp_path))
     try:
-        with pytest.raises(ValueError, match="to hold plain hyperparameters but it names what makes the model; it is not loaded"):
+        with pytest.raises(
+            ValueError,
+            match="to hold plain hyperparameters but it names what makes the model; it is not "
+            "loaded",
+        ):
             MAML.load_from_checkpoint(tmp_path / "a.ckpt", network=MLP(2, 2))
     finally:
         sys.path.remove(str(tmp_path))
@@ -216,7 +257,13 @@ def test_checkpoints_do_not_say_what_makes_a_model(tmp_path: Path) -> None:
 
 def test_steps_of_other_things_are_refused(tmp_path: Path) -> None:
     model = MAML(MLP(2, 2), 0.1)
-    step = {"kind": "Episodes", "episodes": [torch.zeros(1)] * 4, "state_dict": model.state_dict(), "random_state": {}, "epoch": 0}
+    step = {
+        "kind": "Episodes",
+        "episodes": [torch.zeros(1)] * 4,
+        "state_dict": model.state_dict(),
+        "random_state": {},
+        "epoch": 0,
+    }
     for changed in (
         {"kind": []},
         {"kind": "Trainer"},
@@ -233,11 +280,22 @@ def test_steps_of_other_things_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"names": [1, 2]}, {"unreadable": [b"x"]}, {"labels": torch.zeros(6)}, {"names": 3}, {"images": "none"}],
+    [
+        {"names": [1, 2]},
+        {"unreadable": [b"x"]},
+        {"labels": torch.zeros(6)},
+        {"names": 3},
+        {"images": "none"},
+    ],
     ids=["names", "unreadable", "labels", "number", "images"],
 )
 def test_caches_of_other_things_are_not_used(tmp_path: Path, changed: dict) -> None:
-    whole = {"version": 1, "source": "files", "images": torch.from_numpy(IMAGES), "labels": torch.zeros(6, dtype=torch.int64)}
+    whole = {
+        "version": 1,
+        "source": "files",
+        "images": torch.from_numpy(IMAGES),
+        "labels": torch.zeros(6, dtype=torch.int64),
+    }
     whole |= {"names": ["a"], "unreadable": []}
     torch.save(whole, tmp_path / "x.pt")
     assert read_cache(tmp_path / "x.pt", "files", IMAGES.shape) is not None
@@ -247,7 +305,11 @@ def test_caches_of_other_things_are_not_used(tmp_path: Path, changed: dict) -> N
 
 
 def test_a_compressed_cache_is_not_used(tmp_path: Path) -> None:
-    write_cache(tmp_path / "x.pt", "files", DecodedImages(torch.from_numpy(IMAGES), torch.zeros(6, dtype=torch.int64), ["a"], []))
+    write_cache(
+        tmp_path / "x.pt",
+        "files",
+        DecodedImages(torch.from_numpy(IMAGES), torch.zeros(6, dtype=torch.int64), ["a"], []),
+    )
     with zipfile.ZipFile(tmp_path / "x.pt") as whole:
         parts = {name: whole.read(name) for name in whole.namelist()}
     with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
@@ -261,7 +323,9 @@ def test_a_compressed_cache_is_not_used(tmp_path: Path) -> None:
 # HDF5
 
 
-@pytest.mark.parametrize("kind", ["external link", "soft link", "group", "external storage", "virtual"])
+@pytest.mark.parametrize(
+    "kind", ["external link", "soft link", "group", "external storage", "virtual"]
+)
 def test_hdf5_files_that_refer_to_others_are_refused(tmp_path: Path, kind: str) -> None:
     with h5py.File(tmp_path / "secret.hdf5", "w") as secret:
         secret["datasets/cat"] = IMAGES
@@ -275,22 +339,34 @@ def test_hdf5_files_that_refer_to_others_are_refused(tmp_path: Path, kind: str) 
         elif kind == "group":
             content["datasets"] = h5py.ExternalLink(tmp_path / "secret.hdf5", "datasets")
         elif kind == "external storage":
-            content.create_dataset("datasets/cat", IMAGES.shape, "u1", external=[(tmp_path / "secret.bin", 0, IMAGES.nbytes)])
+            content.create_dataset(
+                "datasets/cat",
+                IMAGES.shape,
+                "u1",
+                external=[(tmp_path / "secret.bin", 0, IMAGES.nbytes)],
+            )
         else:
             layout = h5py.VirtualLayout(IMAGES.shape, "u1")
             layout[:] = h5py.VirtualSource(tmp_path / "secret.hdf5", "datasets/cat", IMAGES.shape)
             content.create_virtual_dataset("datasets/cat", layout)
-    with pytest.raises(ValueError, match=r"Expected .*a.hdf5 to hold its images itself but it refers to other files; it is not read"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected .*a.hdf5 to hold its images itself but it refers to other files; it is not read",
+    ):
         open_hdf5(tmp_path / "a.hdf5", SIZE)
 
 
 def test_hdf5_files_that_unpack_to_too_much_are_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.hdf5", "w") as content:
-        content.create_dataset("datasets/cat", (10**9, SIZE, SIZE, 3), "u1", chunks=(1, SIZE, SIZE, 3))
+        content.create_dataset(
+            "datasets/cat", (10**9, SIZE, SIZE, 3), "u1", chunks=(1, SIZE, SIZE, 3)
+        )
     with pytest.raises(ValueError, match="at most 100 times its size"):
         open_hdf5(tmp_path / "a.hdf5", SIZE)
     with h5py.File(tmp_path / "b.hdf5", "w") as content:
-        content.create_dataset("datasets/0", data=np.zeros((1000, SIZE, SIZE, 3), np.uint8), compression="gzip")
+        content.create_dataset(
+            "datasets/0", data=np.zeros((1000, SIZE, SIZE, 3), np.uint8), compression="gzip"
+        )
         for number in range(1, 300):
             content[f"datasets/{number}"] = content["datasets/0"]
     with pytest.raises(ValueError, match="at most 100 times its size"):
@@ -319,14 +395,24 @@ def test_images_of_too_many_pixels_are_refused(tmp_path: Path) -> None:
     rows = zlib.compress(bytes(2001 * 20_000), 9)
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 16_000, 20_000 // 2, 1, 0, 0, 0, 0)
-    write(tmp_path / "a.png", b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    write(
+        tmp_path / "a.png",
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""),
+    )
     tracemalloc.reset_peak()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with pytest.raises(OSError, match=r"it has 16000 x 10000 pixels, more than PIL\.Image\.MAX_IMAGE_PIXELS"):
+        with pytest.raises(
+            OSError, match=r"it has 16000 x 10000 pixels, more than PIL\.Image\.MAX_IMAGE_PIXELS"
+        ):
             decode({"a": [tmp_path / "a.png"]}, SIZE, "RGB", "raise", "Reading")
 
 
@@ -344,17 +430,42 @@ def aliases(levels: int) -> str:
     [
         (aliases(8), "at most 100000 values"),
         (aliases(400), "at most 100000 values"),
-        ("v0: &v0 {a: 1}\n" + "".join(f"v{n}: &v{n} {{<<: [{', '.join([f'*v{n - 1}'] * 9)}]}}\n" for n in range(1, 40)), "at most 100000"),
-        ("v0: &v0 [a: 1]\n" + "".join(f"v{n}: &v{n} !!pairs [a: *v{n - 1}, b: *v{n - 1}]\n" for n in range(1, 40)), "at most 100000"),
+        (
+            "v0: &v0 {a: 1}\n"
+            + "".join(
+                f"v{n}: &v{n} {{<<: [{', '.join([f'*v{n - 1}'] * 9)}]}}\n" for n in range(1, 40)
+            ),
+            "at most 100000",
+        ),
+        (
+            "v0: &v0 [a: 1]\n"
+            + "".join(f"v{n}: &v{n} !!pairs [a: *v{n - 1}, b: *v{n - 1}]\n" for n in range(1, 40)),
+            "at most 100000",
+        ),
         ("a: &a [*a]", "hold no more than some hundred others"),
         ("a: " + "[" * 5000 + "]" * 5000, "hold no more than some hundred others"),
         ("trainer: {max_epochs: 1" + "0" * 5000 + "}", "Exceeds the limit"),
-        ("model: !!python/object/apply:os.system ['echo ran']", "could not determine a constructor"),
+        (
+            "model: !!python/object/apply:os.system ['echo ran']",
+            "could not determine a constructor",
+        ),
         ("model: \0", "characters are not allowed"),
     ],
-    ids=["aliases", "many aliases", "merges", "pairs", "itself", "deep", "long number", "object", "control"],
+    ids=[
+        "aliases",
+        "many aliases",
+        "merges",
+        "pairs",
+        "itself",
+        "deep",
+        "long number",
+        "object",
+        "control",
+    ],
 )
-def test_hostile_configs_are_reported(tmp_path: Path, text: str, reason: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_hostile_configs_are_reported(
+    tmp_path: Path, text: str, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path / "a.yaml", text.encode())
     with pytest.raises(SystemExit):
         main(["fit", f"--config={tmp_path / 'a.yaml'}"])
@@ -365,12 +476,18 @@ def test_hostile_configs_are_reported(tmp_path: Path, text: str, reason: str, ca
 
 def test_configs_that_are_no_text_are_reported(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", b"\xff\xfe\x00")
-    with pytest.raises(SystemExit, match="Expected configs and lists to be text in UTF-8 but one is not"):
+    with pytest.raises(
+        SystemExit, match="Expected configs and lists to be text in UTF-8 but one is not"
+    ):
         main(["fit", f"--config={tmp_path / 'a.yaml'}"])
 
 
 def test_aliases_serve() -> None:
-    assert load_yaml("a: &a [1, 2]\nb: *a\nc: {d: *a}") == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
+    assert load_yaml("a: &a [1, 2]\nb: *a\nc: {d: *a}") == {
+        "a": [1, 2],
+        "b": [1, 2],
+        "c": {"d": [1, 2]},
+    }
     assert load_yaml("1e-3") == 1e-3
 
 

@@ -24,22 +24,42 @@ def blocks(section: str, kind: str) -> list[str]:
 
 def network_for(shape: tuple[int, ...], outputs: int = 3) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 6), nn.Tanh(), nn.Linear(6, outputs)
+    ).double()
 
 
 def names(section: str) -> dict:
     """What the blocks of a section find: the user's data and network."""
-    tasksets = SimpleNamespace(train=NoiseTaskset(0), validation=NoiseTaskset(1), test=NoiseTaskset(2))
+    tasksets = SimpleNamespace(
+        train=NoiseTaskset(0), validation=NoiseTaskset(1), test=NoiseTaskset(2)
+    )
     network = network_for((2,) if section in ("torchmeta", "easyfsl") else (1, 8, 8))
     episodes = make_episodes()
     found = {"tasksets": tasksets, "network": network, "episodes": episodes}
-    found |= dict(zip(("support_x", "support_y", "query_x", "query_y"), (tensor[0] for tensor in episodes), strict=True))
+    found |= dict(
+        zip(
+            ("support_x", "support_y", "query_x", "query_y"),
+            (tensor[0] for tensor in episodes),
+            strict=True,
+        )
+    )
     if section == "easyfsl":
         found["loader"] = [
-            (*(tensor.double() if tensor.is_floating_point() else tensor for tensor in batch[:4]), []) for batch in EasyFSLLoader(8)
+            (
+                *(
+                    tensor.double() if tensor.is_floating_point() else tensor
+                    for tensor in batch[:4]
+                ),
+                [],
+            )
+            for batch in EasyFSLLoader(8)
         ]
     if section == "torchmeta":
-        found["train_loader"] = [{part: (x.double(), y) for part, (x, y) in batch.items()} for batch in torchmeta_loader(3, 2)]
+        found["train_loader"] = [
+            {part: (x.double(), y) for part, (x, y) in batch.items()}
+            for batch in torchmeta_loader(3, 2)
+        ]
     return found
 
 
@@ -54,9 +74,17 @@ def run(block: str, found: dict) -> dict:
 
 
 def test_every_block_belongs_to_a_section_that_is_run() -> None:
-    assert PAGE.count("```python") == sum(len(blocks(section, r"(?:before \w+|after)")) for section in SECTIONS)
+    assert PAGE.count("```python") == sum(
+        len(blocks(section, r"(?:before \w+|after)")) for section in SECTIONS
+    )
     assert [section for section in SECTIONS if blocks(section, "after")] == [
-        *("learn2learn, its Lightning classes", "learn2learn, one's own loop", "torchmeta", "easyfsl", "higher")
+        *(
+            "learn2learn, its Lightning classes",
+            "learn2learn, one's own loop",
+            "torchmeta",
+            "easyfsl",
+            "higher",
+        )
     ]
 
 
@@ -70,7 +98,10 @@ def test_the_blocks_of_this_library_run(section: str) -> None:
             assert found["logits"].shape == (9, 3)
             assert set(found.get("predicted", ())) <= {"ape", "cat", "wolf"}
         elif section != "higher":
-            assert any(not torch.equal(tensor, before[name]) for name, tensor in found["network"].state_dict().items())
+            assert any(
+                not torch.equal(tensor, before[name])
+                for name, tensor in found["network"].state_dict().items()
+            )
 
 
 def after_learn2learns_loop(block: str) -> dict[str, torch.Tensor]:
@@ -83,9 +114,14 @@ def gradients_of_higher(block: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("library", "section", "figures"),
-    [("learn2learn", "learn2learn, one's own loop", after_learn2learns_loop), ("higher", "higher", gradients_of_higher)],
+    [
+        ("learn2learn", "learn2learn, one's own loop", after_learn2learns_loop),
+        ("higher", "higher", gradients_of_higher),
+    ],
 )
-def test_both_blocks_give_the_same_numbers(library: str, section: str, figures: Callable[[str], dict]) -> None:
+def test_both_blocks_give_the_same_numbers(
+    library: str, section: str, figures: Callable[[str], dict]
+) -> None:
     pytest.importorskip(library)
     theirs, ours = blocks(section, f"before {library}")[0], blocks(section, "after")[0]
     assert relative_error(figures(ours), figures(theirs)) < 1e-10

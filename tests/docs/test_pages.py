@@ -30,7 +30,9 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def run_python(code: str, folder: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -52,12 +54,22 @@ lightning.Trainer = functools.partial(lightning.Trainer, limit_train_batches=3, 
 def test_the_blocks_of_the_readme_run(tmp_path: Path) -> None:
     names: dict = {"model": MAML(MLP(4, 3), inner_lr=0.1)}
     support, query = torch.rand(2, 3, 4), torch.rand(2, 6, 4)
-    names |= {"support_x": support, "support_y": torch.arange(3).repeat(2, 1), "query_x": query, "query_y": torch.arange(3).repeat(2, 2)}
+    names |= {
+        "support_x": support,
+        "support_y": torch.arange(3).repeat(2, 1),
+        "query_x": query,
+        "query_y": torch.arange(3).repeat(2, 2),
+    }
     example, episodes, adapt = blocks(README, "python")
     run_python(SHORT + example, tmp_path)
     exec(compile(episodes, "README.md", "exec"), names)  # noqa: S102  it is our README
     assert isinstance(names["episodes"], Episodes)
-    names |= {"many_support_x": support, "many_support_y": names["support_y"], "support_x": support[0], "support_y": torch.arange(3)}
+    names |= {
+        "many_support_x": support,
+        "many_support_y": names["support_y"],
+        "support_x": support[0],
+        "support_y": torch.arange(3),
+    }
     exec(compile(adapt, "README.md", "exec"), names)  # noqa: S102
     assert names["network"](query[0]).shape == (6, 3)
     assert names["networks"](query).shape == (2, 6, 3)
@@ -69,9 +81,15 @@ sys.path = [folder for folder in sys.path if not folder.endswith(("tests", "benc
 """
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page.read_text(), "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if blocks(page.read_text(), "python")],
+    ids=lambda page: page.stem,
+)
 def test_the_python_of_each_page_runs_from_top_to_bottom(tmp_path: Path, page: Path) -> None:
-    another_process.output(WITHOUT_TESTS + SHORT + "\n".join(blocks(page.read_text(), "python")), folder=tmp_path)
+    another_process.output(
+        WITHOUT_TESTS + SHORT + "\n".join(blocks(page.read_text(), "python")), folder=tmp_path
+    )
 
 
 def test_every_block_is_run_by_a_test() -> None:
@@ -88,47 +106,84 @@ def test_every_block_is_run_by_a_test() -> None:
 
 
 def commands(text: str) -> list[list[str]]:
-    lines = "".join(blocks(text, "bash")).replace("\\\n", "").replace("$RUN", "RUN").replace("$NAME", "omniglot_5w1s_maml").splitlines()
+    lines = (
+        "".join(blocks(text, "bash"))
+        .replace("\\\n", "")
+        .replace("$RUN", "RUN")
+        .replace("$NAME", "omniglot_5w1s_maml")
+        .splitlines()
+    )
     return [shlex.split(line, comments=True) for line in lines]
 
 
-@pytest.mark.parametrize("page", [page for page in MARKDOWN if blocks(page.read_text(), "bash")], ids=lambda page: page.stem)
-def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [page for page in MARKDOWN if blocks(page.read_text(), "bash")],
+    ids=lambda page: page.stem,
+)
+def test_commands_parse(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for words in commands(page.read_text()):
         if words[:1] == ["make"]:
             assert words[1] in targets, words
         for word in words:
-            assert not re.fullmatch(r"(benchmarks|examples|configs)/.*\.\w+", word) or (ROOT / word).is_file(), words
+            assert (
+                not re.fullmatch(r"(benchmarks|examples|configs)/.*\.\w+", word)
+                or (ROOT / word).is_file()
+            ), words
         if "lightning-maml" in words:
             arguments = words[words.index("lightning-maml") + 1 :]
-            if any(word.startswith(("RUN/", "runs/")) for word in arguments) or "replay" in arguments:
+            if (
+                any(word.startswith(("RUN/", "runs/")) for word in arguments)
+                or "replay" in arguments
+            ):
                 continue  # the config of a run that is not there
             monkeypatch.chdir(ROOT)
             with pytest.raises(SystemExit) as ended:
-                run([*arguments[:1], *[word for word in arguments[1:] if not word.startswith("--ckpt_path")], "--print_config"])
+                run(
+                    [
+                        *arguments[:1],
+                        *[word for word in arguments[1:] if not word.startswith("--ckpt_path")],
+                        "--print_config",
+                    ]
+                )
             assert ended.value.code in (None, 0), (words, capsys.readouterr().err)
 
 
 def test_links_lead_to_files() -> None:
     for page in MARKDOWN:
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-            assert link.startswith(("https://", "#")) or (page.parent / link.split("#")[0]).exists(), (page, link)
+            assert (
+                link.startswith(("https://", "#")) or (page.parent / link.split("#")[0]).exists()
+            ), (page, link)
 
 
 def write_photos(folder: Path) -> None:
     for number in range(40):
         (folder / f"class {number}").mkdir(parents=True)
         for image in range(20):
-            Image.new("RGB", (90, 70), (6 * number, 12 * image, 0)).save(folder / f"class {number}" / f"{image}.jpg")
+            Image.new("RGB", (90, 70), (6 * number, 12 * image, 0)).save(
+                folder / f"class {number}" / f"{image}.jpg"
+            )
 
 
-def test_a_trained_model_classifies_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_model_classifies_photographs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_photos(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
-    data = ImageFolderDataModule("photos", queries=2, meta_batch_size=1, train_batches=1, val_tasks=1)
+    data = ImageFolderDataModule(
+        "photos", queries=2, meta_batch_size=1, train_batches=1, val_tasks=1
+    )
     network = Conv4(in_channels=3, ways=5, image_size=84, channels=32, activation="gelu")
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(max_epochs=1, accelerator="cpu", **quiet)
     trainer.fit(MAML(network, inner_lr=0.1), data)
     trainer.save_checkpoint("trained.ckpt")
@@ -146,7 +201,9 @@ def test_a_trained_model_classifies_photographs(tmp_path: Path, monkeypatch: pyt
     data.setup()
     of_all = 255 * names["load_images"](sorted(Path("photos").glob("*/*.jpg")), 84)
     for image in data.class_images("train").images[:20]:
-        assert (of_all == image).flatten(1).all(1).any(), "they are read as the datamodule reads them"
+        assert (of_all == image).flatten(1).all(1).any(), (
+            "they are read as the datamodule reads them"
+        )
 
 
 OWN_DATA = (ROOT / "docs" / "own_data.md").read_text()
@@ -165,7 +222,9 @@ def test_ones_own_images_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             names["data"].small_classes = "drop"  # FakeData has classes of all sizes
             names["data"].prepare_data()
             names["data"].setup()
-            batch = names["data"].on_after_batch_transfer(next(iter(names["data"].train_dataloader())), 0)
+            batch = names["data"].on_after_batch_transfer(
+                next(iter(names["data"].train_dataloader())), 0
+            )
             assert batch.support_x.shape[:2] == (4, 25)
 
 
@@ -174,5 +233,13 @@ def test_ones_own_images_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     (text,) = blocks(OWN_DATA, "yaml")
     Path("own.yaml").write_text(text)
-    cli = run(["fit", "--config=own.yaml", "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
+    cli = run(
+        [
+            "fit",
+            "--config=own.yaml",
+            "--trainer.fast_dev_run=1",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+        ]
+    )
     assert cli.datamodule.transforms.normalize == "imagenet"

@@ -53,7 +53,9 @@ def test_gradient_and_hessian_are_unbiased() -> None:
         def loss(params: Params) -> Tensor:
             return task.loss(params, runs, goals)
 
-        return torch.func.grad(loss)(params)["drift"], torch.func.hessian(loss)(params)["drift"]["drift"]
+        return torch.func.grad(loss)(params)["drift"], torch.func.hessian(loss)(params)["drift"][
+            "drift"
+        ]
 
     noise = torch.randn(4000, 50, example.HORIZON, 2, dtype=torch.float64, generator=random)
     gradients, hessians = torch.func.vmap(derivatives)(noise)
@@ -72,13 +74,17 @@ def test_importance_weights_are_unbiased_away_from_where_the_runs_were_drawn() -
         return torch.func.grad(task.loss)(there, runs, goals)["drift"]
 
     noise = torch.randn(4000, 50, example.HORIZON, 2, dtype=torch.float64, generator=random)
-    assert within_five_standard_errors(torch.func.vmap(gradient)(noise), expected_gradient_and_curvature(there["drift"])[0])
+    assert within_five_standard_errors(
+        torch.func.vmap(gradient)(noise), expected_gradient_and_curvature(there["drift"])[0]
+    )
 
 
 def test_the_loss_where_the_runs_were_drawn_is_minus_their_mean_return() -> None:
     policy = Drift()
     task, params = example.Navigation(policy), {"drift": policy.drift.detach()}
-    noise = torch.randn(7, example.HORIZON, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    noise = torch.randn(
+        7, example.HORIZON, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+    )
     runs, goals = task.sample(params, noise, GOAL.expand(7, 2))
     torch.testing.assert_close(task.loss(params, runs, goals), -runs.rewards.sum(1).mean())
 
@@ -90,12 +96,20 @@ def test_the_two_probes_of_hf_maml_weigh_the_same_runs(tasks: str) -> None:
     policy = example.build_policy().double()
     task = example.Navigation(policy)
     params = {name: p.detach() for name, p in policy.named_parameters()}
-    episodes = example.draw_tasks(3, 2, runs=10, hessian_runs=6, random=torch.Generator().manual_seed(2))
+    episodes = example.draw_tasks(
+        3, 2, runs=10, hessian_runs=6, random=torch.Generator().manual_seed(2)
+    )
     episodes = type(episodes)(*(tensor.double() for tensor in episodes))
 
     def of(curvature: str, **radius: float) -> Params:
         result = meta_gradient(
-            *(task.loss, params, episodes), inner_lr=0.02, steps=2, curvature=curvature, sample=task.sample, tasks=tasks, **radius
+            *(task.loss, params, episodes),
+            inner_lr=0.02,
+            steps=2,
+            curvature=curvature,
+            sample=task.sample,
+            tasks=tasks,
+            **radius,
         )
         return result.grad
 
@@ -109,7 +123,9 @@ def test_the_two_probes_of_hf_maml_weigh_the_same_runs(tasks: str) -> None:
 def test_the_meta_gradient_is_the_explicit_product_of_runs_drawn_at_each_inner_point() -> None:
     policy = Drift()
     task, params = example.Navigation(policy), {"drift": policy.drift.detach()}
-    episodes = example.draw_tasks(1, 2, runs=10, hessian_runs=6, random=torch.Generator().manual_seed(3))
+    episodes = example.draw_tasks(
+        1, 2, runs=10, hessian_runs=6, random=torch.Generator().manual_seed(3)
+    )
     episodes = type(episodes)(*(tensor.double() for tensor in episodes))
     alone = type(episodes)(*(tensor[0] for tensor in episodes))
 
@@ -123,14 +139,24 @@ def test_the_meta_gradient_is_the_explicit_product_of_runs_drawn_at_each_inner_p
 
     w, product = params["drift"], torch.eye(2, dtype=torch.float64)
     for j in range(2):
-        product = product @ (torch.eye(2) - 0.01 * derivatives(w, alone.hessian_x[j], alone.hessian_y[j])[1])
+        product = product @ (
+            torch.eye(2) - 0.01 * derivatives(w, alone.hessian_x[j], alone.hessian_y[j])[1]
+        )
         w = w - 0.01 * derivatives(w, alone.support_x[j], alone.support_y[j])[0]
     expected = product @ derivatives(w, alone.query_x, alone.query_y)[0]
-    actual = meta_gradient(task.loss, params, episodes, inner_lr=0.01, steps=2, sample=task.sample).grad
+    actual = meta_gradient(
+        task.loss, params, episodes, inner_lr=0.01, steps=2, sample=task.sample
+    ).grad
     assert relative_error(actual, {"drift": expected}) < 1e-12
 
 
-@pytest.mark.parametrize("algorithm", [pytest.param(name, marks=[pytest.mark.slow] * (name != "HF-MAML")) for name in example.ALGORITHMS])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name != "HF-MAML"))
+        for name in example.ALGORITHMS
+    ],
+)
 def test_it_learns(algorithm: str) -> None:
     torch.manual_seed(0)
     policy = example.build_policy()
@@ -144,6 +170,11 @@ def test_it_learns(algorithm: str) -> None:
 
 
 def test_the_picture_shows_every_algorithm_before_and_after() -> None:
-    figure = example.draw_runs({"one": example.build_policy(), "two": example.build_policy()}, steps=1)
-    assert [axes.get_title() for axes in figure.axes][:2] == ["one, before adaptation", "two, before adaptation"]
+    figure = example.draw_runs(
+        {"one": example.build_policy(), "two": example.build_policy()}, steps=1
+    )
+    assert [axes.get_title() for axes in figure.axes][:2] == [
+        "one, before adaptation",
+        "two, before adaptation",
+    ]
     assert all(len(axes.lines) == 4 * 21 for axes in figure.axes)

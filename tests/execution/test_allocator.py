@@ -34,7 +34,10 @@ def held(call: str, *environment: str) -> float:
 def test_freed_memory_is_kept_where_it_is_asked_for() -> None:
     assert held("") < 100
     assert held("keep_freed_memory()") > 250
-    assert held("from lightning_maml.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass") > 250
+    assert (
+        held("from lightning_maml.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass")
+        > 250
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
@@ -51,7 +54,9 @@ def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator.keep_freed_memory()
 
 
-def test_a_glibc_that_refuses_large_blocks_gets_the_largest_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_glibc_that_refuses_large_blocks_gets_the_largest_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from lightning_maml.execution import allocator
 
     taken = {}
@@ -71,6 +76,8 @@ def test_a_glibc_that_refuses_large_blocks_gets_the_largest_that_it_takes(monkey
     allocator.keep_freed_memory()
     assert taken == {-3: 2**25, -1: 2**31 - 1}
     taken.clear()
-    monkeypatch.setattr(Old, "mallopt", staticmethod(lambda parameter, value: taken.update({parameter: value}) or 0))
+    monkeypatch.setattr(
+        Old, "mallopt", staticmethod(lambda parameter, value: taken.update({parameter: value}) or 0)
+    )
     allocator.keep_freed_memory()
     assert -1 not in taken, "alone it would hold the other threshold down"

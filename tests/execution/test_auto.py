@@ -20,7 +20,10 @@ PARAMETERS = 113_000
 
 
 def images(tasks: int, per_task: int, size: int = 28, channels: int = 1) -> Episodes:
-    x, y = torch.zeros(tasks, per_task, channels, size, size), torch.zeros(tasks, per_task, dtype=torch.long)
+    x, y = (
+        torch.zeros(tasks, per_task, channels, size, size),
+        torch.zeros(tasks, per_task, dtype=torch.long),
+    )
     return Episodes(x, y, x, y)
 
 
@@ -32,11 +35,15 @@ def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 def test_small_tasks_are_stacked_in_chunks_that_fit_the_caches_and_the_cores(cores: int) -> None:
     found = for_cpu(images(32, 5), PARAMETERS, lambda: True)
-    assert found == {1: Execution("loop", 8), 2: Execution("threads", 8), 8: Execution("threads", 4)}[cores]
+    assert (
+        found
+        == {1: Execution("loop", 8), 2: Execution("threads", 8), 8: Execution("threads", 4)}[cores]
+    )
 
 
 def test_every_core_has_as_many_stacks(cores: int) -> None:
-    found = for_cpu(images(32, 3), PARAMETERS, lambda: True)  # 13 tasks would fit: on 2 cores 13, 13 and 6
+    # 13 tasks would fit: on 2 cores 13, 13 and 6
+    found = for_cpu(images(32, 3), PARAMETERS, lambda: True)
     assert found.chunk_size == {1: 11, 2: 8, 8: 4}[cores]
 
 
@@ -53,18 +60,26 @@ def test_a_few_small_tasks_are_one_stack(cores: int) -> None:
         (images(32, 5), ResNet12(1, 5)),  # 8 million parameters
     ],
 )
-def test_larger_tasks_are_run_one_per_core(episodes: Episodes, network: nn.Module, cores: int) -> None:
+def test_larger_tasks_are_run_one_per_core(
+    episodes: Episodes, network: nn.Module, cores: int
+) -> None:
     expected = Execution("loop" if cores == 1 else "threads", None)
     assert for_cpu(episodes, sum(p.numel() for p in network.parameters()), lambda: True) == expected
 
 
-@pytest.mark.parametrize("episodes", [images(1, 80), images(1, 5), images(FEWEST_STACKED - 1, 5), images(4, 25, 84, 3)])
-def test_one_task_a_few_small_ones_and_the_largest_have_all_cores(episodes: Episodes, cores: int) -> None:
+@pytest.mark.parametrize(
+    "episodes", [images(1, 80), images(1, 5), images(FEWEST_STACKED - 1, 5), images(4, 25, 84, 3)]
+)
+def test_one_task_a_few_small_ones_and_the_largest_have_all_cores(
+    episodes: Episodes, cores: int
+) -> None:
     assert for_cpu(episodes, PARAMETERS, lambda: True) == Execution("loop", None)
 
 
 def test_what_takes_no_stacks_is_run_one_per_core(cores: int) -> None:
-    assert for_cpu(images(32, 5), PARAMETERS, lambda: False) == Execution("loop" if cores == 1 else "threads", None)
+    assert for_cpu(images(32, 5), PARAMETERS, lambda: False) == Execution(
+        "loop" if cores == 1 else "threads", None
+    )
 
 
 class Branching(nn.Module):
@@ -89,7 +104,11 @@ class Looping(Branching):
     """Has an operation for which vmap makes a loop over the tasks."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x) + torch.histc(torch.zeros(3).to(x), 3, 0, 1) + torch.bincount(x.detach().flatten().long())[0]
+        return (
+            self.head(x)
+            + torch.histc(torch.zeros(3).to(x), 3, 0, 1)
+            + torch.bincount(x.detach().flatten().long())[0]
+        )
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_batch_norm", "conv_max_pool"])
@@ -102,7 +121,9 @@ def test_networks_that_vmap_refuses_or_slows_down_take_no_stacks(network: type[n
     assert not _takes_stacks(network())
 
 
-def test_random_networks_can_be_stacked_if_all_tasks_draw_the_same_where_they_are_compared() -> None:
+def test_random_networks_can_be_stacked_if_all_tasks_draw_the_same_where_they_are_compared() -> (
+    None
+):
     state = torch.get_rng_state()
     assert _takes_stacks(Noisy())
     assert torch.equal(state, torch.get_rng_state())
@@ -119,7 +140,11 @@ def _takes_stacks(network: nn.Module, criterion=F.cross_entropy) -> bool:
     def loss(learner: Learner, w: Params, task: Episodes) -> Tensor:
         return criterion(learner(w, task.support_x), task.support_y)
 
-    return not any(compare_losses(partial(loss, single), partial(loss, stacked), single.params, episodes, curved=True))
+    return not any(
+        compare_losses(
+            partial(loss, single), partial(loss, stacked), single.params, episodes, curved=True
+        )
+    )
 
 
 @pytest.mark.parametrize("algorithm", [MAML, HFMAML])
@@ -162,8 +187,12 @@ def test_on_an_accelerator_too_it_is_run_one_by_one() -> None:
     assert on_gpu(None, Verdict()) == Execution("vmap", None)
     assert on_gpu(None, Verdict(wrong="they differ")) == Execution("loop", None)
     assert on_gpu(None, Verdict(slow="vmap would loop over them")) == Execution("loop", None)
-    assert on_gpu(2, Verdict(slow="vmap would loop over them")) == Execution("vmap", 2), "as the user has it"
-    with pytest.raises(ValueError, match="can be stacked with `chunk_size=2` but they differ; use tasks='loop'"):
+    assert on_gpu(2, Verdict(slow="vmap would loop over them")) == Execution("vmap", 2), (
+        "as the user has it"
+    )
+    with pytest.raises(
+        ValueError, match="can be stacked with `chunk_size=2` but they differ; use tasks='loop'"
+    ):
         on_gpu(2, Verdict(wrong="they differ"))
 
 
@@ -228,16 +257,24 @@ class BranchingOnManyImages(Branching):
 
 
 def test_query_sets_are_tried_too() -> None:
-    assert MAML(BranchingOnManyImages().double(), 0.1)._execution(make_episodes(tasks=6)).tasks != "vmap"
+    assert (
+        MAML(BranchingOnManyImages().double(), 0.1)._execution(make_episodes(tasks=6)).tasks
+        != "vmap"
+    )
 
 
 def test_a_head_put_in_anothers_place_is_seen() -> None:
-    network, episodes = nn.Sequential(build("mlp"), nn.Linear(3, 3).double()), make_episodes(tasks=2)
+    network, episodes = (
+        nn.Sequential(build("mlp"), nn.Linear(3, 3).double()),
+        make_episodes(tasks=2),
+    )
     model = MAML(network, 0.1)
     model.meta_loss(episodes)
     model.evaluate(episodes)
     network[1] = nn.Linear(3, 2).double()
-    with pytest.raises(ValueError, match="Expected labels from 0 to 1, the outputs of `network`, but got 0 to 2"):
+    with pytest.raises(
+        ValueError, match="Expected labels from 0 to 1, the outputs of `network`, but got 0 to 2"
+    ):
         model.meta_loss(episodes)
 
 
@@ -260,5 +297,7 @@ def test_a_first_batch_that_is_refused_does_not_decide_how_later_ones_are_run() 
 def test_what_is_measured_is_checked_as_a_step_is(tasks: str, measured: str) -> None:
     episodes = make_episodes(tasks=6)
     beyond = episodes._replace(query_y=episodes.query_y + 1)
-    with pytest.raises(ValueError, match="Expected labels from 0 to 2, the outputs of `network`, but got 0 to 3"):
+    with pytest.raises(
+        ValueError, match="Expected labels from 0 to 2, the outputs of `network`, but got 0 to 3"
+    ):
         getattr(MAML(build("mlp"), 0.1, tasks=tasks), measured)(beyond)

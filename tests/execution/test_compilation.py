@@ -15,12 +15,21 @@ from lightning_maml import ANIL, FOMAML, HFMAML, LSLR, MAML, Reptile
 def test_a_compiled_gradient_is_autograds() -> None:
     network, episodes = build("conv_batch_norm"), make_episodes()
     compiled = MAML(network, RATE, 2, compiled=True).meta_gradient(episodes)
-    assert relative_error(compiled, autograd_meta_gradient(network, episodes, 2, F.cross_entropy)) < 1e-12
+    assert (
+        relative_error(compiled, autograd_meta_gradient(network, episodes, 2, F.cross_entropy))
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize(
     ("algorithm", "bound"),
-    [(HFMAML, 1e-7), *(pytest.param(algorithm, 1e-12, marks=pytest.mark.slow) for algorithm in (FOMAML, ANIL, LSLR))],
+    [
+        (HFMAML, 1e-7),
+        *(
+            pytest.param(algorithm, 1e-12, marks=pytest.mark.slow)
+            for algorithm in (FOMAML, ANIL, LSLR)
+        ),
+    ],
 )
 def test_every_algorithm_compiles(algorithm: type[MAML], bound: float) -> None:
     network, episodes = build("mlp"), make_episodes(tasks=4)
@@ -28,7 +37,9 @@ def test_every_algorithm_compiles(algorithm: type[MAML], bound: float) -> None:
     compiled = algorithm(copy.deepcopy(network), RATE, 2, compiled=True, chunk_size=2)
     for model in (plain, compiled):
         model.meta_loss(episodes).backward()
-    gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (plain, compiled)]
+    gradients = [
+        {name: p.grad for name, p in model.named_parameters()} for model in (plain, compiled)
+    ]
     assert relative_error(*gradients) < bound
 
 
@@ -40,7 +51,9 @@ def test_a_program_is_made_once_for_each_kind_of_batch(caplog: pytest.LogCapture
             episodes = make_episodes(seed=seed)
             with torch.no_grad():
                 next(model.network.parameters()).mul_(1.1)
-            assert relative_error(model.meta_gradient(episodes), plain.meta_gradient(episodes)) < 1e-12
+            assert (
+                relative_error(model.meta_gradient(episodes), plain.meta_gradient(episodes)) < 1e-12
+            )
         assert caplog.text.count("Compiled the meta-gradient in") == 1
         model.meta_gradient(make_episodes(tasks=2))
         assert caplog.text.count("Compiled the meta-gradient in") == 2
@@ -57,8 +70,14 @@ def test_a_program_is_made_once_for_each_kind_of_batch(caplog: pytest.LogCapture
         (lambda: Reptile(build("mlp"), RATE, compiled=True), "Reptile"),
         (lambda: MAML(build("mlp"), RATE, tasks="threads", compiled=True), "'threads'"),
         (lambda: MAML(build("mlp"), RATE, tasks="loop", compiled=True), "'loop'"),
-        (lambda: MAML(build("conv_batch_norm"), RATE, batch_norm="per_step", compiled=True), "per_step"),
-        (lambda: MAML(nn.Sequential(build("mlp"), nn.Dropout(0.1)), RATE, compiled=True), "random numbers"),
+        (
+            lambda: MAML(build("conv_batch_norm"), RATE, batch_norm="per_step", compiled=True),
+            "per_step",
+        ),
+        (
+            lambda: MAML(nn.Sequential(build("mlp"), nn.Dropout(0.1)), RATE, compiled=True),
+            "random numbers",
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(make, message: str) -> None:
@@ -92,7 +111,10 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_program_is_not_used_for_another_network_loss_or_tensor() -> None:
     network, episodes = build("conv_batch_norm"), make_episodes()
     network[1].eval()
-    model, plain = (MAML(network, RATE, batch_norm="running", **given) for given in ({"compiled": True}, {"tasks": "loop"}))
+    model, plain = (
+        MAML(network, RATE, batch_norm="running", **given)
+        for given in ({"compiled": True}, {"tasks": "loop"})
+    )
 
     def is_right() -> None:
         assert relative_error(model.meta_gradient(episodes), plain.meta_gradient(episodes)) < 1e-12
@@ -106,7 +128,9 @@ def test_a_program_is_not_used_for_another_network_loss_or_tensor() -> None:
     is_right()
     model.loss = plain.loss = nn.CrossEntropyLoss(label_smoothing=0.3)
     is_right()
-    network.load_state_dict({name: tensor * 1.1 for name, tensor in network.state_dict().items()}, assign=True)
+    network.load_state_dict(
+        {name: tensor * 1.1 for name, tensor in network.state_dict().items()}, assign=True
+    )
     is_right()
     assert len(model._compiler._programs) == 5
 
@@ -114,9 +138,14 @@ def test_a_program_is_not_used_for_another_network_loss_or_tensor() -> None:
 @pytest.mark.usefixtures("traced_only")
 def test_finite_differences_stay_out_of_autocast() -> None:
     network, episodes = build("mlp").float(), make_episodes()
-    episodes = episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())
+    episodes = episodes._replace(
+        support_x=episodes.support_x.float(), query_x=episodes.query_x.float()
+    )
     of_float32 = HFMAML(network, RATE).meta_gradient(episodes)
     with torch.autocast("cpu", torch.bfloat16):
-        gradients = [HFMAML(network, RATE, compiled=compiled).meta_gradient(episodes) for compiled in (False, True)]
+        gradients = [
+            HFMAML(network, RATE, compiled=compiled).meta_gradient(episodes)
+            for compiled in (False, True)
+        ]
     errors = [relative_error(gradient, of_float32) for gradient in gradients]
     assert errors[1] < 2 * errors[0]

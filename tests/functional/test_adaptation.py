@@ -26,17 +26,33 @@ def descended(w: Params, x: Tensor, y: Tensor, steps: int) -> Params:
     loss = plain_loss(build("mlp"))
     for rate in RATES[:steps]:
         gradient = torch.autograd.grad(loss(w, x, y), list(w.values()))
-        w = {name: (p - rate * g).detach().requires_grad_() for (name, p), g in zip(w.items(), gradient, strict=True)}
+        w = {
+            name: (p - rate * g).detach().requires_grad_()
+            for (name, p), g in zip(w.items(), gradient, strict=True)
+        }
     return w
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
-@pytest.mark.parametrize(("tasks", "chunk_size"), [("loop", None), ("loop", 3), ("threads", 3), ("vmap", None), ("vmap", 3), ("vmap", 2)])
-def test_adapted_parameters_are_those_of_gradient_descent(steps: int, tasks: Any, chunk_size: int | None) -> None:
+@pytest.mark.parametrize(
+    ("tasks", "chunk_size"),
+    [("loop", None), ("loop", 3), ("threads", 3), ("vmap", None), ("vmap", 3), ("vmap", 2)],
+)
+def test_adapted_parameters_are_those_of_gradient_descent(
+    steps: int, tasks: Any, chunk_size: int | None
+) -> None:
     network, episodes = build("mlp"), make_episodes(TASKS)
-    rates = [dict.fromkeys(dict(network.named_parameters()), rate) for rate in RATES[: max(steps, 1)]]
+    rates = [
+        dict.fromkeys(dict(network.named_parameters()), rate) for rate in RATES[: max(steps, 1)]
+    ]
     adapted = adapted_parameters(
-        of_threads(tasks), leaves(network), *episodes[:2], inner_lr=rates, steps=steps, tasks=tasks, chunk_size=chunk_size
+        of_threads(tasks),
+        leaves(network),
+        *episodes[:2],
+        inner_lr=rates,
+        steps=steps,
+        tasks=tasks,
+        chunk_size=chunk_size,
     )
     for t in range(TASKS):
         expected = descended(leaves(network), episodes.support_x[t], episodes.support_y[t], steps)
@@ -44,15 +60,29 @@ def test_adapted_parameters_are_those_of_gradient_descent(steps: int, tasks: Any
             torch.testing.assert_close(adapted[name][t], tensor.detach(), rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize(("tasks", "chunk_size"), [("loop", None), ("threads", 3), ("vmap", None), ("vmap", 3)])
-def test_the_curve_is_the_query_loss_along_gradient_descent(tasks: Any, chunk_size: int | None) -> None:
+@pytest.mark.parametrize(
+    ("tasks", "chunk_size"), [("loop", None), ("threads", 3), ("vmap", None), ("vmap", 3)]
+)
+def test_the_curve_is_the_query_loss_along_gradient_descent(
+    tasks: Any, chunk_size: int | None
+) -> None:
     network, episodes = build("mlp"), make_episodes(TASKS)
     rates = [dict.fromkeys(dict(network.named_parameters()), rate) for rate in RATES]
-    curve = adaptation_curve(of_threads(tasks), leaves(network), episodes, inner_lr=rates, steps=3, tasks=tasks, chunk_size=chunk_size)
+    curve = adaptation_curve(
+        of_threads(tasks),
+        leaves(network),
+        episodes,
+        inner_lr=rates,
+        steps=3,
+        tasks=tasks,
+        chunk_size=chunk_size,
+    )
     for t, (s_x, s_y, q_x, q_y) in enumerate(zip(*episodes, strict=True)):
         for step in range(4):
             expected = plain_loss(network)(descended(leaves(network), s_x, s_y, step), q_x, q_y)
-            torch.testing.assert_close(curve.loss[t, step], expected.detach(), rtol=1e-11, atol=1e-13)
+            torch.testing.assert_close(
+                curve.loss[t, step], expected.detach(), rtol=1e-11, atol=1e-13
+            )
 
 
 def test_parameters_without_a_rate_are_not_returned_and_stay() -> None:
@@ -63,7 +93,9 @@ def test_parameters_without_a_rate_are_not_returned_and_stay() -> None:
     assert [*adapted] == [name]
     w, loss = leaves(network), plain_loss(network)
     for _ in range(2):
-        (gradient,) = torch.autograd.grad(loss(w, episodes.support_x[1], episodes.support_y[1]), [w[name]])
+        (gradient,) = torch.autograd.grad(
+            loss(w, episodes.support_x[1], episodes.support_y[1]), [w[name]]
+        )
         w |= {name: (w[name] - 0.5 * gradient).detach().requires_grad_()}
     torch.testing.assert_close(adapted[name][1], w[name].detach(), rtol=1e-11, atol=1e-13)
 

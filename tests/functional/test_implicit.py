@@ -27,29 +27,50 @@ def task_loss(learner: Learner, params: Params, x: Tensor, y: Tensor) -> tuple[T
     return F.cross_entropy(outputs, y), outputs
 
 
-def gradient_of(network_name: str, part: str = "all", steps: int = UNTIL_CONVERGED, **arguments) -> tuple[Params, Params]:
+def gradient_of(
+    network_name: str, part: str = "all", steps: int = UNTIL_CONVERGED, **arguments
+) -> tuple[Params, Params]:
     """The meta-gradient, and the parameters that adapt."""
     network = build(network_name)
-    learner = Learner(network, vectorised=are_stacked(arguments.get("tasks", "loop"), arguments.get("chunk_size")))
+    learner = Learner(
+        network, vectorised=are_stacked(arguments.get("tasks", "loop"), arguments.get("chunk_size"))
+    )
     anchor = {name: p.detach() for name, p in adapting(network, part).items()}
     loss = proximal(partial(task_loss, learner), anchor, STRENGTH)
-    chosen = {"inner_lr": dict.fromkeys(anchor, RATE), "steps": steps, "strength": STRENGTH, "cg_steps": 60} | arguments
+    chosen = {
+        "inner_lr": dict.fromkeys(anchor, RATE),
+        "steps": steps,
+        "strength": STRENGTH,
+        "cg_steps": 60,
+    } | arguments
     query_loss = lambda params, task: task_loss(learner, params, task.query_x, task.query_y)
-    return implicit_gradient(loss, learner.params, make_episodes(), query_loss=query_loss, has_aux=True, **chosen).grad, anchor
+    return implicit_gradient(
+        loss, learner.params, make_episodes(), query_loss=query_loss, has_aux=True, **chosen
+    ).grad, anchor
 
 
 @pytest.mark.parametrize("part", ["all", "head", "body"])
 @pytest.mark.parametrize("network_name", ["mlp", "conv_batch_norm"])
-def test_it_is_the_gradient_through_the_whole_way_to_the_minimum(network_name: str, part: str) -> None:
+def test_it_is_the_gradient_through_the_whole_way_to_the_minimum(
+    network_name: str, part: str
+) -> None:
     gradient, anchor = gradient_of(network_name, part)
-    w, plain, episodes = leaves(build(network_name)), plain_loss(build(network_name)), make_episodes()
+    w, plain, episodes = (
+        leaves(build(network_name)),
+        plain_loss(build(network_name)),
+        make_episodes(),
+    )
     total = torch.zeros((), dtype=torch.float64)
     for support_x, support_y, query_x, query_y in zip(*episodes, strict=True):
         here = {name: p.view_as(p) for name, p in w.items()}
         for _ in range(UNTIL_CONVERGED):
-            value = plain(here, support_x, support_y) + STRENGTH / 2 * sum(((here[name] - w[name]) ** 2).sum() for name in anchor)
+            value = plain(here, support_x, support_y) + STRENGTH / 2 * sum(
+                ((here[name] - w[name]) ** 2).sum() for name in anchor
+            )
             step = torch.autograd.grad(value, [here[name] for name in anchor], create_graph=True)
-            here = here | {name: here[name] - RATE * g for name, g in zip(anchor, step, strict=True)}
+            here = here | {
+                name: here[name] - RATE * g for name, g in zip(anchor, step, strict=True)
+            }
         total = total + plain(here, query_x, query_y) / len(episodes.support_x)
     expected = dict(zip(w, torch.autograd.grad(total, list(w.values())), strict=True))
     assert relative_error(gradient, expected) < 1e-9
@@ -63,23 +84,38 @@ def test_few_steps_of_conjugate_gradients_near_the_dense_solve() -> None:
 
     def of_vector(vector: Tensor) -> Tensor:
         pieces = dict(zip(sizes, vector.split(list(sizes.values())), strict=True))
-        return loss({name: piece.view_as(w[name]) for name, piece in pieces.items()}, episodes.support_x[0], episodes.support_y[0])
+        return loss(
+            {name: piece.view_as(w[name]) for name, piece in pieces.items()},
+            episodes.support_x[0],
+            episodes.support_y[0],
+        )
 
     vector = torch.cat([p.detach().flatten() for p in w.values()])
     H = torch.func.hessian(of_vector)(vector)
-    v = {name: torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) for name, p in w.items()}
+    v = {
+        name: torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        for name, p in w.items()
+    }
     as_vector = torch.cat([tensor.flatten() for tensor in v.values()])
     eye = torch.eye(len(vector), dtype=torch.float64)
     expected = torch.linalg.solve(eye + H / STRENGTH, as_vector)
 
     def curved(p: Params) -> Params:
         product = (H + STRENGTH * eye) @ torch.cat([tensor.flatten() for tensor in p.values()])
-        return {name: piece.view_as(w[name]) for (name, piece) in zip(sizes, product.split(list(sizes.values())), strict=True)}
+        return {
+            name: piece.view_as(w[name])
+            for (name, piece) in zip(sizes, product.split(list(sizes.values())), strict=True)
+        }
 
     errors = []
     for cg_steps in (0, 2, 5, 60):
         found = pull_back_implicitly(v, curved, list(v), STRENGTH, cg_steps)
-        errors.append(float((torch.cat([tensor.flatten() for tensor in found.values()]) - expected).norm() / expected.norm()))
+        errors.append(
+            float(
+                (torch.cat([tensor.flatten() for tensor in found.values()]) - expected).norm()
+                / expected.norm()
+            )
+        )
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < 0.1 * errors[0]
     assert errors[3] < 1e-12
@@ -94,7 +130,13 @@ def test_it_ends_where_the_curvature_is_not_positive() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"tasks": "vmap"}, {"tasks": "vmap", "chunk_size": 2}, {"tasks": "threads"}, {"tasks": "threads", "chunk_size": 2}]
+    "arguments",
+    [
+        {"tasks": "vmap"},
+        {"tasks": "vmap", "chunk_size": 2},
+        {"tasks": "threads"},
+        {"tasks": "threads", "chunk_size": 2},
+    ],
 )
 def test_all_ways_to_run_tasks_agree(arguments: dict) -> None:
     of = partial(gradient_of, "conv_batch_norm", steps=20)
@@ -111,11 +153,19 @@ def test_finite_differences_and_first_order() -> None:
 
 
 @pytest.mark.parametrize("batch_norm", ["batch", "support"])
-def test_the_module_trains_by_it_and_adapts_with_the_proximal_term(tmp_path: Path, batch_norm: str) -> None:
+def test_the_module_trains_by_it_and_adapts_with_the_proximal_term(
+    tmp_path: Path, batch_norm: str
+) -> None:
     network, episodes = build("conv_batch_norm"), make_episodes()
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     model = IMAML(
-        network, RATE, 20, proximal_strength=STRENGTH, cg_steps=60, batch_norm=batch_norm, optimizer=partial(torch.optim.SGD, lr=1.0)
+        network,
+        RATE,
+        20,
+        proximal_strength=STRENGTH,
+        cg_steps=60,
+        batch_norm=batch_norm,
+        optimizer=partial(torch.optim.SGD, lr=1.0),
     )
     expected = model.meta_gradient(episodes)
     if batch_norm == "batch":
@@ -123,9 +173,14 @@ def test_the_module_trains_by_it_and_adapts_with_the_proximal_term(tmp_path: Pat
     here, plain = leaves(build("conv_batch_norm")), plain_loss(build("conv_batch_norm"))
     for _ in range(20):
         value = plain(here, episodes.support_x[0], episodes.support_y[0])
-        value = value + STRENGTH / 2 * sum(((here[name] - before[name]) ** 2).sum() for name in here)
+        value = value + STRENGTH / 2 * sum(
+            ((here[name] - before[name]) ** 2).sum() for name in here
+        )
         gradient = torch.autograd.grad(value, list(here.values()))
-        here = {name: (p - RATE * g).detach().requires_grad_() for (name, p), g in zip(here.items(), gradient, strict=True)}
+        here = {
+            name: (p - RATE * g).detach().requires_grad_()
+            for (name, p), g in zip(here.items(), gradient, strict=True)
+        }
     adapted = model.adapt(episodes.support_x[0], episodes.support_y[0])
     assert relative_error(dict(adapted.named_parameters()), here) < 1e-12
     losses = model.evaluate(episodes).loss
@@ -138,8 +193,13 @@ def test_the_module_trains_by_it_and_adapts_with_the_proximal_term(tmp_path: Pat
 def test_a_curvature_that_is_asked_for_is_the_implicit_gradients() -> None:
     model, episodes = IMAML(build("mlp"), RATE, UNTIL_CONVERGED, cg_steps=30), make_episodes()
     for curvature in ("exact", "finite_difference"):
-        assert relative_error(model.meta_gradient(episodes, curvature), model.meta_gradient(episodes)) < 1e-7
-    with pytest.raises(ValueError, match="Expected MAML, FOMAML or HFMAML, of which the theory is, but got IMAML"):
+        assert (
+            relative_error(model.meta_gradient(episodes, curvature), model.meta_gradient(episodes))
+            < 1e-7
+        )
+    with pytest.raises(
+        ValueError, match="Expected MAML, FOMAML or HFMAML, of which the theory is, but got IMAML"
+    ):
         model.probe(episodes)
 
 
@@ -152,7 +212,16 @@ def test_no_point_of_the_way_is_kept() -> None:
         most.append(sum(point() is not None for point in points))
         return plain_loss(build("mlp"))(params, x, y), y
 
-    implicit_gradient(loss, leaves(build("mlp")), make_episodes(1), inner_lr=0.1, steps=30, strength=STRENGTH, cg_steps=0, has_aux=True)
+    implicit_gradient(
+        loss,
+        leaves(build("mlp")),
+        make_episodes(1),
+        inner_lr=0.1,
+        steps=30,
+        strength=STRENGTH,
+        cg_steps=0,
+        has_aux=True,
+    )
     assert max(most) < 10
 
 
@@ -170,7 +239,10 @@ def test_what_does_not_fit_is_refused() -> None:
         IMAML(build("mlp"), train_steps=1).meta_loss(resampled)
     for arguments, message in (
         ({"train_steps": 0}, "Expected `train_steps` to be at least 1"),
-        ({"proximal_strength": 0.0}, "Expected `proximal_strength` to be a finite number above 0 but got 0.0"),
+        (
+            {"proximal_strength": 0.0},
+            "Expected `proximal_strength` to be a finite number above 0 but got 0.0",
+        ),
         ({"cg_steps": -1}, "Expected `cg_steps` to be at least 0 but got -1"),
         ({"inner_rates": "per_layer"}, "'fixed' with IMAML, which cannot learn them"),
     ):

@@ -33,10 +33,19 @@ SMOOTH = ["mlp", "conv_group_norm", "conv_batch_norm"]
 @pytest.mark.parametrize("name", SMOOTH)
 def test_exact_equals_autograd_through_the_unrolled_loop(name: str, steps: int) -> None:
     network, episodes = build(name), make_episodes()
-    result = meta_gradient(plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=steps)
+    result = meta_gradient(
+        plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=steps
+    )
     assert relative_error(result.grad, autograd_meta_gradient(network, episodes, steps)) < 1e-12
     one_by_one = [
-        unrolled(plain_loss(network), leaves(network), Episodes(*(x[t : t + 1] for x in episodes)), RATE, steps) for t in range(3)
+        unrolled(
+            plain_loss(network),
+            leaves(network),
+            Episodes(*(x[t : t + 1] for x in episodes)),
+            RATE,
+            steps,
+        )
+        for t in range(3)
     ]
     torch.testing.assert_close(result.query_loss, torch.stack(one_by_one).detach())
 
@@ -54,8 +63,13 @@ def test_exact_equals_central_differences_of_the_meta_objective(name: str, steps
         length = flat(direction).norm()
         direction = {k: v / length for k, v in direction.items()}
         h = 1e-6
-        ahead, behind = ({k: (w[k] + s * direction[k]).detach().requires_grad_() for k in w} for s in (h, -h))
-        slope = (unrolled(loss, ahead, episodes, RATE, steps) - unrolled(loss, behind, episodes, RATE, steps)) / (2 * h)
+        ahead, behind = (
+            {k: (w[k] + s * direction[k]).detach().requires_grad_() for k in w} for s in (h, -h)
+        )
+        slope = (
+            unrolled(loss, ahead, episodes, RATE, steps)
+            - unrolled(loss, behind, episodes, RATE, steps)
+        ) / (2 * h)
         assert abs(flat(gradient) @ flat(direction) - slope.detach()) < 1e-7 * flat(gradient).norm()
 
 
@@ -82,12 +96,23 @@ def test_finite_difference_converges_at_second_order_in_the_radius(name: str, st
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("name", SMOOTH)
-def test_finite_difference_is_close_at_its_default_radius(name: str, dtype: torch.dtype, bound: float) -> None:
+def test_finite_difference_is_close_at_its_default_radius(
+    name: str, dtype: torch.dtype, bound: float
+) -> None:
     network, episodes = build(name), make_episodes()
     expected = autograd_meta_gradient(network, episodes, 2)
     network.to(dtype)
-    episodes = episodes._replace(support_x=episodes.support_x.to(dtype), query_x=episodes.query_x.to(dtype))
-    actual = meta_gradient(plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=2, curvature="finite_difference").grad
+    episodes = episodes._replace(
+        support_x=episodes.support_x.to(dtype), query_x=episodes.query_x.to(dtype)
+    )
+    actual = meta_gradient(
+        plain_loss(network),
+        leaves(network),
+        episodes,
+        inner_lr=RATE,
+        steps=2,
+        curvature="finite_difference",
+    ).grad
     assert relative_error({k: v.double() for k, v in actual.items()}, expected) < bound
 
 
@@ -97,7 +122,14 @@ def test_finite_difference_of_a_zero_direction_is_zero() -> None:
 
     x = torch.ones(1, 1, 2, dtype=torch.float64)
     y = torch.zeros(1, 1)
-    result = meta_gradient(loss, {"w": x[0]}, Episodes(x, y, x, y), inner_lr=0.1, steps=1, curvature="finite_difference")
+    result = meta_gradient(
+        loss,
+        {"w": x[0]},
+        Episodes(x, y, x, y),
+        inner_lr=0.1,
+        steps=1,
+        curvature="finite_difference",
+    )
     assert torch.equal(result.grad["w"], torch.zeros(1, 2, dtype=torch.float64))
 
 
@@ -108,19 +140,31 @@ def test_no_curvature_is_the_gradient_at_the_adapted_parameters_to_the_last_bit(
     loss = plain_loss(network)
     w = leaves(network)
     for _ in range(steps):
-        gradient = torch.autograd.grad(loss(w, episodes.support_x[0], episodes.support_y[0]), list(w.values()))
-        w = {k: (p - RATE * g).detach().requires_grad_() for (k, p), g in zip(w.items(), gradient, strict=True)}
-    expected = torch.autograd.grad(loss(w, episodes.query_x[0], episodes.query_y[0]), list(w.values()))
-    actual = meta_gradient(loss, leaves(network), episodes, inner_lr=RATE, steps=steps, curvature="none").grad
+        gradient = torch.autograd.grad(
+            loss(w, episodes.support_x[0], episodes.support_y[0]), list(w.values())
+        )
+        w = {
+            k: (p - RATE * g).detach().requires_grad_()
+            for (k, p), g in zip(w.items(), gradient, strict=True)
+        }
+    expected = torch.autograd.grad(
+        loss(w, episodes.query_x[0], episodes.query_y[0]), list(w.values())
+    )
+    actual = meta_gradient(
+        loss, leaves(network), episodes, inner_lr=RATE, steps=steps, curvature="none"
+    ).grad
     assert all(torch.equal(a, e) for a, e in zip(actual.values(), expected, strict=True))
 
 
 @pytest.mark.parametrize("criterion", [F.cross_entropy, one_hot_mse], ids=["cross_entropy", "mse"])
 @pytest.mark.parametrize(
-    ("tasks", "chunk_size"), [("loop", None), ("threads", None), ("vmap", None), ("vmap", 2), ("loop", 2), ("threads", 2)]
+    ("tasks", "chunk_size"),
+    [("loop", None), ("threads", None), ("vmap", None), ("vmap", 2), ("loop", 2), ("threads", 2)],
 )
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_execution_gives_the_same_meta_gradient(name: str, tasks: str, chunk_size: int | None, criterion) -> None:
+def test_every_execution_gives_the_same_meta_gradient(
+    name: str, tasks: str, chunk_size: int | None, criterion
+) -> None:
     network, episodes = build(name), make_episodes()
     learner = Learner(network, vectorised=are_stacked(tasks, chunk_size))
 
@@ -139,7 +183,14 @@ def test_tasks_in_threads_do_not_change_the_number_of_threads() -> None:
     network, episodes = build("mlp"), make_episodes(tasks=5)
     learner = Learner(network)
     before = torch.get_num_threads()
-    meta_gradient(lambda w, x, y: F.cross_entropy(learner(w, x), y), learner.params, episodes, inner_lr=RATE, steps=1, tasks="threads")
+    meta_gradient(
+        lambda w, x, y: F.cross_entropy(learner(w, x), y),
+        learner.params,
+        episodes,
+        inner_lr=RATE,
+        steps=1,
+        tasks="threads",
+    )
     assert torch.get_num_threads() == before
 
 
@@ -147,19 +198,33 @@ def test_tasks_in_threads_do_not_change_the_number_of_threads() -> None:
 def test_dropout_draws_the_same_masks_in_every_evaluation_of_a_step(tasks: str) -> None:
     torch.manual_seed(0)
     network = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(64, 12), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(12, 3)
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 12),
+        torch.nn.Tanh(),
+        torch.nn.Dropout(0.5),
+        torch.nn.Linear(12, 3),
     )
     network.double()
     episodes = make_episodes(tasks=1)
 
     def seeded(curvature: str) -> tuple[Params, Tensor]:
         torch.manual_seed(3)
-        grad = meta_gradient(plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=3, curvature=curvature, tasks=tasks).grad
+        grad = meta_gradient(
+            plain_loss(network),
+            leaves(network),
+            episodes,
+            inner_lr=RATE,
+            steps=3,
+            curvature=curvature,
+            tasks=tasks,
+        ).grad
         return grad, torch.rand(1)
 
     (exact, after), (difference, after_difference) = seeded("exact"), seeded("finite_difference")
     assert relative_error(difference, exact) < 1e-7
-    assert torch.equal(after, after_difference), "masks are drawn once per step, however often it is evaluated"
+    assert torch.equal(after, after_difference), (
+        "masks are drawn once per step, however often it is evaluated"
+    )
     if tasks == "loop":  # vmap draws the masks of its tasks in another order than the oracle
         torch.manual_seed(3)
         assert relative_error(exact, autograd_meta_gradient(network, episodes, 3)) < 1e-12
@@ -180,7 +245,9 @@ def test_attention_has_an_exact_meta_gradient() -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = autograd_meta_gradient(network, episodes, 2)
     for tasks in ("loop", "vmap"):
-        actual = meta_gradient(plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=2, tasks=tasks).grad
+        actual = meta_gradient(
+            plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=2, tasks=tasks
+        ).grad
         assert relative_error(actual, expected) < 1e-12
 
 
@@ -206,7 +273,14 @@ def test_works_without_grad_mode(mode, tasks: str) -> None:
     expected = autograd_meta_gradient(network, episodes, 2)
     with mode():
         here = Episodes(*(tensor.clone() for tensor in episodes))
-        actual = meta_gradient(lambda w, x, y: F.cross_entropy(learner(w, x), y), learner.params, here, inner_lr=RATE, steps=2, tasks=tasks)
+        actual = meta_gradient(
+            lambda w, x, y: F.cross_entropy(learner(w, x), y),
+            learner.params,
+            here,
+            inner_lr=RATE,
+            steps=2,
+            tasks=tasks,
+        )
     assert relative_error(actual.grad, expected) < 1e-12
 
 
@@ -238,7 +312,9 @@ def test_the_graphs_of_exact_curvature_do_not_grow_with_the_steps() -> None:
     for steps in (1, 2, 10):
         ours, oracle = SavedForBackward(), SavedForBackward()
         with ours:
-            meta_gradient(plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=steps)
+            meta_gradient(
+                plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=steps
+            )
         with oracle:
             autograd_meta_gradient(network, episodes, steps)
         peaks[steps] = (ours.peak, oracle.peak)
@@ -250,7 +326,9 @@ def test_the_graphs_of_exact_curvature_do_not_grow_with_the_steps() -> None:
 @pytest.mark.parametrize("tasks", ["loop", "threads"])
 def test_autocast_keeps_no_copies_of_the_inner_steps_parameters(tasks: str) -> None:
     network, episodes = build("mlp").float(), make_episodes()
-    episodes = episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())
+    episodes = episodes._replace(
+        support_x=episodes.support_x.float(), query_x=episodes.query_x.float()
+    )
     learner = Learner(network)
     seen: list[weakref.ref[Tensor]] = []
 
@@ -261,7 +339,9 @@ def test_autocast_keeps_no_copies_of_the_inner_steps_parameters(tasks: str) -> N
         return F.cross_entropy(outputs, y)
 
     with torch.autocast("cpu", torch.bfloat16):
-        meta_gradient(loss, learner.params, episodes, inner_lr=RATE, steps=4, curvature="none", tasks=tasks)
+        meta_gradient(
+            loss, learner.params, episodes, inner_lr=RATE, steps=4, curvature="none", tasks=tasks
+        )
         assert len(seen) == 15
         assert not any(reference() is not None for reference in seen)
 
@@ -275,7 +355,9 @@ def test_unused_parameters_get_a_zero_meta_gradient() -> None:
 
     for tasks in ("loop", "vmap"):
         for curvature in ("exact", "none", "finite_difference"):
-            grad = meta_gradient(loss, w, episodes, inner_lr=RATE, steps=2, curvature=curvature, tasks=tasks).grad
+            grad = meta_gradient(
+                loss, w, episodes, inner_lr=RATE, steps=2, curvature=curvature, tasks=tasks
+            ).grad
             assert torch.equal(grad.pop("unused"), torch.zeros(2, dtype=torch.float64))
             assert all(g.abs().sum() > 0 for g in grad.values())
 
@@ -286,7 +368,10 @@ def test_a_loss_linear_in_the_parameters_has_no_curvature() -> None:
 
     x = torch.tensor([[[2.0, 3.0]]])
     episodes = Episodes(x, torch.zeros(1, 1), x, torch.zeros(1, 1))
-    assert torch.equal(meta_gradient(loss, {"w": torch.zeros(1, 2)}, episodes, inner_lr=0.1, steps=2).grad["w"], x[0])
+    assert torch.equal(
+        meta_gradient(loss, {"w": torch.zeros(1, 2)}, episodes, inner_lr=0.1, steps=2).grad["w"],
+        x[0],
+    )
 
 
 def test_aux_of_the_query_loss_comes_back_per_task() -> None:
@@ -297,10 +382,14 @@ def test_aux_of_the_query_loss_comes_back_per_task() -> None:
         return F.cross_entropy(outputs, y), outputs
 
     for tasks in ("loop", "vmap"):
-        result = meta_gradient(loss, leaves(network), episodes, inner_lr=RATE, steps=1, has_aux=True, tasks=tasks)
+        result = meta_gradient(
+            loss, leaves(network), episodes, inner_lr=RATE, steps=1, has_aux=True, tasks=tasks
+        )
         assert result.aux.shape == (3, 9, 3)
         assert not result.aux.requires_grad
-        losses = torch.stack([F.cross_entropy(o, y) for o, y in zip(result.aux, episodes.query_y, strict=True)])
+        losses = torch.stack(
+            [F.cross_entropy(o, y) for o, y in zip(result.aux, episodes.query_y, strict=True)]
+        )
         torch.testing.assert_close(result.query_loss, losses)
 
 
@@ -310,7 +399,10 @@ def test_aux_of_the_query_loss_comes_back_per_task() -> None:
         ({"inner_lr": -0.1}, "`inner_lr` to be a finite number of at least 0 but got -0.1"),
         ({"inner_lr": float("nan")}, "`inner_lr`"),
         ({"steps": -1}, "`steps` to be at least 0 but got -1"),
-        ({"curvature": "hessian"}, "`curvature` to be 'exact', 'none' or 'finite_difference' but got 'hessian'"),
+        (
+            {"curvature": "hessian"},
+            "`curvature` to be 'exact', 'none' or 'finite_difference' but got 'hessian'",
+        ),
         ({"curvature": "finite_difference", "probe_radius": 0.0}, "`probe_radius`"),
         ({"probe_radius": 0.1}, "`probe_radius`"),
         ({"tasks": "parallel"}, "`tasks` to be 'loop', 'threads' or 'vmap' but got 'parallel'"),
@@ -320,30 +412,52 @@ def test_aux_of_the_query_loss_comes_back_per_task() -> None:
 def test_arguments_out_of_range_are_refused(change: dict, message: str) -> None:
     network = build("mlp")
     with pytest.raises(ValueError, match=message):
-        meta_gradient(plain_loss(network), leaves(network), make_episodes(), **({"inner_lr": 0.1, "steps": 1} | change))
+        meta_gradient(
+            plain_loss(network),
+            leaves(network),
+            make_episodes(),
+            **({"inner_lr": 0.1, "steps": 1} | change),
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"support_y": torch.zeros(3, 5)}, "`support_x` and `support_y` to hold the same number of examples but got 6 and 5"),
+        (
+            {"support_y": torch.zeros(3, 5)},
+            "`support_x` and `support_y` to hold the same number of examples but got 6 and 5",
+        ),
         ({"query_y": torch.zeros(2, 9)}, "same number of tasks"),
         ({"support_x": torch.zeros(6)}, "at least the dimensions"),
-        ({"support_x": torch.zeros(3, 0, 64), "support_y": torch.zeros(3, 0)}, "`support_x` to hold at least one example per task"),
-        ({"query_x": torch.zeros(3, 0, 64), "query_y": torch.zeros(3, 0)}, "`query_x` to hold at least one example per task"),
+        (
+            {"support_x": torch.zeros(3, 0, 64), "support_y": torch.zeros(3, 0)},
+            "`support_x` to hold at least one example per task",
+        ),
+        (
+            {"query_x": torch.zeros(3, 0, 64), "query_y": torch.zeros(3, 0)},
+            "`query_x` to hold at least one example per task",
+        ),
     ],
 )
 def test_episodes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
     network = build("mlp")
     with pytest.raises(ValueError, match=message):
-        meta_gradient(plain_loss(network), leaves(network), make_episodes()._replace(**change), inner_lr=0.1, steps=1)
+        meta_gradient(
+            plain_loss(network),
+            leaves(network),
+            make_episodes()._replace(**change),
+            inner_lr=0.1,
+            steps=1,
+        )
 
 
 @pytest.mark.parametrize("tasks", ["loop", "vmap"])
 def test_a_loss_that_is_no_scalar_is_refused(tasks: str) -> None:
     learner = Learner(build("mlp"), vectorised=tasks == "vmap")
     loss = lambda w, x, y: F.cross_entropy(learner(w, x), y, reduction="none")
-    with pytest.raises(ValueError, match=r"to be a scalar but got shape \[6\]; use reduction='mean'"):
+    with pytest.raises(
+        ValueError, match=r"to be a scalar but got shape \[6\]; use reduction='mean'"
+    ):
         meta_gradient(loss, learner.params, make_episodes(), inner_lr=RATE, steps=1, tasks=tasks)
 
 
@@ -360,11 +474,15 @@ def test_losses_on_the_way_draw_their_data_at_their_points() -> None:
     for s_x, s_y, q_x, q_y in zip(*episodes, strict=True):
         point = w
         for weight in weights:
-            gradient = torch.autograd.grad(loss(point, *sample(point, s_x, s_y)), list(point.values()), create_graph=True)
+            gradient = torch.autograd.grad(
+                loss(point, *sample(point, s_x, s_y)), list(point.values()), create_graph=True
+            )
             point = {key: p - RATE * g for (key, p), g in zip(point.items(), gradient, strict=True)}
             total = total + weight * loss(point, *sample(point, q_x, q_y)) / 3
     expected = dict(zip(w, torch.autograd.grad(total, list(w.values())), strict=True))
-    found = meta_gradient(loss, leaves(network), episodes, inner_lr=RATE, steps=3, step_weights=weights, sample=sample)
+    found = meta_gradient(
+        loss, leaves(network), episodes, inner_lr=RATE, steps=3, step_weights=weights, sample=sample
+    )
     assert relative_error(found.grad, expected) < 1e-12
 
 

@@ -16,7 +16,14 @@ def test_first_order_stalls_and_the_others_do_not(steps: int, alpha: float, floo
             w = (
                 w
                 - 0.5
-                * meta_gradient(quadratic_loss, {"w": w}, quadratic_tasks(), inner_lr=alpha, steps=steps, curvature=curvature).grad["w"]
+                * meta_gradient(
+                    quadratic_loss,
+                    {"w": w},
+                    quadratic_tasks(),
+                    inner_lr=alpha,
+                    steps=steps,
+                    curvature=curvature,
+                ).grad["w"]
             )
         reached[curvature] = float(quadratic_meta_gradient(w, alpha, steps).norm())
     assert reached["exact"] < 1e-7

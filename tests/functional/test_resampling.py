@@ -11,8 +11,25 @@ from torch import Tensor
 from torch.func import functional_call
 
 from helpers.folders import CONFIGS
-from helpers.networks import IMAGE, WAYS, build, leaves, make_episodes, plain_loss, relative_error, unrolled
-from lightning_maml import FOMAML, HFMAML, MAML, Episodes, ResampledEpisodes, adaptation_curve, meta_gradient
+from helpers.networks import (
+    IMAGE,
+    WAYS,
+    build,
+    leaves,
+    make_episodes,
+    plain_loss,
+    relative_error,
+    unrolled,
+)
+from lightning_maml import (
+    FOMAML,
+    HFMAML,
+    MAML,
+    Episodes,
+    ResampledEpisodes,
+    adaptation_curve,
+    meta_gradient,
+)
 from lightning_maml.cli import run
 from lightning_maml.core.params import Params
 from lightning_maml.datamodules import GlyphsDataModule
@@ -21,7 +38,9 @@ from lightning_maml.networks.functional_network import Learner
 RATE = 0.3
 
 
-def resampled(steps: int, support: int = 9, hessian: int = 4, query: int = 6, tasks: int = 3) -> ResampledEpisodes:
+def resampled(
+    steps: int, support: int = 9, hessian: int = 4, query: int = 6, tasks: int = 3
+) -> ResampledEpisodes:
     random = torch.Generator().manual_seed(3)
 
     def batch(*sizes: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +56,10 @@ def explicit_product(network: torch.nn.Module, episodes: ResampledEpisodes, rate
 
     def unflatten(w: Tensor) -> Params:
         parts = w.split([shape.numel() for shape in shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
 
     def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(network, unflatten(w), (x,)), y)
@@ -47,7 +69,9 @@ def explicit_product(network: torch.nn.Module, episodes: ResampledEpisodes, rate
     for task in (ResampledEpisodes(*task) for task in zip(*episodes, strict=True)):
         w, product = start, torch.eye(len(start), dtype=start.dtype)
         for j in range(len(task.support_x)):
-            hessian = torch.autograd.functional.hessian(lambda w, task=task, j=j: loss(w, task.hessian_x[j], task.hessian_y[j]), w)
+            hessian = torch.autograd.functional.hessian(
+                lambda w, task=task, j=j: loss(w, task.hessian_x[j], task.hessian_y[j]), w
+            )
             product = product @ (torch.eye(len(start), dtype=start.dtype) - rate * hessian)
             w = w - rate * torch.func.grad(loss)(w, task.support_x[j], task.support_y[j])
         total += product @ torch.func.grad(loss)(w, task.query_x, task.query_y)
@@ -77,17 +101,25 @@ def test_independent_hessian_batches_give_the_explicit_product(steps: int, tasks
         assert relative_error(actual.grad, expected_of(steps)) < bound
 
 
-def unrolled_resampled(network: torch.nn.Module, episodes: ResampledEpisodes, rate: float) -> Params:
+def unrolled_resampled(
+    network: torch.nn.Module, episodes: ResampledEpisodes, rate: float
+) -> Params:
     """Autograd through the inner loop, which differentiates the support batches."""
     loss, w = plain_loss(network), leaves(network)
     total = torch.zeros((), dtype=torch.float64)
     for task in (ResampledEpisodes(*task) for task in zip(*episodes, strict=True)):
         adapted = w
         for x, y in zip(task.support_x, task.support_y, strict=True):
-            gradient = torch.autograd.grad(loss(adapted, x, y), list(adapted.values()), create_graph=True)
-            adapted = {name: p - rate * g for (name, p), g in zip(adapted.items(), gradient, strict=True)}
+            gradient = torch.autograd.grad(
+                loss(adapted, x, y), list(adapted.values()), create_graph=True
+            )
+            adapted = {
+                name: p - rate * g for (name, p), g in zip(adapted.items(), gradient, strict=True)
+            }
         total = total + loss(adapted, task.query_x, task.query_y)
-    return dict(zip(w, torch.autograd.grad(total / len(episodes.support_x), list(w.values())), strict=True))
+    return dict(
+        zip(w, torch.autograd.grad(total / len(episodes.support_x), list(w.values())), strict=True)
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -97,14 +129,23 @@ def test_the_same_batch_for_both_gives_autograd_through_the_loop(name: str, step
     same = episodes._replace(hessian_x=episodes.support_x, hessian_y=episodes.support_y)
     oracle = unrolled_resampled(network, episodes, RATE)
     arguments = {"inner_lr": RATE, "steps": steps}
-    assert relative_error(meta_gradient(plain_loss(network), leaves(network), same, **arguments).grad, oracle) < 1e-12
+    assert (
+        relative_error(
+            meta_gradient(plain_loss(network), leaves(network), same, **arguments).grad, oracle
+        )
+        < 1e-12
+    )
     independent = meta_gradient(plain_loss(network), leaves(network), episodes, **arguments).grad
-    assert relative_error(independent, oracle) > 1e-3, "autograd through the loop is not Algorithm 1"
+    assert relative_error(independent, oracle) > 1e-3, (
+        "autograd through the loop is not Algorithm 1"
+    )
 
 
 def test_first_order_needs_no_hessian_batch() -> None:
     network, episodes = build("mlp"), resampled(2)
-    without = resampled(2)._replace(hessian_x=episodes.hessian_x[:, :, :0], hessian_y=episodes.hessian_y[:, :, :0])
+    without = resampled(2)._replace(
+        hessian_x=episodes.hessian_x[:, :, :0], hessian_y=episodes.hessian_y[:, :, :0]
+    )
     loss, arguments = plain_loss(network), {"inner_lr": RATE, "steps": 2}
     first_order = meta_gradient(loss, leaves(network), without, curvature="none", **arguments).grad
     expected = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
@@ -112,62 +153,108 @@ def test_first_order_needs_no_hessian_batch() -> None:
         w = leaves(network)
         for x, y in zip(task.support_x, task.support_y, strict=True):
             gradient = torch.autograd.grad(loss(w, x, y), list(w.values()))
-            w = {name: (p - RATE * g).detach().requires_grad_() for (name, p), g in zip(w.items(), gradient, strict=True)}
+            w = {
+                name: (p - RATE * g).detach().requires_grad_()
+                for (name, p), g in zip(w.items(), gradient, strict=True)
+            }
         gradient = torch.autograd.grad(loss(w, task.query_x, task.query_y), list(w.values()))
-        expected = {name: total + g / 3 for (name, total), g in zip(expected.items(), gradient, strict=True)}
+        expected = {
+            name: total + g / 3 for (name, total), g in zip(expected.items(), gradient, strict=True)
+        }
     assert relative_error(first_order, expected) < 1e-15
     for steps in (2, 1):
         fewer = ResampledEpisodes(*(tensor[:, :steps] for tensor in without[:4]), *without[4:])
         with pytest.raises(
-            ValueError, match=r"Expected Hessian batches of .* with `curvature='exact'` but got none; draw some .* needs none\.$"
+            ValueError,
+            match=r"Expected Hessian batches of .* with `curvature='exact'` but got none; draw some .* needs none\.$",
         ):
             meta_gradient(loss, leaves(network), fewer, inner_lr=RATE, steps=steps)
     meta_gradient(
-        loss, leaves(network), ResampledEpisodes(*(tensor[:, :0] for tensor in without[:4]), *without[4:]), inner_lr=RATE, steps=0
+        loss,
+        leaves(network),
+        ResampledEpisodes(*(tensor[:, :0] for tensor in without[:4]), *without[4:]),
+        inner_lr=RATE,
+        steps=0,
     )
 
 
 def test_the_support_set_in_every_place_is_the_finite_sum_case() -> None:
     network, fixed = build("conv_group_norm"), make_episodes()
     repeated = ResampledEpisodes(
-        *(tensor[:, None].expand(-1, 3, *tensor.shape[1:]) for tensor in (*fixed[:2], *fixed[:2])), fixed.query_x, fixed.query_y
+        *(tensor[:, None].expand(-1, 3, *tensor.shape[1:]) for tensor in (*fixed[:2], *fixed[:2])),
+        fixed.query_x,
+        fixed.query_y,
     )
     arguments = {"inner_lr": RATE, "steps": 3}
     expected = meta_gradient(plain_loss(network), leaves(network), fixed, **arguments)
     actual = meta_gradient(plain_loss(network), leaves(network), repeated, **arguments)
     assert relative_error(actual.grad, expected.grad) < 1e-14
-    curves = [adaptation_curve(plain_loss(network), leaves(network), episodes, **arguments).loss for episodes in (fixed, repeated)]
+    curves = [
+        adaptation_curve(plain_loss(network), leaves(network), episodes, **arguments).loss
+        for episodes in (fixed, repeated)
+    ]
     torch.testing.assert_close(*curves)
     torch.testing.assert_close(
-        curves[0][:, -1].mean(), unrolled(plain_loss(network), leaves(network), fixed, RATE, 3).detach(), msg="the oracle's own path"
+        curves[0][:, -1].mean(),
+        unrolled(plain_loss(network), leaves(network), fixed, RATE, 3).detach(),
+        msg="the oracle's own path",
     )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hessian_y": torch.zeros(3, 2, 5)}, "`hessian_x` and `hessian_y` to hold the same number of examples but got 4 and 5"),
-        ({"hessian_x": torch.zeros(3, 1, 4, 1, 8, 8)}, "the same number of inner steps but got .*'hessian_x': 1"),
-        ({"support_y": torch.zeros(3, 2)}, r"`support_y` to have at least the dimensions \[tasks, inner steps, examples\]"),
+        (
+            {"hessian_y": torch.zeros(3, 2, 5)},
+            "`hessian_x` and `hessian_y` to hold the same number of examples but got 4 and 5",
+        ),
+        (
+            {"hessian_x": torch.zeros(3, 1, 4, 1, 8, 8)},
+            "the same number of inner steps but got .*'hessian_x': 1",
+        ),
+        (
+            {"support_y": torch.zeros(3, 2)},
+            r"`support_y` to have at least the dimensions \[tasks, inner steps, examples\]",
+        ),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(change: dict[str, Tensor], message: str) -> None:
     network, episodes = build("mlp"), resampled(2)
     with pytest.raises(ValueError, match=message):
-        meta_gradient(plain_loss(network), leaves(network), episodes._replace(**change), inner_lr=RATE, steps=2)
+        meta_gradient(
+            plain_loss(network),
+            leaves(network),
+            episodes._replace(**change),
+            inner_lr=RATE,
+            steps=2,
+        )
 
 
 def test_as_many_support_batches_as_steps_are_asked_for() -> None:
     network, episodes = build("mlp"), resampled(2)
-    with pytest.raises(ValueError, match="Expected `episodes` to hold 3 support batches per task, one per inner step, but got 2"):
+    with pytest.raises(
+        ValueError,
+        match="Expected `episodes` to hold 3 support batches per task, one per inner step, but got "
+        "2",
+    ):
         meta_gradient(plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=3)
-    with pytest.raises(ValueError, match="Expected `steps` to be at most 2, the support batches of a task, but got 3"):
+    with pytest.raises(
+        ValueError,
+        match="Expected `steps` to be at most 2, the support batches of a task, but got 3",
+    ):
         adaptation_curve(plain_loss(network), leaves(network), episodes, inner_lr=RATE, steps=3)
 
 
 def test_a_datamodule_draws_different_images_for_every_batch() -> None:
     data = GlyphsDataModule(
-        ways=3, shots=2, queries=4, regime="resampling", train_steps=3, hessian_shots=1, meta_batch_size=5, test_shots=7
+        ways=3,
+        shots=2,
+        queries=4,
+        regime="resampling",
+        train_steps=3,
+        hessian_shots=1,
+        meta_batch_size=5,
+        test_shots=7,
     )
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -177,7 +264,9 @@ def test_a_datamodule_draws_different_images_for_every_batch() -> None:
     assert batch.hessian_y[0].tolist() == [[0, 1, 2]] * 3
     for task in range(5):
         images = torch.cat([x[task].flatten(0, -4) for x in batch[::2]])
-        assert len(images.flatten(1).unique(dim=0)) == 3 * (3 * (2 + 1) + 4), "every image is used once"
+        assert len(images.flatten(1).unique(dim=0)) == 3 * (3 * (2 + 1) + 4), (
+            "every image is used once"
+        )
     evaluated = next(iter(data.val_dataloader()))
     assert isinstance(evaluated, Episodes)
     assert evaluated.support_x.shape[1] == 3 * 7
@@ -188,17 +277,22 @@ def test_a_datamodule_draws_different_images_for_every_batch() -> None:
 def test_a_split_too_small_for_fresh_batches_is_refused() -> None:
     data = GlyphsDataModule(shots=2, queries=1, regime="resampling", train_steps=5)
     with pytest.raises(
-        ValueError, match=r"train_steps x \(shots \+ hessian_shots\) \+ queries of split 'train' \(5 x \(2 \+ 2\) \+ 1\) to be at most 20"
+        ValueError,
+        match=r"train_steps x \(shots \+ hessian_shots\) \+ queries of split 'train' \(5 x \(2 \+ 2\) \+ 1\) to be at most 20",
     ):
         data.setup("fit")
-    with pytest.raises(ValueError, match="Expected `regime` to be 'finite_sum' or 'resampling' but got 'fresh'"):
+    with pytest.raises(
+        ValueError, match="Expected `regime` to be 'finite_sum' or 'resampling' but got 'fresh'"
+    ):
         GlyphsDataModule(regime="fresh")
 
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML])
 @pytest.mark.parametrize("batch_norm", ["batch", "support", "running"])
-def test_one_sgd_step_under_a_trainer_is_the_meta_gradient(tmp_path: Path, algorithm: type[MAML], batch_norm: str) -> None:
+def test_one_sgd_step_under_a_trainer_is_the_meta_gradient(
+    tmp_path: Path, algorithm: type[MAML], batch_norm: str
+) -> None:
     network, episodes = build("conv_batch_norm"), resampled(2)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     learner = Learner(build("conv_batch_norm"), "support" if batch_norm == "support" else "batch")
@@ -215,13 +309,26 @@ def test_one_sgd_step_under_a_trainer_is_the_meta_gradient(tmp_path: Path, algor
         steps=2,
         curvature=algorithm.curvature,
         query_loss=query_loss,
-        tasks="threads",  # finite differences magnify the rounding of another number of threads in a convolution
+        # finite differences magnify the rounding of another number of threads in a convolution
+        tasks="threads",
     ).grad
     module = algorithm(
-        network, inner_lr=RATE, train_steps=2, optimizer=lambda p: torch.optim.SGD(p, 1.0), batch_norm=batch_norm, tasks="threads"
+        network,
+        inner_lr=RATE,
+        train_steps=2,
+        optimizer=lambda p: torch.optim.SGD(p, 1.0),
+        batch_norm=batch_norm,
+        tasks="threads",
     )
-    quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1}
-    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, precision="64-true", **quiet)
+    quiet = {
+        "enable_progress_bar": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+    }
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, precision="64-true", **quiet
+    )
     trainer.fit(module, torch.utils.data.DataLoader([episodes], batch_size=None))
     moved = {name: before[name] - p.detach() for name, p in network.named_parameters()}
     assert relative_error(moved, expected) < 1e-12

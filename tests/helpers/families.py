@@ -27,7 +27,9 @@ def meta_objective(w: Tensor, loss: Loss, tasks: Episodes, alpha: float, steps: 
     for task in (Episodes(*task) for task in zip(*tasks, strict=True)):
         u = w
         for _ in range(steps):
-            u = u - alpha * torch.func.grad(lambda w, task=task: loss({"w": w}, task.support_x, task.support_y))(u)
+            u = u - alpha * torch.func.grad(
+                lambda w, task=task: loss({"w": w}, task.support_x, task.support_y)
+            )(u)
         values.append(loss({"w": u}, task.query_x, task.query_y))
     return torch.stack(values).mean()
 
@@ -60,7 +62,8 @@ def quadratic_sigma(w: Tensor, spread: float = 1.0) -> float:
     return float((gradients - gradients.mean(0)).square().sum(-1).mean().sqrt())
 
 
-# Nonconvex tasks on the line: f_i(w) = w^2 / 4 - b_i w + cos(w + phi_i), so L = 1.5 and rho = 1 everywhere.
+# Nonconvex tasks on the line: f_i(w) = w^2 / 4 - b_i w + cos(w + phi_i), so L = 1.5 and rho = 1
+# everywhere.
 
 NONCONVEX_L, NONCONVEX_RHO = 1.5, 1.0
 _SLOPES = torch.tensor([1.0, -0.5, -0.5], dtype=DOUBLE)
@@ -85,7 +88,8 @@ def nonconvex_sigma(w: Tensor) -> float:
     return float(gradients.var(correction=0).sqrt())
 
 
-# Sampled tasks on the line: l(w; theta, zeta) = cos(w) + (G + theta) w + zeta w^2 / 2 with noise theta and zeta: L = rho = 1 in the mean.
+# Sampled tasks on the line: l(w; theta, zeta) = cos(w) + (G + theta) w + zeta w^2 / 2 with noise
+# theta and zeta: L = rho = 1 in the mean.
 
 
 def cosine_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
@@ -94,10 +98,13 @@ def cosine_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
     return (torch.cos(w) + (y.mean() + theta) * w + zeta * w**2 / 2).sum()
 
 
-# Quartic tasks in R^4: f_i(w) = 0.05 |w|^2 + |w - c_i|^4 / 4: smooth on every ball, but not on the whole space.
+# Quartic tasks in R^4: f_i(w) = 0.05 |w|^2 + |w - c_i|^4 / 4: smooth on every ball, but not on the
+# whole space.
 
 QUARTIC_RADIUS = 20.0
-QUARTIC_CENTRES = nn.functional.normalize(torch.randn(3, 1, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(2)), dim=-1)
+QUARTIC_CENTRES = nn.functional.normalize(
+    torch.randn(3, 1, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(2)), dim=-1
+)
 
 
 class Quartic(nn.Module):

@@ -96,7 +96,9 @@ def network_of(case: Case) -> nn.Module:
     return network
 
 
-def _between(before: Callable[[], nn.Module], layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def _between(
+    before: Callable[[], nn.Module], layer: Callable[[], nn.Module]
+) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(before(), layer(), nn.Flatten(), nn.LazyLinear(3))
 
 
@@ -147,7 +149,19 @@ def _causal(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
-KINKED = {"ReLU", "ReLU6", "LeakyReLU", "RReLU", "Hardtanh", "Hardswish", "Hardsigmoid", "Hardshrink", "Softshrink", "PReLU", "Threshold"}
+KINKED = {
+    "ReLU",
+    "ReLU6",
+    "LeakyReLU",
+    "RReLU",
+    "Hardtanh",
+    "Hardswish",
+    "Hardsigmoid",
+    "Hardshrink",
+    "Softshrink",
+    "PReLU",
+    "Threshold",
+}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     name: getattr(nn, name)
     for name in (
@@ -190,7 +204,9 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "Fold": lambda: nn.Sequential(nn.Unfold(2, stride=2), nn.Fold((8, 8), 2, stride=2)),
     "Softmax2d": nn.Softmax2d,
     "GLU": lambda: nn.GLU(1),
-    "grid_sample": _calls(lambda x: F.grid_sample(x, torch.tanh(x[:, :2].movedim(1, -1)), align_corners=False)),
+    "grid_sample": _calls(
+        lambda x: F.grid_sample(x, torch.tanh(x[:, :2].movedim(1, -1)), align_corners=False)
+    ),
     "F.instance_norm": _calls(F.instance_norm),
     "channels last": _calls(lambda x: x.contiguous(memory_format=torch.channels_last).tanh()),
 }
@@ -238,8 +254,12 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "spectral_norm": lambda: parametrizations.spectral_norm(nn.Linear(8, 8)),
     "spectral_norm old": lambda: nn.utils.spectral_norm(nn.Linear(8, 8)),
     "orthogonal": lambda: parametrizations.orthogonal(nn.Linear(8, 8)),
-    "checkpoint": lambda: Calls(lambda x, layer: checkpoint(layer, x, use_reentrant=False), nn.Linear(8, 8)),
-    "checkpoint old": lambda: Calls(lambda x, layer: checkpoint(layer, x, use_reentrant=True), nn.Linear(8, 8)),
+    "checkpoint": lambda: Calls(
+        lambda x, layer: checkpoint(layer, x, use_reentrant=False), nn.Linear(8, 8)
+    ),
+    "checkpoint old": lambda: Calls(
+        lambda x, layer: checkpoint(layer, x, use_reentrant=True), nn.Linear(8, 8)
+    ),
     "normalize": _calls(F.normalize),
     "einsum": _calls(lambda x: torch.einsum("ni,nj->nij", x, x)),
     "cumsum": _calls(lambda x: x.cumsum(1)),
@@ -248,9 +268,17 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "logsumexp": _calls(lambda x: x.logsumexp(1, keepdim=True)),
     "std": _calls(lambda x: (x - x.mean(0)) / (x.std(0) + 1e-3)),
     "fft": _calls(lambda x: torch.fft.rfft(x).real),
-    "inverse": _calls(lambda x: torch.linalg.inv(torch.eye(8).double() + 0.01 * x[:, :, None] * x[:, None])),
-    "solve": _calls(lambda x: torch.linalg.solve(torch.eye(8).double() + 0.01 * x[:, :, None] * x[:, None], x)),
-    "det": _calls(lambda x: torch.linalg.det(torch.eye(8).double() + 0.1 * x[:, :, None] * x[:, None])[:, None]),
+    "inverse": _calls(
+        lambda x: torch.linalg.inv(torch.eye(8).double() + 0.01 * x[:, :, None] * x[:, None])
+    ),
+    "solve": _calls(
+        lambda x: torch.linalg.solve(torch.eye(8).double() + 0.01 * x[:, :, None] * x[:, None], x)
+    ),
+    "det": _calls(
+        lambda x: torch.linalg.det(torch.eye(8).double() + 0.1 * x[:, :, None] * x[:, None])[
+            :, None
+        ]
+    ),
     "matrix_exp": _calls(lambda x: torch.matrix_exp(0.1 * x[:, :, None] * x[:, None])),
     "roll": _calls(lambda x: x.roll(1, 1)),
     "flip": _calls(lambda x: x.flip(1)),
@@ -258,7 +286,9 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "index": _calls(lambda x: x[:, [0, 3, 3]]),
     "index_select": _calls(lambda x: x.index_select(1, torch.tensor([0, 3, 3]))),
     "index_fill": _calls(lambda x: x.index_fill(1, torch.tensor([0]), 0.0)),
-    "index_add": _calls(lambda x: torch.zeros_like(x).index_add(1, torch.tensor([0, 1, 2, 3] * 2), x)),
+    "index_add": _calls(
+        lambda x: torch.zeros_like(x).index_add(1, torch.tensor([0, 1, 2, 3] * 2), x)
+    ),
     "set an item": _calls(_set),
     "in place": _calls(lambda x: x.clone().mul_(2).add_(1)),
     "detach": _calls(lambda x: x * x.detach()),
@@ -300,15 +330,26 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "RNN": lambda: Calls(lambda x, rnn: rnn(x)[0], nn.RNN(8, 4, batch_first=True)),
     "GRU": lambda: Calls(lambda x, rnn: rnn(x)[0], nn.GRU(8, 4, batch_first=True)),
     "LSTM": lambda: Calls(lambda x, rnn: rnn(x)[0], nn.LSTM(8, 4, batch_first=True)),
-    "LSTM of two directions": lambda: Calls(lambda x, rnn: rnn(x)[0], nn.LSTM(8, 4, 2, batch_first=True, bidirectional=True)),
-    "MultiheadAttention": lambda: Calls(lambda x, a: a(x, x, x)[0], nn.MultiheadAttention(8, 2, batch_first=True)),
+    "LSTM of two directions": lambda: Calls(
+        lambda x, rnn: rnn(x)[0], nn.LSTM(8, 4, 2, batch_first=True, bidirectional=True)
+    ),
+    "MultiheadAttention": lambda: Calls(
+        lambda x, a: a(x, x, x)[0], nn.MultiheadAttention(8, 2, batch_first=True)
+    ),
     "MultiheadAttention no weights": lambda: Calls(
-        lambda x, a: a(x, x, x, need_weights=False)[0], nn.MultiheadAttention(8, 2, batch_first=True)
+        lambda x, a: a(x, x, x, need_weights=False)[0],
+        nn.MultiheadAttention(8, 2, batch_first=True),
     ),
     "attention causal": _calls(_causal),
-    "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(8, 2, 8, 0.0, "gelu", batch_first=True),
-    "TransformerEncoderLayer norm first": lambda: nn.TransformerEncoderLayer(8, 2, 8, 0.0, "gelu", batch_first=True, norm_first=True),
-    "TransformerDecoderLayer": lambda: Calls(lambda x, d: d(x, x), nn.TransformerDecoderLayer(8, 2, 8, 0.0, "gelu", batch_first=True)),
+    "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(
+        8, 2, 8, 0.0, "gelu", batch_first=True
+    ),
+    "TransformerEncoderLayer norm first": lambda: nn.TransformerEncoderLayer(
+        8, 2, 8, 0.0, "gelu", batch_first=True, norm_first=True
+    ),
+    "TransformerDecoderLayer": lambda: Calls(
+        lambda x, d: d(x, x), nn.TransformerDecoderLayer(8, 2, 8, 0.0, "gelu", batch_first=True)
+    ),
 }
 WORDED: dict[str, Callable[[], nn.Module]] = {
     "Embedding": lambda: nn.Embedding(WORDS, 6),
@@ -316,7 +357,9 @@ WORDED: dict[str, Callable[[], nn.Module]] = {
     "Embedding scale_grad_by_freq": lambda: nn.Embedding(WORDS, 6, scale_grad_by_freq=True),
     "Embedding max_norm": lambda: nn.Embedding(WORDS, 6, max_norm=1.0),
     "Embedding sparse": lambda: nn.Embedding(WORDS, 6, sparse=True),
-    "F.embedding padding_idx": lambda: Calls(lambda x, e: F.embedding(x, e.weight, padding_idx=0), nn.Embedding(WORDS, 6)),
+    "F.embedding padding_idx": lambda: Calls(
+        lambda x, e: F.embedding(x, e.weight, padding_idx=0), nn.Embedding(WORDS, 6)
+    ),
     "EmbeddingBag mean": lambda: nn.EmbeddingBag(WORDS, 6),
     "EmbeddingBag sum": lambda: nn.EmbeddingBag(WORDS, 6, mode="sum"),
     "EmbeddingBag padding_idx": lambda: nn.EmbeddingBag(WORDS, 6, padding_idx=0),
@@ -338,10 +381,9 @@ NO_GRADIENT_OF_A_FUNCTION = (
     *("detach", "hook", "autograd.Function", "item", "spectral_norm", "spectral_norm old"),
     *("weight_norm", "weight_norm old"),
 )
-"""What torch differentiates otherwise than the function that it computes: its second derivatives are not those of finite differences.
-
-Those of weight norm are wrong (networks/kinks.py), the others treat a part of the function as constant, or turn gradients around.
-"""
+"""What torch differentiates otherwise than the function that it computes: its second derivatives
+are not those of finite differences.  Those of weight norm are wrong (networks/kinks.py), the others
+treat a part of the function as constant, or turn gradients around. """
 
 CASES: dict[str, Case] = (
     {name: _vector(layer, smooth=name not in KINKED) for name, layer in ACTIVATIONS.items()}
@@ -351,10 +393,14 @@ CASES: dict[str, Case] = (
     | {"MaxPool1d": _signal(lambda: nn.MaxPool1d(2), smooth=False)}
     | {name: _volume(layer) for name, layer in VOLUMES.items()}
     | {"MaxPool3d": _volume(lambda: nn.MaxPool3d(2), smooth=False)}
-    | {name: _vector(layer, smooth=name not in NO_GRADIENT_OF_A_FUNCTION) for name, layer in VECTORS.items()}
+    | {
+        name: _vector(layer, smooth=name not in NO_GRADIENT_OF_A_FUNCTION)
+        for name, layer in VECTORS.items()
+    }
     | {name: _vector(layer, smooth=False) for name, layer in KINKED_VECTORS.items()}
     | {name: _sequence(layer) for name, layer in SEQUENCES.items()}
-    | {name: _words(layer, smooth="max_norm" not in name) for name, layer in WORDED.items()}  # max_norm writes to its weight
+    # max_norm writes to its weight
+    | {name: _words(layer, smooth="max_norm" not in name) for name, layer in WORDED.items()}
     | {"EmbeddingBag max": _words(lambda: nn.EmbeddingBag(WORDS, 6, mode="max"), smooth=False)}
     | {name: _vector(layer, random=True) for name, layer in RANDOM.items()}
     | {"Dropout2d": _image(lambda: nn.Dropout2d(0.3), random=True)}

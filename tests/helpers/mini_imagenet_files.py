@@ -27,11 +27,16 @@ Encoded = dict[str, dict[str, list[bytes]]]
 def draw_images(per_class: int, seed: int = 0) -> Encoded:
     """Draw smooth coloured noise, some of it grey, and encode it as JPEG."""
     random = np.random.RandomState(seed)
-    return {split: {name: [_jpeg(random, number) for number in range(per_class)] for name in names} for split, names in CLASSES.items()}
+    return {
+        split: {name: [_jpeg(random, number) for number in range(per_class)] for name in names}
+        for split, names in CLASSES.items()
+    }
 
 
 def _jpeg(random: np.random.RandomState, number: int) -> bytes:
-    image = Image.fromarray(random.randint(0, 256, (6, 6, 3), np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    image = Image.fromarray(random.randint(0, 256, (6, 6, 3), np.uint8)).resize(
+        (SIZE, SIZE), Image.Resampling.BICUBIC
+    )
     stream = BytesIO()
     (image.convert("L") if number % 7 == 3 else image).save(stream, "JPEG", quality=90)
     return stream.getvalue()
@@ -40,14 +45,22 @@ def _jpeg(random: np.random.RandomState, number: int) -> bytes:
 def _decoded(images: dict[str, list[bytes]]) -> tuple[np.ndarray, np.ndarray]:
     """Return all images of a split, ``[N, 84, 84, 3]``, and the class number of each; the classes take turns."""
     by_turn = [
-        (label, of_class[turn]) for turn in range(len(next(iter(images.values())))) for label, of_class in enumerate(images.values())
+        (label, of_class[turn])
+        for turn in range(len(next(iter(images.values()))))
+        for label, of_class in enumerate(images.values())
     ]
-    pixels = np.stack([np.asarray(Image.open(BytesIO(image)).convert("RGB")) for _, image in by_turn])
+    pixels = np.stack(
+        [np.asarray(Image.open(BytesIO(image)).convert("RGB")) for _, image in by_turn]
+    )
     return pixels, np.array([label for label, _ in by_turn])
 
 
 def _files(images: dict[str, list[bytes]]) -> Iterator[tuple[str, int, bytes]]:
-    return ((name, number, image) for name, of_class in images.items() for number, image in enumerate(of_class))
+    return (
+        (name, number, image)
+        for name, of_class in images.items()
+        for number, image in enumerate(of_class)
+    )
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -68,7 +81,9 @@ def write_ravi(root: Path, images: Encoded) -> None:
         for name, number, image in _files(of_split):
             _write(root / "images" / f"{name}{number:08d}.jpg", image)
         _write_csv(
-            root / f"{split}.csv", ("filename", "label"), [(f"{name}{number:08d}.jpg", name) for name, number, _ in _files(of_split)]
+            root / f"{split}.csv",
+            ("filename", "label"),
+            [(f"{name}{number:08d}.jpg", name) for name, number, _ in _files(of_split)],
         )
 
 
@@ -93,7 +108,9 @@ def write_cache_pickles(root: Path, images: Encoded) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for split, of_split in images.items():
         pixels, labels = _decoded(of_split)
-        numbers = {name: np.flatnonzero(labels == label).tolist() for label, name in enumerate(of_split)}
+        numbers = {
+            name: np.flatnonzero(labels == label).tolist() for label, name in enumerate(of_split)
+        }
         content = {"image_data": pixels, "class_dict": dict(reversed(numbers.items()))}
         name = "validation" if split == "val" else split
         with (root / f"mini-imagenet-cache-{name}.pkl").open("wb") as stream:
@@ -107,7 +124,9 @@ def write_category_pickles(root: Path, images: Encoded) -> None:
     for split, of_split in images.items():
         pixels, labels = _decoded(of_split)
         phase = "train_phase_train" if split == "train" else split
-        write_python2_pickle(root / f"miniImageNet_category_split_{phase}.pickle", pixels, (first + labels).tolist())
+        write_python2_pickle(
+            root / f"miniImageNet_category_split_{phase}.pickle", pixels, (first + labels).tolist()
+        )
         first += len(of_split)
 
 
@@ -121,18 +140,50 @@ def write_python2_pickle(file: Path, array: np.ndarray, labels: list[int]) -> No
         return pickle.BININT + struct.pack("<i", value)
 
     def call(module: str, name: str, *arguments: bytes) -> bytes:
-        return f"c{module}\n{name}\n".encode() + pickle.MARK + b"".join(arguments) + pickle.TUPLE + pickle.REDUCE
+        return (
+            f"c{module}\n{name}\n".encode()
+            + pickle.MARK
+            + b"".join(arguments)
+            + pickle.TUPLE
+            + pickle.REDUCE
+        )
 
     dtype = call("numpy", "dtype", string(b"u1"), number(0), number(1))
-    dtype += pickle.MARK + number(3) + string(b"|") + pickle.NONE * 3 + number(-1) * 2 + number(0) + pickle.TUPLE + pickle.BUILD
-    empty = call("numpy.core.multiarray", "_reconstruct", b"cnumpy\nndarray\n", pickle.MARK + number(0) + pickle.TUPLE, string(b"b"))
+    dtype += (
+        pickle.MARK
+        + number(3)
+        + string(b"|")
+        + pickle.NONE * 3
+        + number(-1) * 2
+        + number(0)
+        + pickle.TUPLE
+        + pickle.BUILD
+    )
+    empty = call(
+        "numpy.core.multiarray",
+        "_reconstruct",
+        b"cnumpy\nndarray\n",
+        pickle.MARK + number(0) + pickle.TUPLE,
+        string(b"b"),
+    )
     shape = pickle.MARK + b"".join(map(number, array.shape)) + pickle.TUPLE
     items = pickle.EMPTY_LIST + pickle.MARK + b"".join(map(number, labels)) + pickle.APPENDS
     with file.open("wb") as stream:
         stream.write(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK + string(b"data"))
-        stream.write(empty + pickle.MARK + number(1) + shape + dtype + pickle.NEWFALSE + pickle.BINSTRING + struct.pack("<i", array.nbytes))
+        stream.write(
+            empty
+            + pickle.MARK
+            + number(1)
+            + shape
+            + dtype
+            + pickle.NEWFALSE
+            + pickle.BINSTRING
+            + struct.pack("<i", array.nbytes)
+        )
         array.tofile(stream)
-        stream.write(pickle.TUPLE + pickle.BUILD + string(b"labels") + items + pickle.SETITEMS + pickle.STOP)
+        stream.write(
+            pickle.TUPLE + pickle.BUILD + string(b"labels") + items + pickle.SETITEMS + pickle.STOP
+        )
 
 
 def write_hdf5(root: Path, images: Encoded) -> None:

@@ -20,17 +20,35 @@ def mlp() -> nn.Module:
 
 
 def conv_group_norm() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(64, WAYS))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(64, WAYS),
+    )
 
 
 def conv_batch_norm() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Softplus(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, WAYS)
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.Softplus(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, WAYS),
     )
 
 
 def conv_max_pool() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, WAYS))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.GELU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, WAYS),
+    )
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -56,7 +74,9 @@ def make_episodes(tasks: int = 3, shots: int = 2, queries: int = 3, seed: int = 
     labels = torch.arange(WAYS)
 
     def images(per_class: int) -> Tensor:
-        return torch.rand(tasks, WAYS * per_class, 1, IMAGE, IMAGE, dtype=torch.float64, generator=random)
+        return torch.rand(
+            tasks, WAYS * per_class, 1, IMAGE, IMAGE, dtype=torch.float64, generator=random
+        )
 
     def repeated(per_class: int) -> Tensor:
         return labels.repeat_interleave(per_class).repeat(tasks, 1)
@@ -64,7 +84,9 @@ def make_episodes(tasks: int = 3, shots: int = 2, queries: int = 3, seed: int = 
     return Episodes(images(shots), repeated(shots), images(queries), repeated(queries))
 
 
-def plain_loss(network: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Loss:
+def plain_loss(
+    network: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+) -> Loss:
     """The loss as a user would write it; batch norm uses the batch's statistics because its buffers are left out."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -80,17 +102,25 @@ def leaves(network: nn.Module) -> Params:
     return {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
 
 
-def unrolled(loss: Loss, w: Params, episodes: Episodes, inner_lr: float | Sequence[Rates], steps: int) -> Tensor:
+def unrolled(
+    loss: Loss, w: Params, episodes: Episodes, inner_lr: float | Sequence[Rates], steps: int
+) -> Tensor:
     """The meta-objective with its whole graph; with rates of each step, those that they name adapt."""
     total = torch.zeros((), dtype=torch.float64)
     for t in range(len(episodes.support_x)):
         adapted = w
         for step in range(steps):
             rates = dict.fromkeys(w, inner_lr) if isinstance(inner_lr, float) else inner_lr[step]
-            adapted = {name: p.view_as(p) for name, p in adapted.items()}  # or what adapted in no step so far would be the leaf itself
+            # or what adapted in no step so far would be the leaf itself
+            adapted = {name: p.view_as(p) for name, p in adapted.items()}
             value = loss(adapted, episodes.support_x[t], episodes.support_y[t])
-            gradient = torch.autograd.grad(value, [adapted[name] for name in rates], create_graph=True)
-            adapted = adapted | {name: adapted[name] - rates[name] * g for name, g in zip(rates, gradient, strict=True)}
+            gradient = torch.autograd.grad(
+                value, [adapted[name] for name in rates], create_graph=True
+            )
+            adapted = adapted | {
+                name: adapted[name] - rates[name] * g
+                for name, g in zip(rates, gradient, strict=True)
+            }
         total = total + loss(adapted, episodes.query_x[t], episodes.query_y[t])
     return total / len(episodes.support_x)
 
@@ -107,7 +137,9 @@ RATE = 0.3
 """The inner learning rate of most tests."""
 
 
-def autograd_meta_gradient(network: nn.Module, episodes: Episodes, steps: int, criterion=F.cross_entropy) -> Params:
+def autograd_meta_gradient(
+    network: nn.Module, episodes: Episodes, steps: int, criterion=F.cross_entropy
+) -> Params:
     w = leaves(network)
     objective = unrolled(plain_loss(network, criterion), w, episodes, RATE, steps)
     return dict(zip(w, torch.autograd.grad(objective, list(w.values())), strict=True))

@@ -27,7 +27,10 @@ class EasyFSLLoader:
     def __iter__(self) -> Iterator[tuple]:
         for _ in range(self.tasks):
             rows = [(label, number) for label in range(WAYS) for number in range(SHOTS + QUERIES)]
-            support, query = [row for row in rows if row[1] < SHOTS], [row for row in rows if row[1] >= SHOTS]
+            support, query = (
+                [row for row in rows if row[1] < SHOTS],
+                [row for row in rows if row[1] >= SHOTS],
+            )
             images = [torch.stack([example(*row) for row in part]) for part in (support, query)]
             labels = [torch.tensor([row[0] for row in part]) for part in (support, query)]
             yield images[0], labels[0], images[1], labels[1], [40, 7, 23]
@@ -39,7 +42,9 @@ def torchmeta_loader(batches: int, tasks: int) -> list[OrderedDict]:
         x, y = torch.stack([example(*row) for row in rows]), torch.tensor([row[0] for row in rows])
         return [x.expand(tasks, *x.shape), y.expand(tasks, *y.shape)]
 
-    return [OrderedDict(train=part(range(SHOTS)), test=part(range(SHOTS, SHOTS + QUERIES)))] * batches
+    return [
+        OrderedDict(train=part(range(SHOTS)), test=part(range(SHOTS, SHOTS + QUERIES)))
+    ] * batches
 
 
 class NoiseTaskset:
@@ -51,4 +56,6 @@ class NoiseTaskset:
 
     def sample(self) -> tuple[Tensor, Tensor]:
         y = torch.arange(WAYS).repeat_interleave(self.per_class)
-        return torch.rand(len(y), 1, IMAGE, IMAGE, generator=self.random, dtype=self.dtype) + y.view(-1, 1, 1, 1), y
+        return torch.rand(
+            len(y), 1, IMAGE, IMAGE, generator=self.random, dtype=self.dtype
+        ) + y.view(-1, 1, 1, 1), y

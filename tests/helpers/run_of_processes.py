@@ -13,7 +13,11 @@ from lightning_maml import FOMAML, HFMAML, MAML
 from lightning_maml.callbacks import TrainingPictures
 
 TASKS, STEPS = 4, 2
-CASES = [(algorithm, regime) for algorithm in (MAML, FOMAML, HFMAML) for regime in ("finite_sum", "resampling")]
+CASES = [
+    (algorithm, regime)
+    for algorithm in (MAML, FOMAML, HFMAML)
+    for regime in ("finite_sum", "resampling")
+]
 
 
 class Seen(Callback):
@@ -23,10 +27,14 @@ class Seen(Callback):
         self.tasks: list[torch.Tensor] = []
         self.gradients: list[dict[str, torch.Tensor]] = []
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.tasks.append(batch.support_x.clone())
 
-    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         self.gradients.append({name: p.grad.clone() for name, p in module.named_parameters()})
 
 
@@ -35,8 +43,15 @@ def run(folder: Path, processes: int, **arguments: Any) -> None:
     for number, (algorithm, regime) in enumerate(CASES):
         torch.manual_seed(0)
         seen, pictures = Seen(), TrainingPictures()
-        model = algorithm(network(), 0.1, STEPS, optimizer=partial(torch.optim.SGD, lr=0.1), tasks="loop")
-        sizes = {"meta_batch_size": TASKS // processes, "train_batches": 3, "val_tasks": 5, "test_tasks": 7}
+        model = algorithm(
+            network(), 0.1, STEPS, optimizer=partial(torch.optim.SGD, lr=0.1), tasks="loop"
+        )
+        sizes = {
+            "meta_batch_size": TASKS // processes,
+            "train_batches": 3,
+            "val_tasks": 5,
+            "test_tasks": 7,
+        }
         data = Noise(regime=regime, train_steps=STEPS, **sizes)
         trainer = Trainer(
             accelerator="cpu",
@@ -53,7 +68,12 @@ def run(folder: Path, processes: int, **arguments: Any) -> None:
         )
         trainer.fit(model, data)
         tested = trainer.test(model, data, verbose=False)[0]
-        found = {"tasks": seen.tasks, "gradients": seen.gradients, "end": model.state_dict(), "tested": tested}
+        found = {
+            "tasks": seen.tasks,
+            "gradients": seen.gradients,
+            "end": model.state_dict(),
+            "tested": tested,
+        }
         found["history"] = [list(validation) for validation in pictures.history]
         torch.save(found, folder / f"case_{number}_rank_{trainer.global_rank}_of_{processes}.pt")
 

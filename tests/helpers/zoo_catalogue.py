@@ -18,11 +18,13 @@ from lightning_maml import Episodes
 
 WAYS, SHOTS = 2, 2
 SIZE = 64
-"""Of images: at half of it batch norm has so few numbers in deep layers that it blows up rounding errors."""
+"""Of images: at half of it batch norm has so few numbers in deep layers that it blows up rounding
+errors."""
 
 WORDS, LENGTH = 30, 8
 LARGE, HUGE = 20e6, 60e6
-"""Networks with more parameters than this have one task, and train every seventh tensor only; what they cost is time and memory."""
+"""Networks with more parameters than this have one task, and train every seventh tensor only; what
+they cost is time and memory."""
 
 
 class Entry(NamedTuple):
@@ -47,7 +49,8 @@ def size_of(network: nn.Module) -> int:
 def network_of(entry: Entry) -> nn.Module:
     """Return an entry's network in float64 and in training mode, without dropout and stochastic depth.
 
-    Its parameters are moved a little: zeros and tiny scales, from which many networks start, would hide what is behind them.
+    Its parameters are moved a little: zeros and tiny scales, from which many networks start, would
+    hide what is behind them.
     """
     torch.manual_seed(entry.seed)
     network = entry.make().double().train()
@@ -72,7 +75,9 @@ def episodes_of(entry: Entry, network: nn.Module) -> Episodes:
     tasks, examples = 1 if size_of(network) > LARGE else 2, WAYS * SHOTS
 
     def inputs() -> Any:
-        return tree_map(lambda x: x.unflatten(0, (tasks, examples)), entry.inputs(tasks * examples, generator))
+        return tree_map(
+            lambda x: x.unflatten(0, (tasks, examples)), entry.inputs(tasks * examples, generator)
+        )
 
     labels = torch.arange(WAYS).repeat(tasks, SHOTS)
     return Episodes(inputs(), labels, inputs(), labels)
@@ -82,7 +87,10 @@ def _images(size: int, channels: int = 3) -> Callable[[int, torch.Generator], Te
     """Return noise over a coarse pattern: by noise alone all images look alike to deep layers, and batch norm blows up rounding errors."""
 
     def images(n: int, generator: torch.Generator) -> Tensor:
-        pattern, noise = (torch.randn(n, channels, side, side, generator=generator, dtype=torch.float64) for side in (3, size))
+        pattern, noise = (
+            torch.randn(n, channels, side, side, generator=generator, dtype=torch.float64)
+            for side in (3, size)
+        )
         return F.interpolate(pattern, size=size) + 0.5 * noise
 
     return images
@@ -91,11 +99,15 @@ def _images(size: int, channels: int = 3) -> Callable[[int, torch.Generator], Te
 def _words(n: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Return sentences of different lengths, from a vocabulary whose word 0 is the padding."""
     words = torch.randint(3, WORDS, (n, LENGTH), generator=generator)
-    there = torch.arange(LENGTH) < torch.randint(LENGTH // 2, LENGTH + 1, (n, 1), generator=generator)
+    there = torch.arange(LENGTH) < torch.randint(
+        LENGTH // 2, LENGTH + 1, (n, 1), generator=generator
+    )
     return {"input_ids": words * there, "attention_mask": there.long()}
 
 
-def _named(name: str, make: Callable[[int, torch.Generator], Tensor]) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
+def _named(
+    name: str, make: Callable[[int, torch.Generator], Tensor]
+) -> Callable[[int, torch.Generator], dict[str, Tensor]]:
     return lambda n, generator: {name: make(n, generator)}
 
 
@@ -111,7 +123,8 @@ def _spectrum(n: int, generator: torch.Generator) -> Tensor:
 
 
 INSIST = {"alexnet": 64, "inception_v3": 75, "vit_b_32": 64, "vit_l_32": 64, "vit_h_14": 28}
-"""Sizes of images that large networks insist on; of others images are three quarters as wide as usual."""
+"""Sizes of images that large networks insist on; of others images are three quarters as wide as
+usual."""
 
 
 def _of_torchvision(name: str) -> Entry:
@@ -121,15 +134,22 @@ def _of_torchvision(name: str) -> Entry:
     if name.startswith("vit"):
         settings["image_size"] = size
     if name == "inception_v3":
-        settings["aux_logits"] = False  # these need images of nearly 299 pixels; googlenet has such outputs too
+        # these need images of nearly 299 pixels; googlenet has such outputs too
+        settings["aux_logits"] = False
     if name in ("googlenet", "inception_v3"):
         settings["init_weights"] = False  # what it draws by scipy takes long
     if name == "maxvit_t":  # its sizes are multiples of 32 times the size of its windows
-        settings |= {"input_size": (SIZE, SIZE), "stem_channels": 64, "partition_size": 2, "block_channels": [64, 128, 256, 512]}
+        settings |= {
+            "input_size": (SIZE, SIZE),
+            "stem_channels": 64,
+            "partition_size": 2,
+            "block_channels": [64, 128, 256, 512],
+        }
         settings |= {"block_layers": [2, 2, 5, 2], "head_dim": 32, "stochastic_depth_prob": 0.0}
         return Entry(partial(torchvision.models.MaxVit, **settings), _images(SIZE))
     if name.startswith("swin_v2"):
-        # windows that are filled up have vectors of zeros, whose norms torch differentiates twice to NaN
+        # windows that are filled up have vectors of zeros, whose norms torch differentiates twice
+        # to NaN
         layers, width = (6 if name.endswith("t") else 18), (128 if name.endswith("b") else 96)
         settings |= {
             "window_size": [2, 2],
@@ -139,12 +159,20 @@ def _of_torchvision(name: str) -> Entry:
             "stochastic_depth_prob": 0.0,
         }
         settings |= {"num_heads": [width // 32 * 2**stage for stage in range(4)]}
-        settings |= {"block": swin_transformer.SwinTransformerBlockV2, "downsample_layer": swin_transformer.PatchMergingV2}
+        settings |= {
+            "block": swin_transformer.SwinTransformerBlockV2,
+            "downsample_layer": swin_transformer.PatchMergingV2,
+        }
         return Entry(partial(torchvision.models.SwinTransformer, **settings), _images(SIZE))
-    return Entry(partial(torchvision.models.get_model, name, weights=None, **settings), _images(size))
+    return Entry(
+        partial(torchvision.models.get_model, name, weights=None, **settings), _images(size)
+    )
 
 
-TORCHVISION = {f"torchvision {name}": _of_torchvision(name) for name in torchvision.models.list_models(module=torchvision.models)}
+TORCHVISION = {
+    f"torchvision {name}": _of_torchvision(name)
+    for name in torchvision.models.list_models(module=torchvision.models)
+}
 
 # timm: the smallest of each family, or one made smaller
 
@@ -180,7 +208,15 @@ TIMM = (
     | {f"timm {name}": _of_timm(name, img_size=SIZE) for name in OF_A_SIZE}
     | {
         "timm convmixer": Entry(
-            partial(timm.models.convmixer.ConvMixer, 64, 4, kernel_size=7, patch_size=7, num_classes=WAYS), _images(SIZE)
+            partial(
+                timm.models.convmixer.ConvMixer,
+                64,
+                4,
+                kernel_size=7,
+                patch_size=7,
+                num_classes=WAYS,
+            ),
+            _images(SIZE),
         )
     }
     | {f"timm {name}": _of_timm(name, **settings) for name, settings in MADE_SMALLER.items()}
@@ -189,7 +225,12 @@ TIMM = (
 # transformers: from a config
 
 _PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": WAYS}
-_ENCODER = _PLAIN | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+_ENCODER = _PLAIN | {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 _OF_WORDS = _ENCODER | {"vocab_size": WORDS, "max_position_embeddings": 16, "pad_token_id": 0}
 _OF_SOUND = _ENCODER | {
     "conv_dim": (8, 8),
@@ -207,13 +248,54 @@ _OF_SOUND = _ENCODER | {
     "layerdrop": 0.0,
     "apply_spec_augment": False,
 }
-_DISTIL = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
-_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-_LLAMA = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "attention_dropout": 0.0}
-_SHORT = {"vocab_size": WORDS, "pad_token_id": 0, "num_labels": WAYS, "bos_token_id": 1, "eos_token_id": 2}
-_SWIN = {"image_size": 32, "embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "drop_path_rate": 0.0}
+_DISTIL = {
+    "dim": 16,
+    "hidden_dim": 24,
+    "n_layers": 2,
+    "n_heads": 2,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "seq_classif_dropout": 0.0,
+}
+_GPT2 = {
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 16,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+_LLAMA = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "attention_dropout": 0.0,
+}
+_SHORT = {
+    "vocab_size": WORDS,
+    "pad_token_id": 0,
+    "num_labels": WAYS,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_SWIN = {
+    "image_size": 32,
+    "embed_dim": 12,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "window_size": 4,
+    "drop_path_rate": 0.0,
+}
 _CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "num_labels": WAYS}
-_SPECTRUM = _ENCODER | {"patch_size": 8, "max_length": 24, "num_mel_bins": 16, "time_stride": 8, "frequency_stride": 8}
+_SPECTRUM = _ENCODER | {
+    "patch_size": 8,
+    "max_length": 24,
+    "num_mel_bins": 16,
+    "time_stride": 8,
+    "frequency_stride": 8,
+}
 _RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": WAYS}
 _SEGFORMER = {
     "num_encoder_blocks": 2,
@@ -230,7 +312,9 @@ _SEGFORMER = {
 _OF_IMAGES = _ENCODER | {"image_size": 32, "patch_size": 8}
 
 
-def _of_transformers(name: str, config: str, inputs: Callable[[int, torch.Generator], Any], settings: dict[str, Any]) -> Entry:
+def _of_transformers(
+    name: str, config: str, inputs: Callable[[int, torch.Generator], Any], settings: dict[str, Any]
+) -> Entry:
     def make() -> nn.Module:
         made = getattr(transformers, config)(**settings)
         network: nn.Module = getattr(transformers, name)(made)
@@ -239,13 +323,32 @@ def _of_transformers(name: str, config: str, inputs: Callable[[int, torch.Genera
     return Entry(make, inputs)
 
 
-_IMAGE, _SPEECH, _AUDIO = _named("pixel_values", _images(32)), _named("input_values", _sound), _named("input_values", _spectrum)
+_IMAGE, _SPEECH, _AUDIO = (
+    _named("pixel_values", _images(32)),
+    _named("input_values", _sound),
+    _named("input_values", _spectrum),
+)
 _FROM_CONFIG = (
     ("BertForSequenceClassification", "BertConfig", _words, _OF_WORDS),
     ("RobertaForSequenceClassification", "RobertaConfig", _words, _OF_WORDS),
-    ("DistilBertForSequenceClassification", "DistilBertConfig", _words, _DISTIL | _SHORT | {"max_position_embeddings": 16}),
-    ("AlbertForSequenceClassification", "AlbertConfig", _words, _OF_WORDS | {"embedding_size": 8, "classifier_dropout_prob": 0.0}),
-    ("ElectraForSequenceClassification", "ElectraConfig", _words, _OF_WORDS | {"embedding_size": 8}),
+    (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        _words,
+        _DISTIL | _SHORT | {"max_position_embeddings": 16},
+    ),
+    (
+        "AlbertForSequenceClassification",
+        "AlbertConfig",
+        _words,
+        _OF_WORDS | {"embedding_size": 8, "classifier_dropout_prob": 0.0},
+    ),
+    (
+        "ElectraForSequenceClassification",
+        "ElectraConfig",
+        _words,
+        _OF_WORDS | {"embedding_size": 8},
+    ),
     ("DebertaV2ForSequenceClassification", "DebertaV2Config", _words, _OF_WORDS),
     ("GPT2ForSequenceClassification", "GPT2Config", _words, _GPT2 | _SHORT),
     ("LlamaForSequenceClassification", "LlamaConfig", _words, _LLAMA | _SHORT),
@@ -260,6 +363,8 @@ _FROM_CONFIG = (
     ("HubertForSequenceClassification", "HubertConfig", _SPEECH, _OF_SOUND),
     ("ASTForAudioClassification", "ASTConfig", _AUDIO, _SPECTRUM),
 )
-TRANSFORMERS = {f"transformers {network}": _of_transformers(network, *rest) for network, *rest in _FROM_CONFIG}
+TRANSFORMERS = {
+    f"transformers {network}": _of_transformers(network, *rest) for network, *rest in _FROM_CONFIG
+}
 
 NETWORKS = TORCHVISION | TIMM | TRANSFORMERS

@@ -33,7 +33,11 @@ def subclasses(of: type) -> set[type]:
     return {of} | {name for direct in of.__subclasses__() for name in subclasses(direct)}
 
 
-ALGORITHMS = sorted(cls.__name__ for cls in subclasses(EpisodicModule) if vars(lightning_maml).get(cls.__name__) is cls)
+ALGORITHMS = sorted(
+    cls.__name__
+    for cls in subclasses(EpisodicModule)
+    if vars(lightning_maml).get(cls.__name__) is cls
+)
 POLICIES = {"MAMLPlusPlus": "per_step", "ProtoNet": "running", "HFMAML": "running"}
 
 LOADING = """
@@ -58,9 +62,13 @@ def test_another_process_loads_it(name: str, tmp_path: Path) -> None:
     network = Conv4(1, None if name == "ProtoNet" else 3, 8, channels=4, activation="gelu")
     steps = {} if name == "ProtoNet" else {"inner_lr": 0.05, "train_steps": 2, "test_steps": 3}
     steps |= {"multi_step_epochs": 1} if algorithm is MAMLPlusPlus else {}
-    model = algorithm(network, batch_norm=policy, optimizer=partial(torch.optim.Adam, lr=0.01), **steps)
+    model = algorithm(
+        network, batch_norm=policy, optimizer=partial(torch.optim.Adam, lr=0.01), **steps
+    )
     episodes = make_episodes()
-    single = episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())
+    single = episodes._replace(
+        support_x=episodes.support_x.float(), query_x=episodes.query_x.float()
+    )
     run = trainer(tmp_path, precision="32-true", max_epochs=2)
     run.fit(model, DataLoader([single], batch_size=None))
     path = tmp_path / "model.ckpt"
@@ -111,22 +119,28 @@ except OSError as error:
             MAML,
             {"loss": F.mse_loss},
             MAML,
-            "adapts with loss mse_loss but this one with loss cross_entropy; unless that is meant, make it as",
+            (
+                "adapts with loss mse_loss but this one with loss cross_entropy; unless that is "
+                "meant, make it as"
+            ),
         ),
         (
             MAML,
             {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
             partial(MAML, loss=nn.CrossEntropyLoss()),
             (
-                "'label_smoothing': 0.1} but this one with loss CrossEntropyLoss with {'reduction': 'mean', 'ignore_index': -100, "
-                "'label_smoothing': 0.0};"
+                "'label_smoothing': 0.1} but this one with loss CrossEntropyLoss with "
+                "{'reduction': 'mean', 'ignore_index': -100, 'label_smoothing': 0.0};"
             ),
         ),
         (
             MAML,
             {"loss": partial(F.cross_entropy, label_smoothing=0.1)},
             MAML,
-            "loss cross_entropy with {'label_smoothing': 0.1} but this one with loss cross_entropy;",
+            (
+                "loss cross_entropy with {'label_smoothing': 0.1} but this one with loss "
+                "cross_entropy;"
+            ),
         ),
         (MAML, {"loss": nn.MSELoss()}, partial(MAML, loss=nn.MSELoss()), None),
         (ANIL, {}, MAML, "with adapt head but this one with adapt all;"),
@@ -135,14 +149,18 @@ except OSError as error:
         (MAML, {}, FOMAML, None),
     ],
 )
-def test_a_checkpoint_says_how_its_model_adapts(saved, arguments, loaded, message: str | None, tmp_path: Path) -> None:
+def test_a_checkpoint_says_how_its_model_adapts(
+    saved, arguments, loaded, message: str | None, tmp_path: Path
+) -> None:
     run = trainer(tmp_path, max_epochs=0)
     run.fit(saved(MLP(4, 2), **arguments), DataLoader([make_episodes()], batch_size=None))
     run.save_checkpoint(tmp_path / "model.ckpt")
     given = loaded.keywords if isinstance(loaded, partial) else {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        getattr(loaded, "func", loaded).load_from_checkpoint(tmp_path / "model.ckpt", network=MLP(4, 2), **given)
+        getattr(loaded, "func", loaded).load_from_checkpoint(
+            tmp_path / "model.ckpt", network=MLP(4, 2), **given
+        )
     found = [str(warning.message) for warning in caught if "adapts with" in str(warning.message)]
     assert len(found) == (message is not None)
     assert message is None or message in found[0]
@@ -154,7 +172,9 @@ def test_what_is_killed_while_it_writes_leaves_the_file_before(tmp_path: Path) -
     assert another_process.run(KILLED_WHILE_WRITING, path).returncode == -signal.SIGKILL
     assert read_checkpoint(path) == {"step": 1}
     WholeCheckpoints().save_checkpoint({"step": 3}, path)
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"], "what was left half done is gone"
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"], (
+        "what was left half done is gone"
+    )
 
 
 def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(tmp_path: Path) -> None:
@@ -162,15 +182,30 @@ def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(tmp_path: Path) -> No
     script.write_text(FULL_DISK)
     disk = tmp_path / "disk"
     disk.mkdir()
-    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f"mount -t tmpfs -o size=2m tmpfs {disk} && exec $0 $@"]
+    alone = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        f"mount -t tmpfs -o size=2m tmpfs {disk} && exec $0 $@",
+    ]
     if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine lets nobody mount a disk of their own")
     run = subprocess.run(
-        [*alone, sys.executable, str(script), str(disk)], capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False
+        [*alone, sys.executable, str(script), str(disk)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=300,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     said = dict(
-        line.split(": ", 1) for line in run.stdout.splitlines() if line.split(":")[0] in ("SAID", "WHOLE", "LAST", "LEFT", "WEIGHTS")
+        line.split(": ", 1)
+        for line in run.stdout.splitlines()
+        if line.split(":")[0] in ("SAID", "WHOLE", "LAST", "LEFT", "WEIGHTS")
     )
     assert re.match(
         r"Expected to write the checkpoint .*\.ckpt but it cannot be written: .*; make room and go on from the last checkpoint",
@@ -185,7 +220,9 @@ def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])
-def test_what_is_cut_off_is_refused_and_the_one_before_is_offered(share: float, tmp_path: Path) -> None:
+def test_what_is_cut_off_is_refused_and_the_one_before_is_offered(
+    share: float, tmp_path: Path
+) -> None:
     run, model, data = short_run(tmp_path)
     for epoch in (1, 2, 3):
         run.fit_loop.max_epochs = epoch
@@ -196,10 +233,16 @@ def test_what_is_cut_off_is_refused_and_the_one_before_is_offered(share: float, 
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
     run, model, data = short_run(tmp_path)
-    with pytest.raises(ValueError, match=r"Expected .*3\.ckpt to be a whole checkpoint .*; go on from .*1\.ckpt, the newest whole one"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected .*3\.ckpt to be a whole checkpoint .*; go on from .*1\.ckpt, the newest whole one",
+    ):
         run.fit(model, data, ckpt_path=tmp_path / "3.ckpt")
     (tmp_path / "1.ckpt").unlink()
-    with pytest.raises(ValueError, match=r"Expected .*3\.ckpt to be a whole checkpoint .*; there is no whole one beside it"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected .*3\.ckpt to be a whole checkpoint .*; there is no whole one beside it",
+    ):
         read_checkpoint(tmp_path / "3.ckpt")
 
 
@@ -223,7 +266,11 @@ def test_a_trainers_own_way_of_writing_is_left_to_it(tmp_path: Path) -> None:
 
 
 def short_run(folder: Path, **options: Any) -> tuple[Trainer, MAML, DataLoader]:
-    return trainer(folder, **options), MAML(build("mlp"), 0.1), DataLoader([make_episodes()], batch_size=None)
+    return (
+        trainer(folder, **options),
+        MAML(build("mlp"), 0.1),
+        DataLoader([make_episodes()], batch_size=None),
+    )
 
 
 def saved(folder: Path, model: EpisodicModule, **options: Any) -> Path:
@@ -246,9 +293,26 @@ OF_NUMPY = {
     "probe_radius": (HFMAML, {"probe_radius": np.float64(1e-4)}),
     "iMAML": (IMAML, {"proximal_strength": np.float64(2), "cg_steps": np.int64(2)}),
     "MAML++": (MAMLPlusPlus, {"multi_step_epochs": np.int64(1), "first_order_epochs": np.int32(0)}),
-    "optimizer": (MAML, {"optimizer": partial(torch.optim.Adam, lr=np.float64(1e-3), betas=(np.float64(0.9), 0.99))}),
-    "schedule": (MAML, {"lr_scheduler": partial(STEP, step_size=np.int64(1), gamma=np.float64(0.5))}),
-    "function": (MAML, {"lr_scheduler": partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda epoch: RATE**epoch)}),
+    "optimizer": (
+        MAML,
+        {
+            "optimizer": partial(
+                torch.optim.Adam, lr=np.float64(1e-3), betas=(np.float64(0.9), 0.99)
+            )
+        },
+    ),
+    "schedule": (
+        MAML,
+        {"lr_scheduler": partial(STEP, step_size=np.int64(1), gamma=np.float64(0.5))},
+    ),
+    "function": (
+        MAML,
+        {
+            "lr_scheduler": partial(
+                torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda epoch: RATE**epoch
+            )
+        },
+    ),
 }
 
 
@@ -258,7 +322,9 @@ class Own(TorchCheckpointIO):
 
 @pytest.mark.parametrize("plugins", [[], [Own()]], ids=["ours", "their own"])
 @pytest.mark.parametrize("name", OF_NUMPY)
-def test_numbers_of_numpy_are_saved_as_pythons_and_read_again(name: str, plugins: list[Any], tmp_path: Path) -> None:
+def test_numbers_of_numpy_are_saved_as_pythons_and_read_again(
+    name: str, plugins: list[Any], tmp_path: Path
+) -> None:
     algorithm, arguments = OF_NUMPY[name]
 
     def model() -> MAML:
@@ -280,15 +346,31 @@ def test_numbers_of_numpy_are_saved_as_pythons_and_read_again(name: str, plugins
     ("algorithm", "arguments", "message"),
     [
         (MAML, {"inner_lr": "0.1"}, "Expected `inner_lr` to be a number but got '0.1'"),
-        (MAML, {"inner_lr": np.ones(2)}, r"Expected `inner_lr` to be a number but got ndarray of shape \[2\]"),
+        (
+            MAML,
+            {"inner_lr": np.ones(2)},
+            r"Expected `inner_lr` to be a number but got ndarray of shape \[2\]",
+        ),
         (MAML, {"inner_lr": None}, "Expected `inner_lr` to be a number but got None"),
         (MAML, {"train_steps": 2.0}, "Expected `train_steps` to be a whole number but got 2.0"),
         (MAML, {"test_steps": np.float64(2)}, "Expected `test_steps` to be a whole number but got"),
         (MAML, {"chunk_size": 1.5}, "Expected `chunk_size` to be a whole number but got 1.5"),
-        (HFMAML, {"probe_radius": "small"}, "Expected `probe_radius` to be a number but got 'small'"),
-        (IMAML, {"proximal_strength": "2"}, "Expected `proximal_strength` to be a number but got '2'"),
+        (
+            HFMAML,
+            {"probe_radius": "small"},
+            "Expected `probe_radius` to be a number but got 'small'",
+        ),
+        (
+            IMAML,
+            {"proximal_strength": "2"},
+            "Expected `proximal_strength` to be a number but got '2'",
+        ),
         (IMAML, {"cg_steps": 2.5}, "Expected `cg_steps` to be a whole number but got 2.5"),
-        (MAMLPlusPlus, {"multi_step_epochs": 1.5}, "Expected `multi_step_epochs` to be a whole number but got 1.5"),
+        (
+            MAMLPlusPlus,
+            {"multi_step_epochs": 1.5},
+            "Expected `multi_step_epochs` to be a whole number but got 1.5",
+        ),
     ],
 )
 def test_what_is_no_number_is_refused(algorithm, arguments: dict[str, Any], message: str) -> None:
@@ -305,7 +387,10 @@ class Keeps(Callback):
 
 
 def test_numbers_of_numpy_in_a_callback_are_saved_as_pythons(tmp_path: Path) -> None:
-    kept = {np.int64(1): [np.float64(0.5), (np.float32(0.25), np.bool_(True))], "weights": torch.ones(2)}
+    kept = {
+        np.int64(1): [np.float64(0.5), (np.float32(0.25), np.bool_(True))],
+        "weights": torch.ones(2),
+    }
     path = saved(tmp_path, MAML(build("mlp"), 0.1), callbacks=[Keeps(kept)])
     held = torch.load(path, weights_only=True)["callbacks"]["Keeps"]["history"][1]["kept"]
     assert held[1] == [0.5, (0.25, True)]
@@ -313,10 +398,17 @@ def test_numbers_of_numpy_in_a_callback_are_saved_as_pythons(tmp_path: Path) -> 
     assert type(next(iter(kept))) is np.int64, "the callback's own are left as they are"
 
 
-@pytest.mark.parametrize("kept", [Path("x"), np.ones(2), bytearray(2)], ids=["object", "array", "bytes"])
-def test_an_entry_that_cannot_be_read_without_running_it_is_named(kept: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kept", [Path("x"), np.ones(2), bytearray(2)], ids=["object", "array", "bytes"]
+)
+def test_an_entry_that_cannot_be_read_without_running_it_is_named(
+    kept: Any, tmp_path: Path
+) -> None:
     where = r"`checkpoint\['callbacks'\]\['Keeps'\]\['history'\]\[1\]\['kept'\]` is a "
-    with pytest.warns(UserWarning, match=f"{where}{type(kept).__name__}, so it can only be read with `weights_only=False`"):
+    with pytest.warns(
+        UserWarning,
+        match=f"{where}{type(kept).__name__}, so it can only be read with `weights_only=False`",
+    ):
         path = saved(tmp_path, MAML(build("mlp"), 0.1), callbacks=[Keeps(kept)])
     with pytest.raises(ValueError, match="to be a whole checkpoint but it cannot be read"):
         MAML.load_from_checkpoint(path, network=build("mlp"))
@@ -324,14 +416,20 @@ def test_an_entry_that_cannot_be_read_without_running_it_is_named(kept: Any, tmp
 
 
 def test_an_entry_that_cannot_be_saved_is_named_and_nothing_is_left(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"`checkpoint\['callbacks'\]\['Keeps'\].*\['kept'\]` is a function, which cannot be saved"):
+    with pytest.raises(
+        TypeError,
+        match=r"`checkpoint\['callbacks'\]\['Keeps'\].*\['kept'\]` is a function, which cannot be saved",
+    ):
         saved(tmp_path, MAML(build("mlp"), 0.1), callbacks=[Keeps(lambda: 1)])
     assert not [*tmp_path.glob("*model.ckpt*")]
 
 
 def test_what_a_checkpoint_asks_for_is_named_when_it_is_read(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "history": np.float64(1)}, tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match=r"nothing in it was run \(it asks for numpy.*scalar.*; where you trust it, read it with"):
+    with pytest.raises(
+        ValueError,
+        match=r"nothing in it was run \(it asks for numpy.*scalar.*; where you trust it, read it with",
+    ):
         read_checkpoint(tmp_path / "model.ckpt")
 
 
@@ -350,7 +448,9 @@ def test_weights_saved_without_a_trainer_are_refused_with_the_lines_that_load_th
         lambda: run.test(model, data, ckpt_path=path),
         lambda: run.fit(model, data, ckpt_path=path),
     ):
-        with pytest.raises(ValueError, match="it holds weights saved without one; load them by") as caught:
+        with pytest.raises(
+            ValueError, match="it holds weights saved without one; load them by"
+        ) as caught:
             load()
         lines = re.findall(r"`((?:network|model)\.load_state_dict.*?\))`", str(caught.value))
         assert len(lines) == 1
@@ -364,13 +464,19 @@ def test_a_checkpoint_with_a_loss_that_has_weights_asks_for_the_same_loss(tmp_pa
         return nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double())
 
     path = saved(tmp_path, MAML(build("mlp"), 0.1, loss=weighted()))
-    message = r"but \['loss.weight'\] are in the checkpoint alone; make the model with the same `loss=`"
+    message = (
+        r"but \['loss.weight'\] are in the checkpoint alone; make the model with the same `loss=`"
+    )
     with pytest.raises(ValueError, match=message):
         MAML.load_from_checkpoint(path, network=build("mlp"))
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path).test(MAML(build("mlp"), 0.1), DataLoader([make_episodes()], batch_size=None), ckpt_path=path)
+        trainer(tmp_path).test(
+            MAML(build("mlp"), 0.1), DataLoader([make_episodes()], batch_size=None), ckpt_path=path
+        )
     loaded = MAML.load_from_checkpoint(path, network=build("mlp"), loss=weighted())
     assert loaded.loss.weight.tolist() == [1, 2, 3]
     MAML.load_from_checkpoint(path, network=build("mlp"), strict=False)
     with pytest.raises(ValueError, match="are in this model alone"):
-        MAML.load_from_checkpoint(saved(tmp_path, MAML(build("mlp"), 0.1)), network=build("mlp"), loss=weighted())
+        MAML.load_from_checkpoint(
+            saved(tmp_path, MAML(build("mlp"), 0.1)), network=build("mlp"), loss=weighted()
+        )

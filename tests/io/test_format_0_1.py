@@ -24,16 +24,31 @@ def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def test_a_config_and_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = WRITTEN / "hfmaml.ckpt"
-    arguments = [f"--config={WRITTEN / 'hfmaml.yaml'}", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=2"]
-    folders = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    arguments = [
+        f"--config={WRITTEN / 'hfmaml.yaml'}",
+        f"--ckpt_path={checkpoint}",
+        "--trainer.max_epochs=2",
+    ]
+    folders = [
+        f"--trainer.default_root_dir={tmp_path}",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+    ]
     run(["fit", *arguments, *folders])
     last = next(tmp_path.rglob("last.ckpt"))
-    assert norms(torch.load(last, weights_only=True)["state_dict"]) == pytest.approx(NORMS["hfmaml"], rel=1e-4)
+    assert norms(torch.load(last, weights_only=True)["state_dict"]) == pytest.approx(
+        NORMS["hfmaml"], rel=1e-4
+    )
 
 
 def test_a_checkpoint_with_learned_rates_and_averages_of_each_step(tmp_path: Path) -> None:
     checkpoint = WRITTEN / "mamlplusplus.ckpt"
-    network = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(4 * 13 * 13, 5))
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(4 * 13 * 13, 5),
+    )
     model = MAMLPlusPlus.load_from_checkpoint(checkpoint, network=network)
     data = GlyphsDataModule(train_batches=2, meta_batch_size=2, val_tasks=4)
     going_on: Trainer = trainer(tmp_path, max_epochs=2)

@@ -37,7 +37,12 @@ def second_derivatives_are_right(function: Callable[..., Tensor], *inputs: Tenso
 
     def together(g: Tensor, *_: Tensor) -> Tensor:
         gradients = torch.autograd.grad(function(*inputs), needing, g, create_graph=True)
-        return torch.stack([(gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True)]).sum()
+        return torch.stack(
+            [
+                (gradient * direction).sum()
+                for gradient, direction in zip(gradients, directions, strict=True)
+            ]
+        ).sum()
 
     g = torch.randn_like(output).requires_grad_()
     return gradgradcheck(function, inputs) and gradcheck(together, (g, *needing))
@@ -55,20 +60,29 @@ def test_a_convolution_is_torchs(case: str) -> None:
     assert second_derivatives_are_right(convolution, x, weight, bias)
 
 
-@pytest.mark.parametrize("needing", [(True, False, False), (False, True, False), (False, True, True), (True, True, False)])
+@pytest.mark.parametrize(
+    "needing",
+    [(True, False, False), (False, True, False), (False, True, True), (True, True, False)],
+)
 def test_a_convolution_of_which_parts_are_frozen(needing: tuple[bool, ...]) -> None:
     torch.manual_seed(0)
     shapes = (2, 4, 6, 5), (3, 4, 3, 2), (3,)
-    x, weight, bias = (random(*shape, needs_gradient=needs) for shape, needs in zip(shapes, needing, strict=True))
+    x, weight, bias = (
+        random(*shape, needs_gradient=needs) for shape, needs in zip(shapes, needing, strict=True)
+    )
     geometry = ((2, 1), (1, 1), (1, 1), 1)
-    assert second_derivatives_are_right(lambda *tensors: Convolution.apply(*tensors, geometry), x, weight, bias)
+    assert second_derivatives_are_right(
+        lambda *tensors: Convolution.apply(*tensors, geometry), x, weight, bias
+    )
 
 
 def test_a_convolution_without_bias() -> None:
     torch.manual_seed(0)
     geometry = ((1, 1), (0, 0), (1, 1), 1)
     assert second_derivatives_are_right(
-        lambda x, weight: Convolution.apply(x, weight, None, geometry), random(2, 2, 4, 4), random(2, 2, 3, 3)
+        lambda x, weight: Convolution.apply(x, weight, None, geometry),
+        random(2, 2, 4, 4),
+        random(2, 2, 3, 3),
     )
 
 
@@ -83,18 +97,40 @@ def test_one_weight_for_all_tasks_has_the_gradients_of_each(
 ) -> None:
     torch.manual_seed(0)
     tasks, geometry = 3, ((2, 1), (1, 1), (1, 1), groups)
-    x = torch.randn(images, tasks * groups * channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(4, channels, 3, 2, dtype=dtype), torch.randn(4, dtype=dtype) if has_bias else None
+    x = torch.randn(images, tasks * groups * channels, size, size, dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
+    weight, bias = (
+        torch.randn(4, channels, 3, 2, dtype=dtype),
+        torch.randn(4, dtype=dtype) if has_bias else None,
+    )
 
     def derivatives(of_each: Callable[[Tensor], Tensor]) -> list[Tensor]:
         torch.manual_seed(1)
-        leaves = [x.detach().requires_grad_(), *(of_each(p).requires_grad_() for p in (weight, bias) if p is not None)]
+        leaves = [
+            x.detach().requires_grad_(),
+            *(of_each(p).requires_grad_() for p in (weight, bias) if p is not None),
+        ]
         y = Convolution.apply(*leaves, *([] if has_bias else [None]), geometry)
-        first = torch.autograd.grad(y.square().mul(torch.randn(y.shape)).sum(), leaves, create_graph=True)
-        return [y, *first, *torch.autograd.grad(first, leaves, [torch.randn(g.shape, dtype=dtype) for g in first])]
+        first = torch.autograd.grad(
+            y.square().mul(torch.randn(y.shape)).sum(), leaves, create_graph=True
+        )
+        return [
+            y,
+            *first,
+            *torch.autograd.grad(first, leaves, [torch.randn(g.shape, dtype=dtype) for g in first]),
+        ]
 
-    shared, own = derivatives(lambda p: p.expand(tasks, *p.shape)), derivatives(lambda p: p.repeat(tasks, *[1] * p.ndim))
-    torch.testing.assert_close(shared, own, rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=1e-4 if dtype == torch.float32 else 1e-10)
+    shared, own = (
+        derivatives(lambda p: p.expand(tasks, *p.shape)),
+        derivatives(lambda p: p.repeat(tasks, *[1] * p.ndim)),
+    )
+    torch.testing.assert_close(
+        shared,
+        own,
+        rtol=1e-4 if dtype == torch.float32 else 1e-10,
+        atol=1e-4 if dtype == torch.float32 else 1e-10,
+    )
     of_task = F.conv2d(x.unflatten(1, (tasks, -1))[:, 1], weight, bias, *geometry)
     torch.testing.assert_close(shared[0].unflatten(1, (tasks, -1))[:, 1], of_task)
 
@@ -107,15 +143,22 @@ def test_batch_norm_is_torchs(shape: tuple[int, ...], memory_format: torch.memor
     if len(shape) == 4:
         x = x.detach().contiguous(memory_format=memory_format).requires_grad_()
     norm = lambda *tensors: BatchNorm.apply(*tensors, 1e-3)
-    torch.testing.assert_close(norm(x, weight, bias), F.batch_norm(x, None, None, weight, bias, training=True, eps=1e-3))
+    torch.testing.assert_close(
+        norm(x, weight, bias), F.batch_norm(x, None, None, weight, bias, training=True, eps=1e-3)
+    )
     assert gradcheck(norm, (x, weight, bias))
     assert second_derivatives_are_right(norm, x, weight, bias)
 
 
-@pytest.mark.parametrize("needing", [(True, False, False), (False, True, True), (False, True, False)])
+@pytest.mark.parametrize(
+    "needing", [(True, False, False), (False, True, True), (False, True, False)]
+)
 def test_batch_norm_of_which_parts_are_frozen(needing: tuple[bool, ...]) -> None:
     torch.manual_seed(0)
-    x, weight, bias = (random(*shape, needs_gradient=needs) for shape, needs in zip([(4, 3, 2, 2), (3,), (3,)], needing, strict=True))
+    x, weight, bias = (
+        random(*shape, needs_gradient=needs)
+        for shape, needs in zip([(4, 3, 2, 2), (3,), (3,)], needing, strict=True)
+    )
     assert second_derivatives_are_right(partial(_batch_norm, eps=1e-3), x, weight, bias)
 
 
@@ -131,12 +174,19 @@ def test_in_float32_it_errs_no_more_than_torch() -> None:
 
     def product(norm: Any, dtype: torch.dtype) -> Tensor:
         at, of_weight, of_bias = (tensor.to(dtype).requires_grad_() for tensor in (x, weight, bias))
-        gradient = torch.autograd.grad(norm(at, of_weight, of_bias), (at, of_weight), g.to(dtype), create_graph=True)
-        return torch.autograd.grad(gradient, at, (v.to(dtype), torch.ones(8, dtype=dtype)))[0].double()
+        gradient = torch.autograd.grad(
+            norm(at, of_weight, of_bias), (at, of_weight), g.to(dtype), create_graph=True
+        )
+        return torch.autograd.grad(gradient, at, (v.to(dtype), torch.ones(8, dtype=dtype)))[
+            0
+        ].double()
 
     torchs = lambda *tensors: F.batch_norm(tensors[0], None, None, *tensors[1:], training=True)
     right = product(torchs, torch.float64)
-    errors = [float((product(norm, torch.float32) - right).norm()) for norm in (partial(_batch_norm, eps=1e-5), torchs)]
+    errors = [
+        float((product(norm, torch.float32) - right).norm())
+        for norm in (partial(_batch_norm, eps=1e-5), torchs)
+    ]
     assert errors[0] < 3 * errors[1]
 
 
@@ -149,21 +199,33 @@ def test_the_announcement_is_of_one_thread_and_ends() -> None:
     assert evaluation().derivatives == 0
 
 
-def test_an_exact_meta_gradient_uses_them_and_no_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exact_meta_gradient_uses_them_and_no_other_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     learner, used = Learner(build("conv_batch_norm")), []
     for kind in (Convolution, BatchNorm):
         forward = kind.forward
-        monkeypatch.setattr(kind, "forward", staticmethod(lambda *a, kind=kind, forward=forward: used.append(kind) or forward(*a)))
+        monkeypatch.setattr(
+            kind,
+            "forward",
+            staticmethod(lambda *a, kind=kind, forward=forward: used.append(kind) or forward(*a)),
+        )
     loss = lambda w, x, y: F.cross_entropy(learner(w, x), y)
     for curvature in ("none", "finite_difference"):
-        meta_gradient(loss, learner.params, make_episodes(tasks=1), inner_lr=0.1, steps=2, curvature=curvature)
+        meta_gradient(
+            loss, learner.params, make_episodes(tasks=1), inner_lr=0.1, steps=2, curvature=curvature
+        )
     assert not used
     meta_gradient(loss, learner.params, make_episodes(tasks=1), inner_lr=0.1, steps=2)
     assert used == 2 * [Convolution, BatchNorm]
 
 
 def test_under_torch_func_a_learner_has_torchs_layers() -> None:
-    learner, x, y = Learner(build("conv_batch_norm")), make_episodes().support_x[0], make_episodes().support_y[0]
+    learner, x, y = (
+        Learner(build("conv_batch_norm")),
+        make_episodes().support_x[0],
+        make_episodes().support_y[0],
+    )
     gradient = torch.func.grad(lambda w: F.cross_entropy(learner(w, x), y))(learner.params)
     assert gradient["0.weight"].norm() > 0
     assert isinstance(build("conv_batch_norm"), nn.Sequential)
@@ -180,13 +242,17 @@ def third_derivative(function: Callable[[Tensor], Tensor]) -> Tensor:
 def test_a_third_derivative_of_a_convolution_is_right() -> None:
     torch.manual_seed(0)
     weight = random(2, 3, 2, 2, needs_gradient=False)
-    ours = third_derivative(lambda x: Convolution.apply(x, weight, None, ((1, 1), (1, 1), (1, 1), 1)))
+    ours = third_derivative(
+        lambda x: Convolution.apply(x, weight, None, ((1, 1), (1, 1), (1, 1), 1))
+    )
     torch.testing.assert_close(ours, third_derivative(lambda x: F.conv2d(x, weight, padding=1)))
 
 
 def test_a_third_derivative_of_batch_norm_is_refused() -> None:
     with pytest.raises(RuntimeError, match="at most two derivatives of batch norm"):
-        third_derivative(lambda x: _batch_norm(x, torch.ones(3).double(), torch.zeros(3).double(), 1e-3))
+        third_derivative(
+            lambda x: _batch_norm(x, torch.ones(3).double(), torch.zeros(3).double(), 1e-3)
+        )
 
 
 def test_under_a_compiler_a_learner_has_torchs_layers() -> None:
@@ -204,7 +270,11 @@ def test_under_a_compiler_a_learner_has_torchs_layers() -> None:
     loss = lambda w, x, y: F.cross_entropy(compiled(w, x), y)
     found = meta_gradient(loss, compiled.params, make_episodes(tasks=1), inner_lr=0.1, steps=1).grad
     expected = meta_gradient(
-        lambda w, x, y: F.cross_entropy(learner(w, x), y), learner.params, make_episodes(tasks=1), inner_lr=0.1, steps=1
+        lambda w, x, y: F.cross_entropy(learner(w, x), y),
+        learner.params,
+        make_episodes(tasks=1),
+        inner_lr=0.1,
+        steps=1,
     ).grad
     for name, tensor in expected.items():
         torch.testing.assert_close(found[f"network.{name}"], tensor)

@@ -21,7 +21,14 @@ def to_one_pixel() -> nn.Module:
 
 def in_groups() -> nn.Module:
     return nn.Sequential(
-        *(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 8, 3, stride=2, groups=4), nn.SiLU(), nn.Flatten(), nn.Linear(72, WAYS)),
+        *(
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(4, 8, 3, stride=2, groups=4),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(72, WAYS),
+        ),
     )
 
 
@@ -40,7 +47,14 @@ def on_sequences() -> nn.Module:
 
 
 def of_single_pixels() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 4, 1, stride=(2, 3)), nn.SiLU(), nn.Conv2d(4, 4, 1), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 12, WAYS))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 1, stride=(2, 3)),
+        nn.SiLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 12, WAYS),
+    )
 
 
 class Nested(nn.Module):
@@ -63,7 +77,11 @@ class Viewing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.norm, self.head = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4 * 36, WAYS)
+        self.layer, self.norm, self.head = (
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Linear(4 * 36, WAYS),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.sigmoid(self.norm(self.layer(x)))
@@ -75,7 +93,11 @@ class Positional(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.of_places, self.norm, self.head = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Linear(128, WAYS)
+        self.of_places, self.norm, self.head = (
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.BatchNorm2d(2),
+            nn.Linear(128, WAYS),
+        )
         self.register_buffer("places", torch.rand(1, 1, 8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +123,16 @@ def integer_sizes() -> nn.Module:
 NETWORKS = {
     **{
         make.__name__: make
-        for make in (to_one_pixel, in_groups, of_single_pixels, on_sequences, Nested, Viewing, Positional, integer_sizes)
+        for make in (
+            to_one_pixel,
+            in_groups,
+            of_single_pixels,
+            on_sequences,
+            Nested,
+            Viewing,
+            Positional,
+            integer_sizes,
+        )
     },
     "frozen layer": frozen(Viewing, "layer"),
     "frozen weight": frozen(Viewing, "layer.weight"),
@@ -113,20 +144,35 @@ NETWORKS = {
 def episodes(shots: int) -> Episodes:
     """Of images with two channels; no shots stand for a support set of one image, of the last class: it says how many there are."""
     found = make_episodes(tasks=4, shots=max(shots, 1))
-    x, q = (torch.cat([tensor, 1 - tensor.square()], 2) for tensor in (found.support_x, found.query_x))
-    return Episodes(x[:, -1:], found.support_y[:, -1:], q, found.query_y) if shots == 0 else Episodes(x, found.support_y, q, found.query_y)
+    x, q = (
+        torch.cat([tensor, 1 - tensor.square()], 2) for tensor in (found.support_x, found.query_x)
+    )
+    return (
+        Episodes(x[:, -1:], found.support_y[:, -1:], q, found.query_y)
+        if shots == 0
+        else Episodes(x, found.support_y, q, found.query_y)
+    )
 
 
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML])
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize(
-    ("name", "shots"), [*((name, 2) for name in NETWORKS), *((name, 0) for name in NETWORKS if name != "on_sequences")]
+    ("name", "shots"),
+    [
+        *((name, 2) for name in NETWORKS),
+        *((name, 0) for name in NETWORKS if name != "on_sequences"),
+    ],
 )  # batch norm of a vector for each of one image is of one number
-def test_stacked_tasks_have_the_gradients_of_a_loop(name: str, shots: int, onednn: bool, algorithm: type[MAML]) -> None:
+def test_stacked_tasks_have_the_gradients_of_a_loop(
+    name: str, shots: int, onednn: bool, algorithm: type[MAML]
+) -> None:
     torch.manual_seed(0)
     network = NETWORKS[name]().double()
     with torch.backends.mkldnn.flags(enabled=onednn):
-        stacked, loop = (algorithm(network, 0.1, 2, tasks=tasks).meta_gradient(episodes(shots)) for tasks in ("vmap", "loop"))
+        stacked, loop = (
+            algorithm(network, 0.1, 2, tasks=tasks).meta_gradient(episodes(shots))
+            for tasks in ("vmap", "loop")
+        )
     assert relative_error(stacked, loop) < 1e-12
 
 

@@ -18,19 +18,25 @@ from helpers.networks import WAYS, build, make_episodes
 from lightning_maml import ANIL, MAML, AdaptedNetworks, Conv4, Episodes, MetaSGD, ResNet12
 
 
-def model_and_episodes(batch_norm: str = "batch", algorithm: type[MAML] = MAML, **arguments) -> tuple[MAML, Episodes]:
+def model_and_episodes(
+    batch_norm: str = "batch", algorithm: type[MAML] = MAML, **arguments
+) -> tuple[MAML, Episodes]:
     network = build("conv_batch_norm")
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 1.0)
-    model = algorithm(network, inner_lr=0.3, train_steps=1, test_steps=3, batch_norm=batch_norm, **arguments)
+    model = algorithm(
+        network, inner_lr=0.3, train_steps=1, test_steps=3, batch_norm=batch_norm, **arguments
+    )
     return model.double().eval(), make_episodes(tasks=4)
 
 
 @pytest.mark.parametrize("algorithm", [MAML, ANIL, MetaSGD])
 @pytest.mark.parametrize("batch_norm", ["batch", "support", "running"])
-def test_adapted_networks_give_what_evaluation_gives(batch_norm: str, algorithm: type[MAML]) -> None:
+def test_adapted_networks_give_what_evaluation_gives(
+    batch_norm: str, algorithm: type[MAML]
+) -> None:
     model, episodes = model_and_episodes(batch_norm, algorithm)
     expected = model.evaluate(episodes).aux[:, -1]
     networks = model.adapt(episodes.support_x, episodes.support_y)
@@ -39,14 +45,20 @@ def test_adapted_networks_give_what_evaluation_gives(batch_norm: str, algorithm:
     for task in range(4):
         network = model.adapt(episodes.support_x[task], episodes.support_y[task])
         assert type(network) is type(model.network)
-        torch.testing.assert_close(network(episodes.query_x[task]), expected[task], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(networks.network(task)(episodes.query_x[task]), expected[task], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            network(episodes.query_x[task]), expected[task], rtol=1e-10, atol=1e-12
+        )
+        torch.testing.assert_close(
+            networks.network(task)(episodes.query_x[task]), expected[task], rtol=1e-10, atol=1e-12
+        )
 
 
 def test_the_number_of_steps_is_free() -> None:
     model, episodes = model_and_episodes()
     for steps in (0, 1, 5):
-        expected = MAML(model.network, inner_lr=0.3, test_steps=steps).eval().evaluate(episodes).aux[:, -1]
+        expected = (
+            MAML(model.network, inner_lr=0.3, test_steps=steps).eval().evaluate(episodes).aux[:, -1]
+        )
         networks = model.adapt(episodes.support_x, episodes.support_y, steps=steps)
         torch.testing.assert_close(networks(episodes.query_x), expected, rtol=1e-10, atol=1e-12)
 
@@ -87,11 +99,15 @@ class Recurrent(nn.Module):
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("tasks", ["auto", "threads", "loop"])
-def test_networks_that_vmap_does_not_take_are_adapted_one_by_one(tasks: str, chunk_size: int | None) -> None:
+def test_networks_that_vmap_does_not_take_are_adapted_one_by_one(
+    tasks: str, chunk_size: int | None
+) -> None:
     torch.manual_seed(0)
     network, episodes = Recurrent().double(), make_episodes(tasks=3)
     model = MAML(network, inner_lr=0.3, test_steps=2, tasks=tasks, chunk_size=chunk_size)
-    expected = MAML(network, inner_lr=0.3, test_steps=2, tasks="loop").eval().evaluate(episodes).aux[:, -1]
+    expected = (
+        MAML(network, inner_lr=0.3, test_steps=2, tasks="loop").eval().evaluate(episodes).aux[:, -1]
+    )
     networks = model.adapt(episodes.support_x, episodes.support_y)
     torch.testing.assert_close(networks(episodes.query_x), expected, rtol=1e-10, atol=1e-12)
 
@@ -99,7 +115,9 @@ def test_networks_that_vmap_does_not_take_are_adapted_one_by_one(tasks: str, chu
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("tasks", ["auto", "threads", "loop"])
-def test_networks_that_draw_in_evaluation_are_adapted_one_by_one(tasks: str, chunk_size: int | None) -> None:
+def test_networks_that_draw_in_evaluation_are_adapted_one_by_one(
+    tasks: str, chunk_size: int | None
+) -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -109,7 +127,11 @@ def test_networks_that_draw_in_evaluation_are_adapted_one_by_one(tasks: str, chu
             return self.body(x + torch.randn_like(x))
 
     episodes = make_episodes(tasks=6)
-    networks = MAML(Noisy(), inner_lr=0.3, tasks=tasks, chunk_size=chunk_size).double().adapt(*episodes[:2])
+    networks = (
+        MAML(Noisy(), inner_lr=0.3, tasks=tasks, chunk_size=chunk_size)
+        .double()
+        .adapt(*episodes[:2])
+    )
     assert networks(episodes.query_x).shape == (*episodes.query_y.shape, WAYS)
 
 
@@ -128,7 +150,10 @@ def test_others_may_draw_while_many_tasks_are_adapted_to() -> None:
             return self.body(x)
 
     episodes = make_episodes(tasks=400)
-    assert MAML(Drawn(), inner_lr=0.3).double().adapt(*episodes[:2])(episodes.query_x).shape == (*episodes.query_y.shape, WAYS)
+    assert MAML(Drawn(), inner_lr=0.3).double().adapt(*episodes[:2])(episodes.query_x).shape == (
+        *episodes.query_y.shape,
+        WAYS,
+    )
 
 
 class Watched(nn.Module):
@@ -148,7 +173,10 @@ class Watched(nn.Module):
 @pytest.mark.usefixtures("two_threads")
 def test_many_tasks_are_adapted_in_stacks_one_per_core() -> None:
     torch.manual_seed(0)
-    model, episodes = MAML(Watched(), inner_lr=0.3, test_steps=2).double().eval(), make_episodes(tasks=400)
+    model, episodes = (
+        MAML(Watched(), inner_lr=0.3, test_steps=2).double().eval(),
+        make_episodes(tasks=400),
+    )
     expected = model.evaluate(episodes).aux[:, -1]
     Watched.threads.clear()
     networks = model.adapt(episodes.support_x, episodes.support_y)
@@ -161,8 +189,15 @@ def test_many_tasks_are_adapted_in_stacks_one_per_core() -> None:
 def test_queries_of_other_tasks_than_were_adapted_to_are_refused(tasks: str) -> None:
     model, episodes = model_and_episodes(tasks=tasks)
     networks = model.adapt(episodes.support_x, episodes.support_y)
-    for wrong in (episodes.query_x[:3], episodes.query_x.repeat(2, 1, 1, 1, 1), episodes.query_x[0]):
-        with pytest.raises(ValueError, match=r"Expected queries \[T, Q, ...\] of the 4 tasks that were adapted to but got shape"):
+    for wrong in (
+        episodes.query_x[:3],
+        episodes.query_x.repeat(2, 1, 1, 1, 1),
+        episodes.query_x[0],
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"Expected queries \[T, Q, ...\] of the 4 tasks that were adapted to but got shape",
+        ):
             networks(wrong)
 
 
@@ -185,7 +220,12 @@ class TwoOutputs(nn.Module):
 
 @pytest.mark.parametrize("tasks", ["auto", "loop"])
 def test_networks_with_several_outputs(tasks: str) -> None:
-    model = MAML(TwoOutputs(), inner_lr=0.1, loss=lambda outputs, y: F.gaussian_nll_loss(outputs[0], y, outputs[1]), tasks=tasks)
+    model = MAML(
+        TwoOutputs(),
+        inner_lr=0.1,
+        loss=lambda outputs, y: F.gaussian_nll_loss(outputs[0], y, outputs[1]),
+        tasks=tasks,
+    )
     x, y = torch.randn(3, 5, 2), torch.randn(3, 5, 1)
     mean, scale = model.adapt(x, y)(x)
     expected = model.eval().evaluate(Episodes(x, y, x, y)).aux
@@ -195,9 +235,13 @@ def test_networks_with_several_outputs(tasks: str) -> None:
 def test_regression_tasks_are_adapted_together() -> None:
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
     model = MAML(network, inner_lr=0.1, test_steps=2, loss=F.mse_loss)
-    episodes = Episodes(torch.randn(3, 5, 2), torch.randn(3, 5, 1), torch.randn(3, 7, 2), torch.randn(3, 7, 1))
+    episodes = Episodes(
+        torch.randn(3, 5, 2), torch.randn(3, 5, 1), torch.randn(3, 7, 2), torch.randn(3, 7, 1)
+    )
     networks = model.adapt(episodes.support_x, episodes.support_y)
-    torch.testing.assert_close(networks(episodes.query_x), model.eval().evaluate(episodes).aux[:, -1])
+    torch.testing.assert_close(
+        networks(episodes.query_x), model.eval().evaluate(episodes).aux[:, -1]
+    )
 
 
 def test_networks_adapted_in_inference_mode_are_ordinary_ones() -> None:
@@ -239,12 +283,20 @@ class Branching(nn.Module):
 
 
 def test_statistics_are_kept_of_the_layers_that_are_called_once() -> None:
-    episodes = Episodes(*(tensor.flatten(2)[..., :4] if tensor.ndim > 2 else tensor for tensor in make_episodes()))
+    episodes = Episodes(
+        *(tensor.flatten(2)[..., :4] if tensor.ndim > 2 else tensor for tensor in make_episodes())
+    )
     model = MAML(Branching(twice=False).double(), inner_lr=0.3, batch_norm="support").eval()
     networks = model.adapt(episodes.support_x, episodes.support_y)
-    torch.testing.assert_close(networks(episodes.query_x), model.evaluate(episodes).aux[:, -1], rtol=1e-10, atol=1e-12)
-    with pytest.raises(ValueError, match="each batch norm to be called once but 'norm' is called again"):
-        MAML(Branching(twice=True).double(), batch_norm="support").adapt(episodes.support_x, episodes.support_y)
+    torch.testing.assert_close(
+        networks(episodes.query_x), model.evaluate(episodes).aux[:, -1], rtol=1e-10, atol=1e-12
+    )
+    with pytest.raises(
+        ValueError, match="each batch norm to be called once but 'norm' is called again"
+    ):
+        MAML(Branching(twice=True).double(), batch_norm="support").adapt(
+            episodes.support_x, episodes.support_y
+        )
 
 
 def test_a_network_that_vmap_cannot_take_is_adapted_to_one_task() -> None:
@@ -261,14 +313,24 @@ def test_a_network_that_vmap_cannot_take_is_adapted_to_one_task() -> None:
     network = model.adapt(episodes.support_x[0], episodes.support_y[0])
     torch.testing.assert_close(network(episodes.query_x[0]), expected[0], rtol=1e-10, atol=1e-12)
     networks = model.adapt(episodes.support_x, episodes.support_y)
-    torch.testing.assert_close(networks.network(2)(episodes.query_x[2]), expected[2], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        networks.network(2)(episodes.query_x[2]), expected[2], rtol=1e-10, atol=1e-12
+    )
 
 
 def test_labels_that_do_not_fit_are_refused() -> None:
     model, episodes = model_and_episodes()
-    with pytest.raises(ValueError, match=f"Expected labels from 0 to {WAYS - 1}, the outputs of `network`, but got 0 to {WAYS}"):
-        model.adapt(episodes.support_x[0], torch.where(episodes.support_y[0] == WAYS - 1, WAYS, episodes.support_y[0]))
-    with pytest.raises(ValueError, match="Expected `support_x` and `support_y` to hold the same number of examples"):
+    with pytest.raises(
+        ValueError,
+        match=f"Expected labels from 0 to {WAYS - 1}, the outputs of `network`, but got 0 to {WAYS}",
+    ):
+        model.adapt(
+            episodes.support_x[0],
+            torch.where(episodes.support_y[0] == WAYS - 1, WAYS, episodes.support_y[0]),
+        )
+    with pytest.raises(
+        ValueError, match="Expected `support_x` and `support_y` to hold the same number of examples"
+    ):
         model.adapt(episodes.support_x[0], episodes.support_y[0, :-1])
 
 
@@ -278,9 +340,14 @@ def test_adapted_networks_are_exported_and_run_without_this_package(tmp_path: Pa
         model, episodes = model_and_episodes(batch_norm)
         network = model.adapt(episodes.support_x[0], episodes.support_y[0])
         queries = {"x": {0: torch.export.Dim("queries", min=2)}}
-        program = torch.export.export(network, (episodes.query_x[0],), dynamic_shapes=(queries["x"],))
+        program = torch.export.export(
+            network, (episodes.query_x[0],), dynamic_shapes=(queries["x"],)
+        )
         torch.export.save(program, tmp_path / f"{batch_norm}.pt2")
-        torch.save({"x": episodes.query_x[0, :5], "expected": network(episodes.query_x[0, :5])}, tmp_path / f"{batch_norm}.pt")
+        torch.save(
+            {"x": episodes.query_x[0, :5], "expected": network(episodes.query_x[0, :5])},
+            tmp_path / f"{batch_norm}.pt",
+        )
     script = f"""
 import sys, torch
 for batch_norm in {policies}:
@@ -306,10 +373,22 @@ def test_adapted_networks_are_saved_like_any_module(tmp_path: Path) -> None:
 @pytest.mark.parametrize("many", [True, False])
 def test_adaptation_to_images_of_several_channels(tasks: str, many: bool) -> None:
     torch.manual_seed(0)
-    model = MAML(Conv4(3, 2, 16, channels=4, downsample="max"), inner_lr=0.1, test_steps=2, tasks=tasks)
-    x, y, queries = torch.rand(3, 4, 3, 16, 16), torch.arange(2).repeat(3, 2), torch.rand(3, 5, 3, 16, 16)
-    outputs = model.adapt(x, y)(queries) if many else torch.stack([model.adapt(x[t], y[t])(queries[t]) for t in range(3)])
-    expected = model.evaluate(Episodes(x, y, queries, torch.arange(2).repeat(3, 3)[:, :5])).aux[:, -1]
+    model = MAML(
+        Conv4(3, 2, 16, channels=4, downsample="max"), inner_lr=0.1, test_steps=2, tasks=tasks
+    )
+    x, y, queries = (
+        torch.rand(3, 4, 3, 16, 16),
+        torch.arange(2).repeat(3, 2),
+        torch.rand(3, 5, 3, 16, 16),
+    )
+    outputs = (
+        model.adapt(x, y)(queries)
+        if many
+        else torch.stack([model.adapt(x[t], y[t])(queries[t]) for t in range(3)])
+    )
+    expected = model.evaluate(Episodes(x, y, queries, torch.arange(2).repeat(3, 3)[:, :5])).aux[
+        :, -1
+    ]
     torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -322,15 +401,21 @@ def test_networks_that_vmap_cannot_take_are_not_stacked_by_auto() -> None:
 
 def test_adapting_needs_no_second_derivative() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Hardsigmoid(), nn.Linear(6, WAYS)).double()
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 6), nn.Hardsigmoid(), nn.Linear(6, WAYS)
+    ).double()
     model, episodes = MAML(network, inner_lr=0.3), make_episodes(tasks=4)
     together = model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)
     w = {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
     for task in range(4):
-        loss = F.cross_entropy(functional_call(network, w, (episodes.support_x[task],)), episodes.support_y[task])
+        loss = F.cross_entropy(
+            functional_call(network, w, (episodes.support_x[task],)), episodes.support_y[task]
+        )
         gradient = torch.autograd.grad(loss, [*w.values()])
         adapted = {name: p - 0.3 * g for (name, p), g in zip(w.items(), gradient, strict=True)}
-        torch.testing.assert_close(together[task], functional_call(network, adapted, (episodes.query_x[task],)))
+        torch.testing.assert_close(
+            together[task], functional_call(network, adapted, (episodes.query_x[task],))
+        )
     with pytest.raises(ValueError, match="FOMAML or HFMAML"):
         model.meta_gradient(episodes)
 
@@ -352,8 +437,13 @@ class Normed(nn.Module):
 def test_networks_with_hooks_on_tensors_are_adapted_one_by_one() -> None:
     torch.manual_seed(0)
     network, episodes = Normed().double(), make_episodes(tasks=4)
-    together = MAML(network, inner_lr=0.3).adapt(episodes.support_x, episodes.support_y)(episodes.query_x)
-    alone = [MAML(network, inner_lr=0.3).adapt(x, y)(query) for x, y, query, _ in zip(*episodes, strict=True)]
+    together = MAML(network, inner_lr=0.3).adapt(episodes.support_x, episodes.support_y)(
+        episodes.query_x
+    )
+    alone = [
+        MAML(network, inner_lr=0.3).adapt(x, y)(query)
+        for x, y, query, _ in zip(*episodes, strict=True)
+    ]
     torch.testing.assert_close(together, torch.stack(alone))
     with pytest.raises(ValueError, match="hooks on tensors"):
         MAML(network, inner_lr=0.3, tasks="vmap").adapt(episodes.support_x, episodes.support_y)
@@ -401,7 +491,9 @@ def normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_networks_that_keep_tensors_with_a_graph_are_copied_without_it(make: Callable[[], nn.Module]) -> None:
+def test_networks_that_keep_tensors_with_a_graph_are_copied_without_it(
+    make: Callable[[], nn.Module],
+) -> None:
     torch.manual_seed(0)
     network, episodes = make().double(), make_episodes(tasks=2)
     network(episodes.support_x[0])  # leaves tensors with a graph in the network
@@ -411,7 +503,9 @@ def test_networks_that_keep_tensors_with_a_graph_are_copied_without_it(make: Cal
     expected = model.evaluate(episodes).aux[:, -1]
     networks = model.adapt(episodes.support_x, episodes.support_y)
     torch.testing.assert_close(networks(episodes.query_x), expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(networks.network(0)(episodes.query_x[0]), expected[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        networks.network(0)(episodes.query_x[0]), expected[0], rtol=1e-10, atol=1e-12
+    )
     one = model.adapt(episodes.support_x[1], episodes.support_y[1])
     torch.testing.assert_close(one(episodes.query_x[1]), expected[1], rtol=1e-10, atol=1e-12)
 
@@ -419,8 +513,18 @@ def test_networks_that_keep_tensors_with_a_graph_are_copied_without_it(make: Cal
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 def test_a_network_of_torchscript_trains_and_adapts_as_the_one_it_was_made_of() -> None:
     network, episodes = build("mlp"), make_episodes()
-    expected, model = (MAML(each, inner_lr=0.3, train_steps=2) for each in (network, torch.jit.script(build("mlp"))))
+    expected, model = (
+        MAML(each, inner_lr=0.3, train_steps=2)
+        for each in (network, torch.jit.script(build("mlp")))
+    )
     for name, gradient in expected.meta_gradient(episodes).items():
-        torch.testing.assert_close(model.meta_gradient(episodes)[name], gradient, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            model.meta_gradient(episodes)[name], gradient, rtol=1e-10, atol=1e-12
+        )
     given = expected.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)
-    torch.testing.assert_close(model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x), given, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x),
+        given,
+        rtol=1e-10,
+        atol=1e-12,
+    )

@@ -40,10 +40,14 @@ class Attending(nn.Module):
 
 def network_with(layer: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), layer, nn.Tanh(), nn.Linear(6, WAYS)).double()
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 6), layer, nn.Tanh(), nn.Linear(6, WAYS)
+    ).double()
 
 
-def runs(algorithm: Callable[..., MAML], network: nn.Module, batch_norm: str, *, training: bool = True) -> None:
+def runs(
+    algorithm: Callable[..., MAML], network: nn.Module, batch_norm: str, *, training: bool = True
+) -> None:
     model = algorithm(network, batch_norm=batch_norm).train(training)
     if training:
         model.meta_loss(make_episodes())
@@ -54,8 +58,13 @@ def runs(algorithm: Callable[..., MAML], network: nn.Module, batch_norm: str, *,
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML, ANIL, ProtoNet])
 @pytest.mark.parametrize("batch_norm", ["support", "running"])
-def test_every_algorithm_refuses_normalisation_by_the_batch(algorithm: Callable[..., MAML], batch_norm: str, training: bool) -> None:
-    with pytest.raises(ValueError, match=f"do not depend on the other queries, as `batch_norm='{batch_norm}'` promises"):
+def test_every_algorithm_refuses_normalisation_by_the_batch(
+    algorithm: Callable[..., MAML], batch_norm: str, training: bool
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=f"do not depend on the other queries, as `batch_norm='{batch_norm}'` promises",
+    ):
         runs(algorithm, network_with(Functional(always=True)), batch_norm, training=training)
 
 
@@ -80,13 +89,21 @@ def test_a_last_layer_of_zeros_does_not_hide_it() -> None:
 
 
 @pytest.mark.parametrize("batch_norm", ["batch", "support"])
-def test_running_averages_of_batch_norm_as_a_function_are_refused_where_the_policy_uses_none(batch_norm: str) -> None:
-    with pytest.raises(ValueError, match=rf"follows `batch_norm='{batch_norm}'` but in evaluation mode the network calls"):
+def test_running_averages_of_batch_norm_as_a_function_are_refused_where_the_policy_uses_none(
+    batch_norm: str,
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"follows `batch_norm='{batch_norm}'` but in evaluation mode the network calls",
+    ):
         runs(MAML, network_with(Functional(always=False)), batch_norm)
 
 
 def test_batch_norm_as_a_function_with_running_averages_is_what_running_says() -> None:
-    network, layers = network_with(Functional(always=False)), network_with(nn.BatchNorm1d(6, affine=False))
+    network, layers = (
+        network_with(Functional(always=False)),
+        network_with(nn.BatchNorm1d(6, affine=False)),
+    )
     models = [MAML(each, 0.3, 2, batch_norm="running") for each in (network, layers)]
     for seed in range(2):
         for model in models:
@@ -97,8 +114,13 @@ def test_batch_norm_as_a_function_with_running_averages_is_what_running_says() -
 
 
 def test_batch_norm_as_a_function_over_the_batch_is_what_batch_says() -> None:
-    network, layers = network_with(Functional(always=True)), network_with(nn.BatchNorm1d(6, affine=False))
-    one, two = (MAML(each, 0.3, 2).eval().evaluate(make_episodes()).aux for each in (network, layers))
+    network, layers = (
+        network_with(Functional(always=True)),
+        network_with(nn.BatchNorm1d(6, affine=False)),
+    )
+    one, two = (
+        MAML(each, 0.3, 2).eval().evaluate(make_episodes()).aux for each in (network, layers)
+    )
     torch.testing.assert_close(one, two)
 
 
@@ -106,7 +128,9 @@ GOVERNED: dict[str, Callable[[], nn.Module]] = {
     "batch norm": lambda: nn.BatchNorm1d(6),
     "batch norm and dropout": lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5)),
     "layer norm": lambda: nn.LayerNorm(6),
-    "instance norm": lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()),
+    "instance norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()
+    ),
     "group norm": lambda: nn.GroupNorm(2, 6),
     "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
 }

@@ -53,7 +53,9 @@ class Teacher(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             with torch.no_grad():
-                for average, p in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                for average, p in zip(
+                    self.teacher.parameters(), self.student.parameters(), strict=True
+                ):
                     average.lerp_(2 * p, 0.1)
         return self.student(x) + self.teacher(x)
 
@@ -88,7 +90,9 @@ class Codebook(nn.Module):
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
     "old spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
-    "instance norm": lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()),
+    "instance norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()
+    ),
     "own norm": OwnNorm,
     "own norm, replaced": partial(OwnNorm, replaces=True),
     "teacher": Teacher,
@@ -100,7 +104,9 @@ LAYERS_OF_TORCH = ("spectral_norm", "instance norm")
 
 def network_with(layer: str) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4), LAYERS[layer](), nn.Tanh(), nn.Linear(4, WAYS)).double()
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 4), LAYERS[layer](), nn.Tanh(), nn.Linear(4, WAYS)
+    ).double()
 
 
 def all_inputs(episodes: Episodes) -> Tensor:
@@ -108,7 +114,9 @@ def all_inputs(episodes: Episodes) -> Tensor:
 
 
 def state(network: nn.Module) -> tuple[dict[str, Tensor], list[int]]:
-    return network.state_dict(), [module.calls for module in network.modules() if isinstance(module, Counter)]
+    return network.state_dict(), [
+        module.calls for module in network.modules() if isinstance(module, Counter)
+    ]
 
 
 @pytest.mark.parametrize("tasks", ["loop", "threads"])
@@ -154,7 +162,11 @@ def test_every_evaluation_starts_from_the_buffers_as_they_are(layer: str, tasks:
         fresh = network_with(layer)
         return F.cross_entropy(functional_call(fresh, params, (x,)), y)
 
-    w = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters() if p.requires_grad}
+    w = {
+        name: p.detach().clone().requires_grad_()
+        for name, p in network.named_parameters()
+        if p.requires_grad
+    }
     expected = torch.autograd.grad(unrolled(loss, w, episodes, RATE, STEPS), [*w.values()])
     actual = MAML(network, RATE, STEPS, tasks=tasks).meta_gradient(episodes)
     assert relative_error(actual, dict(zip(w, expected, strict=True))) < 1e-12
@@ -167,7 +179,9 @@ def test_spectral_norms_stay_one_in_training(tmp_path: Path) -> None:
     trainer(tmp_path, max_epochs=30, precision="64-true").fit(model, batches)
     original = network[2].parametrizations.weight.original.detach()
     assert abs(float(torch.linalg.matrix_norm(original, 2)) - 1) > 0.3
-    assert float(torch.linalg.matrix_norm(network.eval()[2].weight.detach(), 2)) == pytest.approx(1, abs=0.1)
+    assert float(torch.linalg.matrix_norm(network.eval()[2].weight.detach(), 2)) == pytest.approx(
+        1, abs=0.1
+    )
 
 
 @pytest.mark.parametrize(("batch_norm", "calls"), [("batch", 0), ("support", 0), ("running", 2)])
@@ -190,7 +204,11 @@ def test_running_averages_that_the_policy_does_not_use_are_not_moved(batch_norm:
     network.double()
     before = copy.deepcopy(network.state_dict())
     MAML(network, RATE, batch_norm=batch_norm).meta_loss(make_episodes())
-    moved = [name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])]
+    moved = [
+        name
+        for name, tensor in network.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    ]
     assert moved
     assert not any("running" in name or "tracked" in name for name in moved)
 
@@ -210,7 +228,9 @@ def test_a_network_for_a_fixed_number_of_examples_sees_one_set_after_the_other()
     with torch.no_grad():
         for x in (*episodes.support_x, *episodes.query_x):
             reference(x)
-    torch.testing.assert_close(network.inside[2].mean, reference.inside[2].mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        network.inside[2].mean, reference.inside[2].mean, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_a_forward_pass_that_writes_to_trained_parameters_is_refused() -> None:
@@ -225,7 +245,9 @@ def test_a_forward_pass_that_writes_to_trained_parameters_is_refused() -> None:
 
     network = nn.Sequential(nn.Flatten(), FirstBatch(64, WAYS)).double()
     before = network[1].bias.detach().clone()
-    with pytest.raises(ValueError, match=r"writes to \['1.bias'\]; run the network once before the model is made"):
+    with pytest.raises(
+        ValueError, match=r"writes to \['1.bias'\]; run the network once before the model is made"
+    ):
         MAML(network, RATE).meta_loss(make_episodes())
     assert torch.equal(network[1].bias, before)
     network(make_episodes().support_x[0])
@@ -255,7 +277,9 @@ class Means(Callback):
         self.means: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, module: MAML) -> None:
-        module.network.register_forward_pre_hook(lambda network, _: self.means.append(network[2].mean.clone()))
+        module.network.register_forward_pre_hook(
+            lambda network, _: self.means.append(network[2].mean.clone())
+        )
 
     def on_train_end(self, trainer: Trainer, module: MAML) -> None:
         torch.save(self.means, Path(trainer.default_root_dir) / f"rank_{trainer.global_rank}.pt")
@@ -308,7 +332,9 @@ def remembering(place: str) -> nn.Module:
 
 @pytest.mark.parametrize("tasks", ["auto", "loop", "threads", "vmap"])
 @pytest.mark.parametrize("place", ["attribute", "dict", "list", "late"])
-def test_what_a_network_keeps_of_its_parameters_is_of_no_other_parameters(place: str, tasks: str) -> None:
+def test_what_a_network_keeps_of_its_parameters_is_of_no_other_parameters(
+    place: str, tasks: str
+) -> None:
     network, episodes = remembering(place), make_episodes(tasks=4)
     model = MAML(network, RATE, STEPS, tasks=tasks).eval()
     plain = remembering("nowhere")
@@ -316,13 +342,23 @@ def test_what_a_network_keeps_of_its_parameters_is_of_no_other_parameters(place:
     for support_x, support_y, query_x, _ in zip(*episodes, strict=True):
         w = dict(plain.named_parameters())
         for _ in range(STEPS):
-            gradient = torch.autograd.grad(F.cross_entropy(functional_call(plain, w, (support_x,)), support_y), [*w.values()])
+            gradient = torch.autograd.grad(
+                F.cross_entropy(functional_call(plain, w, (support_x,)), support_y), [*w.values()]
+            )
             w = {name: p - RATE * g for (name, p), g in zip(w.items(), gradient, strict=True)}
         right.append(functional_call(plain, w, (query_x,)))
-    torch.testing.assert_close(model.evaluate(episodes).aux[:, -1], torch.stack(right), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        model.evaluate(episodes).aux[:, -1], torch.stack(right), rtol=1e-10, atol=1e-12
+    )
     adapted = model.adapt(episodes.support_x, episodes.support_y)
     for _ in range(2):
-        torch.testing.assert_close(adapted(episodes.query_x), torch.stack(right), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(adapted.network(1)(episodes.query_x[1]), right[1], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            adapted(episodes.query_x), torch.stack(right), rtol=1e-10, atol=1e-12
+        )
+    torch.testing.assert_close(
+        adapted.network(1)(episodes.query_x[1]), right[1], rtol=1e-10, atol=1e-12
+    )
     layer = network[2]
-    assert (layer.kept, layer.box, layer.rows, hasattr(layer, "late")) == (None, {}, [], False), "the network itself keeps nothing"
+    assert (layer.kept, layer.box, layer.rows, hasattr(layer, "late")) == (None, {}, [], False), (
+        "the network itself keeps nothing"
+    )

@@ -35,7 +35,9 @@ def points(tasks: int = 4) -> Episodes:
     return Episodes(x[0], labels, x[1], labels)
 
 
-def unrolled(network: nn.Module, loss: Any = F.cross_entropy, names: list[str] | None = None) -> Params:
+def unrolled(
+    network: nn.Module, loss: Any = F.cross_entropy, names: list[str] | None = None
+) -> Params:
     """Return the gradient by autograd through the unrolled loop, on a network that plain torch can call with other parameters."""
     start = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
     values = []
@@ -47,7 +49,9 @@ def unrolled(network: nn.Module, loss: Any = F.cross_entropy, names: list[str] |
             gradient = torch.autograd.grad(value, [w[name] for name in at], create_graph=True)
             w = w | {name: w[name] - RATE * g for name, g in zip(at, gradient, strict=True)}
         values.append(loss(functional_call(network, w, (query_x,)), query_y))
-    return dict(zip(start, torch.autograd.grad(torch.stack(values).mean(), [*start.values()]), strict=True))
+    return dict(
+        zip(start, torch.autograd.grad(torch.stack(values).mean(), [*start.values()]), strict=True)
+    )
 
 
 def seeded(network: type[nn.Module], *arguments: Any) -> Any:
@@ -111,7 +115,9 @@ def test_functions_in_attributes_refer_to_the_network_that_runs() -> None:
     model = MAML(seeded(Encoding), RATE, STEPS)
     model.meta_loss(points()).backward()
     adapted = model.adapt(points().support_x[0], points().support_y[0])
-    torch.testing.assert_close(adapted(points().query_x[0]), adapted(points().query_x[0]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        adapted(points().query_x[0]), adapted(points().query_x[0]), rtol=0, atol=0
+    )
 
 
 def test_views_of_parameters_are_refused() -> None:
@@ -129,8 +135,15 @@ def test_views_of_parameters_are_refused() -> None:
 
     network = seeded(Plain)
     flat = network.head.weight.view(-1)
-    with pytest.raises(ValueError, match=r"reads the network's parameters \['head.weight'\] from outside"):
-        MAML(network, RATE, STEPS, loss=lambda outputs, y: F.cross_entropy(outputs, y) + flat.square().sum()).meta_loss(points())
+    with pytest.raises(
+        ValueError, match=r"reads the network's parameters \['head.weight'\] from outside"
+    ):
+        MAML(
+            network,
+            RATE,
+            STEPS,
+            loss=lambda outputs, y: F.cross_entropy(outputs, y) + flat.square().sum(),
+        ).meta_loss(points())
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -148,7 +161,9 @@ def test_state_in_plain_tensors_is_refused_and_activations_are_not(in_place: boo
                 self.seen = 0.9 * self.seen + 0.1 * hidden.mean(0).detach()
             return self.head(hidden)
 
-    with pytest.raises(ValueError, match="has the attribute 'seen', a plain tensor, for it; make it a buffer"):
+    with pytest.raises(
+        ValueError, match="has the attribute 'seen', a plain tensor, for it; make it a buffer"
+    ):
         MAML(seeded(Averaging), RATE, STEPS, tasks="loop").meta_loss(points())
 
     class Keeping(Plain):
@@ -165,7 +180,9 @@ def test_losses_that_draw_run_in_a_loop(draw: Any) -> None:
     def loss(outputs: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(outputs * (0.2 + draw()), y)
 
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 84 * 84, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 84 * 84, 4), nn.Tanh(), nn.Linear(4, 2)
+    ).double()
     images, labels = torch.rand(8, 4, 3, 84, 84, dtype=torch.float64), torch.arange(2).repeat(8, 2)
     episodes = Episodes(images, labels, images, labels)
 
@@ -180,8 +197,15 @@ def test_losses_that_draw_run_in_a_loop(draw: Any) -> None:
 
 def test_a_loss_with_a_generator_of_its_own_is_refused() -> None:
     generator = np.random.default_rng(0)
-    model = MAML(seeded(Plain), RATE, STEPS, loss=lambda outputs, y: F.cross_entropy(outputs * generator.random(), y))
-    with pytest.raises(ValueError, match="Expected a loss that returns the same for the same inputs"):
+    model = MAML(
+        seeded(Plain),
+        RATE,
+        STEPS,
+        loss=lambda outputs, y: F.cross_entropy(outputs * generator.random(), y),
+    )
+    with pytest.raises(
+        ValueError, match="Expected a loss that returns the same for the same inputs"
+    ):
         model.meta_loss(points())
 
 
@@ -236,12 +260,15 @@ def test_support_statistics_need_outputs_with_the_examples_in_front() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, WAYS)
-            self.codes = nn.Parameter(torch.ones(4 * WAYS, 2))  # as many as support and query examples together
+            # as many as support and query examples together
+            self.codes = nn.Parameter(torch.ones(4 * WAYS, 2))
 
         def forward(self, x: Tensor) -> Several:
             return Several(self.head(self.norm(x)), 2 * self.codes)
 
-    with pytest.raises(ValueError, match="outputs with the examples in front for `batch_norm='support'`"):
+    with pytest.raises(
+        ValueError, match="outputs with the examples in front for `batch_norm='support'`"
+    ):
         MAML(WithCodes().double(), RATE, STEPS, batch_norm="support").meta_loss(points())
 
 
@@ -271,7 +298,10 @@ def test_features_that_depend_on_the_head_are_not_computed_once() -> None:
 
     network = seeded(Scaled)
     expected = unrolled(network, names=["head.weight", "head.bias"])
-    assert relative_error(ANIL(network, RATE, STEPS, head="head").meta_gradient(points()), expected) < 1e-10
+    assert (
+        relative_error(ANIL(network, RATE, STEPS, head="head").meta_gradient(points()), expected)
+        < 1e-10
+    )
 
 
 def test_dropout_in_the_loss_is_active_for_a_network_that_is_trained_in_evaluation_mode() -> None:
@@ -297,7 +327,9 @@ def test_adapted_networks_do_not_depend_on_dropout_in_the_loss() -> None:
             return F.cross_entropy(self.dropout(outputs), y)
 
     model = MAML(seeded(Plain), RATE, STEPS, loss=Dropping())
-    adapted = [model.adapt(points().support_x[0], points().support_y[0]).state_dict() for _ in range(2)]
+    adapted = [
+        model.adapt(points().support_x[0], points().support_y[0]).state_dict() for _ in range(2)
+    ]
     torch.testing.assert_close(adapted[0], adapted[1], rtol=0, atol=0)
     assert model.loss.training
 
@@ -326,7 +358,9 @@ def test_a_loss_that_expands_targets_itself_means_it() -> None:
     network = nn.Linear(8, 3).double()
     MAML(network, RATE, STEPS, loss=quantile_loss).meta_loss(targets).backward()
     with pytest.raises(ValueError, match=r"let it say so, y\.expand_as"):
-        MAML(network, RATE, STEPS, loss=lambda outputs, y: (outputs - y).square().mean()).meta_loss(targets)
+        MAML(network, RATE, STEPS, loss=lambda outputs, y: (outputs - y).square().mean()).meta_loss(
+            targets
+        )
 
 
 def test_a_loss_may_multiply_by_a_sparse_matrix() -> None:
@@ -359,7 +393,9 @@ def test_a_network_that_writes_to_its_inputs_is_refused_before_it_does() -> None
 
 
 def test_learned_rates_need_a_step() -> None:
-    with pytest.raises(ValueError, match="`train_steps` to be at least 1 to train learned inner rates"):
+    with pytest.raises(
+        ValueError, match="`train_steps` to be at least 1 to train learned inner rates"
+    ):
         MAML(seeded(Plain), RATE, 0, inner_rates="per_layer").meta_loss(points())
 
 
@@ -380,12 +416,20 @@ def of_two_sizes() -> Episodes:
 
 def test_support_and_query_inputs_of_two_sizes() -> None:
     writes = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
-    for norm, policy in ((nn.BatchNorm2d(4), "batch"), (nn.BatchNorm2d(4), "running"), (writes, "batch")):
-        MAML(OfAnySize(norm).double(), RATE, STEPS, batch_norm=policy).meta_loss(of_two_sizes()).backward()
+    for norm, policy in (
+        (nn.BatchNorm2d(4), "batch"),
+        (nn.BatchNorm2d(4), "running"),
+        (writes, "batch"),
+    ):
+        MAML(OfAnySize(norm).double(), RATE, STEPS, batch_norm=policy).meta_loss(
+            of_two_sizes()
+        ).backward()
     assert writes.running_mean.any()
     for policy in ("support", "per_step"):
         with pytest.raises(ValueError, match=f"of one size for `batch_norm='{policy}'`"):
-            MAML(OfAnySize(nn.BatchNorm2d(4)).double(), RATE, STEPS, batch_norm=policy).meta_loss(of_two_sizes())
+            MAML(OfAnySize(nn.BatchNorm2d(4)).double(), RATE, STEPS, batch_norm=policy).meta_loss(
+                of_two_sizes()
+            )
 
 
 def test_batch_norm_with_a_forward_of_its_own_keeps_its_averages_in_training() -> None:
@@ -405,11 +449,19 @@ def test_batch_norm_with_a_forward_of_its_own_keeps_its_averages_in_training() -
     own = OfAnySize(Own(4)).double()
     torch.manual_seed(0)
     plain = OfAnySize(nn.BatchNorm2d(4, affine=False)).double()
-    with pytest.raises(ValueError, match=r"`batch_norm='batch'` has it, but \['norm'\] need theirs; use `batch_norm='running'`"):
+    with pytest.raises(
+        ValueError,
+        match=r"`batch_norm='batch'` has it, but \['norm'\] need theirs; use `batch_norm='running'`",
+    ):
         MAML(own, RATE, STEPS).meta_loss(Episodes(x, labels, x, labels))
-    with pytest.raises(ValueError, match=r"`batch_norm='batch'` has it, but \['norm'\] need theirs; use `batch_norm='running'`"):
+    with pytest.raises(
+        ValueError,
+        match=r"`batch_norm='batch'` has it, but \['norm'\] need theirs; use `batch_norm='running'`",
+    ):
         MAML(own, RATE, STEPS).meta_loss(Episodes(x, labels, x, labels))
-    models = [MAML(network, RATE, STEPS, batch_norm="running", tasks="loop") for network in (own, plain)]
+    models = [
+        MAML(network, RATE, STEPS, batch_norm="running", tasks="loop") for network in (own, plain)
+    ]
     gradients = [model.meta_gradient(Episodes(x, labels, x, labels)) for model in models]
     assert relative_error({name: gradients[0][name] for name in gradients[1]}, gradients[1]) < 1e-10
 
@@ -421,7 +473,9 @@ def test_a_network_of_one_dict_is_told_how_it_is_called() -> None:
 
     found = points()
     given = found._replace(support_x={"points": found.support_x}, query_x={"points": found.query_x})
-    with pytest.raises(ValueError, match=r"takes its inputs as network\(\*\*x\) with 'points' but it does not"):
+    with pytest.raises(
+        ValueError, match=r"takes its inputs as network\(\*\*x\) with 'points' but it does not"
+    ):
         MAML(seeded(OfDict), RATE, STEPS).meta_loss(given)
 
 
@@ -490,7 +544,9 @@ def test_token_ids_of_a_loader_are_tested_and_predicted(workers: int, tmp_path: 
     random = torch.Generator().manual_seed(0)
     labels = torch.arange(WAYS).repeat(2)
     ids = torch.randint(9, (8, 2 * WAYS, 4), generator=random)
-    loader = DataLoader([Episodes(x, labels, x, labels) for x in ids], batch_size=4, num_workers=workers)
+    loader = DataLoader(
+        [Episodes(x, labels, x, labels) for x in ids], batch_size=4, num_workers=workers
+    )
     model = MAML(seeded(Words), RATE, STEPS)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", **quiet)
@@ -506,7 +562,9 @@ def test_a_task_of_inference_mode_is_adapted_to() -> None:
     expected = model.adapt(ids, labels)(ids)
     with torch.inference_mode():
         found = model.adapt(ids.clone(), labels.clone())(ids)
-        many = model.adapt(ids[None].repeat(4, 1, 1), labels.repeat(4, 1))(ids[None].repeat(4, 1, 1))
+        many = model.adapt(ids[None].repeat(4, 1, 1), labels.repeat(4, 1))(
+            ids[None].repeat(4, 1, 1)
+        )
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(many[0], expected)
 
@@ -514,14 +572,21 @@ def test_a_task_of_inference_mode_is_adapted_to() -> None:
 def test_a_frozen_last_layer_is_not_passed_over_for_a_head() -> None:
     network = seeded(Plain)
     network.head.requires_grad_(False)
-    with pytest.raises(ValueError, match="Expected `head` to be named, because the last layer, 'head', is frozen"):
+    with pytest.raises(
+        ValueError, match="Expected `head` to be named, because the last layer, 'head', is frozen"
+    ):
         ANIL(network, RATE)
     ANIL(network, RATE, head="body").meta_loss(points()).backward()
 
 
 def test_parameters_in_the_closure_of_a_loss_are_refused() -> None:
     temperature = nn.Parameter(torch.zeros((), dtype=torch.float64))
-    model = MAML(seeded(Plain), RATE, STEPS, loss=lambda outputs, y: F.cross_entropy(outputs * temperature.exp(), y))
+    model = MAML(
+        seeded(Plain),
+        RATE,
+        STEPS,
+        loss=lambda outputs, y: F.cross_entropy(outputs * temperature.exp(), y),
+    )
     with pytest.raises(ValueError, match="depends on one from elsewhere"):
         model.meta_loss(points())
 
@@ -536,7 +601,11 @@ def test_a_loss_without_a_graph_is_said_to_be_so(where: str) -> None:
     def loss(outputs: Tensor, y: Tensor) -> Tensor:
         return torch.tensor(F.cross_entropy(outputs, y).item())
 
-    model = MAML(seeded(Detached), RATE, STEPS) if where == "network" else MAML(seeded(Plain), RATE, STEPS, loss=loss)
+    model = (
+        MAML(seeded(Detached), RATE, STEPS)
+        if where == "network"
+        else MAML(seeded(Plain), RATE, STEPS, loss=loss)
+    )
     with pytest.raises(ValueError, match="depends on the network's parameters but nothing leads"):
         model.meta_loss(points())
 
@@ -553,7 +622,9 @@ def test_labels_in_a_list_are_refused_by_adapt() -> None:
 
 
 def test_a_checkpoint_is_loaded_with_a_network(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"Expected the network, which a checkpoint does not hold.*network=\.\.\."):
+    with pytest.raises(
+        TypeError, match=r"Expected the network, which a checkpoint does not hold.*network=\.\.\."
+    ):
         MAML.load_from_checkpoint(tmp_path / "some.ckpt")
 
 
@@ -583,7 +654,12 @@ def test_features_are_not_computed_once_where_the_head_stops_ending_the_network(
 
         def forward(self, x: Tensor) -> Any:
             z = super().forward(x)
-            changes = {"flag": Changing.hot, "size": len(x) != 2 * WAYS, "value": bool((x > 50).any()), "hook": False}
+            changes = {
+                "flag": Changing.hot,
+                "size": len(x) != 2 * WAYS,
+                "value": bool((x > 50).any()),
+                "hook": False,
+            }
             return 4 * z if changes[way] else z
 
     network, found = seeded(Changing), points()
@@ -606,7 +682,9 @@ def test_features_are_not_computed_once_where_the_head_stops_ending_the_network(
             gradient = torch.autograd.grad(value, [w[name] for name in names], create_graph=True)
             w = w | {name: w[name] - RATE * g for name, g in zip(names, gradient, strict=True)}
         values.append(F.cross_entropy(functional_call(network, w, (query_x,)), query_y))
-    expected = dict(zip(start, torch.autograd.grad(torch.stack(values).mean(), [*start.values()]), strict=True))
+    expected = dict(
+        zip(start, torch.autograd.grad(torch.stack(values).mean(), [*start.values()]), strict=True)
+    )
     assert relative_error(model.meta_gradient(found), expected) < 1e-10
     values = torch.stack([value.detach() for value in values])
     torch.testing.assert_close(model.evaluate(found).loss[:, -1], values)
@@ -628,8 +706,16 @@ def test_tasks_with_hooks_on_tensors_are_not_stacked_even_if_the_hooks_do_nothin
 
 def test_a_loss_that_reads_parameters_is_refused_in_adaptation_and_evaluation_too() -> None:
     network = seeded(Plain)
-    model = MAML(network, RATE, STEPS, loss=lambda outputs, y: F.cross_entropy(outputs, y) + network.head.weight.square().sum())
-    for use in (lambda: model.adapt(points().support_x[0], points().support_y[0]), lambda: model.evaluate(points())):
+    model = MAML(
+        network,
+        RATE,
+        STEPS,
+        loss=lambda outputs, y: F.cross_entropy(outputs, y) + network.head.weight.square().sum(),
+    )
+    for use in (
+        lambda: model.adapt(points().support_x[0], points().support_y[0]),
+        lambda: model.evaluate(points()),
+    ):
         with pytest.raises(ValueError, match="reads the network's parameters"):
             use()
 
@@ -648,7 +734,9 @@ def test_what_is_written_later_stops_the_run(written: str) -> None:
     model = MAML(seeded(Later), RATE, STEPS, tasks="loop")
     model.meta_loss(points())
     Later.begun = True
-    with pytest.raises(ValueError, match="leave parameters and inputs as they are but they wrote to"):
+    with pytest.raises(
+        ValueError, match="leave parameters and inputs as they are but they wrote to"
+    ):
         model.meta_loss(points())
 
 
@@ -696,7 +784,10 @@ def test_images_read_by_their_place_in_memory(tasks: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(torch.tanh(self.convolution(x)).flatten(1))
 
-    found = [MAML(seeded(kind), RATE, STEPS, tasks=tasks).meta_gradient(images()) for kind in (Strided, Flat)]
+    found = [
+        MAML(seeded(kind), RATE, STEPS, tasks=tasks).meta_gradient(images())
+        for kind in (Strided, Flat)
+    ]
     assert relative_error(*found) < 1e-10
 
 
@@ -731,7 +822,10 @@ def test_gradients_with_respect_to_own_weights_in_the_forward_pass() -> None:
             return self.head(torch.tanh(self.body(x))) * slope.mean()
 
     network = seeded(Energy)
-    assert relative_error(MAML(network, RATE, STEPS).meta_gradient(points()), unrolled(network)) < 1e-10
+    assert (
+        relative_error(MAML(network, RATE, STEPS).meta_gradient(points()), unrolled(network))
+        < 1e-10
+    )
 
 
 def test_a_sparse_buffer() -> None:
@@ -743,12 +837,21 @@ def test_a_sparse_buffer() -> None:
         def forward(self, x: Tensor) -> Any:
             return torch.sparse.mm(self.neighbours, super().forward(x).mT).mT
 
-    assert relative_error(MAML(seeded(Graph), RATE, STEPS).meta_gradient(points()), unrolled(seeded(Plain))) < 1e-10
+    assert (
+        relative_error(
+            MAML(seeded(Graph), RATE, STEPS).meta_gradient(points()), unrolled(seeded(Plain))
+        )
+        < 1e-10
+    )
 
 
-@pytest.mark.parametrize(("made", "got"), [(lambda loss: loss.item(), "float"), (lambda loss: (loss, {}), "tuple")])
+@pytest.mark.parametrize(
+    ("made", "got"), [(lambda loss: loss.item(), "float"), (lambda loss: (loss, {}), "tuple")]
+)
 def test_a_loss_that_returns_no_tensor_is_refused(made: Any, got: str) -> None:
-    model = MAML(seeded(Plain), RATE, STEPS, loss=lambda outputs, y: made(F.cross_entropy(outputs, y)))
+    model = MAML(
+        seeded(Plain), RATE, STEPS, loss=lambda outputs, y: made(F.cross_entropy(outputs, y))
+    )
     with pytest.raises(TypeError, match=f"loss of a task to be a scalar tensor but got {got}"):
         model.meta_loss(points())
 
@@ -819,8 +922,12 @@ class DoublingBeforeItsHead(Plain):
 
 
 @pytest.mark.parametrize("tasks", ["auto", "loop"])
-@pytest.mark.parametrize("network", [Plain, ScaledInPlace, CosineHead, GivingItsHeadAGain, DoublingBeforeItsHead])
-def test_features_are_computed_once_only_if_the_head_alone_gives_the_outputs(network: type[nn.Module], tasks: str) -> None:
+@pytest.mark.parametrize(
+    "network", [Plain, ScaledInPlace, CosineHead, GivingItsHeadAGain, DoublingBeforeItsHead]
+)
+def test_features_are_computed_once_only_if_the_head_alone_gives_the_outputs(
+    network: type[nn.Module], tasks: str
+) -> None:
     model = ANIL(seeded(network), RATE, STEPS, tasks=tasks, head="head")
     expected = unrolled(seeded(network), names=["head.weight", "head.bias"])
     assert relative_error(model.meta_gradient(points()), expected) < 1e-10
@@ -893,8 +1000,13 @@ def test_a_buffer_that_is_written_past_the_modules_is_refused() -> None:
 
     torch.manual_seed(0)
     network = Counted()
-    episodes = Episodes(*(tensor.float() if tensor.is_floating_point() else tensor for tensor in points()))
-    with pytest.raises(ValueError, match=r"reaches its buffers through its modules but .* writes to \['calls'\] from elsewhere"):
+    episodes = Episodes(
+        *(tensor.float() if tensor.is_floating_point() else tensor for tensor in points())
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"reaches its buffers through its modules but .* writes to \['calls'\] from elsewhere",
+    ):
         MAML(network, RATE, STEPS).meta_loss(episodes)
 
 
@@ -917,7 +1029,11 @@ class Caching(Plain):
             return self.body.weight.sum()
         if self.where == "lru_cache":
             return self.total()
-        holder = self.nested["found"] if self.where == "nested dict" else vars(self.held if self.where == "object" else self)
+        holder = (
+            self.nested["found"]
+            if self.where == "nested dict"
+            else vars(self.held if self.where == "object" else self)
+        )
         if holder.get("found") is None:
             holder["found"] = self.body.weight.sum()
         return holder["found"]
@@ -929,7 +1045,13 @@ class Caching(Plain):
 @pytest.mark.parametrize("tasks", ["auto", "loop", "threads"])
 def test_what_a_network_keeps_from_its_last_pass_is_put_back_or_refused(tasks: str) -> None:
     expected = unrolled(seeded(Caching, "nowhere"))
-    assert relative_error(MAML(seeded(Caching, "attribute"), RATE, STEPS, tasks=tasks).meta_gradient(points()), expected) < 1e-10
+    assert (
+        relative_error(
+            MAML(seeded(Caching, "attribute"), RATE, STEPS, tasks=tasks).meta_gradient(points()),
+            expected,
+        )
+        < 1e-10
+    )
     for where in ("nested dict", "object", "lru_cache"):
         with pytest.raises(ValueError, match="compute anew what depends on its parameters"):
             MAML(seeded(Caching, where), RATE, STEPS, tasks=tasks).meta_loss(points())
@@ -980,7 +1102,9 @@ class Switched(Plain):
         self.mode = "plain"
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.body(x) if self.mode == "plain" else checkpoint(self.body, x, use_reentrant=False)
+        hidden = (
+            self.body(x) if self.mode == "plain" else checkpoint(self.body, x, use_reentrant=False)
+        )
         return self.head(torch.tanh(hidden))
 
 
@@ -1001,19 +1125,30 @@ def test_checkpoints_that_come_between_steps_are_refused(change: str, tasks: str
 @pytest.mark.parametrize("model", [MAML, FOMAML])
 @pytest.mark.parametrize("without", ["weight", "bias"])
 @pytest.mark.parametrize("tasks", ["loop", "vmap"])
-def test_batch_norm_without_one_of_its_parameters(tasks: str, without: str, model: type[MAML]) -> None:
+def test_batch_norm_without_one_of_its_parameters(
+    tasks: str, without: str, model: type[MAML]
+) -> None:
     """Torch has no second derivative without a weight, so a weight of ones that does not adapt is the oracle."""
 
     def made(*, missing: bool) -> nn.Module:
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, WAYS)).double()
+        network = nn.Sequential(
+            nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, WAYS)
+        ).double()
         nn.init.normal_(network[1].bias if without == "weight" else network[1].weight)
         constant = torch.ones(6) if without == "weight" else torch.zeros(6)
-        setattr(network[1], without, None if missing else nn.Parameter(constant.double(), requires_grad=False))
+        setattr(
+            network[1],
+            without,
+            None if missing else nn.Parameter(constant.double(), requires_grad=False),
+        )
         return network
 
     for policy in ("batch", "support"):
-        found, expected = (model(made(missing=missing), RATE, STEPS, batch_norm=policy, tasks=tasks) for missing in (True, False))
+        found, expected = (
+            model(made(missing=missing), RATE, STEPS, batch_norm=policy, tasks=tasks)
+            for missing in (True, False)
+        )
         gradients = found.meta_gradient(points()), expected.meta_gradient(points())
         assert relative_error(*gradients) < 1e-10
         torch.testing.assert_close(found.evaluate(points()).loss, expected.evaluate(points()).loss)
@@ -1025,16 +1160,26 @@ class MultiplyingOthers(Plain):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.body(x).relu()
         group = (torch.arange(len(x)) % 2)[:, None].expand(-1, hidden.shape[1])
-        products = torch.ones(2, hidden.shape[1], dtype=x.dtype).scatter_reduce(0, group, hidden, "prod")
+        products = torch.ones(2, hidden.shape[1], dtype=x.dtype).scatter_reduce(
+            0, group, hidden, "prod"
+        )
         return self.head(hidden + products[group[:, 0]])
 
 
 @pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
-def test_operations_without_a_second_derivative_are_named_and_need_none_in_first_order(tasks: str) -> None:
+def test_operations_without_a_second_derivative_are_named_and_need_none_in_first_order(
+    tasks: str,
+) -> None:
     with pytest.raises(ValueError, match="train with FOMAML or HFMAML, which need none"):
         MAML(seeded(MultiplyingOthers), RATE, STEPS, tasks=tasks).meta_loss(points())
     of_loop = FOMAML(seeded(MultiplyingOthers), RATE, STEPS, tasks="loop").meta_gradient(points())
-    assert relative_error(FOMAML(seeded(MultiplyingOthers), RATE, STEPS, tasks=tasks).meta_gradient(points()), of_loop) < 1e-10
+    assert (
+        relative_error(
+            FOMAML(seeded(MultiplyingOthers), RATE, STEPS, tasks=tasks).meta_gradient(points()),
+            of_loop,
+        )
+        < 1e-10
+    )
 
 
 def fewer_queries() -> Episodes:
@@ -1050,14 +1195,25 @@ def test_outputs_that_belong_to_their_examples_may_be_of_two_sizes() -> None:
     def likelihood(outputs: Any, y: Tensor) -> Tensor:
         return -outputs.log_prob(y).mean()
 
-    model, plain = MAML(seeded(Distribution), RATE, STEPS, loss=likelihood), MAML(seeded(Plain), RATE, STEPS)
-    assert relative_error(model.meta_gradient(fewer_queries()), plain.meta_gradient(fewer_queries())) < 1e-10
+    model, plain = (
+        MAML(seeded(Distribution), RATE, STEPS, loss=likelihood),
+        MAML(seeded(Plain), RATE, STEPS),
+    )
+    assert (
+        relative_error(model.meta_gradient(fewer_queries()), plain.meta_gradient(fewer_queries()))
+        < 1e-10
+    )
 
 
 @pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
 def test_losses_of_each_example_are_refused(tasks: str) -> None:
-    with pytest.raises(ValueError, match=r"Expected the loss of a task to be a scalar but got shape \[10\]; use reduction='mean'"):
-        MAML(seeded(Plain), RATE, STEPS, loss=nn.CrossEntropyLoss(reduction="none"), tasks=tasks).meta_loss(fewer_queries())
+    with pytest.raises(
+        ValueError,
+        match=r"Expected the loss of a task to be a scalar but got shape \[10\]; use reduction='mean'",
+    ):
+        MAML(
+            seeded(Plain), RATE, STEPS, loss=nn.CrossEntropyLoss(reduction="none"), tasks=tasks
+        ).meta_loss(fewer_queries())
 
 
 def test_a_network_that_differentiates_where_gradients_are_off_is_told_how() -> None:
@@ -1072,7 +1228,9 @@ def test_a_network_that_differentiates_where_gradients_are_off_is_told_how() -> 
             with torch.enable_grad():
                 return super().forward(x)
 
-    with pytest.raises(ValueError, match=r"put `with torch.enable_grad\(\):` around what they differentiate"):
+    with pytest.raises(
+        ValueError, match=r"put `with torch.enable_grad\(\):` around what they differentiate"
+    ):
         MAML(seeded(Force), RATE, STEPS).meta_loss(points())
     model = MAML(seeded(ForceAnywhere), RATE, STEPS)
     assert relative_error(model.meta_gradient(points()), unrolled(seeded(Force))) < 1e-10
@@ -1082,14 +1240,18 @@ def test_a_network_that_differentiates_where_gradients_are_off_is_told_how() -> 
 def test_what_cannot_be_copied_is_named() -> None:
     network = seeded(Plain)
     network.body.lock = threading.Lock()
-    with pytest.raises(TypeError, match=r"Expected a network that can be copied .* but \['body.lock'\] cannot be"):
+    with pytest.raises(
+        TypeError, match=r"Expected a network that can be copied .* but \['body.lock'\] cannot be"
+    ):
         MAML(network, RATE, STEPS).meta_loss(points())
 
 
 def test_inputs_that_were_computed_from_parameters_are_refused() -> None:
     encoder = nn.Linear(8, 8).double()
     episodes = points()._replace(support_x=encoder(points().support_x))
-    with pytest.raises(ValueError, match=r"Expected episodes that need no gradient but \['support_x'\] do"):
+    with pytest.raises(
+        ValueError, match=r"Expected episodes that need no gradient but \['support_x'\] do"
+    ):
         MAML(seeded(Plain), RATE, STEPS).meta_loss(episodes)
     ProtoNet(nn.Linear(8, 6).double()).meta_loss(episodes).backward()
     assert encoder.weight.grad is not None
@@ -1110,8 +1272,12 @@ def test_trainable_tensors_that_are_no_parameters_are_refused(where: str) -> Non
 @pytest.mark.parametrize("policy", ["batch", "support", "running"])
 def test_batch_norm_of_torchscript_is_refused(policy: Any) -> None:
     with pytest.warns(FutureWarning, match="deprecated"):
-        scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, WAYS)).double())
-    with pytest.raises(ValueError, match=r"\['1'\] are TorchScript's; script the network after training"):
+        scripted = torch.jit.script(
+            nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, WAYS)).double()
+        )
+    with pytest.raises(
+        ValueError, match=r"\['1'\] are TorchScript's; script the network after training"
+    ):
         MAML(scripted, RATE, STEPS, batch_norm=policy)
     if policy == "running":
         network = nn.Sequential(scripted.eval(), nn.Linear(WAYS, WAYS).double())
@@ -1182,7 +1348,12 @@ def test_a_dict_of_functions_that_holds_itself() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.functions["all"]["squash"](x))
 
-    assert relative_error(MAML(seeded(Registry), RATE, STEPS).meta_gradient(points()), unrolled(seeded(Plain))) < 1e-10
+    assert (
+        relative_error(
+            MAML(seeded(Registry), RATE, STEPS).meta_gradient(points()), unrolled(seeded(Plain))
+        )
+        < 1e-10
+    )
 
 
 def test_words_that_change_in_every_step_are_forgotten() -> None:
@@ -1195,7 +1366,9 @@ def test_words_that_change_in_every_step_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize("adapts", [False, True])
-@pytest.mark.parametrize("holder", [lambda f: deque([f]), lambda f: SimpleNamespace(f=f)], ids=["deque", "object"])
+@pytest.mark.parametrize(
+    "holder", [lambda f: deque([f]), lambda f: SimpleNamespace(f=f)], ids=["deque", "object"]
+)
 def test_a_mode_that_is_read_past_the_modules_is_refused(holder: Any, adapts: bool) -> None:
     class Dropping(Plain):
         def __init__(self) -> None:

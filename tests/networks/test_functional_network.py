@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import another_process
-from helpers.networks import RATE, WAYS, autograd_meta_gradient, build, make_episodes, relative_error
+from helpers.networks import (
+    RATE,
+    WAYS,
+    autograd_meta_gradient,
+    build,
+    make_episodes,
+    relative_error,
+)
 from lightning_maml.core.context import evaluating
 from lightning_maml.functional.meta_gradient import meta_gradient
 from lightning_maml.kernels.grouped_conv import channels_last
@@ -16,14 +23,20 @@ from lightning_maml.networks.functional_network import HeadLearner, Learner
 
 
 def image_batch(seed: int) -> torch.Tensor:
-    return torch.rand(7, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(
+        7, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.mark.parametrize("vectorised", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_batch_statistics_are_those_of_torch_in_training_mode(training: bool, vectorised: bool) -> None:
+def test_batch_statistics_are_those_of_torch_in_training_mode(
+    training: bool, vectorised: bool
+) -> None:
     network = build("conv_batch_norm").train(training)
-    actual = Learner(network, "batch", vectorised=vectorised)(dict(network.named_parameters()), image_batch(0))
+    actual = Learner(network, "batch", vectorised=vectorised)(
+        dict(network.named_parameters()), image_batch(0)
+    )
     torch.testing.assert_close(actual, build("conv_batch_norm").train()(image_batch(0)))
 
 
@@ -41,7 +54,9 @@ def test_support_statistics_normalise_the_query_set(vectorised: bool, affine: bo
     reference.train()(support)
     features = reference[0](support).detach()
     reference[1].running_var.copy_(features.var((0, 2, 3), correction=0))
-    torch.testing.assert_close(learner(learner.params, query, statistics_of=support), reference.eval()(query))
+    torch.testing.assert_close(
+        learner(learner.params, query, statistics_of=support), reference.eval()(query)
+    )
     torch.testing.assert_close(learner(learner.params, support), same.train()(support))
 
 
@@ -51,12 +66,16 @@ def test_running_averages_are_used_in_evaluation_only() -> None:
     learner = Learner(network.eval(), "running")
     torch.testing.assert_close(learner(learner.params, image_batch(1)), network(image_batch(1)))
     learner = Learner(network.train(), "running")
-    torch.testing.assert_close(learner(learner.params, image_batch(1)), build("conv_batch_norm").train()(image_batch(1)))
+    torch.testing.assert_close(
+        learner(learner.params, image_batch(1)), build("conv_batch_norm").train()(image_batch(1))
+    )
 
 
 def test_running_policy_refuses_layers_without_running_averages() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False))
-    with pytest.raises(ValueError, match=r"keep running averages for `batch_norm='running'` but \['1'\] do not"):
+    with pytest.raises(
+        ValueError, match=r"keep running averages for `batch_norm='running'` but \['1'\] do not"
+    ):
         Learner(network, "running")
 
 
@@ -66,7 +85,11 @@ def test_the_network_is_left_as_it_was(policy: str) -> None:
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     modules = list(network.modules())
     learner = Learner(network, policy)
-    learner({name: 2 * p for name, p in learner.params.items()}, image_batch(0), statistics_of=image_batch(1))
+    learner(
+        {name: 2 * p for name, p in learner.params.items()},
+        image_batch(0),
+        statistics_of=image_batch(1),
+    )
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert modules == list(network.modules())
 
@@ -79,7 +102,9 @@ def test_threads_do_not_see_each_others_parameters() -> None:
     expected = [torch.func.functional_call(network, w, (x,)) for w in scaled]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
-            for actual, wanted in zip(pool.map(lambda w: learner(w, x), scaled), expected, strict=True):
+            for actual, wanted in zip(
+                pool.map(lambda w: learner(w, x), scaled), expected, strict=True
+            ):
                 assert torch.equal(actual, wanted)
 
 
@@ -99,7 +124,9 @@ def test_shared_parameters_stay_shared() -> None:
     doubled = {name: 2 * p for name, p in learner.params.items()}
     x = torch.rand(3, 4, dtype=torch.float64)
     weight, first, last = doubled["0.weight"], doubled["0.bias"], doubled["2.bias"]
-    torch.testing.assert_close(learner(doubled, x), F.linear(F.linear(x, weight, first).tanh(), weight, last))
+    torch.testing.assert_close(
+        learner(doubled, x), F.linear(F.linear(x, weight, first).tanh(), weight, last)
+    )
 
 
 def test_a_network_without_trainable_parameters_is_used_as_it_is() -> None:
@@ -116,11 +143,16 @@ def test_batch_norm_that_sees_folded_rows_still_uses_the_support_part() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, 3, 4]: three rows per example
             return self.norm(x.flatten(0, 1)).unflatten(0, (-1, 3)).flatten(1)
 
-    support, query = (torch.rand(n, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (5, 7))
+    support, query = (
+        torch.rand(n, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+        for n in (5, 7)
+    )
     learner = Learner(Folded(), "support")
     rows = support.flatten(0, 1)
     expected = (query - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
-    torch.testing.assert_close(learner(learner.params, query, statistics_of=support), expected.flatten(1))
+    torch.testing.assert_close(
+        learner(learner.params, query, statistics_of=support), expected.flatten(1)
+    )
 
 
 def test_a_batch_norm_layer_that_stands_twice_is_replaced_twice() -> None:
@@ -141,7 +173,13 @@ def test_running_policy_keeps_to_the_mode_of_each_layer() -> None:
 
 def test_every_call_starts_from_the_networks_buffers() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)).double().train()
+    network = (
+        nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)
+        )
+        .double()
+        .train()
+    )
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     learner = Learner(network)
     x = torch.rand(6, 4, dtype=torch.float64)
@@ -181,7 +219,8 @@ def test_a_batch_norm_class_with_its_own_forward_pass_keeps_it() -> None:
     torch.testing.assert_close(learner(learner.params, image_batch(0)), expected)
     assert torch.equal(network[1].running_mean, before)
     with pytest.raises(
-        ValueError, match=r"plain batch-norm layers for `batch_norm='support'` but \['1'\] have a forward pass of their own"
+        ValueError,
+        match=r"plain batch-norm layers for `batch_norm='support'` but \['1'\] have a forward pass of their own",
     ):
         Learner(network, "support")
 
@@ -190,7 +229,9 @@ def test_hooks_on_batch_norm_still_run() -> None:
     network = build("conv_batch_norm")
     network[1].register_forward_hook(lambda module, inputs, output: 2 * output)
     learner = Learner(network)
-    torch.testing.assert_close(learner(learner.params, image_batch(0)), network.train()(image_batch(0)))
+    torch.testing.assert_close(
+        learner(learner.params, image_batch(0)), network.train()(image_batch(0))
+    )
 
 
 FORMATS: list[bool] = []
@@ -239,18 +280,24 @@ def test_channels_last_of_one_channel_too(channels: int) -> None:
     last = channels_last(x)
     assert torch.equal(last, x)
     assert last.stride() == (30 * channels, 1, 5 * channels, channels)
-    assert nn.functional.conv2d(last, torch.rand(2, channels, 3, 3)).is_contiguous(memory_format=torch.channels_last)
+    assert nn.functional.conv2d(last, torch.rand(2, channels, 3, 3)).is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 class Standardised(nn.Conv2d):
     """Weights of zero mean, by the method that torch's layers leave to that."""
 
-    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _conv_forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
 
 
 def scaled_in_place(convolution: nn.Conv2d) -> nn.Conv2d:
-    convolution.forward = lambda x: 2 * nn.functional.conv2d(x, convolution.weight, convolution.bias)  # type: ignore[method-assign]
+    convolution.forward = lambda x: (
+        2 * nn.functional.conv2d(x, convolution.weight, convolution.bias)
+    )  # type: ignore[method-assign]
     return convolution
 
 
@@ -272,22 +319,33 @@ class Complex(nn.Module):
 ODD_LAYERS = {
     "overridden": lambda: Standardised(1, 2, 3),
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 2, 3)),
-    "scripted": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), torch.jit.trace(nn.Softplus(), torch.rand(2, 2, 6, 6).double())),
+    "scripted": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3), torch.jit.trace(nn.Softplus(), torch.rand(2, 2, 6, 6).double())
+    ),
     "complex": Complex,
     "without bias": lambda: nn.Conv2d(1, 2, 3, bias=False),
     "strided, of single pixels": lambda: nn.Conv2d(1, 6, 1, stride=(2, 3)),
-    "norm without affine": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False)),
+    "norm without affine": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False)
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", ODD_LAYERS)
 def test_the_exact_meta_gradient_of_odd_layers(kind: str) -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(ODD_LAYERS[kind](), nn.Tanh(), nn.Flatten(), nn.Linear(72, WAYS)).double()
+    network = nn.Sequential(
+        ODD_LAYERS[kind](), nn.Tanh(), nn.Flatten(), nn.Linear(72, WAYS)
+    ).double()
     learner, episodes = Learner(network), make_episodes()
     loss = lambda w, x, y: F.cross_entropy(learner(w, x), y)
     expected = autograd_meta_gradient(network, episodes, 2, F.cross_entropy)
-    assert relative_error(meta_gradient(loss, learner.params, episodes, inner_lr=RATE, steps=2).grad, expected) < 1e-12
+    assert (
+        relative_error(
+            meta_gradient(loss, learner.params, episodes, inner_lr=RATE, steps=2).grad, expected
+        )
+        < 1e-12
+    )
 
 
 SHORTCUTS = """
@@ -316,7 +374,10 @@ def test_a_forward_pass_that_was_replaced_stays() -> None:
 
 def test_a_parametrization_with_a_state_is_asked_once() -> None:
     torch.manual_seed(0)
-    network, x = nn.Sequential(spectral(nn.Conv2d(1, 2, 3)), nn.Flatten()).train(), torch.rand(2, 1, 4, 4)
+    network, x = (
+        nn.Sequential(spectral(nn.Conv2d(1, 2, 3)), nn.Flatten()).train(),
+        torch.rand(2, 1, 4, 4),
+    )
     learner = Learner(network)
     plain = learner(learner.params, x)
     with evaluating(derivatives=2):
@@ -343,11 +404,15 @@ def test_a_head_that_views_its_images() -> None:
 def test_names_that_are_no_parameters_are_left_alone() -> None:
     network = build("mlp")
     learner, x = Learner(network), image_batch(0)
-    torch.testing.assert_close(learner({**learner.params, "temperature": torch.ones(())}, x), network(x))
+    torch.testing.assert_close(
+        learner({**learner.params, "temperature": torch.ones(())}, x), network(x)
+    )
 
 
 def test_a_tied_parameter_goes_by_any_of_its_names() -> None:
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     network[1].weight = network[0].weight
     x, zero = torch.rand(2, 3), torch.zeros(3, 3)
-    torch.testing.assert_close(Learner(network)({"1.weight": zero}, x), network[1].bias.expand(2, 3))
+    torch.testing.assert_close(
+        Learner(network)({"1.weight": zero}, x), network[1].bias.expand(2, 3)
+    )

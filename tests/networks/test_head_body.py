@@ -13,9 +13,31 @@ from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
-from helpers.networks import IMAGE, WAYS, build, flat, leaves, make_episodes, plain_loss, relative_error, unrolled
+from helpers.networks import (
+    IMAGE,
+    WAYS,
+    build,
+    flat,
+    leaves,
+    make_episodes,
+    plain_loss,
+    relative_error,
+    unrolled,
+)
 from helpers.trainers import trainer_in_double as trainer
-from lightning_maml import ANIL, BOIL, FOMAML, HFMAML, LSLR, MAML, MLP, AdaptiveMetaStepsize, Conv4, MetaSGD, ResNet12
+from lightning_maml import (
+    ANIL,
+    BOIL,
+    FOMAML,
+    HFMAML,
+    LSLR,
+    MAML,
+    MLP,
+    AdaptiveMetaStepsize,
+    Conv4,
+    MetaSGD,
+    ResNet12,
+)
 from lightning_maml.core.params import Params
 from lightning_maml.networks.head_body import adapting
 
@@ -54,12 +76,23 @@ def test_the_head_may_be_named_and_frozen_parameters_adapt_in_no_part() -> None:
     ("arguments", "message"),
     [
         ({"adapt": "tail"}, "Expected `adapt` to be 'all', 'head' or 'body' but got 'tail'"),
-        ({"adapt": "head", "head": "fc"}, "has some of the trainable parameters, but not all, but got 'fc'"),
-        ({"adapt": "body", "head": "layers"}, "has some of the trainable parameters, but not all, but got 'layers'"),
-        ({"inner_rates": "per_step"}, "Expected `inner_rates` to be 'fixed', 'per_layer', .* but got 'per_step'"),
+        (
+            {"adapt": "head", "head": "fc"},
+            "has some of the trainable parameters, but not all, but got 'fc'",
+        ),
+        (
+            {"adapt": "body", "head": "layers"},
+            "has some of the trainable parameters, but not all, but got 'layers'",
+        ),
+        (
+            {"inner_rates": "per_step"},
+            "Expected `inner_rates` to be 'fixed', 'per_layer', .* but got 'per_step'",
+        ),
     ],
 )
-def test_parts_and_rates_that_do_not_exist_are_refused(arguments: dict[str, str], message: str) -> None:
+def test_parts_and_rates_that_do_not_exist_are_refused(
+    arguments: dict[str, str], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         MAML(MLP(4, 2), **arguments)
 
@@ -72,7 +105,10 @@ class Tied(nn.Module):
 
 
 def test_networks_that_cannot_be_parted_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"share no parameters but \['body.weight'\] are in the head 'head' too; use adapt='all'"):
+    with pytest.raises(
+        ValueError,
+        match=r"share no parameters but \['body.weight'\] are in the head 'head' too; use adapt='all'",
+    ):
         ANIL(Tied())
     with pytest.raises(ValueError, match="with one alone there is no other part than 'all'"):
         BOIL(nn.Linear(4, 2))
@@ -81,7 +117,13 @@ def test_networks_that_cannot_be_parted_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "of_head"), [(ANIL, MAML), (partial(HFMAML, adapt="head"), HFMAML), (partial(FOMAML, adapt="head"), FOMAML), (MAML, MAML)]
+    ("algorithm", "of_head"),
+    [
+        (ANIL, MAML),
+        (partial(HFMAML, adapt="head"), HFMAML),
+        (partial(FOMAML, adapt="head"), FOMAML),
+        (MAML, MAML),
+    ],
 )
 def test_a_head_on_a_frozen_body_is_all_that_trains(algorithm, of_head: type[MAML]) -> None:
     network, episodes = build("conv_batch_norm"), make_episodes()
@@ -89,8 +131,13 @@ def test_a_head_on_a_frozen_body_is_all_that_trains(algorithm, of_head: type[MAM
     alone = copy.deepcopy(network[-1])
     algorithm(network, inner_lr=RATE, train_steps=STEPS).meta_loss(episodes).backward()
     with torch.no_grad():
-        features = [torch.stack([network[:-1].train()(x) for x in xs]) for xs in (episodes.support_x, episodes.query_x)]
-    of_head(alone, inner_lr=RATE, train_steps=STEPS).meta_loss(episodes._replace(support_x=features[0], query_x=features[1])).backward()
+        features = [
+            torch.stack([network[:-1].train()(x) for x in xs])
+            for xs in (episodes.support_x, episodes.query_x)
+        ]
+    of_head(alone, inner_lr=RATE, train_steps=STEPS).meta_loss(
+        episodes._replace(support_x=features[0], query_x=features[1])
+    ).backward()
     torch.testing.assert_close(network[-1].weight.grad, alone.weight.grad, rtol=1e-6, atol=1e-12)
     assert all(p.grad is None for p in network[:-1].parameters())
 
@@ -98,7 +145,10 @@ def test_a_head_on_a_frozen_body_is_all_that_trains(algorithm, of_head: type[MAM
 class HeadFirst(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.classifier, self.body = nn.Linear(6, WAYS), nn.Sequential(nn.Flatten(), nn.Linear(IMAGE**2, 6))
+        self.classifier, self.body = (
+            nn.Linear(6, WAYS),
+            nn.Sequential(nn.Flatten(), nn.Linear(IMAGE**2, 6)),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.body(x))
@@ -106,7 +156,10 @@ class HeadFirst(nn.Module):
 
 @pytest.mark.parametrize("algorithm", [ANIL, BOIL])
 def test_a_head_that_is_not_the_end_is_warned_of_unless_it_is_named(algorithm: type[MAML]) -> None:
-    with pytest.warns(UserWarning, match=r"'body.1', is taken for the network's head, but what it gives are not the network's outputs"):
+    with pytest.warns(
+        UserWarning,
+        match=r"'body.1', is taken for the network's head, but what it gives are not the network's outputs",
+    ):
         algorithm(HeadFirst().double()).meta_loss(make_episodes())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "The last layer")
@@ -115,7 +168,9 @@ def test_a_head_that_is_not_the_end_is_warned_of_unless_it_is_named(algorithm: t
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(MAML, ANIL), (ANIL, BOIL), (BOIL, MAML)])
-def test_a_checkpoint_of_another_algorithm_does_not_change_the_class(tmp_path: Path, saved: type[MAML], loaded: type[MAML]) -> None:
+def test_a_checkpoint_of_another_algorithm_does_not_change_the_class(
+    tmp_path: Path, saved: type[MAML], loaded: type[MAML]
+) -> None:
     run = trainer(tmp_path)
     run.fit(saved(build("mlp"), RATE, STEPS), DataLoader([make_episodes()], batch_size=None))
     run.save_checkpoint(tmp_path / "last.ckpt")
@@ -139,13 +194,18 @@ def test_parameters_may_be_frozen_later_but_not_unfrozen() -> None:
     model = LSLR(network, inner_lr=RATE, train_steps=STEPS)
     network[1].requires_grad_(True)
     with pytest.raises(
-        ValueError, match=r"rate for each parameter that adapts but \['1.weight', '1.bias'\] have none; unfreeze them before"
+        ValueError,
+        match=r"rate for each parameter that adapts but \['1.weight', '1.bias'\] have none; unfreeze them before",
     ):
         model.meta_loss(episodes)
 
 
 def of_rates(model: MAML) -> list[torch.Tensor]:
-    return [] if model.learned_rates is None else [rate.detach().clone() for rate in model.learned_rates.parameters()]
+    return (
+        []
+        if model.learned_rates is None
+        else [rate.detach().clone() for rate in model.learned_rates.parameters()]
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,9 +220,17 @@ def of_rates(model: MAML) -> list[torch.Tensor]:
         (ANIL, {"inner_rates": "per_parameter"}),
     ],
 )
-def test_one_sgd_step_is_autograd_through_the_unrolled_loop(tmp_path: Path, algorithm: type[MAML], arguments: dict[str, str]) -> None:
+def test_one_sgd_step_is_autograd_through_the_unrolled_loop(
+    tmp_path: Path, algorithm: type[MAML], arguments: dict[str, str]
+) -> None:
     network, episodes = build("conv_batch_norm"), make_episodes()
-    model = algorithm(network, inner_lr=RATE, train_steps=STEPS, optimizer=partial(torch.optim.SGD, lr=1.0), **arguments)
+    model = algorithm(
+        network,
+        inner_lr=RATE,
+        train_steps=STEPS,
+        optimizer=partial(torch.optim.SGD, lr=1.0),
+        **arguments,
+    )
     w = leaves(network)
     rates = [rate.double().requires_grad_() for rate in of_rates(model)]
     names = list(adapting(network, model.adapts))
@@ -179,12 +247,25 @@ def test_one_sgd_step_is_autograd_through_the_unrolled_loop(tmp_path: Path, algo
 
 
 @pytest.mark.parametrize("base", [MAML, FOMAML, HFMAML])
-@pytest.mark.parametrize("arguments", [{"adapt": "head"}, {"adapt": "body"}, {"inner_rates": "per_parameter"}])
+@pytest.mark.parametrize(
+    "arguments", [{"adapt": "head"}, {"adapt": "body"}, {"inner_rates": "per_parameter"}]
+)
 @pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
-def test_every_curvature_and_execution_trains_and_tests(tmp_path: Path, base: type[MAML], arguments: dict[str, str], tasks: str) -> None:
-    model = base(build("conv_batch_norm"), inner_lr=RATE, train_steps=STEPS, test_steps=STEPS + 2, tasks=tasks, **arguments)
+def test_every_curvature_and_execution_trains_and_tests(
+    tmp_path: Path, base: type[MAML], arguments: dict[str, str], tasks: str
+) -> None:
+    model = base(
+        build("conv_batch_norm"),
+        inner_lr=RATE,
+        train_steps=STEPS,
+        test_steps=STEPS + 2,
+        tasks=tasks,
+        **arguments,
+    )
     watched = {"network.0.weight", "network.5.weight"} | (
-        {"learned_rates.values.0", "learned_rates.values.5"} if "inner_rates" in arguments else set()
+        {"learned_rates.values.0", "learned_rates.values.5"}
+        if "inner_rates" in arguments
+        else set()
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters() if name in watched}
     data = DataLoader([make_episodes(seed=k) for k in range(2)], batch_size=None)
@@ -196,7 +277,9 @@ def test_every_curvature_and_execution_trains_and_tests(tmp_path: Path, base: ty
 
 
 def test_what_does_not_adapt_has_no_inner_rate_and_stays() -> None:
-    model = ANIL(build("conv_batch_norm"), inner_lr=RATE, inner_rates="per_layer_and_step", train_steps=3)
+    model = ANIL(
+        build("conv_batch_norm"), inner_lr=RATE, inner_rates="per_layer_and_step", train_steps=3
+    )
     assert [tuple(rate.shape) for rate in model.learned_rates.parameters()] == [(3,), (3,)]
 
 
@@ -206,13 +289,20 @@ def test_learned_rates_are_in_the_checkpoint(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.fit(model, data)
     run.save_checkpoint(tmp_path / "last.ckpt")
-    again = LSLR.load_from_checkpoint(tmp_path / "last.ckpt", network=build("mlp", seed=5), weights_only=True).double()
-    assert flat(dict(again.named_parameters())).allclose(flat(dict(model.named_parameters())), rtol=1e-6)
+    again = LSLR.load_from_checkpoint(
+        tmp_path / "last.ckpt", network=build("mlp", seed=5), weights_only=True
+    ).double()
+    assert flat(dict(again.named_parameters())).allclose(
+        flat(dict(model.named_parameters())), rtol=1e-6
+    )
     assert all((rate != RATE).all() for rate in again.learned_rates.parameters())
 
 
 def test_the_theory_is_of_one_rate_for_all_parameters(tmp_path: Path) -> None:
-    for model in (ANIL(build("mlp"), optimizer=partial(torch.optim.SGD, lr=0.1)), MetaSGD(build("mlp"))):
+    for model in (
+        ANIL(build("mlp"), optimizer=partial(torch.optim.SGD, lr=0.1)),
+        MetaSGD(build("mlp")),
+    ):
         with pytest.raises(ValueError, match="Expected one fixed inner rate for all parameters"):
             model.probe(make_episodes())
         run = trainer(tmp_path, callbacks=[AdaptiveMetaStepsize(episodes=[make_episodes()])])
@@ -224,7 +314,11 @@ def test_the_theory_is_of_one_rate_for_all_parameters(tmp_path: Path) -> None:
 def test_averages_of_steps_have_no_constants_in_evaluation() -> None:
     model = MAML(build("conv_batch_norm"), batch_norm="per_step").double()
     assert model.probe(make_episodes()).gradient_norms().isfinite().all()
-    with pytest.raises(ValueError, match="Expected one loss for all inner steps but got batch_norm='per_step' in evaluation mode"):
+    with pytest.raises(
+        ValueError,
+        match="Expected one loss for all inner steps but got batch_norm='per_step' in evaluation "
+        "mode",
+    ):
         model.eval().probe(make_episodes())
 
 
@@ -249,11 +343,15 @@ def with_both(layer: nn.Module) -> nn.Module:
     return weight_norm(layer)
 
 
-@pytest.mark.parametrize("parametrized", [weight_norm, spectral_norm, orthogonal, scaled, with_both])
+@pytest.mark.parametrize(
+    "parametrized", [weight_norm, spectral_norm, orthogonal, scaled, with_both]
+)
 @pytest.mark.parametrize("tasks", ["loop", "vmap"])
 def test_a_head_adapts_as_a_whole_whatever_its_parametrisations(parametrized, tasks: str) -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(IMAGE**2, 6), nn.Tanh(), parametrized(nn.Linear(6, WAYS)))
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(IMAGE**2, 6), nn.Tanh(), parametrized(nn.Linear(6, WAYS))
+    )
     network = network.double()
     if parametrized is spectral_norm:
         network.eval()  # its power iteration would change what the next pass sees

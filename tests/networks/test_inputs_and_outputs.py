@@ -90,27 +90,41 @@ def labels(tasks: int, per_class: int) -> Tensor:
 
 def episodes(given: str = "dict", tasks: int = 5) -> Episodes:
     support, query = sentences(tasks, 2 * WAYS), sentences(tasks, WAYS, seed=2)
-    return Episodes(GIVEN[given](*support), labels(tasks, 2), GIVEN[given](*query), labels(tasks, 1))
+    return Episodes(
+        GIVEN[given](*support), labels(tasks, 2), GIVEN[given](*query), labels(tasks, 1)
+    )
 
 
 def logits(network: Reader, w: Params, x: tuple[Tensor, Tensor]) -> Tensor:
     """Return what the network's classifier gives, whatever the network makes of it."""
     outputs = functional_call(network, w, x)
-    found = outputs if isinstance(outputs, Tensor) else outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    found = (
+        outputs
+        if isinstance(outputs, Tensor)
+        else outputs["logits"]
+        if isinstance(outputs, dict)
+        else outputs.logits
+    )
     assert isinstance(found, Tensor)
     return found
 
 
-def task(given: Episodes, t: int) -> tuple[tuple[Tensor, Tensor], Tensor, tuple[Tensor, Tensor], Tensor]:
+def task(
+    given: Episodes, t: int
+) -> tuple[tuple[Tensor, Tensor], Tensor, tuple[Tensor, Tensor], Tensor]:
     """Return one task of episodes of dicts, with its inputs as tuples."""
     support_x, query_x = ((x["ids"][t], x["mask"][t]) for x in (given.support_x, given.query_x))
     return support_x, given.support_y[t], query_x, given.query_y[t]
 
 
-def adapted(network: Reader, w: Params, x: Any, y: Tensor, names: list[str], create_graph: bool) -> Params:
+def adapted(
+    network: Reader, w: Params, x: Any, y: Tensor, names: list[str], create_graph: bool
+) -> Params:
     for _ in range(STEPS):
         value = F.cross_entropy(logits(network, w, x), y)
-        gradient = torch.autograd.grad(value, [w[name] for name in names], create_graph=create_graph)
+        gradient = torch.autograd.grad(
+            value, [w[name] for name in names], create_graph=create_graph
+        )
         w = w | {name: w[name] - RATE * g for name, g in zip(names, gradient, strict=True)}
     return w
 
@@ -164,8 +178,15 @@ def test_hessian_free_gradient_is_near_and_first_order_is_that_of_the_adapted_po
         support_x, support_y, query_x, query_y = task(found, t)
         end = adapted(network, w, support_x, support_y, [*w], create_graph=False)
         end = {name: p.detach().requires_grad_() for name, p in end.items()}
-        gradients.append(torch.autograd.grad(F.cross_entropy(logits(network, end, query_x), query_y), [*end.values()]))
-    mean = {name: torch.stack(of_tasks).mean(0) for name, of_tasks in zip(w, zip(*gradients, strict=True), strict=True)}
+        gradients.append(
+            torch.autograd.grad(
+                F.cross_entropy(logits(network, end, query_x), query_y), [*end.values()]
+            )
+        )
+    mean = {
+        name: torch.stack(of_tasks).mean(0)
+        for name, of_tasks in zip(w, zip(*gradients, strict=True), strict=True)
+    }
     assert relative_error(FOMAML(network, RATE, STEPS).meta_gradient(found), mean) < 1e-10
 
 
@@ -196,7 +217,9 @@ def test_own_loss_is_given_what_the_network_returned() -> None:
             gradient = torch.autograd.grad(value, [*end.values()], create_graph=True)
             end = {name: p - RATE * g for (name, p), g in zip(end.items(), gradient, strict=True)}
         values.append(regularised(functional_call(network, end, query_x), query_y))
-    expected = dict(zip(w, torch.autograd.grad(torch.stack(values).mean(), [*w.values()]), strict=True))
+    expected = dict(
+        zip(w, torch.autograd.grad(torch.stack(values).mean(), [*w.values()]), strict=True)
+    )
     for way in WAYS_TO_RUN.values():
         model = MAML(network, RATE, STEPS, loss=regularised, **way)
         assert relative_error(model.meta_gradient(found), expected) < 1e-10
@@ -212,23 +235,39 @@ def test_evaluation_and_adaptation_are_those_of_plain_torch() -> None:
         end = adapted(network, w, support_x, support_y, [*w], create_graph=False)
         expected.append(logits(network, end, query_x).detach())
     model = MAML(network, RATE, STEPS)
-    torch.testing.assert_close(model.evaluate(found).aux[:, -1], torch.stack(expected), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        model.evaluate(found).aux[:, -1], torch.stack(expected), rtol=1e-10, atol=1e-12
+    )
 
     of_all = model.adapt(found.support_x, found.support_y)
-    torch.testing.assert_close(of_all(found.query_x).logits, torch.stack(expected), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        of_all(found.query_x).logits, torch.stack(expected), rtol=1e-10, atol=1e-12
+    )
     support_x, support_y, query_x, _ = task(found, 1)
     alone = model.adapt({"ids": support_x[0], "mask": support_x[1]}, support_y)
     torch.testing.assert_close(alone(*query_x).logits, expected[1], rtol=1e-10, atol=1e-12)
 
 
 def first_tasks(found: Episodes, count: int) -> Episodes:
-    return Episodes(*({name: x[:count] for name, x in part.items()} if isinstance(part, dict) else part[:count] for part in found))
+    return Episodes(
+        *(
+            {name: x[:count] for name, x in part.items()}
+            if isinstance(part, dict)
+            else part[:count]
+            for part in found
+        )
+    )
 
 
 def loader(found: Episodes) -> DataLoader:
     """Tasks as a loader collates them."""
     tasks = [
-        Episodes(*({name: x[t] for name, x in part.items()} if isinstance(part, dict) else part[t] for part in found))
+        Episodes(
+            *(
+                {name: x[t] for name, x in part.items()} if isinstance(part, dict) else part[t]
+                for part in found
+            )
+        )
         for t in range(len(found.support_y))
     ]
     return DataLoader(tasks, batch_size=2)
@@ -300,7 +339,14 @@ def test_batch_norm_policies_hold_for_several_inputs(policy: str) -> None:
         gradient = {name: p.grad for name, p in model.named_parameters()}
         networks = model.adapt(given.support_x, given.support_y)
         outputs = networks(given.query_x)
-        found.append((gradient, state, model.evaluate(given).aux, outputs if isinstance(outputs, Tensor) else outputs.logits))
+        found.append(
+            (
+                gradient,
+                state,
+                model.evaluate(given).aux,
+                outputs if isinstance(outputs, Tensor) else outputs.logits,
+            )
+        )
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
 
 
@@ -309,8 +355,11 @@ def test_resampled_episodes_of_dicts() -> None:
     found = episodes()
     twice = {name: torch.stack([x, x], 1) for name, x in found.support_x.items()}
     labels_twice = torch.stack([found.support_y] * 2, 1)
-    resampled = ResampledEpisodes(twice, labels_twice, twice, labels_twice, found.query_x, found.query_y)
-    for way in WAYS_TO_RUN.values():  # with D_j = S_j the estimate is the gradient of the finite-sum case
+    resampled = ResampledEpisodes(
+        twice, labels_twice, twice, labels_twice, found.query_x, found.query_y
+    )
+    # with D_j = S_j the estimate is the gradient of the finite-sum case
+    for way in WAYS_TO_RUN.values():
         gradient = MAML(network, RATE, STEPS, **way).meta_gradient(resampled)
         assert relative_error(gradient, expected_gradient(network)) < 1e-10
 
@@ -325,9 +374,13 @@ def test_prototypes_of_dicts() -> None:
         means = torch.stack([embedded[support_y == c].mean(0) for c in range(WAYS)])
         expected.append(-torch.cdist(logits(network, w, query_x), means).square())
     model = ProtoNet(network)
-    torch.testing.assert_close(model.evaluate(found).aux[:, 0], torch.stack(expected), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        model.evaluate(found).aux[:, 0], torch.stack(expected), rtol=1e-9, atol=1e-9
+    )
     adapted_networks = model.adapt(found.support_x, found.support_y)
-    torch.testing.assert_close(adapted_networks(found.query_x).argmax(-1), torch.stack(expected).argmax(-1))
+    torch.testing.assert_close(
+        adapted_networks(found.query_x).argmax(-1), torch.stack(expected).argmax(-1)
+    )
 
 
 @pytest.mark.parametrize("tasks", ["loop", "auto"])
@@ -363,11 +416,19 @@ class Sum(nn.Module):
 
 def test_compiled_program_takes_dicts() -> None:
     random = torch.Generator().manual_seed(0)
-    x = [{"first": torch.rand(2, WAYS, 2, generator=random), "second": torch.rand(2, WAYS, 3, generator=random)} for _ in range(2)]
+    x = [
+        {
+            "first": torch.rand(2, WAYS, 2, generator=random),
+            "second": torch.rand(2, WAYS, 3, generator=random),
+        }
+        for _ in range(2)
+    ]
     found = Episodes(x[0], labels(2, 1), x[1], labels(2, 1))
     network = Sum()
     expected = MAML(network, RATE, 1, tasks="loop").meta_gradient(found)
-    assert relative_error(MAML(network, RATE, 1, compiled=True).meta_gradient(found), expected) < 1e-5
+    assert (
+        relative_error(MAML(network, RATE, 1, compiled=True).meta_gradient(found), expected) < 1e-5
+    )
 
 
 def test_a_broken_step_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -394,7 +455,9 @@ def test_logits_under_another_name_need_one_method() -> None:
     network = Scores().double()
     model = OfScores(network, RATE, STEPS)
     assert relative_error(model.meta_gradient(episodes()), expected_gradient(reader())) < 1e-10
-    with pytest.raises(ValueError, match=r"return logits \[examples, ways\].*but got dict.*static method `logits"):
+    with pytest.raises(
+        ValueError, match=r"return logits \[examples, ways\].*but got dict.*static method `logits"
+    ):
         MAML(network, RATE, STEPS).meta_loss(episodes())
 
 
@@ -404,8 +467,12 @@ def test_objects_of_a_regression_without_logits_are_refused() -> None:
             return SimpleNamespace(mean=super().forward(ids, mask).logits)
 
     found = episodes()
-    targets = [torch.zeros(*y.shape, WAYS, dtype=torch.float64) for y in (found.support_y, found.query_y)]
-    model = MAML(Regressor().double(), RATE, STEPS, loss=lambda outputs, y: F.mse_loss(outputs.mean, y))
+    targets = [
+        torch.zeros(*y.shape, WAYS, dtype=torch.float64) for y in (found.support_y, found.query_y)
+    ]
+    model = MAML(
+        Regressor().double(), RATE, STEPS, loss=lambda outputs, y: F.mse_loss(outputs.mean, y)
+    )
     with pytest.raises(ValueError, match="or outputs with `logits`, but got SimpleNamespace"):
         model.meta_loss(found._replace(support_y=targets[0], query_y=targets[1]))
 
@@ -413,7 +480,9 @@ def test_objects_of_a_regression_without_logits_are_refused() -> None:
 def test_targets_that_broadcast_are_seen_inside_of_objects() -> None:
     found = episodes()
     targets = [torch.zeros(*y.shape, dtype=torch.float64) for y in (found.support_y, found.query_y)]
-    model = MAML(reader(), RATE, STEPS, loss=lambda outputs, y: (outputs.logits[:, :1] - y).square().mean())
+    model = MAML(
+        reader(), RATE, STEPS, loss=lambda outputs, y: (outputs.logits[:, :1] - y).square().mean()
+    )
     with pytest.raises(ValueError, match="Expected targets of the shape"):
         model.meta_loss(found._replace(support_y=targets[0], query_y=targets[1]))
 
@@ -426,20 +495,50 @@ def _with(**x: Any) -> Episodes:
 @pytest.mark.parametrize(
     ("wrong", "error", "sentence"),
     [
-        (_with(mask=None), TypeError, r"Expected `support_x\['mask'\]` to be a tensor, or a dict.* but got NoneType"),
-        (_with(more=torch.zeros(5, 6)), ValueError, r"the same tensors in `support_x` and `query_x`.*support_x\['more'\]"),
+        (
+            _with(mask=None),
+            TypeError,
+            r"Expected `support_x\['mask'\]` to be a tensor, or a dict.* but got NoneType",
+        ),
+        (
+            _with(more=torch.zeros(5, 6)),
+            ValueError,
+            r"the same tensors in `support_x` and `query_x`.*support_x\['more'\]",
+        ),
         (
             _with(mask=torch.zeros(5, 6, LENGTH)),
             ValueError,
             "to be of one type but got torch.float32 and torch.int64",
         ),
-        (_with(mask=torch.zeros(4, 6, LENGTH).long()), ValueError, r"same number of tasks but got .*\['mask'\]\": 4"),
-        (_with(mask=torch.zeros(5, 7, LENGTH).long()), ValueError, r"support_x\['mask'\]` and `support_y` .* examples but got 7 and 6"),
-        (_with(mask=torch.zeros(5).long()), ValueError, r"support_x\['mask'\]` to have at least the dimensions \[tasks, examples\]"),
-        (episodes()._replace(support_x=UserDict(episodes().support_x)), TypeError, r"but got UserDict; dict\(...\) of it is one"),
-        (episodes()._replace(support_x={}), TypeError, "Expected `support_x` to be a tensor, or a dict"),
+        (
+            _with(mask=torch.zeros(4, 6, LENGTH).long()),
+            ValueError,
+            r"same number of tasks but got .*\['mask'\]\": 4",
+        ),
+        (
+            _with(mask=torch.zeros(5, 7, LENGTH).long()),
+            ValueError,
+            r"support_x\['mask'\]` and `support_y` .* examples but got 7 and 6",
+        ),
+        (
+            _with(mask=torch.zeros(5).long()),
+            ValueError,
+            r"support_x\['mask'\]` to have at least the dimensions \[tasks, examples\]",
+        ),
+        (
+            episodes()._replace(support_x=UserDict(episodes().support_x)),
+            TypeError,
+            r"but got UserDict; dict\(...\) of it is one",
+        ),
+        (
+            episodes()._replace(support_x={}),
+            TypeError,
+            "Expected `support_x` to be a tensor, or a dict",
+        ),
     ],
 )
-def test_inputs_that_do_not_fit_are_named(wrong: Episodes, error: type[Exception], sentence: str) -> None:
+def test_inputs_that_do_not_fit_are_named(
+    wrong: Episodes, error: type[Exception], sentence: str
+) -> None:
     with pytest.raises(error, match=sentence):
         MAML(reader(), RATE, STEPS).meta_loss(wrong)

@@ -19,7 +19,12 @@ from lightning_maml.datamodules import GlyphsDataModule
 
 
 def trainer(**settings: Any) -> Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return Trainer(max_epochs=1, accelerator="cpu", **quiet, **settings)
 
 
@@ -73,15 +78,20 @@ def test_targets_that_any_loss_broadcasts_are_refused(name: str, algorithm: type
 def test_dimensions_of_one_that_only_one_side_has_are_refused(squeezed: str) -> None:
     network = nn.Sequential(MLP(3, 1), nn.Flatten(0)) if squeezed == "outputs" else MLP(3, 1)
     with pytest.raises(ValueError, match="Expected targets of the shape"):
-        MAML(network, 0.1, loss=F.mse_loss, tasks="loop").evaluate(regression(*([1] if squeezed == "outputs" else [])))
+        MAML(network, 0.1, loss=F.mse_loss, tasks="loop").evaluate(
+            regression(*([1] if squeezed == "outputs" else []))
+        )
     with pytest.raises(ValueError, match="Expected targets of the shape"):
         MAML(MLP(3, 4), 0.1, loss=F.mse_loss).meta_loss(regression(1))
 
 
-@pytest.mark.parametrize("loss", [F.mse_loss, OwnMSE(), nn.L1Loss(), lambda o, y: (o - y.to(o)).square().sum(-1).mean()])
+@pytest.mark.parametrize(
+    "loss", [F.mse_loss, OwnMSE(), nn.L1Loss(), lambda o, y: (o - y.to(o)).square().sum(-1).mean()]
+)
 @pytest.mark.parametrize("per_class", [1, 2])
 def test_labels_in_an_elementwise_loss_are_refused(loss, per_class: int) -> None:
-    episodes = make_episodes(shots=per_class, queries=1)  # with one example per class, [3] broadcasts over [3, 3]
+    # with one example per class, [3] broadcasts over [3, 3]
+    episodes = make_episodes(shots=per_class, queries=1)
     with pytest.raises(ValueError, match=r"loss=lightning_maml\.one_hot_mse"):
         MAML(build("mlp"), 0.1, loss=loss).meta_loss(episodes)
 
@@ -107,7 +117,9 @@ LABELLED = {
     "margin": F.multi_margin_loss,
     "contrastive": contrastive,
     "prototypes": of_prototypes,
-    "masked": lambda o, y: (F.cross_entropy(o, y, reduction="none") * (y != 1)).sum() / (y != 1).sum(),
+    "masked": lambda o, y: (
+        (F.cross_entropy(o, y, reduction="none") * (y != 1)).sum() / (y != 1).sum()
+    ),
     "multi-label margin": lambda o, y: F.multilabel_margin_loss(o, F.one_hot(y, WAYS)),
     "focal": lambda o, y: ((1 - (-F.cross_entropy(o, y, reduction="none")).exp()) ** 2).mean(),
     "fixed": lambda o, y: F.cross_entropy(o.reshape(6, WAYS), y),
@@ -116,7 +128,9 @@ LABELLED = {
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_losses_of_labels_are_not_refused(name: str) -> None:
-    MAML(build("mlp"), 0.1, loss=LABELLED[name], tasks="loop").evaluate(make_episodes(shots=2, queries=2))
+    MAML(build("mlp"), 0.1, loss=LABELLED[name], tasks="loop").evaluate(
+        make_episodes(shots=2, queries=2)
+    )
 
 
 TARGETED = {
@@ -163,7 +177,10 @@ def test_the_look_leaves_random_numbers_and_the_losses_buffers_as_they_are() -> 
     model = MAML(MLP(3, 4), 0.1, loss=Counting(), tasks="loop")
     before = torch.get_rng_state()
     episodes = regression(4)
-    with pytest.raises(ValueError, match=r"Expected a loss that leaves its tensors as they are but it writes to \['calls'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected a loss that leaves its tensors as they are but it writes to \['calls'\]",
+    ):
         model._plan(episodes)
     assert torch.equal(before, torch.get_rng_state())
     assert model.loss.calls == 0
@@ -172,7 +189,9 @@ def test_the_look_leaves_random_numbers_and_the_losses_buffers_as_they_are() -> 
 def of_unrolled(network: nn.Module, loss, episodes: Episodes) -> Params:
     """Return the meta-gradient of two inner steps at a rate of 0.1, by autograd through the unrolled loop."""
     w = dict(network.named_parameters())
-    value = unrolled(lambda params, x, y: loss(functional_call(network, params, (x,)), y), w, episodes, 0.1, 2)
+    value = unrolled(
+        lambda params, x, y: loss(functional_call(network, params, (x,)), y), w, episodes, 0.1, 2
+    )
     return dict(zip(w, torch.autograd.grad(value, [*w.values()]), strict=True))
 
 
@@ -181,11 +200,15 @@ def test_the_mean_squared_error_of_classes_is_that_of_one_hot_labels(tasks: str)
     episodes, network = make_episodes(), build("mlp")
 
     def written_out(outputs: Tensor, y: Tensor) -> Tensor:
-        one_hot = torch.tensor([[float(label == number) for number in range(WAYS)] for label in y.tolist()])
+        one_hot = torch.tensor(
+            [[float(label == number) for number in range(WAYS)] for label in y.tolist()]
+        )
         return ((outputs - one_hot) ** 2).sum() / len(y)
 
     expected = of_unrolled(network, written_out, episodes)
-    found = MAML(network, 0.1, train_steps=2, loss=lightning_maml.one_hot_mse, tasks=tasks).meta_gradient(episodes)
+    found = MAML(
+        network, 0.1, train_steps=2, loss=lightning_maml.one_hot_mse, tasks=tasks
+    ).meta_gradient(episodes)
     assert relative_error(found, expected) < 1e-12
 
 
@@ -212,10 +235,14 @@ IGNORING = {
 
 @pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
 @pytest.mark.parametrize("name", IGNORING)
-def test_padding_that_the_loss_ignores_has_no_part_in_the_meta_gradient(name: str, tasks: str) -> None:
+def test_padding_that_the_loss_ignores_has_no_part_in_the_meta_gradient(
+    name: str, tasks: str
+) -> None:
     episodes, network = padded_episodes(), build("mlp")
     expected = of_unrolled(network, of_counted, episodes)
-    found = MAML(network, 0.1, train_steps=2, loss=IGNORING[name], tasks=tasks).meta_gradient(episodes)
+    found = MAML(network, 0.1, train_steps=2, loss=IGNORING[name], tasks=tasks).meta_gradient(
+        episodes
+    )
     assert relative_error(found, expected) < 1e-12
 
 
@@ -227,20 +254,28 @@ def test_padding_has_no_part_in_the_mean_squared_error_of_classes() -> None:
         return (outputs[counts] - F.one_hot(y[counts], WAYS)).square().sum() / counts.sum()
 
     expected = of_unrolled(network, written_out, episodes)
-    found = MAML(network, 0.1, train_steps=2, loss=lightning_maml.one_hot_mse).meta_gradient(episodes)
+    found = MAML(network, 0.1, train_steps=2, loss=lightning_maml.one_hot_mse).meta_gradient(
+        episodes
+    )
     assert relative_error(found, expected) < 1e-12
 
 
-@pytest.mark.parametrize(("loss", "ignored"), [(F.cross_entropy, -100), (nn.CrossEntropyLoss(ignore_index=255), 255)])
+@pytest.mark.parametrize(
+    ("loss", "ignored"), [(F.cross_entropy, -100), (nn.CrossEntropyLoss(ignore_index=255), 255)]
+)
 def test_accuracy_is_of_the_queries_that_count(loss, ignored: int) -> None:
     episodes = make_episodes(tasks=2, shots=2, queries=2)
     query_y = episodes.query_y.clone()
     query_y[0, 2:] = ignored
     model = MAML(build("mlp"), 0.1, loss=loss)
-    trainer().test(model, DataLoader([episodes._replace(query_y=query_y)], batch_size=None), verbose=False)
+    trainer().test(
+        model, DataLoader([episodes._replace(query_y=query_y)], batch_size=None), verbose=False
+    )
     logged = model.trainer.callback_metrics["test/accuracy"]
     correct = model.evaluate(episodes).aux[:, -1].argmax(-1) == episodes.query_y
-    torch.testing.assert_close(logged, (correct[0, :2].float().mean() + correct[1].float().mean()) / 2)
+    torch.testing.assert_close(
+        logged, (correct[0, :2].float().mean() + correct[1].float().mean()) / 2
+    )
 
 
 @pytest.mark.parametrize("name", ["support_y", "query_y"])
@@ -248,7 +283,10 @@ def test_a_set_of_padding_alone_is_refused(name: str) -> None:
     labels = getattr(make_episodes(), name).clone()
     labels[1] = -100
     episodes = make_episodes()._replace(**{name: labels})
-    with pytest.raises(ValueError, match=rf"Expected a label in `{name}` of each task .* but got -100 alone in tasks \[1\]"):
+    with pytest.raises(
+        ValueError,
+        match=rf"Expected a label in `{name}` of each task .* but got -100 alone in tasks \[1\]",
+    ):
         MAML(build("mlp"), 0.1).meta_loss(episodes)
 
 
@@ -259,7 +297,9 @@ def test_a_support_batch_of_padding_alone_is_refused_in_the_resampling_case() ->
     model = FOMAML(MLP(5, 4), 0.1, train_steps=2)
     none = ResampledEpisodes(x, y, x[:, :, :0], y[:, :, :0], x[:, 0], y[:, 0])
     model.meta_loss(none)
-    with pytest.raises(ValueError, match=r"Expected a label in `support_y` of each task .* in tasks \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"Expected a label in `support_y` of each task .* in tasks \[2\]"
+    ):
         model.meta_loss(none._replace(support_y=padded))
     some = padded.clone()
     some[2, 1, 0] = 0
@@ -267,8 +307,13 @@ def test_a_support_batch_of_padding_alone_is_refused_in_the_resampling_case() ->
 
 
 def test_padding_is_refused_where_the_loss_does_not_say_that_it_ignores_it() -> None:
-    with pytest.raises(ValueError, match=r"Expected labels from 0 to 2.* got -100 to 2; for padding take a loss that says"):
-        MAML(build("mlp"), 0.1, loss=lambda o, y: -o.log_softmax(-1).gather(1, y[:, None]).mean()).meta_loss(padded_episodes())
+    with pytest.raises(
+        ValueError,
+        match=r"Expected labels from 0 to 2.* got -100 to 2; for padding take a loss that says",
+    ):
+        MAML(
+            build("mlp"), 0.1, loss=lambda o, y: -o.log_softmax(-1).gather(1, y[:, None]).mean()
+        ).meta_loss(padded_episodes())
 
 
 def test_a_network_adapts_to_fewer_classes_than_it_has_outputs() -> None:
@@ -285,9 +330,15 @@ def test_a_network_adapts_to_fewer_classes_than_it_has_outputs() -> None:
 def test_a_datamodule_with_other_ways_than_the_network_has_outputs_is_refused() -> None:
     data = {"shots": 1, "queries": 1, "meta_batch_size": 2, "train_batches": 1}
     model = MAML(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 4)), 0.1)
-    with pytest.raises(ValueError, match="Expected `network` to have 3 outputs, one per way of the episode, but got 4"):
+    with pytest.raises(
+        ValueError,
+        match="Expected `network` to have 3 outputs, one per way of the episode, but got 4",
+    ):
         trainer().fit(model, datamodule=GlyphsDataModule(ways=3, **data))
-    with pytest.raises(ValueError, match="Expected `network` to have 3 outputs, one per way of the episode, but got 4"):
+    with pytest.raises(
+        ValueError,
+        match="Expected `network` to have 3 outputs, one per way of the episode, but got 4",
+    ):
         trainer().test(model, datamodule=GlyphsDataModule(ways=4, test_ways=3, **data))
 
 
@@ -301,26 +352,42 @@ class Uneven(Dataset[Episodes]):
         random = torch.Generator().manual_seed(number)
         sets = []
         for size in (3 + number, 4):
-            sets += [torch.randn(size, 8, generator=random, dtype=torch.float64), torch.arange(size) % (2 + number)]
+            sets += [
+                torch.randn(size, 8, generator=random, dtype=torch.float64),
+                torch.arange(size) % (2 + number),
+            ]
         return Episodes(*sets)
 
 
 def test_uneven_tasks_one_by_one_have_the_mean_of_their_meta_gradients() -> None:
     network, tasks = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)).double(), Uneven()
-    alone = [of_unrolled(network, F.cross_entropy, Episodes(*(tensor[None] for tensor in tasks[number]))) for number in range(3)]
+    alone = [
+        of_unrolled(network, F.cross_entropy, Episodes(*(tensor[None] for tensor in tasks[number])))
+        for number in range(3)
+    ]
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     sgd = partial(torch.optim.SGD, lr=1.0)
     model = MAML(network, 0.1, train_steps=2, optimizer=sgd)
-    trainer(accumulate_grad_batches=3, precision="64-true").fit(model, DataLoader(tasks, batch_size=1))
+    trainer(accumulate_grad_batches=3, precision="64-true").fit(
+        model, DataLoader(tasks, batch_size=1)
+    )
     found = {name: before[name] - p.detach() for name, p in network.named_parameters()}
-    assert relative_error(found, {name: sum(each[name] for each in alone) / 3 for name in before}) < 1e-12
+    assert (
+        relative_error(found, {name: sum(each[name] for each in alone) / 3 for name in before})
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("labels", [2, 5])
 def test_several_integer_labels_per_example_are_refused(labels: int) -> None:
     x, y = torch.randn(4, 10, 3), torch.randint(2, (4, 10, labels))
-    model = MAML(MLP(3, labels), 0.1, loss=lambda o, t: F.binary_cross_entropy_with_logits(o, t.float()))
-    with pytest.raises(ValueError, match=r"`support_y` to hold one label per example, .* give floats, y\.float\(\), with"):
+    model = MAML(
+        MLP(3, labels), 0.1, loss=lambda o, t: F.binary_cross_entropy_with_logits(o, t.float())
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"`support_y` to hold one label per example, .* give floats, y\.float\(\), with",
+    ):
         model.meta_loss(Episodes(x, y, x, y))
     with pytest.raises(ValueError, match="`query_y` to hold one label per example"):
         model.meta_loss(Episodes(x, y.float(), x, y))
@@ -335,14 +402,22 @@ def test_labels_with_a_last_dimension_of_one_are_refused() -> None:
 def test_masks_of_classes_are_refused_and_the_cure_gives_the_right_meta_gradient() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
     x, y = torch.randn(2, 3, 1, 5, 5, dtype=torch.float64), torch.randint(3, (2, 3, 5, 5))
-    with pytest.raises(ValueError, match=r"for masks give floats, y\.float\(\), with a loss that takes them back"):
+    with pytest.raises(
+        ValueError, match=r"for masks give floats, y\.float\(\), with a loss that takes them back"
+    ):
         MAML(network, 0.1).meta_loss(Episodes(x, y, x, y))
-    model = MAML(network, 0.1, train_steps=2, loss=lambda outputs, y: F.cross_entropy(outputs, y.long()))
+    model = MAML(
+        network, 0.1, train_steps=2, loss=lambda outputs, y: F.cross_entropy(outputs, y.long())
+    )
     expected = of_unrolled(network, F.cross_entropy, Episodes(x, y, x, y))
-    assert relative_error(model.meta_gradient(Episodes(x, y.float(), x, y.float())), expected) < 1e-12
+    assert (
+        relative_error(model.meta_gradient(Episodes(x, y.float(), x, y.float())), expected) < 1e-12
+    )
 
 
 def test_arrays_are_refused() -> None:
     episodes = make_episodes()
-    with pytest.raises(TypeError, match=r"Expected `support_y` to be a tensor but got ndarray; .*torch\.from_numpy"):
+    with pytest.raises(
+        TypeError, match=r"Expected `support_y` to be a tensor but got ndarray; .*torch\.from_numpy"
+    ):
         MAML(build("mlp"), 0.1).meta_loss(episodes._replace(support_y=episodes.support_y.numpy()))

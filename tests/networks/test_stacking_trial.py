@@ -33,7 +33,9 @@ def unrolled(network: nn.Module, episodes: Episodes) -> Params:
             gradient = torch.autograd.grad(loss, [*w.values()], create_graph=True)
             w = {name: p - RATE * g for (name, p), g in zip(w.items(), gradient, strict=True)}
         losses.append(F.cross_entropy(functional_call(network, w, (query_x,)), query_y))
-    return dict(zip(w_0, torch.autograd.grad(torch.stack(losses).mean(), [*w_0.values()]), strict=True))
+    return dict(
+        zip(w_0, torch.autograd.grad(torch.stack(losses).mean(), [*w_0.values()]), strict=True)
+    )
 
 
 def difference(one: Params, other: Params) -> float:
@@ -50,7 +52,11 @@ class Words(nn.Module):
         self.functional = functional
 
     def forward(self, ids: Tensor) -> Tensor:
-        embed = partial(F.embedding, weight=self.embedding.weight, padding_idx=0) if self.functional else self.embedding
+        embed = (
+            partial(F.embedding, weight=self.embedding.weight, padding_idx=0)
+            if self.functional
+            else self.embedding
+        )
         return self.head(torch.tanh(embed(ids).mean(1)))
 
 
@@ -67,10 +73,19 @@ def sentences(tasks: int = 5, padded: tuple[int, ...] = (0, 1, 2, 3, 4)) -> Epis
 @pytest.mark.parametrize("algorithm", [MAML, HFMAML])
 def test_sparse_gradients_of_embeddings_are_taken(tasks: str, algorithm: type[MAML]) -> None:
     torch.manual_seed(0)
-    sparse, dense = (nn.Sequential(nn.Embedding(9, 6, sparse=flag), nn.Flatten(), nn.Linear(42, 3)).double() for flag in (True, False))
+    sparse, dense = (
+        nn.Sequential(nn.Embedding(9, 6, sparse=flag), nn.Flatten(), nn.Linear(42, 3)).double()
+        for flag in (True, False)
+    )
     dense.load_state_dict(sparse.state_dict())
     episodes = sentences()
-    assert difference(unrolled(dense, episodes), algorithm(sparse, RATE, STEPS, tasks=tasks).meta_gradient(episodes)) < 1e-6
+    assert (
+        difference(
+            unrolled(dense, episodes),
+            algorithm(sparse, RATE, STEPS, tasks=tasks).meta_gradient(episodes),
+        )
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("tasks", ["auto", "loop", "vmap", "threads"])
@@ -81,12 +96,16 @@ def test_the_padding_row_of_an_embedding_has_no_gradient_in_any_task(tasks: str)
     assert difference(unrolled(network, episodes), model.meta_gradient(episodes)) < 1e-12
 
 
-def test_a_padded_embedding_called_as_a_function_is_not_stacked_even_if_the_tasks_tried_have_no_padding() -> None:
+def test_a_padded_embedding_called_as_a_function_is_not_stacked_even_if_the_tasks_tried_have_no_padding() -> (
+    None
+):
     torch.manual_seed(0)
     network, episodes = Words(functional=True).double(), sentences(padded=(2,))
     model = MAML(network, RATE, STEPS)
     assert difference(unrolled(network, episodes), model.meta_gradient(episodes)) < 1e-12
-    with pytest.raises(ValueError, match="an embedding with `padding_idx` is wrong for stacked tasks"):
+    with pytest.raises(
+        ValueError, match="an embedding with `padding_idx` is wrong for stacked tasks"
+    ):
         MAML(network, RATE, STEPS, tasks="vmap").meta_gradient(episodes)
 
 
@@ -122,16 +141,32 @@ def test_networks_with_hooks_on_tensors_give_the_gradients_of_the_unrolled_loop(
     assert difference(right, MAML(made, RATE, STEPS, tasks="loop").meta_gradient(episodes)) < 1e-12
 
 
-@pytest.mark.parametrize("asked", [{"tasks": "vmap"}, {"chunk_size": 2}, {"tasks": "threads", "chunk_size": 2}, {"compiled": True}])
-def test_stacking_that_was_asked_for_is_refused_where_it_gives_other_numbers(asked: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tasks": "vmap"},
+        {"chunk_size": 2},
+        {"tasks": "threads", "chunk_size": 2},
+        {"compiled": True},
+    ],
+)
+def test_stacking_that_was_asked_for_is_refused_where_it_gives_other_numbers(
+    asked: dict[str, object],
+) -> None:
     torch.manual_seed(0)
     episodes = make_episodes(tasks=5)
     model = MAML(Clipped().double(), RATE, STEPS, **asked)
-    uses: list[Callable[[], object]] = [lambda: model.meta_loss(episodes), lambda: model.evaluate(episodes)]
+    uses: list[Callable[[], object]] = [
+        lambda: model.meta_loss(episodes),
+        lambda: model.evaluate(episodes),
+    ]
     if asked == {"tasks": "vmap"}:
         uses.append(lambda: model.adapt(*episodes[:2]))
     for use in uses:
-        with pytest.raises(ValueError, match=r"Expected a network and a loss whose tasks can be stacked .* use tasks='loop'"):
+        with pytest.raises(
+            ValueError,
+            match=r"Expected a network and a loss whose tasks can be stacked .* use tasks='loop'",
+        ):
             use()
 
 
@@ -152,8 +187,15 @@ def test_prototypes_are_compared_too() -> None:
     of_auto = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
     network.zero_grad()
     ProtoNet(network, tasks="loop").meta_loss(episodes).backward()
-    assert difference({name: p.grad for name, p in network.named_parameters() if p.grad is not None}, of_auto) < 1e-12
-    with pytest.raises(ValueError, match="Expected a network and a loss whose tasks can be stacked"):
+    assert (
+        difference(
+            {name: p.grad for name, p in network.named_parameters() if p.grad is not None}, of_auto
+        )
+        < 1e-12
+    )
+    with pytest.raises(
+        ValueError, match="Expected a network and a loss whose tasks can be stacked"
+    ):
         ProtoNet(network, tasks="vmap").meta_loss(episodes)
 
 
@@ -178,7 +220,9 @@ def from_numpy() -> float:
 
 @pytest.mark.parametrize("draw", [random.random, from_numpy])
 @pytest.mark.parametrize("tasks", ["auto", "loop"])
-def test_finite_differences_draw_the_same_numbers_from_numpy_and_python(draw: Callable[[], float], tasks: str) -> None:
+def test_finite_differences_draw_the_same_numbers_from_numpy_and_python(
+    draw: Callable[[], float], tasks: str
+) -> None:
     def seeded() -> None:
         random.seed(3)
         np.random.seed(3)  # the global generator is what such networks draw from
@@ -188,8 +232,12 @@ def test_finite_differences_draw_the_same_numbers_from_numpy_and_python(draw: Ca
     seeded()
     exact = MAML(network, RATE, STEPS, tasks=tasks).meta_gradient(episodes)
     seeded()
-    assert difference(exact, HFMAML(network, RATE, STEPS, tasks=tasks).meta_gradient(episodes)) < 1e-6
-    with pytest.raises(ValueError, match=r"they draw random numbers from (numpy|python), which they would share"):
+    assert (
+        difference(exact, HFMAML(network, RATE, STEPS, tasks=tasks).meta_gradient(episodes)) < 1e-6
+    )
+    with pytest.raises(
+        ValueError, match=r"they draw random numbers from (numpy|python), which they would share"
+    ):
         MAML(network, RATE, STEPS, tasks="vmap").meta_gradient(episodes)
 
 
@@ -216,7 +264,10 @@ def test_random_networks_are_run_in_a_loop_where_threads_were_not_asked_for() ->
     assert model._execution(large) == Execution("loop", None)
     model.meta_loss(large)
     assert MAML(build("mlp"), RATE)._execution(large).tasks == "threads"
-    with pytest.raises(RuntimeError, match="draw from torch, and threads share one random generator; use tasks='loop'"):
+    with pytest.raises(
+        RuntimeError,
+        match="draw from torch, and threads share one random generator; use tasks='loop'",
+    ):
         MAML(Noisy().double(), RATE, tasks="threads").meta_loss(large)
 
 
@@ -242,22 +293,33 @@ class OwnGenerator(nn.Module):
 
 
 def test_a_network_with_a_random_generator_of_its_own_is_refused() -> None:
-    with pytest.raises(ValueError, match="the same for the same inputs, parameters and random state but got another result"):
+    with pytest.raises(
+        ValueError,
+        match="the same for the same inputs, parameters and random state but got another result",
+    ):
         MAML(OwnGenerator(), RATE).meta_loss(make_episodes())
 
 
 def test_a_program_that_gives_something_else_than_it_was_compiled_from_is_refused() -> None:
     w = torch.linspace(-1, 1, 5)
     _check_program(lambda w: [w.sin() * (1 + 1e-6)], lambda w: [w.sin()], [w])
-    with pytest.raises(ValueError, match="the compiled meta-gradient to be what it was compiled from but it differs"):
+    with pytest.raises(
+        ValueError,
+        match="the compiled meta-gradient to be what it was compiled from but it differs",
+    ):
         _check_program(lambda w: [w.sin() * 1.1], lambda w: [w.sin()], [w])
 
 
 @pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
-def test_layers_without_a_second_derivative_are_named_with_the_algorithms_that_need_none(tasks: str) -> None:
+def test_layers_without_a_second_derivative_are_named_with_the_algorithms_that_need_none(
+    tasks: str,
+) -> None:
     network = nn.Sequential(build("mlp"), nn.Hardsigmoid(), nn.Linear(3, 3).double())
     episodes = make_episodes(tasks=5)
-    with pytest.raises(ValueError, match=r"torch has none for one of their operations \(.*hardsigmoid.*train with FOMAML or HFMAML"):
+    with pytest.raises(
+        ValueError,
+        match=r"torch has none for one of their operations \(.*hardsigmoid.*train with FOMAML or HFMAML",
+    ):
         MAML(network, RATE, tasks=tasks).meta_loss(episodes)
     for algorithm in (FOMAML, HFMAML):
         algorithm(network, RATE, tasks=tasks).meta_loss(episodes).backward()
@@ -286,12 +348,19 @@ def test_attention_adapts_in_evaluation_mode() -> None:
     torch.testing.assert_close(of_many, torch.stack(of_each), rtol=0, atol=1e-12)
 
 
-def test_weight_norm_whose_second_derivative_torch_gets_wrong_is_warned_of_and_hessian_free_maml_is_right() -> None:
+def test_weight_norm_whose_second_derivative_torch_gets_wrong_is_warned_of_and_hessian_free_maml_is_right() -> (
+    None
+):
     class WrittenOut(nn.Module):
         def __init__(self, layer: nn.Module) -> None:
             super().__init__()
             self.bias = nn.Parameter(layer.bias.detach().clone())
-            self.g, self.v = (nn.Parameter(getattr(layer.parametrizations.weight, f"original{k}").detach().clone()) for k in (0, 1))
+            self.g, self.v = (
+                nn.Parameter(
+                    getattr(layer.parametrizations.weight, f"original{k}").detach().clone()
+                )
+                for k in (0, 1)
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.g * self.v / self.v.norm(dim=1, keepdim=True), self.bias)
@@ -302,8 +371,14 @@ def test_weight_norm_whose_second_derivative_torch_gets_wrong_is_warned_of_and_h
     right = unrolled(nn.Sequential(nn.Flatten(), WrittenOut(layer), nn.Tanh(), head), episodes)
     network = nn.Sequential(nn.Flatten(), layer, nn.Tanh(), head)
     found = HFMAML(network, RATE, STEPS).meta_gradient(episodes)
-    names = {"1.v": "1.parametrizations.weight.original1", "1.g": "1.parametrizations.weight.original0"}
+    names = {
+        "1.v": "1.parametrizations.weight.original1",
+        "1.g": "1.parametrizations.weight.original0",
+    }
     assert difference(right, {name: found[names.get(name, name)] for name in right}) < 1e-6
     if weight_normed(network):  # until torch mends it
-        with pytest.warns(UserWarning, match=r"Torch's second derivative of weight norm is wrong, .* through \['1'\]"):
+        with pytest.warns(
+            UserWarning,
+            match=r"Torch's second derivative of weight norm is wrong, .* through \['1'\]",
+        ):
             MAML(network, RATE, STEPS).meta_gradient(episodes)

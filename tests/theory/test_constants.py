@@ -15,11 +15,18 @@ import pytest
 from lightning_maml import theory
 
 L, RHO, ALPHA, N = Fraction(2), Fraction(3), Fraction(1, 20), 3
-SIGMA, SIGMA_G, SIGMA_H, B_MEAN, B_SQUARE = Fraction(3, 2), Fraction(5, 4), Fraction(7), Fraction(4, 5), Fraction(9, 10)
+SIGMA, SIGMA_G, SIGMA_H, B_MEAN, B_SQUARE = (
+    Fraction(3, 2),
+    Fraction(5, 4),
+    Fraction(7),
+    Fraction(4, 5),
+    Fraction(9, 10),
+)
 TASKS, S, T, D, C_BETA = 3, 2, 5, 4, Fraction(7)
 A = 1 + ALPHA * L
 GAP = 2 - A**6
-C_L = sum(A ** (N - 1 - m) * A ** (2 * m) for m in range(N)) * ALPHA * RHO * A**N  # Ji, eqs. 27 and 28, summed
+# Ji, eqs. 27 and 28, summed
+C_L = sum(A ** (N - 1 - m) * A ** (2 * m) for m in range(N)) * ALPHA * RHO * A**N
 C_B = C_L / A**N * (A**N - 1)
 
 
@@ -55,7 +62,8 @@ def test_bias_and_second_moment(steps: int) -> None:
     for _ in range(steps):
         squ1 *= A**2 + ALPHA**2 * SIGMA_H**2 / D
     assert found.err1 == close(A**steps * L * strayed(steps)[0])
-    curved = A ** (2 * steps - 1) * (A ** (steps - 1) - 1) ** 2 if steps else 0  # a product of no factors has no bias
+    # a product of no factors has no bias
+    curved = A ** (2 * steps - 1) * (A ** (steps - 1) - 1) ** 2 if steps else 0
     assert found.err2 == close(RHO * SIGMA_G / L**2 * curved / gap)
     assert found.squ1 == close(squ1)
     assert found.squ2 == close(squ1 * L**2 * strayed(steps)[1] / SIGMA_G**2)
@@ -63,15 +71,28 @@ def test_bias_and_second_moment(steps: int) -> None:
 
 
 def resampling(**changes: Any) -> theory.Convergence:
-    arguments = {"sigma": float(SIGMA), "sample_sigma": float(SIGMA_G), "hessian_sigma": float(SIGMA_H), "tasks": TASKS, "support": S}
+    arguments = {
+        "sigma": float(SIGMA),
+        "sample_sigma": float(SIGMA_G),
+        "hessian_sigma": float(SIGMA_H),
+        "tasks": TASKS,
+        "support": S,
+    }
     arguments |= {"hessian": D, "query": T, "c_beta": float(C_BETA)}
     return theory.resampling_convergence(*floats(L, RHO, ALPHA), N, **(arguments | changes))
 
 
 def test_theorem_5() -> None:
-    err1, err2, squ1, squ2, squ3 = map(Fraction, theory.moment_constants(*floats(L, RHO, ALPHA), N, *floats(SIGMA_G, SIGMA_H), D))
+    err1, err2, squ1, squ2, squ3 = map(
+        Fraction, theory.moment_constants(*floats(L, RHO, ALPHA), N, *floats(SIGMA_G, SIGMA_H), D)
+    )
     found = resampling()
-    theta = Fraction(1, 5) - (Fraction(3, 2) + 6 / C_BETA) * err2**2 / S - squ3 / C_BETA / TASKS - 2 / C_BETA
+    theta = (
+        Fraction(1, 5)
+        - (Fraction(3, 2) + 6 / C_BETA) * err2**2 / S
+        - squ3 / C_BETA / TASKS
+        - 2 / C_BETA
+    )
     assert found.theta == close(theta * 2 * GAP / C_BETA / C_L)
     assert found.phi == close(2 / C_BETA**2 / L * (squ1 / T + squ2 / S + SIGMA**2 * squ3))
     assert found.xi == close((3 / C_BETA + 12 / C_BETA**2) / L * (err1**2 + (err2 * SIGMA) ** 2))
@@ -79,7 +100,13 @@ def test_theorem_5() -> None:
 
 
 def finite_sum(**changes: Any) -> theory.Convergence:
-    arguments = {"sigma": float(SIGMA), "b": float(B_MEAN), "mean_square_b": float(B_SQUARE), "tasks": TASKS, "c_beta": float(C_BETA)}
+    arguments = {
+        "sigma": float(SIGMA),
+        "b": float(B_MEAN),
+        "mean_square_b": float(B_SQUARE),
+        "tasks": TASKS,
+        "c_beta": float(C_BETA),
+    }
     return theory.finite_sum_convergence(*floats(L, RHO, ALPHA), N, **(arguments | changes))
 
 
@@ -89,7 +116,9 @@ def test_theorem_9() -> None:
     found = finite_sum()
     assert found.theta == close(GAP / C_L * (C_BETA - 1 - a_1 / TASKS) / C_BETA**2)
     assert found.phi == close(a_2 / L / C_BETA**2)
-    assert found.xi == close(GAP * A**6 * L / C_L + GAP * C_B * B_MEAN / C_L + SIGMA + (A**6 - A**3) * B_MEAN)
+    assert found.xi == close(
+        GAP * A**6 * L / C_L + GAP * C_B * B_MEAN / C_L + SIGMA + (A**6 - A**3) * B_MEAN
+    )
     assert math.isnan(found.chi)
 
 
@@ -101,12 +130,20 @@ def test_sizes_take_equal_parts_of_what_the_bounds_allow() -> None:
     least, hessian = theory.resampling_batches(L, rho, 1.25, 7.0)
 
     def constants(support: int) -> theory.Convergence:
-        return theory.resampling_convergence(L, rho, alpha, steps, tasks=20, support=support, query=support, hessian=hessian, **noise)
+        return theory.resampling_convergence(
+            L, rho, alpha, steps, tasks=20, support=support, query=support, hessian=hessian, **noise
+        )
 
     of_least = constants(least)
     third = of_least.theta * epsilon**2 / (of_least.chi + epsilon) / 3
     support = max(least, math.ceil(of_least.xi / third))
-    assert found == (math.ceil(gap / third), math.ceil(constants(support).phi / third), support, support, hessian)
+    assert found == (
+        math.ceil(gap / third),
+        math.ceil(constants(support).phi / third),
+        support,
+        support,
+        hessian,
+    )
     spread = {"sigma": 15.0, "b": 8.0, "mean_square_b": 90.0}
     of_sum = theory.finite_sum_convergence(L, rho, alpha, steps, tasks=20, **spread)
     half = of_sum.theta * epsilon**2 / (of_sum.xi + epsilon) / 2
@@ -124,7 +161,10 @@ def test_batches_of_the_stepsize() -> None:
     arguments = (*floats(L, 100 * RHO, ALPHA), N)
     spread_of_gradient = 100 * C_L / (L * A**6)  # C_L is linear in rho
     resampling = theory.stepsize_batches("resampling", *arguments, **spread)
-    assert resampling == (math.floor((30 * spread_of_gradient) ** 2 * 4 / 3) + 1, math.floor((8 * 40 * spread_of_gradient) ** 2) + 1)
+    assert resampling == (
+        math.floor((30 * spread_of_gradient) ** 2 * 4 / 3) + 1,
+        math.floor((8 * 40 * spread_of_gradient) ** 2) + 1,
+    )
     finite_sum = theory.stepsize_batches("finite_sum", *arguments, sigma=300.0, b=2.0)
     assert finite_sum == (math.ceil(2 * (300 * 100 * C_L / (100 * C_B * 2 + L * A**6)) ** 2), 0)
 
@@ -134,7 +174,9 @@ def test_without_steps_any_inner_rate_will_do() -> None:
 
 
 def test_the_first_order_floor_ends_where_it_is_infinite() -> None:
-    assert theory.first_order_floor(*floats(L, ALPHA), 2, 3.0) == close(3 / ((2 - A**4) / (A**2 * (A**2 - 1)) - 1))
+    assert theory.first_order_floor(*floats(L, ALPHA), 2, 3.0) == close(
+        3 / ((2 - A**4) / (A**2 * (A**2 - 1)) - 1)
+    )
     grown = Fraction(127, 100)  # its square is below 2, its cube is not, and c is below 1
     c = grown * (grown - 1) / (2 - grown**2)
     assert theory.first_order_floor(1.0, 0.27, 1, 3.0) == close(c * 3 / (1 - c))
@@ -157,7 +199,9 @@ def test_small_errors_need_no_small_probing_radius() -> None:
     error = theory.hessian_free_error(2.0, 3.0, 0.01, 2, 1.0, 5.0)
     assert 0 < error < 1
     assert theory.probe_radius(0.1, 2.0, 3.0, 0.01, 2, 5.0) == close(0.1 / (2 * error))
-    assert theory.probe_radius(1e9, 2.0, 3.0, 0.01, 2, 5.0) == theory.printed_probe_radius(3.0, 0.01)
+    assert theory.probe_radius(1e9, 2.0, 3.0, 0.01, 2, 5.0) == theory.printed_probe_radius(
+        3.0, 0.01
+    )
 
 
 def test_a_theorem_that_does_not_hold_bounds_nothing() -> None:
@@ -165,16 +209,21 @@ def test_a_theorem_that_does_not_hold_bounds_nothing() -> None:
         assert theory.finite_sum_bound(theory.Convergence(theta, 1.0, 1.0), 1.0, 10, 10) == math.inf
 
 
-@pytest.mark.parametrize("flat", [{"L": 1, "rho": 0, "alpha": 0.1, "steps": 1}, {"L": 1, "rho": 1, "alpha": 0.1, "steps": 0}])
+@pytest.mark.parametrize(
+    "flat",
+    [{"L": 1, "rho": 0, "alpha": 0.1, "steps": 1}, {"L": 1, "rho": 1, "alpha": 0.1, "steps": 0}],
+)
 def test_without_curvature_the_theorems_are_not_needed(flat: dict[str, float]) -> None:
     message = (
-        "Expected rho, alpha and N to be positive but one of them is 0: then C_L = 0, the meta-objective is smooth, and needs no such "
-        "bound."
+        "Expected rho, alpha and N to be positive but one of them is 0: then C_L = 0, the "
+        "meta-objective is smooth, and needs no such bound."
     )
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         theory.finite_sum_convergence(**flat, sigma=1, b=1, mean_square_b=1, tasks=9)
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        theory.resampling_convergence(**flat, sigma=1, sample_sigma=1, hessian_sigma=1, tasks=9, support=9, hessian=9, query=9)
+        theory.resampling_convergence(
+            **flat, sigma=1, sample_sigma=1, hessian_sigma=1, tasks=9, support=9, hessian=9, query=9
+        )
 
 
 CURVED = {"L": 2.0, "rho": 3.0, "alpha": 0.05, "steps": 2}
@@ -185,7 +234,10 @@ CALLS: list[tuple[Callable[..., object], dict[str, Any]]] = [
     (partial(theory.meta_smoothness, "finite_sum"), CURVED | {"gradient_norm": 1.0, "b": 1.0}),
     (theory.largest_inner_lr, {"L": 2.0, "steps": 2}),
     (theory.recommended_inner_lr, {"L": 2.0, "steps": 2}),
-    (partial(theory.stepsize_batches, "resampling"), CURVED | {"sigma": 1.0, "sample_sigma": 1.0, "b": 1.0}),
+    (
+        partial(theory.stepsize_batches, "resampling"),
+        CURVED | {"sigma": 1.0, "sample_sigma": 1.0, "b": 1.0},
+    ),
     (theory.hessian_batch, {"alpha": 0.05, "hessian_sigma": 1.0}),
     (theory.printed_probe_radius, {"rho": 3.0, "alpha": 0.05}),
     (theory.resampling_batches, {"L": 2.0, "rho": 3.0} | NOISE),
@@ -196,21 +248,56 @@ CALLS: list[tuple[Callable[..., object], dict[str, Any]]] = [
     (theory.adaptation_gap, {"L": 2.0, "alpha": 0.05, "samples": 2} | NOISE),
     (theory.path_error, {"L": 2.0, "alpha": 0.05, "step": 2, "sample_sigma": 1.0, "support": 2}),
     (theory.moment_constants, CURVED | NOISE | {"hessian": 2}),
-    (theory.resampling_convergence, CURVED | NOISE | {"sigma": 1.0, "tasks": 2, "support": 2, "hessian": 2, "query": 2, "c_beta": 100.0}),
-    (theory.finite_sum_convergence, CURVED | {"sigma": 1.0, "b": 1.0, "mean_square_b": 1.0, "tasks": 2, "c_beta": 80.0}),
-    (partial(theory.resampling_bound, theory.Convergence(1.0, 1.0, 1.0, 1.0)), {"gap": 1.0, "iterations": 5, "tasks": 2, "support": 2}),
-    (partial(theory.finite_sum_bound, theory.Convergence(1.0, 1.0, 1.0)), {"gap": 1.0, "iterations": 5, "tasks": 2}),
-    (theory.resampling_sizes, {"epsilon": 0.1, "L": 2.0, "rho": 3.0, "steps": 2, "sigma": 1.0, "gap": 1.0} | NOISE),
-    (theory.finite_sum_sizes, {"epsilon": 0.1, "L": 2.0, "rho": 3.0, "steps": 2, "sigma": 1.0, "b": 1.0, "mean_square_b": 1.0, "gap": 1.0}),
+    (
+        theory.resampling_convergence,
+        CURVED
+        | NOISE
+        | {"sigma": 1.0, "tasks": 2, "support": 2, "hessian": 2, "query": 2, "c_beta": 100.0},
+    ),
+    (
+        theory.finite_sum_convergence,
+        CURVED | {"sigma": 1.0, "b": 1.0, "mean_square_b": 1.0, "tasks": 2, "c_beta": 80.0},
+    ),
+    (
+        partial(theory.resampling_bound, theory.Convergence(1.0, 1.0, 1.0, 1.0)),
+        {"gap": 1.0, "iterations": 5, "tasks": 2, "support": 2},
+    ),
+    (
+        partial(theory.finite_sum_bound, theory.Convergence(1.0, 1.0, 1.0)),
+        {"gap": 1.0, "iterations": 5, "tasks": 2},
+    ),
+    (
+        theory.resampling_sizes,
+        {"epsilon": 0.1, "L": 2.0, "rho": 3.0, "steps": 2, "sigma": 1.0, "gap": 1.0} | NOISE,
+    ),
+    (
+        theory.finite_sum_sizes,
+        {
+            "epsilon": 0.1,
+            "L": 2.0,
+            "rho": 3.0,
+            "steps": 2,
+            "sigma": 1.0,
+            "b": 1.0,
+            "mean_square_b": 1.0,
+            "gap": 1.0,
+        },
+    ),
 ]
 
 
 @pytest.mark.parametrize(
     ("function", "arguments", "name"),
     [(function, arguments, name) for function, arguments in CALLS for name in arguments],
-    ids=[f"{getattr(function, '__name__', 'bound')}-{name}" for function, arguments in CALLS for name in arguments],
+    ids=[
+        f"{getattr(function, '__name__', 'bound')}-{name}"
+        for function, arguments in CALLS
+        for name in arguments
+    ],
 )
-def test_every_argument_is_checked(function: Callable[..., object], arguments: dict[str, Any], name: str) -> None:
+def test_every_argument_is_checked(
+    function: Callable[..., object], arguments: dict[str, Any], name: str
+) -> None:
     function(**arguments)
     for bad in (-1, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"^Expected `{name}` to be a finite number"):

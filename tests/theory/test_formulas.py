@@ -22,7 +22,11 @@ def test_the_constants_at_one_eighth_of_n_l(L: float, rho: float) -> None:
     many = theory.smoothness_constants(L, rho, theory.recommended_inner_lr(L, 10**6), 10**6)
     e = math.exp(1 / 8)
     assert many == (close(e**2), close(e**2 * (e - 1) * rho / L), close(e * (e - 1) ** 2 * rho / L))
-    assert (round(many.growth, 3), round(many.c_l * L / rho, 4), round(many.c_b * L / rho, 4)) == (1.284, 0.1710, 0.0201)
+    assert (round(many.growth, 3), round(many.c_l * L / rho, 4), round(many.c_b * L / rho, 4)) == (
+        1.284,
+        0.1710,
+        0.0201,
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.05])
@@ -34,8 +38,14 @@ def test_the_constants_follow_from_the_recursion_of_the_proof(steps: int, alpha:
     for m in range(1, steps + 1):
         v = alpha * rho * a ** (2 * (m - 1)) + a * v
     growth, c_l, c_b = theory.smoothness_constants(L, rho, alpha, steps)
-    assert (growth, c_l, c_b) == (close(a ** (2 * steps)), close(v * a**steps), close(v * (a**steps - 1)))
-    printed = (a ** (steps - 1) * alpha * rho + rho / L * a**steps * (a ** (steps - 1) - 1)) * a**steps
+    assert (growth, c_l, c_b) == (
+        close(a ** (2 * steps)),
+        close(v * a**steps),
+        close(v * (a**steps - 1)),
+    )
+    printed = (
+        a ** (steps - 1) * alpha * rho + rho / L * a**steps * (a ** (steps - 1) - 1)
+    ) * a**steps
     assert c_l == close(printed), "Ji, eq. 13"
 
 
@@ -43,47 +53,72 @@ def test_the_rules() -> None:
     arguments = {"L": 2.0, "rho": 3.0, "alpha": 0.0625, "steps": 1, "gradient_norm": 5.0}
     a = 1.125
     assert theory.meta_smoothness("one_step", **arguments) == close(4 * 2 + 2 * 3 * 0.0625 * 5)
-    assert theory.meta_smoothness("resampling", **arguments, b=7) == close(a**2 * 2 + 1.5 * a * (a - 1) * 5)
-    assert theory.meta_smoothness("finite_sum", **arguments, b=7) == close(a**2 * 2 + 1.5 * a * (a - 1) * 5 + 1.5 * (a - 1) ** 2 * 7)
+    assert theory.meta_smoothness("resampling", **arguments, b=7) == close(
+        a**2 * 2 + 1.5 * a * (a - 1) * 5
+    )
+    assert theory.meta_smoothness("finite_sum", **arguments, b=7) == close(
+        a**2 * 2 + 1.5 * a * (a - 1) * 5 + 1.5 * (a - 1) ** 2 * 7
+    )
     assert theory.meta_stepsize(8.0, scale=0.5) == 0.0625
-    scales = [theory.paper_scale("one_step", curvature) for curvature in ("exact", "none", "finite_difference")]
+    scales = [
+        theory.paper_scale("one_step", curvature)
+        for curvature in ("exact", "none", "finite_difference")
+    ]
     assert scales == [1 / 12, 1 / 18, 1 / 25]
-    assert (theory.paper_scale("resampling"), theory.paper_scale("finite_sum", "none")) == (1 / 100, 1 / 80)
+    assert (theory.paper_scale("resampling"), theory.paper_scale("finite_sum", "none")) == (
+        1 / 100,
+        1 / 80,
+    )
 
 
-@pytest.mark.parametrize(("steps", "largest"), [(1, 0.4142), (2, 0.1892), (5, 0.0718), (10, 0.0353)])
+@pytest.mark.parametrize(
+    ("steps", "largest"), [(1, 0.4142), (2, 0.1892), (5, 0.0718), (10, 0.0353)]
+)
 def test_inner_rates(steps: int, largest: float) -> None:
     assert theory.largest_inner_lr(2.0, steps) * 2 == pytest.approx(largest, abs=5e-5)
     at_the_edge = theory.smoothness_constants(2.0, 1.0, theory.largest_inner_lr(2.0, steps), steps)
     assert at_the_edge.growth == close(2)
     assert theory.recommended_inner_lr(2.0, steps) == close(1 / (16 * steps))
-    assert [theory.largest_one_step_inner_lr(2.0, curvature) for curvature in ("exact", "none")] == [close(1 / 12), close(1 / 20)]
+    assert [
+        theory.largest_one_step_inner_lr(2.0, curvature) for curvature in ("exact", "none")
+    ] == [close(1 / 12), close(1 / 20)]
 
 
 def test_batches_of_the_stepsize() -> None:
     one_step = theory.stepsize_batches("one_step", 1.0, 100.0, 0.1, 1, sigma=2.0, sample_sigma=3.0)
     assert one_step == (200, 3600)
     for rule, tasks, samples in (("resampling", 0.0237, 1.135), ("finite_sum", 0.0355, 0.0)):
-        batches = theory.stepsize_batches(rule, 1.0, 1e3, theory.recommended_inner_lr(1.0, 10**5), 10**5, 1.0, 1.0)
+        batches = theory.stepsize_batches(
+            rule, 1.0, 1e3, theory.recommended_inner_lr(1.0, 10**5), 10**5, 1.0, 1.0
+        )
         assert batches.tasks == pytest.approx(tasks * 1e6, rel=5e-3)
         assert batches.samples == pytest.approx(samples * 1e6, rel=5e-3)
-    assert theory.stepsize_batches("one_step", 1.0, 0.0, 0.1, 1, sigma=2.0, sample_sigma=3.0) == (1, 1)
+    assert theory.stepsize_batches("one_step", 1.0, 0.0, 0.1, 1, sigma=2.0, sample_sigma=3.0) == (
+        1,
+        1,
+    )
     assert theory.hessian_batch(0.1, 39.0) == 31
     assert theory.resampling_batches(2.0, 8.0, 3.0, 9.0) == (540, 21)
 
 
 def test_probing_radii_and_errors() -> None:
     assert theory.printed_probe_radius(2.0, 0.1) == close(1 / 1.2)
-    assert theory.hessian_free_error(1.0, 2.0, 0.1, 3, radius=0.01, query_gradient_norm=4.0) == close(3 * 1.1**2 * 0.1 * 2 * 0.005 * 4)
+    assert theory.hessian_free_error(
+        1.0, 2.0, 0.1, 3, radius=0.01, query_gradient_norm=4.0
+    ) == close(3 * 1.1**2 * 0.1 * 2 * 0.005 * 4)
     radius = theory.probe_radius(1e-3, 1.0, 2.0, 0.1, 3, 4.0)
     assert theory.hessian_free_error(1.0, 2.0, 0.1, 3, radius, 4.0) == close(5e-4)
     assert theory.probe_radius(1e3, 1.0, 2.0, 0.1, 3, 4.0) == theory.printed_probe_radius(2.0, 0.1)
-    assert theory.probe_radius(1e-3, 1.0, 0.0, 0.1, 3, 4.0) == math.inf, "no curvature of curvature, no error"
+    assert theory.probe_radius(1e-3, 1.0, 0.0, 0.1, 3, 4.0) == math.inf, (
+        "no curvature of curvature, no error"
+    )
 
 
 def test_floors_and_errors_of_estimates() -> None:
     for steps in (1, 5):  # to first order c = N alpha L
-        assert theory.first_order_floor(2.0, 1e-7, steps, sigma=3.0) == pytest.approx(steps * 1e-7 * 2 * 3, rel=1e-5)
+        assert theory.first_order_floor(2.0, 1e-7, steps, sigma=3.0) == pytest.approx(
+            steps * 1e-7 * 2 * 3, rel=1e-5
+        )
     assert theory.first_order_floor(1.0, 0.4, 1, 1.0) == math.inf
     assert theory.first_order_floor(1.0, 0.5, 1, 1.0) == math.inf
     assert theory.one_step_bias(2.0, 0.1, 3.0, 9) == close(0.2)
@@ -97,15 +132,26 @@ def test_the_figures_of_corollary_6() -> None:
     """alpha = 1/(8 N L), C_beta = 100, in units L = rho = sigma_g = 1; ranges from N = 1 to infinity."""
     for steps in (1, 2, 5, 10, 1000):
         alpha = theory.recommended_inner_lr(1.0, steps)
-        moments = theory.moment_constants(1.0, 1.0, alpha, steps, sample_sigma=1.0, hessian_sigma=1.0, hessian=1)
+        moments = theory.moment_constants(
+            1.0, 1.0, alpha, steps, sample_sigma=1.0, hessian_sigma=1.0, hessian=1
+        )
         assert 0.14 < moments.err1 < 5 / 16
         assert 0 <= moments.err2 < 0.032
         assert 18 < moments.squ3 < 19.3
         batches = {"tasks": 20, "support": 15, "hessian": 1, "query": 1}
-        convergence = theory.resampling_convergence(1.0, 1.0, alpha, steps, sigma=1.0, sample_sigma=1.0, hessian_sigma=1.0, **batches)
+        convergence = theory.resampling_convergence(
+            1.0, 1.0, alpha, steps, sigma=1.0, sample_sigma=1.0, hessian_sigma=1.0, **batches
+        )
         assert 0.014 < convergence.theta < 0.018
         one_task = theory.resampling_convergence(
-            1.0, 1.0, alpha, steps, sigma=1.0, sample_sigma=1.0, hessian_sigma=1.0, **(batches | {"tasks": 1})
+            1.0,
+            1.0,
+            alpha,
+            steps,
+            sigma=1.0,
+            sample_sigma=1.0,
+            hessian_sigma=1.0,
+            **(batches | {"tasks": 1}),
         )
         assert one_task.theta < 0
         assert theory.resampling_bound(one_task, 1.0, 10, 1, 15) == math.inf
@@ -114,10 +160,14 @@ def test_the_figures_of_corollary_6() -> None:
 def test_the_figures_of_corollary_10() -> None:
     for steps in (1, 2, 5, 10, 1000):
         alpha = theory.recommended_inner_lr(1.0, steps)
-        convergence = theory.finite_sum_convergence(1.0, 1.0, alpha, steps, sigma=0.0, b=0.0, mean_square_b=0.0, tasks=1)
+        convergence = theory.finite_sum_convergence(
+            1.0, 1.0, alpha, steps, sigma=0.0, b=0.0, mean_square_b=0.0, tasks=1
+        )
         assert 0.043 < convergence.theta < 0.055
         assert convergence.phi == 0
-        with_spread = theory.finite_sum_convergence(1.0, 1.0, alpha, steps, sigma=1.0, b=1.0, mean_square_b=1.0, tasks=1)
+        with_spread = theory.finite_sum_convergence(
+            1.0, 1.0, alpha, steps, sigma=1.0, b=1.0, mean_square_b=1.0, tasks=1
+        )
         assert with_spread.phi * 80**2 < 8 * 2**2 + 4 * (1 + 1), "A_2 of Corollary 10"
 
 
@@ -131,22 +181,41 @@ def test_the_sizes_of_the_corollaries_reach_their_accuracy(steps: int, epsilon: 
     alpha = theory.recommended_inner_lr(L, steps)
     within = {"sample_sigma": 1.5, "hessian_sigma": 4.0}
     sizes = theory.resampling_sizes(epsilon, L, rho, steps, **within, **SPREAD)
-    batches = {"tasks": sizes.tasks, "support": sizes.support, "hessian": sizes.hessian, "query": sizes.query}
-    convergence = theory.resampling_convergence(L, rho, alpha, steps, sigma=2.0, **within, **batches)
+    batches = {
+        "tasks": sizes.tasks,
+        "support": sizes.support,
+        "hessian": sizes.hessian,
+        "query": sizes.query,
+    }
+    convergence = theory.resampling_convergence(
+        L, rho, alpha, steps, sigma=2.0, **within, **batches
+    )
     bound = theory.resampling_bound(convergence, 3.0, sizes.iterations, sizes.tasks, sizes.support)
     assert epsilon / 3 < bound <= epsilon
     between = {"b": 1.0, "mean_square_b": 1.5}
     finite = theory.finite_sum_sizes(epsilon, L, rho, steps, **between, **SPREAD)
-    convergence = theory.finite_sum_convergence(L, rho, alpha, steps, sigma=2.0, **between, tasks=finite.tasks)
-    assert epsilon / 3 < theory.finite_sum_bound(convergence, 3.0, finite.iterations, finite.tasks) <= epsilon
+    convergence = theory.finite_sum_convergence(
+        L, rho, alpha, steps, sigma=2.0, **between, tasks=finite.tasks
+    )
+    assert (
+        epsilon / 3
+        < theory.finite_sum_bound(convergence, 3.0, finite.iterations, finite.tasks)
+        <= epsilon
+    )
 
 
 def test_sizes_grow_with_the_inverse_square_of_the_accuracy() -> None:
-    coarse, fine = (theory.resampling_sizes(e, 1.0, 1.0, 5, sample_sigma=1.0, hessian_sigma=3.0, **SPREAD) for e in (1e-2, 1e-3))
+    coarse, fine = (
+        theory.resampling_sizes(e, 1.0, 1.0, 5, sample_sigma=1.0, hessian_sigma=3.0, **SPREAD)
+        for e in (1e-2, 1e-3)
+    )
     for name in ("iterations", "tasks", "support", "query"):
         assert getattr(fine, name) / getattr(coarse, name) == pytest.approx(100, rel=0.02)
     assert fine.hessian == coarse.hessian == 9
-    coarse, fine = (theory.finite_sum_sizes(e, 1.0, 1.0, 5, b=1.0, mean_square_b=1.0, **SPREAD) for e in (1e-2, 1e-3))
+    coarse, fine = (
+        theory.finite_sum_sizes(e, 1.0, 1.0, 5, b=1.0, mean_square_b=1.0, **SPREAD)
+        for e in (1e-2, 1e-3)
+    )
     assert fine.iterations / coarse.iterations == pytest.approx(100, rel=0.02)
 
 
@@ -161,7 +230,13 @@ def test_a_bound_is_the_root_of_its_inequality() -> None:
 def scaled(loss: float, parameter: float) -> dict[str, float]:
     """The same problem with the loss and the parameters in other units."""
     gradient, hessian = loss / parameter, loss / parameter**2
-    return {"L": 2 * hessian, "rho": 3 * hessian / parameter, "alpha": 0.02 / hessian, "gradient": gradient, "hessian": hessian}
+    return {
+        "L": 2 * hessian,
+        "rho": 3 * hessian / parameter,
+        "alpha": 0.02 / hessian,
+        "gradient": gradient,
+        "hessian": hessian,
+    }
 
 
 def convergence_of(units: dict[str, float], rule: Rule) -> tuple[float, ...]:
@@ -169,7 +244,11 @@ def convergence_of(units: dict[str, float], rule: Rule) -> tuple[float, ...]:
     g, h = units["gradient"], units["hessian"]
     constants = [units[name] for name in ("L", "rho", "alpha")]
     gap = g * g / h
-    spread = {"sigma": 5 * g, "b": 6 * g, "mean_square_b": 40 * g * g} if rule == "finite_sum" else {"sigma": 5 * g}
+    spread = (
+        {"sigma": 5 * g, "b": 6 * g, "mean_square_b": 40 * g * g}
+        if rule == "finite_sum"
+        else {"sigma": 5 * g}
+    )
     within = {} if rule == "finite_sum" else {"sample_sigma": 7 * g, "hessian_sigma": 8 * h}
     if rule == "finite_sum":
         convergence = theory.finite_sum_convergence(*constants, 3, **spread, tasks=20)
@@ -181,40 +260,76 @@ def convergence_of(units: dict[str, float], rule: Rule) -> tuple[float, ...]:
         bound = theory.resampling_bound(convergence, 3 * gap, 10**4, 20, 10**4)
         sizes = theory.resampling_sizes(0.3 * g, *constants[:2], 3, **spread, **within, gap=3 * gap)
     smoothness = theory.meta_smoothness(rule, *constants, 3, gradient_norm=9 * g, b=6 * g)
-    batches = theory.stepsize_batches(rule, *constants, 3, sigma=50 * g, sample_sigma=70 * g, b=6 * g)
+    batches = theory.stepsize_batches(
+        rule, *constants, 3, sigma=50 * g, sample_sigma=70 * g, b=6 * g
+    )
     return bound / g, smoothness / h, *sizes, *batches, theory.hessian_batch(constants[2], 80 * h)
 
 
 @pytest.mark.parametrize("rule", ["resampling", "finite_sum"])
 def test_no_result_depends_on_the_units(rule: Rule) -> None:
     """What the printed conditions with wrong dimensions would fail."""
-    assert convergence_of(scaled(loss=100.0, parameter=0.01), rule) == pytest.approx(convergence_of(scaled(1.0, 1.0), rule), rel=1e-3)
+    assert convergence_of(scaled(loss=100.0, parameter=0.01), rule) == pytest.approx(
+        convergence_of(scaled(1.0, 1.0), rule), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: theory.smoothness_constants(0.0, 1.0, 0.1, 1), "`L` to be a finite number above 0 but got 0.0"),
-        (lambda: theory.smoothness_constants(1.0, 1.0, -0.1, 1), "`alpha` to be a finite number of at least 0 but got -0.1"),
-        (lambda: theory.meta_smoothness("one_step", 1, 1, 0.1, 2, 1.0), "one inner step with rule 'one_step' but got 2"),
-        (lambda: theory.meta_smoothness("two_step", 1, 1, 0.1, 2, 1.0), "`rule` to be .* but got 'two_step'"),
         (
-            lambda: theory.finite_sum_convergence(1, 1, 0.5, 1, sigma=1, b=1, mean_square_b=1, tasks=9),
+            lambda: theory.smoothness_constants(0.0, 1.0, 0.1, 1),
+            "`L` to be a finite number above 0 but got 0.0",
+        ),
+        (
+            lambda: theory.smoothness_constants(1.0, 1.0, -0.1, 1),
+            "`alpha` to be a finite number of at least 0 but got -0.1",
+        ),
+        (
+            lambda: theory.meta_smoothness("one_step", 1, 1, 0.1, 2, 1.0),
+            "one inner step with rule 'one_step' but got 2",
+        ),
+        (
+            lambda: theory.meta_smoothness("two_step", 1, 1, 0.1, 2, 1.0),
+            "`rule` to be .* but got 'two_step'",
+        ),
+        (
+            lambda: theory.finite_sum_convergence(
+                1, 1, 0.5, 1, sigma=1, b=1, mean_square_b=1, tasks=9
+            ),
             r"alpha < \(2\^\(1/2N\) - 1\) / L = 0.414 but got 0.5",
         ),
-        (lambda: theory.finite_sum_convergence(1, 0, 0.1, 1, sigma=1, b=1, mean_square_b=1, tasks=9), "rho, alpha and N to be positive"),
         (
-            lambda: theory.finite_sum_convergence(1, 1, 0.1, 1, sigma=1, b=1, mean_square_b=1, tasks=0),
+            lambda: theory.finite_sum_convergence(
+                1, 0, 0.1, 1, sigma=1, b=1, mean_square_b=1, tasks=9
+            ),
+            "rho, alpha and N to be positive",
+        ),
+        (
+            lambda: theory.finite_sum_convergence(
+                1, 1, 0.1, 1, sigma=1, b=1, mean_square_b=1, tasks=0
+            ),
             "`tasks` to be a finite number above 0",
         ),
-        (lambda: theory.finite_sum_sizes(-1, 1, 1, 1, sigma=1, b=1, mean_square_b=1, gap=1), "`epsilon` to be a finite number above 0"),
+        (
+            lambda: theory.finite_sum_sizes(-1, 1, 1, 1, sigma=1, b=1, mean_square_b=1, gap=1),
+            "`epsilon` to be a finite number above 0",
+        ),
         (lambda: theory.paper_scale("two_step"), "`rule` to be .* but got 'two_step'"),
-        (lambda: theory.stepsize_batches("one_step", 1, 1, 0.1, 5, 1.0), "one inner step with rule 'one_step' but got 5"),
+        (
+            lambda: theory.stepsize_batches("one_step", 1, 1, 0.1, 5, 1.0),
+            "one inner step with rule 'one_step' but got 5",
+        ),
         (lambda: theory.recommended_inner_lr(1.0, 1.5), "`steps` to be a whole number but got 1.5"),
-        (lambda: theory.smoothness_constants(100.0, 1.0, 1.0, 200), r"\(1 \+ alpha L\)\^\(2N\) to be a number"),
+        (
+            lambda: theory.smoothness_constants(100.0, 1.0, 1.0, 200),
+            r"\(1 \+ alpha L\)\^\(2N\) to be a number",
+        ),
         (lambda: theory.one_step_bias(1.0, 0.1, 1.0, 0), "`support` to be a finite number above 0"),
     ],
 )
-def test_arguments_out_of_range_are_refused(call: Callable[[], SmoothnessConstants], message: str) -> None:
+def test_arguments_out_of_range_are_refused(
+    call: Callable[[], SmoothnessConstants], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -17,7 +17,9 @@ from lightning_maml.theory.measure import Probe, hessian_lipschitz, smoothness
 
 
 def rotation(size: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))[0]
+    return torch.linalg.qr(
+        torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    )[0]
 
 
 def at(w: Tensor) -> Params:
@@ -49,7 +51,12 @@ def monkey_saddle(params: Params) -> Tensor:
 POINT = torch.linspace(-2, 2, 20, dtype=torch.float64)
 KNOWN = {
     "quadratic": (quadratic, at(torch.ones(5, dtype=torch.float64)), 5.0, 0.0),
-    "cosine_sum": (cosine_sum, at(rotation(20).T @ POINT), (WEIGHTS * POINT.cos()).abs().max(), (WEIGHTS * POINT.sin()).abs().max()),
+    "cosine_sum": (
+        cosine_sum,
+        at(rotation(20).T @ POINT),
+        (WEIGHTS * POINT.cos()).abs().max(),
+        (WEIGHTS * POINT.sin()).abs().max(),
+    ),
     "monkey_saddle": (monkey_saddle, at(torch.tensor([0.3, 0.4], dtype=torch.float64)), 1.5, 3.0),
 }
 
@@ -67,12 +74,16 @@ def test_constants_of_functions_where_they_are_known(name: str, dtype: torch.dty
     assert measured.value == pytest.approx(float(L), rel=0.02)
     assert flat(measured.direction).norm() == pytest.approx(1)
     assert measured.gradient_evaluations < 250
-    assert hessian_lipschitz(cast_loss, w).value == pytest.approx(float(rho), rel=0.05, abs=1e-8 if dtype == torch.float64 else 1e-2)
+    assert hessian_lipschitz(cast_loss, w).value == pytest.approx(
+        float(rho), rel=0.05, abs=1e-8 if dtype == torch.float64 else 1e-2
+    )
 
 
 def small_network() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(2)
-    network = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)).double()
+    network = nn.Sequential(
+        nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)
+    ).double()
     assert sum(p.numel() for p in network.parameters()) == 1761
     x = 10 * torch.rand(10, 1, dtype=torch.float64) - 5
     return network, x, 2 * torch.sin(x)
@@ -92,22 +103,31 @@ def largest_curvature_and_change_of_it() -> tuple[float, float]:
     sizes = [p.numel() for p in w.values()]
 
     def of_vector(vector: Tensor) -> Tensor:
-        return loss({name: part.view_as(w[name]) for name, part in zip(w, vector.split(sizes), strict=True)})
+        return loss(
+            {name: part.view_as(w[name]) for name, part in zip(w, vector.split(sizes), strict=True)}
+        )
 
-    hessian = torch.autograd.functional.hessian(of_vector, torch.cat([p.flatten() for p in w.values()]), vectorize=True)
+    hessian = torch.autograd.functional.hessian(
+        of_vector, torch.cat([p.flatten() for p in w.values()]), vectorize=True
+    )
     long = hessian_lipschitz(loss, w, restarts=30, iterations=100, tolerance=1e-5, seed=1000)
     return float(torch.linalg.matrix_norm(hessian, 2)), long.value
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_constants_of_a_network(seed: int, largest_curvature_and_change_of_it: tuple[float, float]) -> None:
+def test_constants_of_a_network(
+    seed: int, largest_curvature_and_change_of_it: tuple[float, float]
+) -> None:
     """A random direction would give a rho tens of times too small."""
     loss, w = small_loss()
     curvature, change = largest_curvature_and_change_of_it
     assert smoothness(loss, w, seed=seed).value == pytest.approx(curvature, rel=1e-3)
     measured = hessian_lipschitz(loss, w, seed=seed)
     assert measured.value == pytest.approx(change, rel=0.1)
-    u = {name: torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(seed)) for name, p in w.items()}
+    u = {
+        name: torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(seed))
+        for name, p in w.items()
+    }
     u = {name: p / flat(u).norm() for name, p in u.items()}
 
     def curvature_along_u(params: Params) -> Tensor:
@@ -116,7 +136,9 @@ def test_constants_of_a_network(seed: int, largest_curvature_and_change_of_it: t
     assert measured.value > 20 * flat(torch.func.grad(curvature_along_u)(w)).norm()
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_single_precision_gives_the_same_constants_on_a_convolutional_network(seed: int) -> None:
     data = GlyphsDataModule(ways=5, seed=seed)
     data.setup("fit")
@@ -124,9 +146,14 @@ def test_single_precision_gives_the_same_constants_on_a_convolutional_network(se
     torch.manual_seed(seed)
     module = MAML(Conv4(1, 5, 28, channels=16, activation="gelu"))
     single = module.probe(episodes).curvature(restarts=1)
-    double = Episodes(episodes.support_x.double(), episodes.support_y, episodes.query_x.double(), episodes.query_y)
+    double = Episodes(
+        episodes.support_x.double(), episodes.support_y, episodes.query_x.double(), episodes.query_y
+    )
     exact = module.double().probe(double).curvature(restarts=1)
-    assert (single.L, single.rho) == (pytest.approx(exact.L, rel=1e-3), pytest.approx(exact.rho, rel=0.02))
+    assert (single.L, single.rho) == (
+        pytest.approx(exact.L, rel=1e-3),
+        pytest.approx(exact.rho, rel=0.02),
+    )
 
 
 def test_where_the_hessian_changes_at_a_kink_alone_the_search_ends() -> None:
@@ -138,7 +165,9 @@ def test_where_the_hessian_changes_at_a_kink_alone_the_search_ends() -> None:
 
 def test_half_precision_is_refused() -> None:
     w = {"w": W["w"].bfloat16()}
-    with pytest.raises(ValueError, match="parameters in float32 or float64 to measure with but got torch"):
+    with pytest.raises(
+        ValueError, match="parameters in float32 or float64 to measure with but got torch"
+    ):
         Probe(least_squares, w, regression_tasks())
 
 
@@ -147,7 +176,9 @@ def test_what_is_not_finite_is_not_dropped() -> None:
     assert math.isnan(hessian_lipschitz(lambda p: (p["w"] ** 4).sum(), w).value)
     assert math.isnan(smoothness(lambda p: (p["w"] ** 4).sum(), w).value)
     start = torch.ones(2, 1, 2, dtype=torch.float64)
-    diverging = Probe(quartic, {"w": 2 * start[0, 0]}, Episodes(start, start, start, start)).curvature(inner_lr=1e200, steps=2)
+    diverging = Probe(
+        quartic, {"w": 2 * start[0, 0]}, Episodes(start, start, start, start)
+    ).curvature(inner_lr=1e200, steps=2)
     assert math.isnan(diverging.L)
     assert math.isnan(diverging.rho)
 
@@ -202,7 +233,9 @@ def test_the_spread_of_gradients(tasks: str) -> None:
 def test_the_deviation_over_samples_is_unbiased() -> None:
     episodes = regression_tasks(tasks=400, samples=6)
     expected = float(gradients(*episodes[2:]).var(1, correction=1).sum(-1).mean().sqrt())
-    assert Probe(least_squares, W, episodes).spread().sample_sigma == pytest.approx(expected, rel=0.1)
+    assert Probe(least_squares, W, episodes).spread().sample_sigma == pytest.approx(
+        expected, rel=0.1
+    )
     one = Probe(least_squares, W, regression_tasks(samples=1)).spread()
     assert math.isnan(one.sample_sigma)
     assert one.gradient_evaluations == 6 * 2
@@ -212,7 +245,11 @@ def test_sampling_is_taken_out_of_the_deviation_over_tasks_when_resampling() -> 
     """Tasks that are all the same differ only by their samples: sigma is 0."""
     finite = regression_tasks(tasks=400, samples=16)
     resampled = ResampledEpisodes(
-        finite.support_x[:, None], finite.support_y[:, None], finite.support_x[:, None], finite.support_y[:, None], *finite[2:]
+        finite.support_x[:, None],
+        finite.support_y[:, None],
+        finite.support_x[:, None],
+        finite.support_y[:, None],
+        *finite[2:],
     )
     with_sampling = Probe(least_squares, W, finite).spread()
     assert with_sampling.sigma == pytest.approx(with_sampling.sample_sigma / 4, rel=0.1)
@@ -248,7 +285,10 @@ def test_curvature_is_the_largest_over_tasks_sets_and_path() -> None:
     one_step_towards_the_support = 0.05 * 2**3
     along = probe.curvature(inner_lr=0.05, steps=1)
     distance = 3 + one_step_towards_the_support
-    assert (along.L, along.rho) == (pytest.approx(3 * distance**2, rel=1e-3), pytest.approx(6 * distance, rel=1e-3))
+    assert (along.L, along.rho) == (
+        pytest.approx(3 * distance**2, rel=1e-3),
+        pytest.approx(6 * distance, rel=1e-3),
+    )
     assert along.gradient_evaluations > here.gradient_evaluations > 0
 
 
@@ -257,8 +297,13 @@ def test_curvature_is_the_largest_over_tasks_sets_and_path() -> None:
 def test_gradient_norms(tasks: str, inference: bool) -> None:
     network, episodes = build("conv_group_norm"), make_episodes()
     loss, w = plain_loss(network), {name: p.detach() for name, p in network.named_parameters()}
-    expected = [flat(torch.func.grad(loss)(w, x, y)).norm() for x, y in zip(episodes.query_x, episodes.query_y, strict=True)]
+    expected = [
+        flat(torch.func.grad(loss)(w, x, y)).norm()
+        for x, y in zip(episodes.query_x, episodes.query_y, strict=True)
+    ]
     learner = Learner(network, vectorised=tasks == "vmap")
     with torch.inference_mode(inference):
-        actual = Probe(lambda w, x, y: nn.functional.cross_entropy(learner(w, x), y), w, episodes, tasks=tasks).gradient_norms()
+        actual = Probe(
+            lambda w, x, y: nn.functional.cross_entropy(learner(w, x), y), w, episodes, tasks=tasks
+        ).gradient_norms()
     torch.testing.assert_close(actual, torch.stack(expected))

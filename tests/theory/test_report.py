@@ -13,7 +13,15 @@ from lightning_maml.theory.measure import Constants
 from lightning_maml.theory.report import Adaptive, Settings, conditions, report
 
 CONSTANTS = Constants(
-    L=2.0, rho=1.0, sigma=1.0, sample_sigma=1.0, hessian_sigma=1.0, b=0.5, mean_square_b=0.3, gradient_norm=1.0, gradient_evaluations=123
+    L=2.0,
+    rho=1.0,
+    sigma=1.0,
+    sample_sigma=1.0,
+    hessian_sigma=1.0,
+    b=0.5,
+    mean_square_b=0.3,
+    gradient_norm=1.0,
+    gradient_evaluations=123,
 )
 GOOD = Settings(
     curvature="finite_difference",
@@ -35,7 +43,9 @@ def failing(settings: Settings, constants: Constants = CONSTANTS) -> set[str]:
 @pytest.mark.parametrize("curvature", ["exact", "finite_difference"])
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("resampling", [None, (50, 10)])
-def test_good_settings_satisfy_every_condition(curvature: str, steps: int, resampling: tuple[int, int] | None) -> None:
+def test_good_settings_satisfy_every_condition(
+    curvature: str, steps: int, resampling: tuple[int, int] | None
+) -> None:
     settings = GOOD._replace(curvature=curvature, steps=steps, resampling=resampling, inner_lr=0.03)
     assert failing(settings) == set()
 
@@ -44,7 +54,9 @@ def test_good_settings_satisfy_every_condition(curvature: str, steps: int, resam
 def test_first_order_has_one_theorem_for_one_step_and_none_for_several(steps: int) -> None:
     found = conditions(CONSTANTS, GOOD._replace(curvature="none", steps=steps, inner_lr=0.03))
     assert [c.source for c in found if c.holds is False] == ["Ji"]
-    assert f"below {theory.first_order_floor(2.0, 0.03, steps, 1.0):.3g}" in next(c.text for c in found if c.source == "Ji")
+    assert f"below {theory.first_order_floor(2.0, 0.03, steps, 1.0):.3g}" in next(
+        c.text for c in found if c.source == "Ji"
+    )
     assert any(c.source == "Fallah, Theorem 4.15" for c in found) is (steps == 1)
 
 
@@ -57,15 +69,31 @@ ADAPTIVE = Adaptive("one_step", 1 / 25, 4)
         ({"inner_lr": 0.0626}, {}, ["Ji, Corollary 6: alpha"]),
         ({"inner_lr": 0.0834}, {}, ["Ji, Corollary 6: alpha", "Fallah, Theorem 4.17: alpha"]),
         ({"tasks": 19}, {}, ["Fallah, Theorem 4.17: B = 19 tasks per step, at least 20 needed"]),
-        ({"kinks": ["2 (ReLU)"]}, {}, ["both papers: the network is twice differentiable; it has kinks in 2 (ReLU)"]),
+        (
+            {"kinks": ["2 (ReLU)"]},
+            {},
+            ["both papers: the network is twice differentiable; it has kinks in 2 (ReLU)"],
+        ),
         ({"stepsize": 1.0}, {}, ["Fallah eq. 17: fixed beta", "Ji eq. 14: fixed beta"]),
         ({"stepsize": None}, {}, ["both papers: the meta-optimizer"]),
         ({"resampling": (1, 10)}, {"sample_sigma": 1.1}, ["Ji, Corollary 6: S = 1 samples"]),
-        ({"resampling": (50, 0)}, {}, ["Ji, Corollary 6: D = 0 Hessian", "Fallah, Theorem 4.17: D_h = 0 Hessian"]),
+        (
+            {"resampling": (50, 0)},
+            {},
+            ["Ji, Corollary 6: D = 0 Hessian", "Fallah, Theorem 4.17: D_h = 0 Hessian"],
+        ),
         ({"stepsize": ADAPTIVE._replace(scale=1.0)}, {}, ["Fallah eq. 17: scale = 1"]),
         ({"stepsize": ADAPTIVE}, {"sigma": 150.0}, ["Fallah eq. 17: B' = 4 tasks"]),
-        ({"stepsize": ADAPTIVE, "query": 3}, {"sample_sigma": 40.0}, ["Fallah eq. 17: query samples = 3", "Ji, Corollary 6: S"]),
-        ({"stepsize": ADAPTIVE._replace(rule="finite_sum")}, {}, ["Ji eq. 22: AdaptiveMetaStepsize with rule 'finite_sum' is not made"]),
+        (
+            {"stepsize": ADAPTIVE, "query": 3},
+            {"sample_sigma": 40.0},
+            ["Fallah eq. 17: query samples = 3", "Ji, Corollary 6: S"],
+        ),
+        (
+            {"stepsize": ADAPTIVE._replace(rule="finite_sum")},
+            {},
+            ["Ji eq. 22: AdaptiveMetaStepsize with rule 'finite_sum' is not made"],
+        ),
     ],
 )
 def test_each_condition_fails_alone(change: dict, constants: dict, sources: list[str]) -> None:
@@ -81,7 +109,9 @@ def test_an_adaptive_stepsize_satisfies_its_conditions() -> None:
 def test_a_rate_beyond_the_theory_is_said_so() -> None:
     for settings in (GOOD._replace(inner_lr=0.3), GOOD._replace(inner_lr=0.3, resampling=None)):
         failed = failing(settings)
-        assert any("alpha = 0.3, at most (2^(1/2N) - 1) / L = 0.207 needed" in text for text in failed)
+        assert any(
+            "alpha = 0.3, at most (2^(1/2N) - 1) / L = 0.207 needed" in text for text in failed
+        )
         assert any("theta > 0 needed; there is none while" in text for text in failed)
 
 
@@ -98,7 +128,11 @@ def test_the_printed_radius_is_not_taken_for_a_guarantee() -> None:
 def test_what_one_query_sample_leaves_open_is_said() -> None:
     constants = CONSTANTS._replace(sample_sigma=math.nan, hessian_sigma=math.nan)
     settings = GOOD._replace(stepsize=ADAPTIVE)
-    unknown = [c.text for c in conditions(constants, settings) if c.holds is None and "two query samples" in c.text]
+    unknown = [
+        c.text
+        for c in conditions(constants, settings)
+        if c.holds is None and "two query samples" in c.text
+    ]
     assert len(unknown) == 4
     text = report(constants, settings)
     assert "not known: one query sample" in text
@@ -120,7 +154,11 @@ def test_the_report_shows_constants_implications_and_conditions() -> None:
     assert "Measured with 123 gradient evaluations" in text
     smoothness = theory.meta_smoothness("one_step", 2.0, 1.0, 0.05, 1, 1.0)
     lines = text.splitlines()
-    assert any(line.split()[:4] == ["beta,", "Fallah", "eq.", "17"] and f"{1 / (25 * smoothness):.3g}" in line for line in lines)
+    assert any(
+        line.split()[:4] == ["beta,", "Fallah", "eq.", "17"]
+        and f"{1 / (25 * smoothness):.3g}" in line
+        for line in lines
+    )
     assert any(line.split()[:3] == ["alpha", "to", "use"] and "0.0625" in line for line in lines)
     assert sum(line.startswith("  holds") for line in lines) == len(conditions(CONSTANTS, GOOD)) - 1
     assert any(line.startswith("  not decided") for line in lines)
@@ -130,8 +168,16 @@ SMALL = ["--data.ways=3", "--model.network.ways=3", "--model.network.channels=2"
 
 
 @pytest.mark.parametrize("regime", ["finite_sum", "resampling"])
-def test_the_command_measures_a_config_and_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str], regime: str) -> None:
-    arguments = ["measure", f"--config={CONFIGS / 'glyphs_hfmaml.yaml'}", f"--data.regime={regime}", "--data.queries=2", *SMALL]
+def test_the_command_measures_a_config_and_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], regime: str
+) -> None:
+    arguments = [
+        "measure",
+        f"--config={CONFIGS / 'glyphs_hfmaml.yaml'}",
+        f"--data.regime={regime}",
+        "--data.queries=2",
+        *SMALL,
+    ]
     main([*arguments, f"--trainer.default_root_dir={tmp_path}"])
     at_first = capsys.readouterr().out
     assert "HFMAML at the initial weights, 2 training tasks" in at_first
@@ -139,34 +185,61 @@ def test_the_command_measures_a_config_and_a_checkpoint(tmp_path: Path, capsys: 
     assert "The meta-gradient of HFMAML differs from the exact one by" in at_first
     assert ("Ji, Theorem 5" if regime == "resampling" else "Ji, Theorem 9") in at_first
     checkpoint = tmp_path / "some.ckpt"
-    torch.save({"state_dict": MAML(Conv4(1, 3, 28, channels=2, activation="gelu")).state_dict()}, checkpoint)
+    torch.save(
+        {"state_dict": MAML(Conv4(1, 3, 28, channels=2, activation="gelu")).state_dict()},
+        checkpoint,
+    )
     main([*arguments, f"--ckpt_path={checkpoint}"])
     at_checkpoint = capsys.readouterr().out
     assert f"HFMAML at {checkpoint}" in at_checkpoint
     assert constants_of(at_checkpoint) != constants_of(at_first)
 
 
-@pytest.mark.parametrize("regime", [pytest.param("finite_sum", marks=pytest.mark.slow), "resampling"])
-def test_kinks_of_functions_are_seen_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, regime: str) -> None:
+@pytest.mark.parametrize(
+    "regime", [pytest.param("finite_sum", marks=pytest.mark.slow), "resampling"]
+)
+def test_kinks_of_functions_are_seen_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, regime: str
+) -> None:
     monkeypatch.setattr(torch.nn.GELU, "forward", lambda self, x: torch.relu(x))
     main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", f"--data.regime={regime}", *SMALL])
     assert "it has kinks in relu" in capsys.readouterr().out
 
 
 def constants_of(output: str) -> list[str]:
-    return [line for line in output.splitlines() if line.startswith(("  L ", "  rho ", "  sigma", "  b "))]
+    return [
+        line
+        for line in output.splitlines()
+        if line.startswith(("  L ", "  rho ", "  sigma", "  b "))
+    ]
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="lightning-maml: Expected `ckpt_path` to be a checkpoint but there is no file"):
-        main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", *SMALL, f"--ckpt_path={tmp_path / 'none.ckpt'}"])
+    with pytest.raises(
+        SystemExit,
+        match="lightning-maml: Expected `ckpt_path` to be a checkpoint but there is no file",
+    ):
+        main(
+            [
+                "measure",
+                f"--config={CONFIGS / 'glyphs_maml.yaml'}",
+                *SMALL,
+                f"--ckpt_path={tmp_path / 'none.ckpt'}",
+            ]
+        )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks=1"], "Expected `tasks` to be at least 2, for a deviation between them, but got 1"),
-        (["--data.regime=resampling", "--model.train_steps=2"], "give the datamodule the same `train_steps` as the model"),
+        (
+            ["--tasks=1"],
+            "Expected `tasks` to be at least 2, for a deviation between them, but got 1",
+        ),
+        (
+            ["--data.regime=resampling", "--model.train_steps=2"],
+            "give the datamodule the same `train_steps` as the model",
+        ),
     ],
 )
 def test_mistakes_end_with_one_sentence(arguments: list[str], message: str) -> None:
@@ -175,8 +248,20 @@ def test_mistakes_end_with_one_sentence(arguments: list[str], message: str) -> N
 
 
 def test_the_configured_batches_and_callback_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
-    sgd = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0", "--trainer.callbacks=AdaptiveMetaStepsize"]
-    main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", *SMALL, *sgd, "--trainer.accumulate_grad_batches=8"])
+    sgd = [
+        "--model.optimizer=torch.optim.SGD",
+        "--model.optimizer.lr=0",
+        "--trainer.callbacks=AdaptiveMetaStepsize",
+    ]
+    main(
+        [
+            "measure",
+            f"--config={CONFIGS / 'glyphs_maml.yaml'}",
+            *SMALL,
+            *sgd,
+            "--trainer.accumulate_grad_batches=8",
+        ]
+    )
     output = capsys.readouterr().out
     assert "B = 128 tasks per step" in output
     assert "B' = 4 tasks for the stepsize" in output
