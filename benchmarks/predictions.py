@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_maml import Episodes, ResampledEpisodes, adaptation_curve, meta_gradient, theory
-from lightning_maml.core.hvp import CurvatureName, HessianVectorProduct, hessian_vector_product
+from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
+from lightning_maml.core.inner_loop import TaskLosses
+from lightning_maml.core.meta_gradient import StepBack, task_meta_gradient, through_step
 from lightning_maml.core.objective import Objective
 from lightning_maml.core.params import Params
-from lightning_maml.core.task_axis import Stack
-from lightning_maml.functional.adaptation import Loss, task_losses
-from lightning_maml.functional.meta_gradient import pull_back
+from lightning_maml.core.task_axis import TaskAxis
+from lightning_maml.functional.losses import Loss, LossFunctions
 from lightning_maml.theory.measure import Probe
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -563,7 +564,7 @@ def stepsize_moments() -> Finding:
 def batch_floors() -> Finding:
     """P10: with sampled tasks, MAML's floor falls like 1 / sqrt(B), while FO-MAML's stays."""
     alpha, batches, chains, floors = 0.1 / NONCONVEX_L, (20, 80, 320), 100, {}
-    stack = Stack(chains)
+    axis = TaskAxis(chains)
     tasks = [
         Episodes(*(tensor.expand(chains, *tensor.shape) for tensor in task))
         for task in zip(*nonconvex_tasks(), strict=True)
@@ -572,20 +573,15 @@ def batch_floors() -> Finding:
         lambda w: meta_objective(w, nonconvex_loss, nonconvex_tasks(), alpha, 1)
     )
     for curvature in NAMES:
-        product = hessian_vector_product(curvature)
+        back = partial(through_step, hvp=hessian_vector_product(curvature))
 
-        def of_each_task(w: Tensor, product: HessianVectorProduct | None = product) -> Tensor:
-            losses = [
-                task_losses(nonconvex_loss, task, 1, None, False, None, stack) for task in tasks
-            ]
-            back = partial(
-                pull_back,
-                objective=partial(Objective, stack=stack),
-                w={"w": w},
-                rates=[{"w": alpha}],
-                product=product,
-            )
-            return torch.stack([back(of_task).grad["w"] for of_task in losses], 1)
+        def of_each_task(w: Tensor, back: StepBack = back) -> Tensor:
+            gradients = []
+            for task in tasks:
+                losses = LossFunctions(nonconvex_loss).of_task(task, 1, axis)
+                found = task_meta_gradient(losses, {"w": w}, [{"w": alpha}], back)
+                gradients.append(found.grad["w"])
+            return torch.stack(gradients, 1)
 
         start, _ = descend(
             nonconvex_loss,
@@ -645,13 +641,6 @@ class Counting(Objective):
         Counting.gradients += 1
         return super().value_and_gradient(w, names)
 
-    def gradient(
-        self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False
-    ) -> Params:
-        """Count and return; if no graph is kept, ``value_and_gradient`` counts."""
-        Counting.gradients += keep_graph
-        return super().gradient(w, names, keep_graph=keep_graph)
-
     def hessian_vector_product(self, w: Params, v: Params) -> Params:
         """Count and return."""
         Counting.products += 1
@@ -666,13 +655,16 @@ def cost() -> Finding:
         counts[curvature] = []
         for steps in many:
             Counting.gradients = Counting.products = 0
-            losses = task_losses(quadratic_loss, task, steps, None, False, None)
-            pull_back(
-                losses,
-                Counting,
+            support = [
+                Counting(lambda w: (quadratic_loss(w, task.support_x, task.support_y), ()))
+                for _ in range(steps)
+            ]
+            query = Counting(lambda w: (quadratic_loss(w, task.query_x, task.query_y), ()))
+            task_meta_gradient(
+                TaskLosses(support, support, [query]),
                 {"w": vector(4, 3)},
                 [{"w": 0.01}] * steps,
-                hessian_vector_product(curvature),
+                partial(through_step, hvp=hessian_vector_product(curvature)),
             )
             counts[curvature].append((Counting.gradients, Counting.products))
     expected = {

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12, keep_freed_memory
-from lightning_maml.core.params import Params, axpy, norm
+from lightning_maml.core.params import Params, norm, subtract
 from peers import PEERS
 
 OURS = {
@@ -229,7 +229,7 @@ def seconds(function: Callable[[], object], device: str, calls: int) -> float:
 def relative_error(actual: Params, expected: Params) -> float:
     """Return the distance of ``actual`` from ``expected``, relative to the norm of ``expected``."""
     return float(
-        norm(axpy(-1.0, expected, {name: tensor.double() for name, tensor in actual.items()}))
+        norm(subtract({name: tensor.double() for name, tensor in actual.items()}, expected))
         / norm(expected)
     )
 

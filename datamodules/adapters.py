@@ -1,4 +1,4 @@
-"""Episodes from existing few-shot pipelines: learn2learn's tasksets, torchmeta's and easyfsl's loaders."""
+"""Episodes from the pipelines of other few-shot libraries: learn2learn, torchmeta and easyfsl."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -15,60 +15,100 @@ from lightning_maml.datamodules.known_classes import check_splits, of_easyfsl, o
 from lightning_maml.datamodules.messages import first_five
 
 Labels = Tensor | Sequence[Any]
-"""Labels of any kind: integers, strings or other things that can be told apart."""
+"""Labels of any kind: integers, strings or other hashable values."""
 
 
 class Taskset(Protocol):
-    """What learn2learn calls a taskset or ``TaskDataset``."""
+    """What learn2learn calls a taskset or ``TaskDataset``.
+
+    Examples:
+        >>> import torch
+        >>> class TwoClasses:
+        ...     def sample(self):
+        ...         return torch.rand(6, 1, 28, 28), torch.tensor([0, 1, 0, 1, 0, 1])
+        >>> x, y = TwoClasses().sample()
+        >>> task_of_examples(x, y, shots=1).query_x.shape
+        torch.Size([4, 1, 28, 28])
+    """
 
     def sample(self) -> tuple[Tensor, Labels]:
-        """Return a task: its examples ``[M, ...]`` with their labels."""
+        """Return a task: its examples ``[M, ...]`` and their labels."""
 
 
 def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list[Any]]:
-    """Return a task's labels as ``0 .. ways - 1``, ``[S]`` and ``[Q]``, and the classes in the order of these numbers.
+    """Number a task's classes from 0 to ``ways - 1``.
 
-    Labels that are already these numbers are kept, as the sampler gave them out. Others are
-    numbered at random, anew each time: if a class's number depended on the class, a network could
-    learn it by heart and would not need to adapt.
+    Labels that are already these numbers are kept, as a sampler has given them out. Other labels
+    are numbered at random, anew each time: if a class's number depended on the class, a network
+    could memorise it and would not need to adapt.
+
+    Args:
+        support_y: Labels of the support examples.
+        query_y: Labels of the queries.
+
+    Returns:
+        The numbers of the support examples, ``[S]``, those of the queries, ``[Q]``, and the classes
+        in the order of their numbers.
 
     Raises:
         ValueError: If the class of a query is not in the support set.
+
+    Examples:
+        >>> relabelled([1, 0], [0, 0, 1])
+        (tensor([1, 0]), tensor([0, 0, 1]), [0, 1])
+        >>> support, query, classes = relabelled(["owl", "cat"], ["cat", "owl"])
+        >>> [classes[number] for number in query]
+        ['cat', 'owl']
     """
-    support, query = (
-        [label.item() if isinstance(label, Tensor) else label for label in labels]
-        for labels in (support_y, query_y)
-    )
+    support, query = _plain(support_y), _plain(query_y)
     found = list(dict.fromkeys(support))
-    if unknown := [label for label in dict.fromkeys(query) if label not in found]:
+    unknown = [label for label in dict.fromkeys(query) if label not in found]
+    if unknown:
         raise ValueError(
-            f"Expected queries of the classes of the support set, {_first_five(found)}, but got "
-            f"some of {_first_five(unknown)}; give each class of a task support examples."
+            f"Expected queries of the classes of the support set, {first_five(found)}, but got "
+            f"some of {first_five(unknown)}; give each class of a task support examples."
         )
     ways = len(found)
-    classes = (
-        sorted(found)
-        if set(found) == {*range(ways)}
-        else [found[number] for number in torch.randperm(ways).tolist()]
-    )
+    if set(found) == set(range(ways)):
+        classes = sorted(found)
+    else:
+        classes = [found[number] for number in torch.randperm(ways).tolist()]
     numbers = {label: number for number, label in enumerate(classes)}
-    support_numbers, query_numbers = (
-        torch.tensor([numbers[label] for label in labels], dtype=torch.long)
-        for labels in (support, query)
-    )
+    support_numbers = torch.tensor([numbers[label] for label in support], dtype=torch.long)
+    query_numbers = torch.tensor([numbers[label] for label in query], dtype=torch.long)
     return support_numbers, query_numbers, classes
 
 
-def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
-    """Return a task (without the dimension T) whose support set is the first ``shots`` examples of each class.
+def _plain(labels: Labels) -> list[Any]:
+    """Return labels that can be keys of a dictionary, as tensors cannot."""
+    return [label.item() if isinstance(label, Tensor) else label for label in labels]
 
-    The examples may come in any order. Classes may have different numbers of queries.
+
+def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
+    """Divide the examples of a task into a support set and a query set.
+
+    Args:
+        x: Examples, ``[M, ...]``, in any order.
+        y: Their labels.
+        shots: Support examples per class: the first ones of each class. The others are queries, of
+            which classes may have different numbers.
+
+    Returns:
+        The task, without the leading dimension of a meta-batch.
 
     Raises:
         ValueError: If a class has no more than ``shots`` examples, or there are not as many labels
             as examples.
+
+    Examples:
+        >>> import torch
+        >>> task = task_of_examples(torch.arange(6.0), [0, 1, 0, 1, 0, 1], shots=1)
+        >>> task.support_x
+        tensor([0., 1.])
+        >>> task.query_x, task.query_y
+        (tensor([2., 4., 3., 5.]), tensor([0, 0, 1, 1]))
     """
-    labels = [label.item() if isinstance(label, Tensor) else label for label in y]
+    labels = _plain(y)
     if len(labels) != len(x):
         raise ValueError(
             f"Expected a label for each of the {len(x)} examples of a task but got {len(labels)}."
@@ -76,14 +116,14 @@ def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
     rows: dict[Any, list[int]] = {}
     for row, label in enumerate(labels):
         rows.setdefault(label, []).append(row)
-    if short := {
-        label: len(of_class) for label, of_class in rows.items() if len(of_class) <= shots
-    }:
+    short = [
+        f"{len(of_class)} of {label}" for label, of_class in rows.items() if len(of_class) <= shots
+    ]
+    if short:
         raise ValueError(
             f"Expected more than {shots} examples of each class of a task, {shots} for the "
-            "support set and some to query, but got "
-            f"{_first_five(f'{count} of {label}' for label, count in short.items())}; sample more "
-            "or lower `shots`."
+            f"support set and some to query, but got {first_five(short)}; sample more or lower "
+            "`shots`."
         )
     support = [row for of_class in rows.values() for row in of_class[:shots]]
     query = [row for of_class in rows.values() for row in of_class[shots:]]
@@ -94,14 +134,20 @@ def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
 
 
 def task_of_easyfsl(batch: Sequence[Any]) -> Episodes:
-    """Return a task (without the dimension T) from a batch that easyfsl's ``TaskSampler`` collated.
+    """Convert a batch that easyfsl's ``TaskSampler`` collated.
 
     Its labels depend on the class (they follow the order of a set of class ids), so they are
-    renumbered at random.
+    numbered anew at random.
+
+    Args:
+        batch: Support images ``[S, ...]``, their labels, query images ``[Q, ...]``, their labels,
+            and class ids.
+
+    Returns:
+        The task, without the leading dimension of a meta-batch.
 
     Raises:
-        ValueError: If the batch is not support images, their labels, query images, their labels and
-            class ids.
+        ValueError: If the batch is not these five things.
     """
     if not isinstance(batch, Sequence) or len(batch) != 5:
         raise ValueError(
@@ -115,10 +161,14 @@ def task_of_easyfsl(batch: Sequence[Any]) -> Episodes:
 
 
 def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
-    """Return the meta-batch of a batch that torchmeta's ``BatchMetaDataLoader`` collated.
+    """Convert a batch that torchmeta's ``BatchMetaDataLoader`` collated.
+
+    Args:
+        batch: ``{"train": (x, y), "test": (x, y)}`` with ``x`` ``[T, S, ...]`` and ``y``
+            ``[T, S]``; for regression, ``y`` are floats of any shape ``[T, S, ...]``.
 
     Raises:
-        ValueError: If the batch is not ``{"train": (x, y), "test": (x, y)}``.
+        ValueError: If the batch is anything else.
     """
     if not isinstance(batch, Mapping) or not {"train", "test"} <= batch.keys():
         got = list(batch) if isinstance(batch, Mapping) else _kind(batch)
@@ -126,7 +176,7 @@ def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
             f'Expected torchmeta\'s {{"train": (x, y), "test": (x, y)}} but got {got}.'
         )
     (support_x, support_y), (query_x, query_y) = batch["train"], batch["test"]
-    if support_y.is_floating_point():  # regression
+    if support_y.is_floating_point():  # regression, whose targets are no class labels
         return Episodes(support_x, support_y, query_x, query_y)
     labels = [relabelled(*of_task)[:2] for of_task in zip(support_y, query_y, strict=True)]
     return Episodes(
@@ -138,10 +188,22 @@ def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
 
 
 def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
-    """Return the meta-batch of some tasks, which must have the same size.
+    """Stack tasks of the same size to a meta-batch.
+
+    Args:
+        tasks: Tasks without a leading dimension.
+
+    Returns:
+        The meta-batch, whose leading dimension T is the number of tasks.
 
     Raises:
-        ValueError: If they differ in the number of support or query examples.
+        ValueError: If tasks differ in the number of support or query examples.
+
+    Examples:
+        >>> import torch
+        >>> task = task_of_examples(torch.zeros(6, 3), [0, 1, 0, 1, 0, 1], shots=2)
+        >>> meta_batch([task, task]).support_x.shape
+        torch.Size([2, 4, 3])
     """
     sizes = {(len(task.support_y), len(task.query_y)) for task in tasks}
     if len(sizes) > 1:
@@ -150,12 +212,12 @@ def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
             f"examples but got {sorted(sizes)}; let the sampler draw as many for each task, or "
             "use meta_batch_size=1."
         )
-    episodes: Episodes = default_collate([*tasks])
+    episodes: Episodes = default_collate(list(tasks))
     return episodes
 
 
 class _Loaders(LightningDataModule):
-    """Datamodule that hands out the loaders it was given."""
+    """Hands out the loaders that it was given."""
 
     def __init__(
         self,
@@ -177,7 +239,7 @@ class _Loaders(LightningDataModule):
         return self._train
 
     def val_dataloader(self) -> Iterable[Episodes]:
-        """Return the validation tasks; if there are none, there is no validation."""
+        """Return the validation tasks; an empty list, for no validation, if there are none."""
         return [] if self._val is None else self._val
 
     def test_dataloader(self) -> Iterable[Episodes]:
@@ -199,20 +261,31 @@ class Learn2LearnDataModule(_Loaders):
     Args:
         train: Training taskset: anything whose ``sample()`` returns a task as ``(data, labels)``,
             with the classes in any order.
-        val: Validation taskset.
+        val: Validation taskset; by default there is no validation.
         test: Test taskset.
-        shots: Support examples per class: the first ones of each class; the others are queries.
-        test_shots: The same in validation and test; by default as in training.
+        shots: Support examples per class: the first ones of each class. The others are queries.
+        test_shots: Support examples per class in validation and test; by default as in training.
         meta_batch_size: Tasks per optimizer step.
         train_batches: Meta-batches per epoch.
-        val_tasks: Validation tasks; fresh ones each time, as tasksets draw them.
-        test_tasks: Test tasks.
+        val_tasks: Number of validation tasks; fresh ones each time, as tasksets draw them.
+        test_tasks: Number of test tasks.
         num_workers: Loader processes.
 
     Raises:
         ValueError: If a number is out of range, or tasksets are known to share classes; while
-            loading, if a task cannot be split, its size differs from the others', or the taskset
+            loading, if a class of a task has too few examples, tasks differ in size, or the taskset
             runs out of tasks.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.datamodules import Learn2LearnDataModule
+        >>> class TwoClasses:
+        ...     def sample(self):
+        ...         return torch.rand(6, 1, 28, 28), torch.tensor([0, 1, 0, 1, 0, 1])
+        >>> data = Learn2LearnDataModule(TwoClasses(), shots=1, meta_batch_size=4)
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch.support_x.shape, batch.query_x.shape
+        (torch.Size([4, 2, 1, 28, 28]), torch.Size([4, 4, 1, 28, 28]))
     """
 
     def __init__(
@@ -240,13 +313,15 @@ class Learn2LearnDataModule(_Loaders):
             )
 
         super().__init__(
-            loader(train, train_batches * meta_batch_size, shots),
-            None if val is None else loader(val, val_tasks, test_shots),
-            None if test is None else loader(test, test_tasks, test_shots),
+            train=loader(train, train_batches * meta_batch_size, shots),
+            val=None if val is None else loader(val, val_tasks, test_shots),
+            test=None if test is None else loader(test, test_tasks, test_shots),
         )
 
 
 class _Sampled(Dataset[Episodes]):
+    """Some tasks of a taskset, as a dataset; the number of a task has no influence on it."""
+
     def __init__(self, taskset: Taskset, tasks: int, shots: int) -> None:
         self._taskset, self._tasks, self._shots = taskset, tasks, shots
 
@@ -268,14 +343,24 @@ class EasyFSLDataModule(_Loaders):
     """Episodes of loaders with easyfsl's ``TaskSampler`` and its collate function.
 
     Args:
-        train: Training loader, of one task per batch; an epoch has its ``n_tasks`` tasks.
-        val: Validation loader.
+        train: Training loader, of one task per batch. An epoch has its ``n_tasks`` tasks.
+        val: Validation loader; by default there is no validation.
         test: Test loader.
         meta_batch_size: Tasks per optimizer step.
 
     Raises:
         ValueError: If ``meta_batch_size`` is not positive, or loaders are known to share classes;
             while loading, if a batch is not easyfsl's, or tasks differ in size.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.datamodules import EasyFSLDataModule
+        >>> labels = torch.tensor([0, 1])
+        >>> task = [torch.rand(2, 3, 84, 84), labels, torch.rand(2, 3, 84, 84), labels, [7, 4]]
+        >>> data = EasyFSLDataModule([task] * 8, meta_batch_size=4)  # a list in place of a loader
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch.support_x.shape
+        torch.Size([4, 2, 3, 84, 84])
     """
 
     def __init__(
@@ -288,33 +373,38 @@ class EasyFSLDataModule(_Loaders):
         _check_positive(meta_batch_size=meta_batch_size)
         check_splits(of_easyfsl, train=train, val=val, test=test)
 
-        def loader(batches: Iterable[Any]) -> Iterable[Episodes]:
-            return _Converted(
-                batches,
-                lambda few: meta_batch([task_of_easyfsl(batch) for batch in few]),
-                meta_batch_size,
-            )
+        def convert(batches: list[Any]) -> Episodes:
+            return meta_batch([task_of_easyfsl(batch) for batch in batches])
 
         super().__init__(
-            loader(train),
-            None if val is None else loader(val),
-            None if test is None else loader(test),
+            train=_Converted(train, convert, meta_batch_size),
+            val=None if val is None else _Converted(val, convert, meta_batch_size),
+            test=None if test is None else _Converted(test, convert, meta_batch_size),
         )
 
 
 class TorchmetaDataModule(_Loaders):
-    """Episodes of torchmeta's ``BatchMetaDataLoader``, or of others that give ``{"train": (x, y), "test": (x, y)}``, ``x`` ``[T, S, ...]``.
+    """Episodes of torchmeta's ``BatchMetaDataLoader``, or of other loaders of the same form.
 
-    An epoch is as long as the loader; if the loader goes through all combinations of classes, set
-    the trainer's ``limit_train_batches``.
+    Their batches are ``{"train": (x, y), "test": (x, y)}`` with ``x`` ``[T, S, ...]``. An epoch is
+    as long as the loader; if the loader goes through all combinations of classes, set the trainer's
+    ``limit_train_batches``.
 
     Args:
         train: Training loader.
-        val: Validation loader.
+        val: Validation loader; by default there is no validation.
         test: Test loader.
 
     Raises:
         ValueError: While loading, if a batch is not torchmeta's.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.datamodules import TorchmetaDataModule
+        >>> part = torch.rand(4, 2, 1, 28, 28), torch.tensor([[0, 1]] * 4)
+        >>> data = TorchmetaDataModule([{"train": part, "test": part}])  # in place of a loader
+        >>> next(iter(data.train_dataloader())).support_x.shape
+        torch.Size([4, 2, 1, 28, 28])
     """
 
     def __init__(
@@ -323,50 +413,48 @@ class TorchmetaDataModule(_Loaders):
         val: Iterable[Any] | None = None,
         test: Iterable[Any] | None = None,
     ) -> None:
-        def loader(batches: Iterable[Any]) -> Iterable[Episodes]:
-            return _Converted(batches, lambda few: episodes_of_torchmeta(few[0]), 1)
+        def convert(batches: list[Any]) -> Episodes:
+            [batch] = batches
+            return episodes_of_torchmeta(batch)
 
         super().__init__(
-            loader(train),
-            None if val is None else loader(val),
-            None if test is None else loader(test),
+            train=_Converted(train, convert, 1),
+            val=None if val is None else _Converted(val, convert, 1),
+            test=None if test is None else _Converted(test, convert, 1),
         )
 
 
 class _Converted:
-    """Meta-batches that are each made of ``size`` batches of a loader."""
+    """Meta-batches, each made of ``size`` batches of a loader."""
 
     def __init__(
         self, batches: Iterable[Any], convert: Callable[[list[Any]], Episodes], size: int
     ) -> None:
         self._batches, self._convert, self._size = batches, convert, size
-        self._gave = False
+        self._gave = False  # whether the last pass over the loader gave anything
 
     def __len__(self) -> int:
         return math.ceil(len(cast(Sized, self._batches)) / self._size)
 
     def __iter__(self) -> Iterator[Episodes]:
-        batches, passes = iter(self._batches), 0
+        batches = iter(self._batches)
+        gives = False
         while few := list(islice(batches, self._size)):
-            passes += 1
+            gives = True
             yield self._convert(few)
-        if self._gave and not passes:
+        if self._gave and not gives:
             raise ValueError(
                 "Expected a loader that can be gone through in every epoch but this one "
                 f"({type(self._batches).__name__}) gave nothing the second time; give a loader, "
                 "not its iterator."
             )
-        self._gave = passes > 0
+        self._gave = gives
 
 
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"Expected `{name}` to be at least 1 but got {number}.")
-
-
-def _first_five(labels: Iterable[Any]) -> str:
-    return first_five(list(map(str, labels)))
 
 
 def _kind(batch: Any) -> str:

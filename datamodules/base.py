@@ -1,4 +1,4 @@
-"""What every few-shot datamodule shares: the shape of an episode, the loaders, and normalisation on the device."""
+"""The base of all few-shot datamodules: the shape of episodes, their loaders and transforms."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,12 +23,31 @@ from lightning_maml.datamodules.transforms import EpisodeTransforms
 Regime = Literal["finite_sum", "resampling"]
 Purpose = Literal["stepsize", "stationarity", "measure", "fidelity"]
 
+# Part of the seed of each split's episodes, so that splits draw independently of each other.
 _STREAMS = {"train": 0, "val": 1, "test": 2}
+# Part of the seed of training tasks that are drawn for another purpose than training.
 _PURPOSES: dict[Purpose, int] = {"stepsize": 1, "stationarity": 2, "measure": 3, "fidelity": 4}
+
+_LEAST = {
+    "ways": 2,
+    "shots": 1,
+    "queries": 1,
+    "test_ways": 2,
+    "test_shots": 1,
+    "test_queries": 1,
+    "meta_batch_size": 1,
+    "train_batches": 1,
+    "val_tasks": 1,
+    "test_tasks": 1,
+    "train_steps": 1,
+    "hessian_shots": 0,
+    "num_workers": 0,
+}
+"""Smallest value of each number among the arguments."""
 
 
 def splits_of(stage: str | None) -> Sequence[str]:
-    """Return the splits that a stage of the trainer needs; all of them for None."""
+    """Return the splits that a stage of the trainer needs: all of them for None."""
     stages = {
         "fit": ("train", "val"),
         "validate": ("val",),
@@ -39,47 +58,70 @@ def splits_of(stage: str | None) -> Sequence[str]:
 
 
 class EpisodicDataModule(LightningDataModule):
-    """Base of the few-shot datamodules; a subclass defines :meth:`class_images` and, if it reads files, ``prepare_data``.
+    """Base class of the few-shot datamodules, which makes episodes of the images of classes.
 
-    Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]``, bytes scaled
-    to 0 .. 1, then transformed; in training with ``regime="resampling"`` they are
-    :class:`lightning_maml.ResampledEpisodes`, with images ``[T, N, S, C, H, W]``. Episodes depend
-    only on the seed, the epoch and their number: not on the number of workers or of processes that
-    share them.
+    A subclass defines :meth:`class_images` and, if it reads files, ``prepare_data``. It takes the
+    arguments below as ``**options`` and hands them to ``super().__init__(**options)``; then the
+    command ``lightning-maml`` knows them too.
+
+    Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]``. Bytes are
+    scaled to 0 .. 1, and then the images are transformed. In training with
+    ``regime="resampling"``, batches are :class:`lightning_maml.ResampledEpisodes`, with images
+    ``[T, N, S, C, H, W]``. Episodes depend only on the seed, the epoch and their number, not on the
+    number of workers or processes.
 
     Args:
         ways: Classes per training episode.
         shots: Support images per class.
         queries: Query images per class.
         test_ways: Classes per validation and test episode; by default as in training.
-        test_shots: Support images per class there; by default as in training.
-        test_queries: Query images per class there; by default as in training.
+        test_shots: Support images per class in validation and test; by default as in training.
+        test_queries: Query images per class in validation and test; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
         train_batches: Meta-batches per epoch and process.
-        val_tasks: Validation tasks over all processes together; the same ones each time.
-        test_tasks: Test tasks over all processes together; the same ones each time.
-        rotations: ``"classes"``: each class, turned by 0, 90, 180 and 270 degrees, makes four
-            classes; ``"augment"``: each class of an episode is turned at random; ``"none"``.
+        val_tasks: Validation tasks, over all processes together; the same ones each time.
+        test_tasks: Test tasks, over all processes together; the same ones each time.
+        rotations: ``"none"``; ``"classes"``: each class becomes four classes, turned by 0, 90, 180
+            and 270 degrees; ``"augment"``: each class of an episode is turned at random by one of
+            these angles.
         regime: ``"finite_sum"``: a training task owns one support set and one query set (Ji et al.
             2022, Algorithm 2); ``"resampling"``: it draws a fresh support batch and an independent
             Hessian batch for each inner step (Algorithm 1). Validation and test tasks always own
             one support set and one query set.
-        train_steps: N, the inner steps that training draws batches for with
-            ``regime="resampling"``: the model's ``train_steps``.
-        hessian_shots: Images per class of a Hessian batch with that regime; by default as many as
-            ``shots``. For FO-MAML, 0 is enough.
+        train_steps: N, the number of inner steps that training draws batches for with
+            ``regime="resampling"``. It must be the model's ``train_steps``.
+        hessian_shots: Images per class of a Hessian batch with ``regime="resampling"``; by default
+            as many as ``shots``. For FO-MAML, 0 is enough.
         transforms: Transforms of the images of whole episodes, on the device; by default none.
-        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"``
-            them with a warning.
+        small_classes: What to do about classes with fewer images than an episode takes:
+            ``"raise"`` an error, or ``"drop"`` them with a warning.
         seed: Seed of the episodes.
-        num_workers: Loader processes; with 0, which is usually right, a thread draws the next
+        num_workers: Loader processes. With 0, which is usually best, a thread draws the next
             meta-batch while the current one is in use.
 
     Raises:
-        ValueError: If an argument is out of range; in ``setup``, if a split cannot serve the
-            episodes asked for.
+        ValueError: If an argument is out of range; in ``setup``, if a split has too few classes or
+            images for its episodes.
+
+    Examples:
+        >>> import numpy as np
+        >>> import torch
+        >>> from lightning_maml.datamodules import ClassImages, EpisodicDataModule
+        >>> class Noise(EpisodicDataModule):
+        ...     def class_images(self, split):
+        ...         images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8)
+        ...         return ClassImages(images, members=np.split(np.arange(40), 4))
+        >>> data = Noise(ways=3, shots=2, queries=5, meta_batch_size=4)
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch.support_x.shape
+        torch.Size([4, 6, 3, 8, 8])
+        >>> batch.query_x.shape
+        torch.Size([4, 15, 3, 8, 8])
     """
 
+    # Subclasses declare `**options: Any` and pass them literally to `super().__init__`, because
+    # jsonargparse reads that call and takes the names, types and defaults from this signature.
+    # From an unpacked TypedDict it would learn no defaults.
     def __init__(
         self,
         ways: int = 5,
@@ -120,20 +162,33 @@ class EpisodicDataModule(LightningDataModule):
         self._datasets: dict[str, EpisodeDataset] = {}
 
     def class_images(self, split: str) -> ClassImages:
-        """Return the images of ``"train"``, ``"val"`` or ``"test"``."""
+        """Return the images of a split, class by class.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define class_images(split).")
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the splits that ``stage`` needs (all of them for None), and check that they can serve its episodes."""
+        """Read the splits that a stage needs, and check that they have enough classes and images.
+
+        Args:
+            stage: Stage of the trainer, such as ``"fit"``; None for all splits.
+        """
         for split in splits_of(stage):
             self._dataset(split)
 
     def train_dataloader(self) -> DataLoader[AnyEpisodes]:
-        """Return the training episodes: fresh ones in every epoch, or with ``overfit_batches`` the same ones."""
-        fresh = self.trainer is None or not self.trainer.overfit_batches  # type: ignore[attr-defined]
-        return self._loader(
-            "train", self.train_batches * self.meta_batch_size * self._replicas()[0], fresh
-        )
+        """Return the training episodes.
+
+        They are fresh ones in every epoch; with the trainer's ``overfit_batches`` the same ones.
+        """
+        overfit = False
+        if self.trainer is not None:
+            overfit = bool(self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        processes, _ = self._replicas()
+        tasks = self.train_batches * self.meta_batch_size * processes
+        return self._loader("train", tasks, fresh=not overfit)
 
     def val_dataloader(self) -> DataLoader[AnyEpisodes]:
         """Return the validation episodes."""
@@ -148,15 +203,20 @@ class EpisodicDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def independent_episodes(self, purpose: Purpose, draw: int, tasks: int) -> AnyEpisodes:
-        """Draw tasks of the training split for another purpose than training, as stored, on the CPU.
+        """Draw tasks of the training split for another purpose than training.
 
         They are independent of the tasks that are trained on and of those for other purposes.
+        Their images are as stored, on the CPU; :meth:`on_after_batch_transfer` prepares them for
+        the model.
 
         Args:
             purpose: What they are for: ``"stepsize"``, ``"stationarity"``, ``"measure"`` or
                 ``"fidelity"``.
             draw: Number of the draw; each number gives other tasks.
             tasks: How many tasks to draw for this process; other processes get other ones.
+
+        Returns:
+            A meta-batch of ``tasks`` tasks.
 
         Raises:
             ValueError: If ``purpose`` is none of those.
@@ -166,26 +226,21 @@ class EpisodicDataModule(LightningDataModule):
                 f"Expected `purpose` to be one of {', '.join(map(repr, _PURPOSES))} but got "
                 f"{purpose!r}."
             )
-        replicas, rank = self._replicas()
+        processes, rank = self._replicas()
         dataset = self._dataset("train")
-        episodes: AnyEpisodes = default_collate(
-            [
-                dataset[draw, number, _PURPOSES[purpose]]
-                for number in range(rank, tasks * replicas, replicas)
-            ]
-        )
+        numbers = range(rank, tasks * processes, processes)
+        drawn = [dataset[draw, number, _PURPOSES[purpose]] for number in numbers]
+        episodes: AnyEpisodes = default_collate(drawn)
         return episodes
 
     def on_after_batch_transfer(self, batch: AnyEpisodes, dataloader_idx: int) -> AnyEpisodes:
-        """Turn uint8 images into floats in 0 .. 1, apply the transforms on the device, and convert to the trainer's precision."""
-        stored = {name: getattr(batch, name) for name in batch._fields[::2]}
-        images = {
-            name: tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor
-            for name, tensor in stored.items()
-        }
-        batch = self.transforms(
-            batch._replace(**images), training=self.trainer is not None and self.trainer.training
-        )
+        """Prepare a batch on the device: floats in 0 .. 1, transforms, the trainer's precision."""
+        images = {}
+        for name in batch._fields[::2]:  # images and labels take turns
+            stored = getattr(batch, name)
+            images[name] = stored.float() / 255 if stored.dtype == torch.uint8 else stored
+        training = self.trainer is not None and self.trainer.training
+        batch = self.transforms(batch._replace(**images), training=training)
         if self.trainer is not None:
             batch = self.trainer.precision_plugin.convert_input(batch)
         return batch
@@ -193,14 +248,15 @@ class EpisodicDataModule(LightningDataModule):
     def _dataset(self, split: str) -> EpisodeDataset:
         if split not in self._datasets:
             train = split == "train"
+            resampling = None
+            if train and self.regime == "resampling":
+                resampling = Resampling(self.train_steps, self.hessian_shots)
             self._datasets[split] = EpisodeDataset(
                 self.class_images(split),
                 ways=self.ways if train else self.test_ways,
                 shots=self.shots if train else self.test_shots,
                 queries=self.queries if train else self.test_queries,
-                resampling=Resampling(self.train_steps, self.hessian_shots)
-                if train and self.regime == "resampling"
-                else None,
+                resampling=resampling,
                 rotations=self.rotations,
                 seed=(self.seed, _STREAMS[split]),
                 split=split,
@@ -209,43 +265,37 @@ class EpisodicDataModule(LightningDataModule):
         return self._datasets[split]
 
     def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[AnyEpisodes]:
-        replicas, rank = self._replicas()
-        if tasks < replicas:
+        processes, rank = self._replicas()
+        if tasks < processes:
             raise ValueError(
-                f"Expected `{split}_tasks` to be at least {replicas}, one for each process, but "
+                f"Expected `{split}_tasks` to be at least {processes}, one for each process, but "
                 f"got {tasks}."
             )
-        sampler: Any = TaskSampler(tasks, fresh=fresh, num_replicas=replicas, rank=rank)
+        sampler: Any = TaskSampler(tasks, fresh=fresh, num_replicas=processes, rank=rank)
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return PrefetchingLoader(
             self._dataset(split),
             batch_size=self.meta_batch_size,
             sampler=sampler,
-            # its own: each iterator draws a number, and a resumed run makes more iterators
+            # Each iterator draws a number from the loader's generator, and a resumed run makes more
+            # iterators: with torch's own generator, it would go on with other random numbers.
             generator=torch.Generator(),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer is not None
-            and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=on_gpu,
         )
 
     def _replicas(self) -> tuple[int, int]:
-        return (
-            (self.trainer.world_size, self.trainer.global_rank)
-            if self.trainer is not None
-            else (1, 0)
-        )
+        """Return the number of processes and the rank of this one."""
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank
 
     def _check_arguments(self) -> None:
-        least = dict.fromkeys(("shots", "queries", "test_shots", "test_queries"), 1)
-        least |= dict.fromkeys(
-            ("meta_batch_size", "train_batches", "val_tasks", "test_tasks", "train_steps"), 1
-        )
-        least |= {"ways": 2, "test_ways": 2, "hessian_shots": 0, "num_workers": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(
-                    f"Expected `{name}` to be at least {bound} but got {getattr(self, name)}."
-                )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"Expected `{name}` to be at least {least} but got {value}.")
         check_seed("seed", self.seed)
         if self.rotations not in ("none", "classes", "augment"):
             raise ValueError(

@@ -12,10 +12,10 @@ Shares = tuple[float, float, float]
 
 
 def check_shares(shares: Shares) -> None:
-    """Check that shares are three positive numbers that sum to 1.
+    """Check that the argument ``shares`` is three positive numbers that sum to 1.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If it is not.
     """
     if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(
@@ -24,7 +24,16 @@ def check_shares(shares: Shares) -> None:
 
 
 def split_classes(count: int, shares: Shares, seed: int) -> dict[str, list[int]]:
-    """Divide the class numbers ``0 .. count - 1`` among the splits at random, the same way for the same seed."""
+    """Divide classes among the splits at random, the same way for the same seed.
+
+    Args:
+        count: Number of classes.
+        shares: Fractions for training, validation and testing.
+        seed: Seed of the split.
+
+    Returns:
+        The class numbers, from 0 to ``count - 1``, of each split in ascending order.
+    """
     order = np.random.RandomState(seed).permutation(count).tolist()
     val, test = (round(share * count) for share in shares[1:])
     train = count - val - test
@@ -40,14 +49,15 @@ def check_disjoint(classes: Mapping[str, Collection[str]], where: str, cure: str
 
     Args:
         classes: Names of the classes of each split.
-        where: Where they were found, for the message.
-        cure: What to do, for the message.
+        where: Where the classes were found, for the message.
+        cure: What to do about it, for the message.
 
     Raises:
-        ValueError: If one is.
+        ValueError: If a class is in two splits.
     """
     for one, other in combinations(classes, 2):
-        if shared := sorted(set(classes[one]) & set(classes[other])):
+        shared = sorted(set(classes[one]) & set(classes[other]))
+        if shared:
             raise ValueError(
                 f"Expected the splits of {where} to share no class but {len(shared)} are both in "
                 f"{one} and in {other} ({first_five(shared)}): splits that share classes are for "

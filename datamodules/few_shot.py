@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lightning_maml.datamodules.base import EpisodicDataModule, Regime, splits_of
+from lightning_maml.datamodules.base import EpisodicDataModule, splits_of
 from lightning_maml.datamodules.class_splits import (
     Shares,
     check_disjoint,
@@ -20,111 +20,73 @@ from lightning_maml.datamodules.class_splits import (
 )
 from lightning_maml.datamodules.images.files import UnsuitableImage, pixels
 from lightning_maml.datamodules.origins import Label, Origin, Source, origins, source
-from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses, check_seed
-from lightning_maml.datamodules.transforms import EpisodeTransforms
+from lightning_maml.datamodules.sampler import ClassImages, check_seed
 
 
 class FewShotDataModule(EpisodicDataModule):
-    """Few-shot episodes of map-style datasets with labels, such as torchvision's or Hugging Face's, read into memory once.
+    """Few-shot episodes of datasets with labels, such as torchvision's or Hugging Face's.
 
-    Items are pairs (image, label), or dictionaries with both. PIL images become RGB of
-    ``image_size``; transparent ones are put on white, and photographs are turned upright as their
-    EXIF data say. Arrays ``[H, W, C]`` or ``[H, W]`` and tensors ``[C, H, W]`` or ``[H, W]`` of
-    bytes are images in 0 .. 255. Arrays and tensors of floats, of any shape, become float32.
+    The datasets are map-style ones, and are read into memory once. Items are pairs (image, label),
+    or dictionaries with both. PIL images become RGB of ``image_size``; transparent ones are put on
+    white, and photographs are turned upright according to their EXIF data. Arrays ``[H, W, C]`` or
+    ``[H, W]`` and tensors ``[C, H, W]`` or ``[H, W]`` of bytes are images in 0 .. 255. Arrays and
+    tensors of floats, of any shape, become float32.
 
-    The datasets of two splits must not share a class: one of the same name, or of the same label in
-    one dataset that both are taken from by ``torch.utils.data.Subset``, as ``random_split`` does.
-    Labels 0, 1, ... of different datasets are different classes.
+    The datasets of two splits must not share a class. Two classes are the same if they have the
+    same name, or the same label in one dataset that both splits are subsets of (by
+    ``torch.utils.data.Subset``, as ``random_split`` makes them). Labels 0, 1, ... of different
+    datasets are different classes.
 
     Args:
         train: Dataset of the training classes; without ``val`` and ``test``, of all classes, which
-            are then split at random.
+            are then divided among the splits at random.
         val: Dataset of the validation classes.
         test: Dataset of the test classes.
-        ways: Classes per training episode.
-        shots: Support images per class.
         queries: Query images per class.
-        test_ways: Classes per validation and test episode; by default as in training.
-        test_shots: Support images per class there; by default as in training.
-        test_queries: Query images per class there; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
         image_size: Height and width that PIL images are resized to, whatever their aspect ratio; by
             default they keep their size.
         image_key: Key of the image in items that are dictionaries.
         label_key: Key of the label in such items.
-        shares: Fractions of the classes for training, validation and testing, where ``train`` is
-            the only dataset.
+        shares: Fractions of the classes for training, validation and testing, if ``train`` is the
+            only dataset.
         split_seed: Seed of that split.
-        train_batches: Meta-batches per epoch and process.
-        val_tasks: Validation tasks over all processes together; the same ones each time.
-        test_tasks: Test tasks over all processes together; the same ones each time.
-        rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
-        regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's
-            ``train_steps``.
-        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as
-            many as ``shots``.
-        transforms: Transforms of the images of whole episodes, on the device; by default none.
-        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"``
-            them with a warning.
-        seed: Seed of the episodes.
-        num_workers: Loader processes.
+        **options: Arguments of :class:`EpisodicDataModule`, such as ``ways``, ``shots``,
+            ``test_tasks``, ``regime``, ``transforms`` and ``seed``.
 
     Raises:
         ValueError: If an argument is out of range, datasets share classes, images differ in size or
-            have more than 8 bits, or a split cannot serve the episodes.
+            have more than 8 bits, or a split has too few classes or images for its episodes.
         TypeError: If a dataset cannot be indexed, or its items are not images with labels.
+
+    Examples:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> from lightning_maml.datamodules import FewShotDataModule
+        >>> images, labels = torch.rand(200, 3, 8, 8), torch.arange(200) % 20
+        >>> data = FewShotDataModule(TensorDataset(images, labels), ways=3, shots=1, queries=5)
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch.query_x.shape
+        torch.Size([4, 15, 3, 8, 8])
     """
 
     def __init__(
         self,
-        train: Dataset,  # type: ignore[type-arg]  # jsonargparse takes no init_args for Dataset[Any]
+        # not Dataset[Any], for which jsonargparse takes no init_args
+        train: Dataset,  # type: ignore[type-arg]
         val: Dataset | None = None,  # type: ignore[type-arg]
         test: Dataset | None = None,  # type: ignore[type-arg]
-        ways: int = 5,
-        shots: int = 1,
+        *,
         queries: int = 15,
-        test_ways: int | None = None,
-        test_shots: int | None = None,
-        test_queries: int | None = None,
         meta_batch_size: int = 4,
         image_size: int | None = None,
         image_key: str = "image",
         label_key: str = "label",
         shares: Shares = (0.64, 0.16, 0.2),
         split_seed: int = 0,
-        train_batches: int = 500,
-        val_tasks: int = 200,
-        test_tasks: int = 600,
-        rotations: Rotations = "none",
-        regime: Regime = "finite_sum",
-        train_steps: int = 1,
-        hessian_shots: int | None = None,
-        transforms: EpisodeTransforms | None = None,
-        small_classes: SmallClasses = "raise",
-        seed: int = 0,
-        num_workers: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            ways=ways,
-            shots=shots,
-            queries=queries,
-            test_ways=test_ways,
-            test_shots=test_shots,
-            test_queries=test_queries,
-            meta_batch_size=meta_batch_size,
-            train_batches=train_batches,
-            val_tasks=val_tasks,
-            test_tasks=test_tasks,
-            rotations=rotations,
-            regime=regime,
-            train_steps=train_steps,
-            hessian_shots=hessian_shots,
-            transforms=transforms,
-            small_classes=small_classes,
-            seed=seed,
-            num_workers=num_workers,
-        )
+        super().__init__(queries=queries, meta_batch_size=meta_batch_size, **options)
         check_shares(shares)
         check_seed("split_seed", split_seed)
         if (val is None) != (test is None):
@@ -134,11 +96,9 @@ class FewShotDataModule(EpisodicDataModule):
             )
         if image_size is not None and image_size < 1:
             raise ValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
-        self._datasets_of = (
-            {"train": train}
-            if val is None or test is None
-            else {"train": train, "val": val, "test": test}
-        )
+        self._datasets_of = {"train": train}
+        if val is not None and test is not None:
+            self._datasets_of |= {"val": val, "test": test}
         for name, dataset in self._datasets_of.items():
             if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
                 raise TypeError(
@@ -150,7 +110,13 @@ class FewShotDataModule(EpisodicDataModule):
         self._read_splits: dict[str, LabelledImages] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the datasets that ``stage`` needs, check that they share no class, and that they can serve the episodes."""
+        """Read the splits that a stage needs, and check them.
+
+        They must not share a class, and have enough classes and images for their episodes.
+
+        Args:
+            stage: Stage of the trainer, such as ``"fit"``; None for all splits.
+        """
         for split in splits_of(stage):
             self.class_images(split)
         super().setup(stage)
@@ -168,7 +134,7 @@ class FewShotDataModule(EpisodicDataModule):
         )
 
     def _read(self, name: str) -> ClassImages:
-        """Return the images of a dataset, once it is known to share no class with those read before."""
+        """Return the images of a dataset, after a check that it shares no class with the others."""
         if name not in self._read_splits:
             read = read_dataset(
                 self._datasets_of[name], name, self.image_size, self.image_key, self.label_key
@@ -180,14 +146,14 @@ class FewShotDataModule(EpisodicDataModule):
 
 
 class LabelledImages(NamedTuple):
-    """The images of a dataset, and for each class where it comes from."""
+    """The images of a dataset, and the original datasets and labels of each of its classes."""
 
     images: ClassImages
     origins: list[set[Origin]]
 
 
 def _check_no_shared_class(splits: dict[str, LabelledImages]) -> None:
-    """Check that two splits share no class, neither one of the same dataset nor, if they are of different datasets, of the same name.
+    """Check that two splits share no class of the same original dataset, or of the same name.
 
     Raises:
         ValueError: If they do.
@@ -201,10 +167,11 @@ def _check_no_shared_class(splits: dict[str, LabelledImages]) -> None:
         if origin & other
     ]
     check_disjoint(dict.fromkeys(splits, shared), "the datasets", cure)
-    # one dataset may have two classes of a name; and numbers are no names: each dataset may count
-    # its classes from 0
-    of_one_dataset = {dataset for dataset, _ in one} & {dataset for dataset, _ in other}
-    if not of_one_dataset and not any(split.images.names[0].isdigit() for split in splits.values()):
+    # Classes are compared by name only across datasets, as one dataset may have two classes of a
+    # name; and only if they have names, as each dataset may count its classes from 0.
+    one_dataset = {dataset for dataset, _ in one} & {dataset for dataset, _ in other}
+    numbered = any(split.images.names[0].isdigit() for split in splits.values())
+    if not one_dataset and not numbered:
         check_disjoint(
             {name: split.images.names for name, split in splits.items()}, "the datasets", cure
         )
@@ -213,11 +180,11 @@ def _check_no_shared_class(splits: dict[str, LabelledImages]) -> None:
 def read_dataset(
     dataset: Any, name: str, image_size: int | None, image_key: str, label_key: str
 ) -> LabelledImages:
-    """Read a whole dataset.
+    """Read a whole dataset into memory.
 
     Args:
         dataset: Dataset of pairs (image, label), or of dictionaries.
-        name: Its name, for messages.
+        name: Name of the dataset, for messages.
         image_size: Height and width to resize PIL images to; None to leave them.
         image_key: Key of the image in dictionaries.
         label_key: Key of the label in dictionaries.
@@ -229,6 +196,26 @@ def read_dataset(
     """
     if len(dataset) == 0:
         raise ValueError(f"Expected `{name}` to hold images but it is empty.")
+    images, labels = _read_items(dataset, name, image_size, image_key, label_key)
+    values, classes = np.unique(np.array(labels), return_inverse=True)
+    members = [np.flatnonzero(classes == number) for number in range(len(values))]
+    sources = [source(dataset, number) for number in range(len(dataset))]
+
+    def label_at(holder: Any, number: int) -> Label:
+        which = f"item {number} of {type(holder).__name__}"
+        return _label(_item(holder[number], which, image_key, label_key)[1], which)
+
+    members_of_label = dict(zip(values.tolist(), members, strict=True))
+    names = _names(dataset, name, sources, members_of_label, label_key)
+    return LabelledImages(
+        ClassImages(images, members, names), origins(sources, labels, members, label_at)
+    )
+
+
+def _read_items(
+    dataset: Any, name: str, image_size: int | None, image_key: str, label_key: str
+) -> tuple[Tensor, list[Label]]:
+    """Return the images of a dataset, ``[M, ...]``, and their labels."""
     images = torch.empty(0)
     labels: list[Label] = []
     for number in tqdm(range(len(dataset)), desc=f"Reading {name}", unit="image"):
@@ -239,11 +226,9 @@ def read_dataset(
             images = torch.empty(len(dataset), *tensor.shape, dtype=tensor.dtype)
             _say_if_gray(image, name)
         if (tensor.shape, tensor.dtype) != (images.shape[1:], images.dtype):
-            cure = (
-                "give `image_size`"
-                if isinstance(image, Image.Image)
-                else "resize them by the dataset's own transform"
-            )
+            cure = "resize them by the dataset's own transform"
+            if isinstance(image, Image.Image):
+                cure = "give `image_size`"
             raise ValueError(
                 f"Expected all images of `{name}` to be like its first, {images.dtype} "
                 f"{list(images.shape[1:])}, but {which} is {tensor.dtype} {list(tensor.shape)}; "
@@ -251,20 +236,7 @@ def read_dataset(
             )
         images[number] = tensor
         labels.append(_label(label, which))
-    values, classes = np.unique(np.array(labels), return_inverse=True)
-    members = [np.flatnonzero(classes == number) for number in range(len(values))]
-    sources = [source(dataset, number) for number in range(len(dataset))]
-
-    def label_at(holder: Any, number: int) -> Label:
-        which = f"item {number} of {type(holder).__name__}"
-        return _label(_item(holder[number], which, image_key, label_key)[1], which)
-
-    names = _names(
-        dataset, name, sources, dict(zip(values.tolist(), members, strict=True)), label_key
-    )
-    return LabelledImages(
-        ClassImages(images, members, names), origins(sources, labels, members, label_at)
-    )
+    return images, labels
 
 
 def _names(
@@ -274,25 +246,26 @@ def _names(
     members: Mapping[Label, np.ndarray],
     label_key: str,
 ) -> list[str]:
-    """Return the name of each class: the dataset's own, or that of the dataset below subsets and concatenations, or else its label.
+    """Return the name of each class.
+
+    It is the dataset's own; or else that of the original dataset, below subsets and concatenations;
+    or else the label.
 
     Raises:
         ValueError: If a concatenation merges classes of different names.
     """
     own = _class_names(dataset, label_key)
-    of_source = {
+    # what may give an item another label may also give its class another name
+    of_original = {
         id(item.dataset): _class_names(item.dataset, label_key) for item in sources if item.as_it_is
     }
     names = []
     for label, rows in members.items():
-        given = (
-            [own]
-            if own
-            else [
-                of_source.get(holder, ()) for holder in {id(sources[row].dataset) for row in rows}
-            ]
-        )
-        found = sorted({_name(label, some) for some in given})
+        if own:
+            found = [_name(label, own)]
+        else:
+            originals = {id(sources[row].dataset) for row in rows}
+            found = sorted({_name(label, of_original.get(each, ())) for each in originals})
         if len(found) > 1:
             raise ValueError(
                 f"Expected label {label} to be one class in all parts of `{which}` but it is "
@@ -309,7 +282,7 @@ def _name(label: Label, names: Sequence[Any]) -> str:
 
 
 def _class_names(dataset: Any, label_key: str) -> Sequence[Any]:
-    """Return the class names by number, as torchvision and Hugging Face keep them; an empty tuple if there are none."""
+    """Return the class names by number, as torchvision or Hugging Face keep them, or nothing."""
     features = getattr(dataset, "features", None)
     feature = features.get(label_key) if isinstance(features, Mapping) else None
     names = getattr(feature, "names", None) or getattr(dataset, "classes", None)
@@ -342,11 +315,9 @@ def _say_if_gray(image: Any, name: str) -> None:
 
 
 def _label(label: Any, which: str) -> Label:
-    value = (
-        label.item()
-        if isinstance(label, (Tensor, np.ndarray, np.generic)) and label.ndim == 0
-        else label
-    )
+    value = label
+    if isinstance(label, (Tensor, np.ndarray, np.generic)) and label.ndim == 0:
+        value = label.item()
     if not isinstance(value, (int, str)):
         raise TypeError(
             f"Expected the label of {which} to be one whole number or a string but got "
@@ -364,15 +335,18 @@ def _tensor(image: Any, image_size: int | None, which: str) -> Tensor:
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(image)
         if image.dtype == torch.uint8 and image.ndim == 3:
-            image = image.permute(2, 0, 1)
-    if not isinstance(image, Tensor) or not (
-        image.dtype == torch.uint8 or image.is_floating_point()
-    ):
-        got = str(image.dtype) if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(
-            f"Expected the image of {which} to be a PIL image, or an array or tensor of bytes or "
-            f"floats, but got {got}."
-        )
+            image = image.permute(2, 0, 1)  # arrays have their channels last
+    if not isinstance(image, Tensor):
+        raise _no_image(which, type(image).__name__)
     if image.is_floating_point():
         return image.float()
-    return image[None] if image.ndim == 2 else image
+    if image.dtype != torch.uint8:
+        raise _no_image(which, str(image.dtype))
+    return image[None] if image.ndim == 2 else image  # gray: one channel
+
+
+def _no_image(which: str, got: str) -> TypeError:
+    return TypeError(
+        f"Expected the image of {which} to be a PIL image, or an array or tensor of bytes or "
+        f"floats, but got {got}."
+    )

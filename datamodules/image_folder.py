@@ -1,11 +1,11 @@
-"""The user's own images, in a folder per class."""
+"""Episodes of users' own images, in a folder per class."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_maml.datamodules.base import EpisodicDataModule, Regime
+from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.class_splits import (
     Shares,
     check_disjoint,
@@ -21,113 +21,79 @@ from lightning_maml.datamodules.images.folders import (
     split_of,
     subfolders,
 )
-from lightning_maml.datamodules.sampler import ClassImages, Rotations, SmallClasses, check_seed
-from lightning_maml.datamodules.transforms import EpisodeTransforms
+from lightning_maml.datamodules.sampler import ClassImages, check_seed
 
 
 class ImageFolderDataModule(EpisodicDataModule):
     """Few-shot episodes of the images in a tree of folders, RGB, of one size.
 
     The tree is ``root/{train,val,test}/CLASS/*``, or ``root/CLASS/*``, whose classes are then
-    divided among the three splits at random. Usual other names of the splits will do: ``training``,
-    ``valid``, ``validation``, ``testing``, ``base``, ``novel``, in any case; and the whole may lie
-    some folders deeper. A class's images may lie at any depth below its folder; linked folders are
-    followed. There may be any number of images, but at least as many as an episode takes. Hidden
-    files, folders that programs make (``@eaDir``, ``__MACOSX``), files with other extensions and
-    folders without images are left out; the log counts them in one line.
+    divided among the three splits at random. The splits may have their other usual names:
+    ``training``, ``valid``, ``validation``, ``testing``, ``base``, ``novel``, in any case. The tree
+    may begin some folders deeper, and a class's images may lie at any depth below its folder.
+    Linked folders are followed. Hidden files, folders that programs make (``@eaDir``,
+    ``__MACOSX``), files with other extensions and folders without images are left out; the log
+    counts them in one line.
 
-    Transparent images are put on white, and photographs are turned upright as their EXIF data say;
-    see :func:`load_images`. They are decoded once, into ``root/images_SIZE.pt``, and again when a
-    file is added, removed or changed.
+    Transparent images are put on white, and photographs are turned upright according to their EXIF
+    data; see :func:`load_images`. Images are decoded once, into ``root/images_SIZE.pt``, and again
+    when a file is added, removed or changed.
 
     Args:
         root: Folder of the data.
-        ways: Classes per training episode.
-        shots: Support images per class.
         queries: Query images per class.
-        test_ways: Classes per validation and test episode; by default as in training.
-        test_shots: Support images per class there; by default as in training.
-        test_queries: Query images per class there; by default as in training.
         meta_batch_size: Tasks per optimizer step and process.
         image_size: Height and width that images are resized to, whatever their aspect ratio, in
             pixels.
-        shares: Fractions of the classes for training, validation and testing, in a tree without
+        shares: Fractions of the classes for training, validation and testing, if the tree has no
             splits.
         split_seed: Seed of that split.
-        train_batches: Meta-batches per epoch and process.
-        val_tasks: Validation tasks over all processes together; the same ones each time.
-        test_tasks: Test tasks over all processes together; the same ones each time.
-        rotations: ``"classes"``, ``"augment"`` or ``"none"``, see :class:`EpisodicDataModule`.
-        regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's
-            ``train_steps``.
-        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as
-            many as ``shots``.
-        transforms: Transforms of the images of whole episodes, on the device; by default none.
-        small_classes: ``"raise"`` on classes with fewer images than an episode takes, or ``"drop"``
-            them with a warning.
         on_corrupt: ``"raise"`` on an image file that cannot be read, or ``"skip"`` it with a
             warning.
-        seed: Seed of the episodes.
-        num_workers: Loader processes.
         class_level: How many levels below ``root``, or below the folder of its split, the folder of
-            a class lies: 1, or 2 for ``SUPERCLASS/CLASS/*``, and so on. By default 1; but it must
-            be given where a folder holds no images of its own but several folders of images.
+            a class lies: 1, or 2 for ``SUPERCLASS/CLASS/*``, and so on. By default 1; it must be
+            given if a folder holds no images of its own but several folders of images.
+        **options: Arguments of :class:`EpisodicDataModule`, such as ``ways``, ``shots``,
+            ``test_tasks``, ``regime``, ``transforms`` and ``seed``.
 
     Raises:
-        ValueError: If an argument is out of range, splits share classes, or a split cannot serve
-            the episodes.
+        ValueError: If an argument is out of range, splits share classes, or a split has too few
+            classes or images for its episodes.
         FileNotFoundError: If there is no such tree.
         OSError: If an image cannot be read, or the cache cannot be written.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> from lightning_maml.datamodules import ImageFolderDataModule
+        >>> with TemporaryDirectory() as root:
+        ...     for split in ("train", "val", "test"):
+        ...         for name in ("a", "b", "c"):
+        ...             folder = Path(root, split, f"{split} {name}")
+        ...             folder.mkdir(parents=True)
+        ...             Image.new("RGB", (50, 30)).save(folder / "0.png")
+        ...             Image.new("RGB", (50, 30)).save(folder / "1.png")
+        ...     data = ImageFolderDataModule(root, image_size=28, ways=2, queries=1)
+        ...     data.prepare_data()
+        ...     next(iter(data.train_dataloader())).support_x.shape
+        torch.Size([4, 2, 3, 28, 28])
     """
 
     def __init__(
         self,
         root: str = "data",
-        ways: int = 5,
-        shots: int = 1,
+        *,
         queries: int = 15,
-        test_ways: int | None = None,
-        test_shots: int | None = None,
-        test_queries: int | None = None,
         meta_batch_size: int = 4,
         image_size: int = 84,
         shares: Shares = (0.64, 0.16, 0.2),
         split_seed: int = 0,
-        train_batches: int = 500,
-        val_tasks: int = 200,
-        test_tasks: int = 600,
-        rotations: Rotations = "none",
-        regime: Regime = "finite_sum",
-        train_steps: int = 1,
-        hessian_shots: int | None = None,
-        transforms: EpisodeTransforms | None = None,
-        small_classes: SmallClasses = "raise",
         on_corrupt: OnCorrupt = "raise",
-        seed: int = 0,
-        num_workers: int = 0,
         class_level: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            ways=ways,
-            shots=shots,
-            queries=queries,
-            test_ways=test_ways,
-            test_shots=test_shots,
-            test_queries=test_queries,
-            meta_batch_size=meta_batch_size,
-            train_batches=train_batches,
-            val_tasks=val_tasks,
-            test_tasks=test_tasks,
-            rotations=rotations,
-            regime=regime,
-            train_steps=train_steps,
-            hessian_shots=hessian_shots,
-            transforms=transforms,
-            small_classes=small_classes,
-            seed=seed,
-            num_workers=num_workers,
-        )
+        super().__init__(queries=queries, meta_batch_size=meta_batch_size, **options)
         check_on_corrupt(on_corrupt)
         check_shares(shares)
         check_seed("split_seed", split_seed)
@@ -155,8 +121,11 @@ class ImageFolderDataModule(EpisodicDataModule):
         """Say what was found, and read the splits that ``stage`` needs."""
         _, tree = self._find()
         found = ", ".join(f"{len(names)} {split} classes" for split, names in tree.splits.items())
+        message = f"Images in {tree.folder}: {found}"
         left_out = in_words(tree.left_out)
-        rank_zero_info(f"Images in {tree.folder}: {found}{left_out and f'; left out: {left_out}'}")
+        if left_out:
+            message += f"; left out: {left_out}"
+        rank_zero_info(message)
         super().setup(stage)
 
     def class_images(self, split: str) -> ClassImages:
@@ -182,9 +151,9 @@ class Tree(NamedTuple):
     """What was found in a tree of images.
 
     Attributes:
-        folder: The folder of the classes or of the splits.
+        folder: The folder of the classes, or of the splits.
         classes: The image files of each class.
-        splits: The classes of each split.
+        splits: The names of the classes of each split.
         left_out: What was seen but not taken.
     """
 
@@ -195,44 +164,29 @@ class Tree(NamedTuple):
 
 
 def find_tree(root: Path, shares: Shares, seed: int, class_level: int | None = None) -> Tree:
-    """Find the classes in a tree of images, and the splits.
+    """Find the classes in a tree of images, and their splits.
 
     Args:
         root: Root of the tree.
         shares: Fractions of the classes for each split, if the tree has no splits.
-        seed: Seed of that split.
+        seed: Seed of the division into splits, if the tree has none.
         class_level: How many levels below the root or a split the folder of a class lies; None for
-            1, if that is plain.
+            1, if that is unambiguous.
 
     Raises:
         FileNotFoundError: If there are no folders of images, or only some of the splits.
-        ValueError: If splits share classes or have two folders, or it is not plain what the classes
-            are.
+        ValueError: If splits share classes, there are two folders of a split, or it is ambiguous
+            which folders are classes.
     """
     if not root.is_dir():
         raise FileNotFoundError(
             f"Expected `root` to be a folder of images but there is none at {root}."
         )
-    folder, left_out = innermost(root), LeftOut()
+    folder = innermost(root)
     places = _find_splits(folder)
     if places:
-        by_split = {
-            split: _classes(innermost(place), class_level, left_out)
-            for split, place in places.items()
-        }
-        check_disjoint(by_split, str(folder))
-        left_out["folders beside the splits"] += len(subfolders(folder)) - len(places)
-        classes = {
-            f"{split}/{name}": files
-            for split, of_split in by_split.items()
-            for name, files in of_split.items()
-        }
-        return Tree(
-            folder,
-            classes,
-            {split: [f"{split}/{name}" for name in names] for split, names in by_split.items()},
-            left_out,
-        )
+        return _tree_with_splits(folder, places, class_level)
+    left_out = LeftOut()
     classes = _classes(folder, class_level, left_out)
     if not classes:
         seen = in_words(left_out)
@@ -241,13 +195,27 @@ def find_tree(root: Path, shares: Shares, seed: int, class_level: int | None = N
             f"these, but found none{seen and f', only {seen}'}."
         )
     names = list(classes)
-    chosen = split_classes(len(names), shares, seed)
-    return Tree(
-        folder,
-        classes,
-        {split: [names[number] for number in numbers] for split, numbers in chosen.items()},
-        left_out,
-    )
+    splits = {
+        split: [names[number] for number in numbers]
+        for split, numbers in split_classes(len(names), shares, seed).items()
+    }
+    return Tree(folder, classes, splits, left_out)
+
+
+def _tree_with_splits(folder: Path, places: dict[str, Path], class_level: int | None) -> Tree:
+    """Find the classes in the folders of the splits."""
+    left_out = LeftOut()
+    by_split = {
+        split: _classes(innermost(place), class_level, left_out) for split, place in places.items()
+    }
+    check_disjoint(by_split, str(folder))
+    left_out["folders beside the splits"] += len(subfolders(folder)) - len(places)
+    classes: dict[str, list[Path]] = {}
+    splits: dict[str, list[str]] = {}
+    for split, of_split in by_split.items():
+        splits[split] = [f"{split}/{name}" for name in of_split]
+        classes.update(zip(splits[split], of_split.values(), strict=True))
+    return Tree(folder, classes, splits, left_out)
 
 
 def _classes(folder: Path, class_level: int | None, left_out: LeftOut) -> dict[str, list[Path]]:
@@ -257,11 +225,11 @@ def _classes(folder: Path, class_level: int | None, left_out: LeftOut) -> dict[s
 
 
 def _find_splits(folder: Path) -> dict[str, Path]:
-    """Return the folder of each split; none if there are none.
+    """Return the folder of each split; an empty dictionary if there are no splits.
 
     Raises:
-        FileNotFoundError: If there are only some of them.
-        ValueError: If there are two of one.
+        FileNotFoundError: If there are folders of some splits only.
+        ValueError: If there are two folders of a split.
     """
     found: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
     for place in subfolders(folder):

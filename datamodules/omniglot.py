@@ -1,41 +1,45 @@
-"""Omniglot: 1623 handwritten characters of 50 alphabets, drawn by 20 people each (Lake et al. 2015)."""
+"""Omniglot: 1623 characters of 50 alphabets, drawn by 20 people each (Lake et al. 2015)."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torchvision
 
-from lightning_maml.datamodules.base import EpisodicDataModule, Regime
+from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
 from lightning_maml.datamodules.images.files import decode, rows_of_classes
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, check_seed
-from lightning_maml.datamodules.transforms import EpisodeTransforms
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
-"""The two official folders and how many characters each holds."""
+"""Characters in each of the two official folders."""
 
 DRAWINGS = 20
 """Images per character."""
 
 VINYALS_TEST = (
-    *(
-        "Kannada",
-        "Keble",
-        "Malayalam",
-        "Manipuri",
-        "Mongolian",
-        "Old_Church_Slavonic_(Cyrillic)",
-        "Oriya",
-        "Sylheti",
-    ),
-    *("Syriac_(Serto)", "Tengwar", "Tibetan", "ULOG"),
-    *(f"Gurmukhi/character{number}" for number in (42, 43, 44, 45)),
+    "Kannada",
+    "Keble",
+    "Malayalam",
+    "Manipuri",
+    "Mongolian",
+    "Old_Church_Slavonic_(Cyrillic)",
+    "Oriya",
+    "Sylheti",
+    "Syriac_(Serto)",
+    "Tengwar",
+    "Tibetan",
+    "ULOG",
+    "Gurmukhi/character42",
+    "Gurmukhi/character43",
+    "Gurmukhi/character44",
+    "Gurmukhi/character45",
 )
-VINYALS_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
-"""Test alphabets (and four single characters) and validation alphabets of Vinyals et al. 2016, as
-published by Snell et al. 2017; all others are for training."""
+"""Test alphabets and four single test characters of Vinyals et al. 2016, as published by Snell et
+al. 2017."""
 
+VINYALS_VAL = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
+"""Validation alphabets of Vinyals et al. 2016. All other characters are for training."""
 
 _SOURCE = "the official folders"
 
@@ -43,46 +47,37 @@ _SOURCE = "the official folders"
 class OmniglotDataModule(EpisodicDataModule):
     """Few-shot episodes of Omniglot, 28 x 28, ink = 1 on paper = 0.
 
-    The images are read once from the official folder tree (``images_background`` and
-    ``images_evaluation``, looked for in ``root`` and up to three levels below), or downloaded there
-    by torchvision, and kept as one uint8 array in ``root/omniglot_28.pt``. As long as that file is
-    intact, nothing else is read.
+    The images are read once from the official folders ``images_background`` and
+    ``images_evaluation``, which are looked for in ``root`` and up to three levels below, or are
+    downloaded there by torchvision. They are kept as one uint8 array in ``root/omniglot_28.pt``; as
+    long as that file is intact, nothing else is read.
 
     Args:
         root: Folder of the data.
-        ways: Classes per training episode.
-        shots: Support images per class.
-        queries: Query images per class.
-        test_ways: Classes per validation and test episode; by default as in training.
-        test_shots: Support images per class there; by default as in training.
-        test_queries: Query images per class there; by default as in training.
-        meta_batch_size: Tasks per optimizer step and process.
         split: ``"random"``: 1100 / 100 / 423 characters, drawn by ``split_seed`` (the MAML paper's
             sizes); ``"vinyals"``: 1028 / 172 / 423 by alphabet (Vinyals et al. 2016); ``"lake"``:
             tests on the 659 characters of the evaluation set, trains on 864 of the background set
             and validates on its other 100, drawn by ``split_seed``.
         split_seed: Seed of the splits that are drawn.
-        rotations: ``"classes"``: each character, turned by 0, 90, 180 and 270 degrees, makes four
-            classes; ``"augment"``: each class of an episode is turned at random; ``"none"``. This
-            applies to all splits.
-        download: Download into ``root`` if the cache is missing and so is at least one of the
-            folders.
-        train_batches: Meta-batches per epoch and process.
-        val_tasks: Validation tasks over all processes together; the same ones each time.
-        test_tasks: Test tasks over all processes together; the same ones each time.
-        regime: ``"finite_sum"`` or ``"resampling"``, see :class:`EpisodicDataModule`.
-        train_steps: N, the inner steps that ``"resampling"`` draws batches for: the model's
-            ``train_steps``.
-        hessian_shots: Images per class of the Hessian batches of ``"resampling"``; by default as
-            many as ``shots``.
-        transforms: Transforms of the images of whole episodes, on the device; by default none.
-        seed: Seed of the episodes.
-        num_workers: Loader processes.
+        rotations: ``"classes"``: each character becomes four classes, turned by 0, 90, 180 and 270
+            degrees; ``"augment"``: each class of an episode is turned at random by one of these
+            angles; ``"none"``. This applies to all splits.
+        download: Whether to download the images into ``root`` if there is no cache and one of the
+            folders is missing.
+        **options: Arguments of :class:`EpisodicDataModule`, such as ``ways``, ``shots``,
+            ``test_tasks``, ``regime``, ``transforms`` and ``seed``.
 
     Raises:
-        ValueError: If an argument is out of range, or a split cannot serve the episodes.
+        ValueError: If an argument is out of range, or a split has too few classes or images for its
+            episodes.
         FileNotFoundError: If the data are missing and cannot be downloaded, or are incomplete.
         OSError: If an image cannot be read; the message names it.
+
+    Examples:
+        >>> from lightning_maml.datamodules import OmniglotDataModule
+        >>> data = OmniglotDataModule("data", ways=20, shots=1, split="vinyals")
+        >>> data.cache_file.as_posix()  # is written when training starts
+        'data/omniglot_28.pt'
     """
 
     image_size = 28
@@ -90,46 +85,14 @@ class OmniglotDataModule(EpisodicDataModule):
     def __init__(
         self,
         root: str = "data",
-        ways: int = 5,
-        shots: int = 1,
-        queries: int = 1,
-        test_ways: int | None = None,
-        test_shots: int | None = None,
-        test_queries: int | None = None,
-        meta_batch_size: int = 32,
+        *,
         split: Literal["random", "vinyals", "lake"] = "random",
         split_seed: int = 0,
         rotations: Rotations = "classes",
         download: bool = True,
-        train_batches: int = 500,
-        val_tasks: int = 200,
-        test_tasks: int = 600,
-        regime: Regime = "finite_sum",
-        train_steps: int = 1,
-        hessian_shots: int | None = None,
-        transforms: EpisodeTransforms | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            ways=ways,
-            shots=shots,
-            queries=queries,
-            test_ways=test_ways,
-            test_shots=test_shots,
-            test_queries=test_queries,
-            meta_batch_size=meta_batch_size,
-            train_batches=train_batches,
-            val_tasks=val_tasks,
-            test_tasks=test_tasks,
-            rotations=rotations,
-            regime=regime,
-            train_steps=train_steps,
-            hessian_shots=hessian_shots,
-            transforms=transforms,
-            seed=seed,
-            num_workers=num_workers,
-        )
+        super().__init__(rotations=rotations, **options)
         if split not in ("random", "vinyals", "lake"):
             raise ValueError(
                 f"Expected `split` to be 'random', 'vinyals' or 'lake' but got {split!r}."
@@ -147,19 +110,21 @@ class OmniglotDataModule(EpisodicDataModule):
 
     def prepare_data(self) -> None:
         """Download and decode the images, unless there is an intact cache."""
-        if self._read_cache() is None:
+        if self._read_cache() is not None:
+            return
+        tree = find_tree(self.root)
+        if len(tree) < len(CHARACTERS) and self._download:
+            self._download_tree()
             tree = find_tree(self.root)
-            if len(tree) < len(CHARACTERS) and self._download:
-                self._download_tree()
-                tree = find_tree(self.root)
-            paper = decode(
-                list_files(tree, self.root), self.image_size, "L", "raise", "Decoding Omniglot once"
-            )
-            write_cache(self.cache_file, _SOURCE, paper._replace(images=255 - paper.images))
+        files = list_files(tree, self.root)
+        decoded = decode(files, self.image_size, "L", "raise", "Decoding Omniglot once")
+        # the files have white paper; networks see ink = 1 on paper = 0
+        write_cache(self.cache_file, _SOURCE, decoded._replace(images=255 - decoded.images))
 
     def class_images(self, split: str) -> ClassImages:
         """Return the characters of a split."""
-        self._decoded = self._decoded or self._read_cache()
+        if self._decoded is None:
+            self._decoded = self._read_cache()
         if self._decoded is None:
             raise FileNotFoundError(
                 f"Expected {self.cache_file} to hold the decoded images but found none; call "
@@ -177,7 +142,7 @@ class OmniglotDataModule(EpisodicDataModule):
         try:
             for background in (True, False):
                 torchvision.datasets.Omniglot(str(self.root), background=background, download=True)
-        except Exception as error:  # torchvision lets through whatever the network, the server or the archive raised
+        except Exception as error:  # torchvision passes on any error of network, server or archive
             raise FileNotFoundError(
                 f"{_not_found(self.root, find_tree(self.root))} The download failed: {error}"
             ) from error
@@ -187,7 +152,7 @@ def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[
     """Return the class numbers of each split.
 
     Args:
-        names: ``folder/Alphabet/characterNN`` of every class.
+        names: Names of all classes, ``folder/Alphabet/characterNN``.
         split: ``"random"``, ``"vinyals"`` or ``"lake"``.
         seed: Seed of the splits that are drawn.
     """
@@ -211,7 +176,14 @@ def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[
 
 
 def find_tree(root: Path) -> dict[str, Path]:
-    """Return the paths of the official folders, in ``root`` or up to three levels below it; complete ones are preferred."""
+    """Find the official folders in ``root`` or up to three levels below it.
+
+    Args:
+        root: Where to look.
+
+    Returns:
+        Paths of the folders that were found, by name. A complete one is preferred.
+    """
     found = {}
     for name, count in CHARACTERS.items():
         places = [
@@ -229,7 +201,14 @@ def find_tree(root: Path) -> dict[str, Path]:
 
 
 def list_files(tree: dict[str, Path], root: Path) -> dict[str, list[Path]]:
-    """Return the images of every character ``folder/Alphabet/characterNN``, sorted.
+    """List the images of all characters.
+
+    Args:
+        tree: Paths of the official folders, by name.
+        root: Where they were looked for, for messages.
+
+    Returns:
+        The sorted image files of each character ``folder/Alphabet/characterNN``.
 
     Raises:
         FileNotFoundError: If a folder is missing or holds too few characters or images.

@@ -1,4 +1,7 @@
-"""Where the items of a dataset come from, through subsets and concatenations: this tells whether splits share classes."""
+"""Where the items of a dataset come from, through subsets and concatenations.
+
+This tells whether two splits share classes.
+"""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -9,17 +12,17 @@ from torch.utils.data import ConcatDataset, Subset
 
 Label = int | str
 Origin = tuple[int, Label]
-"""A class where it comes from: which dataset (its ``id``), and the label there."""
+"""A class of an original dataset: the ``id`` of the dataset, and the label of the class in it."""
 
 
 class Source(NamedTuple):
-    """Where an item lies.
+    """The original dataset of an item.
 
     Attributes:
-        dataset: The dataset that holds it, which is no ``Subset`` or ``ConcatDataset``.
-        number: Its number there.
-        as_it_is: Whether nothing on the way may give it another label, as a subclass of ``Subset``
-            with items of its own may.
+        dataset: The dataset that holds the item, which is no ``Subset`` or ``ConcatDataset``.
+        number: Number of the item there.
+        as_it_is: Whether the item surely has the same label there. A subclass of ``Subset`` that
+            overrides ``__getitem__`` may give it another one.
     """
 
     dataset: Any
@@ -28,7 +31,12 @@ class Source(NamedTuple):
 
 
 def source(dataset: Any, number: int) -> Source:
-    """Return where an item of a dataset lies."""
+    """Find the original dataset of an item, below subsets and concatenations.
+
+    Args:
+        dataset: A dataset, which may be a subset or concatenation of others.
+        number: Number of the item in ``dataset``.
+    """
     as_it_is = True
     while isinstance(dataset, (Subset, ConcatDataset)):
         kind = Subset if isinstance(dataset, Subset) else ConcatDataset
@@ -37,8 +45,8 @@ def source(dataset: Any, number: int) -> Source:
             dataset, number = dataset.dataset, int(dataset.indices[number])
         else:
             part = bisect_right(dataset.cumulative_sizes, number)
-            number -= dataset.cumulative_sizes[part - 1] if part else 0
-            dataset = dataset.datasets[part]
+            items_before = dataset.cumulative_sizes[part - 1] if part else 0
+            dataset, number = dataset.datasets[part], number - items_before
     return Source(dataset, number, as_it_is)
 
 
@@ -48,14 +56,14 @@ def origins(
     members: Sequence[np.ndarray],
     label_at: Callable[[Any, int], Label],
 ) -> list[set[Origin]]:
-    """Return the origins of each class: several, if a concatenation merges classes of several datasets.
+    """Return the origins of each class: several, if a concatenation merges classes.
 
     Args:
-        sources: Where each item lies.
-        labels: Their labels.
-        members: The items of each class.
-        label_at: Returns the label of an item where it lies, given the dataset and the number;
-            asked only if it may differ.
+        sources: The original dataset of each item.
+        labels: The label of each item.
+        members: The numbers of the items of each class.
+        label_at: Returns the label of an item in an original dataset, given the dataset and the
+            number there. It is called only where that label may differ, as it reads the item.
     """
     of_items = [
         (id(item.dataset), label if item.as_it_is else label_at(item.dataset, item.number))

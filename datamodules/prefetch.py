@@ -1,4 +1,4 @@
-"""Batches prepared ahead of time, in an order that a resumed run takes up where it stopped."""
+"""Batches that are prepared ahead of time, from where an interrupted run stopped."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,48 +10,60 @@ from lightning_maml.datamodules.sampler import TaskSampler
 
 
 class PrefetchingLoader(DataLoader[Any]):
-    """A data loader that prepares the next batch while the current one is in use, in a thread if there are no worker processes.
+    """A data loader that prepares the next batch while the current one is in use.
 
-    It begins when the first batch is asked for, not when Lightning makes its iterator, because
-    Lightning sets the epoch only after that. With a
-    :class:`lightning_maml.datamodules.TaskSampler`, checkpoints record how far the epoch has got,
-    and a resumed run goes on from there.
+    Without worker processes, a thread does so. It starts when the first batch is asked for, not
+    when Lightning makes the iterator, because Lightning sets the epoch only after that. With a
+    :class:`~lightning_maml.datamodules.sampler.TaskSampler`, checkpoints record how many batches of
+    the epoch were given out, and a resumed run continues after them.
+
+    Examples:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> loader = PrefetchingLoader(TensorDataset(torch.arange(4)), batch_size=2)
+        >>> [batch.tolist() for (batch,) in loader]
+        [[0, 1], [2, 3]]
     """
 
     _given = 0
     _resumed: dict[str, int] | None = None
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # DataLoader promises a class of its own
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # not torch's own iterator
         """Yield the batches."""
         self._given = self._skip_what_was_given()
-        batches = super().__iter__()
-        for batch in _one_ahead(batches) if self.num_workers == 0 else batches:
+        batches: Iterator[Any] = super().__iter__()
+        if self.num_workers == 0:
+            batches = _one_ahead(batches)
+        for batch in batches:
             self._given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return which epoch this is and how many of its batches were given out."""
+        """Return the epoch, and how many of its batches were given out."""
         return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Skip the batches that were already given out, if the epoch is still the same."""
+        """Skip the batches that were given out before, if the next epoch is the recorded one.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+        """
         self._resumed = state_dict
 
     def _skip_what_was_given(self) -> int:
         resumed, self._resumed = self._resumed, None
         if not isinstance(self.sampler, TaskSampler):
             return 0
-        batches = (
-            resumed["batches"]
-            if resumed is not None and resumed["epoch"] == self.sampler.epoch
-            else 0
-        )
+        batches = 0
+        if resumed is not None and resumed["epoch"] == self.sampler.epoch:
+            batches = resumed["batches"]
         self.sampler.given = batches * (self.batch_size or 1)
         return batches
 
 
 def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
-    end = object()
+    """Yield the batches, and draw one ahead in a thread."""
+    end = object()  # not None, which may be a batch
     with ThreadPoolExecutor(1, "prefetch") as thread:
         coming = thread.submit(next, batches, end)
         while (batch := coming.result()) is not end:

@@ -1,4 +1,4 @@
-"""What is done to the images of an episode on the device: torchvision's transforms, then normalisation by named statistics."""
+"""Transforms of the images of an episode on the device, and normalisation of their colours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ STATISTICS = {
         (70.68188 / 255, 68.27635 / 255, 72.54505 / 255),
     ),
 }
-"""Means and standard deviations of the colours of images in 0 .. 1, those of ImageNet, as
-torchvision's networks use them, and those of mini-ImageNet's training classes, as MetaOptNet (Lee
-et al. 2019) and its descendants use them."""
+"""Means and standard deviations of the three colours of images in 0 .. 1: those of ImageNet, which
+torchvision's networks use, and those of mini-ImageNet's training classes, which MetaOptNet (Lee et
+al. 2019) and its descendants use."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EpisodeTransforms:
 
     Args:
         resize: Height and width that all images are resized to first, in pixels; by default they
-            stay as they are.
+            keep their size.
         train: Transforms in training, applied one after the other, such as random crop, flip and
             colour jitter.
         test: Transforms in validation, test and prediction. They get many images at once, so what
@@ -40,15 +40,28 @@ class EpisodeTransforms:
         vary: ``"image"``: ``train`` draws anew for each image (it is called once for each, which
             takes half a millisecond for crop, flip and jitter on a CPU); ``"task"``: it draws once
             for each task, for all of its images alike.
-        normalize: Applied last, in training and testing: ``"imagenet"`` or ``"metaoptnet"``
-            normalises by these statistics of the three colours, see
+        normalize: Normalisation after the transforms, in training and testing: ``"imagenet"`` or
+            ``"metaoptnet"``, by these statistics of the three colours, see
             :data:`lightning_maml.datamodules.transforms.STATISTICS`; with ``"none"`` images stay in
             0 .. 1, as in the MAML paper. For other statistics, put ``v2.Normalize`` in both lists.
 
     Raises:
         TypeError: If ``train`` or ``test`` is not a list.
         ValueError: If ``resize`` is not positive, or ``vary`` or ``normalize`` is unknown; when
-            called, if images that are to be normalised do not have three channels.
+            called, if images are to be normalised that do not have three channels.
+
+    Examples:
+        >>> import torch
+        >>> from torchvision.transforms import v2
+        >>> from lightning_maml import Episodes
+        >>> from lightning_maml.datamodules import EpisodeTransforms
+        >>> transforms = EpisodeTransforms(resize=32, train=[v2.RandomCrop(28)])
+        >>> images, labels = torch.rand(1, 2, 3, 84, 84), torch.tensor([[0, 1]])
+        >>> episodes = Episodes(images, labels, images, labels)
+        >>> transforms(episodes, training=True).query_x.shape
+        torch.Size([1, 2, 3, 28, 28])
+        >>> transforms(episodes, training=False).query_x.shape
+        torch.Size([1, 2, 3, 32, 32])
     """
 
     resize: int | None = None
@@ -61,10 +74,11 @@ class EpisodeTransforms:
         if self.resize is not None and self.resize < 1:
             raise ValueError(f"Expected `resize` to be at least 1 but got {self.resize}.")
         for name in ("train", "test"):
-            if not isinstance(getattr(self, name), Sequence):
+            transforms = getattr(self, name)
+            if not isinstance(transforms, Sequence):
                 raise TypeError(
                     f"Expected `{name}` to be a list of transforms but got "
-                    f"{type(getattr(self, name)).__name__}; put it in a list."
+                    f"{type(transforms).__name__}; put it in a list."
                 )
         if self.vary not in ("image", "task"):
             raise ValueError(f"Expected `vary` to be 'image' or 'task' but got {self.vary!r}.")
@@ -75,21 +89,25 @@ class EpisodeTransforms:
             )
 
     def __call__(self, episodes: AnyEpisodes, training: bool) -> AnyEpisodes:
-        """Return the meta-batch with its images ``[T, ..., C, H, W]`` transformed."""
+        """Transform the images of a meta-batch.
+
+        Args:
+            episodes: The meta-batch, with float images ``[T, ..., C, H, W]``.
+            training: Whether to apply ``train`` or ``test``.
+
+        Returns:
+            The meta-batch with its images transformed.
+        """
         transforms = list(self.train if training else self.test)
         if self.resize is None and not transforms and self.normalize == "none":
             return episodes
-        names = episodes._fields[::2]
-        by_task = [
-            self._task([getattr(episodes, name)[t] for name in names], transforms, training)
-            for t in range(len(episodes.query_x))
-        ]
-        return episodes._replace(
-            **{
-                name: torch.stack(images)
-                for name, images in zip(names, zip(*by_task, strict=True), strict=True)
-            }
-        )
+        names = episodes._fields[::2]  # images and labels take turns
+        by_task = []
+        for t in range(len(episodes.query_x)):
+            parts = [getattr(episodes, name)[t] for name in names]
+            by_task.append(self._task(parts, transforms, training))
+        stacked = [torch.stack(part) for part in zip(*by_task, strict=True)]
+        return episodes._replace(**dict(zip(names, stacked, strict=True)))
 
     def _task(
         self, parts: list[Tensor], transforms: list[nn.Module], training: bool

@@ -25,7 +25,7 @@ from lightning_maml.callbacks import (
 )
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
 from lightning_maml.core.hvp import default_probe_radius
-from lightning_maml.core.params import axpy, norm
+from lightning_maml.core.params import norm, subtract
 from lightning_maml.datamodules import EpisodicDataModule
 from lightning_maml.execution.allocator import keep_freed_memory
 from lightning_maml.io.checkpoints import read_checkpoint, read_trained
@@ -85,7 +85,7 @@ class _Trainer(Trainer):
             isinstance(episodes, ResampledEpisodes) and episodes.hessian_y.shape[2] == 0
         ):
             exact = model.meta_gradient(episodes, "exact")
-            error = float(norm(axpy(-1.0, exact, model.meta_gradient(episodes))) / norm(exact))
+            error = float(norm(subtract(model.meta_gradient(episodes), exact)) / norm(exact))
             print(
                 f"\nThe meta-gradient of {type(model).__name__} differs from the exact one by "
                 f"{error:.2g} of it, on these tasks together."

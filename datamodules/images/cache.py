@@ -1,4 +1,4 @@
-"""Decoded images in one file, which later runs map into memory instead of decoding again."""
+"""A file of decoded images, which later runs map into memory instead of decoding again."""
 
 import warnings
 import zipfile
@@ -15,7 +15,7 @@ _VERSION = 1
 
 
 class DecodedImages(NamedTuple):
-    """Images of many classes.
+    """Decoded images of many classes.
 
     Attributes:
         images: uint8, ``[M, H, W, C]`` or ``[M, H, W]``.
@@ -32,19 +32,19 @@ class DecodedImages(NamedTuple):
 
 
 def write_cache(file: Path, source: str, content: DecodedImages) -> None:
-    """Write ``content`` to a file beside the cache, and move it into place when it is complete.
+    """Write a cache, so that it is either complete or not there.
 
     Args:
-        file: Path of the cache; what is there stays until the new file is complete.
-        source: What the images were decoded from; :func:`read_cache` accepts the cache for the same
-            source only.
-        content: What to store.
+        file: Path of the cache. An old one stays until the new one is complete.
+        source: Identifies what the images were decoded from; :func:`read_cache` accepts the cache
+            for the same source only.
+        content: The images.
 
     Raises:
         OSError: If the folder cannot be written or the disk is full.
     """
     try:
-        # processes on several machines may share the folder
+        # a name of its own for each writer, as processes on several machines may share the folder
         with whole_file(file, writer=uuid4().hex) as stream:
             torch.save({"version": _VERSION, "source": source, **content._asdict()}, stream)
     except (OSError, RuntimeError) as error:  # torch raises either where the disk is full
@@ -58,17 +58,17 @@ def write_cache(file: Path, source: str, content: DecodedImages) -> None:
 def read_cache(
     file: Path, source: str, shape: tuple[int, ...], *, checksums: bool = False
 ) -> DecodedImages | None:
-    """Map the cached images into memory.
+    """Map the images of a cache into memory.
 
     Args:
         file: Path of the cache.
-        source: What they must have been decoded from.
-        shape: Shape that they must have.
+        source: Identifies what the images must have been decoded from.
+        shape: Shape that they must have, ``[M, H, W, C]`` or ``[M, H, W]``.
         checksums: Whether to read the whole file and verify its checksums; otherwise a file is
             trusted unless it is cut short.
 
     Returns:
-        What was stored; or None, with a warning if there is a file but it is damaged, or of another
+        The images; None if there is no cache, or, with a warning, if it is damaged or of another
         version or source.
     """
     if not file.exists():
@@ -78,7 +78,8 @@ def read_cache(
         if (content["version"], content["source"]) != (_VERSION, source):
             raise ValueError("it was made from other files, or by the rules of another version")
         return _checked(DecodedImages(*(content[name] for name in DecodedImages._fields)), shape)
-    except Exception as error:  # noqa: BLE001  zipfile and torch raise some ten kinds on damaged files; all mean this, and the warning says which
+    # zipfile and torch raise some ten kinds of exceptions on damaged files
+    except Exception as error:  # noqa: BLE001
         warnings.warn(
             f"{file} is damaged or out of date and is not used ({type(error).__name__}: {error}).",
             stacklevel=2,
@@ -101,11 +102,9 @@ def _checked(cached: DecodedImages, shape: tuple[int, ...]) -> DecodedImages:
     images, labels = cached.images, cached.labels
     if not all(isinstance(text, str) for text in (*cached.names, *cached.unreadable)):
         raise TypeError("its names are no strings")
-    if (
-        labels.dtype != torch.int64
-        or (images.dtype, images.shape, labels.shape) != (torch.uint8, shape, shape[:1])
-        or int(labels.max()) >= len(cached.names)
-    ):
+    form = (images.dtype, images.shape, labels.dtype, labels.shape)
+    expected = (torch.uint8, shape, torch.int64, shape[:1])
+    if form != expected or int(labels.max()) >= len(cached.names):
         raise ValueError(
             f"{images.dtype} {list(images.shape)} with labels {list(labels.shape)} of "
             f"{len(cached.names)} classes"

@@ -27,37 +27,54 @@ ClassFiles = Mapping[str, Sequence[Path]]
 """The image files of each class."""
 
 _CHUNK = 64  # files that a worker decodes at a time
-# not EPS, for which Pillow starts Ghostscript
+# without EPS, for which Pillow starts Ghostscript
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 _RULES = "2: transparent images on white, turned as their EXIF data say"
-"""How files become pixels; caches made by other rules are made anew."""
+"""Version of how files become pixels. Caches of another version are made anew."""
 
 
 def check_on_corrupt(on_corrupt: str) -> None:
     """Check the argument ``on_corrupt``.
 
     Raises:
-        ValueError: If its value is unknown.
+        ValueError: If it is not ``"raise"`` or ``"skip"``.
     """
     if on_corrupt not in ("raise", "skip"):
         raise ValueError(f"Expected `on_corrupt` to be 'raise' or 'skip' but got {on_corrupt!r}.")
 
 
 class CachedImageFiles:
-    """Colour images of some classes, decoded from their files once and read from a cache afterwards.
+    """Colour images of some classes, decoded once and then read from a cache.
 
     The cache is rebuilt when a file is added, removed or changed.
 
     Args:
-        classes: Files of each class, by its name.
+        classes: Image files of each class, by its name.
         cache: Path of the cache.
         size: Height and width that images are resized to (with the Lanczos filter, whatever their
             aspect ratio), in pixels.
-        on_corrupt: ``"raise"`` on a file that cannot be read, or ``"skip"`` it with a warning.
+        on_corrupt: What to do about a file that cannot be read: ``"raise"`` an error, or ``"skip"``
+            it with a warning.
         description: Text for the progress bar.
 
     Raises:
         FileNotFoundError: If there are no files.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "cat.png")
+        ...     Image.new("RGB", (50, 30)).save(file)
+        ...     files = CachedImageFiles(
+        ...         {"cat": [file]},
+        ...         Path(folder, "cache.pt"),
+        ...         size=28,
+        ...         on_corrupt="raise",
+        ...         description="Decoding",
+        ...     )
+        ...     files.prepare()
+        ...     files.read(["cat"]).images.shape
+        torch.Size([1, 3, 28, 28])
     """
 
     def __init__(
@@ -85,14 +102,17 @@ class CachedImageFiles:
             OSError: If an image cannot be read, or the cache cannot be written.
         """
         if self._read() is None:
-            write_cache(
-                self._cache,
-                self._source,
-                decode(self._classes, self._size, "RGB", self._on_corrupt, self._description),
-            )
+            images = decode(self._classes, self._size, "RGB", self._on_corrupt, self._description)
+            write_cache(self._cache, self._source, images)
 
     def read(self, classes: Sequence[str]) -> ClassImages:
-        """Return the images of some classes, ``[M, 3, size, size]``, mapped into memory.
+        """Map the images of some classes into memory.
+
+        Args:
+            classes: Names of the classes, in the wanted order.
+
+        Returns:
+            The images of all classes, ``[M, 3, size, size]``, with the rows of these classes.
 
         Raises:
             FileNotFoundError: If they are not cached yet, or some could not be read and
@@ -109,23 +129,20 @@ class CachedImageFiles:
                 f"{len(cached.unreadable)} images cannot be read and are left out, until they are "
                 f"changed: {first_five(cached.unreadable)}"
             )
-        members = rows_of_classes(cached)
-        numbers = [cached.names.index(name) for name in classes]
-        return ClassImages(
-            cached.images.permute(0, 3, 1, 2), [members[number] for number in numbers], classes
-        )
+        rows = rows_of_classes(cached)
+        members = [rows[cached.names.index(name)] for name in classes]
+        return ClassImages(cached.images.permute(0, 3, 1, 2), members, classes)
 
     def _read(self) -> DecodedImages | None:
         files = sum(map(len, self._classes.values()))
         cached = read_cache(self._cache, self._source, (files, self._size, self._size, 3))
-        return (
-            None
-            if cached is not None and cached.unreadable and self._on_corrupt == "raise"
-            else cached
-        )
+        if cached is not None and cached.unreadable and self._on_corrupt == "raise":
+            return None  # decoding again raises the error
+        return cached
 
 
 def _fingerprint(classes: ClassFiles) -> str:
+    """Return a hash that changes when a file is added, removed or changed."""
     digest = sha256(f"{_RULES}\n".encode())
     for name, files in classes.items():
         for file in files:
@@ -145,12 +162,12 @@ def _is_dead_link(file: Path) -> bool:
 
 
 def rows_of_classes(decoded: DecodedImages) -> list[np.ndarray]:
-    """Return the rows of the images of each class."""
+    """Return the rows of the images of each class, without those that could not be read."""
     labels = decoded.labels.numpy()
     by_class = np.argsort(labels, kind="stable")
-    return np.split(by_class, np.searchsorted(labels[by_class], np.arange(len(decoded.names) + 1)))[
-        1:-1
-    ]
+    starts = np.searchsorted(labels[by_class], np.arange(len(decoded.names) + 1))
+    # before the first start lie the unreadable images, whose label is -1
+    return np.split(by_class, starts)[1:-1]
 
 
 def decode(
@@ -159,23 +176,23 @@ def decode(
     """Read all images, on all cores.
 
     Args:
-        classes: Files of each class.
-        size: Height and width to resize to.
+        classes: Image files of each class.
+        size: Height and width to resize to, in pixels.
         mode: ``"RGB"``, for ``[M, size, size, 3]``, or ``"L"``, for ``[M, size, size]``.
-        on_corrupt: What to do with a file that cannot be read; a skipped one becomes zeros, without
-            a class.
+        on_corrupt: What to do about a file that cannot be read. A skipped one becomes zeros and
+            has no class.
         description: Text for the progress bar.
 
     Raises:
         OSError: If an image cannot be read; the message names it.
     """
     files = [file for paths in classes.values() for file in paths]
-    images = torch.empty(len(files), size, size, *([3] if mode == "RGB" else []), dtype=torch.uint8)
-    labels = torch.arange(len(classes)).repeat_interleave(
-        torch.tensor([len(paths) for paths in classes.values()])
-    )
+    channels = [3] if mode == "RGB" else []
+    images = torch.empty(len(files), size, size, *channels, dtype=torch.uint8)
+    files_per_class = torch.tensor([len(paths) for paths in classes.values()])
+    labels = torch.arange(len(classes)).repeat_interleave(files_per_class)
     unreadable: list[str] = []
-    done = 0  # not bar.n, which stands still if progress bars are switched off
+    done = 0  # bar.n would stay 0 if progress bars are switched off
     with tqdm(total=len(files), desc=description, unit="image") as bar:
         for part, problems in _in_parallel(_Chunks(files, size, mode)):
             for number, problem in problems.items():
@@ -191,11 +208,12 @@ def decode(
 
 
 def load_images(files: Iterable[str | Path], image_size: int, mode: Mode = "RGB") -> Tensor:
-    """Read images just as :class:`ImageFolderDataModule` does, for a network that was trained with it.
+    """Read images just as :class:`ImageFolderDataModule` does.
 
-    Transparent images are put on white, photographs are turned upright as their EXIF data say, and
-    all are resized with the Lanczos filter, whatever their aspect ratio. Of an animation the first
-    picture is taken. A datamodule's ``transforms`` are not applied.
+    So a network that was trained with it sees the same pixels. Transparent images are put on white,
+    photographs are turned upright according to their EXIF data, and all are resized with the
+    Lanczos filter, whatever their aspect ratio. Of an animation the first picture is taken. A
+    datamodule's ``transforms`` are not applied.
 
     Args:
         files: The image files.
@@ -210,13 +228,15 @@ def load_images(files: Iterable[str | Path], image_size: int, mode: Mode = "RGB"
         ValueError: If there are no files, or an argument is out of range.
         OSError: If an image cannot be read; the message names it.
 
-    Example:
-        >>> import tempfile
+    Examples:
         >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
         >>> from PIL import Image
-        >>> file = Path(tempfile.mkdtemp(), "drawing.png")
-        >>> Image.new("RGBA", (50, 30), (0, 0, 0, 0)).save(file)  # nothing on a transparent ground
-        >>> images = load_images([file], image_size=28)
+        >>> from lightning_maml.datamodules import load_images
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "drawing.png")
+        ...     Image.new("RGBA", (50, 30), (0, 0, 0, 0)).save(file)  # all of it is transparent
+        ...     images = load_images([file], image_size=28)
         >>> images.shape, images.min().item()
         (torch.Size([1, 3, 28, 28]), 1.0)
     """
@@ -235,21 +255,29 @@ def load_images(files: Iterable[str | Path], image_size: int, mode: Mode = "RGB"
 def _read_or_refuse(file: Path, size: int, mode: Mode) -> np.ndarray:
     try:
         return read_image(file, size, mode)
-    except Exception as error:  # as in _Chunks
+    except Exception as error:  # Pillow raises many kinds, see _Chunks
         raise _refusal(file, _problem(file, error)) from error
 
 
 class UnsuitableImage(ValueError):
-    """An image that is whole, but would lose what it shows; the message says how to mend it."""
+    """An image that is whole but would lose what it shows; the message says how to repair it."""
 
 
 class _Problem(NamedTuple):
+    """Why a file could not be read.
+
+    Attributes:
+        message: What is wrong.
+        kind: ``"damage"`` of the file; ``"unsuitable"``, where the message says what to do; or
+            ``"passing"``, a problem of the disk or the memory that may be gone next time.
+    """
+
     message: str
-    # unsuitable: the message has a cure; passing: of the disk, say, and gone next time
     kind: Literal["damage", "unsuitable", "passing"]
 
 
 def _problem(file: Path, error: Exception) -> _Problem:
+    """Say why reading a file raised an error."""
     if _is_dead_link(file):
         return _Problem(
             f"it is a link to {os.readlink(file)}, where there is nothing; mend or remove it",
@@ -258,10 +286,8 @@ def _problem(file: Path, error: Exception) -> _Problem:
     message = str(error) or type(error).__name__
     if isinstance(error, UnsuitableImage):
         return _Problem(message, "unsuitable")
-    return _Problem(
-        message,
-        "passing" if isinstance(error, MemoryError) or getattr(error, "errno", None) else "damage",
-    )
+    of_the_system = isinstance(error, MemoryError) or getattr(error, "errno", None)
+    return _Problem(message, "passing" if of_the_system else "damage")
 
 
 def _refusal(file: Path, problem: _Problem) -> OSError:
@@ -278,6 +304,8 @@ def _refusal(file: Path, problem: _Problem) -> OSError:
 
 
 class _Chunks(Dataset[tuple[np.ndarray, dict[int, _Problem]]]):
+    """The images of some files, decoded many at a time."""
+
     def __init__(self, files: list[Path], size: int, mode: Mode) -> None:
         self._files, self._size, self._mode = files, size, mode
 
@@ -285,23 +313,29 @@ class _Chunks(Dataset[tuple[np.ndarray, dict[int, _Problem]]]):
         return math.ceil(len(self._files) / _CHUNK)
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, dict[int, _Problem]]:
-        """Return a chunk's images, with zeros for those that cannot be read, and what is wrong with those."""
+        """Return a chunk's images, with zeros in place of unreadable ones, and what is wrong."""
         images, problems = [], {}
-        blank = np.zeros((self._size, self._size, *([3] if self._mode == "RGB" else [])), np.uint8)
+        channels = [3] if self._mode == "RGB" else []
+        blank = np.zeros((self._size, self._size, *channels), np.uint8)
         for place, file in enumerate(self._files[number * _CHUNK : (number + 1) * _CHUNK]):
             try:
                 images.append(read_image(file, self._size, self._mode))
-            except Exception as error:  # noqa: BLE001  a damaged file makes Pillow raise OSError, SyntaxError, ValueError and others
+            # Pillow raises OSError, SyntaxError, ValueError and others on damaged files
+            except Exception as error:  # noqa: BLE001
                 images.append(blank)
                 problems[place] = _problem(file, error)
         return np.stack(images), problems
 
 
 def _in_parallel(chunks: _Chunks) -> DataLoader[Any]:
-    """Return a loader of the chunks, with a worker per core if processes can be forked safely and there is enough to do."""
+    """Return a loader of the chunks.
+
+    It has a worker per core, if processes can be forked safely and there is enough to do.
+    """
     workers = min(len(os.sched_getaffinity(0)), len(chunks) // 4) if sys.platform == "linux" else 0
     context = "fork" if workers else None  # a spawned worker would run the user's script again
-    # without it, the first start would draw other random numbers than later ones
+    # With torch's own generator, the first run would draw other random numbers than later ones,
+    # which read the cache.
     own_seeds = torch.Generator()
     return DataLoader(
         chunks,
@@ -319,33 +353,48 @@ def _as_it_is(chunk: Any) -> Any:
 
 
 def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
-    """Return an image ``[size, size, 3]`` (RGB) or ``[size, size]`` (L), uint8.
+    """Read one image.
 
-    Whatever its name, it is read as one of the formats that `torchvision` lists or as GIF, never as
-    one for which Pillow starts a program.
+    Whatever its name, it is read as one of the formats that ``torchvision`` lists or as GIF, never
+    as a format for which Pillow starts another program.
+
+    Args:
+        file: The image file.
+        size: Height and width to resize to, in pixels.
+        mode: ``"RGB"`` or ``"L"``.
+
+    Returns:
+        The image, uint8, ``[size, size, 3]`` or ``[size, size]``.
 
     Raises:
         OSError, SyntaxError, ValueError: If it is in no such format, is damaged, or has more pixels
             than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     with Image.open(file, formats=_FORMATS) as image:
-        if (
-            Image.MAX_IMAGE_PIXELS is not None
-            and image.width * image.height > Image.MAX_IMAGE_PIXELS
-        ):
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and image.width * image.height > most:
             raise ValueError(
                 f"it has {image.width} x {image.height} pixels, more than "
-                f"PIL.Image.MAX_IMAGE_PIXELS ({Image.MAX_IMAGE_PIXELS}), which you can set"
+                f"PIL.Image.MAX_IMAGE_PIXELS ({most}), which you can set"
             )
         if image.format == "JPEG":
             return pixels(image, mode, size)
-        image.verify()  # looks at its checksums, as decoding alone does not; JPEG has none
+        image.verify()  # checks its checksums, which decoding does not; JPEG has none
+    # after verify(), an image must be opened again
     with Image.open(file, formats=_FORMATS) as image:
         return pixels(image, mode, size)
 
 
 def pixels(image: Image.Image, mode: Mode, size: int | None) -> np.ndarray:
-    """Return the pixels of an image as viewers show it on a white page, resized unless ``size`` is None.
+    """Return the pixels of an image as viewers show it on a white page.
+
+    Args:
+        image: The image.
+        mode: ``"RGB"`` or ``"L"``.
+        size: Height and width to resize to, in pixels; None to leave them.
+
+    Returns:
+        The pixels, uint8, ``[H, W, 3]`` or ``[H, W]``.
 
     Raises:
         UnsuitableImage: If they have more than 8 bits, which Pillow would cut off, or if white ones

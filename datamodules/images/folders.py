@@ -1,4 +1,4 @@
-"""Trees of image files: which folders are classes, which are splits, and what is left out."""
+"""Trees of image files: which folders are classes or splits, and what is left out."""
 
 import os
 from collections import Counter
@@ -9,17 +9,31 @@ from pathlib import Path
 from lightning_maml.datamodules.messages import first_five
 
 IMAGE_EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
-    *(".gif", ".jfif", ".jpe", ".pbm", ".pnm", ".apng", ".mpo"),
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".pbm",
+    ".pnm",
+    ".apng",
+    ".mpo",
 )
-"""What names of image files end in."""
+"""Ends of the names of image files, in lower case."""
 
 SPLIT_NAMES = {
     "train": ("train", "training", "meta_train", "metatrain", "base", "images_background"),
     "val": ("val", "validation", "valid", "meta_val", "metaval"),
     "test": ("test", "testing", "meta_test", "metatest", "novel", "images_evaluation"),
 }
-"""Names of the folder of each split, in lower case and with ``_`` for ``-``."""
+"""Names of the folder of each split, in lower case and with ``_`` in place of ``-``."""
 
 _OF_PROGRAMS = (
     "@eadir",
@@ -33,17 +47,20 @@ _OF_PROGRAMS = (
 _FILES_OF_PROGRAMS = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 
 LeftOut = Counter[str]
-"""How many things of each kind were seen in a tree but not taken as images."""
+"""How many things of each kind were found in a tree but are no images of a class."""
 
 
 def in_words(left_out: LeftOut) -> str:
-    """Return what was left out, the most frequent first, in one line; an empty text if nothing was."""
+    """Return what was left out, the most frequent first, in one line; empty if nothing was."""
     kinds = [f"{count} {kind}" for kind, count in left_out.most_common() if count]
     return ", ".join(kinds[:8]) + (", ..." if len(kinds) > 8 else "")
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Return the folders in a folder and those that are linked there, sorted, without hidden ones and those that programs make."""
+    """Return the folders and linked folders in a folder, sorted.
+
+    Hidden folders and those that programs make are left out.
+    """
     return [
         place
         for place in sorted(folder.iterdir())
@@ -52,12 +69,21 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def innermost(root: Path) -> Path:
-    """Return the folder of the classes or splits: where all images lie in one folder of folders that is no split, that one, or below."""
+    """Return the folder in which the classes or splits lie.
+
+    It is ``root``, unless all images lie in one folder of it, which is neither a split nor a class;
+    then the same goes for that folder.
+    """
     while True:
-        full = list(islice((place for place in subfolders(root) if _holds_images(place)), 2))
-        if len(full) != 1 or split_of(full[0]) or _images_in(full[0]) or not subfolders(full[0]):
+        with_images = (place for place in subfolders(root) if _holds_images(place))
+        first_two = list(islice(with_images, 2))
+        if len(first_two) != 1:
             return root
-        root = full[0]
+        [only] = first_two
+        is_class = _images_in(only) or not subfolders(only)
+        if split_of(only) or is_class:
+            return root
+        root = only
 
 
 def split_of(folder: Path) -> str | None:
@@ -69,16 +95,16 @@ def split_of(folder: Path) -> str | None:
 def list_class_folders(
     folder: Path, level: int | None = 1, left_out: LeftOut | None = None
 ) -> dict[str, list[Path]]:
-    """Return the sorted image files of each class; they may lie at any depth below the class's folder.
+    """List the image files of each class, at any depth below the class's folder.
 
     Args:
         folder: Folder of the classes.
-        level: How many levels below ``folder`` the folder of a class lies. By default 1; None for 1
-            only if it is plain that a folder below those is no class.
+        level: How many levels below ``folder`` the folder of a class lies. None for 1, with an
+            error if folders below those may be the classes.
         left_out: Counts what is not taken.
 
     Returns:
-        The files by the path of the class below ``folder``.
+        The sorted files of each class, by the path of the class below ``folder``.
 
     Raises:
         ValueError: If ``level`` is None, and a folder holds no images but several folders of
@@ -96,7 +122,7 @@ def list_class_folders(
 
 
 def _folders_at(folder: Path, level: int, left_out: LeftOut) -> Iterator[Path]:
-    """Yield the folders ``level`` levels below a folder, and count the images that lie above these."""
+    """Yield the folders some levels below a folder, and count the images that lie above them."""
     left_out["images above the folders of classes"] += _images_in(folder)
     left_out["folders of programs"] += sum(
         place.is_dir() and _is_of_programs(place.name) for place in folder.iterdir()
@@ -109,6 +135,7 @@ def _folders_at(folder: Path, level: int, left_out: LeftOut) -> Iterator[Path]:
 
 
 def _check_plain(place: Path, files: list[Path]) -> None:
+    """Check that a folder is one class: it holds images itself, or in one folder only."""
     parents = sorted({file.parent for file in files})
     if len(parents) < 2 or place in parents:
         return
@@ -130,7 +157,10 @@ def _images_below(folder: Path, left_out: LeftOut) -> list[Path]:
 
 
 def _walk(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder at any depth, and its files: once, even if links lead there in several ways or in a circle."""
+    """Yield each folder at any depth and the names of its files.
+
+    A folder is visited once, even if several links lead there, or links form a circle.
+    """
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         stat = os.stat(place)
@@ -140,6 +170,7 @@ def _walk(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
             continue
         seen.add((stat.st_dev, stat.st_ino))
         left_out["folders of programs"] += sum(map(_is_of_programs, folders))
+        # os.walk goes on with what is left in this list, in its order
         folders[:] = sorted(name for name in folders if not _is_of_programs(name))
         yield place, names
 
@@ -153,7 +184,7 @@ def _images_in(folder: Path) -> int:
 
 
 def _refuse(error: OSError) -> None:
-    raise error  # os.walk would leave out a folder that cannot be read
+    raise error  # otherwise os.walk leaves out a folder that cannot be read
 
 
 def _is_image(name: str) -> bool:

@@ -1,1 +1,1 @@
-"""mini-ImageNet in the forms in which it is passed around."""
+"""mini-ImageNet, in the forms in which it is passed around."""

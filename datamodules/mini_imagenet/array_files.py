@@ -14,16 +14,16 @@ from lightning_maml.datamodules.mini_imagenet.pickles import read_pickle
 from lightning_maml.datamodules.sampler import ClassImages
 
 _HDF5_RATIO = 100
-"""Largest allowed ratio of the images' size to the HDF5 file's: torchmeta does not compress, and
-photographs shrink by half at most."""
+"""Largest allowed ratio of the size of the images to that of the HDF5 file: torchmeta does not
+compress, and photographs would shrink by half at most."""
 
 
 class Split(NamedTuple):
     """The images of one split, before they are read.
 
     Attributes:
-        sizes: Images of each class, by its name.
-        read: Reads them, with the classes in that order.
+        sizes: Number of images of each class, by its name.
+        read: Reads the images, with the classes in the same order.
     """
 
     sizes: dict[str, int]
@@ -31,31 +31,44 @@ class Split(NamedTuple):
 
 
 def open_cache_pickle(file: Path, size: int) -> Split:
-    """Open a pickle of ``image_data``, an array, and ``class_dict``, the numbers of each class's images (Ren et al. 2018).
+    """Open a cache pickle (Ren et al. 2018).
+
+    It is a dictionary of ``image_data``, uint8 ``[N, size, size, 3]``, and ``class_dict``, the
+    numbers of the images of each class.
 
     Args:
         file: The pickle.
-        size: Height and width that its images must have.
+        size: Height and width that its images must have, in pixels.
 
     Raises:
-        ValueError: If it holds anything else; this applies to all formats here.
+        ValueError: If it holds anything else.
     """
     images, class_dict = _entries(file, read_pickle(file), "image_data", "class_dict")
     _check_images(file, images, size)
     _check_dictionary(f"'class_dict' of {file}", class_dict)
-    if sum(len(numbers) for numbers in class_dict.values() if isinstance(numbers, Sized)) > len(
-        images
-    ):
+    # first of all: a small pickle may hold one list of numbers very often
+    lengths = [len(numbers) for numbers in class_dict.values() if isinstance(numbers, Sized)]
+    if sum(lengths) > len(images):
         raise _not_shared_out(file, images)
-    rows = {
-        str(name): _whole_numbers(f"'class_dict' of {file}", class_dict[name])
-        for name in sorted(class_dict, key=str)
-    }
+    rows = {}
+    for name in sorted(class_dict, key=str):
+        rows[str(name)] = _whole_numbers(f"'class_dict' of {file}", class_dict[name])
     return _split(file, images, rows)
 
 
 def open_category_pickle(file: Path, size: int) -> Split:
-    """Open a pickle of ``data``, an array, and ``labels``, the class number of each image (Gidaris & Komodakis 2018)."""
+    """Open a category-split pickle (Gidaris & Komodakis 2018).
+
+    It is a dictionary of ``data``, uint8 ``[N, size, size, 3]``, and ``labels``, the class number
+    of each image.
+
+    Args:
+        file: The pickle.
+        size: Height and width that its images must have, in pixels.
+
+    Raises:
+        ValueError: If it holds anything else.
+    """
     images, labels = _entries(file, read_pickle(file), "data", "labels")
     _check_images(file, images, size)
     labels = _whole_numbers(f"'labels' of {file}", labels)
@@ -64,11 +77,8 @@ def open_category_pickle(file: Path, size: int) -> Split:
             f"Expected 'labels' of {file} to be as many as its {len(images)} images but got "
             f"{len(labels)}."
         )
-    return _split(
-        file,
-        images,
-        {str(number): np.flatnonzero(labels == number) for number in np.unique(labels)},
-    )
+    rows = {str(number): np.flatnonzero(labels == number) for number in np.unique(labels)}
+    return _split(file, images, rows)
 
 
 def _entries(file: Path, content: Any, *names: str) -> list[Any]:
@@ -83,24 +93,24 @@ def _entries(file: Path, content: Any, *names: str) -> list[Any]:
 
 def _check_dictionary(what: str, value: Any) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"Expected {what} to be a dictionary but got {type(value).__name__}.")  # noqa: TRY004  it is the file that is wrong
+        got = type(value).__name__
+        # no TypeError, as it is the file that is wrong
+        raise ValueError(f"Expected {what} to be a dictionary but got {got}.")  # noqa: TRY004
 
 
 def _check_images(what: object, images: Any, size: int) -> None:
-    kind = (
-        (str(images.dtype), tuple(images.shape[1:]))
-        if hasattr(images, "dtype") and hasattr(images, "shape")
-        else None
+    got = type(images).__name__
+    if hasattr(images, "dtype") and hasattr(images, "shape"):
+        if (str(images.dtype), tuple(images.shape[1:])) == ("uint8", (size, size, 3)):
+            return
+        got = f"{images.dtype} {list(images.shape)}"
+    raise ValueError(
+        f"Expected the images of {what} to be uint8 [N, {size}, {size}, 3] but got {got}."
     )
-    if kind != ("uint8", (size, size, 3)):
-        got = f"{images.dtype} {list(images.shape)}" if kind else type(images).__name__
-        raise ValueError(
-            f"Expected the images of {what} to be uint8 [N, {size}, {size}, 3] but got {got}."
-        )
 
 
 def _whole_numbers(what: str, value: Any) -> np.ndarray:
-    # no nested lists: they may share items 2^30 times
+    # nested lists are refused before numpy reads them: they may hold one item 2^30 times
     is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)
     numbers = np.asarray(value) if is_list or isinstance(value, np.ndarray) else np.empty((0, 0))
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
@@ -113,14 +123,14 @@ def _whole_numbers(what: str, value: Any) -> np.ndarray:
 
 def _split(file: Path, images: np.ndarray, rows: dict[str, np.ndarray]) -> Split:
     together = np.concatenate([np.empty(0, np.int64), *rows.values()])
-    if (
-        len(np.unique(together)) < len(together)
-        or not ((together >= 0) & (together < len(images))).all()
-    ):
+    twice = len(np.unique(together)) < len(together)
+    if twice or not ((together >= 0) & (together < len(images))).all():
         raise _not_shared_out(file, images)
+    # torch warns about arrays that cannot be written to
     pixels = torch.from_numpy(np.require(images, requirements="W")).permute(0, 3, 1, 2)
-    read = partial(ClassImages, pixels, [np.sort(members) for members in rows.values()], list(rows))
-    return Split({name: len(members) for name, members in rows.items()}, read)
+    members = [np.sort(of_class) for of_class in rows.values()]
+    sizes = {name: len(of_class) for name, of_class in rows.items()}
+    return Split(sizes, partial(ClassImages, pixels, members, list(rows)))
 
 
 def _not_shared_out(file: Path, images: np.ndarray) -> ValueError:
@@ -131,7 +141,13 @@ def _not_shared_out(file: Path, images: np.ndarray) -> ValueError:
 
 
 def open_hdf5(file: Path, size: int) -> Split:
-    """Open an HDF5 file with one dataset ``datasets/CLASS`` of images for each class, as torchmeta writes it.
+    """Open an HDF5 file as torchmeta writes it.
+
+    It has a dataset ``datasets/CLASS``, uint8 ``[N, size, size, 3]``, for each class.
+
+    Args:
+        file: The HDF5 file.
+        size: Height and width that its images must have, in pixels.
 
     Raises:
         ModuleNotFoundError: If h5py is not installed.
@@ -140,9 +156,8 @@ def open_hdf5(file: Path, size: int) -> Split:
     with _hdf5_classes(file) as classes:
         for name, images in classes.items():
             _check_images(f"class {name} of {file}", images, size)
-        return Split(
-            {name: len(images) for name, images in classes.items()}, partial(_read_hdf5, file, size)
-        )
+        sizes = {name: len(images) for name, images in classes.items()}
+        return Split(sizes, partial(_read_hdf5, file, size))
 
 
 def _read_hdf5(file: Path, size: int) -> ClassImages:
@@ -157,6 +172,7 @@ def _read_hdf5(file: Path, size: int) -> ClassImages:
 
 @contextmanager
 def _hdf5_classes(file: Path) -> Iterator[dict[str, Any]]:
+    """Open an HDF5 file, and yield the dataset of each class."""
     try:
         import h5py
     except ModuleNotFoundError as error:
@@ -167,15 +183,12 @@ def _hdf5_classes(file: Path) -> Iterator[dict[str, Any]]:
     try:
         with h5py.File(file) as content:
             group = content["datasets"]
-            links = [
-                content.get("datasets", getlink=True),
-                *(group.get(name, getlink=True) for name in group),
-            ]
+            links = [group.get(name, getlink=True) for name in group]
+            links.append(content.get("datasets", getlink=True))
             classes = dict(sorted(group.items()))
             datasets = [images for images in classes.values() if isinstance(images, h5py.Dataset)]
-            if not all(isinstance(link, h5py.HardLink) for link in links) or any(
-                map(_lies_elsewhere, datasets)
-            ):
+            links_lead_out = not all(isinstance(link, h5py.HardLink) for link in links)
+            if links_lead_out or any(map(_lies_elsewhere, datasets)):
                 raise ValueError(
                     f"Expected {file} to hold its images itself but it refers to other files; it "
                     "is not read."

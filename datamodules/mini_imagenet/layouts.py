@@ -1,4 +1,4 @@
-"""The forms in which people keep mini-ImageNet, recognised by their file names."""
+"""The forms in which mini-ImageNet is found, recognised by their file names."""
 
 import csv
 import os
@@ -21,15 +21,19 @@ from lightning_maml.datamodules.mini_imagenet.array_files import (
 _Places = dict[str, Path]
 """The file or folder of each split."""
 
+_COLUMNS = (("filename", "label"), ("image_name", "class_name"))
+"""Columns of the file and of its class, in the lists of Ravi & Larochelle and of easyfsl."""
+
 
 class Layout(NamedTuple):
-    """What was found, and where.
+    """A copy of mini-ImageNet on disk.
 
     Attributes:
         name: Name of the form, for messages.
-        folder: Where its files lie.
+        folder: Folder of its files.
         splits: The splits ``"train"``, ``"val"`` and ``"test"``.
-        files: The images to be decoded before any split is read; None if they are arrays already.
+        files: The image files, to be decoded before any split is read; None if the copy consists of
+            arrays.
     """
 
     name: str
@@ -39,7 +43,13 @@ class Layout(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """How to recognise a layout (by one or two possible names of each split's file or folder), where to get it and how to open it."""
+    """A form of mini-ImageNet.
+
+    Attributes:
+        names: Possible names of the file or folder of each split; the first ones are preferred.
+        source: Whose form it is, and where to get it.
+        open: Opens a copy of this form.
+    """
 
     names: dict[str, tuple[str, ...]]
     source: str
@@ -51,34 +61,18 @@ def find_layout(root: Path, size: int, on_corrupt: OnCorrupt) -> Layout:
 
     Args:
         root: Where to look.
-        size: Height and width that the images have or are resized to, in pixels.
-        on_corrupt: What to do with an image file that cannot be read.
+        size: Height and width that images must have or are resized to, in pixels.
+        on_corrupt: What to do about an image file that cannot be read, ``"raise"`` or ``"skip"``.
 
     Raises:
         FileNotFoundError: If there is none; the message names each form and where to get it.
-        ValueError: If several folders look like it, or its files are not what they seem; the
-            message says what they are.
+        ValueError: If several folders look like mini-ImageNet, or its files are not what they seem;
+            the message says what they are.
     """
     incomplete: list[str] = []
     whole = _matches(root, incomplete)
     if not whole and root.is_dir():
-        folders = [
-            folder
-            for folder in sorted(root.iterdir())
-            if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
-        ]
-        found = [
-            matches
-            for folder in folders
-            if not folder.name.startswith(".") and (matches := _matches(folder, incomplete))
-        ]
-        if len(found) > 1:
-            names = first_five([str(places["train"].parent) for (_, places), *_ in found])
-            raise ValueError(
-                f"Expected one folder in {root} to look like mini-ImageNet but got {names}; give "
-                "one of them as `root`."
-            )
-        whole = found[0] if found else []
+        whole = _matches_below(root, incomplete)
     if whole:
         name, places = whole[0]
         for place in places.values():
@@ -93,17 +87,43 @@ def find_layout(root: Path, size: int, on_corrupt: OnCorrupt) -> Layout:
     )
 
 
+def _matches_below(root: Path, incomplete: list[str]) -> list[tuple[str, _Places]]:
+    """Return the forms that are complete in the only folder of ``root`` that has any.
+
+    Raises:
+        ValueError: If there are several such folders.
+    """
+    found = []
+    for folder in sorted(root.iterdir()):
+        readable = folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+        if readable and not folder.name.startswith("."):
+            matches = _matches(folder, incomplete)
+            if matches:
+                found.append(matches)
+    if len(found) > 1:
+        names = first_five([places["train"].parent for (_, places), *_ in found])
+        raise ValueError(
+            f"Expected one folder in {root} to look like mini-ImageNet but got {names}; give one "
+            "of them as `root`."
+        )
+    return found[0] if found else []
+
+
 def _matches(folder: Path, incomplete: list[str]) -> list[tuple[str, _Places]]:
-    """Return the forms that are complete in a folder, and add those that are there in part to ``incomplete``."""
+    """Return the forms that are complete in a folder.
+
+    Args:
+        folder: Where to look.
+        incomplete: What is missing of forms that are there in part is added here, for messages.
+    """
     whole = []
     for form_name, form in _FORMS.items():
         exists = Path.is_dir if form.open is _open_folders else Path.is_file
-        places = {
-            split: folder / name
-            for split, names in form.names.items()
-            for name in reversed(names)
-            if exists(folder / name)
-        }
+        places = {}
+        for split, names in form.names.items():
+            there = [folder / name for name in names if exists(folder / name)]
+            if there:
+                places[split] = there[0]
         if len(places) == len(form.names):
             whole.append((form_name, places))
         elif places:
@@ -130,32 +150,19 @@ def _open_arrays(
     size: int,
     on_corrupt: OnCorrupt,
 ) -> Layout:
-    return Layout(
-        name,
-        places["train"].parent,
-        {split: open_split(place, size) for split, place in places.items()},
-        None,
-    )
+    # arrays are read as they are, so no file of an image can be corrupt
+    splits = {split: open_split(place, size) for split, place in places.items()}
+    return Layout(name, places["train"].parent, splits, files=None)
 
 
 def _open_folders(name: str, places: _Places, size: int, on_corrupt: OnCorrupt) -> Layout:
-    return _open_files(
-        {split: list_class_folders(place) for split, place in places.items()},
-        name,
-        places,
-        size,
-        on_corrupt,
-    )
+    classes = {split: list_class_folders(place) for split, place in places.items()}
+    return _open_files(classes, name, places, size, on_corrupt)
 
 
 def _open_lists(name: str, places: _Places, size: int, on_corrupt: OnCorrupt) -> Layout:
-    return _open_files(
-        {split: _list_files(place, split) for split, place in places.items()},
-        name,
-        places,
-        size,
-        on_corrupt,
-    )
+    classes = {split: _list_files(place, split) for split, place in places.items()}
+    return _open_files(classes, name, places, size, on_corrupt)
 
 
 def _open_files(
@@ -166,29 +173,33 @@ def _open_files(
     on_corrupt: OnCorrupt,
 ) -> Layout:
     folder = places["train"].parent
+    files: dict[str, list[Path]] = {}
+    for split, of_split in classes.items():
+        files |= {f"{split}/{label}": of_class for label, of_class in of_split.items()}
     images = CachedImageFiles(
-        {
-            f"{split}/{label}": files
-            for split, of_split in classes.items()
-            for label, files in of_split.items()
-        },
+        files,
         folder / f"mini_imagenet_{size}.pt",
         size=size,
         on_corrupt=on_corrupt,
         description="Decoding mini-ImageNet once",
     )
-    splits = {
-        split: Split(
-            {label: len(files) for label, files in of_split.items()},
-            partial(images.read, [f"{split}/{label}" for label in of_split]),
-        )
-        for split, of_split in classes.items()
-    }
+    splits = {}
+    for split, of_split in classes.items():
+        sizes = {label: len(of_class) for label, of_class in of_split.items()}
+        names = [f"{split}/{label}" for label in of_split]
+        splits[split] = Split(sizes, partial(images.read, names))
     return Layout(name, folder, splits, images)
 
 
 def _list_files(path: Path, split: str) -> dict[str, list[Path]]:
-    """Return the files of each class of a CSV list, in the order of their names.
+    """Find the files of a CSV list.
+
+    Args:
+        path: The list.
+        split: Its split, which may be the name of a folder of the images.
+
+    Returns:
+        The files of each class, in the order of their names.
 
     Raises:
         FileNotFoundError: If files are missing.
@@ -200,14 +211,7 @@ def _list_files(path: Path, split: str) -> dict[str, list[Path]]:
     for name, label in rows:
         folders = ("images", f"images/{label}", label, "", f"{split}/{label}")
         places = (os.path.join(path.parent, folder, name) for folder in folders)
-        place = next(
-            (
-                place
-                for place in places
-                if os.path.basename(place) in _names_in(os.path.dirname(place))
-            ),
-            None,
-        )
+        place = next((place for place in places if _exists(place)), None)
         if place is None:
             missing.append(name)
         else:
@@ -221,33 +225,38 @@ def _list_files(path: Path, split: str) -> dict[str, list[Path]]:
     return classes
 
 
+def _exists(place: str) -> bool:
+    # to list a folder once is many times as fast as to ask for each of its files
+    return os.path.basename(place) in _names_in(os.path.dirname(place))
+
+
 @cache
 def _names_in(folder: str) -> frozenset[str]:
-    """Return the names in a folder; listing it once is many times as fast as asking for each file."""
     return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 
 def _read_csv(path: Path) -> set[tuple[str, str]]:
-    """Return the file name and the class of each row."""
+    """Return the file name and the class of each row.
+
+    Raises:
+        ValueError: If it is no CSV file, its header is unknown, or a row names a file outside the
+            folder.
+    """
     try:
+        # utf-8-sig: programs of Windows begin files with a byte order mark
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
             reader = csv.DictReader(stream)
             header = list(reader.fieldnames or ())
-            columns = [
-                pair
-                for pair in (("filename", "label"), ("image_name", "class_name"))
-                if set(pair) <= set(header)
-            ]
-            rows = (
-                {tuple(row[column] or "" for column in columns[0]) for row in reader}
-                if columns
-                else set()
-            )
+            columns = next((pair for pair in _COLUMNS if set(pair) <= set(header)), None)
+            rows = set()
+            if columns is not None:
+                file_name, label = columns
+                rows = {(row[file_name] or "", row[label] or "") for row in reader}
     except csv.Error as error:
         raise ValueError(
             f"Expected {path} to be a CSV file but it cannot be read ({error})."
         ) from error
-    if not columns:
+    if columns is None:
         got = ",".join(header)[:80]
         raise ValueError(
             f"Expected the header of {path} to be filename,label or class_name,image_name but got "
@@ -257,10 +266,11 @@ def _read_csv(path: Path) -> set[tuple[str, str]]:
         steps = re.split(r"[/\\]", part)
         if not steps[0] or ".." in steps or re.match("[A-Za-z]:", part):
             raise ValueError(f"Expected {path} to name files inside its folder but got {part!r}.")
-    return {(name, label) for name, label in rows}
+    return rows
 
 
 def _names(pattern: str, *val: str) -> dict[str, tuple[str, ...]]:
+    """Return the possible names of each split: the pattern with its word, or one of ``val``."""
     words = {"train": ("train",), "val": ("val", *val), "test": ("test",)}
     return {
         split: tuple(pattern.format(word) for word in of_split) for split, of_split in words.items()

@@ -1,4 +1,4 @@
-"""Arrays from untrusted pickles: no code in them runs, and large arrays are mapped from the file, not read."""
+"""Arrays from untrusted pickles: no code in them runs, and large arrays are mapped, not read."""
 
 import mmap
 import pickle
@@ -167,7 +167,10 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """Return the value with arrays in place of their stand-ins and text in place of bytes; ``done`` holds what was converted, by id."""
+    """Return the value with arrays in place of their stand-ins and text in place of bytes.
+
+    ``done`` holds what was converted, by id.
+    """
     if id(value) not in done:
         if isinstance(value, dict):
             done[id(value)] = {_plain(key, done): _plain(item, done) for key, item in value.items()}

@@ -28,36 +28,36 @@ from lightning_maml.batches.episodes import (
     support_set,
 )
 from lightning_maml.batches.outputs import map_outputs, tensors_in
-from lightning_maml.batches.trees import Inputs, cat, map_tensors, tensors
+from lightning_maml.batches.trees import Inputs, cat, detached, map_tensors, tensors
 from lightning_maml.core.hvp import CurvatureName
+from lightning_maml.core.inner_loop import inner_loop
 from lightning_maml.core.inner_rates import (
     InnerRates,
     InnerRatesName,
     LearnedRates,
     check_inner_rates,
-    learned,
     rates_of_steps,
+    tensor_rates,
 )
-from lightning_maml.core.objective import NoSecondDerivativeError, Objective
-from lightning_maml.core.params import Params, detached, leaves_of
+from lightning_maml.core.objective import NoSecondDerivativeError
+from lightning_maml.core.params import Params
 from lightning_maml.core.rng import is_random
+from lightning_maml.core.tensors import leaves_of
 from lightning_maml.execution.auto import Execution, Executor, TasksName
 from lightning_maml.execution.compilation import Compiler, state_of
-from lightning_maml.execution.task_map import are_stacked, map_tasks
+from lightning_maml.execution.task_map import are_stacked, cat_chunks, map_tasks
 from lightning_maml.functional.adaptation import (
     AdaptationCurve,
     adaptation_curve,
     adapted_parameters,
-    cat_chunks,
-    check_step_count,
-    inner_path,
-    task_losses,
 )
+from lightning_maml.functional.arguments import check_step_count
+from lightning_maml.functional.loss_with_gradient import loss_with_gradient
+from lightning_maml.functional.losses import LossFunctions
 from lightning_maml.functional.meta_gradient import (
     MetaGradient,
     meta_gradient,
     not_finite,
-    surrogate,
 )
 from lightning_maml.io.plain import number, plain, whole_number
 from lightning_maml.networks.adapted import AdaptedNetworks
@@ -437,8 +437,9 @@ class MAML(EpisodicModule):
             of_one = first_task(detached(task))
             w = {name: p.detach().clone() for name, p in learner.params.items()}
             rates = detached(rates_of_steps(self._rates(), w, self.test_steps))
-            losses = task_losses(support, of_one, self.test_steps, None, True, None)
-            points = inner_path(losses.support, Objective, w, rates).points
+            losses = LossFunctions(support, has_aux=True).of_task(of_one, self.test_steps)
+            path, w_N = inner_loop(losses, w, rates)
+            points = [*(step.w for step in path), w_N]
         return TaskPath(
             points,
             lambda w: support(w, of_one.support_x, of_one.support_y)[0],
@@ -544,8 +545,8 @@ class MAML(EpisodicModule):
         self._stop_unless_finite(result)
         self._update_running_averages(episodes)
         trained = params | self._loss_of_outputs().params
-        loss = surrogate(
-            [trained, *map(learned, rates)], [result.grad, *result.inner_lr], result.query_loss
+        loss = loss_with_gradient(
+            [trained, *map(tensor_rates, rates)], [result.grad, *result.inner_lr], result.query_loss
         )
         return loss, result.query_loss, result.aux
 
@@ -617,7 +618,7 @@ class MAML(EpisodicModule):
                 episodes = detached(episodes)
                 encode = partial(self._encode, plan.learner, plan.head, plan.learner.params)
                 chunks = map_tasks(
-                    lambda task, stack: stack.each(encode)(task),
+                    lambda task, axis: axis.vmap(encode)(task),
                     episodes,
                     **plan.execution._asdict(),
                 )

@@ -18,14 +18,13 @@ from lightning_maml.algorithms.base import (
     SchedulerFactory,
 )
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
-from lightning_maml.batches.trees import Inputs, cat, map_tensors
+from lightning_maml.batches.trees import Inputs, cat, detached, map_tensors
 from lightning_maml.core.context import evaluating
-from lightning_maml.core.params import detached
 from lightning_maml.core.rng import generator_states, set_generator_states
-from lightning_maml.core.task_axis import Randomness, Stack
+from lightning_maml.core.task_axis import Randomness, TaskAxis
 from lightning_maml.execution.auto import ADAPTED_AT_ONCE
-from lightning_maml.execution.task_map import TaskExecution, map_tasks
-from lightning_maml.functional.adaptation import AdaptationCurve, cat_chunks
+from lightning_maml.execution.task_map import TaskExecution, cat_chunks, map_tasks
+from lightning_maml.functional.adaptation import AdaptationCurve
 from lightning_maml.io.plain import plain
 from lightning_maml.networks.adapted import AdaptedNetworks
 from lightning_maml.networks.checks import (
@@ -140,7 +139,7 @@ class ProtoNet(EpisodicModule):
 
             chunk_size = ADAPTED_AT_ONCE if tasks == "vmap" else None
             chunks = map_tasks(
-                lambda task, stack: stack.each(means)(task),
+                lambda task, axis: axis.vmap(means)(task),
                 support,
                 tasks=tasks,
                 chunk_size=chunk_size,
@@ -176,7 +175,7 @@ class ProtoNet(EpisodicModule):
         learner, ways, tasks = self._looked_at(self.network, episodes)
         of_task = partial(self._of_task, learner, ways)
         loss, logits = cat_chunks(
-            [*map_tasks(lambda task, stack: stack.each(of_task)(task), episodes, tasks=tasks)]
+            [*map_tasks(lambda task, axis: axis.vmap(of_task)(task), episodes, tasks=tasks)]
         )
         return loss, logits
 
@@ -266,7 +265,7 @@ class ProtoNet(EpisodicModule):
             return torch.stack(values)
 
         def as_one(loss: Callable[[Episodes], Tensor], randomness: Randomness) -> Tensor:
-            found: Tensor = Stack(2, randomness).each(loss)(stacked)
+            found: Tensor = TaskAxis(2, randomness).vmap(loss)(stacked)
             return found
 
         single, vectorised = (

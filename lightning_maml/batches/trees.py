@@ -1,10 +1,12 @@
 """What a network is called with: a tensor, or a dict, tuple or list of tensors, all of whose first dimension is the examples."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+Tree = TypeVar("Tree")
 
 Inputs = Tensor | dict[str, Any] | tuple[Any, ...] | list[Any]
 """Inputs of a network, or any tree of tensors."""
@@ -31,6 +33,19 @@ def map_tensors(function: Callable[..., Any], *trees: Any) -> Any:
         values = [map_tensors(function, *parts) for parts in zip(*trees, strict=True)]
         return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
     return first
+
+
+def differentiable(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` without its graph.
+
+    It is a copy if it was made in inference mode, because autograd takes no such tensors.
+    """
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def detached(tree: Tree) -> Tree:
+    """Apply :func:`differentiable` to all tensors of a tree."""
+    return cast("Tree", map_tensors(differentiable, tree))
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Training tasks for a callback's own use, drawn independently of the batches that are trained on."""
+"""Training tasks for a callback's own use, independent of the batches that are trained on."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -14,19 +14,29 @@ class IndependentTasks:
     """Draws meta-batches from a datamodule of this package, or from an iterable of the user's.
 
     Args:
-        purpose: Name that sets this stream apart from those of other callbacks.
+        purpose: Seeds the datamodule's tasks, so that each callback has others.
         tasks: Tasks per meta-batch and process, where the datamodule draws them.
-        episodes: Meta-batches like those trained on but independent of them, gone through again and
-            again; None for the datamodule's.
+        episodes: Meta-batches like those trained on but independent of them, which are repeated
+            without end; None for the datamodule's.
+
+    Raises:
+        ValueError: If ``tasks`` is below 1.
+
+    Examples:
+        >>> from lightning_maml.callbacks.independent_tasks import IndependentTasks
+        >>> tasks = IndependentTasks("my measurement", tasks=4, episodes=None)
+        >>> tasks.are_given, tasks.drawn
+        (False, 0)
     """
 
     def __init__(self, purpose: str, tasks: int, episodes: Iterable[AnyEpisodes] | None) -> None:
         if tasks < 1:
             raise ValueError(f"Expected `tasks` to be at least 1 but got {tasks}.")
         self.drawn = 0
-        """How many meta-batches were drawn; restore this number for the stream to go on where it
-        was."""
-        self._purpose, self._tasks, self._episodes = purpose, tasks, episodes
+        """How many meta-batches were drawn; set it to resume the stream there."""
+        self._purpose = purpose
+        self._tasks = tasks
+        self._episodes = episodes
         self._stream: Iterator[AnyEpisodes] | None = None
 
     @property
@@ -41,8 +51,8 @@ class IndependentTasks:
             ValueError: If there is neither an iterable nor a datamodule that draws independent
                 tasks.
         """
-        if self._episodes is None and not hasattr(trainer.datamodule, "independent_episodes"):  # type: ignore[attr-defined]
-            data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if self._episodes is None and not hasattr(data, "independent_episodes"):
             raise ValueError(
                 "Expected a datamodule of lightning_maml, which draws independent tasks, but got "
                 f"{type(data).__name__ if data else 'none'}; give the callback `episodes`, an "
@@ -50,25 +60,28 @@ class IndependentTasks:
             )
 
     def draw(self, trainer: Trainer) -> AnyEpisodes:
-        """Return the next meta-batch, on the device and as the module gets it."""
+        """Return the next meta-batch, moved to the device and converted as for the module."""
         if self._episodes is None:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             episodes = data.independent_episodes(self._purpose, self.drawn, self._tasks)
         else:
             if self._stream is None:
-                self._stream = islice(_again_and_again(self._episodes), self.drawn, None)
+                # a resumed run skips those that were drawn before
+                self._stream = islice(_repeated(self._episodes), self.drawn, None)
             episodes = next(self._stream)
         self.drawn += 1
         on_device: AnyEpisodes = trainer.strategy.batch_to_device(episodes)
         return on_device
 
 
-def _again_and_again(episodes: Iterable[AnyEpisodes]) -> Iterator[AnyEpisodes]:
+def _repeated(episodes: Iterable[AnyEpisodes]) -> Iterator[AnyEpisodes]:
+    # not itertools.cycle, which keeps all batches in memory and shuffles a loader only once
     while True:
-        before = None
-        for before in episodes:
-            yield before
-        if before is None:
+        is_empty = True
+        for batch in episodes:
+            is_empty = False
+            yield batch
+        if is_empty:
             raise ValueError(
                 "Expected `episodes` to hold meta-batches each time it is gone through but it "
                 "gave none; give a list or a loader that is not empty, not a generator, which is "
@@ -77,10 +90,22 @@ def _again_and_again(episodes: Iterable[AnyEpisodes]) -> Iterator[AnyEpisodes]:
 
 
 def as_maml(callback: Callback, module: LightningModule) -> MAML:
-    """Return ``module``, which the callback needs to be a :class:`lightning_maml.MAML`.
+    """Return ``module``, if it is a :class:`lightning_maml.MAML`.
+
+    Args:
+        callback: Who needs it, named in the error.
+        module: The module being trained.
 
     Raises:
         TypeError: If it is not.
+
+    Examples:
+        >>> from lightning_maml import MAML, MLP
+        >>> from lightning_maml.callbacks import MetaGradientMonitor
+        >>> from lightning_maml.callbacks.independent_tasks import as_maml
+        >>> model = MAML(MLP(4, 3))
+        >>> as_maml(MetaGradientMonitor(), model) is model
+        True
     """
     if not isinstance(module, MAML):
         raise TypeError(

@@ -38,15 +38,14 @@ class AdaptiveMetaStepsize(Callback):
         rule: ``"one_step"`` (Fallah et al. 2020, eq. 17, for N = 1), ``"resampling"`` (Ji et al.
             2022, eq. 14) or ``"finite_sum"`` (eq. 22).
         L: Smoothness of the task losses; measured if None.
-        rho: Lipschitz constant of their Hessians; measured if None. It exists for networks without
-            kinks only.
+        rho: Lipschitz constant of their Hessians; measured if None. A network with kinks has none.
         b: Mean distance between the gradients of support and query loss, for ``"finite_sum"``;
             measured if None.
         scale: Numerator of beta, a safety factor; by default the papers' constant, see
-            :func:`lightning_maml.theory.paper_scale`. That one is made for the worst case: with
+            :func:`lightning_maml.theory.paper_scale`. That constant is for the worst case: with
             measured constants ``scale=1`` converges ten or more times faster, if alpha is at most 1
-            / (8 N L). With far larger inner rates L-hat means little, and scale is a number to
-            tune.
+            / (8 N L). With far larger inner learning rates L-hat means little, and scale is a
+            number to tune.
         tasks: B', tasks drawn per step and process.
         every_n_steps: How often L, rho and b are measured, at the parameters of that step, on B'
             tasks.
@@ -59,6 +58,25 @@ class AdaptiveMetaStepsize(Callback):
             or nothing to draw tasks from.
         TypeError: If the module is not a :class:`lightning_maml.MAML`.
         FloatingPointError: If a measured constant or the gradient norm is not finite.
+
+    Examples:
+        >>> from functools import partial
+        >>> import torch
+        >>> from lightning import Trainer
+        >>> from torch.utils.data import DataLoader
+        >>> from lightning_maml import MAML, MLP, AdaptiveMetaStepsize, Episodes
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)
+        >>> batches = [Episodes(x, y, x, y)]
+        >>> model = MAML(
+        ...     MLP(4, 3, activation="gelu"),
+        ...     inner_lr=0.01,
+        ...     optimizer=partial(torch.optim.SGD, lr=0.1),
+        ... )
+        >>> adaptive = AdaptiveMetaStepsize("finite_sum", L=10.0, rho=0.0, b=0.0, episodes=batches)
+        >>> trainer = Trainer(callbacks=[adaptive], max_epochs=1, barebones=True)
+        >>> trainer.fit(model, DataLoader(batches, batch_size=None))
+        >>> round(trainer.optimizers[0].param_groups[0]["lr"], 5)  # 1 / (80 * 1.1**2 * 10)
+        0.00103
     """
 
     def __init__(
@@ -72,50 +90,31 @@ class AdaptiveMetaStepsize(Callback):
         every_n_steps: int = 100,
         episodes: Iterable[AnyEpisodes] | None = None,
     ) -> None:
-        tasks, every_n_steps = (
-            whole_number(tasks, "tasks"),
-            whole_number(every_n_steps, "every_n_steps"),
-        )
-        scale = None if scale is None else number(scale, "scale")
-        given = {"L": L, "rho": rho, "b": b}
-        L, rho, b = (
-            None if value is None else number(value, name) for name, value in given.items()
-        )
+        tasks = whole_number(tasks, "tasks")
+        every_n_steps = whole_number(every_n_steps, "every_n_steps")
+        scale = _number_or_none(scale, "scale")
+        L = _number_or_none(L, "L")
+        rho = _number_or_none(rho, "rho")
+        b = _number_or_none(b, "b")
         if every_n_steps < 1:
             raise ValueError(f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}.")
         if scale is not None and not scale > 0:
             raise ValueError(f"Expected `scale` to be positive but got {scale}.")
-        # refuses what is out of range
+        # called for its checks of the rule and the constants
         meta_smoothness(rule, 1.0 if L is None else L, rho or 0.0, 0.0, 1, 0.0, b or 0.0)
         self.rule: Rule = rule
         self.scale = scale
         self.tasks = tasks
         self.every_n_steps = every_n_steps
-        # other rules have no b
+        # the other rules have no b, so it need not be measured for them
         self._given = {"L": L, "rho": rho, "b": b if rule == "finite_sum" else 0.0}
         self._measured: dict[str, float] = {}
         self._tasks = IndependentTasks("stepsize", tasks, episodes)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what else would set the learning rate, and warn about what the theory does not cover."""
-        if len(trainer.optimizers) != 1:
-            raise ValueError(
-                "Expected one optimizer for AdaptiveMetaStepsize but got "
-                f"{len(trainer.optimizers)}; give all parameters to one of them."
-            )
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                "Expected automatic optimization for AdaptiveMetaStepsize but the module "
-                "optimizes by hand; set automatic_optimization = True, or set the rate there by "
-                "lightning_maml.theory.meta_stepsize."
-            )
-        if trainer.lr_scheduler_configs:
-            scheduler = type(trainer.lr_scheduler_configs[0].scheduler).__name__
-            raise ValueError(
-                "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got "
-                f"{scheduler}; set the model's `lr_scheduler` to null, or remove the callback."
-            )
+        """Refuse what else would set the learning rate; warn where the theorems do not hold."""
+        _check_nothing_else_sets_the_rate(trainer, pl_module)
         module = as_maml(self, pl_module)
         module.check_for_theory()
         if self.rule == "one_step" and module.train_steps != 1:
@@ -143,16 +142,9 @@ class AdaptiveMetaStepsize(Callback):
         """Set the learning rate."""
         module = as_maml(self, pl_module)
         episodes = self._tasks.draw(trainer)
+        self._warn_of_other_tasks(episodes)
         probe = module.probe(episodes)
-        missing = {name for name, value in self._given.items() if value is None}
-        if missing and (
-            missing - self._measured.keys() or trainer.global_step % self.every_n_steps == 0
-        ):
-            self._measured = _measure(probe, trainer, missing)
-        constants = {
-            name: self._measured[name] if value is None else value
-            for name, value in self._given.items()
-        }
+        constants = self._constants(probe, trainer)
         gradient_norm = _over_processes(trainer, float(probe.gradient_norms().mean()), "mean")
         smoothness = meta_smoothness(
             self.rule,
@@ -161,17 +153,10 @@ class AdaptiveMetaStepsize(Callback):
             steps=module.train_steps,
             gradient_norm=gradient_norm,
         )
-        beta = meta_stepsize(
-            smoothness,
-            paper_scale(self.rule, module.curvature) if self.scale is None else self.scale,
-        )
+        scale = paper_scale(self.rule, module.curvature) if self.scale is None else self.scale
+        beta = meta_stepsize(smoothness, scale)
         for group in optimizer.param_groups:
             group["lr"] = beta
-        if self.rule == ("finite_sum" if isinstance(episodes, ResampledEpisodes) else "resampling"):
-            rank_zero_warn(
-                f"AdaptiveMetaStepsize: rule {self.rule!r} is made for the other kind of tasks "
-                f"than {type(episodes).__name__}."
-            )
         figures = {
             "meta_stepsize": beta,
             "meta_smoothness": smoothness,
@@ -180,6 +165,26 @@ class AdaptiveMetaStepsize(Callback):
         }
         module.log_dict({f"train/{name}": value for name, value in figures.items()})
 
+    def _warn_of_other_tasks(self, episodes: AnyEpisodes) -> None:
+        other_rule = "finite_sum" if isinstance(episodes, ResampledEpisodes) else "resampling"
+        if self.rule == other_rule:
+            rank_zero_warn(
+                f"AdaptiveMetaStepsize: rule {self.rule!r} is made for the other kind of tasks "
+                f"than {type(episodes).__name__}."
+            )
+
+    def _constants(self, probe: Probe, trainer: Trainer) -> dict[str, float]:
+        """Return L, rho and b, as given or as last measured, and measure them if it is time."""
+        missing = {name for name, value in self._given.items() if value is None}
+        # a resumed run may lack constants that were given before
+        never_measured = missing - self._measured.keys()
+        if never_measured or (missing and trainer.global_step % self.every_n_steps == 0):
+            self._measured = _measure(probe, trainer, missing)
+        return {
+            name: self._measured[name] if value is None else value
+            for name, value in self._given.items()
+        }
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the constants as last measured, and how many meta-batches were drawn."""
@@ -187,27 +192,53 @@ class AdaptiveMetaStepsize(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another run stopped."""
+        """Continue where the saved run stopped."""
         self._measured, self._tasks.drawn = state_dict["measured"], state_dict["drawn"]
 
 
+def _number_or_none(value: float | None, name: str) -> float | None:
+    return None if value is None else number(value, name)
+
+
+def _check_nothing_else_sets_the_rate(trainer: Trainer, pl_module: LightningModule) -> None:
+    if len(trainer.optimizers) != 1:
+        raise ValueError(
+            "Expected one optimizer for AdaptiveMetaStepsize but got "
+            f"{len(trainer.optimizers)}; give all parameters to one of them."
+        )
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            "Expected automatic optimization for AdaptiveMetaStepsize but the module "
+            "optimizes by hand; set automatic_optimization = True, or set the rate there by "
+            "lightning_maml.theory.meta_stepsize."
+        )
+    if trainer.lr_scheduler_configs:
+        scheduler = type(trainer.lr_scheduler_configs[0].scheduler).__name__
+        raise ValueError(
+            "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got "
+            f"{scheduler}; set the model's `lr_scheduler` to null, or remove the callback."
+        )
+
+
 def _measure(probe: Probe, trainer: Trainer, missing: set[str]) -> dict[str, float]:
-    """Return those of L, rho and b that are missing, at the current parameters: the largest L and rho of all processes, the mean b."""
+    """Measure the missing ones of L, rho and b at the current parameters.
+
+    L and rho are the largest of all processes, b is their mean.
+    """
     measured: dict[str, float] = {}
     if missing & {"L", "rho"}:
         curvature = probe.curvature(restarts=1 if "rho" in missing else 0, tolerance=1e-2)
-        measured = {
-            name: _over_processes(trainer, getattr(curvature, name), "max")
-            for name in ("L", "rho")
-            if name in missing
-        }
+        if "L" in missing:
+            measured["L"] = _over_processes(trainer, curvature.L, "max")
+        if "rho" in missing:
+            measured["rho"] = _over_processes(trainer, curvature.rho, "max")
     if "b" in missing:
         measured["b"] = _over_processes(trainer, probe.spread().b, "mean")
     return measured
 
 
 def _over_processes(trainer: Trainer, number: float, operation: str) -> float:
-    """Return the mean or maximum of a figure over all processes, so that each sets the same stepsize."""
+    """Return the mean or maximum over all processes, so that each sets the same stepsize."""
     if trainer.world_size > 1:
         on_device = torch.tensor(number, dtype=torch.float64, device=trainer.strategy.root_device)
         number = float(trainer.strategy.reduce(on_device, reduce_op=operation))
@@ -220,14 +251,28 @@ def _over_processes(trainer: Trainer, number: float, operation: str) -> float:
 
 
 def is_plain_sgd(optimizer: Optimizer) -> bool:
-    """Return whether the optimizer's step is its rate times the gradient and nothing else."""
+    """Return whether the optimizer's step is its learning rate times the gradient, nothing else.
+
+    Args:
+        optimizer: Any optimizer of torch.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
+        >>> weights = [torch.zeros(2, requires_grad=True)]
+        >>> is_plain_sgd(torch.optim.SGD(weights, lr=0.1))
+        True
+        >>> is_plain_sgd(torch.optim.SGD(weights, lr=0.1, momentum=0.9))
+        False
+    """
+    if not isinstance(optimizer, SGD):
+        return False
     extras = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    return isinstance(optimizer, SGD) and not any(
-        group[name] for group in optimizer.param_groups for name in extras
-    )
+    return not any(group[name] for group in optimizer.param_groups for name in extras)
 
 
 def _outside_the_theory(trainer: Trainer, module: MAML, rho_is_measured: bool) -> list[str]:
+    """Return in words what of this run the theorems do not cover."""
     outside = []
     optimizer = trainer.optimizers[0]
     if not is_plain_sgd(optimizer):

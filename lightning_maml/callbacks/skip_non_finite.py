@@ -1,4 +1,4 @@
-"""Lets training go on past a meta-batch whose loss or meta-gradient is not finite."""
+"""Continue training past a meta-batch whose loss or meta-gradient is not finite."""
 
 from typing import Any
 
@@ -9,20 +9,33 @@ from lightning_maml.algorithms.base import EpisodicModule
 
 
 class SkipNonFinite(Callback):
-    """Skips and counts the meta-batches whose loss or meta-gradient is not finite, on which a run would otherwise stop.
+    """Skips and counts the meta-batches whose loss or meta-gradient is not finite.
 
-    Logged: ``train/skipped``, how many there were so far. The optimizer does not step on them; if
-    it steps on several meta-batches (``accumulate_grad_batches``), the skipped ones count as 0 in
-    the mean.
+    Without it a run stops on them. Logged: ``train/skipped``, how many there were so far. The
+    optimizer does not step on them; if it steps on several meta-batches
+    (``accumulate_grad_batches``), the skipped ones count as 0 in the mean.
 
     Args:
-        at_most: With more skipped steps than this the run stops after all.
+        at_most: The run stops once more meta-batches than this were skipped.
 
     Raises:
         ValueError: If ``at_most`` is negative; when training starts, if there are several
             processes, which have to step together.
         TypeError: If the module is not one of this package.
         FloatingPointError: In training, after more than ``at_most`` skipped steps.
+
+    Examples:
+        >>> import torch
+        >>> from lightning import Trainer
+        >>> from torch.utils.data import DataLoader
+        >>> from lightning_maml import MAML, MLP, Episodes, SkipNonFinite
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)
+        >>> batches = [Episodes(x, y, x, y), Episodes(x, y, x * float("inf"), y)]
+        >>> model = MAML(MLP(4, 3))
+        >>> trainer = Trainer(callbacks=[SkipNonFinite(at_most=5)], max_epochs=1, barebones=True)
+        >>> trainer.fit(model, DataLoader(batches, batch_size=None))
+        >>> model.skipped
+        1
     """
 
     def __init__(self, at_most: int = 100) -> None:
@@ -32,7 +45,7 @@ class SkipNonFinite(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the module skip, and count from 0 or from what a checkpoint has."""
+        """Make the module skip, and count from 0 or from the number in a checkpoint."""
         if stage != "fit":
             return
         if not isinstance(pl_module, EpisodicModule):
@@ -45,11 +58,12 @@ class SkipNonFinite(Callback):
                 f"Expected one process for SkipNonFinite but got {trainer.world_size}, which have "
                 "to step together; remove it."
             )
-        pl_module.skips_non_finite, pl_module.skipped = True, 0
+        pl_module.skips_non_finite = True
+        pl_module.skipped = 0
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the module stop skipping."""
+        """Make the module stop on non-finite meta-batches again."""
         if isinstance(pl_module, EpisodicModule):
             pl_module.skips_non_finite = False
 
@@ -57,12 +71,12 @@ class SkipNonFinite(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Make the module stop skipping."""
+        """Do the same after an exception, on which Lightning does not call :meth:`teardown`."""
         self.teardown(trainer, pl_module, "fit")
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stop if too many were skipped."""
+        """Stop the run if too many were skipped."""
         if isinstance(pl_module, EpisodicModule) and pl_module.skipped > self.at_most:
             raise FloatingPointError(
                 f"Expected at most {self.at_most} meta-batches without a finite loss and "

@@ -1,1 +1,1 @@
-"""Other libraries' names for this one's algorithms, so that a pipeline only has to change an import line."""
+"""Other libraries' names for our algorithms, so that a pipeline only has to change its imports."""

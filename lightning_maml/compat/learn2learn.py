@@ -1,13 +1,16 @@
-"""learn2learn's Lightning classes on Lightning 2: the same constructors, batches, logged metrics and numbers.
+"""learn2learn's Lightning classes on Lightning 2.
 
+Constructors, batches, logged metrics and numbers are the same.
 ``from learn2learn.algorithms import LightningMAML, LightningANIL`` and
 ``from learn2learn.utils.lightning import EpisodicBatcher`` become
 ``from lightning_maml.compat.learn2learn import EpisodicBatcher, LightningANIL, LightningMAML``;
-learn2learn itself is needed for its tasksets only. Batches are learn2learn's: one task
-``(data, labels)``, class by class, its first ``shots`` of each class the support set; a meta-batch
-is the trainer's ``accumulate_grad_batches``. Checkpoints have learn2learn's parameter names. What
-differs: dropout is inactive in evaluation, and the running averages of batch norm, on which no
-number depends, stay as they are.
+only the tasksets still need learn2learn itself. Batches are learn2learn's: one task
+``(data, labels)``, class by class, the first ``shots`` of each class being the support set; a
+meta-batch is the trainer's ``accumulate_grad_batches``. Checkpoints have learn2learn's parameter
+names.
+
+Two things differ: dropout is inactive in evaluation, and the running averages of batch norm, which
+no number depends on, stay as they are.
 """
 
 from argparse import ArgumentParser
@@ -21,32 +24,53 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.core.params import Params
-from lightning_maml.functional.adaptation import Loss, adapted_parameters
-from lightning_maml.functional.meta_gradient import meta_gradient, surrogate
+from lightning_maml.functional.adaptation import adapted_parameters
+from lightning_maml.functional.loss_with_gradient import loss_with_gradient
+from lightning_maml.functional.losses import Loss
+from lightning_maml.functional.meta_gradient import meta_gradient
 from lightning_maml.networks.functional_network import Learner
 
-_FEATURES = "(features)"  # a name that no parameter has
+_FEATURES = "(features)"  # no parameter can have this name
 
 Task = tuple[Tensor, Tensor]
-"""A task of learn2learn's: examples ``[ways * (shots + queries), ...]``, class by class, and their
-labels."""
+"""A task of learn2learn's: its examples, class by class, and their labels.
+
+Shapes are ``[ways * (shots + queries), ...]`` and ``[ways * (shots + queries)]``.
+"""
 
 
 class LightningEpisodicModule(LightningModule):
-    """What the algorithms share: steps that log ``{train,valid,test}_{loss,accuracy}``, Adam with a step schedule, command-line arguments.
+    """Base of the algorithms: steps, optimizer and command-line arguments.
+
+    The steps log ``{train,valid,test}_{loss,accuracy}``; the optimizer is Adam with a step
+    schedule. A subclass defines :meth:`meta_learn`.
 
     Args:
         loss: Maps outputs and labels to their mean loss; by default the cross-entropy.
         **kwargs: ``train_ways``, ``train_shots``, ``train_queries``, ``test_ways``, ``test_shots``,
             ``test_queries`` (5, 1 and 1), ``lr`` of Adam (0.001), ``scheduler_step`` (20) and
             ``scheduler_decay`` (1.0) of its schedule, ``adaptation_steps`` N (1) and
-            ``adaptation_lr`` alpha (0.1). Others are ignored, as in learn2learn, whose users pass
-            all arguments of their program.
-
-    These arguments become attributes, which may also be set later.
+            ``adaptation_lr`` alpha (0.1). They become attributes, which may also be set later.
+            Others are ignored, as in learn2learn, whose users pass all arguments of their program.
 
     Raises:
         ValueError: If ``train_ways`` and ``test_ways`` differ.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.compat.learn2learn import LightningEpisodicModule
+        >>> class NearestMean(LightningEpisodicModule):
+        ...     def meta_learn(self, batch, batch_idx, ways, shots, queries):
+        ...         x, y = (part.unflatten(0, (ways, shots + queries)) for part in batch)
+        ...         means = x[:, :shots].mean(1)
+        ...         outputs = -torch.cdist(x[:, shots:].flatten(0, 1), means)
+        ...         labels = y[:, shots:].flatten()
+        ...         accuracy = (outputs.argmax(-1) == labels).float().mean()
+        ...         return self.loss(outputs, labels), accuracy
+        >>> task = torch.eye(3).repeat_interleave(2, 0), torch.arange(3).repeat_interleave(2)
+        >>> _, accuracy = NearestMean().meta_learn(task, 0, ways=3, shots=1, queries=1)
+        >>> accuracy
+        tensor(1.)
     """
 
     train_ways: int = 5
@@ -82,7 +106,11 @@ class LightningEpisodicModule(LightningModule):
 
     @staticmethod
     def add_model_specific_args(parent_parser: ArgumentParser) -> ArgumentParser:
-        """Return a parser with the arguments of these classes beside those of ``parent_parser``."""
+        """Return a parser with the arguments of these classes and those of ``parent_parser``.
+
+        Args:
+            parent_parser: The program's own parser.
+        """
         parser = ArgumentParser(parents=[parent_parser], add_help=True, conflict_handler="resolve")
         for name, default in LightningEpisodicModule._defaults().items():
             parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -92,7 +120,17 @@ class LightningEpisodicModule(LightningModule):
     def meta_learn(
         self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int
     ) -> tuple[Tensor, Tensor]:
-        """Return a task's query loss and accuracy; with gradients enabled, the loss's backward pass gives the meta-gradient."""
+        """Return a task's query loss and accuracy.
+
+        With gradients enabled, the loss's backward pass gives the meta-gradient.
+
+        Args:
+            batch: The task.
+            batch_idx: Its number; not used.
+            ways: Classes.
+            shots: Support examples per class.
+            queries: Query examples per class.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} must define meta_learn(batch, batch_idx, ways, shots, queries)."
         )
@@ -118,32 +156,28 @@ class LightningEpisodicModule(LightningModule):
         return [optimizer], [schedule]
 
     def _step(self, stage: str, batch: Task, batch_idx: int) -> Tensor:
-        sizes = (
-            getattr(self, f"{'train' if stage == 'train' else 'test'}_{name}")
-            for name in ("ways", "shots", "queries")
-        )
-        loss, accuracy = self.meta_learn(batch, batch_idx, *sizes)
-        for name, value in (("loss", loss), ("accuracy", accuracy)):
-            self.log(
-                f"{stage}_{name}",
-                value.detach(),
-                on_step=False,
-                on_epoch=True,
-                prog_bar=name == "accuracy",
-                batch_size=1,
-            )
+        split = "train" if stage == "train" else "test"
+        ways: int = getattr(self, f"{split}_ways")
+        shots: int = getattr(self, f"{split}_shots")
+        queries: int = getattr(self, f"{split}_queries")
+        loss, accuracy = self.meta_learn(batch, batch_idx, ways, shots, queries)
+        # each task counts once in the mean, whatever its number of examples
+        settings: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1}
+        self.log(f"{stage}_loss", loss.detach(), **settings)
+        self.log(f"{stage}_accuracy", accuracy.detach(), prog_bar=True, **settings)
         return loss
 
     def _learn(
         self, loss: Loss, params: Params, episodes: Episodes, adapts: list[str]
     ) -> tuple[Tensor, Tensor]:
-        """Adapt the parameters named ``adapts`` to one task, and return its query loss and accuracy."""
+        """Adapt the parameters named ``adapts`` to one task; return its query loss and accuracy."""
         rates, steps = dict.fromkeys(adapts, self.adaptation_lr), self.adaptation_steps
         if torch.is_grad_enabled():
             result = meta_gradient(
                 loss, params, episodes, inner_lr=rates, steps=steps, has_aux=True
             )
-            value, outputs = surrogate([params], [result.grad], result.query_loss), result.aux[0]
+            value = loss_with_gradient([params], [result.grad], result.query_loss)
+            outputs = result.aux[0]
         else:
             support = (episodes.support_x, episodes.support_y)
             adapted = adapted_parameters(
@@ -151,7 +185,8 @@ class LightningEpisodicModule(LightningModule):
             )
             w = params | {name: tensor[0] for name, tensor in adapted.items()}
             value, outputs = loss(w, episodes.query_x[0], episodes.query_y[0])
-        return value, (outputs.argmax(-1) == episodes.query_y[0]).float().mean()
+        accuracy = (outputs.argmax(-1) == episodes.query_y[0]).float().mean()
+        return value, accuracy
 
 
 class _Wrapped(nn.Module):
@@ -167,14 +202,26 @@ class _Wrapped(nn.Module):
 
 
 class LightningMAML(LightningEpisodicModule):
-    """learn2learn's ``LightningMAML``: exact multi-step MAML; batch norm uses the statistics of each batch, support or query set.
+    """learn2learn's ``LightningMAML``: exact multi-step MAML.
 
-    Dropout is active in training only (learn2learn leaves it active in evaluation).
+    Batch norm uses the statistics of each batch, support or query set. Dropout is active in
+    training only (learn2learn leaves it active in evaluation).
 
     Args:
         model: The network.
         loss: Maps outputs and labels to their mean loss; by default the cross-entropy.
         **kwargs: See :class:`LightningEpisodicModule`.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import MLP
+        >>> from lightning_maml.compat.learn2learn import LightningMAML
+        >>> model = LightningMAML(MLP(4, 3), train_ways=3, test_ways=3, adaptation_lr=0.5)
+        >>> task = torch.rand(6, 4), torch.arange(3).repeat_interleave(2)
+        >>> loss, accuracy = model.meta_learn(task, 0, ways=3, shots=1, queries=1)
+        >>> loss.backward()
+        >>> all(parameter.grad is not None for parameter in model.parameters())
+        True
     """
 
     def __init__(
@@ -191,14 +238,14 @@ class LightningMAML(LightningEpisodicModule):
     ) -> tuple[Tensor, Tensor]:
         """Return a task's query loss after adaptation, and its accuracy."""
         learner = Learner(self.model.module)
+        params = learner.params
 
-        def loss(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            outputs = learner(params, x)
+        def loss(w: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = learner(w, x)
             return self.loss(outputs, y), outputs
 
-        return self._learn(
-            loss, learner.params, _split(*batch, ways, shots, queries), list(learner.params)
-        )
+        episodes = _split(*batch, ways, shots, queries)
+        return self._learn(loss, params, episodes, list(params))
 
 
 class LightningANIL(LightningEpisodicModule):
@@ -213,6 +260,17 @@ class LightningANIL(LightningEpisodicModule):
         classifier: Maps features to outputs.
         loss: Maps outputs and labels to their mean loss; by default the cross-entropy.
         **kwargs: See :class:`LightningEpisodicModule`.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_maml.compat.learn2learn import LightningANIL
+        >>> features = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> model = LightningANIL(features, nn.Linear(8, 3), train_ways=3, test_ways=3)
+        >>> task = torch.rand(6, 4), torch.arange(3).repeat_interleave(2)
+        >>> loss, accuracy = model.meta_learn(task, 0, ways=3, shots=1, queries=1)
+        >>> loss.shape
+        torch.Size([])
     """
 
     def __init__(
@@ -232,18 +290,19 @@ class LightningANIL(LightningEpisodicModule):
         """Return a task's query loss after adaptation, and its accuracy."""
         data, labels = batch
         learner = Learner(self.classifier.module)
-        rows = torch.arange(len(data), device=data.device)
+        adapted = list(learner.params)
+        params = learner.params | {_FEATURES: self._features_of(data)}
 
-        def loss(params: Params, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            outputs = learner(
-                {name: params[name] for name in learner.params}, params[_FEATURES][rows]
-            )
+        # the inputs of the "network" are row numbers, so that the features are a parameter and get
+        # a gradient
+        def loss(w: Params, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            classifier = {name: w[name] for name in adapted}
+            outputs = learner(classifier, w[_FEATURES][rows])
             return self.loss(outputs, y), outputs
 
-        params = learner.params | {_FEATURES: self._features_of(data)}
-        return self._learn(
-            loss, params, _split(rows, labels, ways, shots, queries), list(learner.params)
-        )
+        rows = torch.arange(len(data), device=data.device)
+        episodes = _split(rows, labels, ways, shots, queries)
+        return self._learn(loss, params, episodes, adapted)
 
     def _features_of(self, data: Tensor) -> Tensor:
         """Return the features, computed with batch statistics."""
@@ -253,13 +312,23 @@ class LightningANIL(LightningEpisodicModule):
 
 
 class EpisodicBatcher(LightningDataModule):
-    """learn2learn's ``EpisodicBatcher``: ``epoch_length`` tasks per epoch of each taskset, one per batch.
+    """learn2learn's ``EpisodicBatcher``: ``epoch_length`` tasks per epoch, one per batch.
 
     Args:
-        train_tasks: Taskset with ``sample()``.
+        train_tasks: A taskset: an object with ``sample()``, which returns a task.
         validation_tasks: By default the training tasks.
         test_tasks: By default the validation tasks.
-        epoch_length: Tasks per epoch.
+        epoch_length: Tasks per epoch, of each taskset.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.compat.learn2learn import EpisodicBatcher
+        >>> class Noise:
+        ...     def sample(self):
+        ...         return torch.rand(6, 4), torch.arange(3).repeat_interleave(2)
+        >>> data = EpisodicBatcher(Noise(), epoch_length=10)
+        >>> [x.shape for x, y in data.train_dataloader()][:2]
+        [torch.Size([6, 4]), torch.Size([6, 4])]
     """
 
     def __init__(
@@ -307,10 +376,8 @@ class _Sampled(Dataset[Task]):
     def __getitem__(self, number: int) -> Task:
         try:
             task: Task = self._tasks.sample()
-        except (
-            StopIteration,
-            IndexError,
-        ) as error:  # left alone it would silently end the epoch, and the training
+        # left alone, these would end the epoch without a word, and the training with it
+        except (StopIteration, IndexError) as error:
             raise ValueError(
                 f"Expected {self._length} tasks of the taskset but it gave no more at number "
                 f"{number}; let it have more."
@@ -319,7 +386,7 @@ class _Sampled(Dataset[Task]):
 
 
 def _split(x: Tensor, y: Tensor, ways: int, shots: int, queries: int) -> Episodes:
-    """Return a meta-batch of the one task, with the first ``shots`` examples of each class as its support set."""
+    """Return a meta-batch of one task; its support set is the first ``shots`` of each class."""
     per_class = shots + queries
     if len(x) != ways * per_class:
         raise ValueError(
@@ -327,6 +394,6 @@ def _split(x: Tensor, y: Tensor, ways: int, shots: int, queries: int) -> Episode
             f"{ways * per_class} examples, but got {len(x)}; give the taskset and the algorithm "
             "the same numbers."
         )
-    place = torch.arange(len(x), device=x.device) % per_class
-    support, query = place < shots, place >= shots
+    within_class = torch.arange(len(x), device=x.device) % per_class
+    support, query = within_class < shots, within_class >= shots
     return Episodes(x[support][None], y[support][None], x[query][None], y[query][None])

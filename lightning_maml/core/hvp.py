@@ -1,4 +1,7 @@
-"""Hessian-vector products, in which MAML, FO-MAML and HF-MAML differ: one signature, three ways to compute them."""
+"""Hessian-vector products, in which MAML, FO-MAML and HF-MAML differ.
+
+One signature, and three ways to compute the product.
+"""
 
 from functools import partial
 from typing import Literal, Protocol
@@ -7,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml.core.objective import Objective
-from lightning_maml.core.params import Params, axpy, norm, scaled
+from lightning_maml.core.params import Params, add_scaled, norm, scale, subtract
 
 CurvatureName = Literal["exact", "none", "finite_difference"]
 
@@ -16,24 +19,38 @@ class HessianVectorProduct(Protocol):
     """The Hessian of ``objective`` at ``w`` times ``v``, or what takes its place."""
 
     def __call__(self, objective: Objective, w: Params, v: Params) -> Params:
-        """Return the product, shaped like ``v``."""
+        """Return the product for all parameters; ``v`` counts as zero in those that it lacks."""
 
 
 def exact(objective: Objective, w: Params, v: Params) -> Params:
-    """MAML: the Hessian itself, never formed (Fallah et al. 2020, eq. 5; Ji et al. 2022, eqs. 7 and 12)."""
+    """MAML: the Hessian itself, never formed (Fallah et al. 2020, eq. 5; Ji et al. 2022, eqs. 7, 12).
+
+    Args:
+        objective: The loss of the batch whose Hessian is meant.
+        w: The point at which the Hessian is taken.
+        v: Direction.
+
+    Returns:
+        ``H v``, by differentiating the gradient once more.
+    """
     return objective.hessian_vector_product(w, v)
+
+
+def none(objective: Objective, w: Params, v: Params) -> Params:
+    """FO-MAML: the Hessian counts as zero (Fallah et al. 2020, eq. 8). Nothing is computed."""
+    return {}
 
 
 def finite_difference(
     objective: Objective, w: Params, v: Params, *, probe_radius: float | None = None
 ) -> Params:
-    """HF-MAML: a central difference of gradients along ``v`` (Fallah et al. 2020, eqs. 9-11; here at each of N steps).
+    """HF-MAML: a central difference of gradients along ``v`` (Fallah et al. 2020, eqs. 9-11).
 
-    ``H v = [grad l(w + delta v) - grad l(w - delta v)] / (2 delta)`` with ``delta = h / |v|``: the
-    two points lie at the probing radius ``h`` from ``w`` whatever the scale of the loss. Both use
-    the same batch and the same random numbers. The paper's own ``delta`` (Theorem 4.17) fixes a
-    radius that does not shrink with the error wanted, so that the bias remains; it is not used
-    here.
+    ``H v = [grad l(w + delta v) - grad l(w - delta v)] / (2 delta)`` with ``delta = h / |v|``, here
+    at each of N steps: the two points lie at the probing radius ``h`` from ``w`` whatever the scale
+    of the loss. Both use the same batch and the same random numbers. The paper's own ``delta``
+    (Theorem 4.17) fixes a radius that does not shrink with the error wanted, so that the bias
+    remains; it is not used here.
 
     Args:
         objective: The loss of the batch whose Hessian is meant.
@@ -42,33 +59,43 @@ def finite_difference(
         probe_radius: h, in units of the parameters; by default the cube root of the dtype's machine
             epsilon, which balances truncation (h^2) against rounding (1/h): 4.9e-3 in float32,
             6.1e-6 in float64.
+
+    Returns:
+        The product, with an error of the order of ``h^2``.
     """
     like = next(iter(w.values()))
     h = default_probe_radius(like.dtype) if probe_radius is None else probe_radius
-    unit, size = objective.stack.each(_unit)(v)
+    unit, size = objective.axis.vmap(_unit)(v)
     # a difference of nearby gradients has no digits to spare
     with torch.autocast(like.device.type, enabled=False):
-        ahead = objective.gradient(axpy(h, unit, w))
-        behind = objective.gradient(axpy(-h, unit, w))
-    product: Params = objective.stack.each(scaled)(size / (2 * h), axpy(-1.0, behind, ahead))
+        ahead = objective.gradient(add_scaled(w, h, unit))
+        behind = objective.gradient(add_scaled(w, -h, unit))
+    product: Params = objective.axis.vmap(scale)(size / (2 * h), subtract(ahead, behind))
     return product
 
 
 def _unit(v: Params) -> tuple[Params, Tensor]:
     size = norm(v)
-    return scaled(1 / torch.where(size > 0, size, 1), v), size
+    return scale(1 / torch.where(size > 0, size, 1), v), size
 
 
 def default_probe_radius(dtype: torch.dtype) -> float:
-    """Return the cube root of the machine epsilon, at which a central difference errs least on smooth functions of unit scale."""
+    """Return the cube root of the machine epsilon of ``dtype``.
+
+    There a central difference errs least on smooth functions of unit scale.
+    """
     radius: float = torch.finfo(dtype).eps ** (1 / 3)
     return radius
 
 
 def hessian_vector_product(
     curvature: CurvatureName, probe_radius: float | None = None
-) -> HessianVectorProduct | None:
-    """Return the product that ``curvature`` names, or None where it is zero (FO-MAML: Fallah et al. 2020, eq. 8).
+) -> HessianVectorProduct:
+    """Return the product that ``curvature`` names.
+
+    Args:
+        curvature: ``"exact"``, ``"none"`` or ``"finite_difference"``.
+        probe_radius: See :func:`finite_difference`; only with that curvature.
 
     Raises:
         ValueError: If ``curvature`` is not one of the three, or ``probe_radius`` is not positive or
@@ -84,7 +111,7 @@ def hessian_vector_product(
     if curvature == "finite_difference":
         return partial(finite_difference, probe_radius=probe_radius)
     if curvature == "none":
-        return None
+        return none
     raise ValueError(
         f"Expected `curvature` to be 'exact', 'none' or 'finite_difference' but got {curvature!r}."
     )

@@ -1,4 +1,4 @@
-"""The inner rates A: one number, or a number or tensor for each parameter that adapts, the same in every step or not."""
+"""The inner learning rates A: one number, or one for each parameter that adapts, or for each step."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
@@ -6,11 +6,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_maml.core.params import Params
+from lightning_maml.core.params import Diagonal, Params
 
-Rates = Mapping[str, Tensor | float]
-"""The diagonal of A in one step: for each parameter that adapts, a number, or a tensor that
-broadcasts to it. The others do not adapt."""
+Rates = Diagonal
+"""A in one step. Parameters that are not named do not adapt."""
 
 InnerRates = float | Tensor | Rates | Sequence[Rates]
 """One rate for all parameters, rates by parameter, or such rates for each step, of which the last
@@ -98,29 +97,9 @@ def rates_of_steps(inner_lr: InnerRates, params: Params, steps: int) -> list[Rat
     return [dict(given[min(step, len(given) - 1)]) for step in range(steps)]
 
 
-def descend(w: Params, rates: Rates, gradient: Params) -> Params:
-    """Return ``w - A gradient``."""
-    return {
-        name: w[name] - rates[name] * gradient[name] if name in rates else w[name] for name in w
-    }
-
-
-def applied(rates: Rates, v: Params) -> Params:
-    """Return ``A v`` without the parameters that do not adapt, where it is zero."""
-    return {name: rate * v[name] for name, rate in rates.items()}
-
-
-def learned(rates: Rates) -> Params:
+def tensor_rates(rates: Rates) -> Params:
     """Return the rates that have a gradient: the tensors among them."""
     return {name: rate for name, rate in rates.items() if isinstance(rate, Tensor)}
-
-
-def gradient_of_rates(rates: Rates, gradient: Params, v: Params) -> Params:
-    """Return the query loss's gradient with respect to A in the step ``w <- w - A gradient``; ``v`` is its gradient after this step."""
-    return {
-        name: -(gradient[name] * v[name]).sum_to_size(rate.shape)
-        for name, rate in learned(rates).items()
-    }
 
 
 def _check(rates: Rates, params: Params) -> None:

@@ -1,29 +1,31 @@
-"""The loss of one batch, or of one batch of each of several tasks, as a function of the parameters alone, with its derivatives.
+"""The loss of a batch as a function of the parameters alone, with its derivatives.
 
-Several tasks are stacked: they are the first dimension of parameters, gradients and values. As each
-task's loss depends on its own parameters alone, the gradient of the sum of the losses holds the
-gradients of all tasks, and one Hessian-vector product holds the products of all.
+With a task axis it holds the losses of several tasks, each of its own batch, and parameters and
+gradients have the tasks in front too. As each task's loss depends on its own parameters alone, the
+gradient of the sum of the losses holds the gradients of all tasks, and one Hessian-vector product
+holds the products of all.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from lightning_maml.core.context import evaluating
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, set_generator_states, torch_random_state
-from lightning_maml.core.task_axis import ONE, Stack
+from lightning_maml.core.task_axis import SINGLE_TASK, TaskAxis
 
 BatchLoss = Callable[[Params], tuple[Tensor, Any]]
-"""Maps parameters to the loss of a fixed batch (a scalar) and anything else worth keeping (the
-network's outputs, or ``()``)."""
+"""Maps parameters to the loss of a fixed batch, a scalar, and anything else worth keeping.
 
-Tensors = tuple[Tensor, ...]
+That is the network's outputs, or ``()``.
+"""
 
 _NO_SECOND_DERIVATIVE = re.compile(
     "derivative for .* is not implemented|differentiate twice|double backward|expected a proper "
@@ -42,44 +44,53 @@ def twice_differentiable() -> AbstractContextManager[Any]:
 
 
 class Objective:
-    """The loss and its derivatives.
+    """The loss of a batch and its derivatives.
 
     Every evaluation draws the same random numbers (dropout masks) as the first one did, from torch,
     numpy and Python.
 
     Args:
-        loss: The loss of one task; or of the tasks of ``stack``, with a value of ``[T]``.
-        stack: The tasks.
+        loss: The loss of one task; with a task axis, of all tasks, with a value of ``[T]``.
+        axis: The task axis.
+        keep_graph: Keep the graph of a gradient for a Hessian-vector product at the same point,
+            which then need not build it again.
     """
 
-    def __init__(self, loss: BatchLoss, stack: Stack = ONE) -> None:
-        self.stack = stack
+    def __init__(
+        self, loss: BatchLoss, axis: TaskAxis = SINGLE_TASK, *, keep_graph: bool = False
+    ) -> None:
+        self.axis = axis
         self._loss = loss
-        self._random_state: dict[str, Any] | None = None
+        self._keep_graph = keep_graph
         self._kept: tuple[Params, Params, Params] | None = None
+        self._random_state: dict[str, Any] | None = None
+
+    def value(self, w: Params) -> tuple[Tensor, Any]:
+        """Return the loss at ``w``, and what the loss function returned besides it."""
+        return self._loss(w)
 
     def value_and_gradient(
         self, w: Params, names: Collection[str] | None = None
     ) -> tuple[Tensor, Any, Params]:
-        """Return the loss at ``w`` (which has no graph), what the loss function returned besides it, and the gradient, all without a graph.
+        """Return the loss at ``w``, what the loss function returned besides it, and the gradient.
 
-        With ``names``, the gradient is with respect to these parameters only.
+        Args:
+            w: The point; its tensors have no graph.
+            names: The parameters to differentiate with respect to; by default all.
+
+        Returns:
+            Three trees of tensors without graphs.
         """
         names = w if names is None else names
         leaves, value, aux = self._evaluate(w, names)
-        gradient = torch.autograd.grad(
-            value, [leaves[name] for name in names], torch.ones_like(value), materialize_grads=True
-        )
-        aux = torch.utils._pytree.tree_map(
-            lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux
-        )
-        return value.detach(), aux, dict(zip(names, map(_dense, gradient), strict=True))
+        at = [leaves[name] for name in names]
+        found = torch.autograd.grad(value, at, torch.ones_like(value), materialize_grads=True)
+        aux = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
+        return value.detach(), aux, _by_name(names, found)
 
-    def gradient(
-        self, w: Params, names: Collection[str] | None = None, *, keep_graph: bool = False
-    ) -> Params:
-        """Return the gradient at ``w``; with ``keep_graph`` a Hessian-vector product at this same ``w`` may reuse the work."""
-        if not keep_graph:
+    def gradient(self, w: Params, names: Collection[str] | None = None) -> Params:
+        """Return the gradient at ``w``, for the parameters ``names`` or for all of them."""
+        if not self._keep_graph:
             return self.value_and_gradient(w, names)[2]
         leaves, gradient = self._differentiable_gradient(w, w if names is None else names)
         self._kept = (w, leaves, gradient)
@@ -94,29 +105,8 @@ class Objective:
             leaves, gradient = self._differentiable_gradient(w, v)
         return _pull_back_gradient(leaves, gradient, v)
 
-    @staticmethod
-    def pull_back(
-        function: Callable[[Params], Tensors], w: Params
-    ) -> tuple[Tensors, Callable[[Tensors], Params]]:
-        """Return ``function(w)``, without a graph, and a function that pulls gradients of these tensors back to those of ``w``."""
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in w.items()}
-        with torch.enable_grad(), evaluating(derivatives=1):
-            outputs = function(leaves)
-        curved = [number for number, output in enumerate(outputs) if output.requires_grad]
-
-        def back(gradients: Tensors) -> Params:
-            found = torch.autograd.grad(
-                [outputs[k] for k in curved],
-                [*leaves.values()],
-                [gradients[k] for k in curved],
-                materialize_grads=True,
-            )
-            return dict(zip(leaves, found, strict=True))
-
-        return tuple(output.detach() for output in outputs), back
-
     def hessian(self, w: Params) -> Callable[[Params], Params]:
-        """Return the product with the Hessian at ``w`` as a function that keeps the gradient's graph, for many products at one point."""
+        """Return the product with the Hessian at ``w`` as a function, for many products."""
         leaves, gradient = self._differentiable_gradient(w, w)
         return lambda v: _pull_back_gradient(leaves, gradient, v, retain_graph=True)
 
@@ -127,7 +117,7 @@ class Objective:
             gradient = torch.autograd.grad(
                 value, at, torch.ones_like(value), create_graph=True, materialize_grads=True
             )
-        return leaves, dict(zip(names, map(_dense, gradient), strict=True))
+        return leaves, _by_name(names, gradient)
 
     def _evaluate(
         self, w: Params, names: Collection[str], times: Literal[1, 2] = 1
@@ -148,7 +138,7 @@ class Objective:
         device = next(iter(w.values())).device
         # stacked tasks draw from torch alone: the trial of stacking refuses networks that draw from
         # numpy or Python
-        read = generator_states if self.stack.dim == 0 else torch_random_state
+        read = generator_states if self.axis.size == 0 else torch_random_state
         now = read(device)
         if self._random_state is None:
             self._random_state = now
@@ -176,17 +166,18 @@ def _pull_back_gradient(
             retain_graph=retain_graph,
             materialize_grads=True,
         )
-    return dict(zip(leaves, map(_dense, product), strict=True))
+    return _by_name(leaves, product)
 
 
-def _dense(gradient: Tensor) -> Tensor:
-    # embeddings may have sparse ones
-    return gradient.to_dense() if gradient.is_sparse else gradient
+def _by_name(names: Collection[str], gradients: Iterable[Tensor]) -> Params:
+    # embeddings may have sparse gradients
+    dense = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in gradients]
+    return dict(zip(names, dense, strict=True))
 
 
 @contextmanager
 def _second_derivatives() -> Iterator[None]:
-    """Say in a sentence that an operation has no second derivative, for which torch has words but no type of exception."""
+    """Say in a sentence that an operation has no second derivative."""
     try:
         yield
     except RuntimeError as error:

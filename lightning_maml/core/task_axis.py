@@ -1,4 +1,4 @@
-"""What a function of one task becomes if several tasks are stacked, that is, are the first dimension of its tensors."""
+"""Run a per-task function on tensors with a leading task dimension."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,11 +11,11 @@ from lightning_maml.core.params import Params
 Randomness = Literal["different", "same"]
 
 
-class Stack:
-    """One task, or several as one.
+class TaskAxis:
+    """The leading dimension of several tasks that are computed as one, or its absence.
 
     Args:
-        tasks: Their number; None for one task, whose tensors have no dimension for it.
+        tasks: Their number; None for a single task, whose tensors have no such dimension.
         randomness: ``"different"``: each task draws random numbers of its own; ``"same"``: all draw
             the same ones, so that stacked tasks can be compared with single ones.
     """
@@ -24,45 +24,37 @@ class Stack:
         self._tasks = tasks
         self._randomness = randomness
 
-    def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function``, which takes the tensors of one task, as a function of the tensors of all tasks."""
-        return (
-            function
-            if self._tasks is None
-            else torch.func.vmap(_stacked(function), randomness=self._randomness)
-        )
-
-    def shared(self, params: Params) -> Params:
-        """Return ``params`` for each task, without copies."""
-        return (
-            params
-            if self._tasks is None
-            else {
-                name: tensor.expand(self._tasks, *tensor.shape) for name, tensor in params.items()
-            }
-        )
-
-    def sum(self, params: Params) -> Params:
-        """Return the sum over the tasks, as tensors of a stack of one task; the tensors of a single task are their own sum."""
-        return (
-            params
-            if self._tasks is None
-            else {name: tensor.sum(0, keepdim=True) for name, tensor in params.items()}
-        )
-
     @property
-    def dim(self) -> int:
-        """The first dimension of a task's own tensors."""
+    def size(self) -> int:
+        """How many dimensions of a tensor are the tasks': 0 or 1."""
         return 0 if self._tasks is None else 1
 
+    def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function``, which takes the tensors of one task, for those of all tasks."""
+        if self._tasks is None:
+            return function
 
-ONE = Stack()
-"""One task."""
+        def of_one_task(*arguments: Any) -> Any:
+            with evaluating(stacked=True):
+                return function(*arguments)
+
+        return torch.func.vmap(of_one_task, randomness=self._randomness)
+
+    def expand(self, params: Params) -> Params:
+        """Return ``params`` for each task, without copies."""
+        if self._tasks is None:
+            return params
+        return {name: tensor.expand(self._tasks, *tensor.shape) for name, tensor in params.items()}
+
+    def sum(self, params: Params) -> Params:
+        """Return the sum over the tasks, with a task dimension of one.
+
+        Identity without a task dimension.
+        """
+        if self._tasks is None:
+            return params
+        return {name: tensor.sum(0, keepdim=True) for name, tensor in params.items()}
 
 
-def _stacked(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        with evaluating(stacked=True):
-            return function(*arguments)
-
-    return call
+SINGLE_TASK = TaskAxis()
+"""No task dimension."""

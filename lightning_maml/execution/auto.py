@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes
 from lightning_maml.batches.trees import map_tensors, tensors
-from lightning_maml.core.params import is_out_of_memory
 from lightning_maml.core.rng import drops_blocks
+from lightning_maml.core.tensors import is_out_of_memory
 from lightning_maml.execution.task_map import (
     RandomInThreadsError,
     TaskExecution,

@@ -14,7 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.batches.trees import map_tensors
 from lightning_maml.batches.trees import tensors as tensors_of
-from lightning_maml.core.inner_rates import Rates, learned
+from lightning_maml.core.inner_rates import Rates, tensor_rates
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, generators_drawn_from
 
@@ -49,7 +49,7 @@ class Compiler:
         """Return ``function(params, rates, task)``, where ``setting`` is all that the function depends on besides them."""
         tensors = [
             *params.values(),
-            *(rate for of_step in rates for rate in learned(of_step).values()),
+            *(rate for of_step in rates for rate in tensor_rates(of_step).values()),
             *tensors_of(task),
         ]
         device = task.support_y.device.type

@@ -1,6 +1,6 @@
 """Maps a function of one task, or of several as one, over a meta-batch: one after the other, one per thread, or all at once."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from lightning_maml.batches.episodes import AnyEpisodes, first_task
 from lightning_maml.batches.trees import map_tensors
 from lightning_maml.core.rng import generators_drawn_from, torch_random_state
-from lightning_maml.core.task_axis import ONE, Stack
+from lightning_maml.core.task_axis import SINGLE_TASK, TaskAxis
 
 TaskExecution = Literal["loop", "threads", "vmap"]
 
@@ -21,7 +21,7 @@ class RandomInThreadsError(RuntimeError):
 
 
 def map_tasks(
-    function: Callable[[Any, Stack], Any],
+    function: Callable[[Any, TaskAxis], Any],
     episodes: AnyEpisodes,
     *,
     tasks: TaskExecution,
@@ -32,7 +32,7 @@ def map_tasks(
 
     Args:
         function: Takes one task (the same type as ``episodes`` without the leading ``T``) and
-            :data:`lightning_maml.core.task_axis.ONE`, or a chunk of tasks and what they are stacked
+            :data:`lightning_maml.core.task_axis.SINGLE_TASK`, or a chunk of tasks and what they are stacked
             as; it returns tensors in tuples and dicts, those of a chunk with its tasks in front.
         episodes: The meta-batch.
         tasks: ``"loop"``: one after the other; ``"threads"``: one for each CPU core, each on one
@@ -62,8 +62,8 @@ def map_tasks(
 
     def of_chunk(chunk: AnyEpisodes) -> Any:
         if stacked:
-            return function(chunk, Stack(len(chunk.support_y)))
-        result = function(first_task(chunk), ONE)
+            return function(chunk, TaskAxis(len(chunk.support_y)))
+        result = function(first_task(chunk), SINGLE_TASK)
         return tree_map(
             lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, result
         )
@@ -73,6 +73,15 @@ def map_tasks(
         _in_threads(run, chunks, episodes.support_y.device, may_draw)
         if tasks == "threads"
         else map(run, chunks)
+    )
+
+
+def cat_chunks(chunks: Sequence[Any]) -> Any:
+    """Join the chunks that :func:`map_tasks` yields along their task dimension."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return tree_map(
+        lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *chunks
     )
 
 

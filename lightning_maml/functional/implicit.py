@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episodes
+from lightning_maml.batches.trees import detached
 from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
+from lightning_maml.core.inner_loop import adapt
 from lightning_maml.core.inner_rates import InnerRates, rates_of_steps
-from lightning_maml.core.objective import Objective, twice_differentiable
-from lightning_maml.core.params import Params, axpy, detached, dot
-from lightning_maml.core.task_axis import ONE, Stack
+from lightning_maml.core.meta_gradient import TaskGradient
+from lightning_maml.core.objective import twice_differentiable
+from lightning_maml.core.params import Params, add_scaled, dot
+from lightning_maml.core.task_axis import SINGLE_TASK, TaskAxis
 from lightning_maml.execution.task_map import TaskExecution
-from lightning_maml.functional.adaptation import Loss, QueryLoss, end_of_path, task_losses
-from lightning_maml.functional.meta_gradient import MetaGradient, mean_over_tasks
+from lightning_maml.functional.losses import Loss, LossFunctions, QueryLoss
+from lightning_maml.functional.meta_gradient import MetaGradient
+from lightning_maml.functional.task_mean import mean_over_tasks
 
 
 def proximal(loss: Loss, anchor: Params, strength: float) -> Loss:
@@ -90,34 +94,34 @@ def implicit_gradient(
         )
     rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)
-    product = hessian_vector_product(curvature, probe_radius)
+    hvp = hessian_vector_product(curvature, probe_radius)
+    functions = LossFunctions(loss, query_loss, has_aux)
 
     with torch.inference_mode(False), twice_differentiable():
         episodes, params, rates = detached((episodes, params, rates))
 
-        def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
-            losses = task_losses(loss, task, steps, query_loss, has_aux, None, stack)
-            w_N = end_of_path(
-                losses.support, partial(Objective, stack=stack), stack.shared(params), rates
-            )
-            value, aux, v = Objective(losses.query[-1](w_N), stack).value_and_gradient(w_N)
-            support = Objective(losses.support[-1](w_N), stack)
-            if product is not None:
-                v = pull_back_implicitly(
-                    v, lambda p: product(support, w_N, p), [*rates[-1]], strength, cg_steps, stack
-                )
-            return MetaGradient(stack.sum(v), value, aux, [{}] * steps)
+        def of_tasks(task: AnyEpisodes, axis: TaskAxis) -> TaskGradient:
+            losses = functions.of_task(task, steps, axis)
+            w_N = adapt(losses, axis.expand(params), rates)
+            value, aux, v = losses.query[-1].value_and_gradient(w_N)
+            # another objective: that of the last step would draw that step's random numbers again
+            support = functions.of_task(task, steps, axis).support[-1]
+            if curvature != "none":
+                curved = partial(hvp, support, w_N)
+                v = solve_implicitly(v, curved, [*rates[-1]], strength, cg_steps, axis)
+            return TaskGradient(axis.sum(v), value, aux)
 
-        return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
+        mean = mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
+    return MetaGradient(mean.grad, mean.query_loss, mean.aux, [{}] * steps)
 
 
-def pull_back_implicitly(
+def solve_implicitly(
     v: Params,
     curved: Callable[[Params], Params],
     names: list[str],
     strength: float,
     cg_steps: int,
-    stack: Stack = ONE,
+    axis: TaskAxis = SINGLE_TASK,
 ) -> Params:
     """Return ``v - H x``, where ``x`` solves ``(H + lambda I) x = v`` in the parameters that adapt.
 
@@ -133,9 +137,9 @@ def pull_back_implicitly(
         names: The parameters that adapt.
         strength: lambda.
         cg_steps: Iterations.
-        stack: The tasks, each of which has iterations of its own.
+        axis: The task axis; each task has iterations of its own.
     """
-    dot_of, add = stack.each(dot), stack.each(axpy)
+    dot_of, add = axis.vmap(dot), axis.vmap(add_scaled)
     p = {name: v[name] for name in names}
     x = {name: torch.zeros_like(tensor) for name, tensor in p.items()}
     squared = dot_of(p, p)
@@ -145,8 +149,9 @@ def pull_back_implicitly(
         along = dot_of(p, curved_p)
         going = going & (along > 0)
         step = torch.where(going, squared / along, 0.0)
-        x, v = add(step, p, x), add(-step, curved_p, v)
+        x = add(x, step, p)
+        v = add(v, -step, curved_p)
         remainder = {name: v[name] for name in names}
         before, squared = squared, dot_of(remainder, remainder)
-        p = add(torch.where(going, squared / before, 0.0), p, remainder)
-    return axpy(strength, x, v)
+        p = add(remainder, torch.where(going, squared / before, 0.0), p)
+    return add_scaled(v, strength, x)

@@ -1,25 +1,21 @@
 """Reptile: towards the adapted parameters, without a query gradient (Nichol et al. 2018)."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
-from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
+from lightning_maml.batches.episodes import AnyEpisodes, check_episodes
+from lightning_maml.batches.trees import detached
+from lightning_maml.core.inner_loop import adapt
 from lightning_maml.core.inner_rates import InnerRates, rates_of_steps
-from lightning_maml.core.objective import Objective
-from lightning_maml.core.params import Params, axpy, detached
-from lightning_maml.core.task_axis import Stack
+from lightning_maml.core.meta_gradient import TaskGradient
+from lightning_maml.core.params import Params, subtract
+from lightning_maml.core.task_axis import TaskAxis
 from lightning_maml.execution.task_map import TaskExecution
-from lightning_maml.functional.adaptation import (
-    Loss,
-    QueryLoss,
-    check_step_count,
-    check_support_batches,
-    end_of_path,
-    task_losses,
-)
-from lightning_maml.functional.meta_gradient import MetaGradient, mean_over_tasks
+from lightning_maml.functional.arguments import check_step_count, check_support_batches
+from lightning_maml.functional.losses import Loss, LossFunctions, QueryLoss
+from lightning_maml.functional.meta_gradient import MetaGradient
+from lightning_maml.functional.task_mean import mean_over_tasks
 
 
 def reptile_gradient(
@@ -42,20 +38,18 @@ def reptile_gradient(
     check_step_count(steps)
     rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)
-    if isinstance(episodes, ResampledEpisodes):
-        check_support_batches(episodes, steps)
+    check_support_batches(episodes, steps)
+    functions = LossFunctions(loss, query_loss, has_aux)
 
     with torch.inference_mode(False), torch.no_grad():
         episodes, params, rates = detached((episodes, params, rates))
 
-        def of_tasks(task: AnyEpisodes, stack: Stack) -> MetaGradient:
-            losses = task_losses(loss, task, steps, query_loss, has_aux, None, stack)
-            w_N = end_of_path(
-                losses.support, partial(Objective, stack=stack), stack.shared(params), rates
-            )
-            value, aux = losses.query[-1](w_N)(w_N)
-            return MetaGradient(
-                stack.sum(axpy(-1.0, w_N, stack.shared(params))), value, aux, [{}] * steps
-            )
+        def of_tasks(task: AnyEpisodes, axis: TaskAxis) -> TaskGradient:
+            losses = functions.of_task(task, steps, axis)
+            w = axis.expand(params)
+            w_N = adapt(losses, w, rates)
+            value, aux = losses.query[-1].value(w_N)
+            return TaskGradient(axis.sum(subtract(w, w_N)), value, aux)
 
-        return mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
+        mean = mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
+    return MetaGradient(mean.grad, mean.query_loss, mean.aux, [{}] * steps)

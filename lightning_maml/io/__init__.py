@@ -1,1 +1,1 @@
-"""Files that are written and read: checkpoints, archives, and batches kept to reproduce a failure."""
+"""Files that are written and read: checkpoints, archives, and steps kept to repeat a failure."""

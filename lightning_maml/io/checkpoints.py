@@ -17,15 +17,27 @@ from lightning_maml.io.safe_files import check_archive, whole_file
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoint files, but a process that dies while writing one leaves the previous file, never half of a new one.
+    """Lightning's checkpoint files, written whole or not at all.
 
-    Lightning first writes into the system's folder for temporary files; if that is on another file
-    system than the checkpoints, a process killed while copying leaves half a file in place of a
-    good one. The models of this package put this class in place of Lightning's default in a
-    trainer.
+    A process that dies while writing one leaves the previous file, never half of a new one.
+    Lightning itself first writes into the system's folder for temporary files; if that is on
+    another file system than the checkpoints, a process killed while copying leaves half a file in
+    place of a good one. The models of this package put this class in place of Lightning's default
+    in a trainer.
 
-    What is written is read back as it will be read, without running anything in it; weights are
-    only mapped, not read. Where that fails, a warning names the entry.
+    Every file is read back once it is written, without running anything in it; weights are only
+    mapped, not read. Where that fails, a warning names the entry.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from lightning_maml.io.checkpoints import WholeCheckpoints
+        >>> checkpoint = {"epoch": 3, "pytorch-lightning_version": "2.6.0"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "model.ckpt"
+        ...     WholeCheckpoints().save_checkpoint(checkpoint, path)
+        ...     print(WholeCheckpoints().load_checkpoint(path)["epoch"])
+        3
     """
 
     _has_warned = False
@@ -34,9 +46,14 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a file beside ``path``, all of it to the disk, and then move it into place in one step.
+        """Write a file beside ``path`` to the disk, and then move it into place in one step.
 
         Numbers of numpy are written as Python's.
+
+        Args:
+            checkpoint: What to write.
+            path: Where to; URLs are left to Lightning.
+            storage_options: Passed to Lightning with URLs.
 
         Raises:
             OSError: If it cannot be written; a file that was there before is unchanged.
@@ -49,31 +66,26 @@ class WholeCheckpoints(TorchCheckpointIO):
         try:
             with whole_file(Path(path)) as file:
                 torch.save(checkpoint, file)
-        except (
-            pickle.PicklingError,
-            AttributeError,
-            TypeError,
-        ) as error:  # Python's, for what it cannot pickle
+        # what Python raises for objects that it cannot pickle
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
             name, entry = _innermost_unreadable(checkpoint, "checkpoint")
             raise TypeError(
                 f"Expected to save the checkpoint {path} but `{name}` is a "
                 f"{type(entry).__name__}, which cannot be saved ({_first_line(error)}); have what "
                 "it belongs to save numbers, strings, lists, dicts or tensors."
             ) from error
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch's writer raises a RuntimeError if the disk is full
+        # torch's writer raises a RuntimeError if the disk is full
+        except (OSError, RuntimeError) as error:
             raise OSError(
                 f"Expected to write the checkpoint {path} but it cannot be written: "
                 f"{_first_line(error)}; make room and go on from the last checkpoint, which is as "
                 "it was."
             ) from error
         if not self._has_warned and not _is_whole(Path(path), mapped=True):
-            self._warn_of_what_cannot_be_read(checkpoint, path)
+            self._has_warned = True
+            self._warn_of_unreadable_entry(checkpoint, path)
 
-    def _warn_of_what_cannot_be_read(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        self._has_warned = True
+    def _warn_of_unreadable_entry(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         name, entry = _innermost_unreadable(checkpoint, "checkpoint")
         rank_zero_warn(
             f"Expected the checkpoint {path} to hold tensors and plain data but `{name}` is a "
@@ -89,6 +101,11 @@ class WholeCheckpoints(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Return the checkpoint, without running anything in it unless ``weights_only=False``.
 
+        Args:
+            path: The file.
+            map_location: Device of its tensors, as for ``torch.load``.
+            weights_only: Allow only tensors and plain data, which is the default.
+
         Raises:
             FileNotFoundError: If there is none.
             ValueError: If it is not whole; the message names the newest whole one beside it. If it
@@ -101,20 +118,25 @@ class WholeCheckpoints(TorchCheckpointIO):
 def read_trained(
     path: str | Path, map_location: Any = "cpu", weights_only: bool = True
 ) -> dict[str, Any]:
-    """Return the checkpoint of a trainer at ``path``, see :meth:`WholeCheckpoints.load_checkpoint`."""
+    """Return the checkpoint of a trainer at ``path``.
+
+    Arguments and errors are those of :meth:`WholeCheckpoints.load_checkpoint`.
+    """
     checkpoint = read_checkpoint(path, map_location, weights_only)
     if "pytorch-lightning_version" in checkpoint:
         return checkpoint
-    where, weights = _weights_in(checkpoint)
+    index, weights = _weights_in(checkpoint)
     if not weights:
         raise ValueError(
             f"Expected {path} to be a checkpoint of a trainer but it holds only {[*checkpoint]}."
         )
-    line = f"load_state_dict(torch.load({str(path)!r}, weights_only=True){where})`"
-    of_model = any(str(name).startswith("network.") for name in weights)
-    first, second = f"`network.{line}", "`model = MAML(network, ...)`, or the class that you train"
-    if of_model:
+    # tell apart what `torch.save(model.state_dict())` and `torch.save(network.state_dict())` wrote
+    line = f"load_state_dict(torch.load({str(path)!r}, weights_only=True){index})`"
+    if any(str(name).startswith("network.") for name in weights):
         first, second = "`model = MAML(network, ...)`, or the class that it was", f"`model.{line}"
+    else:
+        first = f"`network.{line}"
+        second = "`model = MAML(network, ...)`, or the class that you train"
     raise ValueError(
         f"Expected {path} to be a checkpoint of a trainer but it holds weights saved without one; "
         f"load them by {first}, and then {second}."
@@ -122,20 +144,41 @@ def read_trained(
 
 
 def _weights_in(checkpoint: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the weights in what was saved without a trainer, and the index under which they are."""
-    for where, found in [
-        ("", checkpoint),
-        *((f"[{name!r}]", entry) for name, entry in checkpoint.items()),
-    ]:
+    """Return the index of the weights in ``checkpoint``, as code, and the weights."""
+    candidates = [("", checkpoint)]
+    candidates += [(f"[{name!r}]", entry) for name, entry in checkpoint.items()]
+    for index, found in candidates:
         if isinstance(found, dict) and any(isinstance(tensor, Tensor) for tensor in found.values()):
-            return where, found
+            return index, found
     return "", {}
 
 
 def read_checkpoint(
     path: str | Path, map_location: Any = "cpu", weights_only: bool = True
 ) -> dict[str, Any]:
-    """Return the checkpoint at ``path``, see :meth:`WholeCheckpoints.load_checkpoint`."""
+    """Return the checkpoint at ``path``, whether or not a trainer wrote it.
+
+    Args:
+        path: The file, or a URL.
+        map_location: Device of its tensors, as for ``torch.load``.
+        weights_only: Allow only tensors and plain data.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is not whole, or holds something other than a dict; the message names the
+            newest whole one beside it.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from lightning_maml.io.checkpoints import read_checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "weights.pt"
+        ...     torch.save({"weight": torch.ones(2)}, path)
+        ...     print(read_checkpoint(path))
+        {'weight': tensor([1., 1.])}
+    """
     try:
         if weights_only and "://" not in str(path) and Path(path).is_file():
             check_archive(Path(path))
@@ -143,16 +186,14 @@ def read_checkpoint(
             path, map_location, weights_only
         )
         if not isinstance(checkpoint, dict):
-            raise ValueError(f"it holds {type(checkpoint).__name__}")  # noqa: TRY004  it is the file that is wrong
+            # not a TypeError: it is the file that is wrong
+            raise ValueError(f"it holds {type(checkpoint).__name__}")  # noqa: TRY004
     except FileNotFoundError:
         raise
     except Exception as error:
-        before = _newest_whole(Path(path))
-        cure = (
-            f"go on from {before}, the newest whole one beside it"
-            if before
-            else "there is no whole one beside it"
-        )
+        cure = "there is no whole one beside it"
+        if before := _newest_whole(Path(path)):
+            cure = f"go on from {before}, the newest whole one beside it"
         raise ValueError(
             f"Expected {path} to be a whole checkpoint but it cannot be read: "
             f"{_why(error, path)}; {cure}."
@@ -161,32 +202,34 @@ def read_checkpoint(
 
 
 def _why(error: Exception, path: str | Path) -> str:
+    """Return why a file cannot be read, with the classes and functions that it asks for."""
+    why = _first_line(error)
     if not isinstance(error, pickle.UnpicklingError):
-        return _first_line(error)
+        return why
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # noqa: BLE001 # whatever is wrong with it, it is damaged
         asked = []
-    asks = (
-        (
+    if asked:
+        why += (
             f" (it asks for {', '.join(asked)[:200]}; where you trust it, read it with "
             "`weights_only=False`)"
         )
-        if asked
-        else ""
-    )
-    return _first_line(error) + asks
+    return why
 
 
 def _newest_whole(path: Path) -> Path | None:
-    others = sorted(
-        path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime_ns, reverse=True
-    )
-    return next((other for other in others if other.name != path.name and _is_whole(other)), None)
+    """Return the newest whole checkpoint beside ``path``."""
+    others = [other for other in path.parent.glob("*.ckpt") if other.name != path.name]
+    others.sort(key=lambda other: other.stat().st_mtime_ns, reverse=True)
+    return next((other for other in others if _is_whole(other)), None)
 
 
 def _innermost_unreadable(entry: Any, name: str) -> tuple[str, Any]:
-    """Return the name and the value of the first entry inside ``entry`` that cannot be written and read back."""
+    """Return name and value of the first entry in ``entry`` that cannot be written and read back.
+
+    Dicts, lists and tuples are searched through, so that the name leads to the culprit itself.
+    """
     inside: Iterable[tuple[Any, Any]] = ()
     if isinstance(entry, dict):
         inside = entry.items()
@@ -220,7 +263,7 @@ def _is_whole(path: Path, mapped: bool = False) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    # whose message advises running what is in the file
+    # torch's own message advises running what is in the file
     if isinstance(error, pickle.UnpicklingError):
         return "it is damaged or holds more than tensors and plain data, and nothing in it was run"
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

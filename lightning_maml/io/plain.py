@@ -1,7 +1,12 @@
-"""Python's own numbers in place of those of numpy and of tensors, which checkpoints cannot hold or should not."""
+"""Python's own numbers in place of those of numpy and of tensors.
+
+Checkpoints that are read without running code cannot hold numpy's, and need not hold tensors for
+single numbers.
+"""
 
 import copy
 import operator
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,14 +15,23 @@ from torch import Tensor
 
 
 def number(value: Any, name: str) -> float:
-    """Return Python's number for ``value``, a number of Python, numpy or a tensor without dimensions.
+    """Return ``value`` as Python's number.
 
     Args:
-        value: The number.
-        name: What the argument is called.
+        value: A number of Python or numpy, or a tensor without dimensions.
+        name: What the argument is called, for the error.
+
+    Returns:
+        An int if it is whole by type, else a float.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is not a number.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.io.plain import number
+        >>> number(torch.tensor(0.5), "scale")
+        0.5
     """
     found = _item(value)
     if not isinstance(found, Real):
@@ -26,10 +40,20 @@ def number(value: Any, name: str) -> float:
 
 
 def whole_number(value: Any, name: str) -> int:
-    """Return Python's whole number for ``value``, as :func:`number` does.
+    """Return ``value`` as Python's int.
+
+    Args:
+        value: A whole number of Python or numpy, or a tensor without dimensions.
+        name: What the argument is called, for the error.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is not a whole number.
+
+    Examples:
+        >>> import numpy as np
+        >>> from lightning_maml.io.plain import whole_number
+        >>> whole_number(np.int64(5), "tasks")
+        5
     """
     found = _item(value)
     if not isinstance(found, Integral):
@@ -38,24 +62,40 @@ def whole_number(value: Any, name: str) -> int:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` with Python's numbers and strings in place of numpy's, also in dicts, lists, tuples and sets inside it.
+    """Return ``value`` with Python's numbers and strings in place of numpy's.
 
-    What holds none of numpy's is returned as it is, not copied; tensors stay tensors.
+    Dicts, lists, tuples and sets are converted with what is in them; a container without numpy's
+    numbers is returned as it is, not copied. Tensors stay tensors.
+
+    Args:
+        value: Anything.
+
+    Examples:
+        >>> import numpy as np
+        >>> from lightning_maml.io.plain import plain
+        >>> plain({"lr": np.float64(0.1), "steps": [np.int64(5)]})
+        {'lr': 0.1, 'steps': [5]}
     """
     if isinstance(value, np.generic | np.ndarray):
         return _item(value)
     if isinstance(value, dict):
-        keys, items = [*map(plain, value)], [*map(plain, value.values())]
-        if all(map(operator.is_, keys, value)) and all(map(operator.is_, items, value.values())):
+        keys = [plain(key) for key in value]
+        items = [plain(item) for item in value.values()]
+        if _are_same(keys, value) and _are_same(items, value.values()):
             return value
-        made = copy.copy(value)  # of the same kind
+        # keep the type: OrderedDict, defaultdict and the like
+        made = copy.copy(value)
         made.clear()
         made.update(zip(keys, items, strict=True))
         return made
     if type(value) in (list, tuple, set):
-        items = [*map(plain, value)]
-        return value if all(map(operator.is_, items, value)) else type(value)(items)
+        items = [plain(item) for item in value]
+        return value if _are_same(items, value) else type(value)(items)
     return value
+
+
+def _are_same(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    return all(map(operator.is_, first, second))
 
 
 def _item(value: Any) -> Any:

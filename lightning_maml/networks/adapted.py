@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_maml.batches.outputs import map_outputs, tensors_in
 from lightning_maml.batches.trees import Inputs, call, count, map_tensors, tensors
-from lightning_maml.core.params import Params, holding, places
+from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import Randomness
 from lightning_maml.networks.batch_norm import (
     batch_norms,
@@ -22,6 +22,7 @@ from lightning_maml.networks.functional_network import (
     run_uncompiled,
     structural_copy,
 )
+from lightning_maml.networks.places import holding, places
 from lightning_maml.networks.stacking_trial import Verdict, compare
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_maml.batches.trees import Inputs, call
-from lightning_maml.core.params import Params, holding, places
+from lightning_maml.core.params import Params
+from lightning_maml.networks.places import holding, places
 
 _KINDS = ("running_mean", "running_var")
 

@@ -15,10 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_maml.batches.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.batches.outputs import are_tensors, tensors_in
-from lightning_maml.batches.trees import Inputs, cat, count, map_tensors, tensors
+from lightning_maml.batches.trees import Inputs, cat, count, detached, map_tensors, tensors
 from lightning_maml.batches.trees import shapes as shapes_of
-from lightning_maml.core.params import Params, detached, is_out_of_memory
+from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, generators_drawn_from, set_generator_states
+from lightning_maml.core.tensors import is_out_of_memory
 from lightning_maml.networks.batch_norm import batch_norms
 from lightning_maml.networks.functional_network import (
     FunctionalLoss,

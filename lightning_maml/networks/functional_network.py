@@ -24,17 +24,10 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_maml.batches.outputs import logits_in, map_outputs, takes_logits, tensors_in
-from lightning_maml.batches.trees import Inputs, call, cat, count
-from lightning_maml.core.params import (
-    OF_MODULES,
-    Params,
-    differentiable,
-    holding,
-    is_out_of_memory,
-    memory,
-    places,
-)
+from lightning_maml.batches.trees import Inputs, call, cat, count, differentiable
+from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, set_generator_states
+from lightning_maml.core.tensors import is_out_of_memory, memory
 from lightning_maml.kernels.layers import (
     TaskConvolution,
     TaskEmbedding,
@@ -43,6 +36,7 @@ from lightning_maml.kernels.layers import (
     is_plain_convolution,
 )
 from lightning_maml.networks.batch_norm import batch_norms, forget_running_averages
+from lightning_maml.networks.places import OF_MODULES, holding, places
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
 

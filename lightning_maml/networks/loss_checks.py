@@ -18,8 +18,9 @@ from typing_extensions import override
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.batches.losses import one_hot_mse
 from lightning_maml.batches.outputs import map_outputs, tensors_in
-from lightning_maml.core.params import differentiable, is_out_of_memory, memory
+from lightning_maml.batches.trees import differentiable
 from lightning_maml.core.rng import generator_states, set_generator_states
+from lightning_maml.core.tensors import is_out_of_memory, memory
 
 _UNUSUAL = 13
 """A number of examples that is no other size, or the next ones."""

@@ -18,10 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.batches.trees import detached
 from lightning_maml.core.objective import Objective, twice_differentiable
-from lightning_maml.core.params import Params, detached, is_out_of_memory
+from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, generators_drawn_from, set_generator_states
-from lightning_maml.core.task_axis import ONE, Randomness, Stack
+from lightning_maml.core.task_axis import SINGLE_TASK, Randomness, TaskAxis
+from lightning_maml.core.tensors import is_out_of_memory
 
 TaskLoss = Callable[[Params, Any], Tensor]
 """``loss(params, task)`` of one task, a scalar."""
@@ -166,17 +168,17 @@ def compare_losses(
         for w, task in zip(_two_points(params, attempt), tasks, strict=True):
             set_generator_states(states, device)
             found.append(
-                _evaluations(Objective(partial(without_aux, single, task), ONE), w, curved)
+                _evaluations(Objective(partial(without_aux, single, task), SINGLE_TASK), w, curved)
             )
         return {name: torch.stack([of_task[name] for of_task in found]) for name in found[0]}
 
     def together(attempt: int, randomness: Randomness) -> Evaluations:
-        stack = Stack(2, randomness)
+        axis = TaskAxis(2, randomness)
         points = _two_points(params, attempt)
         w = {name: torch.stack([point[name] for point in points]) for name in params}
         task = tree_map(lambda *tensors: torch.stack(tensors), *tasks)
         return _evaluations(
-            Objective(partial(without_aux, stack.each(stacked), task), stack), w, curved
+            Objective(partial(without_aux, axis.vmap(stacked), task), axis), w, curved
         )
 
     def without_aux(loss: TaskLoss, task: Any, w: Params) -> tuple[Tensor, tuple[()]]:
@@ -195,7 +197,7 @@ def two_tasks(episodes: AnyEpisodes) -> list[Any]:
 
 
 def _evaluations(objective: Objective, w: Params, curved: bool) -> Evaluations:
-    dim = objective.stack.dim
+    dim = objective.axis.size
 
     def as_rows(params: Params) -> Tensor:
         return torch.cat(

@@ -1,4 +1,4 @@
-"""The papers' theory: constants, stepsizes and bounds as formulas, and their measurement on a model."""
+"""The papers' theory: constants, stepsizes and bounds as formulas, and their measurement."""
 
 from lightning_maml.theory.formulas import Convergence as Convergence
 from lightning_maml.theory.formulas import MomentConstants as MomentConstants

@@ -4,22 +4,26 @@ Sources: "Fallah" is Fallah, Mokhtari, Ozdaglar, AISTATS 2020; "Ji" is Ji, Yang,
 2022. Fallah covers one inner step with fresh samples, Ji N steps: with fresh samples for every step
 (resampling), and with one support set and one query set per task (finite-sum).
 
-Arguments mean the same everywhere, in units of the loss per power of the parameters' unit:
+Arguments have the papers' letters and mean the same everywhere, in units of the loss per power of
+the parameters' unit:
 
 - ``L``: smoothness of the task losses, the largest spectral norm of a Hessian [loss / parameter^2];
 - ``rho``: Lipschitz constant of their Hessians [loss / parameter^3];
-- ``alpha``: the inner rate [parameter^2 / loss], so that ``alpha L`` is a number;
-- ``steps``: N;
+- ``alpha``: the inner learning rate [parameter^2 / loss], so that ``alpha L`` has no unit;
+- ``steps``: N, the number of inner steps;
 - ``sigma``: standard deviation of the task gradients over tasks [loss / parameter];
-- ``sample_sigma``: of the gradients of single samples within a task (Fallah: sigma-tilde, Ji:
-  sigma_g) [loss / parameter];
-- ``hessian_sigma``: of their Hessians (sigma_H) [loss / parameter^2];
+- ``sample_sigma``: standard deviation of the gradients of single samples within a task (Fallah:
+  sigma-tilde, Ji: sigma_g) [loss / parameter];
+- ``hessian_sigma``: standard deviation of their Hessians (sigma_H) [loss / parameter^2];
 - ``b``: mean over tasks of the distance between the gradients of support and query loss [loss /
   parameter].
 
-Where the papers as printed cannot be right (dimensions, constants that contradict their own
-corollaries, steps of a proof that do not hold), the function follows what the proof gives and says
-so.
+Every function raises a ``ValueError`` if an argument is negative, not finite, or 0 where it must be
+positive.
+
+Some printed formulas cannot be right: their units do not fit, they contradict the paper's own
+corollaries, or a step of the proof does not hold. There the function follows the proof, and its
+docstring says so.
 """
 
 import math
@@ -32,12 +36,19 @@ Rule = Literal["one_step", "resampling", "finite_sum"]
 
 
 class SmoothnessConstants(NamedTuple):
-    """The parts of the local smoothness of the meta-objective, ``growth L + c_l E|grad l_i(w)| + c_b b``.
+    """The parts of the meta-objective's local smoothness.
+
+    That smoothness is ``growth L + c_l E|grad l_i(w)| + c_b b``.
 
     Attributes:
-        growth: ``(1 + alpha L)^(2 N)``, a number.
+        growth: ``(1 + alpha L)^(2 N)``, without a unit.
         c_l: C_L [1 / parameter].
         c_b: C_b [1 / parameter].
+
+    Examples:
+        >>> from lightning_maml.theory import smoothness_constants
+        >>> smoothness_constants(L=1.0, rho=1.0, alpha=1.0, steps=1)
+        SmoothnessConstants(growth=4.0, c_l=2.0, c_b=1.0)
     """
 
     growth: float
@@ -50,7 +61,21 @@ def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> Smoo
 
     With ``a = 1 + alpha L``: ``C_L = (rho / L) a^(2N-1) (a^N - 1)``, what eq. 13 simplifies to, and
     ``C_b = (rho / L) a^(N-1) (a^N - 1)^2``. The printed eq. 21 is illegible; these follow from eqs.
-    49-53 and give the figures of Corollary 10. All three are attained.
+    49-53 and give the figures of Corollary 10. There are losses for which each is attained.
+
+    Args:
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians.
+        alpha: Inner learning rate.
+        steps: N, the number of inner steps.
+
+    Raises:
+        ValueError: If an argument is out of range, or ``(1 + alpha L)^(2 N)`` overflows.
+
+    Examples:
+        >>> from lightning_maml.theory import smoothness_constants
+        >>> smoothness_constants(L=1.0, rho=1.0, alpha=1.0, steps=2).growth
+        16.0
     """
     _check(L=L, rho=rho, alpha=alpha, steps=steps)
     a = 1 + alpha * L
@@ -62,13 +87,15 @@ def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> Smoo
             f"{steps} is too much; lower alpha."
         ) from None
     spread = rho / L * a ** (steps - 1) * (a**steps - 1)
-    return SmoothnessConstants(growth, spread * a**steps, spread * (a**steps - 1))
+    return SmoothnessConstants(growth, c_l=spread * a**steps, c_b=spread * (a**steps - 1))
 
 
 def meta_smoothness(
     rule: Rule, L: float, rho: float, alpha: float, steps: int, gradient_norm: float, b: float = 0.0
 ) -> float:
-    """Return L-hat, the local smoothness of the meta-objective [loss / parameter^2]. It has no bound: it grows with the task gradients.
+    """Return L-hat, the local smoothness of the meta-objective [loss / parameter^2].
+
+    No constant bounds it: it grows with the task gradients.
 
     - ``"one_step"``: ``4 L + 2 rho alpha g`` (Fallah, Lemma 4.8 and eq. 16, whose estimate lacks a
       1 / B' in the text before it);
@@ -76,17 +103,22 @@ def meta_smoothness(
     - ``"finite_sum"``: ``growth L + C_b b + C_L g`` (Ji, Proposition 7 and eq. 22).
 
     Args:
-        rule: Which one.
-        L: Smoothness.
-        rho: Lipschitz constant of the Hessians.
-        alpha: Inner rate.
+        rule: Which of the three.
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians.
+        alpha: Inner learning rate.
         steps: N; 1 with ``"one_step"``.
-        gradient_norm: g, the mean over tasks of ``|grad l_i(w)|``, in the finite-sum case of the
-            query loss.
-        b: Only used by ``"finite_sum"``.
+        gradient_norm: g, the mean over tasks of ``|grad l_i(w)|``; with ``"finite_sum"`` the
+            gradient of the query loss.
+        b: Mean distance between support and query gradients; only used by ``"finite_sum"``.
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Examples:
+        >>> from lightning_maml.theory import meta_smoothness
+        >>> meta_smoothness("one_step", L=1.0, rho=1.0, alpha=0.5, steps=1, gradient_norm=2.0)
+        6.0
     """
     _check(gradient_norm=gradient_norm, b=b)
     _check_rule(rule, steps)
@@ -99,12 +131,21 @@ def meta_smoothness(
 
 
 def paper_scale(rule: Rule, curvature: CurvatureName = "exact") -> float:
-    """Return the papers' constant in ``beta = scale / L-hat``.
+    """Return the papers' constant in ``beta = scale / L-hat``, a safety factor for the worst case.
 
-    1/12, 1/18 and 1/25 for MAML, FO-MAML and HF-MAML with ``"one_step"`` (Fallah, Theorems 4.12,
-    4.15, 4.17); 1/100 with ``"resampling"`` (C_beta of Ji, Corollary 6) and 1/80 with
-    ``"finite_sum"`` (Corollary 10), both for the exact curvature. They are safety factors for the
-    worst case.
+    - ``"one_step"``: 1/12 for MAML, 1/18 for FO-MAML, 1/25 for HF-MAML (Fallah, Theorems 4.12, 4.15
+      and 4.17);
+    - ``"resampling"``: 1/100 (1 / C_beta of Ji, Corollary 6), for exact curvature;
+    - ``"finite_sum"``: 1/80 (Ji, Corollary 10), for exact curvature.
+
+    Args:
+        rule: Which stepsize rule.
+        curvature: Hessian-vector products of the algorithm; changes ``"one_step"`` only.
+
+    Examples:
+        >>> from lightning_maml.theory import paper_scale
+        >>> paper_scale("resampling")
+        0.01
     """
     _check_rule(rule)
     if rule == "one_step":
@@ -113,35 +154,87 @@ def paper_scale(rule: Rule, curvature: CurvatureName = "exact") -> float:
 
 
 def meta_stepsize(smoothness: float, scale: float) -> float:
-    """Return ``beta = scale / L-hat`` [parameter^2 / loss] (Fallah, eq. 17; Ji, eqs. 14 and 22)."""
+    """Return ``beta = scale / L-hat`` [parameter^2 / loss] (Fallah, eq. 17; Ji, eqs. 14 and 22).
+
+    Args:
+        smoothness: L-hat, see :func:`meta_smoothness`.
+        scale: The numerator, see :func:`paper_scale`.
+
+    Examples:
+        >>> from lightning_maml.theory import meta_stepsize
+        >>> meta_stepsize(smoothness=4.0, scale=1.0)
+        0.25
+    """
     _check(smoothness=smoothness, scale=scale)
     return scale / smoothness
 
 
 def largest_inner_lr(L: float, steps: int) -> float:
-    """Return ``(2^(1/2N) - 1) / L``, below which Ji, Theorems 5 and 9, hold: ``(1 + alpha L)^(2N) < 2``."""
+    """Return ``(2^(1/2N) - 1) / L``, the alpha below which Ji, Theorems 5 and 9, hold.
+
+    Below it, ``(1 + alpha L)^(2N) < 2``. Infinite without inner steps.
+
+    Args:
+        L: Smoothness of the task losses.
+        steps: N.
+
+    Examples:
+        >>> from lightning_maml.theory import largest_inner_lr
+        >>> round(largest_inner_lr(L=1.0, steps=1), 4)
+        0.4142
+    """
     _check(L=L, steps=steps)
     return (2 ** (1 / (2 * steps)) - 1) / L if steps else math.inf
 
 
 def recommended_inner_lr(L: float, steps: int) -> float:
-    """Return ``1 / (8 N L)`` (Ji, Corollaries 6 and 10): without the 1/N the growth ``(1 + alpha L)^(2N)`` explodes."""
+    """Return ``1 / (8 N L)``, the alpha of Ji, Corollaries 6 and 10.
+
+    Without the 1/N, the growth ``(1 + alpha L)^(2N)`` would be exponential in N. Infinite without
+    inner steps.
+
+    Args:
+        L: Smoothness of the task losses.
+        steps: N.
+
+    Examples:
+        >>> from lightning_maml.theory import recommended_inner_lr
+        >>> recommended_inner_lr(L=1.0, steps=5)
+        0.025
+    """
     _check(L=L, steps=steps)
     return 1 / (8 * steps * L) if steps else math.inf
 
 
 def largest_one_step_inner_lr(L: float, curvature: CurvatureName) -> float:
-    """Return ``1 / (6 L)``, for FO-MAML ``1 / (10 L)`` (Fallah, Theorems 4.12, 4.15, 4.17)."""
+    """Return ``1 / (6 L)``, for FO-MAML ``1 / (10 L)`` (Fallah, Theorems 4.12, 4.15, 4.17).
+
+    Args:
+        L: Smoothness of the task losses.
+        curvature: ``"none"`` for FO-MAML.
+
+    Examples:
+        >>> from lightning_maml.theory import largest_one_step_inner_lr
+        >>> largest_one_step_inner_lr(L=1.0, curvature="none")
+        0.1
+    """
     _check(L=L)
     return 1 / (10 * L) if curvature == "none" else 1 / (6 * L)
 
 
 class StepsizeBatches(NamedTuple):
-    """How many tasks, and samples of each, make ``1 / L-hat`` a good estimate. Neither depends on the accuracy wanted.
+    """How many tasks, and samples of each, make ``1 / L-hat`` a good estimate.
+
+    Neither depends on the accuracy that the run should reach.
 
     Attributes:
         tasks: ``|B'|``.
         samples: ``D_beta`` or ``|D_L|`` per task; 0 where the whole query set is used (finite-sum).
+
+    Examples:
+        >>> from lightning_maml.theory import StepsizeBatches
+        >>> StepsizeBatches(tasks=4, samples=0).tasks
+        4
     """
 
     tasks: int
@@ -158,23 +251,41 @@ def stepsize_batches(
     sample_sigma: float = 0.0,
     b: float = 0.0,
 ) -> StepsizeBatches:
-    """Return the smallest batches of Fallah, eq. 18 (ceilings), Ji, Theorem 5 (strict) and Ji, Theorem 9."""
+    """Return the smallest batches that may estimate the meta-stepsize.
+
+    They are those of Fallah, eq. 18 (rounded up), of Ji, Theorem 5 (a strict inequality), or of Ji,
+    Theorem 9.
+
+    Args:
+        rule: Which stepsize rule.
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians.
+        alpha: Inner learning rate.
+        steps: N; 1 with ``"one_step"``.
+        sigma: Standard deviation of the task gradients over tasks.
+        sample_sigma: Standard deviation of single samples' gradients; not used by ``"finite_sum"``.
+        b: Mean distance between support and query gradients; only used by ``"finite_sum"``.
+
+    Examples:
+        >>> from lightning_maml.theory import stepsize_batches
+        >>> arguments = dict(L=1.0, rho=1.0, alpha=0.5, steps=1, sigma=4.0, sample_sigma=3.0)
+        >>> stepsize_batches("one_step", **arguments)
+        StepsizeBatches(tasks=2, samples=9)
+    """
     _check(sigma=sigma, sample_sigma=sample_sigma, b=b)
     _check_rule(rule, steps)
     growth, c_l, c_b = smoothness_constants(L, rho, alpha, steps)
     if rule == "one_step":
-        tasks, samples = (
-            0.5 * (rho * alpha * sigma / L) ** 2,
-            (2 * rho * alpha * sample_sigma / L) ** 2,
-        )
+        tasks = 0.5 * (rho * alpha * sigma / L) ** 2
+        samples = (2 * rho * alpha * sample_sigma / L) ** 2
         return StepsizeBatches(_at_least(tasks), _at_least(samples))
     if rule == "resampling":
-        tasks, samples = (
-            4 * (c_l * sigma) ** 2 / (3 * (growth * L) ** 2),
-            64 * (c_l * sample_sigma) ** 2 / (growth * L) ** 2,
-        )
+        tasks = 4 * (c_l * sigma) ** 2 / (3 * (growth * L) ** 2)
+        samples = 64 * (c_l * sample_sigma) ** 2 / (growth * L) ** 2
+        # the smallest whole numbers above, not at, these bounds
         return StepsizeBatches(math.floor(tasks) + 1, math.floor(samples) + 1)
-    return StepsizeBatches(_at_least(2 * (c_l * sigma) ** 2 / (c_b * b + growth * L) ** 2), 0)
+    tasks = 2 * (c_l * sigma) ** 2 / (c_b * b + growth * L) ** 2
+    return StepsizeBatches(_at_least(tasks), 0)
 
 
 def hessian_batch(alpha: float, hessian_sigma: float) -> int:
@@ -183,6 +294,15 @@ def hessian_batch(alpha: float, hessian_sigma: float) -> int:
     It suffices for HF-MAML too, at every probing radius, if both gradients are taken on the same
     batch. The ``36 (alpha rho sigma-tilde)^2`` of Theorem 4.17 has units, so it cannot be meant;
     and FO-MAML (Theorem 4.15) has no such batch.
+
+    Args:
+        alpha: Inner learning rate.
+        hessian_sigma: Standard deviation of single samples' Hessians.
+
+    Examples:
+        >>> from lightning_maml.theory import hessian_batch
+        >>> hessian_batch(alpha=0.5, hessian_sigma=4.0)
+        8
     """
     _check(alpha=alpha, hessian_sigma=hessian_sigma)
     return _at_least(2 * (alpha * hessian_sigma) ** 2)
@@ -194,6 +314,11 @@ class ResamplingBatches(NamedTuple):
     Attributes:
         support: S, of every inner step.
         hessian: D, of every Hessian batch.
+
+    Examples:
+        >>> from lightning_maml.theory import ResamplingBatches
+        >>> ResamplingBatches(support=15, hessian=4).hessian
+        4
     """
 
     support: int
@@ -205,19 +330,39 @@ def resampling_batches(
 ) -> ResamplingBatches:
     """Return ``S >= 15 rho^2 sigma_g^2 / L^4`` and ``D >= sigma_H^2 / L^2`` (Ji, Corollary 6).
 
-    D is as the proof has it: the statement prints a factor ``L^2`` that its units forbid.
+    D follows the proof: the statement prints a factor ``L^2`` that the units forbid.
+
+    Args:
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians.
+        sample_sigma: Standard deviation of single samples' gradients.
+        hessian_sigma: Standard deviation of single samples' Hessians.
+
+    Examples:
+        >>> from lightning_maml.theory import resampling_batches
+        >>> resampling_batches(L=1.0, rho=1.0, sample_sigma=1.0, hessian_sigma=2.0)
+        ResamplingBatches(support=15, hessian=4)
     """
     _check(L=L, rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma)
-    return ResamplingBatches(
-        _at_least(15 * (rho * sample_sigma) ** 2 / L**4), _at_least((hessian_sigma / L) ** 2)
-    )
+    support = 15 * (rho * sample_sigma) ** 2 / L**4
+    hessian = (hessian_sigma / L) ** 2
+    return ResamplingBatches(_at_least(support), _at_least(hessian))
 
 
 def printed_probe_radius(rho: float, alpha: float) -> float:
-    """Return ``1 / (6 rho alpha)`` [parameter], the probing radius that Fallah, Theorem 4.17, amounts to.
+    """Return ``1 / (6 rho alpha)`` [parameter], the probing radius of Fallah, Theorem 4.17.
 
-    It does not depend on the accuracy wanted and grows as alpha falls, so HF-MAML stalls where
-    FO-MAML does; not to be used alone.
+    Do not use it alone: it does not depend on the accuracy wanted and grows as alpha falls, so
+    HF-MAML stalls where FO-MAML does. Infinite where rho or alpha is 0.
+
+    Args:
+        rho: Lipschitz constant of the Hessians.
+        alpha: Inner learning rate.
+
+    Examples:
+        >>> from lightning_maml.theory import printed_probe_radius
+        >>> round(printed_probe_radius(rho=1.0, alpha=0.5), 4)
+        0.3333
     """
     _check(rho=rho, alpha=alpha)
     return 1 / (6 * rho * alpha) if rho * alpha > 0 else math.inf
@@ -229,12 +374,26 @@ def probe_radius(
     """Return a probing radius h for which HF-MAML's error is at most ``epsilon / 2`` [parameter].
 
     ``min(1 / (6 rho alpha), epsilon / (N a^(N-1) alpha rho |v_N|))``, by
-    :func:`hessian_free_error`; not in the papers. Machine precision asks for at least about the
-    cube root of its epsilon.
+    :func:`hessian_free_error`; not in the papers. Rounding sets a lower limit, about the cube root
+    of the machine epsilon.
+
+    Args:
+        epsilon: The accuracy wanted [loss / parameter].
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians.
+        alpha: Inner learning rate.
+        steps: N.
+        query_gradient_norm: ``|v_N|``, the norm of the query gradient at the adapted parameters.
+
+    Examples:
+        >>> from lightning_maml.theory import probe_radius
+        >>> probe_radius(0.05, L=1.0, rho=1.0, alpha=0.5, steps=1, query_gradient_norm=1.0)
+        0.1
     """
     _check(epsilon=epsilon)
-    worst = hessian_free_error(L, rho, alpha, steps, 1.0, query_gradient_norm)
-    return min(printed_probe_radius(rho, alpha), epsilon / (2 * worst) if worst > 0 else math.inf)
+    error_per_radius = hessian_free_error(L, rho, alpha, steps, 1.0, query_gradient_norm)
+    wanted = epsilon / (2 * error_per_radius) if error_per_radius > 0 else math.inf
+    return min(printed_probe_radius(rho, alpha), wanted)
 
 
 def hessian_free_error(
@@ -243,6 +402,19 @@ def hessian_free_error(
     """Return a bound on HF-MAML's error, ``N a^(N-1) alpha (rho h / 2) |v_N|`` [loss / parameter].
 
     Fallah, after eq. 9, with the sharp 1/2 that is missing there, carried through N steps.
+
+    Args:
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians.
+        alpha: Inner learning rate.
+        steps: N.
+        radius: h, the probing radius [parameter].
+        query_gradient_norm: ``|v_N|``, the norm of the query gradient at the adapted parameters.
+
+    Examples:
+        >>> from lightning_maml.theory import hessian_free_error
+        >>> hessian_free_error(1.0, 1.0, alpha=0.5, steps=1, radius=0.5, query_gradient_norm=2.0)
+        0.25
     """
     _check(
         L=L,
@@ -256,11 +428,22 @@ def hessian_free_error(
 
 
 def first_order_floor(L: float, alpha: float, steps: int, sigma: float) -> float:
-    """Return a bound on ``|grad F|`` where FO-MAML comes to rest, of the order ``N alpha L sigma`` [loss / parameter].
+    """Return a bound on ``|grad F|`` where FO-MAML comes to rest [loss / parameter].
 
-    ``c sigma / (1 - c)`` with ``c = a^N (a^N - 1) / (2 - a^(2N))``, from Ji, Lemmas 12-15; Fallah,
-    Corollary 4.16, gives the order at N = 1 (its abstract and Table 1 leave out L). Infinite where
-    c >= 1.
+    It is ``c sigma / (1 - c)`` with ``c = a^N (a^N - 1) / (2 - a^(2N))``, of the order ``N alpha L
+    sigma``, from Ji, Lemmas 12-15. Fallah, Corollary 4.16, gives the order at N = 1 (its abstract
+    and Table 1 leave out L). Infinite where c >= 1.
+
+    Args:
+        L: Smoothness of the task losses.
+        alpha: Inner learning rate.
+        steps: N.
+        sigma: Standard deviation of the task gradients over tasks.
+
+    Examples:
+        >>> from lightning_maml.theory import first_order_floor
+        >>> round(first_order_floor(L=1.0, alpha=0.1, steps=1, sigma=1.0), 4)
+        0.1618
     """
     _check(L=L, alpha=alpha, steps=steps, sigma=sigma)
     grown = (1 + alpha * L) ** steps
@@ -269,7 +452,21 @@ def first_order_floor(L: float, alpha: float, steps: int, sigma: float) -> float
 
 
 def one_step_bias(L: float, alpha: float, sample_sigma: float, support: int) -> float:
-    """Return ``alpha L sigma-tilde / sqrt(D_in)``, a bound on the bias that sampling the inner step causes (Fallah, Lemma 4.10, eq. 20)."""
+    """Return a bound on the bias that sampling the inner step causes [loss / parameter].
+
+    It is ``alpha L sigma-tilde / sqrt(D_in)`` (Fallah, Lemma 4.10, eq. 20).
+
+    Args:
+        L: Smoothness of the task losses.
+        alpha: Inner learning rate.
+        sample_sigma: Standard deviation of single samples' gradients.
+        support: D_in, samples in the support batch.
+
+    Examples:
+        >>> from lightning_maml.theory import one_step_bias
+        >>> one_step_bias(L=1.0, alpha=0.5, sample_sigma=1.0, support=25)
+        0.1
+    """
     _check(L=L, alpha=alpha, sample_sigma=sample_sigma, support=support)
     return alpha * L * sample_sigma / math.sqrt(support)
 
@@ -277,14 +474,28 @@ def one_step_bias(L: float, alpha: float, sample_sigma: float, support: int) -> 
 def adaptation_gap(
     L: float, alpha: float, sample_sigma: float, hessian_sigma: float, samples: int
 ) -> float:
-    """Return a bound on ``|grad F-hat - grad F|``, if tasks adapt on D_test samples (Fallah, Theorem 4.11, eq. 22)."""
+    """Return a bound on ``|grad F-hat - grad F|``, where tasks adapt on D_test samples.
+
+    Source: Fallah, Theorem 4.11, eq. 22. In loss / parameter.
+
+    Args:
+        L: Smoothness of the task losses.
+        alpha: Inner learning rate.
+        sample_sigma: Standard deviation of single samples' gradients.
+        hessian_sigma: Standard deviation of single samples' Hessians.
+        samples: D_test.
+
+    Examples:
+        >>> from lightning_maml.theory import adaptation_gap
+        >>> adaptation_gap(L=1.0, alpha=0.5, sample_sigma=1.0, hessian_sigma=1.0, samples=4)
+        0.5625
+    """
     _check(
         L=L, alpha=alpha, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma, samples=samples
     )
-    return (
-        2 * alpha * L * sample_sigma / math.sqrt(samples)
-        + alpha**2 * L * hessian_sigma * sample_sigma / samples
-    )
+    gradients = 2 * alpha * L * sample_sigma / math.sqrt(samples)
+    hessians = alpha**2 * L * hessian_sigma * sample_sigma / samples
+    return gradients + hessians
 
 
 class PathError(NamedTuple):
@@ -293,6 +504,11 @@ class PathError(NamedTuple):
     Attributes:
         mean: Bound on ``E|w_j - w~_j|`` [parameter].
         mean_square: Bound on ``E|w_j - w~_j|^2`` [parameter^2].
+
+    Examples:
+        >>> from lightning_maml.theory import PathError
+        >>> PathError(mean=0.5, mean_square=0.25).mean
+        0.5
     """
 
     mean: float
@@ -300,21 +516,42 @@ class PathError(NamedTuple):
 
 
 def path_error(L: float, alpha: float, step: int, sample_sigma: float, support: int) -> PathError:
-    """Return the bounds of Ji, Proposition 2, with the ``2 alpha L`` of its proof (the statement prints ``alpha L``)."""
+    """Return the bounds of Ji, Proposition 2, on the error of the inner path.
+
+    They have the ``2 alpha L`` of its proof, where the statement prints ``alpha L``.
+
+    Args:
+        L: Smoothness of the task losses.
+        alpha: Inner learning rate.
+        step: j, the inner step.
+        sample_sigma: Standard deviation of single samples' gradients.
+        support: S, samples per inner step.
+
+    Examples:
+        >>> from lightning_maml.theory import path_error
+        >>> path_error(L=1.0, alpha=1.0, step=1, sample_sigma=1.0, support=4)
+        PathError(mean=0.5, mean_square=0.5)
+    """
     _check(L=L, alpha=alpha, step=step, sample_sigma=sample_sigma, support=support)
     x = alpha * L
     mean = ((1 + x) ** step - 1) * sample_sigma / (L * math.sqrt(support))
-    mean_square = (
-        ((1 + 2 * x + 2 * x**2) ** step - 1) * alpha * sample_sigma**2 / ((1 + x) * L * support)
-    )
+    grown = (1 + 2 * x + 2 * x**2) ** step
+    mean_square = (grown - 1) * alpha * sample_sigma**2 / ((1 + x) * L * support)
     return PathError(mean, mean_square)
 
 
 class MomentConstants(NamedTuple):
-    """Bias and second moment of the sampled meta-gradient G: Ji, Propositions 3 and 4, resampling case.
+    """Bias and second moment of the sampled meta-gradient G in the resampling case.
 
+    Source: Ji, Propositions 3 and 4.
     ``|E G - grad F| <= err1 / sqrt(S) + err2 / sqrt(S) (|grad F| + sigma)`` and
     ``E|G|^2 <= squ1 / T + squ2 / S + squ3 (|grad F|^2 + sigma^2)``.
+
+    Examples:
+        >>> from lightning_maml.theory import moment_constants
+        >>> constants = moment_constants(1.0, 1.0, 0.0, 1, 2.0, 1.0, hessian=4)
+        >>> constants.err1, constants.squ1  # without adaptation, G is a plain stochastic gradient
+        (0.0, 12.0)
     """
 
     err1: float
@@ -338,17 +575,38 @@ def moment_constants(
     The first two are as their proof (eqs. 29-32) gives them: ``a^N (a^N - 1) sigma_g`` and
     ``a^(2N-1) (a^(N-1) - 1)^2 rho sigma_g / ((2 - a^(2N)) L^2)``. The printed eq. 15 is larger and
     contradicts the figures of Corollary 6.
+
+    Args:
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians.
+        alpha: Inner learning rate, below :func:`largest_inner_lr`.
+        steps: N.
+        sample_sigma: Standard deviation of single samples' gradients.
+        hessian_sigma: Standard deviation of single samples' Hessians.
+        hessian: D, samples per Hessian batch.
+
+    Raises:
+        ValueError: If an argument is out of range, or alpha is not below :func:`largest_inner_lr`.
+
+    Examples:
+        >>> from lightning_maml.theory import moment_constants
+        >>> round(moment_constants(1.0, 1.0, 0.1, 1, 1.0, 1.0, hessian=4).err1, 4)
+        0.11
     """
     _check(rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma, hessian=hessian)
     a, gap = _gap(L, alpha, steps)
     x = alpha * L
-    squ1 = 3 * (alpha**2 * hessian_sigma**2 / hessian + a**2) ** steps * sample_sigma**2
-    squ3 = 6 * (alpha**2 * hessian_sigma**2 / hessian + a**2) ** steps * a ** (2 * steps) / gap**2
+    factors = (alpha**2 * hessian_sigma**2 / hessian + a**2) ** steps
+    squ1 = 3 * factors * sample_sigma**2
+    squ3 = 6 * factors * a ** (2 * steps) / gap**2
+    # the formula has the exponent N - 1, which would make something of no steps at all
+    err2 = 0.0
+    if steps:
+        err2 = a ** (2 * steps - 1) * (a ** (steps - 1) - 1) ** 2 * rho * sample_sigma
+        err2 /= gap * L**2
     return MomentConstants(
         err1=a**steps * (a**steps - 1) * sample_sigma,
-        err2=a ** (2 * steps - 1) * (a ** (steps - 1) - 1) ** 2 * rho * sample_sigma / (gap * L**2)
-        if steps
-        else 0.0,
+        err2=err2,
         squ1=squ1,
         squ2=squ1 * ((1 + 2 * x + 2 * x**2) ** steps - 1) * x / (1 + x),
         squ3=squ3,
@@ -367,6 +625,11 @@ class Convergence(NamedTuple):
         phi: Weight of ``1 / B``.
         xi: In Theorem 5 the weight of ``1 / S``, in Theorem 9 the offset.
         chi: In Theorem 5 the offset; Theorem 9 has none, so nan.
+
+    Examples:
+        >>> from lightning_maml.theory import Convergence
+        >>> Convergence(theta=0.5, phi=1.0, xi=2.0).chi
+        nan
     """
 
     theta: float
@@ -390,14 +653,35 @@ def resampling_convergence(
     query: int,
     c_beta: float = 100.0,
 ) -> Convergence:
-    """Return theta, phi, xi and chi of Ji, Theorem 5 (eqs. 19, 20, 37-44), for batch sizes B, S, D and T.
+    """Return theta, phi, xi and chi of Ji, Theorem 5 (eqs. 19, 20, 37-44).
 
     The bias has the weight 1/2 where eq. 37 has 1/5: eq. 37 bounds E beta from below in a term that
     needs a bound from above. (xi grows 2.4 times, theta hardly changes, and no order does.)
 
+    Args:
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians, positive.
+        alpha: Inner learning rate, positive and below :func:`largest_inner_lr`.
+        steps: N, positive.
+        sigma: Standard deviation of the task gradients over tasks.
+        sample_sigma: Standard deviation of single samples' gradients.
+        hessian_sigma: Standard deviation of single samples' Hessians.
+        tasks: B, tasks per meta-batch.
+        support: S, samples per inner step.
+        hessian: D, samples per Hessian batch.
+        query: T, samples in the query batch.
+        c_beta: C_beta, which is 1 / scale.
+
     Raises:
         ValueError: If an argument is out of range, alpha is not below :func:`largest_inner_lr`, or
             rho, alpha or N is 0.
+
+    Examples:
+        >>> from lightning_maml.theory import resampling_convergence
+        >>> sigmas = dict(sigma=1.0, sample_sigma=1.0, hessian_sigma=1.0)
+        >>> sizes = dict(tasks=20, support=15, hessian=1, query=15)
+        >>> resampling_convergence(1.0, 1.0, 0.125, 1, **sigmas, **sizes).theta > 0
+        True
     """
     _check(sigma=sigma, tasks=tasks, support=support, query=query, c_beta=c_beta)
     a, gap = _gap(L, alpha, steps)
@@ -407,11 +691,9 @@ def resampling_convergence(
     c_l = smoothness_constants(L, rho, alpha, steps).c_l
     _check_curved(c_l)
     bias = 1 / 2 + 2 / c_beta
+    descent = 1 / 5 - 3 * bias * err2**2 / support - squ3 / (c_beta * tasks) - 2 / c_beta
     return Convergence(
-        theta=2
-        * gap
-        / (c_beta * c_l)
-        * (1 / 5 - 3 * bias * err2**2 / support - squ3 / (c_beta * tasks) - 2 / c_beta),
+        theta=2 * gap / (c_beta * c_l) * descent,
         phi=2 / (c_beta**2 * L) * (squ1 / query + squ2 / support + squ3 * sigma**2),
         xi=6 / (c_beta * L) * bias * (err1**2 + err2**2 * sigma**2),
         chi=gap * a ** (2 * steps) * L / c_l + sigma,
@@ -421,7 +703,24 @@ def resampling_convergence(
 def resampling_bound(
     convergence: Convergence, gap: float, iterations: int, tasks: int, support: int
 ) -> float:
-    """Return the bound of Ji, Theorem 5, on ``E|grad F(w_zeta)|`` [loss / parameter]; ``gap`` is ``Delta = F(w_0) - inf F`` [loss]."""
+    """Return the bound of Ji, Theorem 5, on ``E|grad F(w_zeta)|`` [loss / parameter].
+
+    Args:
+        convergence: The constants, from :func:`resampling_convergence`.
+        gap: ``Delta = F(w_0) - inf F`` [loss].
+        iterations: K, meta-iterations.
+        tasks: B, tasks per meta-batch.
+        support: S, samples per inner step.
+
+    Returns:
+        The bound; infinite where theta is not positive.
+
+    Examples:
+        >>> from lightning_maml.theory import Convergence, resampling_bound
+        >>> constants = Convergence(theta=1.0, phi=1.0, xi=1.0, chi=0.0)
+        >>> resampling_bound(constants, gap=1.0, iterations=2, tasks=4, support=4)
+        1.0
+    """
     _check(gap=gap, iterations=iterations, tasks=tasks, support=support)
     theta, phi, xi, chi = convergence
     return _root(theta, chi, gap / iterations + xi / support + phi / tasks)
@@ -445,24 +744,33 @@ def finite_sum_convergence(
     (whose ``(1 + alpha)^(4N)`` lacks an L); xi has the sigma that the printed theorem leaves out.
 
     Args:
-        L: Smoothness.
-        rho: Lipschitz constant of the Hessians, positive.
-        alpha: Inner rate, below :func:`largest_inner_lr`.
-        steps: N.
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians, positive.
+        alpha: Inner learning rate, positive and below :func:`largest_inner_lr`.
+        steps: N, positive.
         sigma: Standard deviation of the query gradients over tasks.
         b: Mean of ``|grad l_S - grad l_T|`` over tasks.
         mean_square_b: Mean of its square (b-tilde).
-        tasks: B.
-        c_beta: C_beta, 1 / scale.
+        tasks: B, tasks per meta-batch.
+        c_beta: C_beta, which is 1 / scale.
+
+    Raises:
+        ValueError: If an argument is out of range, alpha is not below :func:`largest_inner_lr`, or
+            rho, alpha or N is 0.
+
+    Examples:
+        >>> from lightning_maml.theory import finite_sum_convergence
+        >>> spread = dict(sigma=1.0, b=0.5, mean_square_b=0.25)
+        >>> finite_sum_convergence(1.0, 1.0, 0.125, 1, **spread, tasks=20).theta > 0
+        True
     """
     _check(sigma=sigma, b=b, mean_square_b=mean_square_b, tasks=tasks, c_beta=c_beta)
     a, gap = _gap(L, alpha, steps)
     growth, c_l, c_b = smoothness_constants(L, rho, alpha, steps)
     _check_curved(c_l)
     a_1 = 4 * a ** (4 * steps) / gap**2
-    a_2 = a_1 * (growth - 1) ** 2 * (sigma + b) ** 2 + 2 * a ** (4 * steps) * (
-        sigma**2 + mean_square_b
-    )
+    over_tasks = a_1 * (growth - 1) ** 2 * (sigma + b) ** 2
+    a_2 = over_tasks + 2 * a ** (4 * steps) * (sigma**2 + mean_square_b)
     return Convergence(
         theta=gap / c_l * (1 / c_beta - (a_1 / tasks + 1) / c_beta**2),
         phi=a_2 / (L * c_beta**2),
@@ -471,7 +779,22 @@ def finite_sum_convergence(
 
 
 def finite_sum_bound(convergence: Convergence, gap: float, iterations: int, tasks: int) -> float:
-    """Return the bound of Ji, Theorem 9, on ``E|grad F(w_zeta)|`` [loss / parameter]; ``gap`` is ``Delta = F(w_0) - inf F`` [loss]."""
+    """Return the bound of Ji, Theorem 9, on ``E|grad F(w_zeta)|`` [loss / parameter].
+
+    Args:
+        convergence: The constants, from :func:`finite_sum_convergence`.
+        gap: ``Delta = F(w_0) - inf F`` [loss].
+        iterations: K, meta-iterations.
+        tasks: B, tasks per meta-batch.
+
+    Returns:
+        The bound; infinite where theta is not positive.
+
+    Examples:
+        >>> from lightning_maml.theory import Convergence, finite_sum_bound
+        >>> finite_sum_bound(Convergence(1.0, phi=2.0, xi=0.0), gap=1.0, iterations=2, tasks=4)
+        1.0
+    """
     _check(gap=gap, iterations=iterations, tasks=tasks)
     return _root(convergence.theta, convergence.xi, gap / iterations + convergence.phi / tasks)
 
@@ -480,12 +803,17 @@ class Sizes(NamedTuple):
     """The cost of reaching an accuracy.
 
     Attributes:
-        iterations: K.
-        tasks: B.
+        iterations: K, meta-iterations.
+        tasks: B, tasks per meta-batch.
         support: S, samples per inner step; 0 in the finite-sum case, where the support set is
             given.
-        query: T, samples of the query batch; 0 likewise.
-        hessian: D, samples per Hessian batch; 0 likewise.
+        query: T, samples of the query batch; 0 in the finite-sum case.
+        hessian: D, samples per Hessian batch; 0 in the finite-sum case.
+
+    Examples:
+        >>> from lightning_maml.theory import Sizes
+        >>> Sizes(iterations=1000, tasks=20)
+        Sizes(iterations=1000, tasks=20, support=0, query=0, hessian=0)
     """
 
     iterations: int
@@ -506,18 +834,43 @@ def resampling_sizes(
     hessian_sigma: float,
     gap: float,
 ) -> Sizes:
-    """Return sizes for which Ji, Theorem 5, guarantees ``E|grad F| <= epsilon`` at alpha = 1 / (8 N L) and C_beta = 100 (Corollary 6).
+    """Return sizes for which Ji, Theorem 5, guarantees ``E|grad F| <= epsilon``.
 
-    Each of K, S and B takes a third of what the bound allows, and T = S. All but D grow as
-    ``1 / epsilon^2``.
+    As in Corollary 6, alpha = 1 / (8 N L) and C_beta = 100. Each of K, S and B takes a third of
+    what the bound allows, and T = S. All but D grow as ``1 / epsilon^2``.
+
+    Args:
+        epsilon: The accuracy wanted [loss / parameter].
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians, positive.
+        steps: N, positive.
+        sigma: Standard deviation of the task gradients over tasks.
+        sample_sigma: Standard deviation of single samples' gradients.
+        hessian_sigma: Standard deviation of single samples' Hessians.
+        gap: ``Delta = F(w_0) - inf F`` [loss].
+
+    Raises:
+        ValueError: If an argument is out of range, or rho or N is 0.
+
+    Examples:
+        >>> from lightning_maml.theory import resampling_sizes
+        >>> sigmas = dict(sigma=1.0, sample_sigma=1.0, hessian_sigma=1.0)
+        >>> sizes = resampling_sizes(1.0, 1.0, 1.0, 1, **sigmas, gap=1.0)
+        >>> sizes.tasks, sizes.support == sizes.query, sizes.hessian
+        (20, True, 1)
     """
     _check(epsilon=epsilon, gap=gap)
-    alpha, least_tasks = recommended_inner_lr(L, steps), 20
+    alpha = recommended_inner_lr(L, steps)
+    # theta grows with the number of tasks, so its value at the fewest is safe for more
+    least_tasks = 20
     least_support, hessian = resampling_batches(L, rho, sample_sigma, hessian_sigma)
 
     def constants(support: int) -> Convergence:
         return resampling_convergence(
-            *(L, rho, alpha, steps),
+            L,
+            rho,
+            alpha,
+            steps,
             sigma=sigma,
             sample_sigma=sample_sigma,
             hessian_sigma=hessian_sigma,
@@ -530,6 +883,7 @@ def resampling_sizes(
     theta, _, xi, chi = constants(least_support)
     third = theta * epsilon**2 / (3 * (chi + epsilon))
     support = max(least_support, math.ceil(xi / third))
+    # phi falls as the support and query batches grow, so take it at their final size
     tasks = max(least_tasks, math.ceil(constants(support).phi / third))
     return Sizes(math.ceil(gap / third), tasks, support, support, hessian)
 
@@ -545,21 +899,46 @@ def finite_sum_sizes(
     mean_square_b: float,
     gap: float,
 ) -> Sizes:
-    """Return sizes for which Ji, Theorem 9, guarantees ``E|grad F| <= epsilon`` at alpha = 1 / (8 N L) and C_beta = 80 (Corollary 10).
+    """Return sizes for which Ji, Theorem 9, guarantees ``E|grad F| <= epsilon``.
 
-    K and B each take half of what the bound allows; both grow as ``1 / epsilon^2``.
+    As in Corollary 10, alpha = 1 / (8 N L) and C_beta = 80. K and B each take half of what the
+    bound allows; both grow as ``1 / epsilon^2``.
+
+    Args:
+        epsilon: The accuracy wanted [loss / parameter].
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians, positive.
+        steps: N, positive.
+        sigma: Standard deviation of the query gradients over tasks.
+        b: Mean distance between support and query gradients.
+        mean_square_b: Mean of its square.
+        gap: ``Delta = F(w_0) - inf F`` [loss].
+
+    Raises:
+        ValueError: If an argument is out of range, or rho or N is 0.
+
+    Examples:
+        >>> from lightning_maml.theory import finite_sum_sizes
+        >>> spread = dict(sigma=1.0, b=0.5, mean_square_b=0.25)
+        >>> finite_sum_sizes(1.0, 1.0, 1.0, 1, **spread, gap=1.0).tasks
+        20
     """
     _check(epsilon=epsilon, gap=gap)
-    alpha, least = recommended_inner_lr(L, steps), 20
+    alpha = recommended_inner_lr(L, steps)
+    # theta grows with the number of tasks, so its value at the fewest is safe for more
+    least_tasks = 20
     theta, phi, xi, _ = finite_sum_convergence(
-        L, rho, alpha, steps, sigma=sigma, b=b, mean_square_b=mean_square_b, tasks=least
+        L, rho, alpha, steps, sigma=sigma, b=b, mean_square_b=mean_square_b, tasks=least_tasks
     )
     half = theta * epsilon**2 / (2 * (xi + epsilon))
-    return Sizes(math.ceil(gap / half), max(least, math.ceil(phi / half)))
+    return Sizes(math.ceil(gap / half), max(least_tasks, math.ceil(phi / half)))
 
 
 def _root(theta: float, offset: float, d: float) -> float:
-    """Return the root of ``theta x^2 = d (offset + x)``; infinite where the theorem does not hold."""
+    """Return the positive root of ``theta x^2 = d (offset + x)``.
+
+    Infinite where theta is not positive, that is, where the theorem does not hold.
+    """
     if theta <= 0:
         return math.inf
     return d / (2 * theta) + math.sqrt(offset * d / theta + (d / (2 * theta)) ** 2)

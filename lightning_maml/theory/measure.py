@@ -1,7 +1,9 @@
-"""The constants of the theory, measured on a model and its tasks: L, rho, sigma, sigma-tilde, sigma_H, b.
+"""Measure the constants of the theory on a model and its tasks.
 
-L, rho and sigma_H are suprema, and what is measured at some points in some directions is a lower
-bound on them. They change during training, so measure again, and allow for a factor of 1.5 to 2.
+They are L, rho, sigma, sigma-tilde, sigma_H and b; :mod:`lightning_maml.theory.formulas` defines
+them. L, rho and sigma_H are suprema, and what is measured at some points in some directions is a
+lower bound on them. They change during training, so measure again, and allow for a factor of 1.5
+to 2.
 """
 
 import math
@@ -14,21 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
-from lightning_maml.batches.trees import map_tensors
+from lightning_maml.batches.trees import detached, map_tensors
 from lightning_maml.core.hvp import default_probe_radius
+from lightning_maml.core.inner_loop import inner_loop
 from lightning_maml.core.inner_rates import rates_of_steps
-from lightning_maml.core.objective import BatchLoss, Objective, twice_differentiable
-from lightning_maml.core.params import Params, axpy, detached, dot, norm, scaled
-from lightning_maml.core.task_axis import Stack
+from lightning_maml.core.objective import Objective, twice_differentiable
+from lightning_maml.core.params import Params, add_scaled, dot, norm, scale, subtract
+from lightning_maml.core.task_axis import TaskAxis
 from lightning_maml.execution.task_map import TaskExecution, map_tasks
-from lightning_maml.functional.adaptation import (
-    Loss,
-    QueryLoss,
-    check_step_count,
-    check_support_batches,
-    inner_path,
-    task_losses,
-)
+from lightning_maml.functional.arguments import check_step_count, check_support_batches
+from lightning_maml.functional.losses import Loss, LossFunctions, QueryLoss
 
 PlainLoss = Callable[[Params], Tensor]
 """Maps parameters to the loss of a fixed batch, a scalar."""
@@ -44,7 +41,13 @@ class Measured(NamedTuple):
         value: The constant.
         gradient_evaluations: Gradients of one batch that were taken for it; a Hessian-vector
             product counts as two.
-        direction: The unit vector that attains it.
+        direction: The unit vector in parameter space for which it is attained.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.theory.measure import Measured
+        >>> Measured(2.0, gradient_evaluations=5, direction={"w": torch.ones(1)}).value
+        2.0
     """
 
     value: float
@@ -55,49 +58,66 @@ class Measured(NamedTuple):
 def smoothness(
     loss: PlainLoss, w: Params, *, tolerance: float = 1e-3, iterations: int = 50, seed: int = 0
 ) -> Measured:
-    """Return the spectral norm of the Hessian at ``w``, the local L, by Lanczos' method on Hessian-vector products.
+    """Return the spectral norm of the Hessian at ``w``, the local L [loss / parameter^2].
 
-    This is power iteration with a memory: it needs fewer products, and does not settle on the
-    second eigenvalue where two are close.
+    Lanczos' method finds it from Hessian-vector products. Unlike power iteration, it remembers the
+    earlier products, so it needs fewer of them and does not settle on the second eigenvalue where
+    two are close.
 
     Args:
-        loss: The function.
+        loss: Maps parameters to a scalar; twice differentiable.
         w: The parameters at which to measure.
         tolerance: Stop when the residual ``|H v - lambda v|`` is below this fraction of
             ``|lambda|``, which bounds the error of ``lambda``.
         iterations: Most products that are taken, and copies of the parameters that are kept.
         seed: Seed of the first direction.
+
+    Returns:
+        The norm, with the leading eigenvector; nan where a product is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.theory.measure import smoothness
+        >>> def loss(params):
+        ...     return (params["w"] ** 2 * torch.tensor([0.5, 1.5])).sum()
+        >>> round(smoothness(loss, {"w": torch.ones(2)}).value, 3)
+        3.0
     """
     hessian = _objective(loss).hessian(w)
-    basis, matrix = (
-        [_random_direction(w, seed)],
-        torch.zeros(iterations + 1, iterations + 1, dtype=torch.float64),
-    )
+    basis = [_random_direction(w, seed)]
+    # the Hessian in this basis, which is tridiagonal
+    matrix = torch.zeros(iterations + 1, iterations + 1, dtype=torch.float64)
     for k in range(1, iterations + 1):
-        product = hessian(basis[-1])
-        for q in (*basis, *basis):  # twice, to stay orthogonal in spite of rounding
-            overlap = float(dot(q, product))
-            product = axpy(-overlap, q, product)
-            matrix[k - 1, k - 1] += overlap if q is basis[-1] else 0.0
-        rest = float(norm(product))
-        if not math.isfinite(rest):
-            return Measured(math.nan, 1 + k * _HESSIAN_PRODUCT, basis[0])
+        evaluations = 1 + k * _HESSIAN_PRODUCT
+        rest, along_last = _orthogonalized(hessian(basis[-1]), basis)
+        matrix[k - 1, k - 1] = along_last
+        rest_norm = float(norm(rest))
+        if not math.isfinite(rest_norm):
+            return Measured(math.nan, evaluations, basis[0])
         values, vectors = torch.linalg.eigh(matrix[:k, :k])
         leading = int(values.abs().argmax())
-        if k == iterations or rest * abs(float(vectors[-1, leading])) <= tolerance * abs(
-            float(values[leading])
-        ):
+        value = abs(float(values[leading]))
+        residual = rest_norm * abs(float(vectors[-1, leading]))
+        if k == iterations or residual <= tolerance * value:
             break
-        matrix[k, k - 1] = matrix[k - 1, k] = rest
-        basis.append(scaled(1 / rest, product))
-    direction = scaled(0.0, basis[0])
+        matrix[k, k - 1] = matrix[k - 1, k] = rest_norm
+        basis.append(scale(1 / rest_norm, rest))
+    direction = scale(0.0, basis[0])
     for weight, q in zip(vectors[:, leading].tolist(), basis, strict=True):
-        direction = axpy(weight, q, direction)
-    return Measured(
-        abs(float(values[leading])),
-        1 + k * _HESSIAN_PRODUCT,
-        scaled(1 / norm(direction), direction),
-    )
+        direction = add_scaled(direction, weight, q)
+    return Measured(value, evaluations, scale(1 / norm(direction), direction))
+
+
+def _orthogonalized(v: Params, basis: list[Params]) -> tuple[Params, float]:
+    """Return ``v`` without its components in ``basis``, and the component along the last."""
+    along_last = 0.0
+    # a second pass removes what rounding left in the first
+    for q in [*basis, *basis]:
+        overlap = float(dot(q, v))
+        v = add_scaled(v, -overlap, q)
+        if q is basis[-1]:
+            along_last += overlap
+    return v, along_last
 
 
 def hessian_lipschitz(
@@ -110,20 +130,20 @@ def hessian_lipschitz(
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> Measured:
-    """Return the norm of the third derivative at ``w``, the local rho, by the symmetric power method.
+    """Return the norm of the third derivative at ``w``, the local rho [loss / parameter^3].
 
-    The norm of a symmetric tensor is attained at a single vector (Banach), so ``u`` climbs
-    ``|D^3 l[u, u, .]|``, each value from two Hessian-vector products,
-    ``t = (H(w + h u) u - H(w - h u) u) / (2 h)``. It starts from the Hessian's leading eigenvector,
-    then from random directions, and may stop at a local maximum each time. (Random directions
-    alone, without the climb, give values that are too small by orders of magnitude in high
-    dimension.)
+    The norm of a symmetric tensor is attained at a single vector (Banach), so the symmetric power
+    method climbs ``|D^3 l[u, u, .]|`` over unit vectors ``u``, each value from two Hessian-vector
+    products, ``t = (H(w + h u) u - H(w - h u) u) / (2 h)``. It starts from the Hessian's leading
+    eigenvector, then from random directions, and may stop at a local maximum each time. (Random
+    directions alone, without the climb, give values that are too small by orders of magnitude in
+    high dimension.)
 
     The radius h is a small fraction, the cube root of the machine epsilon, of the length L / rho
     over which the Hessian changes.
 
     Args:
-        loss: The function, three times differentiable: with ReLU rho does not exist.
+        loss: Maps parameters to a scalar; three times differentiable: with ReLU rho does not exist.
         w: The parameters at which to measure.
         leading: What :func:`lightning_maml.theory.measure.smoothness` returned there; computed if
             None.
@@ -133,23 +153,32 @@ def hessian_lipschitz(
         seed: Seed of the random directions.
 
     Returns:
-        The norm; nan where something is not finite.
+        The norm; nan where a product is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.theory.measure import hessian_lipschitz
+        >>> def loss(params):
+        ...     return (params["w"] ** 3).sum()
+        >>> w = {"w": torch.ones(1, dtype=torch.float64)}
+        >>> round(hessian_lipschitz(loss, w).value, 3)
+        6.0
     """
-    objective, dtype = _objective(loss), next(iter(w.values())).dtype
-    largest = smoothness(loss, w, tolerance=1e-2, seed=seed) if leading is None else leading
-    best, evaluations = (
-        largest._replace(value=0.0),
-        0 if leading is not None else largest.gradient_evaluations,
-    )
-    h = default_probe_radius(dtype)
+    objective = _objective(loss)
+    evaluations = 0
+    if leading is None:
+        leading = smoothness(loss, w, tolerance=1e-2, seed=seed)
+        evaluations = leading.gradient_evaluations
+    best = leading._replace(value=0.0)
+    dtype = next(iter(w.values())).dtype
+    fraction = default_probe_radius(dtype)
+    h = fraction
     for restart in range(restarts):
-        u, value = largest.direction if restart == 0 else _random_direction(w, seed + restart), 0.0
+        u = leading.direction if restart == 0 else _random_direction(w, seed + restart)
+        value = 0.0
         for _ in range(iterations):
-            ahead, behind = (
-                objective.hessian_vector_product(axpy(side * h, u, w), u) for side in (1, -1)
-            )
+            t = _third_derivative(objective, w, u, h)
             evaluations += 2 * _HESSIAN_PRODUCT
-            t = scaled(1 / (2 * h), axpy(-1.0, behind, ahead))
             before, value = value, float(norm(t))
             if not math.isfinite(value):
                 return Measured(math.nan, evaluations, u)
@@ -157,13 +186,20 @@ def hessian_lipschitz(
                 best = Measured(value, 0, u)
             if not value or abs(value - before) <= tolerance * value:
                 break
-            h = max(
-                largest.value / value * default_probe_radius(dtype),
-                torch.finfo(dtype).eps ** (1 / 2),
-            )
-            climbed = axpy(value if dot(t, u) >= 0 else -value, u, t)
-            u = scaled(1 / norm(climbed), climbed)
+            # below this lower limit, w + h u would hardly differ from w
+            h = max(leading.value / value * fraction, torch.finfo(dtype).eps ** (1 / 2))
+            # the shift makes every step climb; without it the power method may alternate
+            shift = value if dot(t, u) >= 0 else -value
+            climbed = add_scaled(t, shift, u)
+            u = scale(1 / norm(climbed), climbed)
     return best._replace(gradient_evaluations=evaluations)
+
+
+def _third_derivative(objective: Objective, w: Params, u: Params, h: float) -> Params:
+    """Return ``D^3 l(w)[u, u, .]`` by a central difference of Hessian-vector products."""
+    ahead = objective.hessian_vector_product(add_scaled(w, h, u), u)
+    behind = objective.hessian_vector_product(add_scaled(w, -h, u), u)
+    return scale(1 / (2 * h), subtract(ahead, behind))
 
 
 @contextmanager
@@ -179,6 +215,11 @@ class Curvature(NamedTuple):
         L: Smoothness [loss / parameter^2].
         rho: Lipschitz constant of the Hessians [loss / parameter^3].
         gradient_evaluations: Spent on it.
+
+    Examples:
+        >>> from lightning_maml.theory.measure import Curvature
+        >>> Curvature(L=2.0, rho=0.5, gradient_evaluations=100).L
+        2.0
     """
 
     L: float
@@ -195,10 +236,16 @@ class Spread(NamedTuple):
             case without what sampling the batch adds to it.
         sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan
             with one query sample. It is measured on halves of a query set: with batch norm, whose
-            statistics are then the halves' own, it is not quite that of single samples.
+            statistics are then the halves' own, it is only roughly that of single samples.
         b: Mean over tasks of ``|grad l_S - grad l_T|``.
         mean_square_b: Mean of its square, b-tilde.
         gradient_evaluations: Spent on it.
+
+    Examples:
+        >>> from lightning_maml.theory.measure import Spread
+        >>> spread = Spread(1.0, 0.5, 0.2, b=0.1, mean_square_b=0.02, gradient_evaluations=8)
+        >>> spread.sigma
+        0.5
     """
 
     gradient_norm: float
@@ -222,6 +269,11 @@ class Constants(NamedTuple):
         mean_square_b: Mean of its square.
         gradient_norm: Mean norm of the task gradients.
         gradient_evaluations: Spent on all of them.
+
+    Examples:
+        >>> from lightning_maml.theory.measure import Constants
+        >>> Constants(2.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 1.0, gradient_evaluations=100).rho
+        1.0
     """
 
     L: float
@@ -253,6 +305,20 @@ class Probe:
     Raises:
         ValueError: If the parameters are in half precision, or the tensors of ``episodes`` do not
             fit each other.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import Episodes
+        >>> from lightning_maml.theory.measure import Probe
+        >>> def loss(params, x, y):
+        ...     return ((params["w"] - x) ** 2).mean() / 2
+        >>> x = torch.tensor([[[0.0], [2.0]], [[1.0], [3.0]]])
+        >>> y = torch.zeros(2, 2, 1)  # not used by this loss
+        >>> probe = Probe(loss, {"w": torch.zeros(1)}, Episodes(x, y, x, y))
+        >>> probe.gradient_norms()
+        tensor([1., 2.])
+        >>> round(probe.curvature().L, 3)
+        1.0
     """
 
     def __init__(
@@ -276,15 +342,22 @@ class Probe:
                 "a mixed precision instead."
             )
         self._progress = progress
-        self._loss, self._query_loss, self._has_aux = loss, query_loss, has_aux
+        self._functions = LossFunctions(loss, query_loss, has_aux)
         self._tasks, self._chunk_size, self._seed = tasks, chunk_size, seed
         with torch.inference_mode(False):
             self._params, self._episodes = detached((params, episodes))
 
     def constants(self, inner_lr: float, steps: int) -> Constants:
-        """Return all the constants, with L and rho along the inner path."""
-        curvature, spread = self.curvature(inner_lr, steps), self.spread()
+        """Return all the constants, with L and rho along the inner path.
+
+        Args:
+            inner_lr: alpha.
+            steps: N.
+        """
+        curvature = self.curvature(inner_lr, steps)
+        spread = self.spread()
         hessian_sigma, evaluations = self.hessian_deviation()
+        evaluations += curvature.gradient_evaluations + spread.gradient_evaluations
         return Constants(
             L=curvature.L,
             rho=curvature.rho,
@@ -294,34 +367,33 @@ class Probe:
             b=spread.b,
             mean_square_b=spread.mean_square_b,
             gradient_norm=spread.gradient_norm,
-            gradient_evaluations=curvature.gradient_evaluations
-            + spread.gradient_evaluations
-            + evaluations,
+            gradient_evaluations=evaluations,
         )
 
     @_differentiating()
     def gradient_norms(self) -> Tensor:
-        """Return ``|grad l_i(w)|`` of each task's query loss, ``[T]``: what the adaptive meta-stepsize averages."""
+        """Return ``|grad l_i(w)|`` of each task's query loss, ``[T]`` [loss / parameter].
 
-        def of_tasks(task: AnyEpisodes, stack: Stack) -> Tensor:
-            w = stack.shared(self._params)
-            query = task_losses(
-                self._loss, task, 0, self._query_loss, self._has_aux, None, stack
-            ).query[0](w)
-            norms: Tensor = stack.each(norm)(Objective(query, stack).gradient(w))
+        The adaptive meta-stepsize averages them.
+        """
+
+        def norms_of_chunk(task: AnyEpisodes, axis: TaskAxis) -> Tensor:
+            query = self._functions.of_task(task, 0, axis).query[0]
+            norms: Tensor = axis.vmap(norm)(query.gradient(axis.expand(self._params)))
             return norms
 
-        return torch.cat(
-            list(
-                map_tasks(of_tasks, self._episodes, tasks=self._tasks, chunk_size=self._chunk_size)
-            )
+        chunks = map_tasks(
+            norms_of_chunk, self._episodes, tasks=self._tasks, chunk_size=self._chunk_size
         )
+        return torch.cat(list(chunks))
 
     @_differentiating()
     def curvature(
         self, inner_lr: float = 0.0, steps: int = 0, *, restarts: int = 3, tolerance: float = 1e-3
     ) -> Curvature:
-        """Return the largest L and rho over the tasks, over their support and query losses, and over the inner path ``w_0 .. w_N``.
+        """Return the largest L and rho of the task losses along the inner path ``w_0 .. w_N``.
+
+        Each task has two losses, of its support and of its query set.
 
         Args:
             inner_lr: alpha.
@@ -338,32 +410,32 @@ class Probe:
         if isinstance(self._episodes, ResampledEpisodes) and steps:
             check_support_batches(self._episodes, steps)
 
-        def of_one_task(task: AnyEpisodes) -> Tensor:
-            losses = task_losses(self._loss, task, steps, self._query_loss, self._has_aux, None)
-            found = []
-            for w in inner_path(losses.support, Objective, self._params, rates).points:
-                for batch_loss in map(_value, self._losses(task)):
-                    largest = smoothness(batch_loss, w, tolerance=tolerance, seed=self._seed)
-                    third = hessian_lipschitz(
-                        batch_loss,
-                        w,
-                        leading=largest,
-                        restarts=restarts,
-                        tolerance=tolerance,
-                        seed=self._seed,
-                    )
-                    found.append(
-                        (
-                            largest.value,
-                            third.value,
-                            largest.gradient_evaluations + third.gradient_evaluations,
-                        )
-                    )
+        def measure_task(task: AnyEpisodes) -> Tensor:
+            path, w_N = inner_loop(self._functions.of_task(task, steps), self._params, rates)
+            points = [*(step.w for step in path), w_N]
+            found = [
+                self._curvature_at(w, objective, restarts, tolerance)
+                for w in points
+                for objective in self._losses(task)
+            ]
             L, rho, evaluations = torch.tensor(found, dtype=torch.float64).T
-            return torch.stack([L.max(), rho.max(), evaluations.sum() + steps])  # max keeps a nan
+            # unlike Python's, torch's max keeps a nan
+            return torch.stack([L.max(), rho.max(), evaluations.sum() + steps])
 
-        rows = torch.cat(list(self._each("L and rho", of_one_task)))
-        return Curvature(float(rows[:, 0].max()), float(rows[:, 1].max()), int(rows[:, 2].sum()))
+        rows = torch.cat(list(self._for_each_task("L and rho", measure_task)))
+        L, rho, evaluations = rows.T
+        return Curvature(float(L.max()), float(rho.max()), int(evaluations.sum()))
+
+    def _curvature_at(
+        self, w: Params, objective: Objective, restarts: int, tolerance: float
+    ) -> Curvature:
+        loss = _value(objective)
+        largest = smoothness(loss, w, tolerance=tolerance, seed=self._seed)
+        third = hessian_lipschitz(
+            loss, w, leading=largest, restarts=restarts, tolerance=tolerance, seed=self._seed
+        )
+        evaluations = largest.gradient_evaluations + third.gradient_evaluations
+        return Curvature(largest.value, third.value, evaluations)
 
     @_differentiating()
     def spread(self) -> Spread:
@@ -372,43 +444,37 @@ class Probe:
         Random halves D_1, D_2 of a query set give sigma-tilde:
         ``E|g(D_1) - g(D_2)|^2 = 2 sigma-tilde^2 / |D_1|``.
         """
-        samples, half = self._episodes.query_y.shape[1], self._episodes.query_y.shape[1] // 2
+        samples = self._episodes.query_y.shape[1]
+        half = samples // 2
 
-        def of_one_task(task: AnyEpisodes) -> tuple[Params, Tensor]:
-            support, query = (
-                Objective(batch_loss).gradient(self._params) for batch_loss in self._losses(task)
-            )
-            between = torch.tensor(math.nan)
+        def measure_task(task: AnyEpisodes) -> tuple[Params, Tensor]:
+            support, query = (objective.gradient(self._params) for objective in self._losses(task))
+            between = math.nan
             if half:
-                between = norm(
-                    axpy(
-                        -1.0,
-                        *(Objective(part).gradient(self._params) for part in self._halves(task)),
-                    )
-                )
-            distances = [
-                float(norm(query)),
-                float(norm(axpy(-1.0, support, query))),
-                float(between),
-            ]
+                first, second = (part.gradient(self._params) for part in self._halves(task))
+                between = float(norm(subtract(second, first)))
+            distances = [float(norm(query)), float(norm(subtract(query, support))), between]
             return query, torch.tensor(distances, dtype=torch.float64)
 
-        total, rows = {name: torch.zeros_like(tensor) for name, tensor in self._params.items()}, []
-        for gradient, distances in self._each("gradients", of_one_task):
+        total = {name: torch.zeros_like(tensor) for name, tensor in self._params.items()}
+        rows = []
+        for gradient, distances in self._for_each_task("gradients", measure_task):
+            # each task's results have a leading dimension of 1
             total = {name: tensor + gradient[name][0] for name, tensor in total.items()}
             rows.append(distances)
         norms, gaps, between = torch.cat(rows).T
         count = len(norms)
+
         sample_variance = float(between.square().mean()) * half / 2 if half else math.nan
-        variance = (
-            (float(norms.square().sum()) - float(norm(total)) ** 2 / count) / (count - 1)
-            if count > 1
-            else math.nan
-        )
+        variance = math.nan
+        if count > 1:
+            sum_of_squares = float(norms.square().sum())
+            variance = (sum_of_squares - float(norm(total)) ** 2 / count) / (count - 1)
         if isinstance(self._episodes, ResampledEpisodes) and half:
             variance -= sample_variance / samples
         return Spread(
             gradient_norm=float(norms.mean()),
+            # what sampling adds is an estimate too, and may exceed the variance of a few tasks
             sigma=math.sqrt(max(variance, 0.0)) if count > 1 else math.nan,
             sample_sigma=math.sqrt(sample_variance),
             b=float(gaps.mean()),
@@ -418,69 +484,69 @@ class Probe:
 
     @_differentiating()
     def hessian_deviation(self) -> tuple[float, int]:
-        """Return sigma_H, the standard deviation of the samples' Hessians within a task [loss / parameter^2], and its cost in gradients.
+        """Return sigma_H, the standard deviation of the samples' Hessians within a task.
 
         It is taken from random halves of the query sets, along the leading eigenvector of each
         task's Hessian, or along a random direction if that gives more: a lower bound on the
-        spectral one (with batch norm only roughly, as for ``sample_sigma``). It is nan with one
-        query sample.
+        spectral one (with batch norm only roughly, as for ``sample_sigma``).
+
+        Returns:
+            sigma_H [loss / parameter^2], nan with one query sample; and the gradients it cost.
         """
         half = self._episodes.query_y.shape[1] // 2
         if not half:
             return math.nan, 0
 
-        def of_one_task(task: AnyEpisodes) -> Tensor:
-            leading = smoothness(
-                _value(self._losses(task)[1]), self._params, tolerance=1e-2, seed=self._seed
-            )
-            hessians = [Objective(part).hessian(self._params) for part in self._halves(task)]
+        def measure_task(task: AnyEpisodes) -> Tensor:
+            query_loss = _value(self._losses(task)[1])
+            leading = smoothness(query_loss, self._params, tolerance=1e-2, seed=self._seed)
+            first, second = (part.hessian(self._params) for part in self._halves(task))
             directions = (leading.direction, _random_direction(self._params, self._seed))
-            along = [
-                float(norm(axpy(-1.0, *(hessian(v) for hessian in hessians)))) for v in directions
-            ]
+            along = [float(norm(subtract(first(v), second(v)))) for v in directions]
             evaluations = leading.gradient_evaluations + 2 * (1 + 2 * _HESSIAN_PRODUCT)
             return torch.tensor([*along, evaluations], dtype=torch.float64)
 
-        rows = torch.cat(list(self._each("sigma_H", of_one_task)))
-        variance = float(rows[:, :2].square().mean(0).max()) * half / 2
+        rows = torch.cat(list(self._for_each_task("sigma_H", measure_task)))
+        mean_squares = rows[:, :2].square().mean(0)
+        variance = float(mean_squares.max()) * half / 2
         return math.sqrt(variance), int(rows[:, 2].sum())
 
-    def _losses(self, task: AnyEpisodes) -> tuple[BatchLoss, BatchLoss]:
-        """Return a task's support loss (where there are several batches, the first one's) and its query loss."""
-        losses = task_losses(self._loss, task, 1, self._query_loss, self._has_aux, None)
-        return losses.support[0](self._params), losses.query[0](self._params)
+    def _losses(self, task: AnyEpisodes) -> tuple[Objective, Objective]:
+        """Return a task's support loss (that of the first step's batch) and its query loss."""
+        losses = self._functions.of_task(task, 1)
+        return losses.support[0], losses.query[0]
 
-    def _halves(self, task: AnyEpisodes) -> tuple[BatchLoss, BatchLoss]:
+    def _halves(self, task: AnyEpisodes) -> tuple[Objective, Objective]:
         """Return the query losses of two random halves of a task's query set."""
         samples = len(task.query_y)
-        order = torch.randperm(samples, generator=torch.Generator().manual_seed(self._seed)).to(
-            task.query_y.device
-        )
-        parts = order[: samples // 2], order[samples // 2 : 2 * (samples // 2)]
-        sets = (
-            (map_tensors(lambda tensor, rows=rows: tensor[rows], task.query_x), task.query_y[rows])
-            for rows in parts
-        )
-        first, second = (self._losses(task._replace(query_x=x, query_y=y))[1] for x, y in sets)
-        return first, second
+        random = torch.Generator().manual_seed(self._seed)
+        order = torch.randperm(samples, generator=random).to(task.query_y.device)
+        half = samples // 2
+        # of an odd number of samples, one is left out
+        return self._query_loss(task, order[:half]), self._query_loss(task, order[half : 2 * half])
 
-    def _each(self, of: str, function: Callable[[AnyEpisodes], Any]) -> Iterator[Any]:
+    def _query_loss(self, task: AnyEpisodes, rows: Tensor) -> Objective:
+        x = map_tensors(lambda tensor: tensor[rows], task.query_x)
+        return self._losses(task._replace(query_x=x, query_y=task.query_y[rows]))[1]
+
+    def _for_each_task(self, what: str, function: Callable[[AnyEpisodes], Any]) -> Iterator[Any]:
         results = map_tasks(
             lambda task, _: function(task),
             self._episodes,
+            # the searches take different numbers of steps per task, so tasks cannot be vectorised
             tasks="threads" if self._tasks == "threads" else "loop",
         )
         yield from tqdm(
             results,
             total=len(self._episodes.query_y),
-            desc=f"Measuring {of}",
+            desc=f"Measuring {what}",
             unit="task",
             disable=not self._progress,
         )
 
 
-def _value(batch_loss: BatchLoss) -> PlainLoss:
-    return lambda w: batch_loss(w)[0]
+def _value(objective: Objective) -> PlainLoss:
+    return lambda w: objective.value(w)[0]
 
 
 def _objective(loss: PlainLoss) -> Objective:
@@ -493,4 +559,4 @@ def _random_direction(like: Params, seed: int) -> Params:
         name: torch.randn(tensor.shape, generator=random, dtype=tensor.dtype).to(tensor.device)
         for name, tensor in like.items()
     }
-    return scaled(1 / norm(v), v)
+    return scale(1 / norm(v), v)

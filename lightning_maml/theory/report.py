@@ -15,7 +15,12 @@ class Adaptive(NamedTuple):
     Attributes:
         rule: Its rule.
         scale: Its numerator.
-        tasks: B' over all processes.
+        tasks: B', summed over all processes.
+
+    Examples:
+        >>> from lightning_maml.theory.report import Adaptive
+        >>> Adaptive("one_step", scale=0.5, tasks=4).rule
+        'one_step'
     """
 
     rule: Rule
@@ -24,7 +29,7 @@ class Adaptive(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a run is configured to do.
+    """The settings of a run that the theorems have conditions on.
 
     Attributes:
         curvature: Tells which algorithm it is.
@@ -38,6 +43,12 @@ class Settings(NamedTuple):
         stepsize: The adaptive meta-stepsize; or the fixed rate of plain SGD; or None for another
             optimizer.
         kinks: Layers at which the network is not twice differentiable.
+
+    Examples:
+        >>> from lightning_maml.theory.report import Settings, rules
+        >>> settings = Settings("exact", 0.1, 1, 32, 15, None, 1e-3, stepsize=None, kinks=[])
+        >>> rules(settings)
+        ['one_step', 'finite_sum']
     """
 
     curvature: CurvatureName
@@ -55,9 +66,14 @@ class Condition(NamedTuple):
     """A condition of a theorem.
 
     Attributes:
-        source: Where it is from.
+        source: Paper and theorem.
         text: The condition with its numbers.
-        holds: Whether it does; None where it cannot be judged.
+        holds: Whether it does; None where the constants do not tell.
+
+    Examples:
+        >>> from lightning_maml.theory.report import Condition
+        >>> Condition("Ji, Corollary 6", "S = 20, at least 15 needed", holds=True).holds
+        True
     """
 
     source: str
@@ -71,50 +87,66 @@ _EQUATION: dict[Rule, str] = {
     "resampling": "Ji eq. 14",
     "finite_sum": "Ji eq. 22",
 }
+_WORDS = {True: "holds", False: "does not hold", None: "not decided"}
 
 
 def rules(settings: Settings) -> list[Rule]:
-    """Return the stepsize rules that apply: Fallah's for one step, and Ji's except for FO-MAML, which Ji does not treat."""
-    general: Rule = "finite_sum" if settings.resampling is None else "resampling"
-    one_step: list[Rule] = ["one_step"] if settings.steps == 1 else []
-    return one_step if settings.curvature == "none" else [*one_step, general]
+    """Return the stepsize rules that apply: Fallah's with one inner step, Ji's except for FO-MAML.
+
+    Ji does not treat FO-MAML.
+    """
+    found: list[Rule] = []
+    if settings.steps == 1:
+        found.append("one_step")
+    if settings.curvature != "none":
+        found.append("finite_sum" if settings.resampling is None else "resampling")
+    return found
 
 
 def stepsize(rule: Rule, scale: float, constants: Constants, settings: Settings) -> float:
-    """Return beta."""
-    arguments = (
+    """Return beta of ``rule`` [parameter^2 / loss], with ``scale`` as its numerator."""
+    smoothness = theory.meta_smoothness(
+        rule,
         constants.L,
         constants.rho,
         settings.inner_lr,
         settings.steps,
         constants.gradient_norm,
+        b=constants.b,
     )
-    return theory.meta_stepsize(theory.meta_smoothness(rule, *arguments, b=constants.b), scale)
+    return theory.meta_stepsize(smoothness, scale)
 
 
 def conditions(constants: Constants, settings: Settings) -> list[Condition]:
-    """Return every condition of the theorems that bears on the settings."""
+    """Return every condition of the theorems that the settings may break.
+
+    Args:
+        constants: As measured, or as known.
+        settings: The run's settings.
+
+    Examples:
+        >>> from lightning_maml.theory.measure import Constants
+        >>> from lightning_maml.theory.report import Settings, conditions
+        >>> constants = Constants(2.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 1.0, 100)
+        >>> settings = Settings("exact", 0.05, 1, 16, 15, None, 1e-3, stepsize=1e-6, kinks=[])
+        >>> for source, text, holds in conditions(constants, settings):
+        ...     if not holds:
+        ...         print(source, "|", text)
+        Fallah, Theorem 4.12 | B = 16 tasks per step, at least 20 needed
+    """
     kinks = f"; it has kinks in {', '.join(settings.kinks)}" if settings.kinks else ""
-    found = [
-        Condition("both papers", f"the network is twice differentiable{kinks}", not settings.kinks)
-    ]
+    smooth = f"the network is twice differentiable{kinks}"
+    found = [Condition("both papers", smooth, not settings.kinks)]
     if settings.steps == 1:
-        found += _of_fallah(constants, settings)
+        found += _fallah_conditions(constants, settings)
     if settings.curvature == "none":
-        floor = theory.first_order_floor(
-            constants.L, settings.inner_lr, settings.steps, constants.sigma
-        )
-        text = (
-            "FO-MAML is not among its algorithms; |grad F| may come to rest anywhere below "
-            f"{floor:.3g}"
-        )
-        found.append(Condition("Ji", text, False))
+        found.append(_first_order_condition(constants, settings))
     else:
-        found += _of_ji(constants, settings)
-    return [*found, *_of_the_stepsize(constants, settings)]
+        found += _ji_conditions(constants, settings)
+    return [*found, *_stepsize_conditions(constants, settings)]
 
 
-def _of_fallah(constants: Constants, settings: Settings) -> list[Condition]:
+def _fallah_conditions(constants: Constants, settings: Settings) -> list[Condition]:
     theorem = f"Fallah, Theorem {_THEOREM[settings.curvature]}"
     largest = theory.largest_one_step_inner_lr(constants.L, settings.curvature)
     formula = "1 / (10 L)" if settings.curvature == "none" else "1 / (6 L)"
@@ -123,22 +155,8 @@ def _of_fallah(constants: Constants, settings: Settings) -> list[Condition]:
         _at_least(theorem, "B", settings.tasks, 20, "20", "tasks per step"),
     ]
     if settings.resampling is not None and settings.curvature != "none":
-        if math.isnan(constants.hessian_sigma):
-            found.append(
-                Condition(theorem, "D_h: sigma_H needs at least two query samples per task", None)
-            )
-        else:
-            needed = theory.hessian_batch(settings.inner_lr, constants.hessian_sigma)
-            found.append(
-                _at_least(
-                    theorem,
-                    "D_h",
-                    settings.resampling[1],
-                    needed,
-                    "2 alpha^2 sigma_H^2",
-                    "Hessian samples",
-                )
-            )
+        hessian = settings.resampling[1]
+        found.append(_hessian_batch_condition(theorem, constants, settings.inner_lr, hessian))
     if settings.curvature == "finite_difference":
         printed = theory.printed_probe_radius(constants.rho, settings.inner_lr)
         text = (
@@ -149,165 +167,157 @@ def _of_fallah(constants: Constants, settings: Settings) -> list[Condition]:
     return found
 
 
-def _of_ji(constants: Constants, settings: Settings) -> list[Condition]:
-    theorem, corollary = (
-        ("Ji, Theorem 5", "Ji, Corollary 6")
-        if settings.resampling
-        else ("Ji, Theorem 9", "Ji, Corollary 10")
+def _hessian_batch_condition(
+    theorem: str, constants: Constants, alpha: float, hessian: int
+) -> Condition:
+    if math.isnan(constants.hessian_sigma):
+        text = "D_h: sigma_H needs at least two query samples per task"
+        return Condition(theorem, text, None)
+    needed = theory.hessian_batch(alpha, constants.hessian_sigma)
+    return _at_least(theorem, "D_h", hessian, needed, "2 alpha^2 sigma_H^2", "Hessian samples")
+
+
+def _first_order_condition(constants: Constants, settings: Settings) -> Condition:
+    floor = theory.first_order_floor(
+        constants.L, settings.inner_lr, settings.steps, constants.sigma
     )
+    text = (
+        f"FO-MAML is not among its algorithms; |grad F| may come to rest anywhere below {floor:.3g}"
+    )
+    return Condition("Ji", text, False)
+
+
+def _ji_conditions(constants: Constants, settings: Settings) -> list[Condition]:
+    theorem, corollary = "Ji, Theorem 9", "Ji, Corollary 10"
+    if settings.resampling:
+        theorem, corollary = "Ji, Theorem 5", "Ji, Corollary 6"
     alpha, L, steps = settings.inner_lr, constants.L, settings.steps
     found = [
         _at_most(theorem, "alpha", alpha, theory.largest_inner_lr(L, steps), "(2^(1/2N) - 1) / L"),
         _at_most(corollary, "alpha", alpha, theory.recommended_inner_lr(L, steps), "1 / (8 N L)"),
-        _theta(theorem, constants, settings),
+        _theta_condition(theorem, constants, settings),
     ]
-    if settings.resampling is None:
-        return found
+    if settings.resampling is not None:
+        found += _resampling_batch_conditions(corollary, constants, settings.resampling)
+    return found
+
+
+def _resampling_batch_conditions(
+    corollary: str, constants: Constants, batches: tuple[int, int]
+) -> list[Condition]:
     if math.isnan(constants.sample_sigma):
-        return [
-            *found,
-            Condition(
-                corollary,
-                "S and D: sigma-tilde and sigma_H need at least two query samples per task",
-                None,
-            ),
-        ]
-    support, hessian = theory.resampling_batches(
-        L, constants.rho, constants.sample_sigma, constants.hessian_sigma
+        text = "S and D: sigma-tilde and sigma_H need at least two query samples per task"
+        return [Condition(corollary, text, None)]
+    needed = theory.resampling_batches(
+        constants.L, constants.rho, constants.sample_sigma, constants.hessian_sigma
     )
+    support, hessian = batches
     return [
-        *found,
         _at_least(
             corollary,
             "S",
-            settings.resampling[0],
             support,
+            needed.support,
             "15 rho^2 sigma_g^2 / L^4",
             "samples per inner step",
         ),
-        _at_least(
-            corollary, "D", settings.resampling[1], hessian, "sigma_H^2 / L^2", "Hessian samples"
-        ),
+        _at_least(corollary, "D", hessian, needed.hessian, "sigma_H^2 / L^2", "Hessian samples"),
     ]
 
 
-def _theta(theorem: str, constants: Constants, settings: Settings) -> Condition:
-    """Return the condition under which Ji's theorem says something: its theta is positive with these batch sizes."""
+def _theta_condition(theorem: str, constants: Constants, settings: Settings) -> Condition:
+    """Return the condition that theta is positive: otherwise Ji's theorem bounds nothing."""
     arguments = (constants.L, constants.rho, settings.inner_lr, settings.steps)
+    # the cases in which theta has no value come first: its formula refuses them
     if settings.inner_lr >= theory.largest_inner_lr(constants.L, settings.steps):
-        return Condition(
-            theorem, "theta > 0 needed; there is none while (1 + alpha L)^(2N) is 2 or more", False
-        )
+        text = "theta > 0 needed; there is none while (1 + alpha L)^(2N) is 2 or more"
+        return Condition(theorem, text, False)
     if theory.smoothness_constants(*arguments).c_l == 0:
-        return Condition(
-            theorem,
-            "theta > 0 needed; C_L = 0, so F is smooth and any small stepsize will do",
-            True,
-        )
+        text = "theta > 0 needed; C_L = 0, so F is smooth and any small stepsize will do"
+        return Condition(theorem, text, True)
+    if settings.resampling is not None and math.isnan(constants.sample_sigma):
+        text = "theta > 0 needed; sigma-tilde and sigma_H need at least two query samples per task"
+        return Condition(theorem, text, None)
     if settings.resampling is None:
-        theta = theory.finite_sum_convergence(
+        convergence = theory.finite_sum_convergence(
             *arguments,
             sigma=constants.sigma,
             b=constants.b,
             mean_square_b=constants.mean_square_b,
             tasks=settings.tasks,
-        ).theta
-    elif math.isnan(constants.sample_sigma):
-        return Condition(
-            theorem,
-            "theta > 0 needed; sigma-tilde and sigma_H need at least two query samples per task",
-            None,
         )
     else:
-        theta = theory.resampling_convergence(
+        support, hessian = settings.resampling
+        convergence = theory.resampling_convergence(
             *arguments,
             sigma=constants.sigma,
             sample_sigma=constants.sample_sigma,
             hessian_sigma=constants.hessian_sigma,
             tasks=settings.tasks,
-            support=settings.resampling[0],
-            hessian=max(settings.resampling[1], 1),
+            support=support,
+            hessian=max(hessian, 1),
             query=settings.query,
-        ).theta
-    return Condition(
-        theorem, f"theta = {theta:.3g} with B = {settings.tasks}, above 0 needed", theta > 0
-    )
-
-
-def _of_the_stepsize(constants: Constants, settings: Settings) -> list[Condition]:
-    if settings.stepsize is None:
-        return [
-            Condition(
-                "both papers",
-                "the meta-optimizer is plain SGD; it is another one, which no theorem covers",
-                False,
-            )
-        ]
-    if not isinstance(settings.stepsize, Adaptive):
-        rate, papers = (
-            settings.stepsize,
-            {rule: theory.paper_scale(rule, settings.curvature) for rule in rules(settings)},
         )
-        return [
-            _at_most(
-                _EQUATION[rule],
-                "fixed beta",
-                rate,
-                stepsize(rule, scale, constants, settings),
-                "beta here",
-            )
-            for rule, scale in papers.items()
-        ]
-    rule, scale, tasks = settings.stepsize
+    theta = convergence.theta
+    text = f"theta = {theta:.3g} with B = {settings.tasks}, above 0 needed"
+    return Condition(theorem, text, theta > 0)
+
+
+def _stepsize_conditions(constants: Constants, settings: Settings) -> list[Condition]:
+    if settings.stepsize is None:
+        text = "the meta-optimizer is plain SGD; it is another one, which no theorem covers"
+        return [Condition("both papers", text, False)]
+    if isinstance(settings.stepsize, Adaptive):
+        return _adaptive_conditions(settings.stepsize, constants, settings)
+    found = []
+    for rule in rules(settings):
+        scale = theory.paper_scale(rule, settings.curvature)
+        beta = stepsize(rule, scale, constants, settings)
+        source = _EQUATION[rule]
+        found.append(_at_most(source, "fixed beta", settings.stepsize, beta, "beta here"))
+    return found
+
+
+def _adaptive_conditions(
+    adaptive: Adaptive, constants: Constants, settings: Settings
+) -> list[Condition]:
+    rule, scale, tasks = adaptive
     source = _EQUATION[rule]
     if rule not in rules(settings):
-        return [
-            Condition(
-                source,
-                f"AdaptiveMetaStepsize with rule {rule!r} is not made for this algorithm, N and "
-                "kind of tasks",
-                False,
-            )
-        ]
+        text = (
+            f"AdaptiveMetaStepsize with rule {rule!r} is not made for this algorithm, N and kind "
+            "of tasks"
+        )
+        return [Condition(source, text, False)]
+    paper_scale = theory.paper_scale(rule, settings.curvature)
     needed = _stepsize_batches(rule, constants, settings)
     found = [
-        _at_most(
-            source,
-            "scale",
-            scale,
-            theory.paper_scale(rule, settings.curvature),
-            "the papers' constant",
-        ),
+        _at_most(source, "scale", scale, paper_scale, "the papers' constant"),
         _at_least(source, "B'", tasks, needed.tasks, "the theorem's", "tasks for the stepsize"),
     ]
-    if rule != "finite_sum":
-        if math.isnan(constants.sample_sigma):
-            found.append(
-                Condition(
-                    source,
-                    "samples of each: sigma-tilde needs at least two query samples per task",
-                    None,
-                )
-            )
-        else:
-            found.append(
-                _at_least(
-                    source,
-                    "query samples",
-                    settings.query,
-                    needed.samples,
-                    "the theorem's",
-                    "for the stepsize",
-                )
-            )
-    return found
+    if rule == "finite_sum":
+        return found
+    if math.isnan(constants.sample_sigma):
+        text = "samples of each: sigma-tilde needs at least two query samples per task"
+        return [*found, Condition(source, text, None)]
+    samples = _at_least(
+        source,
+        "query samples",
+        settings.query,
+        needed.samples,
+        "the theorem's",
+        "for the stepsize",
+    )
+    return [*found, samples]
 
 
 def _stepsize_batches(
     rule: Rule, constants: Constants, settings: Settings
 ) -> theory.StepsizeBatches:
+    # callers show no number of samples where sigma-tilde is not known
     sample_sigma = 0.0 if math.isnan(constants.sample_sigma) else constants.sample_sigma
-    arguments = (
+    return theory.stepsize_batches(
+        rule,
         constants.L,
         constants.rho,
         settings.inner_lr,
@@ -316,18 +326,17 @@ def _stepsize_batches(
         sample_sigma,
         constants.b,
     )
-    return theory.stepsize_batches(rule, *arguments)
 
 
 def _at_most(source: str, name: str, value: float, bound: float, formula: str) -> Condition:
-    return Condition(
-        source, f"{name} = {value:.3g}, at most {formula} = {bound:.3g} needed", value <= bound
-    )
+    text = f"{name} = {value:.3g}, at most {formula} = {bound:.3g} needed"
+    return Condition(source, text, value <= bound)
 
 
-def _at_least(source: str, name: str, value: int, bound: int, formula: str, of: str) -> Condition:
+def _at_least(source: str, name: str, value: int, bound: int, formula: str, unit: str) -> Condition:
     needed = formula if formula == str(bound) else f"{formula} = {_count(bound)}"
-    return Condition(source, f"{name} = {value} {of}, at least {needed} needed", value >= bound)
+    text = f"{name} = {value} {unit}, at least {needed} needed"
+    return Condition(source, text, value >= bound)
 
 
 def _count(number: int) -> str:
@@ -335,106 +344,113 @@ def _count(number: int) -> str:
 
 
 def report(constants: Constants, settings: Settings) -> str:
-    """Return the constants, what they imply and the conditions, as three tables."""
-    closing = (
-        "The conditions are sufficient in the worst case, and not necessary: "
-        "L and rho as measured often ask for an alpha far below what trains best."
+    """Return the constants, what they imply and the conditions, as three tables.
+
+    Args:
+        constants: As measured, or as known.
+        settings: The run's settings.
+
+    Examples:
+        >>> from lightning_maml.theory.measure import Constants
+        >>> from lightning_maml.theory.report import Settings, report
+        >>> constants = Constants(2.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 1.0, 100)
+        >>> settings = Settings("exact", 0.05, 1, 16, 15, None, 1e-3, stepsize=1e-6, kinks=[])
+        >>> report(constants, settings).splitlines()[0]
+        'Measured with 100 gradient evaluations; L, rho and sigma_H are lower bounds'
+    """
+    opening = (
+        f"Measured with {constants.gradient_evaluations} gradient evaluations; L, rho and sigma_H "
+        "are lower bounds"
     )
-    found = [(_WORDS[c.holds], c.source, c.text) for c in conditions(constants, settings)]
-    tables = [
-        (
-            f"Measured with {constants.gradient_evaluations} gradient evaluations; L, rho and sigma_H "
-            "are lower bounds"
-        ),
+    closing = (
+        "The conditions are sufficient in the worst case, and not necessary: L and rho as measured "
+        "often ask for an alpha far below what trains best."
+    )
+    judged = [(_WORDS[c.holds], c.source, c.text) for c in conditions(constants, settings)]
+    parts = [
+        opening,
         _aligned(_measured(constants)),
         "Implied",
         _aligned(_implied(constants, settings)),
         "Conditions of the theorems",
-        _aligned(found),
+        _aligned(judged),
         closing,
     ]
-    return "\n\n".join(tables)
+    return "\n\n".join(parts)
 
 
-_WORDS = {True: "holds", False: "does not hold", None: "not decided"}
+_MEANINGS = {
+    "L": "smoothness of the task losses: largest over tasks, sets and inner steps",
+    "rho": "Lipschitz constant of their Hessians, likewise",
+    "sigma": "standard deviation of the gradients over tasks",
+    "sigma-tilde": "... over the samples of a task",
+    "sigma_H": "... of the Hessians over the samples of a task, along their leading direction",
+    "b": "distance between support and query gradients, mean over tasks",
+    "E|grad l|": "norm of the query gradients, mean over tasks",
+}
 
 
 def _measured(constants: Constants) -> list[tuple[str, str, str]]:
-    rows = [
-        (
-            "L",
-            constants.L,
-            "smoothness of the task losses: largest over tasks, sets and inner steps",
-        ),
-        ("rho", constants.rho, "Lipschitz constant of their Hessians, likewise"),
-        ("sigma", constants.sigma, "standard deviation of the gradients over tasks"),
-        ("sigma-tilde", constants.sample_sigma, "... over the samples of a task"),
-        (
-            "sigma_H",
-            constants.hessian_sigma,
-            "... of the Hessians over the samples of a task, along their leading direction",
-        ),
-        ("b", constants.b, "distance between support and query gradients, mean over tasks"),
-        ("E|grad l|", constants.gradient_norm, "norm of the query gradients, mean over tasks"),
-    ]
-    return [
-        (name, "not known: one query sample" if math.isnan(value) else f"{value:.4g}", meaning)
-        for name, value, meaning in rows
-    ]
+    values = (
+        constants.L,
+        constants.rho,
+        constants.sigma,
+        constants.sample_sigma,
+        constants.hessian_sigma,
+        constants.b,
+        constants.gradient_norm,
+    )
+    rows = []
+    for (name, meaning), value in zip(_MEANINGS.items(), values, strict=True):
+        shown = "not known: one query sample" if math.isnan(value) else f"{value:.4g}"
+        rows.append((name, shown, meaning))
+    return rows
 
 
 def _implied(constants: Constants, settings: Settings) -> list[tuple[str, str, str]]:
     L, rho, alpha, steps = constants.L, constants.rho, settings.inner_lr, settings.steps
+    recommended = theory.recommended_inner_lr(L, steps)
     growth, c_l, c_b = theory.smoothness_constants(L, rho, alpha, steps)
     rows = [
-        (
-            "alpha to use",
-            f"{theory.recommended_inner_lr(L, steps):.3g}",
-            f"1 / (8 N L), N = {steps}; configured: {alpha:g}",
-        ),
+        ("alpha to use", f"{recommended:.3g}", f"1 / (8 N L), N = {steps}; configured: {alpha:g}"),
         ("(1 + alpha L)^2N", f"{growth:.4g}", "below 2 in Ji's theorems"),
         ("C_L, C_b", f"{c_l:.4g}, {c_b:.4g}", "how L-hat grows with the task gradients and with b"),
     ]
     for rule in rules(settings):
-        beta = stepsize(rule, theory.paper_scale(rule, settings.curvature), constants, settings)
-        tasks, samples = _stepsize_batches(rule, constants, settings)
-        known = (
-            ""
-            if rule == "finite_sum"
-            else f" of {'not known' if math.isnan(constants.sample_sigma) else _count(samples)} "
-            "samples"
-        )
-        rows.append(
-            (f"beta, {_EQUATION[rule]}", f"{beta:.3g}", "meta-stepsize with the papers' constant")
-        )
-        rows.append((f"B', {_EQUATION[rule]}", _count(tasks), f"tasks{known}, for its estimate"))
+        rows += _implied_by(rule, constants, settings)
     if settings.curvature != "none" and not math.isnan(constants.hessian_sigma):
         needed = theory.hessian_batch(alpha, constants.hessian_sigma)
-        rows.append(
-            (
-                "D_h",
-                _count(needed),
-                (
-                    "samples for a Hessian-vector product, 2 alpha^2 sigma_H^2, where they are drawn "
-                    "for it"
-                ),
-            )
+        meaning = (
+            "samples for a Hessian-vector product, 2 alpha^2 sigma_H^2, where they are drawn for it"
         )
+        rows.append(("D_h", _count(needed), meaning))
     if settings.curvature == "finite_difference":
+        # with a query gradient of norm 1, so as a fraction of it
         bound = theory.hessian_free_error(L, rho, alpha, steps, settings.probe_radius, 1.0)
-        rows.append(
-            (
-                "probing radius h",
-                f"{settings.probe_radius:.3g}",
-                (
-                    "by default the cube root of the machine epsilon; error of the meta-gradient at "
-                    f"worst {bound:.2g} |v|"
-                ),
-            )
+        meaning = (
+            "by default the cube root of the machine epsilon; error of the meta-gradient at worst "
+            f"{bound:.2g} |v|"
         )
+        rows.append(("probing radius h", f"{settings.probe_radius:.3g}", meaning))
     return rows
 
 
+def _implied_by(rule: Rule, constants: Constants, settings: Settings) -> list[tuple[str, str, str]]:
+    """Return the meta-stepsize of ``rule``, and the batches that estimate it."""
+    source = _EQUATION[rule]
+    beta = stepsize(rule, theory.paper_scale(rule, settings.curvature), constants, settings)
+    needed = _stepsize_batches(rule, constants, settings)
+    samples = ""
+    if rule != "finite_sum":  # whose stepsize takes the whole query set
+        is_known = not math.isnan(constants.sample_sigma)
+        samples = f" of {_count(needed.samples) if is_known else 'not known'} samples"
+    return [
+        (f"beta, {source}", f"{beta:.3g}", "meta-stepsize with the papers' constant"),
+        (f"B', {source}", _count(needed.tasks), f"tasks{samples}, for its estimate"),
+    ]
+
+
 def _aligned(rows: list[tuple[str, str, str]]) -> str:
-    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    first = max(len(row[0]) for row in rows)
+    second = max(len(row[1]) for row in rows)
     return "\n".join(f"  {row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows)

@@ -28,7 +28,7 @@ from lightning_maml.batches.trees import count as count_of
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_rates import rates_of_steps
 from lightning_maml.core.objective import NoSecondDerivativeError
-from lightning_maml.core.params import Params, axpy, dot, norm
+from lightning_maml.core.params import Params, dot, norm, subtract
 from lightning_maml.core.rng import drops_blocks, generator_states, set_generator_states
 from lightning_maml.execution.auto import (
     FEWEST_STACKED,
@@ -824,7 +824,7 @@ def _error(gradient: Params, right: Params) -> float:
     gradient, right = (
         {name: each[name].detach().double() for name in both} for each in (gradient, right)
     )
-    size, distance = float(norm(right)), float(norm(axpy(-1.0, right, gradient)))
+    size, distance = float(norm(right)), float(norm(subtract(gradient, right)))
     return distance / size if size else distance
 
 

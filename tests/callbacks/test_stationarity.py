@@ -22,7 +22,7 @@ from helpers.folders import CONFIGS
 from helpers.networks import build, flat, make_episodes
 from lightning_maml import FOMAML, MAML, Conv4, Episodes, meta_gradient
 from lightning_maml.callbacks import MetaGradientMonitor, StationarityMonitor, TrainingPictures
-from lightning_maml.callbacks.stationarity import norm_of_mean
+from lightning_maml.callbacks.stationarity_monitor import norm_of_mean
 from lightning_maml.cli import run
 from lightning_maml.datamodules import GlyphsDataModule
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_maml.core.hvp import finite_difference
 from lightning_maml.core.objective import Objective
 from lightning_maml.core.params import Params
-from lightning_maml.core.task_axis import Stack
+from lightning_maml.core.task_axis import TaskAxis
 
 
 def cubic(w: Params) -> tuple[Tensor, tuple[()]]:
@@ -29,8 +29,8 @@ def test_a_kept_graph_serves_only_the_point_it_was_made_at() -> None:
         {"w": torch.tensor([1.0])},
     )
     for points in ([there, here], [here, there], [here, here]):
-        objective = Objective(cubic)
-        assert objective.gradient(here, keep_graph=True)["w"] == 3
+        objective = Objective(cubic, keep_graph=True)
+        assert objective.gradient(here)["w"] == 3
         assert [float(objective.hessian_vector_product(w, v)["w"]) for w in points] == [
             6 * float(w["w"]) for w in points
         ]
@@ -41,14 +41,14 @@ def test_results_carry_no_graph() -> None:
     objective = Objective(cubic)
     tensors = [
         *objective.value_and_gradient(w)[2].values(),
-        *objective.gradient(w, keep_graph=True).values(),
+        *Objective(cubic, keep_graph=True).gradient(w).values(),
     ]
     assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_stacked_tasks_have_derivatives_of_their_own() -> None:
     w, v = ({"w": torch.randn(3, 2)} for _ in range(2))
-    stacked = Objective(lambda w: (w["w"].pow(3).sum(1), ()), Stack(3))
+    stacked = Objective(lambda w: (w["w"].pow(3).sum(1), ()), TaskAxis(3))
     value, _, gradient = stacked.value_and_gradient(w)
     each = [Objective(cubic).value_and_gradient({"w": row}) for row in w["w"]]
     torch.testing.assert_close(value, torch.stack([of_one[0] for of_one in each]))
@@ -68,6 +68,6 @@ def test_finite_differences_of_stacked_tasks_probe_at_the_same_radius() -> None:
         probed.append((w["w"].detach() - torch.tensor([1.0, 2.0])).norm(dim=1))
         return w["w"].pow(3).sum(1), ()
 
-    product = finite_difference(Objective(loss, Stack(2)), w, v, probe_radius=1e-3)["w"]
+    product = finite_difference(Objective(loss, TaskAxis(2)), w, v, probe_radius=1e-3)["w"]
     torch.testing.assert_close(product, 6 * w["w"] * v["w"], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(torch.cat(probed), torch.full((4,), 1e-3).double())

@@ -272,7 +272,8 @@ def test_an_iterator_in_a_loaders_place_is_refused_when_it_is_gone_through_again
     assert len(list(loader)) == 2
     with pytest.raises(
         ValueError,
-        match=r"every epoch but this one \(list_iterator\) gave nothing the second time; give a loader",
+        match=r"every epoch but this one \(list_iterator\) gave nothing the second time; give a "
+        "loader",
     ):
         list(loader)
 
@@ -361,7 +362,8 @@ def test_splits_known_to_share_classes_are_refused(adapter: type, tasks_of: type
     adapter(*(tasks_of(TensorDataset(torch.zeros(24, 1), torch.arange(24) % 6)) for _ in range(3)))
     with pytest.raises(
         ValueError,
-        match=r"`train` and `val` to share no class but 6 are both in train and in val \(0, 1, 2, 3, 4, ...\)",
+        match=r"`train` and `val` to share no class but 6 are both in train and in val \(0, 1, "
+        r"2, 3, 4, ...\)",
     ):
         adapter(*(tasks_of(Subset(data, range(start, start + 8))) for start in (0, 8, 16)))
     with pytest.raises(

@@ -216,7 +216,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(
         OSError,
-        match=r"Expected to write 0 MB into .* but could not .*, or choose a writable `root`, with links to the data\.",
+        match=r"Expected to write 0 MB into .* but could not .*, or choose a writable `root`, "
+        r"with links to the data\.",
     ):
         write_cache(tmp_path / "images.pt", "photos", content())
 

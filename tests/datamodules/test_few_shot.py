@@ -216,7 +216,8 @@ def test_feature_vectors_train_too() -> None:
         (
             [(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 9, 8), 0)],
             ValueError,
-            r"like its first, torch.float32 \[3, 8, 8\], but item 1 of `train` is torch.float32 \[3, 9, 8\]; resize them by",
+            r"like its first, torch.float32 \[3, 8, 8\], but item 1 of `train` is torch.float32 "
+            r"\[3, 9, 8\]; resize them by",
         ),
         (
             [(torch.zeros(3, 8, 8), [0, 1])],
@@ -280,7 +281,8 @@ def test_datasets_that_share_named_classes_are_refused() -> None:
     datamodule(named(names, range(2)), named(names, range(2, 4)), named(names, range(4, 6))).setup()
     with pytest.raises(
         ValueError,
-        match=r"the splits of the datasets to share no class but 1 are both in train and in test \(dog\)",
+        match="the splits of the datasets to share no class but 1 are both in train and in test "
+        r"\(dog\)",
     ):
         datamodule(
             named(names, range(2)), named(names, range(2, 4)), named(names, range(1, 5))
@@ -380,7 +382,8 @@ def test_gray_pil_images_become_rgb_with_a_warning_and_as_tensors_keep_one_chann
         ]
         with pytest.warns(
             UserWarning,
-            match=r"of `train` are gray and become RGB.*transform=Compose\(\[Grayscale\(\), PILToTensor\(\)\]",
+            match=r"of `train` are gray and become RGB.*transform=Compose\(\[Grayscale\(\), "
+            r"PILToTensor\(\)\]",
         ):
             read = datamodule(
                 Items([(image, number % 3) for number, image in enumerate(images)])
@@ -434,6 +437,7 @@ def test_rotations_need_square_images() -> None:
     ]
     with pytest.raises(
         ValueError,
-        match=r"square images \[M, C, H, W\] in split 'train' for rotations='classes' but got shape \[24, 3, 8, 9\]",
+        match=r"square images \[M, C, H, W\] in split 'train' for rotations='classes' but got "
+        r"shape \[24, 3, 8, 9\]",
     ):
         datamodule(*data, rotations="classes").setup("fit")

@@ -195,7 +195,8 @@ def test_a_white_drawing_on_a_transparent_ground_is_refused(split_tree: Path) ->
     white.save(split_tree / "test" / "class 8" / "000.png")
     with pytest.raises(
         OSError,
-        match=r"000.png to be an image but what it shows is white on a transparent .*; save it on a darker ground",
+        match=r"000.png to be an image but what it shows is white on a transparent .*; save it "
+        "on a darker ground",
     ):
         datamodule(split_tree).prepare_data()
     with pytest.warns(UserWarning, match="1 images cannot be read"):
@@ -312,7 +313,8 @@ def test_a_cache_made_by_other_rules_is_made_anew(
     monkeypatch.undo()
     with pytest.warns(
         UserWarning,
-        match=r"images_16.pt is damaged or out of date .*other files, or by the rules of another version",
+        match=r"images_16.pt is damaged or out of date .*other files, or by the rules of another "
+        "version",
     ):
         prepared(split_tree)
 
@@ -323,7 +325,8 @@ def test_images_of_more_than_8_bits_are_refused(split_tree: Path, mode: str) -> 
     Image.new(mode, (30, 30), 300).save(split_tree / "test" / "class 8" / "000.tif")
     with pytest.raises(
         OSError,
-        match=rf"000.tif to be an image but .* mode {mode}\S* have more than 8 bits; convert them to 8",
+        match=rf"000.tif to be an image but .* mode {mode}\S* have more than 8 bits; convert "
+        "them to 8",
     ):
         datamodule(split_tree).prepare_data()
 
@@ -391,7 +394,8 @@ def test_what_is_no_tree_is_said(tmp_path: Path, split_tree: Path, tree: Path) -
     shutil.rmtree(split_tree / "val")
     with pytest.raises(
         FileNotFoundError,
-        match=r"Expected train, val and test in .*photos but got train, test only; or put all classes",
+        match=r"Expected train, val and test in .*photos but got train, test only; or put all "
+        "classes",
     ):
         datamodule(split_tree).prepare_data()
 
@@ -400,7 +404,8 @@ def test_splits_that_share_a_class_are_refused(split_tree: Path) -> None:
     shutil.copytree(split_tree / "train" / "class 0", split_tree / "test" / "class 0")
     with pytest.raises(
         ValueError,
-        match=r"photos to share no class but 1 are both in train and in test \(class 0\): .* ordinary classification",
+        match=r"photos to share no class but 1 are both in train and in test \(class 0\): .* "
+        "ordinary classification",
     ):
         datamodule(split_tree).prepare_data()
 
@@ -499,7 +504,8 @@ def test_folders_that_are_only_some_of_the_splits_or_too_many_are_listed(split_t
     shutil.copytree(split_tree / "val", split_tree / "validation")
     with pytest.raises(
         ValueError,
-        match=r"one folder of each split in .*photos but got train, val, validation, test; leave one for val",
+        match=r"one folder of each split in .*photos but got train, val, validation, test; leave "
+        "one for val",
     ):
         datamodule(split_tree).prepare_data()
     for name in ("val", "validation"):
@@ -508,7 +514,8 @@ def test_folders_that_are_only_some_of_the_splits_or_too_many_are_listed(split_t
         (split_tree / name).rename(split_tree / omniglot)
     with pytest.raises(
         FileNotFoundError,
-        match=r"got images_background, images_evaluation only; .*; for Omniglot take OmniglotDataModule",
+        match=r"got images_background, images_evaluation only; .*; for Omniglot take "
+        "OmniglotDataModule",
     ):
         datamodule(split_tree).prepare_data()
 
@@ -539,8 +546,10 @@ def test_superclasses_are_no_classes_unless_one_says_so(tmp_path: Path) -> None:
     root = superclasses(tmp_path / "animals")
     with pytest.raises(
         ValueError,
-        match=r"lie in its folder but .*family 0 holds none, and 3 folders of images \(kind 0, kind 1, kind 2\): "
-        r"give class_level=2 if each of these is a class, or class_level=1 if family 0 is one class",
+        match=r"lie in its folder but .*family 0 holds none, and 3 folders of images \(kind 0, "
+        r"kind 1, kind 2\): "
+        "give class_level=2 if each of these is a class, or class_level=1 if family 0 is one "
+        "class",
     ):
         datamodule(root).prepare_data()
     names = [name for name, _ in _classes(prepared(root, class_level=2))]
@@ -591,7 +600,8 @@ def test_a_dead_link_is_said_or_skipped_and_read_once_it_leads_somewhere(split_t
     (split_tree / "test" / "class 8" / "new.png").symlink_to(split_tree / "elsewhere.png")
     with pytest.raises(
         OSError,
-        match=r"new.png to be an image but it is a link to .*elsewhere.png, where there is nothing; mend or",
+        match=r"new.png to be an image but it is a link to .*elsewhere.png, where there is "
+        "nothing; mend or",
     ):
         datamodule(split_tree).prepare_data()
     with pytest.warns(UserWarning, match="1 images cannot be read"):
@@ -606,12 +616,14 @@ def test_a_dead_link_is_said_or_skipped_and_read_once_it_leads_somewhere(split_t
 def test_small_classes(tree: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"split 'train' \(2 \+ 6\) to be at most 6, .* species \d\d \(\d\).*; leave these out by small",
+        match=r"split 'train' \(2 \+ 6\) to be at most 6, .* species \d\d \(\d\).*; leave these "
+        "out by small",
     ):
         prepared(tree, queries=6)
     with pytest.warns(
         UserWarning,
-        match=r"Split 'train': \d of its 16 classes have fewer images: species .*; without them \d+ classes",
+        match=r"Split 'train': \d of its 16 classes have fewer images: species .*; without them "
+        r"\d+ classes",
     ):
         module = prepared(tree, queries=6, ways=2, small_classes="drop")
     for _ in range(20):

@@ -160,7 +160,8 @@ def test_one_of_several_folders_has_to_be_chosen(layouts: dict[str, Path], tmp_p
         shutil.copytree(layouts["HDF5 files"] / "miniimagenet", tmp_path / name)
     with pytest.raises(
         ValueError,
-        match=r"one folder in .* like mini-ImageNet but got .*/cub, .*/miniimagenet; give one of them as `root`",
+        match=r"one folder in .* like mini-ImageNet but got .*/cub, .*/miniimagenet; give one of "
+        "them as `root`",
     ):
         datamodule(tmp_path).prepare_data()
     prepared(tmp_path / "miniimagenet")
@@ -244,7 +245,8 @@ def write_classification_split(root: Path, images: Encoded) -> None:
         ),
         (
             write_classification_split,
-            r"share no class but 100 are both in train and in val \(n0.*, \.\.\.\): .* ordinary classification",
+            r"share no class but 100 are both in train and in val \(n0.*, \.\.\.\): .* ordinary "
+            "classification",
         ),
     ],
 )
@@ -399,7 +401,8 @@ def replace_class(content: h5py.File) -> None:
     [
         (
             rewritten(replace_class),
-            r"the images of class n0\d+ of .*test_data.hdf5 to be uint8 \[N, 84, 84, 3\] but got uint8 \[21, 84, 90, 3\]",
+            r"the images of class n0\d+ of .*test_data.hdf5 to be uint8 \[N, 84, 84, 3\] but got "
+            r"uint8 \[21, 84, 90, 3\]",
         ),
         (rewritten(replace_class_by_a_group), r"the images of class n0\d+ of .* but got Group"),
         (
@@ -431,7 +434,8 @@ def test_without_h5py_the_cure_is_named(
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(
         ModuleNotFoundError,
-        match=r"h5py to be installed, for .*hdf5, but it is not: pip install 'lightning_maml\[hdf5\]'",
+        match=r"h5py to be installed, for .*hdf5, but it is not: pip install "
+        r"'lightning_maml\[hdf5\]'",
     ):
         datamodule(layouts["HDF5 files"]).prepare_data()
 
@@ -469,7 +473,8 @@ def test_rows_without_files_are_counted_and_named(copy_of: Callable[[str], Path]
     names = ", ".join(file.name for file in gone[:5])
     with pytest.raises(
         FileNotFoundError,
-        match=rf"the 336 images of .*val.csv in its folder images, .* but 7 are missing: {names}, \.\.\.\.",
+        match=r"the 336 images of .*val.csv in its folder images, .* but 7 are missing: "
+        rf"{names}, \.\.\.\.",
     ):
         datamodule(root).prepare_data()
 
@@ -509,7 +514,8 @@ def test_a_truncated_image_is_named(copy_of: Callable[[str], Path]) -> None:
     file = cut_image(root)
     with pytest.raises(
         OSError,
-        match=rf"Expected .*{file.name} to be an image but it cannot be read \(.*truncated.*\); copy or unpack it again",
+        match=rf"Expected .*{file.name} to be an image but it cannot be read \(.*truncated.*\); "
+        "copy or unpack it again",
     ):
         datamodule(root).prepare_data()
     assert not list(root.glob("*.pt")), "no half cache"
@@ -547,7 +553,8 @@ def test_files_that_cannot_be_opened_now_are_not_skipped(
         )
         with pytest.raises(
             OSError,
-            match=r"Expected to read .*jpg but (.*Input/output error|MemoryError); see to that and start again",
+            match=r"Expected to read .*jpg but (.*Input/output error|MemoryError); see to that "
+            "and start again",
         ):
             datamodule(root, on_corrupt="skip").prepare_data()
 
@@ -668,7 +675,8 @@ def test_processes_that_only_set_up_find_what_another_prepared(
     (root / "mini_imagenet_84.pt").unlink(missing_ok=True)
     with pytest.raises(
         FileNotFoundError,
-        match=r"mini_imagenet_84.pt to hold the decoded images but it does not; call `prepare_data\(\)` first",
+        match=r"mini_imagenet_84.pt to hold the decoded images but it does not; call "
+        r"`prepare_data\(\)` first",
     ):
         datamodule(root).setup("fit")
 
@@ -680,10 +688,12 @@ def test_small_classes_are_reported_and_dropped_only_when_asked(
     for name, kept in ((CLASSES["train"][3], 12), (CLASSES["train"][8], 0)):
         for file in sorted((root / "train" / name).iterdir())[kept:]:
             file.unlink()
-    message = rf"2 of its 64 classes have fewer images: train/{CLASSES['train'][3]} \(12\), train/{CLASSES['train'][8]} \(0\)"
+    message = rf"2 of its 64 classes have fewer images: train/{CLASSES['train'][3]} \(12\), "
+    rf"train/{CLASSES['train'][8]} \(0\)"
     with pytest.raises(
         ValueError,
-        match=rf"split 'train' \(5 \+ 15\) to be at most 0, .*{message}; leave these out by small_classes='drop'",
+        match=rf"split 'train' \(5 \+ 15\) to be at most 0, .*{message}; leave these out by "
+        "small_classes='drop'",
     ):
         prepared(root)
     with pytest.warns(

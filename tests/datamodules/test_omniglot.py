@@ -230,7 +230,8 @@ def test_episodes_the_split_cannot_serve(tmp_path: Path) -> None:
         lake(tmp_path, test_ways=17).setup("test")
     with pytest.raises(
         ValueError,
-        match=r"split 'test' \(19 \+ 2\) to be at most 20, the images of its smallest class, but 4 of its 4 classes have fewer images\.",
+        match=r"split 'test' \(19 \+ 2\) to be at most 20, the images of its smallest class, but "
+        r"4 of its 4 classes have fewer images\.",
     ):
         lake(tmp_path, test_shots=19).setup("test")
 

@@ -90,7 +90,8 @@ def test_no_function_that_a_pickle_names_is_called(tmp_path: Path, function, pro
         file = write(tmp_path / "a.pkl", pickle.dumps(content, protocol=protocol))
         with pytest.raises(
             ValueError,
-            match=r"a.pkl to hold arrays and containers only but got [\w.]+; it is not read, and nothing ran",
+            match=r"a.pkl to hold arrays and containers only but got [\w.]+; it is not read, and "
+            "nothing ran",
         ):
             read_pickle(file)
         assert not proof.exists()

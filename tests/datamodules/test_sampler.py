@@ -132,7 +132,8 @@ def test_augmenting_rotations_differ_between_the_classes_of_an_episode() -> None
         ({"ways": 13}, "the ways of split 'train' to be at most 12, its classes, but got 13"),
         (
             {"shots": 6, "queries": 5},
-            r"split 'train' \(6 \+ 5\) to be at most 10, the images of its smallest class, but 12 of its 12 classes",
+            r"split 'train' \(6 \+ 5\) to be at most 10, the images of its smallest class, but "
+            "12 of its 12 classes",
         ),
     ],
 )
@@ -179,7 +180,8 @@ def test_what_is_not_square_is_not_turned(shape: tuple[int, ...]) -> None:
     for rotations in ("classes", "augment"):
         with pytest.raises(
             ValueError,
-            match=rf"square images \[M, C, H, W\] .* got shape {re.escape(str([20, *shape]))}; set rotations='none'\.$",
+            match=rf"square images \[M, C, H, W\] .* got shape {re.escape(str([20, *shape]))}; "
+            r"set rotations='none'\.$",
         ):
             EpisodeDataset(data, rotations=rotations, **arguments)
     assert EpisodeDataset(data, rotations="none", **arguments)[0, 0].support_x.shape == (2, *shape)

@@ -351,7 +351,8 @@ def test_hdf5_files_that_refer_to_others_are_refused(tmp_path: Path, kind: str) 
             content.create_virtual_dataset("datasets/cat", layout)
     with pytest.raises(
         ValueError,
-        match=r"Expected .*a.hdf5 to hold its images itself but it refers to other files; it is not read",
+        match=r"Expected .*a.hdf5 to hold its images itself but it refers to other files; it is "
+        "not read",
     ):
         open_hdf5(tmp_path / "a.hdf5", SIZE)
 

@@ -15,7 +15,7 @@ from helpers.trainers import trainer_in_double as trainer
 from lightning_maml import IMAML, ResampledEpisodes
 from lightning_maml.core.params import Params
 from lightning_maml.execution.task_map import are_stacked
-from lightning_maml.functional.implicit import implicit_gradient, proximal, pull_back_implicitly
+from lightning_maml.functional.implicit import implicit_gradient, proximal, solve_implicitly
 from lightning_maml.networks.functional_network import Learner
 from lightning_maml.networks.head_body import adapting
 
@@ -109,7 +109,7 @@ def test_few_steps_of_conjugate_gradients_near_the_dense_solve() -> None:
 
     errors = []
     for cg_steps in (0, 2, 5, 60):
-        found = pull_back_implicitly(v, curved, list(v), STRENGTH, cg_steps)
+        found = solve_implicitly(v, curved, list(v), STRENGTH, cg_steps)
         errors.append(
             float(
                 (torch.cat([tensor.flatten() for tensor in found.values()]) - expected).norm()
@@ -123,9 +123,9 @@ def test_few_steps_of_conjugate_gradients_near_the_dense_solve() -> None:
 
 def test_it_ends_where_the_curvature_is_not_positive() -> None:
     v = {"a": torch.tensor([1.0, 2.0])}
-    concave = pull_back_implicitly(v, lambda p: {"a": -p["a"]}, ["a"], STRENGTH, 5)
+    concave = solve_implicitly(v, lambda p: {"a": -p["a"]}, ["a"], STRENGTH, 5)
     torch.testing.assert_close(concave, v)
-    none = pull_back_implicitly({"a": torch.zeros(2)}, lambda p: p, ["a"], STRENGTH, 5)
+    none = solve_implicitly({"a": torch.zeros(2)}, lambda p: p, ["a"], STRENGTH, 5)
     assert not none["a"].any()
 
 

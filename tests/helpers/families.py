@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_maml import Episodes
 from lightning_maml.core.params import Params
-from lightning_maml.functional.adaptation import Loss
+from lightning_maml.functional.losses import Loss
 
 DOUBLE = torch.float64
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.core.inner_rates import Rates
 from lightning_maml.core.params import Params
-from lightning_maml.functional.adaptation import Loss
+from lightning_maml.functional.losses import Loss
 
 WAYS, IMAGE = 3, 8
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from helpers.networks import build, make_episodes
 from lightning_maml import FOMAML, HFMAML, MAML, Episodes, ProtoNet
-from lightning_maml.core.params import Params, axpy, norm
+from lightning_maml.core.params import Params, norm, subtract
 from lightning_maml.execution.auto import Execution
 from lightning_maml.execution.compilation import _check_program
 from lightning_maml.networks.kinks import weight_normed
@@ -39,7 +39,7 @@ def unrolled(network: nn.Module, episodes: Episodes) -> Params:
 
 
 def difference(one: Params, other: Params) -> float:
-    return float(norm(axpy(-1.0, one, other)) / norm(one))
+    return float(norm(subtract(other, one)) / norm(one))
 
 
 class Words(nn.Module):

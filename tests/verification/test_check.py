@@ -514,15 +514,15 @@ def negative(params: dict[str, Tensor]) -> dict[str, Tensor]:
     ("algorithm", "module", "function", "at"),
     [
         # the curvature's sign
-        (MAML, "functional.meta_gradient", "applied", "exact meta-gradient, float64"),
+        (MAML, "core.meta_gradient", "scale", "exact meta-gradient, float64"),
         (
             FOMAML,
-            "functional.adaptation",
-            "descend",
+            "core.inner_loop",
+            "sgd_step",
             "FOMAML's gradient, float64",
         ),  # another inner path
-        (Reptile, "functional.reptile", "axpy", "Reptile's gradient, float64"),
-        (MetaSGD, "functional.meta_gradient", "gradient_of_rates", "exact meta-gradient, float64"),
+        (Reptile, "functional.reptile", "subtract", "Reptile's gradient, float64"),
+        (MetaSGD, "core.meta_gradient", "_rate_gradients", "exact meta-gradient, float64"),
     ],
 )
 def test_a_wrong_gradient_is_found(
@@ -544,7 +544,7 @@ def test_a_wrong_gradient_in_the_own_precision_is_found(monkeypatch: pytest.Monk
             for name, tensor in params.items()
         }
 
-    patched(monkeypatch, "functional.meta_gradient", "applied", rough)
+    patched(monkeypatch, "core.meta_gradient", "scale", rough)
     report = check(MAML(network(), inner_lr=1.0), tasks())
     assert [found.at for found in report.rows if found.verdict == "wrong"] == [
         "exact meta-gradient, float32"

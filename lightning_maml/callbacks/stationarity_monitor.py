@@ -1,4 +1,4 @@
-"""How far from a stationary point of the meta-objective a run is."""
+"""How far a run is from a stationary point of the meta-objective."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,12 @@ from typing_extensions import override
 
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes
-from lightning_maml.callbacks.gradient_monitor import Monitor
+from lightning_maml.callbacks.monitor import Monitor
 from lightning_maml.core.params import Params, dot
 
 
 class StationarityMonitor(Monitor):
-    """Estimates ``|grad F(w)|``, the norm of the exact meta-gradient, on tasks of its own, and may stop when it is small.
+    """Estimates ``|grad F(w)|``, the norm of the exact meta-gradient, and may stop the run on it.
 
     Every ``n`` steps it draws some meta-batches independently of those trained on. The norm of
     their mean meta-gradient would be too large by what sampling adds, so the square is estimated by
@@ -35,13 +35,26 @@ class StationarityMonitor(Monitor):
         meta_batches: Meta-batches per estimate, at least 3.
         tasks: Tasks per meta-batch and process.
         episodes: Meta-batches like those trained on, drawn independently of them and of one
-            another. With so few that they come again, the standard error is too small. By default
-            the datamodule's, if it is one of this package.
+            another. If there are so few that they repeat within an estimate, the standard error is
+            too small. By default the datamodule's, if it is one of this package.
 
     Raises:
         ValueError: If an argument is out of range; when training starts, if there is nothing to
             draw tasks from, or no Hessian batches.
         TypeError: If the module is not a :class:`lightning_maml.MAML`.
+
+    Examples:
+        >>> import torch
+        >>> from lightning import Trainer
+        >>> from torch.utils.data import DataLoader
+        >>> from lightning_maml import MAML, MLP, Episodes, StationarityMonitor
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)
+        >>> batches = [Episodes(x, y, x, y)]
+        >>> monitor = StationarityMonitor(every_n_steps=1, episodes=batches)
+        >>> trainer = Trainer(callbacks=[monitor], max_epochs=1, barebones=True)
+        >>> trainer.fit(MAML(MLP(4, 3)), DataLoader(batches, batch_size=None))
+        >>> monitor.norm > 0
+        True
     """
 
     purpose = "stationarity"
@@ -62,23 +75,21 @@ class StationarityMonitor(Monitor):
             )
         if stop_at is not None and not stop_at > 0:
             raise ValueError(f"Expected `stop_at` to be positive but got {stop_at}.")
-        self.norm, self.standard_error = math.nan, math.nan
-        self._stop_at, self._meta_batches = stop_at, meta_batches
+        self.norm = math.nan
+        self.standard_error = math.nan
+        self._stop_at = stop_at
+        self._meta_batches = meta_batches
 
     @override
     def look(self, trainer: Trainer, module: MAML) -> None:
-        """Estimate the norm."""
-        gradients = [
-            self.meta_gradient(trainer, module, self._tasks.draw(trainer), "exact")
-            for _ in range(self._meta_batches)
-        ]
+        """Estimate the norm, and stop the run if it is small enough."""
+        gradients = []
+        for _ in range(self._meta_batches):
+            episodes = self._tasks.draw(trainer)
+            gradients.append(self.meta_gradient(trainer, module, episodes, "exact"))
         self.norm, self.standard_error = norm_of_mean(gradients)
-        module.log_dict(
-            {
-                "train/meta_gradient_norm": self.norm,
-                "train/meta_gradient_norm_se": self.standard_error,
-            }
-        )
+        module.log("train/meta_gradient_norm", self.norm)
+        module.log("train/meta_gradient_norm_se", self.standard_error)
         if self._stop_at is not None and self.norm + 2 * self.standard_error <= self._stop_at:
             rank_zero_info(
                 f"Stopped at step {trainer.global_step}: |grad F| = {self.norm:.3g} ± "
@@ -95,15 +106,30 @@ def norm_of_mean(samples: Sequence[Params]) -> tuple[float, float]:
     standard error ``s`` by leaving out one sample at a time. The norm is the root ``x`` of the
     estimate (0 where that is negative), and its error ``sqrt(x^2 + s) - x``: about ``s / (2 x)``
     away from 0, and ``sqrt(s)`` there.
+
+    Args:
+        samples: At least three samples.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.callbacks.stationarity_monitor import norm_of_mean
+        >>> norm_of_mean([{"weight": torch.tensor([3.0, 4.0])}] * 3)
+        (5.0, 0.0)
     """
-    products = torch.stack(
-        [torch.stack([dot(a, b).cpu().double() for b in samples]) for a in samples]
-    )
-    square = _mean_off_diagonal(products)
     count = len(samples)
-    keep = [[j for j in range(count) if j != i] for i in range(count)]
-    without = torch.stack([_mean_off_diagonal(products[rows][:, rows]) for rows in keep])
-    error = float(((without - without.mean()).square().sum() * (count - 1) / count).sqrt())
+    products = torch.zeros(count, count, dtype=torch.float64)
+    for i, a in enumerate(samples):
+        for j, b in enumerate(samples):
+            products[i, j] = dot(a, b)
+    square = _mean_off_diagonal(products)
+
+    without = []
+    for left_out in range(count):
+        kept = [i for i in range(count) if i != left_out]
+        without.append(_mean_off_diagonal(products[kept][:, kept]))
+    deviations = torch.stack(without) - torch.stack(without).mean()
+    error = float((deviations.square().sum() * (count - 1) / count).sqrt())
+
     x = math.sqrt(max(float(square), 0.0))
     return x, math.sqrt(x**2 + error) - x
 

@@ -1,4 +1,4 @@
-"""The base of callbacks that look at a model now and then while it trains, on tasks of their own."""
+"""The base of callbacks that measure a model during training, on tasks of their own."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -15,17 +15,33 @@ from lightning_maml.core.rng import random_state, set_random_state
 
 
 class Monitor(Callback):
-    """Base of the callbacks that measure something every ``n`` optimizer steps; a subclass defines ``purpose`` and :meth:`look`.
+    """Base of the callbacks that measure something every ``n`` optimizer steps.
+
+    A subclass defines ``purpose`` and :meth:`look`. Measuring does not change the training: the
+    random generators are set back afterwards.
 
     Args:
-        every_n_steps: Optimizer steps between two looks.
+        every_n_steps: Optimizer steps between two measurements.
         tasks: Tasks per meta-batch and process.
         episodes: Meta-batches like those trained on, drawn independently of them; by default the
             datamodule's, if it is one of this package.
+
+    Raises:
+        ValueError: If ``every_n_steps`` or ``tasks`` is below 1.
+
+    Examples:
+        >>> from lightning_maml.callbacks.monitor import Monitor
+        >>> class WeightNorm(Monitor):
+        ...     purpose = "weight norm"
+        ...
+        ...     def look(self, trainer, module):
+        ...         norm = sum(weight.square().sum() for weight in module.parameters()) ** 0.5
+        ...         module.log("train/weight_norm", norm)
+        >>> monitor = WeightNorm(every_n_steps=10, tasks=4, episodes=None)
     """
 
     purpose: ClassVar[str]
-    """Sets the tasks apart from those of other callbacks."""
+    """Seeds the tasks, so that each callback has others."""
 
     def __init__(
         self, every_n_steps: int, tasks: int, episodes: Iterable[AnyEpisodes] | None
@@ -37,13 +53,20 @@ class Monitor(Callback):
         self._last_step = 0
 
     def look(self, trainer: Trainer, module: MAML) -> None:
-        """Measure, and log what was found."""
+        """Measure, and log the result."""
         raise NotImplementedError(f"{type(self).__name__} must define look(trainer, module).")
 
     def meta_gradient(
         self, trainer: Trainer, module: MAML, episodes: AnyEpisodes, curvature: CurvatureName
     ) -> Params:
-        """Return the meta-gradient of the tasks of all processes."""
+        """Return the meta-gradient, averaged over the tasks of all processes.
+
+        Args:
+            trainer: The trainer.
+            module: The model.
+            episodes: This process's tasks.
+            curvature: ``"exact"``, ``"none"`` (FO-MAML) or ``"finite_difference"`` (HF-MAML).
+        """
         gradient = module.meta_gradient(episodes, curvature)
         if trainer.world_size == 1:
             return gradient
@@ -51,15 +74,13 @@ class Monitor(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there are tasks to draw, and that they have what the exact meta-gradient needs."""
+        """Check that there are tasks to draw, with the batches that exact meta-gradients need."""
         as_maml(self, pl_module)
         self._tasks.check(trainer)
+        if self._tasks.are_given:
+            return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if (
-            not self._tasks.are_given
-            and getattr(data, "regime", None) == "resampling"
-            and data.hessian_shots == 0
-        ):
+        if getattr(data, "regime", None) == "resampling" and data.hessian_shots == 0:
             raise ValueError(
                 f"Expected `hessian_shots` to be at least 1 for {type(self).__name__}, which "
                 "takes the exact meta-gradient, but got 0."
@@ -69,21 +90,22 @@ class Monitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look, if it is time to."""
-        # the second with accumulated batches
-        if trainer.global_step % self._every_n_steps or trainer.global_step == self._last_step:
+        """Measure every ``every_n_steps`` optimizer steps."""
+        step = trainer.global_step
+        # with accumulated batches, several batches end at the same step
+        if step % self._every_n_steps or step == self._last_step:
             return
-        self._last_step = trainer.global_step
-        where_it_stands = random_state(pl_module.device)
+        self._last_step = step
+        before = random_state(pl_module.device)
         self.look(trainer, as_maml(self, pl_module))
-        set_random_state(where_it_stands, pl_module.device)  # the look must not change the training
+        set_random_state(before, pl_module.device)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return how many meta-batches were drawn, and the step of the last look."""
+        """Return how many meta-batches were drawn, and the step of the last measurement."""
         return {"drawn": self._tasks.drawn, "last_step": self._last_step}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where another run stopped."""
+        """Continue the stream of tasks where the saved run stopped."""
         self._tasks.drawn, self._last_step = state_dict["drawn"], state_dict["last_step"]

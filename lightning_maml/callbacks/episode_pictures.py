@@ -1,0 +1,167 @@
+"""Pictures of one episode and of adaptation, drawn at the end of a test."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_maml.algorithms.maml import MAML
+from lightning_maml.algorithms.metrics import Estimate
+from lightning_maml.batches.episodes import Episodes
+from lightning_maml.callbacks.first_task_pictures import FirstTaskPictures
+
+_ARROW = "\N{RIGHTWARDS ARROW}"
+
+
+class EpisodePictures(FirstTaskPictures):
+    """Draws one episode and the adaptation curve at the end of a test.
+
+    ``episode.png`` shows the support set and the query set of the first test task with the
+    predicted classes before and after adaptation; ``adaptation.png`` the accuracy over all test
+    tasks after 0 .. K steps with its 95 % confidence interval. They are written to the logger's
+    folder, or to the trainer's ``default_root_dir`` without a logger. For
+    :class:`lightning_maml.MAML` and its variants, on images.
+
+    Args:
+        max_classes: Most classes of the episode that are drawn.
+        max_images: Most support images, and most query images, per class that are drawn.
+
+    Raises:
+        ValueError: If an argument is below 1.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from lightning import Trainer
+        >>> from torch.utils.data import DataLoader
+        >>> from lightning_maml import MAML, MLP, Episodes
+        >>> from lightning_maml.callbacks import EpisodePictures
+        >>> x, y = torch.rand(2, 3, 1, 8, 8), torch.tensor([[0, 1, 2]] * 2)
+        >>> tasks = DataLoader([Episodes(x, y, x, y)], batch_size=None)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = Trainer(
+        ...         callbacks=[EpisodePictures()],
+        ...         default_root_dir=folder,
+        ...         logger=False,
+        ...         enable_progress_bar=False,
+        ...     )
+        ...     _ = trainer.test(MAML(MLP(64, 3)), tasks, verbose=False)
+        ...     print(sorted(path.name for path in Path(folder).iterdir()))
+        ['adaptation.png', 'episode.png']
+    """
+
+    def __init__(self, max_classes: int = 5, max_images: int = 5) -> None:
+        super().__init__()
+        if max_classes < 1 or max_images < 1:
+            raise ValueError(
+                f"Expected `max_classes` and `max_images` to be at least 1 but got {max_classes} "
+                f"and {max_images}."
+            )
+        self._max_classes = max_classes
+        self._max_images = max_images
+
+    @override
+    def draw(self, module: MAML, task: Episodes, folder: Path) -> None:
+        """Draw both pictures."""
+        has_labels = not task.query_y.is_floating_point()
+        if module.adaptation is not None:
+            figure_name = "accuracy" if has_labels else "loss"
+            draw_adaptation(module.adaptation, figure_name).savefig(folder / "adaptation.png")
+        has_images = isinstance(task.query_x, Tensor) and task.query_x.ndim == 5
+        if has_images and has_labels:
+            outputs_per_step: Tensor = module.evaluate(task).aux[0]
+            predictions = outputs_per_step.argmax(-1).cpu()
+            one_task = Episodes(*(tensor[0].cpu() for tensor in task))
+            picture = draw_episode(one_task, predictions, self._max_classes, self._max_images)
+            picture.savefig(folder / "episode.png")
+
+
+def draw_episode(task: Episodes, predictions: Tensor, max_classes: int, max_images: int) -> Figure:
+    """Draw one task: a row per class with its support images and its classified query images.
+
+    Args:
+        task: One task, ``Episodes`` without the leading ``T``, on the CPU; images in 0 .. 1, or
+            normalised.
+        predictions: Predicted classes of the query images after 0 .. K steps, ``[K + 1, Q]``.
+        max_classes: Most rows.
+        max_images: Most support images, and most query images, per row.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import Episodes
+        >>> from lightning_maml.callbacks import draw_episode
+        >>> images, labels = torch.rand(3, 1, 8, 8), torch.arange(3)
+        >>> task = Episodes(images, labels, images, labels)
+        >>> figure = draw_episode(task, torch.zeros(2, 3), max_classes=5, max_images=5)
+        >>> len(figure.axes)  # three rows of one support and one query image
+        6
+    """
+    classes = min(int(task.support_y.max()) + 1, max_classes)
+    supports = [(task.support_y == c).nonzero().flatten()[:max_images] for c in range(classes)]
+    queries = [(task.query_y == c).nonzero().flatten()[:max_images] for c in range(classes)]
+    support_columns = max(len(indices) for indices in supports)
+    columns = support_columns + max(len(indices) for indices in queries)
+    size = (1.15 * columns + 1.2, 1.35 * classes + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(classes, columns, squeeze=False)
+    for panel in axes.flat:
+        panel.axis("off")
+    for c in range(classes):
+        for column, index in enumerate(supports[c]):
+            _show(axes[c, column], task.support_x[index], f"class {c}")
+        for column, index in enumerate(queries[c], start=support_columns):
+            before, after = int(predictions[0, index]), int(predictions[-1, index])
+            color = "tab:green" if after == c else "tab:red"
+            _show(axes[c, column], task.query_x[index], f"{before} {_ARROW} {after}", color)
+    figure.suptitle(
+        f"left: support set; right: query set,\npredicted before {_ARROW} after "
+        f"{len(predictions) - 1} steps",
+        fontsize=10,
+    )
+    return figure
+
+
+def draw_adaptation(adaptation: Estimate, figure_name: str) -> Figure:
+    """Draw a figure's mean over tasks after 0 .. K steps with its 95 % confidence interval.
+
+    Args:
+        adaptation: The estimate, with a mean of ``[K + 1]``.
+        figure_name: What it is, ``"accuracy"`` or ``"loss"``.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.algorithms.metrics import Estimate
+        >>> from lightning_maml.callbacks import draw_adaptation
+        >>> estimate = Estimate(torch.tensor([0.2, 0.6]), torch.tensor([0.1, 0.1]), 100)
+        >>> draw_adaptation(estimate, "accuracy").axes[0].get_ylabel()
+        'query accuracy'
+    """
+    figure = Figure(figsize=(4.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    mean = adaptation.mean.cpu()
+    ci95 = adaptation.ci95.cpu().nan_to_num()
+    steps = range(len(mean))
+    axes.plot(steps, mean, marker="o")
+    axes.fill_between(steps, mean - ci95, mean + ci95, alpha=0.25)
+    axes.set(
+        xlabel="adaptation steps",
+        ylabel=f"query {figure_name}",
+        title=f"{adaptation.tasks} test tasks",
+        xticks=list(steps),
+    )
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _show(axes: Axes, image: Tensor, title: str, color: str = "black") -> None:
+    image = image.float()
+    if len(image) != 3:
+        # one channel is ink on paper; other numbers of channels have no colours of their own
+        image = 1 - image.mean(0).expand(3, -1, -1)
+    # normalised images go beyond 0 .. 1
+    low, high = min(float(image.min()), 0.0), max(float(image.max()), 1.0)
+    axes.imshow((image.permute(1, 2, 0) - low) / (high - low))
+    axes.set_title(title, fontsize=9, color=color)

@@ -1,0 +1,97 @@
+"""The inner loop: gradient descent on a task's support set, from the meta-parameters w_0 to w_N."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lightning_maml.core.inner_rates import Rates, tensor_rates
+from lightning_maml.core.objective import Objective
+from lightning_maml.core.params import Params
+
+
+class TaskLosses(NamedTuple):
+    """The losses of one task's batches; with a task axis, of several tasks' batches.
+
+    Attributes:
+        support: S_0 .. S_{N-1}; in the finite-sum case N times the support set.
+        hessian: D_0 .. D_{N-1}; in the finite-sum case the same objects as in ``support``.
+        query: The query batch T, as it is evaluated at w_0 .. w_N.
+    """
+
+    support: Sequence[Objective]
+    hessian: Sequence[Objective]
+    query: Sequence[Objective]
+
+
+class InnerStep(NamedTuple):
+    """One step ``w_{j+1} = w_j - A_j grad l(w_j; S_j)``.
+
+    Attributes:
+        number: j.
+        w: The point before the step, w_j.
+        rates: A_j.
+        hessian: The loss whose Hessian the way back takes at w_j, that of D_j.
+        gradient: ``grad l(w_j; S_j)`` for the parameters whose rate is a tensor, and so may need a
+            gradient itself.
+    """
+
+    number: int
+    w: Params
+    rates: Rates
+    hessian: Objective
+    gradient: Params
+
+
+def inner_loop(
+    losses: TaskLosses, w: Params, rates: Sequence[Rates]
+) -> tuple[list[InnerStep], Params]:
+    """Take the steps ``w_{j+1} = w_j - A_j grad l(w_j; S_j)``.
+
+    Ji et al. 2022, eqs. 6 (fresh S_j), 9 and 11 (always the support set); Fallah et al. 2020, eq. 4
+    (one step).
+
+    Args:
+        losses: The losses of the task's batches.
+        w: The meta-parameters ``w_0``.
+        rates: A_j for each step.
+
+    Returns:
+        The steps, and the adapted parameters ``w_N``.
+    """
+    reserved = _reserve(w, rates)
+    steps = []
+    for j, (objective, rates_j) in enumerate(zip(losses.support, rates, strict=True)):
+        gradient = objective.gradient(w, rates_j.keys())
+        kept = {name: gradient[name] for name in tensor_rates(rates_j)}
+        steps.append(InnerStep(j, w, rates_j, losses.hessian[j], kept))
+        w = sgd_step(w, rates_j, gradient)
+        w |= {name: tensor.copy_(w[name]) for name, tensor in reserved[j].items()}
+    return steps, w
+
+
+def adapt(losses: TaskLosses, w: Params, rates: Sequence[Rates]) -> Params:
+    """Return ``w_N`` alone; no other point of the path is kept.
+
+    The arguments are those of :func:`inner_loop`.
+    """
+    for objective, rates_j in zip(losses.support, rates, strict=True):
+        w = sgd_step(w, rates_j, objective.gradient(w, rates_j.keys()))
+    return w
+
+
+def sgd_step(w: Params, rates: Rates, gradient: Params) -> Params:
+    """Return ``w - A gradient``."""
+    return {
+        name: tensor - rates[name] * gradient[name] if name in rates else tensor
+        for name, tensor in w.items()
+    }
+
+
+def _reserve(w: Params, rates: Sequence[Rates]) -> list[Params]:
+    """Allocate the points of the path at once.
+
+    Allocated one by one they would lie between the graphs of the steps, and leave holes when these
+    are freed.
+    """
+    return [{name: torch.empty_like(w[name]) for name in rates_j} for rates_j in rates]

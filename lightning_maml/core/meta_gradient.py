@@ -1,0 +1,114 @@
+"""The meta-gradient of one task: the query gradient at w_N, taken back through the inner steps.
+
+The product of Ji et al. 2022, eqs. 7 (H_j on D_j) and 12 (H_j on the support set), is applied from
+its last factor to its first. One step is Algorithms 1-3 of Fallah et al. 2020. The three algorithms
+differ in the Hessian-vector product alone (:mod:`lightning_maml.core.hvp`).
+
+Memory: the points w_0 .. w_N, and the graph of one step at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_maml.core.hvp import HessianVectorProduct
+from lightning_maml.core.inner_loop import InnerStep, TaskLosses, inner_loop
+from lightning_maml.core.inner_rates import Rates, tensor_rates
+from lightning_maml.core.params import Params, add_scaled, scale, subtract
+
+StepBack = Callable[[InnerStep, Params], Params]
+"""``back(step, v)`` turns the gradient with respect to w_{j+1} into that with respect to w_j."""
+
+
+class TaskGradient(NamedTuple):
+    """What the way back ends with.
+
+    Attributes:
+        grad: The meta-gradient, and with :func:`with_rate_gradients` that of the inner rates too.
+        query_loss: The query loss at w_N.
+        aux: What the query loss function returned besides the loss.
+    """
+
+    grad: Params
+    query_loss: Tensor
+    aux: Any
+
+
+def task_meta_gradient(
+    losses: TaskLosses, w: Params, rates: Sequence[Rates], back: StepBack
+) -> TaskGradient:
+    """Return the gradient of ``w -> q(w_N(w))``.
+
+    Args:
+        losses: The losses of the task's batches.
+        w: The meta-parameters ``w_0``.
+        rates: A_j for each step.
+        back: Takes a gradient back through one step; :func:`through_step` with a Hessian-vector
+            product, and what is wrapped around it.
+    """
+    steps, w_N = inner_loop(losses, w, rates)
+    query_loss, aux, v = losses.query[-1].value_and_gradient(w_N)
+    for step in reversed(steps):
+        v = back(step, v)
+    return TaskGradient(v, query_loss, aux)
+
+
+def through_step(step: InnerStep, v: Params, hvp: HessianVectorProduct) -> Params:
+    """Return ``v - H_j A_j v``: the transposed derivative of ``w_j -> w_j - A_j grad l(w_j)``.
+
+    The papers' A_j is alpha times the identity. With other rates A_j comes before H_j, so that a
+    parameter that does not adapt still gets the mixed terms of those that do.
+    """
+    Hv = hvp(step.hessian, step.w, scale(step.rates, v))
+    return subtract(v, Hv)
+
+
+def with_rate_gradients(back: StepBack) -> StepBack:
+    """Let ``back`` also return the gradients of inner rates that are tensors.
+
+    They stand among those of the parameters, under the names of :func:`rate_name`.
+    """
+
+    def back_with_rates(step: InnerStep, v: Params) -> Params:
+        axis = step.hessian.axis
+        of_rates: Params = axis.vmap(partial(_rate_gradients, step))(step.gradient, v)
+        return back(step, v) | of_rates
+
+    return back_with_rates
+
+
+def rate_name(step: int, name: str) -> str:
+    """Return the name that the gradient of an inner rate has among those of the parameters."""
+    return f"(inner rate {step} of) {name}"
+
+
+def _rate_gradients(step: InnerStep, gradient: Params, v: Params) -> Params:
+    """Return the gradient of A in ``w_{j+1} = w_j - A g``, which is ``-g v_{j+1}``."""
+    return {
+        rate_name(step.number, name): -(gradient[name] * v[name]).sum_to_size(rate.shape)
+        for name, rate in tensor_rates(step.rates).items()
+    }
+
+
+def with_query_losses(back: StepBack, losses: TaskLosses, weights: Sequence[float]) -> StepBack:
+    """Let ``back`` differentiate query losses on the way too (Antoniou et al. 2019, section 4).
+
+    Args:
+        back: What this is wrapped around.
+        losses: The task's losses, of which the query losses at ``w_1 .. w_{N-1}`` are added.
+        weights: Their weights, and last that of the query loss at ``w_N``.
+    """
+    last = len(weights) - 1
+
+    def back_with_losses(step: InnerStep, v: Params) -> Params:
+        if step.number == last:
+            v = scale(weights[last], v)
+        v = back(step, v)
+        if step.number > 0 and weights[step.number - 1]:
+            gradient = losses.query[step.number].gradient(step.w)
+            v = add_scaled(v, weights[step.number - 1], gradient)
+        return v
+
+    return back_with_losses
