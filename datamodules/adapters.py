@@ -60,7 +60,7 @@ def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list
         >>> [classes[number] for number in query]
         ['cat', 'owl']
     """
-    support, query = _plain(support_y), _plain(query_y)
+    support, query = _hashable(support_y), _hashable(query_y)
     found = list(dict.fromkeys(support))
     unknown = [label for label in dict.fromkeys(query) if label not in found]
     if unknown:
@@ -79,7 +79,7 @@ def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list
     return support_numbers, query_numbers, classes
 
 
-def _plain(labels: Labels) -> list[Any]:
+def _hashable(labels: Labels) -> list[Any]:
     """Return labels that can be keys of a dictionary, as tensors cannot."""
     return [label.item() if isinstance(label, Tensor) else label for label in labels]
 
@@ -108,7 +108,7 @@ def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
         >>> task.query_x, task.query_y
         (tensor([2., 4., 3., 5.]), tensor([0, 0, 1, 1]))
     """
-    labels = _plain(y)
+    labels = _hashable(y)
     if len(labels) != len(x):
         raise ValueError(
             f"Expected a label for each of the {len(x)} examples of a task but got {len(labels)}."
@@ -431,7 +431,7 @@ class _Converted:
         self, batches: Iterable[Any], convert: Callable[[list[Any]], Episodes], size: int
     ) -> None:
         self._batches, self._convert, self._size = batches, convert, size
-        self._gave = False  # whether the last pass over the loader gave anything
+        self._gave = False  # whether the last epoch had any tasks
 
     def __len__(self) -> int:
         return math.ceil(len(cast(Sized, self._batches)) / self._size)

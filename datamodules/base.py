@@ -206,8 +206,8 @@ class EpisodicDataModule(LightningDataModule):
         """Draw tasks of the training split for another purpose than training.
 
         They are independent of the tasks that are trained on and of those for other purposes.
-        Their images are as stored, on the CPU; :meth:`on_after_batch_transfer` prepares them for
-        the model.
+        Their images are as stored, on the CPU; ``on_after_batch_transfer`` prepares them for the
+        model.
 
         Args:
             purpose: What they are for: ``"stepsize"``, ``"stationarity"``, ``"measure"`` or

@@ -1,4 +1,4 @@
-"""Seeded drawing of episodes, by number, from images that lie in memory class by class."""
+"""Seeded drawing of episodes, by number, from the images of classes in memory."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -74,9 +74,9 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
     """Episodes as a function of their epoch and number, for any number of workers and processes.
 
     A task's classes are drawn without replacement and labelled ``0 .. ways - 1`` in the order they
-    are drawn, so a class has another label in each episode. All images of a class in an episode are
-    different: its support and query images are disjoint. With a support batch and a Hessian batch
-    for each inner step, these are disjoint too, and hence independent samples of the class.
+    are drawn, so the label of a class varies between episodes. All images of a class in an episode
+    are different: its support and query images are disjoint. With a support batch and a Hessian
+    batch for each inner step, these are disjoint too, and hence independent samples of the class.
 
     Args:
         data: The images of one split.

@@ -18,9 +18,10 @@ STATISTICS = {
         (70.68188 / 255, 68.27635 / 255, 72.54505 / 255),
     ),
 }
-"""Means and standard deviations of the three colours of images in 0 .. 1: those of ImageNet, which
-torchvision's networks use, and those of mini-ImageNet's training classes, which MetaOptNet (Lee et
-al. 2019) and its descendants use."""
+"""Means and standard deviations of the three colours of images in 0 .. 1.
+
+Those of ImageNet are used by torchvision's networks, those of mini-ImageNet's training classes by
+MetaOptNet (Lee et al. 2019) and its descendants."""
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def rows_of_classes(decoded: DecodedImages) -> list[np.ndarray]:
     labels = decoded.labels.numpy()
     by_class = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[by_class], np.arange(len(decoded.names) + 1))
-    # before the first start lie the unreadable images, whose label is -1
+    # the part before the first start holds the unreadable images, whose label is -1
     return np.split(by_class, starts)[1:-1]
 
 

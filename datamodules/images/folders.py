@@ -71,8 +71,8 @@ def subfolders(folder: Path) -> list[Path]:
 def innermost(root: Path) -> Path:
     """Return the folder in which the classes or splits lie.
 
-    It is ``root``, unless all images lie in one folder of it, which is neither a split nor a class;
-    then the same goes for that folder.
+    It is ``root``, unless all images lie in a single folder of it that is neither a split nor a
+    class. Then that folder is searched in the same way.
     """
     while True:
         with_images = (place for place in subfolders(root) if _holds_images(place))
@@ -117,7 +117,7 @@ def list_class_folders(
     }
     if level is None:
         for name, files in classes.items():
-            _check_plain(folder / name, files)
+            _check_is_one_class(folder / name, files)
     return classes
 
 
@@ -134,7 +134,7 @@ def _folders_at(folder: Path, level: int, left_out: LeftOut) -> Iterator[Path]:
             yield place
 
 
-def _check_plain(place: Path, files: list[Path]) -> None:
+def _check_is_one_class(place: Path, files: list[Path]) -> None:
     """Check that a folder is one class: it holds images itself, or in one folder only."""
     parents = sorted({file.parent for file in files})
     if len(parents) < 2 or place in parents:
@@ -170,7 +170,7 @@ def _walk(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
             continue
         seen.add((stat.st_dev, stat.st_ino))
         left_out["folders of programs"] += sum(map(_is_of_programs, folders))
-        # os.walk goes on with what is left in this list, in its order
+        # os.walk visits the folders that are left in this list, in its order
         folders[:] = sorted(name for name in folders if not _is_of_programs(name))
         yield place, names
 

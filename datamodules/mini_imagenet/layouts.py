@@ -57,7 +57,7 @@ class _Form(NamedTuple):
 
 
 def find_layout(root: Path, size: int, on_corrupt: OnCorrupt) -> Layout:
-    """Open the mini-ImageNet that lies in ``root``, or else in one of its folders.
+    """Open the mini-ImageNet in ``root``, or else in one of its folders.
 
     Args:
         root: Where to look.
@@ -270,7 +270,7 @@ def _read_csv(path: Path) -> set[tuple[str, str]]:
 
 
 def _names(pattern: str, *val: str) -> dict[str, tuple[str, ...]]:
-    """Return the possible names of each split: the pattern with its word, or one of ``val``."""
+    """Return the possible names of each split; ``val`` are other words for validation."""
     words = {"train": ("train",), "val": ("val", *val), "test": ("test",)}
     return {
         split: tuple(pattern.format(word) for word in of_split) for split, of_split in words.items()

@@ -1,62 +1,74 @@
-"""What few-shot algorithms share as Lightning modules: optimizer, steps, logged figures and checks of batches."""
+"""What few-shot algorithms share as Lightning modules: optimizer, steps, and logged figures."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from lightning import LightningModule
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
-from lightning_maml.algorithms.metrics import Estimate, TaskMean
+from lightning_maml.algorithms.metrics import Estimate, LoaderFigures, with_accuracy
+from lightning_maml.algorithms.non_finite import NonFinitePolicy
+from lightning_maml.algorithms.resume import ResumeState, described, warn_of_other_settings
 from lightning_maml.batches.episodes import AnyEpisodes, check_episodes
 from lightning_maml.batches.outputs import logits_in
-from lightning_maml.batches.trees import Inputs, call, cat, count, map_tensors, shapes, tensors
-from lightning_maml.core.params import Params
-from lightning_maml.core.rng import (
-    random_state,
-    set_random_state,
-    set_torch_random_state,
-    torch_random_state,
-)
+from lightning_maml.batches.trees import map_tensors
+from lightning_maml.core.rng import random_state
 from lightning_maml.functional.adaptation import AdaptationCurve
 from lightning_maml.io.checkpoints import WholeCheckpoints, read_trained
 from lightning_maml.io.plain import plain
-from lightning_maml.io.replay import save_step
-from lightning_maml.networks.batch_norm import averages_kept, batch_norms
-from lightning_maml.networks.checks import KINDS
-from lightning_maml.networks.functional_network import (
-    BatchNormPolicy,
-    Learner,
-    deep_copy,
-    modes,
-    trainable_besides_parameters,
-    writes,
-)
+from lightning_maml.networks.buffers import BufferUpdate
+from lightning_maml.networks.functional_network import BatchNormPolicy
 from lightning_maml.networks.loss_checks import ignored_label
+from lightning_maml.networks.memory import Findings, Kind, kind_of_batch
+from lightning_maml.networks.requirements import (
+    check_loss_is_callable,
+    check_network,
+    refuse_without_gradient,
+)
 from lightning_maml.networks.stacking_trial import Verdict
 
 LossFunction = nn.Module | Callable[[Any, Tensor], Tensor]
 """Maps what the network returns (torch's own losses: its logits) and labels or targets, each
 ``[B, ...]``, to their mean loss.  Modules are listed so that YAML may have ``init_args``. """
 
-Kind = tuple[Any, ...]
-"""A network with its modes and the shapes of its parameters, and the types and shapes of a
-batch."""
-
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+class StepResult(NamedTuple):
+    """A training step.
+
+    Attributes:
+        loss: The scalar to call ``backward`` on.
+        query_loss: The query loss of each task, ``[T]``.
+        outputs: The query outputs, ``[T, Q, ...]``.
+    """
+
+    loss: Tensor
+    query_loss: Tensor
+    outputs: Any
+
+
+class Step(NamedTuple):
+    """What is to be done with a meta-batch in training.
+
+    Attributes:
+        run: Computes; what it returns is ``finish``'s to check.
+        finish: Makes the result of what ``run`` returned.
+    """
+
+    run: Callable[[], Any]
+    finish: Callable[[Any], StepResult]
 
 
 class EpisodicModule(LightningModule):
@@ -83,46 +95,31 @@ class EpisodicModule(LightningModule):
         lr_scheduler: SchedulerFactory | None,
     ) -> None:
         super().__init__()
-        Learner(network, batch_norm)  # refuses a network that the policy does not fit
-        _warn_if_compiled(network)
-        _refuse_lazy(network)
-        _refuse_scripted_batch_norm(network, batch_norm)
-        if computed := [name for name, p in network.named_parameters() if not p.is_leaf]:
-            raise ValueError(
-                "Expected a network whose parameters are leaves, which can be trained, but "
-                f"{computed} were computed from others; so they are if a module of TorchScript is "
-                "deep-copied: copy it before it is scripted."
-            )
-        if trainable := trainable_besides_parameters(network):
-            raise ValueError(
-                f"Expected trainable tensors of the network to be parameters but {trainable} are "
-                "none, and would get no gradient; make them nn.Parameter, or give them detached."
-            )
-        if not callable(loss) or isinstance(loss, type):
-            got = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
-            raise TypeError(
-                f"Expected `loss` to be a function or a module but got {got}; give "
-                "torch.nn.functional.cross_entropy, or a made module, nn.MSELoss()."
-            )
+        check_network(network, batch_norm)
+        check_loss_is_callable(loss)
         self.network = network
         self.loss = loss
         self.batch_norm: BatchNormPolicy = batch_norm
         self.adaptation: Estimate | None = None
         """Accuracy (for regression: loss) on the tasks of the last validation or test (its last
         loader) after 0 .. K steps, ``[K + 1]``."""
-        self.skips_non_finite = False
-        self.skipped = 0
-        """How many steps were skipped."""
+        self.non_finite = NonFinitePolicy()
+        """What becomes of steps whose loss or meta-gradient is not finite."""
         self.run_folder = Path()
         """Where the run keeps its logs; all processes have to take part in asking the trainer for
-        it."""
+        it.
+        """
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._figures: list[TaskMean] = []
-        self._verdicts: dict[Kind, tuple[LossFunction, Verdict]] = {}
-        self._gradients: Params = {}
-        self._sees_all_at_once: bool | None = None
+        self._resume = ResumeState()
+        self._figures = LoaderFigures()
+        self._findings = Findings()
+        self._update_buffers = BufferUpdate(batch_norm)
         self._gradients_arrive = False  # whether this was checked
-        self._random_state: dict[str, Any] | None = None  # from which training is to go on
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were skipped because they were not finite."""
+        return self.non_finite.skipped
 
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
         """Return the query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K inner steps.
@@ -132,9 +129,13 @@ class EpisodicModule(LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must define evaluate(episodes).")
 
-    def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the scalar to call ``backward`` on, and each task's query loss ``[T]`` and query outputs ``[T, Q, ...]``."""
-        raise NotImplementedError(f"{type(self).__name__} must define _meta_step(episodes).")
+    def _plan_step(self, episodes: AnyEpisodes) -> "Step":
+        """Check a meta-batch and return what is to be done with it."""
+        raise NotImplementedError(f"{type(self).__name__} must define _plan_step(episodes).")
+
+    def _attempts(self, episodes: AnyEpisodes) -> Iterator[AbstractContextManager[Any]]:
+        """Yield contexts to try a step in, until one comes to its end."""
+        yield nullcontext()
 
     def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
         """Return the query loss as a scalar whose backward pass deposits the meta-gradient, for a training loop without a trainer.
@@ -146,7 +147,14 @@ class EpisodicModule(LightningModule):
             FloatingPointError: If the query loss or the meta-gradient is not finite.
         """
         check_episodes(episodes)
-        return self._meta_step(episodes)[0]
+        return self._step(episodes).loss
+
+    def _step(self, episodes: AnyEpisodes) -> StepResult:
+        for attempt in self._attempts(episodes):
+            with attempt:
+                step = self._plan_step(episodes)
+                found = step.run()
+        return step.finish(found)
 
     def configure_optimizers(self) -> Any:
         """Build the meta-optimizer and its scheduler."""
@@ -213,31 +221,16 @@ class EpisodicModule(LightningModule):
                 f"{type(self.trainer.strategy).__name__}; meta-gradients take other values for "
                 "the parameters than the network holds: use 'ddp'."
             )
-        self._random_state, self._gradients = None, {}  # which an aborted run may have left
+        self._resume.forget()
         self.run_folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpoints()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the state of the random generators in training, and the gradients of batches that the optimizer has yet to step on."""
+        """Add what a run needs to go on as if it had not been interrupted."""
         checkpoint["adapts_by"] = self._adapts_by()
-        checkpoint["random_state"] = (
-            random_state(self.device) if self._random_state is None else self._random_state
-        )
-        trainer = self.trainer
-        if (
-            trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            % trainer.accumulate_grad_batches
-        ):
-            gradients = {
-                name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None
-            }
-            checkpoint["gradients"] = {
-                name: trainer.strategy.reduce(grad, reduce_op="mean")
-                for name, grad in gradients.items()
-            }
-        if self.skipped:
-            checkpoint["skipped"] = self.skipped
+        self._resume.save(self, checkpoint)
+        self.non_finite.save(checkpoint)
         # for a trainer that was given a plugin of its own, too
         checkpoint.update(plain(checkpoint))
 
@@ -266,41 +259,24 @@ class EpisodicModule(LightningModule):
         return super().load_state_dict(state_dict, strict, assign)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what a run needs to go on as if it had not been interrupted: the types of its weights, random numbers, sums of gradients.
+        """Restore what a run needs to go on as if it had not been interrupted.
 
         Warns if the checkpoint's model adapted in another way.
         """
-        theirs, ours = checkpoint.get("adapts_by", {}), self._adapts_by()
-        if theirs and (
-            differing := [
-                name for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)
-            ]
-        ):
-            trained, here = (
-                ", ".join(f"{name} {kept.get(name)}" for name in differing)
-                for kept in (theirs, ours)
-            )
-            rank_zero_warn(
-                f"The checkpoint's model adapts with {trained} but this one with {here}; unless "
-                "that is meant, make it as the other was made."
-            )
+        warn_of_other_settings(checkpoint.get("adapts_by", {}), self._adapts_by())
         if self._trainer is not None and self.trainer.training:
             # Lightning does so later, when the weights are already rounded
             self.trainer.precision_plugin.convert_module(self)
-            self._random_state = checkpoint.get("random_state")
-            self._gradients = checkpoint.get("gradients", {})
-            self.skipped = checkpoint.get("skipped", 0)
+            self._resume.load(checkpoint)
+            self.non_finite.load(checkpoint)
 
     def _adapts_by(self) -> dict[str, Any]:
         """Return what adaptation depends on besides the weights and the hyperparameters, in plain words."""
         return {"loss": described(self.loss)}
 
     def on_train_start(self) -> None:
-        """Continue the random numbers and the sums of gradients from where the checkpoint has them."""
-        self._go_on_with_random_numbers()
-        for name, gradient in self._gradients.items():
-            self.get_parameter(name).grad = gradient.to(self.device)
-        self._gradients = {}
+        """Continue from where a checkpoint was written."""
+        self._resume.restore(self)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Refuse, before the first step, parameters that the optimizer was given but that have no gradient.
@@ -325,19 +301,14 @@ class EpisodicModule(LightningModule):
         )
 
     def on_validation_start(self) -> None:
-        """Remember the random state of training, so that what validation draws does not move it: a resumed run would not draw that."""
+        """Remember the random numbers of training."""
         if not self.trainer.sanity_checking:
-            self._random_state = random_state(self.device)
+            self._resume.pause_random_numbers(self.device)
 
     def on_validation_end(self) -> None:
         """Continue the random numbers of training."""
         if not self.trainer.sanity_checking:
-            self._go_on_with_random_numbers()
-
-    def _go_on_with_random_numbers(self) -> None:
-        if self._random_state is not None:
-            set_random_state(self._random_state, self.device)
-            self._random_state = None
+            self._resume.continue_random_numbers(self.device)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return the outputs of the network as it is, without adaptation."""
@@ -378,11 +349,12 @@ class EpisodicModule(LightningModule):
         check_episodes(batch)
         before_it = random_state(self.device)
         try:
-            loss, query_loss, outputs = self._meta_step(batch)
+            result = self._step(batch)
         except FloatingPointError as error:
-            self._skip_or_stop(batch, before_it, error)
+            self.non_finite.skip_or_stop(self, batch, before_it, error, self.run_folder)
             return None
-        figures = with_accuracy(query_loss, outputs, batch, ignored_label(self.loss))
+        ignored = ignored_label(self.loss)
+        figures = with_accuracy(result.query_loss, result.outputs, batch, ignored)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             figures = self._figures_before(batch) | figures
@@ -393,11 +365,11 @@ class EpisodicModule(LightningModule):
                 prog_bar=name in ("loss", "accuracy"),
                 batch_size=len(values),
             )
-        return loss
+        return result.loss
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted validation left."""
-        self._start_judging(self.trainer.num_val_batches)
+        self._figures.start(len(self.trainer.num_val_batches), self.device)
 
     def validation_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect loss and accuracy after 0 .. K steps."""
@@ -405,11 +377,11 @@ class EpisodicModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all validation tasks."""
-        self._log_estimates("val")
+        self._log_figures("val")
 
     def on_test_epoch_start(self) -> None:
         """Forget what an interrupted test left."""
-        self._start_judging(self.trainer.num_test_batches)
+        self._figures.start(len(self.trainer.num_test_batches), self.device)
 
     def test_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect loss and accuracy after 0 .. K steps."""
@@ -417,256 +389,44 @@ class EpisodicModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the means over all test tasks."""
-        self._log_estimates("test")
+        self._log_figures("test")
+
+    def _log_figures(self, stage: str) -> None:
+        found = self._figures.log(self, stage)
+        if found is not None:
+            self.adaptation = found
 
     def predict_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
         return map_tensors(lambda outputs: outputs[:, -1], self._evaluate_uncompiled(batch).aux)
 
-    def _start_judging(self, batches_of_loaders: Sequence[int | float]) -> None:
-        self._figures = [TaskMean().to(self.device) for _ in batches_of_loaders]
-
     def _judge(self, episodes: AnyEpisodes, loader: int) -> None:
         curve = self._evaluate_uncompiled(episodes)
         figures = with_accuracy(curve.loss, curve.aux, episodes, ignored_label(self.loss))
-        self._figures[loader].update(torch.stack([*figures.values()], -1))
+        self._figures.update(loader, figures)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _evaluate_uncompiled(self, episodes: AnyEpisodes) -> AdaptationCurve:
         return self.evaluate(episodes)
-
-    def _log_estimates(self, stage: str) -> None:
-        """Log the means over the tasks of each loader with their confidence intervals; several loaders are named as Lightning does."""
-        for loader, figures in enumerate(self._figures):
-            if not figures.update_called:  # the loader is empty, or a subclass has steps of its own
-                continue
-            of_loader, estimate = (
-                f"/dataloader_idx_{loader}" if len(self._figures) > 1 else "",
-                figures.compute(),
-            )
-            for number, name in enumerate(("loss", "accuracy")[: estimate.mean.shape[-1]]):
-                mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
-                self.adaptation = Estimate(mean, ci95, estimate.tasks)
-                self.log(
-                    f"{stage}/{name}{of_loader}",
-                    mean[-1],
-                    prog_bar=stage == "val",
-                    sync_dist=True,
-                    add_dataloader_idx=False,
-                )
-                beside = {f"{name}_ci95": ci95[-1], f"{name}_before": mean[0]}
-                if name == "accuracy" or estimate.mean.shape[-1] == 1:
-                    beside |= {f"{name}_step_{step}": value for step, value in enumerate(mean)}
-                values = {f"{stage}/{figure}{of_loader}": value for figure, value in beside.items()}
-                self.log_dict(values, sync_dist=True, add_dataloader_idx=False)
-
-    def _skip_or_stop(
-        self, episodes: AnyEpisodes, before_it: dict[str, Any], error: FloatingPointError
-    ) -> None:
-        if self.skips_non_finite:
-            self.skipped += 1
-            self.log("train/skipped", float(self.skipped), prog_bar=True, batch_size=1)
-            return
-        path = save_step(self, episodes, before_it, self.run_folder)
-        config = self.run_folder / "config.yaml"
-        command = (
-            f"`lightning-maml replay --config={config if config.is_file() else 'CONFIG'} "
-            f"--ckpt_path={path}`"
-        )
-        raise FloatingPointError(f"{error} Take the step again by {command}.") from None
 
     def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
         """Return the figures before adaptation that training steps log, each ``[T]``."""
         return {}
 
     def _kind(self, network: nn.Module, episodes: AnyEpisodes) -> Kind:
-        """Return what tells one kind of batch from another, for each of which network and loss are looked at anew.
+        """Return what tells one kind of batch from another, for the model's network or a copy."""
+        return kind_of_batch(network, self.network, episodes)
 
-        Args:
-            network: The model's own, or a copy in another mode.
-            episodes: The batch.
-        """
-        parameters = tuple((p.shape, p.requires_grad) for p in network.parameters())
-        return self.network, network is self.network, modes(network), parameters, shapes(episodes)
+    def _stacking_verdict(self, kind: Kind, find: Callable[[], Verdict]) -> Verdict:
+        """Return whether tasks can be stacked, as ``find`` found for the first batch of a kind."""
 
-    def _once_for_its_kind(self, kind: Kind, look: Callable[[], Verdict]) -> Verdict:
-        """Return whether tasks can be stacked, as ``look`` found for the first batch of this kind and with this loss."""
-        loss, verdict = self._verdicts.get(kind, (None, Verdict()))
-        if loss is not self.loss:
-            verdict = look()
-            if len(self._verdicts) == KINDS:
-                self._verdicts.clear()
-            self._verdicts[kind] = self.loss, verdict
+        def find_and_say() -> Verdict:
+            verdict = find()
             if any(verdict):
                 rank_zero_info(
                     "Tasks are not stacked unless that is asked for: "
                     f"{verdict.wrong or verdict.slow}."
                 )
-        return verdict
+            return verdict
 
-    def _stop_unless_losses_are_finite(self, query_loss: Tensor, where: str) -> None:
-        finite = query_loss.isfinite()
-        if not finite.all():
-            tasks = (~finite).nonzero().flatten().tolist()
-            raise FloatingPointError(
-                f"Expected a finite query loss but got {query_loss[tasks].tolist()} in tasks "
-                f"{tasks} {where}"
-            )
-
-    def _update_running_averages(self, episodes: AnyEpisodes) -> None:
-        """Let the network see the meta-batch once, at the parameters before adaptation, and keep what it writes to its buffers.
-
-        These are batch norm's averages, if they are used, and what any other layer keeps. The next
-        step starts from there.
-        """
-        averages = self.batch_norm == "running"
-        if not writes(self.network) and not (averages and batch_norms(self.network)):
-            return
-        sets = [
-            *_sets(episodes.support_x, episodes.support_y.ndim - episodes.query_y.ndim),
-            *_sets(episodes.query_x),
-        ]
-        alike = len({shapes(x) for x in sets}) == 1
-        with (
-            torch.enable_grad(),
-            nullcontext() if averages else averages_kept(self.network),
-            _same_buffers(self.network),
-        ):
-            if alike and self._sees_all_at_once is None:
-                self._sees_all_at_once = _accepts(self.network, cat(sets))
-            for x in [cat(sets)] if alike and self._sees_all_at_once else sets:
-                call(self.network, x)
-
-
-_BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
-
-
-def _refuse_scripted_batch_norm(network: nn.Module, policy: BatchNormPolicy) -> None:
-    scripted = {
-        name: part
-        for name, part in network.named_modules()
-        if isinstance(part, torch.jit.ScriptModule)
-    }
-    norms = [
-        name
-        for name, part in scripted.items()
-        if getattr(part, "original_name", "") in _BATCH_NORMS
-    ]
-    if norms and (policy != "running" or any(scripted[name].training for name in norms)):
-        raise ValueError(
-            "Expected batch norm as nn.BatchNorm layers, whose statistics `batch_norm` decides, "
-            f"but {norms} are TorchScript's; script the network after training, or put a frozen "
-            "one into evaluation mode and use `batch_norm='running'`."
-        )
-
-
-def _refuse_lazy(network: nn.Module) -> None:
-    if lazy := [name for name, p in network.named_parameters() if is_lazy(p)]:
-        raise ValueError(
-            f"Expected a network whose parameters have shapes but {lazy} are lazy; run it once on "
-            "an example, network(x), before the model is made."
-        )
-
-
-def _warn_if_compiled(network: nn.Module) -> None:
-    if any(
-        isinstance(part, OptimizedModule) or part._compiled_call_impl is not None
-        for part in network.modules()
-    ):
-        rank_zero_warn(
-            "The network was given to torch.compile, but tasks run it as it was before, because "
-            "each runs a copy with other parameters; give it uncompiled. `compiled=True` "
-            "compiles the whole meta-gradient, for the algorithms that have it."
-        )
-
-
-def refuse_without_gradient(without_gradient: list[str]) -> None:
-    """Refuse parameters that are to be trained and get no gradient.
-
-    Raises:
-        ValueError: If there are any.
-    """
-    if without_gradient:
-        raise ValueError(
-            "Expected a gradient for every parameter that the optimizer was given but "
-            f"{without_gradient} get none; put them into the network, or into a loss that is an "
-            "nn.Module, or freeze them."
-        )
-
-
-def _sets(x: Inputs, batches: int = 0) -> list[Any]:
-    """Return the inputs of each task, and where it has several batches, of each of these, from ``[T, ..., B, ...]``."""
-    flat = map_tensors(lambda tensor: tensor.flatten(0, batches), x)
-    return [
-        map_tensors(lambda tensor, number=number: tensor[number], flat)
-        for number in range(count(flat))
-    ]
-
-
-def _accepts(network: nn.Module, x: Inputs) -> bool:
-    """Return whether a network runs on inputs ``x``, which may be more than it runs on otherwise; it stays as it is."""
-    device = tensors(x)[0].device
-    before = torch_random_state(device)
-    try:
-        call(deep_copy(network), x)
-    except Exception:  # noqa: BLE001 # a network that was made for a certain number of examples may raise anything
-        return False
-    finally:
-        set_torch_random_state(before, device)
-    return True
-
-
-@contextmanager
-def _same_buffers(network: nn.Module) -> Iterator[None]:
-    """Copy values that replace a buffer meanwhile into the tensor that it was, which other code may refer to (compiled programs do)."""
-    before = [(module._buffers, dict(module._buffers)) for module in network.modules()]
-    yield
-    for buffers, originals in before:
-        for name, tensor in originals.items():
-            now = dict(buffers).get(name)  # those of TorchScript are no dict
-            if (
-                tensor is not None
-                and now is not None
-                and now is not tensor
-                and now.shape == tensor.shape
-            ):
-                buffers[name] = tensor.detach().copy_(now.detach())
-            elif now is not None and now.grad_fn is not None:
-                buffers[name] = now.detach()
-
-
-def described(loss: Any) -> str:
-    """Return the name of a loss, with the settings of a module or a partial function."""
-    if isinstance(loss, partial):
-        return f"{described(loss.func)} with {dict(loss.keywords)}"
-    if not isinstance(loss, nn.Module):
-        return str(getattr(loss, "__qualname__", type(loss).__qualname__))
-    settings = {
-        name: value
-        for name, value in vars(loss).items()
-        if isinstance(value, str | int | float) and name[0] != "_" and name != "training"
-    }
-    return f"{type(loss).__qualname__} with {settings}" if settings else type(loss).__qualname__
-
-
-def with_accuracy(
-    loss: Tensor, outputs: Tensor, episodes: AnyEpisodes, ignored: int | None
-) -> dict[str, Tensor]:
-    """Return ``loss``, the query losses ``[T, ...]``, and except for regression ``accuracy``, the share of correct query labels.
-
-    Args:
-        loss: Query losses ``[T, ...]``.
-        outputs: Query outputs ``[T, ..., Q, ways]``.
-        episodes: The tasks.
-        ignored: The label of queries that the loss leaves out, which accuracy leaves out too; None
-            if there is none.
-    """
-    labels = episodes.query_y
-    if labels.is_floating_point():
-        return {"loss": loss}
-    labels = labels.view(len(labels), *[1] * (outputs.ndim - 3), -1)
-    correct = (outputs.argmax(-1) == labels).float()
-    if ignored is None:
-        return {"loss": loss, "accuracy": correct.mean(-1)}
-    counts = (labels != ignored).float()
-    return {"loss": loss, "accuracy": (correct * counts).sum(-1) / counts.sum(-1)}
+        return self._findings.once("stacking", kind, self.loss, find_and_say)

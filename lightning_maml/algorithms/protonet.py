@@ -16,7 +16,10 @@ from lightning_maml.algorithms.base import (
     LossFunction,
     OptimizerFactory,
     SchedulerFactory,
+    Step,
+    StepResult,
 )
+from lightning_maml.algorithms.non_finite import check_losses_are_finite
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.batches.trees import Inputs, cat, detached, map_tensors
 from lightning_maml.core.context import evaluating
@@ -39,7 +42,7 @@ from lightning_maml.networks.functional_network import (
     hooks_tensors,
     structural_copy,
 )
-from lightning_maml.networks.loss_checks import LossLook, check_labels
+from lightning_maml.networks.loss_checks import check_broadcasting, check_labels
 from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare, two_tasks
 
 _NOT_STACKED = (
@@ -94,7 +97,6 @@ class ProtoNet(EpisodicModule):
             raise ValueError(f"Expected `tasks` to be 'auto', 'loop' or 'vmap' but got {tasks!r}.")
         self.save_hyperparameters(plain({"batch_norm": batch_norm, "tasks": tasks}))
         self._tasks: Literal["auto", "loop", "vmap"] = tasks
-        self._loss_look = LossLook()
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -164,11 +166,15 @@ class ProtoNet(EpisodicModule):
             return networks.network(0) if of_one else networks
 
     @override
-    def _meta_step(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor, Tensor]:
-        loss, outputs = self._classify(episodes)
-        self._stop_unless_losses_are_finite(loss, f"at step {self.global_step}; check the data.")
-        self._update_running_averages(episodes)
-        return loss.mean(), loss.detach(), outputs.detach()
+    def _plan_step(self, episodes: AnyEpisodes) -> Step:
+        def finish(found: tuple[Tensor, Tensor]) -> StepResult:
+            loss, outputs = found
+            where = f"at step {self.global_step}; check the data."
+            check_losses_are_finite(loss, where)
+            self._update_buffers(self.network, episodes)
+            return StepResult(loss.mean(), loss.detach(), outputs.detach())
+
+        return Step(partial(self._classify, episodes), finish)
 
     def _classify(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor]:
         """Return the query losses ``[T]`` and logits ``[T, Q, ways]``."""
@@ -206,21 +212,15 @@ class ProtoNet(EpisodicModule):
             check_policy(learner, episodes)
             embedded = self.logits(first_outputs(learner, episodes))
             check_logits(embedded, are_labels=True)
-            self._loss_look(
-                self.loss,
-                ways,
-                lambda _: embedded.new_zeros(2 * ways, ways),
-                (episodes.support_y[0], episodes.query_y[0]),
-            )
+            targets = (episodes.support_y[0], episodes.query_y[0])
+            check_broadcasting(self.loss, lambda _: embedded.new_zeros(2 * ways, ways), targets)
             if hooks_tensors(network):
                 return Verdict(HOOKED)
-            return (
-                Verdict()
-                if self._tasks == "loop"
-                else self._compare_stacked(network, ways, episodes)
-            )
+            if self._tasks == "loop":
+                return Verdict()
+            return self._compare_stacked(network, ways, episodes)
 
-        verdict = self._once_for_its_kind(self._kind(network, episodes), look)
+        verdict = self._stacking_verdict(self._kind(network, episodes), look)
         if verdict.wrong and self._tasks == "vmap":
             raise ValueError(_NOT_STACKED.format(verdict.wrong))
         if any(verdict) and self._tasks == "auto":

@@ -1,27 +1,23 @@
 """The named variants of MAML: each sets what its name stands for, so that a config only has to change ``class_path``."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_maml.algorithms.base import LossFunction, OptimizerFactory, SchedulerFactory
-from lightning_maml.algorithms.maml import MAML, Plan
+from lightning_maml.algorithms.adapting import Plan
+from lightning_maml.algorithms.losses import ModelLosses
+from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
-from lightning_maml.core.inner_rates import InnerRatesName
-from lightning_maml.core.params import Params
-from lightning_maml.execution.auto import TasksName
 from lightning_maml.functional.implicit import implicit_gradient, proximal
 from lightning_maml.functional.meta_gradient import MetaGradient
 from lightning_maml.functional.reptile import reptile_gradient
 from lightning_maml.io.plain import number, whole_number
-from lightning_maml.networks.functional_network import OF_LOSS, BatchNormPolicy, Learner
-from lightning_maml.networks.head_body import PartName
+from lightning_maml.networks.functional_network import OF_LOSS, Learner
 from lightning_maml.networks.kinks import kinked_operations, kinks
 
 
@@ -36,33 +32,29 @@ class FOMAML(MAML):
 
 
 class HFMAML(MAML):
-    """Hessian-free MAML: curvature by finite differences of gradients (Fallah et al. 2020, Algorithm 3, and its multi-step form).
+    """Hessian-free MAML: curvature by finite differences of gradients.
 
-    Keeps MAML's guarantee with first-order gradients only. The theory asks for a twice
-    differentiable network. With ReLU or max-pooling HF-MAML does worse than :class:`FOMAML`, so it
-    warns about them: about such layers when the model is made or, if there are none, about such
-    functions at the first batch. Use GELU, softplus or SiLU with strides or average pooling.
+    Fallah et al. 2020, Algorithm 3, and its multi-step form. It keeps MAML's guarantee with
+    first-order gradients only. The theory asks for a twice differentiable network. With ReLU or
+    max-pooling HF-MAML does worse than :class:`FOMAML`, so it warns about them: about such layers
+    when the model is made or, if there are none, about such functions at the first batch. Use GELU,
+    softplus or SiLU with strides or average pooling.
 
     Args:
-        network: As in :class:`MAML`, like all arguments except ``probe_radius``.
-        inner_lr: alpha.
-        train_steps: N.
-        test_steps: K.
-        loss: Maps outputs and labels to their mean loss.
-        batch_norm: Which statistics batch norm uses.
-        optimizer: Builds the meta-optimizer from the parameters.
-        lr_scheduler: Builds the scheduler from the optimizer.
-        tasks: How tasks are run.
-        chunk_size: How many tasks are vectorised together.
-        adapt: Which parameters take the inner steps.
-        head: Name of the submodule that is the head.
-        inner_rates: Whether and how the inner rates are learned.
-        compiled: Whether to compile the meta-gradient.
+        network: The network to meta-train.
+        inner_lr: alpha, the inner learning rate.
+        train_steps: N, inner steps in training.
         probe_radius: h, how far from the inner point the two gradients are taken, in units of the
             parameters; by default the cube root of the machine epsilon (4.9e-3 in float32).
+        **options: Further arguments of :class:`MAML`.
 
     Raises:
         ValueError: As in :class:`MAML`, and if ``probe_radius`` is not positive.
+
+    Examples:
+        >>> from lightning_maml import HFMAML, MLP
+        >>> HFMAML(MLP(4, 3, activation="gelu"), train_steps=3, probe_radius=0.01).probe_radius
+        0.01
     """
 
     curvature = "finite_difference"
@@ -72,34 +64,11 @@ class HFMAML(MAML):
         network: nn.Module,
         inner_lr: float = 0.4,
         train_steps: int = 1,
-        test_steps: int | None = None,
-        loss: LossFunction = F.cross_entropy,
-        batch_norm: BatchNormPolicy = "batch",
-        optimizer: OptimizerFactory = torch.optim.Adam,
-        lr_scheduler: SchedulerFactory | None = None,
-        tasks: TasksName = "auto",
-        chunk_size: int | None = None,
-        adapt: PartName | None = None,
-        head: str | None = None,
-        inner_rates: InnerRatesName | None = None,
-        compiled: bool = False,
+        *,
         probe_radius: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            *(
-                network,
-                inner_lr,
-                train_steps,
-                test_steps,
-                loss,
-                batch_norm,
-                optimizer,
-                lr_scheduler,
-                tasks,
-                chunk_size,
-            ),
-            *(adapt, head, inner_rates, compiled),
-        )
+        super().__init__(network, inner_lr, train_steps, **options)
         probe_radius = None if probe_radius is None else number(probe_radius, "probe_radius")
         # refuses a radius that is not positive
         hessian_vector_product(self.curvature, probe_radius)
@@ -153,61 +122,43 @@ class MetaSGD(MAML):
 
 
 class MAMLPlusPlus(LSLR):
-    """MAML++ (Antoniou et al. 2019): learned rates, and for the first epochs the query losses after all steps, no curvature, or both.
+    """MAML++ (Antoniou et al. 2019): learned rates, and an annealed start.
+
+    For the first epochs the query losses after all steps are trained on, or no curvature is taken,
+    or both.
 
     Args:
-        network: As in :class:`MAML`, like all arguments except the last two.
+        network: The network to meta-train.
         inner_lr: alpha, the value at which the learned rates start.
-        train_steps: N.
-        test_steps: K; steps beyond N use the rates of the last one.
-        loss: Maps outputs and labels to their mean loss.
-        batch_norm: Which statistics batch norm uses.
-        optimizer: Builds the meta-optimizer from the parameters.
-        lr_scheduler: Builds the scheduler from the optimizer.
-        tasks: How tasks are run.
-        chunk_size: How many tasks are vectorised together.
-        adapt: Which parameters take the inner steps.
-        head: Name of the submodule that is the head.
-        inner_rates: Whether and how the inner rates are learned.
+        train_steps: N. In evaluation, steps beyond N use the rates of the last one.
         multi_step_epochs: Epochs over which the weights of the query losses change from equal for
             all steps to the last step only (section 4, "Multi-Step Loss Optimization").
         first_order_epochs: Epochs at the start that are trained without curvature (section 4,
             "Derivative-Order Annealing").
+        **options: Further arguments of :class:`MAML`.
+
+    Raises:
+        ValueError: As in :class:`MAML`, and if a number of epochs is negative.
+
+    Examples:
+        >>> from lightning_maml import MLP, MAMLPlusPlus
+        >>> MAMLPlusPlus(MLP(4, 3), train_steps=2, multi_step_epochs=10).step_weights(epoch=5)
+        [0.25, 0.75]
     """
+
+    compiles = False  # its weights of the query losses change with the epochs
 
     def __init__(
         self,
         network: nn.Module,
         inner_lr: float = 0.1,
         train_steps: int = 5,
-        test_steps: int | None = None,
-        loss: LossFunction = F.cross_entropy,
-        batch_norm: BatchNormPolicy = "batch",
-        optimizer: OptimizerFactory = torch.optim.Adam,
-        lr_scheduler: SchedulerFactory | None = None,
-        tasks: TasksName = "auto",
-        chunk_size: int | None = None,
-        adapt: PartName | None = None,
-        head: str | None = None,
-        inner_rates: InnerRatesName | None = None,
+        *,
         multi_step_epochs: int = 15,
         first_order_epochs: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            *(
-                network,
-                inner_lr,
-                train_steps,
-                test_steps,
-                loss,
-                batch_norm,
-                optimizer,
-                lr_scheduler,
-                tasks,
-                chunk_size,
-            ),
-            *(adapt, head, inner_rates),
-        )
+        super().__init__(network, inner_lr, train_steps, **options)
         multi_step_epochs = whole_number(multi_step_epochs, "multi_step_epochs")
         first_order_epochs = whole_number(first_order_epochs, "first_order_epochs")
         for name, epochs in (
@@ -220,24 +171,32 @@ class MAMLPlusPlus(LSLR):
         self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
 
     def step_weights(self, epoch: int) -> list[float]:
-        """Return the weights of the query losses after steps 1 .. N: earlier ones shrink linearly from 1/N to 0, the last gets the rest."""
-        earlier = (
-            max(0.0, 1 - epoch / self.multi_step_epochs) / self.train_steps
-            if self.multi_step_epochs and self.train_steps
-            else 0.0
-        )
-        return [earlier] * (self.train_steps - 1) + [1 - earlier * (self.train_steps - 1)] * (
-            self.train_steps > 0
-        )
+        """Return the weights of the query losses after steps 1 .. N.
 
-    def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
+        Earlier ones shrink linearly from 1/N to 0, the last gets the rest.
+        """
+        steps = self.train_steps
+        if steps == 0:
+            return []
+        earlier = 0.0
+        if self.multi_step_epochs:
+            earlier = max(0.0, 1 - epoch / self.multi_step_epochs) / steps
+        return [earlier] * (steps - 1) + [1 - earlier * (steps - 1)]
+
+    @override
+    def _gradient_function(
+        self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName | None = None
+    ) -> Callable[[], MetaGradient]:
+        if curvature is not None:
+            return super()._gradient_function(plan, episodes, curvature)
         if self._trainer is None and (self.multi_step_epochs or self.first_order_epochs):
             raise ValueError(
                 "Expected a trainer, over whose epochs MAMLPlusPlus anneals, but there is none; "
                 "train with one, or set `multi_step_epochs` and `first_order_epochs` to 0."
             )
-        curvature = "none" if self.current_epoch < self.first_order_epochs else self.curvature
-        return self._meta_gradient(plan, episodes, curvature, self.step_weights(self.current_epoch))
+        epoch = self.current_epoch
+        curvature = "none" if epoch < self.first_order_epochs else self.curvature
+        return self._maml_gradient(plan, episodes, curvature, self.step_weights(epoch))
 
 
 class Reptile(MAML):
@@ -253,85 +212,64 @@ class Reptile(MAML):
     learns_rates = False
     compiles = False
 
-    def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
-        if learned := [name.removeprefix(OF_LOSS) for name in self._loss_of_outputs().params]:
+    @override
+    def _gradient_function(
+        self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName | None = None
+    ) -> Callable[[], MetaGradient]:
+        if curvature is not None:
+            return super()._gradient_function(plan, episodes, curvature)
+        if trained := [name.removeprefix(OF_LOSS) for name in self._loss_of_outputs().params]:
             raise ValueError(
                 "Expected a loss without trainable parameters with Reptile, which trains only "
-                f"what adapts, but got {learned}; freeze them by requires_grad_(False), or train "
+                f"what adapts, but got {trained}; freeze them by requires_grad_(False), or train "
                 "with MAML or FOMAML."
             )
-        return reptile_gradient(
-            **self._training_arguments(plan, episodes),
-            inner_lr=self._rates(),
-            steps=self.train_steps,
-        )
+        return partial(reptile_gradient, **self._training_arguments(plan, episodes))
 
 
 class IMAML(MAML):
-    """iMAML (Rajeswaran et al. 2019): a proximal term keeps the adapted parameters close, and the meta-gradient is that at the minimum.
+    """iMAML: a proximal term keeps the adapted parameters close (Rajeswaran et al. 2019).
 
-    It does not need the inner path, so N may be as large as reaching the minimum takes, and only
-    costs gradients. The paper's "Hessian-free" iMAML is this algorithm with another inner solver,
-    and has nothing to do with :class:`HFMAML`. The inner rates cannot be learned, because the
-    minimum does not depend on them.
+    The meta-gradient is that at the minimum. It does not need the inner path, so N may be as large
+    as reaching the minimum takes, and only costs gradients. The paper's "Hessian-free" iMAML is
+    this algorithm with another inner solver, and has nothing to do with :class:`HFMAML`. The inner
+    rates cannot be learned, because the minimum does not depend on them.
 
     Args:
-        network: As in :class:`MAML`, like all arguments except the last two.
-        inner_lr: alpha.
-        train_steps: N, at least 1.
-        test_steps: K; these steps have the proximal term, too.
-        loss: Maps outputs and labels to their mean loss.
-        batch_norm: Which statistics batch norm uses.
-        optimizer: Builds the meta-optimizer from the parameters.
-        lr_scheduler: Builds the scheduler from the optimizer.
-        tasks: How tasks are run.
-        chunk_size: How many tasks are vectorised together.
-        adapt: Which parameters take the inner steps.
-        head: Name of the submodule that is the head.
-        inner_rates: ``"fixed"``.
+        network: The network to meta-train.
+        inner_lr: alpha, the inner learning rate.
+        train_steps: N, at least 1. In evaluation the steps have the proximal term, too.
         proximal_strength: lambda, in units of the loss per squared distance of the parameters.
         cg_steps: Hessian-vector products for each task's meta-gradient.
+        **options: Further arguments of :class:`MAML`.
+
+    Raises:
+        ValueError: As in :class:`MAML`, and if one of the last three numbers is out of range.
+
+    Examples:
+        >>> from lightning_maml import IMAML, MLP
+        >>> IMAML(MLP(4, 3), inner_lr=0.1, train_steps=16, proximal_strength=2.0).cg_steps
+        5
     """
 
     learns_rates = False
+    compiles = False
 
     def __init__(
         self,
         network: nn.Module,
         inner_lr: float = 0.1,
         train_steps: int = 16,
-        test_steps: int | None = None,
-        loss: LossFunction = F.cross_entropy,
-        batch_norm: BatchNormPolicy = "batch",
-        optimizer: OptimizerFactory = torch.optim.Adam,
-        lr_scheduler: SchedulerFactory | None = None,
-        tasks: TasksName = "auto",
-        chunk_size: int | None = None,
-        adapt: PartName | None = None,
-        head: str | None = None,
-        inner_rates: InnerRatesName | None = None,
+        *,
         proximal_strength: float = 2.0,
         cg_steps: int = 5,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            *(
-                network,
-                inner_lr,
-                train_steps,
-                test_steps,
-                loss,
-                batch_norm,
-                optimizer,
-                lr_scheduler,
-                tasks,
-                chunk_size,
-            ),
-            *(adapt, head, inner_rates),
-        )
+        super().__init__(network, inner_lr, train_steps, **options)
         if train_steps < 1:
             raise ValueError(
-                "Expected `train_steps` to be at least 1, towards the minimum that the "
-                f"meta-gradient is of, but got {train_steps}."
+                "Expected `train_steps` to be at least 1, because iMAML needs at least one inner "
+                f"step, but got {train_steps}."
             )
         proximal_strength = number(proximal_strength, "proximal_strength")
         cg_steps = whole_number(cg_steps, "cg_steps")
@@ -350,25 +288,21 @@ class IMAML(MAML):
         return super()._adapts_by() | {"proximal_strength": self.proximal_strength}
 
     @override
-    def _support_loss(
+    def _losses(
         self, learner: Learner, averages: Mapping[str, Tensor] | None = None
-    ) -> Callable[[Params, Tensor, Tensor], tuple[Tensor, Any]]:
+    ) -> ModelLosses:
+        losses = super()._losses(learner, averages)
         anchor = {name: learner.params[name].detach() for name in self._adapting()}
-        return proximal(super()._support_loss(learner, averages), anchor, self.proximal_strength)
+        return losses._replace(support=proximal(losses.support, anchor, self.proximal_strength))
 
     @override
-    def _meta_gradient(
-        self,
-        plan: Plan,
-        episodes: AnyEpisodes,
-        curvature: CurvatureName,
-        step_weights: Sequence[float] | None = None,
-    ) -> MetaGradient:
-        return implicit_gradient(
+    def _gradient_function(
+        self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName | None = None
+    ) -> Callable[[], MetaGradient]:
+        return partial(
+            implicit_gradient,
             **self._training_arguments(plan, episodes),
-            inner_lr=self._rates(),
-            steps=self.train_steps,
             strength=self.proximal_strength,
             cg_steps=self.cg_steps,
-            curvature=curvature,
+            curvature=curvature or self.curvature,
         )

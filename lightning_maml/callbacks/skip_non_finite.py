@@ -58,14 +58,14 @@ class SkipNonFinite(Callback):
                 f"Expected one process for SkipNonFinite but got {trainer.world_size}, which have "
                 "to step together; remove it."
             )
-        pl_module.skips_non_finite = True
-        pl_module.skipped = 0
+        pl_module.non_finite.skips = True
+        pl_module.non_finite.skipped = 0
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the module stop on non-finite meta-batches again."""
         if isinstance(pl_module, EpisodicModule):
-            pl_module.skips_non_finite = False
+            pl_module.non_finite.skips = False
 
     @override
     def on_exception(

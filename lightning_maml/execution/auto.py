@@ -1,11 +1,14 @@
 """How tasks are run if this is left open: small ones stacked, larger ones one per core, the largest one after the other on all cores."""
 
-from collections.abc import Callable, Collection
-from typing import Literal, NamedTuple, TypeVar, get_args
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
+from typing_extensions import override
 
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes
 from lightning_maml.batches.trees import map_tensors, tensors
@@ -21,7 +24,9 @@ from lightning_maml.networks.functional_network import caches_parametrizations
 from lightning_maml.networks.stacking_trial import Verdict
 
 TasksName = Literal["auto"] | TaskExecution
-Result = TypeVar("Result")
+
+Cures = Mapping[type[Exception], Callable[[], None]]
+"""What to do about an error before the next attempt."""
 
 STACKED_INPUTS = 2**16
 """Most numbers in the inputs of tasks stacked together on a CPU: with more, layers outgrow its
@@ -183,57 +188,95 @@ class Executor:
             alone, sum(p.numel() for p in network.parameters()), lambda: True, ADAPTED_INPUTS
         )
 
-    def within_memory(
-        self, function: Callable[[AnyEpisodes], Result], episodes: AnyEpisodes, device: torch.device
-    ) -> Result:
-        """Return ``function(episodes)``, and try again in another way if that is left open.
+    def attempts(
+        self, count: int, device: torch.device, cures: Cures | None = None
+    ) -> Iterator["Attempt"]:
+        """Yield contexts to run tasks in, until they come to their end in one.
 
-        If memory runs out, half as many tasks are stacked; if tasks in threads drew random numbers,
-        they are run in a loop.
+        If memory runs out on an accelerator, the next attempt stacks half as many tasks; if tasks
+        in threads drew random numbers, it runs them in a loop. Decide how tasks are run anew in
+        each attempt:
+
+        ``for attempt in executor.attempts(...): with attempt: result = ...``
+
+        Args:
+            count: The number of tasks.
+            device: Where the network is.
+            cures: What to do about other errors before the next attempt.
 
         Raises:
-            RuntimeError: If tasks drew random numbers in threads that the user asked for.
+            RandomInThreadsError: If tasks drew random numbers in threads that the user asked for.
             torch.OutOfMemoryError: On a CPU, if the number is not left open, or if one task is too
                 many.
         """
+        cures = dict(cures or {})
+        if self.tasks == "auto":
+            cures[RandomInThreadsError] = self._stay_out_of_threads
         while True:
             before = torch.get_rng_state()
-            try:
-                return function(episodes)
-            except RandomInThreadsError:
-                if self.tasks != "auto":
-                    raise
+            attempt = Attempt((*cures,))
+            yield attempt
+            if attempt.error is None:
+                return
+            cure = next((cures[kind] for kind in cures if isinstance(attempt.error, kind)), None)
+            if cure is None:
+                self._stack_fewer(count, device, attempt.error)
+            else:
                 torch.set_rng_state(before)
-                self._drew_in_threads = True
-                continue
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                stacked = min(self._fitting or len(episodes.support_y), len(episodes.support_y))
-                if (
-                    self.tasks != "auto"
-                    or self.chunk_size is not None
-                    or stacked == 1
-                    or device.type == "cpu"
-                ):
-                    fewer = (
-                        ""
-                        if self.tasks == "loop"
-                        else "with a smaller `chunk_size`, or tasks='loop', fewer are held at "
-                        "once; "
-                    )
-                    raise torch.OutOfMemoryError(
-                        f"Expected memory for {len(episodes.support_y)} tasks but there is not "
-                        f"enough (tasks={self.tasks!r}, chunk_size={self.chunk_size}); "
-                        f"{fewer}smaller are tasks with fewer `queries`, of FO-MAML, and of "
-                        "precision bf16-mixed."
-                    ) from error
-            self._fitting = stacked // 2
-            torch.get_device_module(device).empty_cache()
-            rank_zero_info(
-                f"There is no memory for {stacked} tasks at once; from here on {self._fitting} "
-                "are stacked."
-            )
+                cure()
+            # lets go of the traceback, which holds the tensors of the attempt
+            del attempt
+            if cure is None:
+                torch.get_device_module(device).empty_cache()
+
+    def _stay_out_of_threads(self) -> None:
+        self._drew_in_threads = True
+
+    def _stack_fewer(self, count: int, device: torch.device, error: BaseException) -> None:
+        stacked = min(self._fitting or count, count)
+        is_left_open = self.tasks == "auto" and self.chunk_size is None
+        if not is_left_open or stacked == 1 or device.type == "cpu":
+            raise self._out_of_memory(count) from error
+        self._fitting = stacked // 2
+        rank_zero_info(
+            f"There is no memory for {stacked} tasks at once; from here on {self._fitting} are "
+            "stacked."
+        )
+
+    def _out_of_memory(self, count: int) -> torch.OutOfMemoryError:
+        fewer = "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "
+        return torch.OutOfMemoryError(
+            f"Expected memory for {count} tasks but there is not enough (tasks={self.tasks!r}, "
+            f"chunk_size={self.chunk_size}); {'' if self.tasks == 'loop' else fewer}smaller are "
+            "tasks with fewer `queries`, of FO-MAML, and of precision bf16-mixed."
+        )
+
+
+class Attempt(AbstractContextManager["Attempt"]):
+    """A context that keeps an error for which there is a cure, so that another attempt follows.
+
+    Args:
+        cured: Types of such errors; running out of memory is one, too.
+
+    Attributes:
+        error: The error that it ended with, or None.
+    """
+
+    def __init__(self, cured: tuple[type[Exception], ...]) -> None:
+        self._cured = cured
+        self.error: BaseException | None = None
+
+    @override
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        if out_of_memory or isinstance(error, self._cured):
+            self.error = error
+        return self.error is not None
 
 
 def for_cpu(

@@ -18,8 +18,7 @@ from lightning_maml.core.params import Params, add_scaled, dot
 from lightning_maml.core.task_axis import SINGLE_TASK, TaskAxis
 from lightning_maml.execution.task_map import TaskExecution
 from lightning_maml.functional.losses import Loss, LossFunctions, QueryLoss
-from lightning_maml.functional.meta_gradient import MetaGradient
-from lightning_maml.functional.task_mean import mean_over_tasks
+from lightning_maml.functional.meta_gradient import MetaGradient, mean_over_tasks
 
 
 def proximal(loss: Loss, anchor: Params, strength: float) -> Loss:

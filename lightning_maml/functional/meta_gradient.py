@@ -23,9 +23,15 @@ from lightning_maml.core.meta_gradient import (
     with_rate_gradients,
 )
 from lightning_maml.core.objective import twice_differentiable
-from lightning_maml.core.params import Params
+from lightning_maml.core.params import Params, add
 from lightning_maml.core.task_axis import TaskAxis
-from lightning_maml.execution.task_map import TaskExecution
+from lightning_maml.execution.task_map import (
+    TaskExecution,
+    cat_chunks,
+    mapper,
+    split,
+    with_task_dimension,
+)
 from lightning_maml.functional.arguments import check_step_count, check_support_batches
 from lightning_maml.functional.features import Encode, with_features_once
 from lightning_maml.functional.losses import (
@@ -35,7 +41,6 @@ from lightning_maml.functional.losses import (
     Sample,
     drawing_first,
 )
-from lightning_maml.functional.task_mean import mean_over_tasks
 
 Call = Callable[..., Any]
 """``call(function, *inputs)`` returns ``function(*inputs)``, where the function depends on no
@@ -59,21 +64,6 @@ class MetaGradient(NamedTuple):
     query_loss: Tensor
     aux: Any
     inner_lr: list[Params]
-
-
-def not_finite(result: MetaGradient) -> list[str]:
-    """Return the names of the parameters and inner rates whose gradient is not finite."""
-    gradients = dict(result.grad)
-    for step, rates in enumerate(result.inner_lr):
-        gradients |= {f"inner rate {step} of {name}": rate for name, rate in rates.items()}
-    largest = {
-        name: torch.linalg.vector_norm(gradient, float("inf"))
-        for name, gradient in gradients.items()
-        if gradient.numel()
-    }
-    if torch.stack([*largest.values()]).max().isfinite():  # so that a GPU is waited for only once
-        return []
-    return [name for name, size in largest.items() if not size.isfinite()]
 
 
 def meta_gradient(
@@ -185,8 +175,8 @@ def meta_gradient(
             back = with_query_losses(back, losses, step_weights)
         return back
 
-    def of_tasks(
-        axis: TaskAxis, params: Params, rates: list[Rates], task: AnyEpisodes
+    def of_chunk(
+        task: AnyEpisodes, axis: TaskAxis, params: Params, rates: list[Rates]
     ) -> TaskGradient:
         def at(w: Params, functions: LossFunctions) -> TaskGradient:
             losses = functions.of_task(task, steps, axis, keep_graphs=keep_graphs)
@@ -199,22 +189,64 @@ def meta_gradient(
             found = with_features_once(encode, functions, at, w, task, axis)
         return found._replace(grad=axis.sum(found.grad))
 
-    def of_chunk(task: AnyEpisodes, axis: TaskAxis) -> TaskGradient:
-        function = partial(of_tasks, axis)
-        found: TaskGradient = (
-            function(params, rates, task) if call is None else call(function, params, rates, task)
-        )
-        return found
-
     attention = twice_differentiable() if curvature == "exact" else nullcontext()
     with torch.inference_mode(False), attention:
         episodes, params, rates = detached((episodes, params, rates))
-        mean = mean_over_tasks(of_chunk, episodes, tasks, chunk_size)
+        of_tasks = partial(of_chunk, params=params, rates=rates)
+        if call is not None:
+            of_tasks = partial(_called, call, of_chunk, params, rates)
+        mean = mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
     of_rates = [
         {name: mean.grad.pop(rate_name(j, name)) for name in tensor_rates(rates[j])}
         for j in range(steps)
     ]
     return MetaGradient(mean.grad, mean.query_loss, mean.aux, of_rates)
+
+
+def mean_over_tasks(
+    of_tasks: Callable[[AnyEpisodes, TaskAxis], TaskGradient],
+    episodes: AnyEpisodes,
+    tasks: TaskExecution,
+    chunk_size: int | None,
+) -> TaskGradient:
+    """Return the mean of the tasks' gradients, with query losses ``[T]`` and aux of each task.
+
+    Args:
+        of_tasks: Returns the gradient of a task, or the sum of several tasks' gradients.
+        episodes: The meta-batch.
+        tasks: How tasks are run, see :func:`lightning_maml.execution.task_map.map_tasks`.
+        chunk_size: How many tasks are vectorised together.
+    """
+    chunks = split(episodes, tasks, chunk_size)
+    run = mapper(tasks, episodes.support_y.device)
+    total: Params | None = None
+    each = []
+    for axis, found in zip(chunks.axes, run(of_tasks, *chunks), strict=True):
+        of_chunk = found.grad
+        if axis.size:
+            of_chunk = {name: tensor[0] for name, tensor in of_chunk.items()}
+        total = of_chunk if total is None else add(total, of_chunk)
+        each.append(with_task_dimension((found.query_loss, found.aux), axis))
+    assert total is not None, "there is at least one task"
+    query_losses, aux = cat_chunks(each)
+    grad = {name: tensor / len(query_losses) for name, tensor in total.items()}
+    return TaskGradient(grad, query_losses, aux)
+
+
+def _called(
+    call: Call,
+    of_chunk: Callable[..., TaskGradient],
+    params: Params,
+    rates: list[Rates],
+    task: AnyEpisodes,
+    axis: TaskAxis,
+) -> Any:
+    """Call a function of tasks through ``call``, which is given all tensors that it depends on."""
+
+    def of_tensors(params: Params, rates: list[Rates], task: AnyEpisodes) -> TaskGradient:
+        return of_chunk(task, axis, params, rates)
+
+    return call(of_tensors, params, rates, task)
 
 
 def _check_batches(episodes: AnyEpisodes, steps: int, curvature: CurvatureName) -> None:

@@ -14,8 +14,7 @@ from lightning_maml.core.task_axis import TaskAxis
 from lightning_maml.execution.task_map import TaskExecution
 from lightning_maml.functional.arguments import check_step_count, check_support_batches
 from lightning_maml.functional.losses import Loss, LossFunctions, QueryLoss
-from lightning_maml.functional.meta_gradient import MetaGradient
-from lightning_maml.functional.task_mean import mean_over_tasks
+from lightning_maml.functional.meta_gradient import MetaGradient, mean_over_tasks
 
 
 def reptile_gradient(

@@ -1,4 +1,4 @@
-"""A look at a network on the first batch of each kind: whether it can be trained on such batches, and what it returns."""
+"""Validate a network once per kind of batch: its shapes, types, modes and the network's own modes."""
 
 import re
 import warnings
@@ -29,7 +29,6 @@ from lightning_maml.networks.functional_network import (
     norms_with_own_forward,
     put_back,
     structural_copy,
-    writes,
 )
 from lightning_maml.networks.head_body import PartName, adapting, head_of
 from lightning_maml.networks.stacking_trial import first_difference
@@ -42,8 +41,8 @@ _OF_ARGUMENTS = re.compile("positional argument|keyword argument")
 """What Python's errors say if a function is called with other arguments than it takes."""
 
 
-class Seen(NamedTuple):
-    """What a look at a network found.
+class NetworkInfo(NamedTuple):
+    """What the checks of a network found out about it.
 
     Attributes:
         outputs: Shape of the logits, or of a regression's outputs, for one example; None if they
@@ -59,12 +58,8 @@ class Seen(NamedTuple):
     draws: tuple[str, ...] = ()
 
 
-KINDS = 64
-"""How many kinds of batch are remembered."""
-
-
-class FirstLook:
-    """Looks at a network and its loss on the first batch of each kind, and otherwise returns what it saw before.
+class NetworkChecks:
+    """Checks whether a network and its loss can be trained on batches of some kind.
 
     Args:
         part: Which parameters adapt.
@@ -76,21 +71,18 @@ class FirstLook:
         self._part: PartName = part
         self._head = head
         self._logits = logits
-        self._seen: dict[tuple[Any, ...], tuple[Seen, Any]] = {}
 
     def __call__(
         self,
-        kind: Any,
         network: nn.Module,
         learner: Learner,
         episodes: AnyEpisodes,
         loss: FunctionalLoss,
         inspect: Callable[[Callable[[], Tensor]], None],
-    ) -> Seen:
-        """Return what was seen.
+    ) -> NetworkInfo:
+        """Check, and return what was found.
 
         Args:
-            kind: Tells one kind of network and batch from another.
             network: The model's network.
             learner: The learner of this network, or of a copy.
             episodes: The batch.
@@ -101,18 +93,13 @@ class FirstLook:
             ValueError: If layers that adapt run again in the backward pass, the batch-norm policy
                 cannot govern the network, or there are labels but no logits.
         """
-        kind = (kind, id(loss.loss))
-        if kind not in self._seen or writes(learner.network) is None:
-            seen = self._look(learner, episodes, loss)
-            check_modes(network, learner, episodes)
-            with first_support(learner, episodes) as x:
-                inspect(partial(learner, learner.params, x))
-            if len(self._seen) == KINDS:
-                self._seen.clear()
-            self._seen[kind] = seen, loss.loss  # held, so that no other loss gets its id
-        return self._seen[kind][0]
+        info = self._look(learner, episodes, loss)
+        check_modes(network, learner, episodes)
+        with first_support(learner, episodes) as x:
+            inspect(partial(learner, learner.params, x))
+        return info
 
-    def _look(self, learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss) -> Seen:
+    def _look(self, learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss) -> NetworkInfo:
         look_for_writes(learner, episodes)
         check_policy(learner, episodes)
         with first_support(learner, episodes) as x:
@@ -137,7 +124,7 @@ class FirstLook:
         )
         if ends:  # with numbers drawn, features computed once would have one mask for all steps
             ends = self._head_alone_gives_the_outputs(learner, episodes)
-        return Seen(logits.shape[1:] if isinstance(logits, Tensor) else None, ends, draws)
+        return NetworkInfo(logits.shape[1:] if isinstance(logits, Tensor) else None, ends, draws)
 
     def _ends_with_head(self, learner: Learner, episodes: AnyEpisodes) -> bool:
         head = head_of(learner.network, self._head)

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
-from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.batches.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.batches.losses import one_hot_mse
 from lightning_maml.batches.outputs import map_outputs, tensors_in
-from lightning_maml.batches.trees import differentiable
+from lightning_maml.batches.trees import detached, differentiable
 from lightning_maml.core.rng import generator_states, set_generator_states
-from lightning_maml.core.tensors import is_out_of_memory, memory
+from lightning_maml.core.tensors import is_out_of_memory, leaves_of, memory
+from lightning_maml.networks.checks import first_support
+from lightning_maml.networks.functional_network import OF_LOSS, FunctionalLoss, Learner, reading
 
 _UNUSUAL = 13
 """A number of examples that is no other size, or the next ones."""
@@ -118,55 +120,96 @@ def check_targets(targets: Tensor, loss: Any) -> None:
         )
 
 
-class LossLook:
-    """Looks at what a loss does with outputs and targets on the first batch of each kind: whether it broadcasts one over the other.
+def check_broadcasting(
+    loss: Callable[[Any, Tensor], Tensor],
+    outputs: Callable[[int], Any],
+    targets: tuple[Tensor, ...],
+) -> None:
+    """Check that a loss does not broadcast targets over outputs.
 
     It is called once with an unusual number of examples, by which the dimension of the examples can
-    be told from all others; a loss that takes only the number at hand is called with that. Kinds
-    differ by the loss and by the shapes and types of outputs and targets.
+    be told from all others; a loss that takes only the number at hand is called with that.
+
+    Args:
+        loss: The loss.
+        outputs: Returns the network's outputs for the examples of the batch of this number, tensors
+            ``[B, ...]``.
+        targets: Labels or targets of some batches, each ``[B', ...]``.
+
+    Raises:
+        ValueError: If it broadcasts targets, or fails.
     """
+    device = targets[0].device
+    before = generator_states(device)
+    gradients = torch.inference_mode(False), torch.enable_grad()
+    try:
+        with gradients[0], gradients[1], _unchanged(loss), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first step has them
+            found = outputs(0)
+            for number, y in enumerate(targets):
+                _look(loss, found, partial(outputs, number), differentiable(y))
+    finally:
+        set_generator_states(before, device)
 
-    def __init__(self) -> None:
-        self._seen: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(
-        self,
-        loss: Callable[[Any, Tensor], Tensor],
-        kind: Any,
-        outputs: Callable[[int], Any],
-        targets: tuple[Tensor, ...],
-    ) -> None:
-        """Look, unless it has looked at this kind with this loss.
+def check_loss_value(
+    of_outputs: FunctionalLoss,
+    learner: Learner,
+    episodes: AnyEpisodes,
+    trained: Iterable[nn.Parameter],
+) -> None:
+    """Check that the loss of a task is a scalar whose gradient would be the right one.
 
-        Args:
-            loss: The loss.
-            kind: Stands for the outputs.
-            outputs: Returns the network's outputs for the examples of the batch of this number,
-                tensors ``[B, ...]``.
-            targets: Labels or targets of some batches, each ``[B', ...]``.
+    It may not read parameters of the network, or its own past its modules: adapted ones cannot be
+    put there.
 
-        Raises:
-            ValueError: If it broadcasts targets, or fails.
-        """
-        whole = (kind, *((y.dtype, y.shape) for y in targets))
-        if self._seen.get(whole) is loss:
-            return
-        device = targets[0].device
-        before = generator_states(device)
-        try:
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                _unchanged(loss),
-                warnings.catch_warnings(),
-            ):
-                warnings.simplefilter("ignore")  # the first step has them
-                found = outputs(0)
-                for number, y in enumerate(targets):
-                    _look(loss, found, partial(outputs, number), differentiable(y))
-        finally:
-            set_generator_states(before, device)
-        self._seen[whole] = loss
+    Args:
+        of_outputs: The loss.
+        learner: The network.
+        episodes: The batch.
+        trained: The parameters that get a gradient.
+
+    Raises:
+        ValueError: If it is not so.
+    """
+    read: list[str] = []
+    y = detached(support_set(first_task(episodes))[1])
+    with first_support(learner, episodes) as x, torch.no_grad():
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in learner.params.items()}
+        outputs = learner(leaves, x)
+        with reading(learner.params, read):
+            of_outputs({}, outputs, y)
+    if read:
+        raise ValueError(
+            "Expected a loss of outputs and labels but it reads the network's parameters "
+            f"{sorted(set(read))} from outside, where adapted values cannot be put; let the "
+            "network return what the loss needs of them."
+        )
+    with first_support(learner, episodes), torch.enable_grad():
+        outputs = map_outputs(Tensor.detach, outputs)
+        own_values = {name: p.detach() for name, p in of_outputs.params.items()}
+        value = of_outputs(own_values, outputs, y)
+    if value.ndim:
+        raise ValueError(
+            "Expected the loss of a task to be a scalar but got shape "
+            f"{list(value.shape)}; use reduction='mean'."
+        )
+    found = leaves_of(value)
+    own = {id(p): name.removeprefix(OF_LOSS) for name, p in of_outputs.params.items()}
+    if past_modules := sorted(own[leaf] for leaf in found & own.keys()):
+        raise ValueError(
+            "Expected a loss that reaches its parameters through its modules but it reads "
+            f"{past_modules} from elsewhere (a tuple, a closure, a global), where adapted values "
+            "cannot be put; read them from the module's attributes."
+        )
+    # those of a subclass are refused by their names
+    known = (*tensors_in(outputs), *trained)
+    if found - {id(tensor) for tensor in known}:
+        raise ValueError(
+            "Expected a loss whose trainable parameters are those of an nn.Module but it depends "
+            "on one from elsewhere (a closure, a global), which would get no gradient; make the "
+            "loss a module that has it as a parameter, or detach it."
+        )
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml.algorithms.base import with_accuracy
 from lightning_maml.algorithms.maml import MAML
+from lightning_maml.algorithms.metrics import with_accuracy
 from lightning_maml.algorithms.variants import IMAML, MAMLPlusPlus, Reptile
 from lightning_maml.batches.episodes import (
     AnyEpisodes,
@@ -40,10 +40,11 @@ from lightning_maml.execution.auto import (
 )
 from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.networks.batch_norm import batch_norms
-from lightning_maml.networks.checks import Seen, first_support, sees_others
+from lightning_maml.networks.checks import NetworkInfo, first_support, sees_others
 from lightning_maml.networks.functional_network import Learner, deep_copy
 from lightning_maml.networks.kinks import kinked_operations, kinks, weight_normed
 from lightning_maml.networks.loss_checks import ignored_label
+from lightning_maml.networks.memory import Findings
 from lightning_maml.networks.stacking_trial import Verdict as StackingVerdict
 from lightning_maml.verification.cost import peak_bytes, seconds
 from lightning_maml.verification.unrolled import unrolled_gradient, unrolled_way_back
@@ -197,7 +198,7 @@ def _copied(model: MAML) -> MAML:
     copied: Any = deep_copy(model)
     # which Lightning leaves out; it knows the epoch and the datamodule's ways
     copied._trainer = model._trainer
-    copied._verdicts, copied._compiler = {}, None
+    copied._findings, copied._compiler = Findings(), None
     copied.zero_grad()
     if isinstance(copied, MAMLPlusPlus) and copied._trainer is None:
         copied.multi_step_epochs = copied.first_order_epochs = 0
@@ -238,7 +239,7 @@ class _Case:
         )
         return _Case(model, episodes, self.states)
 
-    def looked_at(self) -> Seen:
+    def looked_at(self) -> NetworkInfo:
         """Return what the model sees of its network on such a batch, which it refuses if something is wrong."""
         model = self.model
         return model._check(
@@ -282,7 +283,7 @@ class _Case:
         """Return the exact meta-gradient: of all that is trained if the model is trained by it, else of the network."""
         model = self.model
         trained_so = (
-            model.curvature == "exact" and type(model)._training_gradient is MAML._training_gradient
+            model.curvature == "exact" and type(model)._gradient_function is MAML._gradient_function
         )
         return self.arriving() if trained_so else self.gradient("exact")
 
@@ -439,7 +440,7 @@ def _of_gradients(case: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
         yield Look(at, f"not compared: {problem or reason}", "note")
     else:
         yield from _against_autograd(at, case, double, exact, draws)
-    own = type(case.model)._training_gradient is MAML._training_gradient
+    own = type(case.model)._gradient_function is MAML._gradient_function
     if case.model.curvature == "none" and own and not reason:
         yield _compared(
             f"{own_at}, {double.name()}",
@@ -748,14 +749,11 @@ def _why(case: _Case, draws: tuple[str, ...], way: Execution) -> str:
 
 def _not_unrolled(case: _Case) -> str:
     """Return why autograd through the plain inner loop does not give this model's gradient; empty if it does."""
-    own = (
-        type(case.model)._support_loss,
-        type(case.model)._query_loss,
-        type(case.model)._meta_gradient,
-    )
+    kind = type(case.model)
     if isinstance(case.model, IMAML):
         return "iMAML's is implicit, and that of the inner path is another one"
-    if own != (MAML._support_loss, MAML._query_loss, MAML._meta_gradient):
+    known = (algorithm._gradient_function for algorithm in (MAML, MAMLPlusPlus, Reptile))
+    if kind._losses is not MAML._losses or kind._gradient_function not in known:
         return f"{type(case.model).__name__} has losses or gradients of its own"
     if case.model.batch_norm == "per_step":
         return "batch_norm='per_step' gives each inner step a network of its own"

@@ -1,15 +1,27 @@
-"""MAML++ and Reptile under real trainers."""
+"""The named variants: MAML++ and Reptile under real trainers, and the arguments of all."""
 
+import inspect
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.utils.data import DataLoader
 
+from helpers.folders import CONFIGS
 from helpers.networks import build, leaves, make_episodes, plain_loss, relative_error, unrolled
 from helpers.trainers import trainer_in_double as trainer
-from lightning_maml import MAML, MAMLPlusPlus, Reptile, ResampledEpisodes, adaptation_curve
+from lightning_maml import (
+    HFMAML,
+    IMAML,
+    MAML,
+    MAMLPlusPlus,
+    Reptile,
+    ResampledEpisodes,
+    adaptation_curve,
+)
+from lightning_maml.cli import run
 
 STEPS, RATE = 3, 0.3
 
@@ -169,3 +181,46 @@ def test_a_loop_without_a_trainer_moves_the_running_averages() -> None:
 def test_what_does_not_fit_is_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+VARIANTS = {
+    HFMAML: {"probe_radius": None},
+    MAMLPlusPlus: {"multi_step_epochs": 15, "first_order_epochs": 0},
+    IMAML: {"proximal_strength": 2.0, "cg_steps": 5},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_command_knows_the_arguments_that_variants_share_with_maml(
+    variant: type[MAML], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = dict(inspect.signature(MAML.__init__).parameters)
+    config = CONFIGS / "glyphs_maml.yaml"
+    named = f"lightning_maml.{variant.__name__}"
+    with pytest.raises(SystemExit):
+        run(["fit", f"--config={config}", f"--model={named}", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert printed["class_path"] == named
+    assert printed["init_args"].keys() == (shared.keys() - {"self"}) | VARIANTS[variant].keys()
+    assert printed["init_args"]["tasks"] == "auto"
+    for name, default in VARIANTS[variant].items():
+        assert printed["init_args"][name] == default
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_argument_that_a_variant_does_not_have_is_refused(
+    variant: type[MAML], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'train_step'"):
+        variant(build("mlp"), train_step=2)
+    config = CONFIGS / "glyphs_maml.yaml"
+    arguments = [f"--model=lightning_maml.{variant.__name__}", "--model.init_args.train_step=2"]
+    with pytest.raises(SystemExit):
+        run(["fit", f"--config={config}", *arguments])
+    assert "train_step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variant", [MAMLPlusPlus, IMAML])
+def test_variants_that_cannot_be_compiled_say_so(variant: type[MAML]) -> None:
+    with pytest.raises(ValueError, match=f"got {variant.__name__}, which cannot be compiled"):
+        variant(build("mlp"), compiled=True)

@@ -15,7 +15,7 @@ from lightning_maml import KeepBestCheckpoints
 
 
 def trained(folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any) -> Trainer:
-    """Train for epochs of two steps, the first of which are the best; checkpoints are in ``folder``."""
+    """Train for epochs of two steps, the first being the best; checkpoints are in ``folder``."""
     kept = [
         ModelCheckpoint(folder, monitor="step", mode="min", save_top_k=2, filename="{step}"),
         ModelCheckpoint(folder, filename="last"),
@@ -44,7 +44,7 @@ def of_best(run: Trainer) -> tuple[str, dict[str, float]]:
     }
 
 
-def test_several_go_along_through_several_folders(tmp_path: Path) -> None:
+def test_best_checkpoints_are_copied_through_several_folders(tmp_path: Path) -> None:
     run, first = trained(tmp_path / "first", 1), tmp_path / "first" / "last.ckpt"
     assert of_best(run) == ("step=2.ckpt", {"step=2.ckpt": 2})
     run = trained(tmp_path / "second", 2, first)
@@ -57,7 +57,7 @@ def test_several_go_along_through_several_folders(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_one_that_took_anothers_place_since_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_no_checkpoint_is_copied_if_one_was_replaced_since(tmp_path: Path) -> None:
     trained(tmp_path / "first", 2)
     shutil.copy(tmp_path / "first" / "step=4.ckpt", tmp_path / "first" / "step=2.ckpt")
     run = trained(tmp_path / "second", 3, tmp_path / "first" / "last.ckpt")
@@ -65,7 +65,7 @@ def test_one_that_took_anothers_place_since_is_not_taken_for_it(tmp_path: Path) 
     assert names(tmp_path / "second") == {"step=6.ckpt", "last.ckpt"}
 
 
-def test_one_that_is_not_whole_does_not_stop_the_run(tmp_path: Path) -> None:
+def test_a_damaged_best_checkpoint_does_not_stop_the_run(tmp_path: Path) -> None:
     trained(tmp_path / "first", 1)
     (tmp_path / "first" / "step=2.ckpt").write_bytes(b"PK")
     assert of_best(trained(tmp_path / "second", 2, tmp_path / "first" / "last.ckpt")) == (
@@ -74,7 +74,7 @@ def test_one_that_is_not_whole_does_not_stop_the_run(tmp_path: Path) -> None:
     )
 
 
-def test_what_lies_in_the_new_folder_is_left_as_it_is(tmp_path: Path) -> None:
+def test_files_in_the_new_folder_are_not_overwritten(tmp_path: Path) -> None:
     trained(tmp_path / "first", 1)
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "step=2.ckpt").write_text("of another run")
@@ -82,7 +82,7 @@ def test_what_lies_in_the_new_folder_is_left_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "second" / "step=2.ckpt").read_text() == "of another run"
 
 
-def test_a_checkpoint_from_others_writes_nowhere_else(tmp_path: Path) -> None:
+def test_a_hostile_checkpoint_cannot_write_outside_the_new_folder(tmp_path: Path) -> None:
     trained(tmp_path / "first", 1)
     file = tmp_path / "first" / "last.ckpt"
     content = torch.load(file, weights_only=True)
@@ -97,7 +97,7 @@ def test_a_checkpoint_from_others_writes_nowhere_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["validate", "test"])
-def test_a_test_takes_none_along(tmp_path: Path, call: str) -> None:
+def test_validate_and_test_copy_no_checkpoints(tmp_path: Path, call: str) -> None:
     trained(tmp_path / "first", 1)
     run = trained(tmp_path / "second", 1)
     before = run.checkpoint_callback.best_model_path
@@ -110,7 +110,7 @@ def test_a_test_takes_none_along(tmp_path: Path, call: str) -> None:
     assert run.checkpoint_callback.best_model_path == before
 
 
-def test_a_trial_run_leaves_no_files(tmp_path: Path) -> None:
+def test_fast_dev_run_copies_no_checkpoints(tmp_path: Path) -> None:
     trained(tmp_path / "first", 1)
     trained(tmp_path / "second", 2, tmp_path / "first" / "last.ckpt", fast_dev_run=True)
     assert not (tmp_path / "second").exists()

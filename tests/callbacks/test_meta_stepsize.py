@@ -1,4 +1,4 @@
-"""The adaptive meta-stepsize under real trainers: the rules, where they matter, and what they refuse."""
+"""The adaptive meta-stepsize under real trainers: its rules, and what it refuses."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -101,7 +101,7 @@ class StopAt(Callback):
 @pytest.mark.parametrize(
     ("steps", "rule", "iterations"), [(1, "one_step", 224), (5, "finite_sum", 51)]
 )
-def test_it_converges_where_the_best_fixed_step_at_the_minimum_diverges(
+def test_adaptive_stepsize_converges_where_the_best_fixed_one_diverges(
     tmp_path: Path, steps: int, rule: theory.Rule, iterations: int
 ) -> None:
     stop = StopAt(steps, 1e-6)
@@ -139,8 +139,8 @@ class Record(Callback):
 
 @pytest.mark.parametrize("rule", ["one_step", "resampling", "finite_sum"])
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML])
-def test_beta_is_the_rule_s(tmp_path: Path, algorithm: type[MAML], rule: theory.Rule) -> None:
-    """Against closed forms of L, rho and the gradients; support and query are the same, so b = 0."""
+def test_beta_is_that_of_the_rule(tmp_path: Path, algorithm: type[MAML], rule: theory.Rule) -> None:
+    """Against closed forms of L, rho and the gradients; support and query are equal, so b = 0."""
     module = algorithm(
         Quartic(), inner_lr=quartic_inner_lr(1), loss=quartic_outputs_loss, optimizer=SGD
     )
@@ -323,7 +323,9 @@ def test_every_process_sets_the_same_rate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("algorithm", "regime"), [(MAML, "finite_sum"), (HFMAML, "resampling")])
-def test_it_runs_from_a_config(tmp_path: Path, algorithm: type[MAML], regime: str) -> None:
+def test_adaptive_stepsize_runs_from_a_config(
+    tmp_path: Path, algorithm: type[MAML], regime: str
+) -> None:
     config = CONFIGS / f"glyphs_{algorithm.__name__.lower()}.yaml"
     arguments = [
         "--trainer.callbacks=AdaptiveMetaStepsize",
@@ -406,8 +408,8 @@ def scheduled() -> MAML:
             scheduled,
             "finite_sum",
             (
-                "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got StepLR; set "
-                "the model"
+                "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got StepLR; "
+                "set the model"
             ),
         ),
         (
@@ -422,7 +424,7 @@ def scheduled() -> MAML:
         ),
     ],
 )
-def test_what_would_fight_over_the_rate_is_refused(
+def test_whatever_else_sets_the_learning_rate_is_refused(
     tmp_path: Path, module: Any, rule: theory.Rule, message: str
 ) -> None:
     run = trainer(
@@ -432,7 +434,7 @@ def test_what_would_fight_over_the_rate_is_refused(
         run.fit(module(), repeated(make_episodes(), 1))
 
 
-def test_tasks_of_its_own_are_asked_for(tmp_path: Path) -> None:
+def test_missing_or_empty_episodes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="draws independent tasks, but got none; give the callback `episodes`"
     ):
@@ -455,7 +457,7 @@ def test_tasks_of_its_own_are_asked_for(tmp_path: Path) -> None:
         (SGD, {"gradient_clip_val": 1.0}, "do not cover gradient clipping"),
     ],
 )
-def test_what_the_theory_does_not_cover_is_said(
+def test_a_warning_names_what_the_theorems_do_not_cover(
     tmp_path: Path, optimizer: Any, arguments: dict[str, Any], message: str
 ) -> None:
     stepsize = AdaptiveMetaStepsize(L=1.0, rho=1.0, b=0.0, episodes=[make_episodes()])
@@ -465,7 +467,7 @@ def test_what_the_theory_does_not_cover_is_said(
         )
 
 
-def test_a_network_with_kinks_has_no_rho(tmp_path: Path) -> None:
+def test_a_warning_names_kinks_if_rho_is_measured(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3)).double()
     with pytest.warns(
         UserWarning, match=r"a network with kinks in 2 \(ReLU\), whose rho does not exist"
@@ -479,7 +481,7 @@ def test_a_network_with_kinks_has_no_rho(tmp_path: Path) -> None:
     ("algorithm", "rule", "message"),
     [(FOMAML, "finite_sum", "FO-MAML"), (MAML, "resampling", "the other kind of tasks")],
 )
-def test_rules_outside_their_case_are_named(
+def test_a_warning_names_rules_outside_their_case(
     tmp_path: Path, algorithm: type[MAML], rule: theory.Rule, message: str
 ) -> None:
     stepsize = AdaptiveMetaStepsize(rule, L=1.0, rho=1.0, b=0.0, episodes=[make_episodes()])

@@ -1,4 +1,4 @@
-"""Pictures: what they show is what the model predicted, and they are left out where there is nothing to show."""
+"""Pictures show what the model predicted, and are left out where there is nothing to show."""
 
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def test_pictures_are_written_where_there_is_something_to_show(tmp_path: Path) -
     ) == ["adaptation.png"]
 
 
-def test_of_tasks_with_several_support_sets_no_picture_is_drawn(tmp_path: Path) -> None:
+def test_no_picture_is_drawn_of_resampled_tasks(tmp_path: Path) -> None:
     several = ResampledEpisodes(
         *(torch.stack([tensor] * 2, 1) for tensor in make_episodes()[:2] * 2), *make_episodes()[2:]
     )
@@ -102,7 +102,7 @@ def test_of_tasks_with_several_support_sets_no_picture_is_drawn(tmp_path: Path) 
     assert list(tmp_path.glob("*.png")) == []
 
 
-def test_sizes_below_one_are_refused() -> None:
+def test_max_classes_below_one_is_refused() -> None:
     with pytest.raises(
         ValueError, match="`max_classes` and `max_images` to be at least 1 but got 0 and 5"
     ):
@@ -143,7 +143,7 @@ def test_the_second_axis_of_the_loss_map_is_the_rest_of_the_query_gradient() -> 
     assert query_slope > 0
 
 
-def test_the_loss_map_has_what_is_trained_alone_and_needs_no_vmap() -> None:
+def test_loss_map_has_only_trained_parameters_and_needs_no_vmap() -> None:
     class Peeks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -203,7 +203,7 @@ def test_the_loss_map_of_a_test_is_drawn(tmp_path: Path) -> None:
     )
 
 
-def test_no_map_is_drawn_of_what_does_not_move() -> None:
+def test_loss_map_refuses_adaptation_that_does_not_move() -> None:
     with pytest.raises(
         ValueError,
         match="Expected adaptation to move the parameters but it does not; use `test_steps`",

@@ -1,4 +1,4 @@
-"""The stationarity monitor: unbiased where the plain norm is not, an honest error, and it stops at an epsilon-stationary point."""
+"""The stationarity monitor: an unbiased norm, an honest error, and a stop at a stationary point."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -83,7 +83,7 @@ class Watch(Callback):
 
 
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML])
-def test_it_is_the_norm_of_the_exact_meta_gradient_whatever_the_algorithm(
+def test_norm_is_that_of_the_exact_meta_gradient_whatever_the_algorithm(
     tmp_path: Path, algorithm: type[MAML]
 ) -> None:
     network = build("mlp")
@@ -115,7 +115,7 @@ def test_it_is_the_norm_of_the_exact_meta_gradient_whatever_the_algorithm(
     assert run.callback_metrics["train/meta_gradient_norm_se"] == pytest.approx(0, abs=1e-6)
 
 
-def test_it_stops_at_an_epsilon_stationary_point(tmp_path: Path) -> None:
+def test_training_stops_at_an_epsilon_stationary_point(tmp_path: Path) -> None:
     network = Quartic()
     with torch.no_grad():
         network.w /= 10
@@ -147,7 +147,7 @@ def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
     assert (run.global_step, len(drawn)) == (2, 2 * 3)
 
 
-def test_a_resumed_run_draws_on(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_stream_of_tasks(tmp_path: Path) -> None:
     data = GlyphsDataModule(ways=3, meta_batch_size=2, train_batches=4, val_tasks=2)
 
     def fit(epochs: int, checkpoint: Path | None = None) -> float:
@@ -203,7 +203,7 @@ def watched(folder: Path, tasks: int, **arguments: Any) -> None:
     assert (folder / "fidelity.png").is_file()
 
 
-def test_processes_share_the_tasks_and_agree(tmp_path: Path) -> None:
+def test_processes_share_the_tasks_and_agree_on_the_norm(tmp_path: Path) -> None:
     of_one, of_two = (tmp_path / name for name in ("one", "two"))
     watched(of_one, 4)
     another_process.in_two(watched, of_two, 2)
@@ -214,7 +214,7 @@ def test_processes_share_the_tasks_and_agree(tmp_path: Path) -> None:
     assert first == pytest.approx(one, rel=1e-6, abs=1e-9)
 
 
-def test_hessian_batches_are_asked_for(tmp_path: Path) -> None:
+def test_missing_hessian_batches_are_refused(tmp_path: Path) -> None:
     data = GlyphsDataModule(ways=3, regime="resampling", hessian_shots=0)
     with pytest.raises(
         ValueError, match="`hessian_shots` to be at least 1 for StationarityMonitor"
@@ -222,7 +222,7 @@ def test_hessian_batches_are_asked_for(tmp_path: Path) -> None:
         trainer(tmp_path, StationarityMonitor()).fit(FOMAML(Conv4(1, 3, 28, channels=2)), data)
 
 
-def test_it_runs_from_a_config(tmp_path: Path) -> None:
+def test_stationarity_monitor_runs_from_a_config(tmp_path: Path) -> None:
     monitor = [
         "--trainer.callbacks=StationarityMonitor",
         "--trainer.callbacks.every_n_steps=1",

@@ -60,7 +60,7 @@ def module() -> MAML:
     return MAML(build("mlp").float(), 0.3, test_steps=2, optimizer=partial(torch.optim.SGD, lr=0.1))
 
 
-def test_it_shows_what_validation_and_training_found(tmp_path: Path) -> None:
+def test_history_has_the_figures_of_validation_and_training(tmp_path: Path) -> None:
     pictures, still = (
         TrainingPictures(),
         MAML(build("mlp").float(), 0.3, test_steps=2, optimizer=partial(torch.optim.SGD, lr=0.0)),
@@ -91,7 +91,7 @@ def test_it_shows_what_validation_and_training_found(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.glob("*.png")) == ["learning.png"]
 
 
-def test_the_picture_has_the_band_of_the_interval() -> None:
+def test_draw_learning_shows_the_lines_and_the_confidence_interval() -> None:
     figure = draw_learning(
         [Validation(10, 0.5, 0.1, 0.2, 0.6), Validation(20, 0.7, 0.05, 0.25, 0.8)], "accuracy"
     )
@@ -103,12 +103,12 @@ def test_the_picture_has_the_band_of_the_interval() -> None:
     assert axes.get_ylabel() == "query accuracy"
 
 
-def test_meta_gradients_are_drawn_where_they_are_watched(tmp_path: Path) -> None:
+def test_fidelity_is_drawn_beside_a_meta_gradient_monitor(tmp_path: Path) -> None:
     fit(tmp_path, module(), MetaGradientMonitor(2, episodes=[in_float32(20)]), TrainingPictures())
     assert sorted(file.name for file in tmp_path.glob("*.png")) == ["fidelity.png", "learning.png"]
 
 
-def test_a_run_that_goes_on_draws_on(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_history(tmp_path: Path) -> None:
     whole, half, rest = TrainingPictures(), TrainingPictures(), TrainingPictures()
     fit(tmp_path, module(), whole)
     fit(tmp_path, module(), half, epochs=1).save_checkpoint(tmp_path / "half.ckpt")
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_draws_on(tmp_path: Path) -> None:
     assert rest.history == whole.history
 
 
-def test_so_it_does_between_two_validations(tmp_path: Path) -> None:
+def test_a_run_resumed_between_two_validations_has_the_same_history(tmp_path: Path) -> None:
     def pictures(*others: Callback, checkpoint: Path | None = None) -> TrainingPictures:
         torch.manual_seed(0)
         found, data = (
@@ -140,16 +140,17 @@ def test_so_it_does_between_two_validations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("is_global_zero", "steps"), [(True, 2), (False, 0)])
-def test_the_sums_of_a_checkpoint_are_those_of_one_process(
+def test_only_process_0_restores_the_training_sums_of_a_checkpoint(
     is_global_zero: bool, steps: int
 ) -> None:
     pictures = TrainingPictures()
     pictures.load_state_dict({"history": [], "sum": 1.5, "steps": 2})
-    pictures.on_fit_start(SimpleNamespace(is_global_zero=is_global_zero), module())  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(is_global_zero=is_global_zero)
+    pictures.on_fit_start(trainer, module())
     assert pictures.state_dict()["steps"] == steps
 
 
-def test_skipped_steps_are_no_figures(tmp_path: Path) -> None:
+def test_skipped_steps_do_not_count_in_the_training_mean(tmp_path: Path) -> None:
     broken = TRAIN[0]._replace(query_x=torch.full_like(TRAIN[0].query_x, torch.nan))
     some, without = TrainingPictures(), TrainingPictures()
     for pictures, batches in ((some, [broken, TRAIN[1], broken, TRAIN[2]]), (without, TRAIN[1:3])):
@@ -164,7 +165,7 @@ def test_skipped_steps_are_no_figures(tmp_path: Path) -> None:
     assert some.history[0].train == without.history[0].train
 
 
-def test_a_subclass_may_judge_in_its_own_way(tmp_path: Path) -> None:
+def test_nothing_is_drawn_for_a_subclass_with_other_validation_figures(tmp_path: Path) -> None:
     class Own(MAML):
         def validation_step(self, batch: Episodes, batch_idx: int, dataloader_idx: int = 0) -> None:
             self.log("val/loss", 0.25)
@@ -183,7 +184,7 @@ def test_other_modules_are_refused(tmp_path: Path) -> None:
         fit(tmp_path, BoringModel(), TrainingPictures())
 
 
-def test_several_loaders_baselines_and_regression_are_drawn_too(tmp_path: Path) -> None:
+def test_pictures_of_several_loaders_baselines_and_regression(tmp_path: Path) -> None:
     several = TrainingPictures()
     fit(tmp_path / "several", module(), several, val=[loader(VAL), loader(VAL[:1])])
     one = TrainingPictures()

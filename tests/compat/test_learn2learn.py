@@ -1,4 +1,4 @@
-"""The classes that stand in for learn2learn's, against autograd through the unrolled loop and, where installed, learn2learn."""
+"""learn2learn's classes against autograd through the unrolled loop, and against learn2learn."""
 
 from argparse import ArgumentParser
 from collections import OrderedDict
@@ -101,7 +101,7 @@ def test_the_meta_gradient_is_that_of_the_unrolled_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["maml", "anil"])
-def test_numbers_are_learn2learns(name: str) -> None:
+def test_loss_accuracy_and_gradients_are_learn2learns(name: str) -> None:
     pytest.importorskip(
         "learn2learn", reason="learn2learn is not installed; `make learn2learn` builds it"
     )
@@ -127,7 +127,7 @@ def test_numbers_are_learn2learns(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["maml", "anil"])
-def test_evaluation_is_the_adapted_networks_and_leaves_everything_as_it_is(name: str) -> None:
+def test_evaluation_gives_the_adapted_loss_and_changes_no_state(name: str) -> None:
     network, reference, task = whole(), whole(), NoiseTaskset().sample()
     model = build(name, network).eval()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -211,7 +211,7 @@ def test_attributes_may_be_set_later() -> None:
     assert optimizer.defaults["lr"] == 0.5
 
 
-def test_a_taskset_that_runs_dry_says_so(tmp_path: Path) -> None:
+def test_a_taskset_that_runs_dry_is_reported(tmp_path: Path) -> None:
     class Dry(NoiseTaskset):
         left = 3
 
@@ -237,7 +237,7 @@ def test_a_taskset_that_runs_dry_says_so(tmp_path: Path) -> None:
         )
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_mismatched_sizes_and_several_processes_are_refused() -> None:
     with pytest.raises(
         ValueError,
         match=r"Expected `train_ways` and `test_ways` to be the same, .* but got 5 and 3",

@@ -74,7 +74,7 @@ def episodes_with_order(episodes: Episodes) -> list[list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("name", datamodules())
-def test_every_form_gives_the_episodes_it_holds(name: str) -> None:
+def test_adapters_keep_the_examples_and_classes_of_each_task(name: str) -> None:
     data = datamodules()[name]
     batches = list(data.train_dataloader())
     assert len(batches) == len(data.train_dataloader()) == 3
@@ -157,7 +157,7 @@ def easyfsl_task(classes: list[int]) -> Episodes:
     ],
     ids=["examples", "easyfsl"],
 )
-def test_the_number_of_a_class_says_nothing_of_the_class(draw) -> None:
+def test_the_number_of_a_class_does_not_depend_on_the_class(draw) -> None:
     torch.manual_seed(0)
     order = random.Random(0)
     numbers: dict[int, list[int]] = {}
@@ -176,7 +176,7 @@ def test_the_number_of_a_class_says_nothing_of_the_class(draw) -> None:
     assert all(abs(mean - 2) < 0.45 for mean in means)
 
 
-def test_real_tasksets_that_keep_the_labels_of_the_dataset_too() -> None:
+def test_learn2learns_tasksets_without_relabelling_are_renumbered() -> None:
     l2l = pytest.importorskip("learn2learn")
     torch.manual_seed(0)
     random.seed(0)
@@ -250,7 +250,7 @@ class Alternating(Taskset):
         (lambda: TorchmetaDataModule([torch.zeros(2)]), "torchmeta's .* but got Tensor"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, message: str) -> None:
+def test_tasks_that_cannot_be_converted_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(make().train_dataloader())
 
@@ -267,7 +267,7 @@ def test_a_query_of_an_unknown_class_and_missing_labels_are_refused() -> None:
         task_of_examples(torch.zeros(3, 1), [0, 1], 1)
 
 
-def test_an_iterator_in_a_loaders_place_is_refused_when_it_is_gone_through_again() -> None:
+def test_an_iterator_in_place_of_a_loader_is_refused_in_the_second_epoch() -> None:
     loader = TorchmetaDataModule(iter(torchmeta_loader(2, 2))).train_dataloader()
     assert len(list(loader)) == 2
     with pytest.raises(
@@ -284,12 +284,12 @@ def test_regression_targets_are_left_as_they_are() -> None:
     assert torch.equal(batch.support_y, y)
 
 
-def test_without_test_tasks_testing_says_so() -> None:
+def test_testing_without_test_tasks_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected `test` tasks but the datamodule was given none"):
         Learn2LearnDataModule(Taskset()).test_dataloader()
 
 
-def test_a_loader_of_tasks_without_a_length_is_gone_through(tmp_path: Path) -> None:
+def test_a_loader_without_a_length_can_be_trained_on(tmp_path: Path) -> None:
     class Endless(IterableDataset):
         def __iter__(self) -> Iterator[OrderedDict]:
             while True:

@@ -38,14 +38,12 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("checksums", [False, True])
-def test_what_is_written_is_read(file: Path, checksums: bool) -> None:
+def test_a_cache_is_read_as_it_was_written(file: Path, checksums: bool) -> None:
     assert same(read_cache(file, "photos", SHAPE, checksums=checksums), content())
     assert [path.name for path in file.parent.iterdir()] == ["images.pt"]
 
 
-def test_there_is_nothing_to_say_about_a_cache_that_is_not_there(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+def test_a_missing_cache_gives_no_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     assert read_cache(tmp_path / "images.pt", "photos", SHAPE) is None
     assert not recwarn.list
 
@@ -106,7 +104,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_whole_or_not_of_this_source_is_not_used(file: Path, kind: str) -> None:
+def test_a_damaged_cache_or_one_of_another_source_is_not_used(file: Path, kind: str) -> None:
     damaged(file, kind)
     with pytest.warns(UserWarning, match=r"images.pt is damaged or out of date and is not used"):
         assert read_cache(file, "photos", SHAPE) is None
@@ -114,7 +112,7 @@ def test_what_is_not_whole_or_not_of_this_source_is_not_used(file: Path, kind: s
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged or out of date")
-def test_with_checksums_no_flipped_bit_gets_through(file: Path) -> None:
+def test_checksums_detect_any_flipped_bit(file: Path) -> None:
     whole = file.read_bytes()
     names = (b"data.pkl", b"data/0", b"data/1", b"version", b"byteorder")
     positions = {whole.find(name) + offset for name in names for offset in range(-30, 140)} | {
@@ -129,8 +127,8 @@ def test_with_checksums_no_flipped_bit_gets_through(file: Path) -> None:
         assert read is None or same(read, content()), position
 
 
-def test_the_images_are_mapped_not_read(tmp_path: Path) -> None:
-    """The one image that is read first brings the code that reads into memory."""
+def test_images_are_mapped_into_memory_and_not_read(tmp_path: Path) -> None:
+    """One image is read before the measurement, so that the code is in memory already."""
     images = torch.ones(3000, 84, 84, 3, dtype=torch.uint8)
     for count in (1, 3000):
         write_cache(
@@ -150,8 +148,8 @@ def test_the_images_are_mapped_not_read(tmp_path: Path) -> None:
     assert int(grown) * 1024 < images.nbytes / 3
 
 
-def test_a_disk_that_fills_up_leaves_the_old_cache_and_nothing_else(file: Path) -> None:
-    """In a process whose files may not grow beyond 100 kB, which the system reports as it reports a full disk."""
+def test_a_full_disk_leaves_the_old_cache_and_no_partial_file(file: Path) -> None:
+    """A limit of 100 kB on the files of a process is reported like a full disk."""
     script = (
         "import resource, signal, sys, torch; from pathlib import Path\nfrom "
         "lightning_maml.datamodules.images.cache import DecodedImages, write_cache\n"
@@ -170,10 +168,10 @@ def test_a_disk_that_fills_up_leaves_the_old_cache_and_nothing_else(file: Path) 
     assert same(read_cache(file, "photos", SHAPE), content())
 
 
-def test_what_is_killed_while_it_writes_leaves_the_old_cache_and_its_part_is_removed_later(
+def test_a_process_killed_while_writing_leaves_the_old_cache(
     file: Path,
 ) -> None:
-    """Killed by the system in the middle of a write, by a limit on the size of its files."""
+    """A limit on the size of its files kills the process in the middle of a write."""
     script = (
         "import resource, signal, sys, torch; from pathlib import Path\nfrom "
         "lightning_maml.datamodules.images.cache import DecodedImages, write_cache\n"
@@ -192,10 +190,10 @@ def test_what_is_killed_while_it_writes_leaves_the_old_cache_and_its_part_is_rem
     assert [path.name for path in file.parent.iterdir()] == ["images.pt"]
 
 
-def test_two_that_write_at_once_leave_a_whole_cache(
+def test_two_processes_that_write_at_once_leave_a_whole_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As two machines with one folder do, whose processes may have the same number."""
+    """Processes on two machines that share a folder may even have the same process id."""
     file, save = tmp_path / "images.pt", torch.save
 
     def save_while_another_writes(*arguments) -> None:
@@ -212,7 +210,7 @@ def test_two_that_write_at_once_leave_a_whole_cache(
 @pytest.mark.skipif(
     os.geteuid() == 0, reason="needs a user who may not write everywhere; this is root"
 )
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(
         OSError,
@@ -222,13 +220,13 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         write_cache(tmp_path / "images.pt", "photos", content())
 
 
-def test_a_place_that_cannot_be_a_folder(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"Expected to write 0 MB into .*file but could not"):
         write_cache(tmp_path / "file" / "images.pt", "photos", content())
 
 
-def test_the_cache_can_be_read_by_others(tmp_path: Path) -> None:
+def test_other_users_can_read_the_cache(tmp_path: Path) -> None:
     umask = os.umask(0o022)
     try:
         write_cache(tmp_path / "images.pt", "photos", content())

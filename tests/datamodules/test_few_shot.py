@@ -12,6 +12,8 @@ from torchvision.transforms.v2 import Compose, Grayscale, PILToTensor, ToDtype, 
 from lightning_maml import MAML, MLP
 from lightning_maml.datamodules import FewShotDataModule
 
+SPLITS = ("train", "val", "test")
+
 
 class Items(Dataset):
     """A list as a dataset."""
@@ -43,10 +45,7 @@ def datamodule(*datasets, **arguments) -> FewShotDataModule:
 def test_three_datasets_are_the_three_splits() -> None:
     module = datamodule(tensors(range(4)), tensors(range(4, 6)), tensors(range(6, 9)))
     module.setup()
-    seen = {
-        split: set(module.class_images(split).images[:, 0, 0, 0].tolist())
-        for split in ("train", "val", "test")
-    }
+    seen = {split: set(module.class_images(split).images[:, 0, 0, 0].tolist()) for split in SPLITS}
     assert seen == {"train": {0, 1, 2, 3}, "val": {4, 5}, "test": {6, 7, 8}}
     for loader in (module.train_dataloader(), module.val_dataloader(), module.test_dataloader()):
         batch = next(iter(loader))
@@ -73,16 +72,13 @@ def test_one_dataset_is_split_by_class() -> None:
             int(module.class_images(split).images[rows[0], 0, 0, 0])
             for rows in module.class_images(split).members
         }
-        for split in STREAMS
+        for split in SPLITS
     ]
     assert [len(classes) for classes in seen] == [16, 4, 5]
     assert len(set.union(*seen)) == 25
 
 
-STREAMS = ("train", "val", "test")
-
-
-def test_torchvision_datasets_of_pil_images() -> None:
+def test_torchvision_datasets_of_pil_images_are_resized() -> None:
     data, *others = (
         FakeData(size=60, image_size=(3, 20, 24), num_classes=5, random_offset=60 * split)
         for split in range(3)
@@ -98,7 +94,7 @@ def test_torchvision_datasets_of_pil_images() -> None:
     assert number in read.members[int(label)]
 
 
-def test_torchvision_datasets_with_a_transform_to_floats() -> None:
+def test_torchvision_datasets_of_floats_are_taken_as_they_are() -> None:
     floats = Compose([ToImage(), ToDtype(torch.float32, scale=True)])
     module = datamodule(
         *(
@@ -112,8 +108,8 @@ def test_torchvision_datasets_with_a_transform_to_floats() -> None:
     assert 0.9 < batch.query_x.max() <= 1, "floats are taken as they are"
 
 
-def test_dictionaries_as_hugging_face_gives_them() -> None:
-    """Of the same interface as datasets.Dataset: items are dictionaries, features name the classes."""
+def test_hugging_face_datasets_are_read_by_their_keys() -> None:
+    """With the interface of ``datasets.Dataset``: items are dictionaries, features have names."""
 
     class Names:
         names = ("cat", "dog", "owl")
@@ -133,7 +129,7 @@ def test_dictionaries_as_hugging_face_gives_them() -> None:
         queries=3,
         shares=(0.34, 0.33, 0.33),
     )
-    images = {split: module.class_images(split) for split in STREAMS}
+    images = {split: module.class_images(split) for split in SPLITS}
     assert sorted(name for read in images.values() for name in read.names) == ["cat", "dog", "owl"]
     read = images["train"]
     assert read.images.shape == (12, 3, 12, 10)
@@ -146,7 +142,7 @@ def test_dictionaries_as_hugging_face_gives_them() -> None:
         datamodule(HuggingFace(items)).class_images("train")
 
 
-def test_numbers_without_a_name_are_their_own() -> None:
+def test_labels_without_a_name_are_named_by_their_number() -> None:
     class Named(Items):
         classes = ("cat", "dog")
 
@@ -159,7 +155,7 @@ def test_numbers_without_a_name_are_their_own() -> None:
     ["owl", 3, np.int64(3), torch.tensor(3), True],
     ids=["str", "int", "numpy", "tensor", "bool"],
 )
-def test_labels_of_any_kind(label) -> None:
+def test_labels_may_be_of_any_kind(label) -> None:
     other = {"owl": "cat", True: False}.get(label if isinstance(label, (str, bool)) else None, 0)
     data = Items([(np.full((8, 8), 100, np.uint8), label), (np.zeros((8, 8), np.uint8), other)] * 4)
     read = datamodule(data, data, data).class_images("train")
@@ -183,7 +179,7 @@ def test_floats_of_any_precision_become_single() -> None:
         )
 
 
-def test_feature_vectors_train_too() -> None:
+def test_feature_vectors_can_be_trained_on() -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(30, 16, generator=generator)
     labels = torch.arange(30).repeat(12)
@@ -216,8 +212,10 @@ def test_feature_vectors_train_too() -> None:
         (
             [(torch.zeros(3, 8, 8), 0), (torch.zeros(3, 9, 8), 0)],
             ValueError,
-            r"like its first, torch.float32 \[3, 8, 8\], but item 1 of `train` is torch.float32 "
-            r"\[3, 9, 8\]; resize them by",
+            (
+                r"like its first, torch.float32 \[3, 8, 8\], but item 1 of `train` is "
+                r"torch.float32 \[3, 9, 8\]; resize them by"
+            ),
         ),
         (
             [(torch.zeros(3, 8, 8), [0, 1])],
@@ -251,12 +249,12 @@ def test_feature_vectors_train_too() -> None:
         ),
     ],
 )
-def test_datasets_that_do_not_fit(items: list, error: type, message: str) -> None:
+def test_unsuitable_items_are_refused(items: list, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         datamodule(*[Items(items)] * 3).class_images("train")
 
 
-def test_what_is_no_dataset_is_refused() -> None:
+def test_arguments_that_are_no_datasets_are_refused() -> None:
     with pytest.raises(
         TypeError,
         match="`train` to be a dataset with a length and items by number but got generator",
@@ -356,7 +354,7 @@ def test_one_dataset_may_have_two_classes_of_a_name_in_two_splits() -> None:
     data = named(["crane", "dog", "owl", "elk", "crane", "ant"], range(6))
     module = datamodule(of_classes(data, 0, 1), of_classes(data, 2, 3), of_classes(data, 4, 5))
     module.setup()
-    assert [list(module.class_images(split).names) for split in STREAMS] == [
+    assert [list(module.class_images(split).names) for split in SPLITS] == [
         ["crane", "dog"],
         ["owl", "elk"],
         ["crane", "ant"],
@@ -406,11 +404,11 @@ def test_pil_images_that_would_lose_what_they_show_are_named() -> None:
 
 
 def test_classes_of_the_same_name_are_different_classes() -> None:
-    """As the cranes and maillots of ImageNet."""
+    """ImageNet, too, has two classes named crane and two named maillot."""
     module = datamodule(named(["crane", "dog"] * 10, range(20)))
     seen = {
         split: [int(images.images[rows[0], 0, 0, 0]) for rows in images.members]
-        for split in STREAMS
+        for split in SPLITS
         if (images := module.class_images(split))
     }
     assert sorted(label for labels in seen.values() for label in labels) == list(range(20))
@@ -424,7 +422,7 @@ def test_classes_of_the_same_name_are_different_classes() -> None:
         {"classes": [("cat", "tabby"), ("dog",)]},
     ],
 )
-def test_attributes_that_only_look_like_names(odd: dict) -> None:
+def test_attributes_that_only_look_like_class_names_are_ignored(odd: dict) -> None:
     data = Items([(np.zeros((8, 8), np.uint8), number % 2) for number in range(12)])
     for name, value in odd.items():
         setattr(data, name, value)

@@ -67,7 +67,7 @@ def test_arguments_out_of_range_are_refused(arguments: dict, message: str) -> No
         GlyphsDataModule(**arguments)
 
 
-def test_episodes_the_split_cannot_serve_are_refused_before_training() -> None:
+def test_too_few_classes_are_refused_before_training() -> None:
     with pytest.raises(
         ValueError, match="the ways of split 'val' to be at most 50, its classes, but got 51"
     ):

@@ -65,7 +65,7 @@ def prepared(root: Path, **arguments) -> ImageFolderDataModule:
     return module
 
 
-def test_a_tree_with_splits(split_tree: Path) -> None:
+def test_a_tree_with_splits_is_read(split_tree: Path) -> None:
     module = prepared(split_tree)
     assert [len(module.class_images(split).members) for split in ("train", "val", "test")] == [
         5,
@@ -84,13 +84,13 @@ def test_a_tree_with_splits(split_tree: Path) -> None:
     assert batch.query_y.tolist() == [[0] * 4 + [1] * 4 + [2] * 4] * 2
 
 
-def test_other_names_of_the_validation_split(split_tree: Path) -> None:
+def test_the_validation_split_may_be_named_validation(split_tree: Path) -> None:
     expected = prepared(split_tree).class_images("val").images.clone()
     (split_tree / "val").rename(split_tree / "validation")
     assert torch.equal(prepared(split_tree).class_images("val").images, expected)
 
 
-def test_a_tree_without_splits_is_shared_out_by_class(tree: Path) -> None:
+def test_a_tree_without_splits_is_split_by_class(tree: Path) -> None:
     module = prepared(tree)
     names = {split: list(module.class_images(split).names) for split in ("train", "val", "test")}
     assert {split: len(of_split) for split, of_split in names.items()} == {
@@ -282,14 +282,14 @@ def test_load_images_reads_as_the_datamodule_does_bit_for_bit(split_tree: Path) 
         assert (loaded == image).flatten(1).all(1).any()
 
 
-def test_load_images_in_gray(tmp_path: Path) -> None:
+def test_load_images_reads_gray_images(tmp_path: Path) -> None:
     drawing("RGBA").save(tmp_path / "a.png")
     images = load_images([tmp_path / "a.png"] * 2, 30, mode="L")
     assert images.shape == (2, 1, 30, 30)
     assert images.unique().tolist() == [0, 1]
 
 
-def test_load_images_says_what_is_wrong(tmp_path: Path) -> None:
+def test_load_images_refuses_bad_files_and_arguments(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(
         OSError, match=r"Expected .*a.png to be an image but it cannot be read \(cannot identify"
@@ -331,7 +331,7 @@ def test_images_of_more_than_8_bits_are_refused(split_tree: Path, mode: str) -> 
         datamodule(split_tree).prepare_data()
 
 
-def test_no_flipped_bit_of_an_image_with_checksums_gets_through(tmp_path: Path) -> None:
+def test_flipped_bits_of_images_with_checksums_are_detected(tmp_path: Path) -> None:
     file = tmp_path / "image.png"
     drawing = np.ones((105, 105), bool)  # as Omniglot's
     drawing[5:25, 4:24] = False
@@ -348,7 +348,7 @@ def test_no_flipped_bit_of_an_image_with_checksums_gets_through(tmp_path: Path) 
     assert refused > 0.9 * len(content)
 
 
-def test_trees_without_images_say_so(split_tree: Path) -> None:
+def test_trees_without_images_are_refused(split_tree: Path) -> None:
     for file in split_tree.rglob("*.png"):
         file.rename(file.with_suffix(".txt"))
     with pytest.raises(
@@ -382,7 +382,9 @@ def test_without_progress_bars_the_images_are_the_same(tree: Path, tmp_path: Pat
     ]
 
 
-def test_what_is_no_tree_is_said(tmp_path: Path, split_tree: Path, tree: Path) -> None:
+def test_folders_that_are_no_tree_of_classes_are_refused(
+    tmp_path: Path, split_tree: Path, tree: Path
+) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"`root` to be a folder of images but there is none at .*mistyped"
     ):
@@ -410,7 +412,7 @@ def test_splits_that_share_a_class_are_refused(split_tree: Path) -> None:
         datamodule(split_tree).prepare_data()
 
 
-def test_what_programs_leave_beside_the_images_is_left_out_and_counted(
+def test_files_that_are_no_images_are_left_out_and_counted(
     tree: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = [len(rows) for _, rows in _classes(prepared(tree))]
@@ -453,7 +455,7 @@ def test_what_programs_leave_beside_the_images_is_left_out_and_counted(
     }
 
 
-def test_where_nothing_is_left_out_nothing_is_said(
+def test_the_log_mentions_no_left_out_files_if_there_are_none(
     tree: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
@@ -486,7 +488,7 @@ def test_images_with_any_usual_extension_are_read(tmp_path: Path) -> None:
         ("meta-train", "meta-val", "meta-test"),
     ],
 )
-def test_usual_names_of_the_splits(split_tree: Path, names: tuple[str, str, str]) -> None:
+def test_splits_may_have_their_usual_names(split_tree: Path, names: tuple[str, str, str]) -> None:
     expected = {
         split: prepared(split_tree).class_images(split).images.clone()
         for split in ("train", "val", "test")
@@ -500,7 +502,7 @@ def test_usual_names_of_the_splits(split_tree: Path, names: tuple[str, str, str]
     )
 
 
-def test_folders_that_are_only_some_of_the_splits_or_too_many_are_listed(split_tree: Path) -> None:
+def test_missing_or_repeated_splits_are_refused(split_tree: Path) -> None:
     shutil.copytree(split_tree / "val", split_tree / "validation")
     with pytest.raises(
         ValueError,
@@ -542,14 +544,13 @@ def superclasses(root: Path) -> Path:
     return root
 
 
-def test_superclasses_are_no_classes_unless_one_says_so(tmp_path: Path) -> None:
+def test_superclasses_need_class_level(tmp_path: Path) -> None:
     root = superclasses(tmp_path / "animals")
     with pytest.raises(
         ValueError,
-        match=r"lie in its folder but .*family 0 holds none, and 3 folders of images \(kind 0, "
-        r"kind 1, kind 2\): "
-        "give class_level=2 if each of these is a class, or class_level=1 if family 0 is one "
-        "class",
+        match=r"lie in its folder but .*family 0 holds none, and 3 folders of images "
+        r"\(kind 0, kind 1, kind 2\): give class_level=2 if each of these is a class, or "
+        "class_level=1 if family 0 is one class",
     ):
         datamodule(root).prepare_data()
     names = [name for name, _ in _classes(prepared(root, class_level=2))]
@@ -562,7 +563,7 @@ def test_superclasses_are_no_classes_unless_one_says_so(tmp_path: Path) -> None:
     ]
 
 
-def test_superclasses_within_splits(tmp_path: Path) -> None:
+def test_superclasses_within_splits_need_class_level(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         superclasses(tmp_path / "animals" / split).rename(tmp_path / "animals" / split)
     for place in (tmp_path / "animals").glob("*/*"):
@@ -577,7 +578,7 @@ def test_superclasses_within_splits(tmp_path: Path) -> None:
     ]
 
 
-def test_one_folder_of_images_below_each_class_is_plain(tmp_path: Path) -> None:
+def test_one_folder_of_images_below_each_class_is_part_of_it(tmp_path: Path) -> None:
     """As Tiny ImageNet has it: train/n01443537/images/*.JPEG."""
     for number in range(10):
         write_class(tmp_path / "tiny" / f"n{number}" / "images", 6, 10 * number)
@@ -596,7 +597,7 @@ def test_linked_folders_are_followed_once(tree: Path, tmp_path: Path) -> None:
     assert counts == {f"species {number:02d}": 2 + 6 + number % 5 for number in range(25)}
 
 
-def test_a_dead_link_is_said_or_skipped_and_read_once_it_leads_somewhere(split_tree: Path) -> None:
+def test_a_dead_link_is_refused_or_skipped_until_it_is_mended(split_tree: Path) -> None:
     (split_tree / "test" / "class 8" / "new.png").symlink_to(split_tree / "elsewhere.png")
     with pytest.raises(
         OSError,
@@ -613,7 +614,7 @@ def test_a_dead_link_is_said_or_skipped_and_read_once_it_leads_somewhere(split_t
         assert len(prepared(split_tree).class_images("test").members[place]) == 8
 
 
-def test_small_classes(tree: Path) -> None:
+def test_small_classes_are_refused_or_dropped(tree: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"split 'train' \(2 \+ 6\) to be at most 6, .* species \d\d \(\d\).*; leave these "

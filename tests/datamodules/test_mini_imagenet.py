@@ -1,4 +1,4 @@
-"""mini-ImageNet: six layouts, the same episodes; and what is wrong with files is said."""
+"""mini-ImageNet: six layouts give the same episodes, and wrong files are refused."""
 
 import csv
 import errno
@@ -87,7 +87,7 @@ def test_every_layout_gives_the_same_episodes(name: str, layouts: dict[str, Path
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_images_are_those_of_their_classes(
+def test_every_layout_gives_the_images_of_each_class(
     name: str, layouts: dict[str, Path], images: Encoded
 ) -> None:
     module = prepared(layouts[name])
@@ -106,7 +106,7 @@ def test_images_are_those_of_their_classes(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_it_says_what_it_found(
+def test_the_log_says_which_layout_was_found(
     name: str, layouts: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
@@ -121,7 +121,7 @@ def test_it_says_what_it_found(
 
 
 @pytest.mark.parametrize("moved", [{"val": "validation"}, {"": "mini-imagenet"}])
-def test_other_names_and_places_people_use(
+def test_other_usual_names_and_places_are_found(
     moved: dict[str, str], copy_of: Callable[[str], Path], layouts: dict[str, Path]
 ) -> None:
     root = copy_of("class folders")
@@ -155,7 +155,9 @@ def test_ravis_list_with_a_folder_per_class_and_originals_of_other_sizes(
     ).abs().max() < 3
 
 
-def test_one_of_several_folders_has_to_be_chosen(layouts: dict[str, Path], tmp_path: Path) -> None:
+def test_several_folders_of_mini_imagenet_are_refused(
+    layouts: dict[str, Path], tmp_path: Path
+) -> None:
     for name in ("cub", "miniimagenet"):
         shutil.copytree(layouts["HDF5 files"] / "miniimagenet", tmp_path / name)
     with pytest.raises(
@@ -180,7 +182,7 @@ def test_the_first_start_draws_the_same_random_numbers_as_later_ones(
     assert drawn() == drawn()
 
 
-def test_nothing_found_says_what_to_look_for_and_where(tmp_path: Path) -> None:
+def test_the_error_for_missing_data_names_all_layouts_and_sources(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "missing"):
         with pytest.raises(FileNotFoundError) as error:
             datamodule(root).prepare_data()
@@ -245,8 +247,10 @@ def write_classification_split(root: Path, images: Encoded) -> None:
         ),
         (
             write_classification_split,
-            r"share no class but 100 are both in train and in val \(n0.*, \.\.\.\): .* ordinary "
-            "classification",
+            (
+                r"share no class but 100 are both in train and in val \(n0.*, \.\.\.\): "
+                ".* ordinary classification"
+            ),
         ),
     ],
 )
@@ -267,7 +271,9 @@ PAGE = (
 @pytest.mark.parametrize(
     "name", ["CSV lists of easyfsl", "cache pickles", "category-split pickles", "HDF5 files"]
 )
-def test_a_web_page_in_place_of_a_file_says_so(name: str, copy_of: Callable[[str], Path]) -> None:
+def test_a_web_page_in_place_of_a_file_is_refused(
+    name: str, copy_of: Callable[[str], Path]
+) -> None:
     root = copy_of(name)
     file = min(
         file for file in root.rglob("*test*") if file.suffix in (".csv", ".pkl", ".pickle", ".hdf5")
@@ -367,7 +373,7 @@ REN, GIDARIS = "mini-imagenet-cache-test.pkl", "miniImageNet_category_split_test
         ),
     ],
 )
-def test_pickles_with_something_else_in_them(
+def test_pickles_of_other_data_are_refused(
     name: str, damage: Callable, message: str, copy_of: Callable[[str], Path]
 ) -> None:
     root = copy_of(name)
@@ -401,8 +407,10 @@ def replace_class(content: h5py.File) -> None:
     [
         (
             rewritten(replace_class),
-            r"the images of class n0\d+ of .*test_data.hdf5 to be uint8 \[N, 84, 84, 3\] but got "
-            r"uint8 \[21, 84, 90, 3\]",
+            (
+                r"the images of class n0\d+ of .*test_data.hdf5 to be uint8 \[N, 84, 84, 3\] "
+                r"but got uint8 \[21, 84, 90, 3\]"
+            ),
         ),
         (rewritten(replace_class_by_a_group), r"the images of class n0\d+ of .* but got Group"),
         (
@@ -419,7 +427,7 @@ def replace_class(content: h5py.File) -> None:
         ),
     ],
 )
-def test_hdf5_files_with_something_else_in_them(
+def test_hdf5_files_of_other_data_are_refused(
     damage: Callable, message: str, copy_of: Callable[[str], Path]
 ) -> None:
     root = copy_of("HDF5 files")
@@ -428,7 +436,7 @@ def test_hdf5_files_with_something_else_in_them(
         datamodule(root).prepare_data()
 
 
-def test_without_h5py_the_cure_is_named(
+def test_the_error_without_h5py_says_how_to_install_it(
     layouts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
@@ -479,7 +487,7 @@ def test_rows_without_files_are_counted_and_named(copy_of: Callable[[str], Path]
         datamodule(root).prepare_data()
 
 
-def test_names_and_fields_that_are_too_long(copy_of: Callable[[str], Path]) -> None:
+def test_file_names_that_are_too_long_are_reported(copy_of: Callable[[str], Path]) -> None:
     root = copy_of("CSV lists of Ravi & Larochelle")
     with (root / "val.csv").open("a") as stream:
         stream.write(f"{'x' * 300}.jpg,{CLASSES['val'][0]}\n")
@@ -545,7 +553,7 @@ def test_truncated_images_are_skipped_when_asked(
 def test_files_that_cannot_be_opened_now_are_not_skipped(
     copy_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Skipping lasts until the file changes; what a disk or the memory lacks for a moment is no reason."""
+    """A skipped file stays skipped until it changes, so passing problems must not skip it."""
     root = copy_of("class folders")
     for error in (OSError(errno.EIO, "Input/output error"), MemoryError()):
         monkeypatch.setattr(
@@ -664,7 +672,7 @@ def test_the_old_cache_stays_until_the_new_one_is_whole(copy_of: Callable[[str],
     assert torch.equal(before, expected), "who had it mapped goes on"
 
 
-def test_processes_that_only_set_up_find_what_another_prepared(
+def test_setup_finds_what_another_process_prepared(
     layouts: dict[str, Path], copy_of: Callable[[str], Path]
 ) -> None:
     prepared(layouts["class folders"])
@@ -685,11 +693,12 @@ def test_small_classes_are_reported_and_dropped_only_when_asked(
     copy_of: Callable[[str], Path],
 ) -> None:
     root = copy_of("class folders")
-    for name, kept in ((CLASSES["train"][3], 12), (CLASSES["train"][8], 0)):
+    fewer = (CLASSES["train"][3], 12), (CLASSES["train"][8], 0)
+    for name, kept in fewer:
         for file in sorted((root / "train" / name).iterdir())[kept:]:
             file.unlink()
-    message = rf"2 of its 64 classes have fewer images: train/{CLASSES['train'][3]} \(12\), "
-    rf"train/{CLASSES['train'][8]} \(0\)"
+    found = ", ".join(rf"train/{name} \({kept}\)" for name, kept in fewer)
+    message = f"2 of its 64 classes have fewer images: {found}"
     with pytest.raises(
         ValueError,
         match=rf"split 'train' \(5 \+ 15\) to be at most 0, .*{message}; leave these out by "

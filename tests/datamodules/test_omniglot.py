@@ -1,4 +1,4 @@
-"""Omniglot: the official tree read, cached, split and served; and what happens when it is broken."""
+"""Omniglot: the official folders are read, cached and split; broken ones are refused."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_tree(root: Path) -> Path:
-    """Write a small tree with the official names and file format: one-bit PNGs of 105 x 105, ink 0 on paper 1."""
+    """Write small official folders: one-bit PNGs of 105 x 105 pixels, ink 0 on paper 1."""
     number = 0
     for folder, count in COUNTS.items():
         for character in range(count):
@@ -131,7 +131,7 @@ def test_a_damaged_cache_is_built_anew(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_what_archivers_and_desktops_leave_in_the_tree_is_passed_over(tmp_path: Path) -> None:
+def test_files_of_archivers_and_desktops_are_ignored(tmp_path: Path) -> None:
     write_tree(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "__MACOSX")
     half = tmp_path / "images_background"
@@ -183,9 +183,7 @@ def test_a_half_tree_is_downloaded_again(tmp_path: Path, monkeypatch: pytest.Mon
         ),
     ],
 )
-def test_a_folder_that_is_not_whole_is_named_with_the_cure(
-    tmp_path: Path, damage, message: str
-) -> None:
+def test_an_incomplete_folder_is_refused(tmp_path: Path, damage, message: str) -> None:
     damage(write_tree(tmp_path))
     with pytest.raises(FileNotFoundError, match=message):
         lake(tmp_path)
@@ -193,7 +191,7 @@ def test_a_folder_that_is_not_whole_is_named_with_the_cure(
 
 
 @pytest.mark.parametrize("root", ["missing", "."])
-def test_a_missing_or_empty_folder_without_a_network_says_what_was_looked_for(
+def test_missing_data_without_a_network_are_reported(
     tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
@@ -211,7 +209,7 @@ def test_a_missing_or_empty_folder_without_a_network_says_what_was_looked_for(
 
 
 @pytest.mark.usefixtures("small")
-def test_a_broken_image_is_named(tmp_path: Path) -> None:
+def test_a_broken_image_is_refused(tmp_path: Path) -> None:
     write_tree(tmp_path)
     broken = tmp_path / "images_background" / "b_alphabet_0" / "character01" / "0001_05.png"
     for content in (broken.read_bytes()[:60], b"", b"not an image"):
@@ -222,7 +220,7 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_episodes_the_split_cannot_serve(tmp_path: Path) -> None:
+def test_too_few_classes_or_images_are_refused(tmp_path: Path) -> None:
     write_tree(tmp_path)
     with pytest.raises(
         ValueError, match="the ways of split 'test' to be at most 16, its classes, but got 17"
@@ -236,7 +234,7 @@ def test_episodes_the_split_cannot_serve(tmp_path: Path) -> None:
         lake(tmp_path, test_shots=19).setup("test")
 
 
-def test_unknown_split() -> None:
+def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(
         ValueError, match="`split` to be 'random', 'vinyals' or 'lake' but got 'mini'"
     ):
@@ -245,15 +243,19 @@ def test_unknown_split() -> None:
 
 ALPHABETS = {  # alphabet:number of characters, as in the official folders
     "images_background": """
-        Alphabet_of_the_Magi:20 Anglo-Saxon_Futhorc:29 Arcadian:26 Armenian:41 Asomtavruli_(Georgian):40 Balinese:24 Bengali:46
-        Blackfoot_(Canadian_Aboriginal_Syllabics):14 Braille:26 Burmese_(Myanmar):34 Cyrillic:33 Early_Aramaic:22 Futurama:26 Grantha:43
-        Greek:24 Gujarati:48 Hebrew:22 Inuktitut_(Canadian_Aboriginal_Syllabics):16 Japanese_(hiragana):52 Japanese_(katakana):47
-        Korean:40 Latin:26 Malay_(Jawi_-_Arabic):40 Mkhedruli_(Georgian):41 N_Ko:33 Ojibwe_(Canadian_Aboriginal_Syllabics):14
-        Sanskrit:42 Syriac_(Estrangelo):23 Tagalog:17 Tifinagh:55
+        Alphabet_of_the_Magi:20 Anglo-Saxon_Futhorc:29 Arcadian:26 Armenian:41
+        Asomtavruli_(Georgian):40 Balinese:24 Bengali:46
+        Blackfoot_(Canadian_Aboriginal_Syllabics):14 Braille:26 Burmese_(Myanmar):34 Cyrillic:33
+        Early_Aramaic:22 Futurama:26 Grantha:43 Greek:24 Gujarati:48 Hebrew:22
+        Inuktitut_(Canadian_Aboriginal_Syllabics):16 Japanese_(hiragana):52
+        Japanese_(katakana):47 Korean:40 Latin:26 Malay_(Jawi_-_Arabic):40
+        Mkhedruli_(Georgian):41 N_Ko:33 Ojibwe_(Canadian_Aboriginal_Syllabics):14 Sanskrit:42
+        Syriac_(Estrangelo):23 Tagalog:17 Tifinagh:55
     """,
     "images_evaluation": """
-        Angelic:20 Atemayar_Qelisayer:26 Atlantean:26 Aurek-Besh:26 Avesta:26 Ge_ez:26 Glagolitic:45 Gurmukhi:45 Kannada:41 Keble:26
-        Malayalam:47 Manipuri:40 Mongolian:30 Old_Church_Slavonic_(Cyrillic):45 Oriya:46 Sylheti:28 Syriac_(Serto):23 Tengwar:25
+        Angelic:20 Atemayar_Qelisayer:26 Atlantean:26 Aurek-Besh:26 Avesta:26 Ge_ez:26
+        Glagolitic:45 Gurmukhi:45 Kannada:41 Keble:26 Malayalam:47 Manipuri:40 Mongolian:30
+        Old_Church_Slavonic_(Cyrillic):45 Oriya:46 Sylheti:28 Syriac_(Serto):23 Tengwar:25
         Tibetan:42 ULOG:26
     """,
 }
@@ -272,7 +274,7 @@ def character_names() -> list[str]:
     ]
 
 
-def test_the_alphabets_are_all_of_omniglot() -> None:
+def test_the_alphabets_of_these_tests_are_all_of_omniglot() -> None:
     counts = {
         folder: sum(name.startswith(folder) for name in character_names()) for folder in ALPHABETS
     }

@@ -1,4 +1,4 @@
-"""Pickles: what numpy writes is read, in Python 2's form too, and nothing a pickle says is run."""
+"""Pickles of arrays are read, Python 2's too, and no code in a pickle runs."""
 
 import collections
 import os
@@ -28,13 +28,13 @@ def python2_pickle(array: np.ndarray, labels: list[int]) -> bytes:
         return (Path(folder) / "a.pickle").read_bytes()
 
 
-def test_the_pickle_in_the_form_of_python_2_is_one() -> None:
+def test_the_pickle_that_these_tests_write_for_python_2_is_valid() -> None:
     read = pickle.loads(python2_pickle(IMAGES, [3, 1, 2]), encoding="latin1")
     assert np.array_equal(read["data"], IMAGES)
     assert read["labels"] == [3, 1, 2]
 
 
-def test_python_2(tmp_path: Path) -> None:
+def test_a_pickle_of_python_2_is_read(tmp_path: Path) -> None:
     read = read_pickle(write(tmp_path / "a.pickle", python2_pickle(IMAGES, [3, 1, 2])))
     assert np.array_equal(read["data"], IMAGES)
     assert read["labels"] == [3, 1, 2]
@@ -44,7 +44,9 @@ def test_python_2(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "images", [IMAGES, np.asfortranarray(IMAGES), IMAGES[::2, ::-1]], ids=["plain", "F", "strided"]
 )
-def test_every_protocol_of_python_3(tmp_path: Path, protocol: int, images: np.ndarray) -> None:
+def test_every_protocol_of_python_3_is_read(
+    tmp_path: Path, protocol: int, images: np.ndarray
+) -> None:
     content = {
         "image_data": images,
         "class_dict": collections.OrderedDict(
@@ -97,7 +99,7 @@ def test_no_function_that_a_pickle_names_is_called(tmp_path: Path, function, pro
         assert not proof.exists()
 
 
-def test_such_a_pickle_would_have_run_its_code(tmp_path: Path) -> None:
+def test_the_pickle_module_would_run_the_code_of_a_pickle(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Call(exec, f"open({str(tmp_path / 'proof')!r}, 'w').close()")))
     assert (tmp_path / "proof").exists()
 
@@ -112,14 +114,15 @@ def test_such_a_pickle_would_have_run_its_code(tmp_path: Path) -> None:
     ],
     ids=["class", "function", "instance"],
 )
-def test_no_state_is_set_but_an_arrays(tmp_path: Path, content: bytes) -> None:
+def test_state_is_set_of_arrays_and_their_types_only(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match="arrays and containers only but got a state for"):
         read_pickle(write(tmp_path / "a.pkl", content))
 
 
 def test_numpy_itself_sets_up_no_array_of_a_pickle(tmp_path: Path) -> None:
-    """A type that says it holds numbers and holds addresses would have numpy follow these."""
-    lying = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n(I1\ntcnumpy\ndtype\n(U\x02O8I0\nI1\ntR"
+    """An array that claims to hold numbers but holds addresses would make numpy follow them."""
+    lying = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR"
+    lying += b"(I1\n(I1\ntcnumpy\ndtype\n(U\x02O8I0\nI1\ntR"
     lying += b"(I3\nU\x01|NNNI-1\nI-1\nI0\ntbI00\nU\x08AAAAAAAAtb."
     with pytest.raises(
         ValueError, match="only but got an array of objects, such as images of several sizes"
@@ -144,7 +147,7 @@ def test_arrays_of_other_than_numbers_are_refused(tmp_path: Path, dtype: str) ->
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 20_000, 84 * 84 * 3 * 20, -1])
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_a_pickle_cut_short_says_so(tmp_path: Path, kept: int, protocol: int) -> None:
+def test_a_pickle_that_is_cut_short_is_refused(tmp_path: Path, kept: int, protocol: int) -> None:
     whole = (
         python2_pickle(IMAGES, [1])
         if protocol == 2
@@ -157,7 +160,7 @@ def test_a_pickle_cut_short_says_so(tmp_path: Path, kept: int, protocol: int) ->
         read_pickle(write(tmp_path / "a.pkl", whole[:kept]))
 
 
-def test_what_shares_its_parts_takes_no_time(tmp_path: Path) -> None:
+def test_shared_lists_are_converted_once(tmp_path: Path) -> None:
     shared: list = []
     for _ in range(200):
         shared = [shared, shared]
@@ -172,7 +175,7 @@ def test_persistent_objects_and_stand_ins_are_refused(tmp_path: Path) -> None:
             read_pickle(write(tmp_path / "a.pkl", f"cnumpy\n{name}\n.".encode()))
 
 
-def test_what_contains_itself_is_refused(tmp_path: Path) -> None:
+def test_a_list_that_contains_itself_is_refused(tmp_path: Path) -> None:
     loop: list = []
     loop.append(loop)
     with pytest.raises(ValueError, match="cut short or damaged"):
@@ -180,8 +183,8 @@ def test_what_contains_itself_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["python 2", "protocol 4", "protocol 3"])
-def test_arrays_are_mapped_not_read(tmp_path: Path, form: str) -> None:
-    """The few images that are read first bring the code that reads into memory."""
+def test_arrays_are_mapped_into_memory_and_not_read(tmp_path: Path, form: str) -> None:
+    """Few images are read before the measurement, so that the code is in memory already."""
     images = np.ones((4000, 84, 84, 3), np.uint8)
     for count in (100, 4000):  # the last is what is measured
         read = images[:count]

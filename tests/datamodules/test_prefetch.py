@@ -1,4 +1,4 @@
-"""The next batch is prepared while the current one is in use, and is the same as without."""
+"""The next batch is prepared while the current one is in use; batches stay the same."""
 
 import os
 import subprocess
@@ -63,15 +63,15 @@ def test_the_next_batch_is_drawn_while_the_current_one_is_in_use() -> None:
 
 
 @pytest.mark.usefixtures("no_thread_is_left")
-def test_what_drawing_raises_is_raised_where_the_batch_is_due() -> None:
+def test_an_error_is_raised_when_its_batch_is_due() -> None:
     batches = iter(PrefetchingLoader(Numbers(broken=3), batch_size=2))
     assert next(batches).tolist() == [0, 1]
     with pytest.raises(OSError, match="cannot be read"):
         next(batches)
 
 
-def test_the_callers_threads_are_left_alone() -> None:
-    """In a process of its own, whose number of threads torch takes from the machine only when it is first asked for."""
+def test_prefetching_leaves_torchs_number_of_threads() -> None:
+    """In a process of its own, as torch asks for the number of cores only once in a process."""
     script = """
 import torch
 from torch.utils.data import TensorDataset
@@ -86,7 +86,7 @@ print(torch.get_num_threads())
     assert int(threads) == len(os.sched_getaffinity(0))
 
 
-def test_a_batch_of_none_is_no_end() -> None:
+def test_a_batch_of_none_does_not_end_the_epoch() -> None:
     numbers = PrefetchingLoader(
         Numbers(4), batch_size=2, collate_fn=lambda items: None if 0 in items else items
     )
@@ -100,7 +100,7 @@ class Noise(EpisodicDataModule):
 
 @pytest.mark.usefixtures("no_thread_is_left")
 @pytest.mark.parametrize("arguments", [{"limit_train_batches": 3}, {"fast_dev_run": True}])
-def test_a_trainer_takes_the_loader_by_whatever_switch(arguments: dict) -> None:
+def test_the_trainer_keeps_the_loader_when_it_limits_batches(arguments: dict) -> None:
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,

@@ -1,4 +1,4 @@
-"""Episodes: disjoint, unbiased, reproducible, and shared out among workers and processes without overlap."""
+"""Episodes are disjoint, unbiased, reproducible, and divided among processes without overlap."""
 
 import re
 
@@ -48,7 +48,7 @@ def test_support_and_query_are_disjoint() -> None:
 
 
 def test_labels_tell_nothing_about_classes() -> None:
-    """Over many episodes every class gets every label equally often (chi-squared at a level of 1e-6, fixed seed)."""
+    """Every class gets every label equally often: chi-squared at a level of 1e-6, fixed seed."""
     counts = torch.zeros(12, 5)
     episodes = dataset(shots=1, queries=1)
     for number in range(6000):
@@ -99,7 +99,7 @@ def test_processes_share_a_steps_tasks_without_overlap() -> None:
         assert torch.equal(whole[1::2], shared[1][step])
 
 
-def test_an_uneven_number_of_tasks_is_shared_out_once() -> None:
+def test_an_uneven_number_of_tasks_is_divided_without_repetition() -> None:
     samplers = [TaskSampler(7, fresh=False, num_replicas=3, rank=rank) for rank in range(3)]
     assert [len(sampler) for sampler in samplers] == [3, 2, 2]
     assert sorted(number for sampler in samplers for _, number in sampler) == list(range(7))
@@ -132,12 +132,14 @@ def test_augmenting_rotations_differ_between_the_classes_of_an_episode() -> None
         ({"ways": 13}, "the ways of split 'train' to be at most 12, its classes, but got 13"),
         (
             {"shots": 6, "queries": 5},
-            r"split 'train' \(6 \+ 5\) to be at most 10, the images of its smallest class, but "
-            "12 of its 12 classes",
+            (
+                r"split 'train' \(6 \+ 5\) to be at most 10, the images of its smallest class, but "
+                "12 of its 12 classes"
+            ),
         ),
     ],
 )
-def test_episodes_that_the_split_cannot_serve_are_refused(shape: dict, message: str) -> None:
+def test_too_few_classes_or_images_are_refused(shape: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataset(**shape)
 
@@ -174,7 +176,7 @@ def test_batches_of_inner_steps_are_turned_like_the_query_set() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4), (9,), (3, 3)])
-def test_what_is_not_square_is_not_turned(shape: tuple[int, ...]) -> None:
+def test_images_that_are_not_square_cannot_be_turned(shape: tuple[int, ...]) -> None:
     data = ClassImages(torch.zeros(20, *shape), list(np.arange(20).reshape(5, 4)))
     arguments = {"ways": 2, "shots": 1, "queries": 1, "seed": (0,), "split": "train"}
     for rotations in ("classes", "augment"):
@@ -188,7 +190,7 @@ def test_what_is_not_square_is_not_turned(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("names", [(), ("cat", "dog", "owl")])
-def test_classes_that_are_too_small(names: tuple[str, ...]) -> None:
+def test_small_classes_are_refused_or_dropped(names: tuple[str, ...]) -> None:
     data = ClassImages(
         torch.zeros(9, 1, 3, 3), [np.arange(4), np.arange(4, 6), np.arange(6, 9)], names
     )
@@ -217,7 +219,7 @@ def test_classes_that_are_too_small(names: tuple[str, ...]) -> None:
     assert kept.__getitem__((0, 0)).query_x.shape == (2, 1, 3, 3)
 
 
-def test_a_sampler_begins_with_epoch_0_and_leaves_out_what_was_given() -> None:
+def test_a_sampler_skips_the_tasks_that_were_given_out() -> None:
     sampler = TaskSampler(9, fresh=True, num_replicas=2, rank=1)
     assert list(sampler) == [(0, 1), (0, 3), (0, 5), (0, 7)]
     sampler.given = 3

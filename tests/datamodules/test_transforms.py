@@ -63,7 +63,7 @@ def test_testing_has_its_own_transforms() -> None:
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_normalisation_by_name(
+def test_named_statistics_normalise_images(
     name: str, mean: list[float], std: list[float], training: bool
 ) -> None:
     normalised = EpisodeTransforms(normalize=name)(episodes(), training)
@@ -72,7 +72,7 @@ def test_normalisation_by_name(
 
 
 @pytest.mark.parametrize("vary", ["image", "task"])
-def test_resampled_episodes(vary: str) -> None:
+def test_resampled_episodes_are_transformed(vary: str) -> None:
     labels = torch.zeros(2, 3, 4, dtype=torch.long)
     batch = ResampledEpisodes(
         places(2, 3, 4),
@@ -110,7 +110,7 @@ def test_images_are_resized_in_training_and_testing(training: bool) -> None:
         EpisodeTransforms(resize=0)
 
 
-def test_grey_images_have_no_such_statistics() -> None:
+def test_normalising_gray_images_is_refused() -> None:
     grey = Episodes(*(x[:, :, :1] if x.ndim == 5 else x for x in episodes()))
     with pytest.raises(
         ValueError,
@@ -196,7 +196,7 @@ data:
 """
 
 
-def test_transforms_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transforms_can_be_given_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("transforms.yaml").write_text(YAML)
     config = CONFIGS / "glyphs_fomaml.yaml"

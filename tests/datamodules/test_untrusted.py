@@ -1,6 +1,7 @@
-"""Files that were made to harm: nothing in them runs, no other file is read, none takes more memory or time than a file of its size may.
+"""Hostile files: nothing in them runs, and they take no more memory or time than others.
 
-Those of `hostile/` were found by `benchmarks/fuzz.py`, which begins with them.
+No file that they name is read either. Those in `hostile/` were found by `benchmarks/fuzz.py`, which
+starts from them.
 """
 
 import os
@@ -42,7 +43,7 @@ IMAGES = np.zeros((6, SIZE, SIZE, 3), np.uint8)
 
 @pytest.fixture(autouse=True)
 def within_bounds(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Give up after ten minutes, where a hostile file could take for ever; and allow 50 MB, but more to the parser of configs."""
+    """Give up after ten minutes, and allow 50 MB of memory, except to the parser of configs."""
 
     def give_up(*_: object) -> None:
         raise TimeoutError(request.node.name)
@@ -77,7 +78,10 @@ class Run:
 
 
 def nested_key(depth: int) -> bytes:
-    """A pickled dictionary whose key, a tuple that holds a tuple twice, which holds a tuple twice ..., takes 2^depth steps to hash."""
+    """Return a pickled dictionary whose key takes 2^depth steps to hash.
+
+    The key is a tuple that holds another tuple twice, which holds another one twice, and so on.
+    """
     tuples = b"".join(b"h%ch%c\x86q%c0" % (number, number, number + 1) for number in range(depth))
     return b"\x80\x02})q\x000" + tuples + b"h%cNs." % depth
 
@@ -85,11 +89,11 @@ def nested_key(depth: int) -> bytes:
 # Pickles
 
 
-def test_the_key_that_takes_for_ever_is_one() -> None:
+def test_the_nested_key_of_these_tests_is_a_valid_pickle() -> None:
     assert pickle.loads(nested_key(2)) == {(((), ()), ((), ())): None}
 
 
-def test_a_key_is_not_hashed_for_ever(tmp_path: Path) -> None:
+def test_a_nested_key_is_not_hashed(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"whole pickle but it is cut short or damaged \(TypeError: unhashable type: 'list'\)",
@@ -133,7 +137,7 @@ def archive(content: object, tmp_path: Path) -> dict[str, bytes]:
         return {name: whole.read(name) for name in whole.namelist()}
 
 
-def test_what_torch_saves_is_let_through(tmp_path: Path) -> None:
+def test_archives_that_torch_saves_are_accepted(tmp_path: Path) -> None:
     for number, content in enumerate(
         [{"a": torch.zeros(3)}, {}, {"text": "x" * 100_000, "b": torch.zeros(1000, 100)}, 1]
     ):
@@ -155,8 +159,8 @@ def test_compressed_checkpoints_are_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "a.ckpt")
 
 
-def test_archives_that_torch_reads_otherwise_are_refused(tmp_path: Path) -> None:
-    """Python adds to the places that an archive names what stands before it, and tells capitals apart."""
+def test_archives_that_torch_and_python_read_differently_are_refused(tmp_path: Path) -> None:
+    """Python allows bytes before an archive and distinguishes capitals, unlike torch."""
     torch.save({"state_dict": {}}, tmp_path / "whole")
     write(tmp_path / "a.ckpt", bytes(100) + (tmp_path / "whole").read_bytes())
     with pytest.raises(ValueError, match=r"cannot be read: it is no archive of torch\.save"):
@@ -194,7 +198,7 @@ def test_checkpoints_that_ask_for_empty_bytes_are_refused(tmp_path: Path) -> Non
         read_checkpoint(tmp_path / "a.ckpt")
 
 
-def test_archives_of_old_and_other_things_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     torch.save([1], tmp_path / "list.ckpt")
     write(tmp_path / "empty.ckpt", b"")
@@ -209,7 +213,7 @@ def test_archives_of_old_and_other_things_are_refused(tmp_path: Path) -> None:
             read_checkpoint(tmp_path / f"{name}.ckpt")
 
 
-def test_models_are_loaded_without_running_anything(tmp_path: Path) -> None:
+def test_loading_a_model_runs_no_code_of_the_checkpoint(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "evil": Run(tmp_path / "ran")}, tmp_path / "a.ckpt")
     for given in ({}, {"weights_only": None}, {"weights_only": True}):
         with pytest.raises(
@@ -224,7 +228,7 @@ def test_models_are_loaded_without_running_anything(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
 
 
-def test_checkpoints_do_not_say_what_makes_a_model(tmp_path: Path) -> None:
+def test_checkpoints_cannot_name_the_code_that_makes_a_model(tmp_path: Path) -> None:
     (tmp_path / "a_module_of_mine.py").write_text(
         f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\nclass Loss: pass\n"
     )
@@ -255,7 +259,7 @@ def test_checkpoints_do_not_say_what_makes_a_model(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_steps_of_other_things_are_refused(tmp_path: Path) -> None:
+def test_malformed_steps_are_refused(tmp_path: Path) -> None:
     model = MAML(MLP(2, 2), 0.1)
     step = {
         "kind": "Episodes",
@@ -289,7 +293,7 @@ def test_steps_of_other_things_are_refused(tmp_path: Path) -> None:
     ],
     ids=["names", "unreadable", "labels", "number", "images"],
 )
-def test_caches_of_other_things_are_not_used(tmp_path: Path, changed: dict) -> None:
+def test_malformed_caches_are_not_used(tmp_path: Path, changed: dict) -> None:
     whole = {
         "version": 1,
         "source": "files",
@@ -483,7 +487,7 @@ def test_configs_that_are_no_text_are_reported(tmp_path: Path) -> None:
         main(["fit", f"--config={tmp_path / 'a.yaml'}"])
 
 
-def test_aliases_serve() -> None:
+def test_yaml_aliases_are_allowed() -> None:
     assert load_yaml("a: &a [1, 2]\nb: *a\nc: {d: *a}") == {
         "a": [1, 2],
         "b": [1, 2],
@@ -514,6 +518,6 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("file", HOSTILE, ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_what_was_found(file: Path, tmp_path: Path) -> None:
+def test_files_that_fuzzing_found_are_refused(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected "):
         READERS[file.parent.name](write(tmp_path / "x", file.read_bytes()))

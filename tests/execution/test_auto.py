@@ -209,10 +209,10 @@ def test_what_memory_does_not_suffice_for_is_halved_until_it_does(
 
         device = torch.device("cuda")
 
-        def _meta_gradient(self, plan, episodes, *rest):
+        def _gradient_function(self, plan, episodes, curvature=None):
             if (plan.execution.chunk_size or len(episodes.support_x)) > 2:
                 raise torch.OutOfMemoryError("full")
-            return super()._meta_gradient(plan, episodes, *rest)
+            return super()._gradient_function(plan, episodes, curvature)
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
     network, episodes = build("mlp"), make_episodes(tasks=9)

@@ -1,4 +1,4 @@
-"""Made-up images, written in each of the forms in which people keep mini-ImageNet, with their file names and keys."""
+"""Made-up images in each of the forms of mini-ImageNet, with their file names and keys."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ CLASSES = {
     "val": [f"n{2091244 + 7919 * number:08d}" for number in range(16)],
     "test": [f"n{3146219 + 7919 * number:08d}" for number in range(20)],
 }
-"""Names like ImageNet's, of as many classes as mini-ImageNet has."""
+"""Names like those of ImageNet, for as many classes as mini-ImageNet has."""
 
 Encoded = dict[str, dict[str, list[bytes]]]
 """JPEG files by split and class."""
@@ -43,7 +43,10 @@ def _jpeg(random: np.random.RandomState, number: int) -> bytes:
 
 
 def _decoded(images: dict[str, list[bytes]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return all images of a split, ``[N, 84, 84, 3]``, and the class number of each; the classes take turns."""
+    """Return all images of a split, ``[N, 84, 84, 3]``, and their class numbers.
+
+    The classes take turns.
+    """
     by_turn = [
         (label, of_class[turn])
         for turn in range(len(next(iter(images.values()))))
@@ -88,7 +91,10 @@ def write_ravi(root: Path, images: Encoded) -> None:
 
 
 def write_easyfsl(root: Path, images: Encoded) -> None:
-    """Write CSV lists with ``class_name,image_name`` like easyfsl's, and per class a folder of files with ImageNet's names."""
+    """Write CSV lists with ``class_name,image_name`` like easyfsl's, and a folder per class.
+
+    The image files have ImageNet's names.
+    """
     for split, of_split in images.items():
         for name, number, image in _files(of_split):
             _write(root / "images" / name / f"{name}_{number:05d}.JPEG", image)
@@ -118,7 +124,10 @@ def write_cache_pickles(root: Path, images: Encoded) -> None:
 
 
 def write_category_pickles(root: Path, images: Encoded) -> None:
-    """Write the pickles of Gidaris & Komodakis, as Python 2 does, with classes numbered across all splits."""
+    """Write the pickles of Gidaris & Komodakis, as Python 2 does.
+
+    The classes of all splits are numbered together.
+    """
     root.mkdir(parents=True, exist_ok=True)
     first = 0
     for split, of_split in images.items():
@@ -131,7 +140,10 @@ def write_category_pickles(root: Path, images: Encoded) -> None:
 
 
 def write_python2_pickle(file: Path, array: np.ndarray, labels: list[int]) -> None:
-    """Write {"data": array, "labels": labels} as Python 2's cPickle does in protocol 2: byte strings, and numpy's names of that time."""
+    """Write ``{"data": array, "labels": labels}`` as Python 2's cPickle does in protocol 2.
+
+    That is, with byte strings and numpy's names of that time.
+    """
 
     def string(text: bytes) -> bytes:
         return pickle.SHORT_BINSTRING + bytes([len(text)]) + text

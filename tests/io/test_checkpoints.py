@@ -1,4 +1,4 @@
-"""A checkpoint of any algorithm is loaded in another process, without running anything in it, and predicts the same."""
+"""Checkpoints of any algorithm load in another process, running nothing, and predict the same."""
 
 import os
 import re
@@ -44,20 +44,24 @@ LOADING = """
 import sys, torch, lightning_maml
 path, name, ways = sys.argv[1:]
 assert torch.load(path, weights_only=True)["state_dict"]
-network = lightning_maml.Conv4(1, None if name == "ProtoNet" else int(ways), 8, channels=4, activation="gelu")
-model = getattr(lightning_maml, name).load_from_checkpoint(path, network=network, weights_only=True).eval()
+ways = None if name == "ProtoNet" else int(ways)
+network = lightning_maml.Conv4(1, ways, 8, channels=4, activation="gelu")
+algorithm = getattr(lightning_maml, name)
+model = algorithm.load_from_checkpoint(path, network=network, weights_only=True).eval()
 batch = lightning_maml.Episodes(*torch.load(path + ".tasks", weights_only=True))
 torch.save((model.evaluate(batch).aux, dict(model.hparams)), path + ".outputs")
 """
 
 
-def test_every_algorithm_is_here() -> None:
+def test_list_of_algorithms_is_complete() -> None:
     named = "ANIL BOIL FOMAML HFMAML IMAML LSLR MAML MAMLPlusPlus MetaSGD ProtoNet Reptile"
     assert named.split() == ALGORITHMS
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_another_process_loads_it(name: str, tmp_path: Path) -> None:
+def test_another_process_loads_a_checkpoint_and_predicts_the_same(
+    name: str, tmp_path: Path
+) -> None:
     algorithm, policy = vars(lightning_maml)[name], POLICIES.get(name, "batch")
     network = Conv4(1, None if name == "ProtoNet" else 3, 8, channels=4, activation="gelu")
     steps = {} if name == "ProtoNet" else {"inner_lr": 0.05, "train_steps": 2, "test_steps": 3}
@@ -97,15 +101,24 @@ from helpers.networks import make_episodes
 from lightning_maml import MAML, MLP
 folder = Path(sys.argv[1])
 episodes = make_episodes()
-data = DataLoader([episodes._replace(support_x=episodes.support_x.float(), query_x=episodes.query_x.float())], batch_size=None)
+support_x, query_x = episodes.support_x.float(), episodes.query_x.float()
+data = DataLoader([episodes._replace(support_x=support_x, query_x=query_x)], batch_size=None)
 every = ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1, filename="{epoch}", save_last=True)
 model = MAML(MLP(64, 3, hidden=(200, 100)), 0.1)
-trainer = Trainer(max_epochs=20, logger=False, callbacks=[every], default_root_dir=folder, accelerator="cpu", enable_progress_bar=False)
+trainer = Trainer(
+    max_epochs=20,
+    logger=False,
+    callbacks=[every],
+    default_root_dir=folder,
+    accelerator="cpu",
+    enable_progress_bar=False,
+)
 try:
     trainer.fit(model, data)
 except OSError as error:
     print("SAID:", error)
-    print("WHOLE:", *(torch.load(file, weights_only=True)["epoch"] for file in folder.glob("epoch=*.ckpt")))
+    whole = [torch.load(file, weights_only=True) for file in folder.glob("epoch=*.ckpt")]
+    print("WHOLE:", *(checkpoint["epoch"] for checkpoint in whole))
     print("LAST:", torch.load(folder / "last.ckpt", weights_only=True)["epoch"])
     print("LEFT:", [file.name for file in folder.iterdir() if file.suffix != ".ckpt"])
     print("WEIGHTS:", all(p.isfinite().all() for p in model.parameters()))
@@ -120,8 +133,8 @@ except OSError as error:
             {"loss": F.mse_loss},
             MAML,
             (
-                "adapts with loss mse_loss but this one with loss cross_entropy; unless that is "
-                "meant, make it as"
+                "adapts with loss mse_loss but this one with loss cross_entropy; if unintended, "
+                "use the checkpoint's settings"
             ),
         ),
         (
@@ -149,7 +162,7 @@ except OSError as error:
         (MAML, {}, FOMAML, None),
     ],
 )
-def test_a_checkpoint_says_how_its_model_adapts(
+def test_loading_warns_if_the_checkpoint_adapts_in_another_way(
     saved, arguments, loaded, message: str | None, tmp_path: Path
 ) -> None:
     run = trainer(tmp_path, max_epochs=0)
@@ -208,7 +221,8 @@ def test_a_full_disk_stops_the_run_and_costs_no_checkpoint(tmp_path: Path) -> No
         if line.split(":")[0] in ("SAID", "WHOLE", "LAST", "LEFT", "WEIGHTS")
     )
     assert re.match(
-        r"Expected to write the checkpoint .*\.ckpt but it cannot be written: .*; make room and go on from the last checkpoint",
+        r"Expected to write the checkpoint .*\.ckpt but it cannot be written: .*; "
+        r"make room and go on from the last checkpoint",
         said["SAID"],
     )
     epochs = sorted(map(int, said["WHOLE"].split()))
@@ -235,7 +249,8 @@ def test_what_is_cut_off_is_refused_and_the_one_before_is_offered(
     run, model, data = short_run(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"Expected .*3\.ckpt to be a whole checkpoint .*; go on from .*1\.ckpt, the newest whole one",
+        match=r"Expected .*3\.ckpt to be a whole checkpoint .*; "
+        r"go on from .*1\.ckpt, the newest whole one",
     ):
         run.fit(model, data, ckpt_path=tmp_path / "3.ckpt")
     (tmp_path / "1.ckpt").unlink()
@@ -246,13 +261,13 @@ def test_what_is_cut_off_is_refused_and_the_one_before_is_offered(
         read_checkpoint(tmp_path / "3.ckpt")
 
 
-def test_a_checkpoint_that_is_not_there_is_said_to_be(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_raises_file_not_found(tmp_path: Path) -> None:
     run, model, data = short_run(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no\.ckpt"):
         run.fit(model, data, ckpt_path=tmp_path / "no.ckpt")
 
 
-def test_a_trainers_own_way_of_writing_is_left_to_it(tmp_path: Path) -> None:
+def test_a_checkpoint_plugin_of_the_trainer_is_kept(tmp_path: Path) -> None:
     class Own(TorchCheckpointIO):
         pass
 
@@ -373,7 +388,9 @@ def test_numbers_of_numpy_are_saved_as_pythons_and_read_again(
         ),
     ],
 )
-def test_what_is_no_number_is_refused(algorithm, arguments: dict[str, Any], message: str) -> None:
+def test_arguments_that_are_no_numbers_are_refused(
+    algorithm, arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(TypeError, match=message):
         algorithm(build("mlp"), **arguments)
 
@@ -386,7 +403,7 @@ class Keeps(Callback):
         return {"history": [1.0, {"kept": self.kept}]}
 
 
-def test_numbers_of_numpy_in_a_callback_are_saved_as_pythons(tmp_path: Path) -> None:
+def test_numpy_numbers_in_a_callback_are_saved_as_pythons(tmp_path: Path) -> None:
     kept = {
         np.int64(1): [np.float64(0.5), (np.float32(0.25), np.bool_(True))],
         "weights": torch.ones(2),
@@ -418,17 +435,19 @@ def test_an_entry_that_cannot_be_read_without_running_it_is_named(
 def test_an_entry_that_cannot_be_saved_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(
         TypeError,
-        match=r"`checkpoint\['callbacks'\]\['Keeps'\].*\['kept'\]` is a function, which cannot be saved",
+        match=r"`checkpoint\['callbacks'\]\['Keeps'\].*\['kept'\]` is a function, "
+        "which cannot be saved",
     ):
         saved(tmp_path, MAML(build("mlp"), 0.1), callbacks=[Keeps(lambda: 1)])
     assert not [*tmp_path.glob("*model.ckpt*")]
 
 
-def test_what_a_checkpoint_asks_for_is_named_when_it_is_read(tmp_path: Path) -> None:
+def test_reading_names_the_functions_that_a_checkpoint_asks_for(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "history": np.float64(1)}, tmp_path / "model.ckpt")
     with pytest.raises(
         ValueError,
-        match=r"nothing in it was run \(it asks for numpy.*scalar.*; where you trust it, read it with",
+        match=r"nothing in it was run \(it asks for numpy.*scalar.*; "
+        "where you trust it, read it with",
     ):
         read_checkpoint(tmp_path / "model.ckpt")
 
@@ -454,7 +473,8 @@ def test_weights_saved_without_a_trainer_are_refused_with_the_lines_that_load_th
             load()
         lines = re.findall(r"`((?:network|model)\.load_state_dict.*?\))`", str(caught.value))
         assert len(lines) == 1
-    exec(lines[0], {"torch": torch, "model": model, "network": model.network})  # noqa: S102 # the line that the message has
+    # the line that the message has
+    exec(lines[0], {"torch": torch, "model": model, "network": model.network})  # noqa: S102
     for name, weight in original.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight)
 

@@ -1,4 +1,4 @@
-"""A config and checkpoints that version 0.1 wrote before its files were moved: they load, and training goes on as it did then."""
+"""A config and checkpoints of version 0.1 load, and training goes on as it did then."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: float(tensor.double().norm()) for name, tensor in weights.items()}
 
 
-def test_a_config_and_its_checkpoint(tmp_path: Path) -> None:
+def test_training_resumes_from_a_config_and_checkpoint_of_version_0_1(tmp_path: Path) -> None:
     checkpoint = WRITTEN / "hfmaml.ckpt"
     arguments = [
         f"--config={WRITTEN / 'hfmaml.yaml'}",
@@ -40,7 +40,9 @@ def test_a_config_and_its_checkpoint(tmp_path: Path) -> None:
     )
 
 
-def test_a_checkpoint_with_learned_rates_and_averages_of_each_step(tmp_path: Path) -> None:
+def test_training_resumes_with_learned_rates_and_per_step_batch_norm_of_version_0_1(
+    tmp_path: Path,
+) -> None:
     checkpoint = WRITTEN / "mamlplusplus.ckpt"
     network = nn.Sequential(
         nn.Conv2d(1, 4, 3, stride=2),

@@ -193,7 +193,7 @@ def test_networks_that_write_nothing_pay_nothing(batch_norm: str, calls: int) ->
     structural = len(seen)
     for _ in range(2):
         with torch.no_grad():
-            model._update_running_averages(make_episodes())
+            model._update_buffers(model.network, make_episodes())
     assert len(seen) - structural == calls
 
 

@@ -1,4 +1,6 @@
-"""The constants of the theorems, term by term, in fractions: as the papers print them or, where they err, as their proofs do.
+"""The constants of the theorems, term by term, in fractions.
+
+They are as the papers print them or, where they err, as their proofs do.
 
 The sizes are such that every term matters.
 """
@@ -39,7 +41,7 @@ def floats(*numbers: Fraction) -> tuple[float, ...]:
 
 
 def strayed(steps: int) -> tuple[Fraction, Fraction]:
-    """Ji, proof of Proposition 2: what a step adds, and by what it multiplies what there was; for one sample."""
+    """Ji, proof of Proposition 2, for one sample: each step multiplies the error and adds to it."""
     mean = square = Fraction(0)
     for _ in range(steps):
         mean = A * mean + ALPHA * SIGMA_G
@@ -48,14 +50,14 @@ def strayed(steps: int) -> tuple[Fraction, Fraction]:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_the_inner_path(steps: int) -> None:
+def test_path_error_is_the_recursion_of_proposition_2(steps: int) -> None:
     mean, square = strayed(steps)
     found = theory.path_error(*floats(L, ALPHA), steps, float(SIGMA_G), S)
     assert found == (close(float(mean) / math.sqrt(S)), close(square / S))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, N])
-def test_bias_and_second_moment(steps: int) -> None:
+def test_moment_constants_are_those_of_the_proofs(steps: int) -> None:
     gap = 2 - A ** (2 * steps)
     found = theory.moment_constants(*floats(L, RHO, ALPHA), steps, *floats(SIGMA_G, SIGMA_H), D)
     squ1 = 3 * SIGMA_G**2
@@ -82,7 +84,7 @@ def resampling(**changes: Any) -> theory.Convergence:
     return theory.resampling_convergence(*floats(L, RHO, ALPHA), N, **(arguments | changes))
 
 
-def test_theorem_5() -> None:
+def test_resampling_convergence_has_the_constants_of_theorem_5() -> None:
     err1, err2, squ1, squ2, squ3 = map(
         Fraction, theory.moment_constants(*floats(L, RHO, ALPHA), N, *floats(SIGMA_G, SIGMA_H), D)
     )
@@ -110,7 +112,7 @@ def finite_sum(**changes: Any) -> theory.Convergence:
     return theory.finite_sum_convergence(*floats(L, RHO, ALPHA), N, **(arguments | changes))
 
 
-def test_theorem_9() -> None:
+def test_finite_sum_convergence_has_the_constants_of_theorem_9() -> None:
     a_1 = (2 * A**6 / GAP) ** 2
     a_2 = a_1 * ((A**6 - 1) * (SIGMA + B_MEAN)) ** 2 + 2 * A**12 * SIGMA**2 + 2 * A**12 * B_SQUARE
     found = finite_sum()
@@ -154,7 +156,7 @@ def test_sizes_take_equal_parts_of_what_the_bounds_allow() -> None:
     assert theory.finite_sum_sizes(1e9, L, rho, steps, gap=gap, **spread).tasks == 20
 
 
-def test_batches_of_the_stepsize() -> None:
+def test_stepsize_batches_are_the_smallest_of_each_rule() -> None:
     spread = {"sigma": 30.0, "sample_sigma": 40.0}
     one_step = theory.stepsize_batches("one_step", 2.0, 300.0, 0.05, 1, **spread)
     assert one_step == (math.ceil((300 * 0.05 * 30 / 2) ** 2 / 2), (300 * 0.05 * 40) ** 2)
@@ -169,11 +171,11 @@ def test_batches_of_the_stepsize() -> None:
     assert finite_sum == (math.ceil(2 * (300 * 100 * C_L / (100 * C_B * 2 + L * A**6)) ** 2), 0)
 
 
-def test_without_steps_any_inner_rate_will_do() -> None:
+def test_inner_rates_are_unbounded_without_inner_steps() -> None:
     assert theory.largest_inner_lr(2.0, 0) == theory.recommended_inner_lr(2.0, 0) == math.inf
 
 
-def test_the_first_order_floor_ends_where_it_is_infinite() -> None:
+def test_first_order_floor_is_infinite_where_c_reaches_one() -> None:
     assert theory.first_order_floor(*floats(L, ALPHA), 2, 3.0) == close(
         3 / ((2 - A**4) / (A**2 * (A**2 - 1)) - 1)
     )
@@ -184,7 +186,7 @@ def test_the_first_order_floor_ends_where_it_is_infinite() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
-def test_inner_rates_are_allowed_up_to_the_largest(steps: int) -> None:
+def test_alpha_is_accepted_up_to_largest_inner_lr(steps: int) -> None:
     def constants(alpha: float) -> theory.MomentConstants:
         return theory.moment_constants(2.0, 3.0, alpha, steps, 1.0, 1.0, 1)
 
@@ -194,7 +196,7 @@ def test_inner_rates_are_allowed_up_to_the_largest(steps: int) -> None:
         constants(1.001 * largest)
 
 
-def test_small_errors_need_no_small_probing_radius() -> None:
+def test_probe_radius_grows_with_the_accuracy_up_to_the_printed_one() -> None:
     """What is below the accuracy with a radius of 1 allows a larger one, up to the papers'."""
     error = theory.hessian_free_error(2.0, 3.0, 0.01, 2, 1.0, 5.0)
     assert 0 < error < 1
@@ -204,7 +206,7 @@ def test_small_errors_need_no_small_probing_radius() -> None:
     )
 
 
-def test_a_theorem_that_does_not_hold_bounds_nothing() -> None:
+def test_bound_is_infinite_where_theta_is_not_positive() -> None:
     for theta in (0.0, -1.0):
         assert theory.finite_sum_bound(theory.Convergence(theta, 1.0, 1.0), 1.0, 10, 10) == math.inf
 
@@ -213,7 +215,7 @@ def test_a_theorem_that_does_not_hold_bounds_nothing() -> None:
     "flat",
     [{"L": 1, "rho": 0, "alpha": 0.1, "steps": 1}, {"L": 1, "rho": 1, "alpha": 0.1, "steps": 0}],
 )
-def test_without_curvature_the_theorems_are_not_needed(flat: dict[str, float]) -> None:
+def test_convergence_refuses_a_smooth_meta_objective(flat: dict[str, float]) -> None:
     message = (
         "Expected rho, alpha and N to be positive but one of them is 0: then C_L = 0, the "
         "meta-objective is smooth, and needs no such bound."

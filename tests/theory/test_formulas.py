@@ -16,7 +16,7 @@ def close(expected: float) -> object:
 
 
 @pytest.mark.parametrize(("L", "rho"), [(1.0, 1.0), (60.0, 294.0)])
-def test_the_constants_at_one_eighth_of_n_l(L: float, rho: float) -> None:
+def test_smoothness_constants_at_the_recommended_inner_lr(L: float, rho: float) -> None:
     constants = theory.smoothness_constants(L, rho, theory.recommended_inner_lr(L, 1), 1)
     assert constants == (close(1.265625), close(0.140625 * rho / L), close(0.015625 * rho / L))
     many = theory.smoothness_constants(L, rho, theory.recommended_inner_lr(L, 10**6), 10**6)
@@ -31,8 +31,13 @@ def test_the_constants_at_one_eighth_of_n_l(L: float, rho: float) -> None:
 
 @pytest.mark.parametrize("alpha", [0.01, 0.05])
 @pytest.mark.parametrize("steps", STEPS)
-def test_the_constants_follow_from_the_recursion_of_the_proof(steps: int, alpha: float) -> None:
-    """V(m) = alpha rho a^(2(m-1)) + a V(m-1), V(0) = 0: how far two products of m factors are apart (Ji, eqs. 27 and 28)."""
+def test_smoothness_constants_follow_from_the_recursion_of_the_proof(
+    steps: int, alpha: float
+) -> None:
+    """V(m) = alpha rho a^(2(m-1)) + a V(m-1), V(0) = 0 (Ji, eqs. 27 and 28).
+
+    It is how far two products of m factors are apart.
+    """
     L, rho = 2.0, 3.0
     a, v = 1 + alpha * L, 0.0
     for m in range(1, steps + 1):
@@ -49,7 +54,7 @@ def test_the_constants_follow_from_the_recursion_of_the_proof(steps: int, alpha:
     assert c_l == close(printed), "Ji, eq. 13"
 
 
-def test_the_rules() -> None:
+def test_meta_smoothness_and_scale_of_each_rule() -> None:
     arguments = {"L": 2.0, "rho": 3.0, "alpha": 0.0625, "steps": 1, "gradient_norm": 5.0}
     a = 1.125
     assert theory.meta_smoothness("one_step", **arguments) == close(4 * 2 + 2 * 3 * 0.0625 * 5)
@@ -74,7 +79,7 @@ def test_the_rules() -> None:
 @pytest.mark.parametrize(
     ("steps", "largest"), [(1, 0.4142), (2, 0.1892), (5, 0.0718), (10, 0.0353)]
 )
-def test_inner_rates(steps: int, largest: float) -> None:
+def test_largest_and_recommended_inner_lr(steps: int, largest: float) -> None:
     assert theory.largest_inner_lr(2.0, steps) * 2 == pytest.approx(largest, abs=5e-5)
     at_the_edge = theory.smoothness_constants(2.0, 1.0, theory.largest_inner_lr(2.0, steps), steps)
     assert at_the_edge.growth == close(2)
@@ -84,7 +89,7 @@ def test_inner_rates(steps: int, largest: float) -> None:
     ] == [close(1 / 12), close(1 / 20)]
 
 
-def test_batches_of_the_stepsize() -> None:
+def test_stepsize_hessian_and_resampling_batches() -> None:
     one_step = theory.stepsize_batches("one_step", 1.0, 100.0, 0.1, 1, sigma=2.0, sample_sigma=3.0)
     assert one_step == (200, 3600)
     for rule, tasks, samples in (("resampling", 0.0237, 1.135), ("finite_sum", 0.0355, 0.0)):
@@ -101,7 +106,7 @@ def test_batches_of_the_stepsize() -> None:
     assert theory.resampling_batches(2.0, 8.0, 3.0, 9.0) == (540, 21)
 
 
-def test_probing_radii_and_errors() -> None:
+def test_probe_radius_and_hessian_free_error() -> None:
     assert theory.printed_probe_radius(2.0, 0.1) == close(1 / 1.2)
     assert theory.hessian_free_error(
         1.0, 2.0, 0.1, 3, radius=0.01, query_gradient_norm=4.0
@@ -114,7 +119,7 @@ def test_probing_radii_and_errors() -> None:
     )
 
 
-def test_floors_and_errors_of_estimates() -> None:
+def test_first_order_floor_bias_adaptation_gap_and_path_error() -> None:
     for steps in (1, 5):  # to first order c = N alpha L
         assert theory.first_order_floor(2.0, 1e-7, steps, sigma=3.0) == pytest.approx(
             steps * 1e-7 * 2 * 3, rel=1e-5
@@ -128,8 +133,8 @@ def test_floors_and_errors_of_estimates() -> None:
     assert mean**2 <= square <= 2.1 * mean**2
 
 
-def test_the_figures_of_corollary_6() -> None:
-    """alpha = 1/(8 N L), C_beta = 100, in units L = rho = sigma_g = 1; ranges from N = 1 to infinity."""
+def test_resampling_constants_are_the_figures_of_corollary_6() -> None:
+    """alpha = 1/(8 N L), C_beta = 100, in units L = rho = sigma_g = 1; N from 1 to infinity."""
     for steps in (1, 2, 5, 10, 1000):
         alpha = theory.recommended_inner_lr(1.0, steps)
         moments = theory.moment_constants(
@@ -157,7 +162,7 @@ def test_the_figures_of_corollary_6() -> None:
         assert theory.resampling_bound(one_task, 1.0, 10, 1, 15) == math.inf
 
 
-def test_the_figures_of_corollary_10() -> None:
+def test_finite_sum_constants_are_the_figures_of_corollary_10() -> None:
     for steps in (1, 2, 5, 10, 1000):
         alpha = theory.recommended_inner_lr(1.0, steps)
         convergence = theory.finite_sum_convergence(
@@ -219,7 +224,7 @@ def test_sizes_grow_with_the_inverse_square_of_the_accuracy() -> None:
     assert fine.iterations / coarse.iterations == pytest.approx(100, rel=0.02)
 
 
-def test_a_bound_is_the_root_of_its_inequality() -> None:
+def test_bounds_solve_the_equation_of_their_theorem() -> None:
     convergence = theory.Convergence(theta=0.3, phi=2.0, xi=5.0, chi=7.0)
     x = theory.resampling_bound(convergence, gap=4.0, iterations=10, tasks=8, support=20)
     assert 0.3 * x**2 == close((4 / 10 + 5 / 20 + 2 / 8) * (7 + x))

@@ -1,4 +1,4 @@
-"""Measured constants against functions whose constants are known, and against first principles on small networks."""
+"""Measured constants against known ones, and against first principles on small networks."""
 
 import math
 from collections.abc import Callable
@@ -63,7 +63,9 @@ KNOWN = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", KNOWN)
-def test_constants_of_functions_where_they_are_known(name: str, dtype: torch.dtype) -> None:
+def test_smoothness_and_hessian_lipschitz_of_functions_with_known_constants(
+    name: str, dtype: torch.dtype
+) -> None:
     loss, w, L, rho = KNOWN[name]
     w = {key: tensor.to(dtype) for key, tensor in w.items()}
 
@@ -115,7 +117,7 @@ def largest_curvature_and_change_of_it() -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_constants_of_a_network(
+def test_smoothness_and_hessian_lipschitz_of_a_network(
     seed: int, largest_curvature_and_change_of_it: tuple[float, float]
 ) -> None:
     """A random direction would give a rho tens of times too small."""
@@ -139,7 +141,7 @@ def test_constants_of_a_network(
 @pytest.mark.parametrize(
     "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 )
-def test_single_precision_gives_the_same_constants_on_a_convolutional_network(seed: int) -> None:
+def test_float32_gives_the_same_curvature_as_float64_on_a_convolutional_network(seed: int) -> None:
     data = GlyphsDataModule(ways=5, seed=seed)
     data.setup("fit")
     episodes = data.on_after_batch_transfer(data.independent_episodes("measure", 0, 2), 0)
@@ -156,14 +158,14 @@ def test_single_precision_gives_the_same_constants_on_a_convolutional_network(se
     )
 
 
-def test_where_the_hessian_changes_at_a_kink_alone_the_search_ends() -> None:
-    """Huber's loss of a point so near its kink that the first step of the search crosses it, and later ones do not."""
+def test_hessian_lipschitz_ends_where_the_hessian_changes_at_a_kink_alone() -> None:
+    """Only the first step of the search crosses the kink of Huber's loss from this point."""
     near = 1 - 0.5 * torch.finfo(torch.float64).eps ** (1 / 3)
     loss = lambda w: torch.nn.functional.huber_loss(w["w"], torch.zeros(1).double())
     assert hessian_lipschitz(loss, {"w": torch.tensor([near], dtype=torch.float64)}).value > 0
 
 
-def test_half_precision_is_refused() -> None:
+def test_parameters_in_half_precision_are_refused() -> None:
     w = {"w": W["w"].bfloat16()}
     with pytest.raises(
         ValueError, match="parameters in float32 or float64 to measure with but got torch"
@@ -171,7 +173,7 @@ def test_half_precision_is_refused() -> None:
         Probe(least_squares, w, regression_tasks())
 
 
-def test_what_is_not_finite_is_not_dropped() -> None:
+def test_constants_are_nan_where_a_loss_is_not_finite() -> None:
     w = {"w": torch.tensor([1e38], dtype=torch.float32)}
     assert math.isnan(hessian_lipschitz(lambda p: (p["w"] ** 4).sum(), w).value)
     assert math.isnan(smoothness(lambda p: (p["w"] ** 4).sum(), w).value)
@@ -184,7 +186,7 @@ def test_what_is_not_finite_is_not_dropped() -> None:
 
 
 @pytest.mark.parametrize("tasks", ["loop", "threads"])
-def test_attention_is_measured(tasks: str) -> None:
+def test_a_network_with_attention_can_be_measured(tasks: str) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -218,7 +220,7 @@ def gradients(x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tasks", ["loop", "threads"])
-def test_the_spread_of_gradients(tasks: str) -> None:
+def test_spread_of_least_squares_is_its_closed_form(tasks: str) -> None:
     episodes = regression_tasks()
     spread = Probe(least_squares, W, episodes, tasks=tasks).spread()
     support, query = gradients(*episodes[:2]).mean(1), gradients(*episodes[2:]).mean(1)
@@ -230,7 +232,7 @@ def test_the_spread_of_gradients(tasks: str) -> None:
     assert spread.gradient_evaluations == 6 * 4
 
 
-def test_the_deviation_over_samples_is_unbiased() -> None:
+def test_sample_sigma_is_unbiased() -> None:
     episodes = regression_tasks(tasks=400, samples=6)
     expected = float(gradients(*episodes[2:]).var(1, correction=1).sum(-1).mean().sqrt())
     assert Probe(least_squares, W, episodes).spread().sample_sigma == pytest.approx(
@@ -241,7 +243,7 @@ def test_the_deviation_over_samples_is_unbiased() -> None:
     assert one.gradient_evaluations == 6 * 2
 
 
-def test_sampling_is_taken_out_of_the_deviation_over_tasks_when_resampling() -> None:
+def test_sigma_excludes_sampling_noise_when_resampling() -> None:
     """Tasks that are all the same differ only by their samples: sigma is 0."""
     finite = regression_tasks(tasks=400, samples=16)
     resampled = ResampledEpisodes(
@@ -256,7 +258,7 @@ def test_sampling_is_taken_out_of_the_deviation_over_tasks_when_resampling() -> 
     assert Probe(least_squares, W, resampled).spread().sigma < 0.3 * with_sampling.sigma
 
 
-def test_the_deviation_of_hessians() -> None:
+def test_hessian_deviation_of_least_squares_is_its_closed_form() -> None:
     episodes = regression_tasks(tasks=300, samples=6)
     value, evaluations = Probe(least_squares, W, episodes).hessian_deviation()
     hessians = episodes.query_x[..., None] * episodes.query_x[..., None, :]
@@ -294,7 +296,7 @@ def test_curvature_is_the_largest_over_tasks_sets_and_path() -> None:
 
 @pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
 @pytest.mark.parametrize("inference", [False, True])
-def test_gradient_norms(tasks: str, inference: bool) -> None:
+def test_gradient_norms_are_those_of_autograd(tasks: str, inference: bool) -> None:
     network, episodes = build("conv_group_norm"), make_episodes()
     loss, w = plain_loss(network), {name: p.detach() for name, p in network.named_parameters()}
     expected = [

@@ -1,4 +1,4 @@
-"""The report: each condition holds and fails where it should, and the command prints it for a config and a checkpoint."""
+"""The report: conditions hold and fail where they should, and the command prints them."""
 
 import math
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_an_adaptive_stepsize_satisfies_its_conditions() -> None:
     assert failing(GOOD._replace(stepsize=ADAPTIVE)) == set()
 
 
-def test_a_rate_beyond_the_theory_is_said_so() -> None:
+def test_an_inner_lr_beyond_the_theorems_is_reported() -> None:
     for settings in (GOOD._replace(inner_lr=0.3), GOOD._replace(inner_lr=0.3, resampling=None)):
         failed = failing(settings)
         assert any(
@@ -115,7 +115,7 @@ def test_a_rate_beyond_the_theory_is_said_so() -> None:
         assert any("theta > 0 needed; there is none while" in text for text in failed)
 
 
-def test_too_few_tasks_leave_no_theorem() -> None:
+def test_theta_is_negative_with_too_few_tasks() -> None:
     assert any("theta = -" in text for text in failing(GOOD._replace(tasks=1, inner_lr=0.1)))
 
 
@@ -125,7 +125,7 @@ def test_the_printed_radius_is_not_taken_for_a_guarantee() -> None:
     assert "1 / (6 rho alpha) = 3.33 printed there guarantees nothing" in radius.text
 
 
-def test_what_one_query_sample_leaves_open_is_said() -> None:
+def test_one_query_sample_leaves_conditions_undecided() -> None:
     constants = CONSTANTS._replace(sample_sigma=math.nan, hessian_sigma=math.nan)
     settings = GOOD._replace(stepsize=ADAPTIVE)
     unknown = [
@@ -141,11 +141,11 @@ def test_what_one_query_sample_leaves_open_is_said() -> None:
 
 
 @pytest.mark.parametrize("change", [{"inner_lr": 0.0}, {"steps": 0}])
-def test_no_adaptation_needs_no_bound(change: dict) -> None:
+def test_without_adaptation_the_meta_objective_is_reported_as_smooth(change: dict) -> None:
     assert "C_L = 0, so F is smooth" in report(CONSTANTS, GOOD._replace(**change))
 
 
-def test_flat_curvature_needs_no_bound() -> None:
+def test_every_condition_holds_where_rho_is_zero() -> None:
     assert failing(GOOD, CONSTANTS._replace(rho=0.0)) == set()
 
 
@@ -198,7 +198,7 @@ def test_the_command_measures_a_config_and_a_checkpoint(
 @pytest.mark.parametrize(
     "regime", [pytest.param("finite_sum", marks=pytest.mark.slow), "resampling"]
 )
-def test_kinks_of_functions_are_seen_too(
+def test_kinks_in_functional_activations_are_reported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, regime: str
 ) -> None:
     monkeypatch.setattr(torch.nn.GELU, "forward", lambda self, x: torch.relu(x))
@@ -242,7 +242,7 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_end_with_one_sentence(arguments: list[str], message: str) -> None:
+def test_mistakes_in_the_command_end_with_one_sentence(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", *SMALL, *arguments])
 

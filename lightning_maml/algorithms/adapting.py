@@ -1,0 +1,544 @@
+"""Models that adapt to a task by gradient steps: what they share in training and evaluation."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_maml.algorithms.base import (
+    EpisodicModule,
+    LossFunction,
+    OptimizerFactory,
+    SchedulerFactory,
+)
+from lightning_maml.algorithms.features import head_learner, with_features
+from lightning_maml.algorithms.losses import ModelLosses, model_losses
+from lightning_maml.algorithms.metrics import with_accuracy
+from lightning_maml.batches.episodes import (
+    AnyEpisodes,
+    Episodes,
+    check_episodes,
+    first_task,
+    support_set,
+)
+from lightning_maml.batches.trees import Inputs, detached, map_tensors
+from lightning_maml.core.hvp import CurvatureName
+from lightning_maml.core.inner_loop import inner_loop
+from lightning_maml.core.inner_rates import (
+    InnerRates,
+    InnerRatesName,
+    LearnedRates,
+    check_inner_rates,
+    rates_of_steps,
+)
+from lightning_maml.core.params import Params
+from lightning_maml.core.rng import is_random
+from lightning_maml.execution.auto import Attempt, Cures, Execution, Executor, TasksName
+from lightning_maml.execution.compilation import Compiler
+from lightning_maml.execution.task_map import are_stacked
+from lightning_maml.functional.adaptation import (
+    AdaptationCurve,
+    adaptation_curve,
+    adapted_parameters,
+)
+from lightning_maml.functional.arguments import check_step_count
+from lightning_maml.functional.losses import LossFunctions
+from lightning_maml.io.plain import number, plain, whole_number
+from lightning_maml.networks.adapted import AdaptedNetworks
+from lightning_maml.networks.batch_norm import (
+    StepStatistics,
+    batch_norms,
+)
+from lightning_maml.networks.checks import NetworkChecks, NetworkInfo, first_outputs
+from lightning_maml.networks.functional_network import (
+    BatchNormPolicy,
+    FunctionalLoss,
+    HeadDoesNotEndError,
+    HeadLearner,
+    Learner,
+    structural_copy,
+    writes,
+)
+from lightning_maml.networks.head_body import PartName, adapting, head_of
+from lightning_maml.networks.kinks import weight_normed
+from lightning_maml.networks.loss_checks import (
+    check_broadcasting,
+    check_labels,
+    check_loss_value,
+    check_targets,
+    ignored_label,
+)
+from lightning_maml.networks.memory import Kind
+from lightning_maml.networks.stacked_network import StackedNetwork
+from lightning_maml.networks.stacking_trial import Verdict
+
+
+class TaskPath(NamedTuple):
+    """The path that adaptation to a task takes, and the losses along it.
+
+    Attributes:
+        points: w_0 .. w_K, all trainable parameters.
+        support: Maps such a point to the support loss, which the path descends.
+        query: Maps such a point to the query loss.
+    """
+
+    points: list[Params]
+    support: Callable[[Params], Tensor]
+    query: Callable[[Params], Tensor]
+
+
+class Plan(NamedTuple):
+    """What is decided for a meta-batch, once it was checked.
+
+    Attributes:
+        learner: The network as a function.
+        execution: How the tasks are run.
+        head: Name of the head, if it alone adapts and ends the network, so that the features before
+            it are computed only once.
+    """
+
+    learner: Learner
+    execution: Execution
+    head: str | None
+
+
+class AdaptingModule(EpisodicModule):
+    """A model that adapts to a task by gradient steps on its support set; arguments as :class:`MAML`.
+
+    Here is what training and evaluation share: the settings, the checks of network, loss and
+    batches, how tasks are run, and the inner steps. Subclasses define how the model is trained.
+    """
+
+    curvature: ClassVar[CurvatureName] = "exact"
+    default_adapt: ClassVar[PartName] = "all"
+    default_inner_rates: ClassVar[InnerRatesName] = "fixed"
+    learns_rates: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inner_lr: float = 0.4,
+        train_steps: int = 1,
+        test_steps: int | None = None,
+        loss: LossFunction = F.cross_entropy,
+        batch_norm: BatchNormPolicy = "batch",
+        optimizer: OptimizerFactory = torch.optim.Adam,
+        lr_scheduler: SchedulerFactory | None = None,
+        tasks: TasksName = "auto",
+        chunk_size: int | None = None,
+        adapt: PartName | None = None,
+        head: str | None = None,
+        inner_rates: InnerRatesName | None = None,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
+        inner_lr, train_steps = (
+            number(inner_lr, "inner_lr"),
+            whole_number(train_steps, "train_steps"),
+        )
+        test_steps = None if test_steps is None else whole_number(test_steps, "test_steps")
+        chunk_size = None if chunk_size is None else whole_number(chunk_size, "chunk_size")
+        check_step_count(train_steps, "train_steps")
+        check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
+        self._executor = Executor(tasks, chunk_size, compiled)
+        settings: dict[str, Any] = {
+            "inner_lr": inner_lr,
+            "train_steps": train_steps,
+            "test_steps": test_steps,
+            "batch_norm": batch_norm,
+            "tasks": tasks,
+        }
+        settings |= {
+            "chunk_size": chunk_size,
+            "adapt": adapt,
+            "head": head,
+            "inner_rates": inner_rates,
+            "compiled": compiled,
+        }
+        self.save_hyperparameters(plain(settings))
+        inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
+        check_inner_rates(inner_rates)
+        if inner_rates != "fixed" and not self.learns_rates:
+            raise ValueError(
+                f"Expected `inner_rates` to be 'fixed' with {type(self).__name__}, which cannot "
+                f"learn them, but got {inner_rates!r}."
+            )
+        adapt = self.default_adapt if adapt is None else adapt
+        params = adapting(network, adapt, head)
+        rates_of_steps(inner_lr, params, 1)  # refuses a rate out of range
+        self.inner_lr, self.train_steps = inner_lr, train_steps
+        self.test_steps = train_steps if test_steps is None else test_steps
+        self.adapts, self.head = adapt, head
+        self.learned_rates = (
+            None
+            if inner_rates == "fixed"
+            else LearnedRates(params, inner_lr, inner_rates, train_steps)
+        )
+        self.step_statistics = (
+            StepStatistics(network, train_steps) if batch_norm == "per_step" else None
+        )
+        self.probe_radius: float | None = None
+        if compiled:
+            self._check_that_it_compiles()
+        self._compiler = Compiler() if compiled else None
+        self._network_checks = NetworkChecks(adapt, head, self.logits)
+        self._warned_of_weight_norm = False
+        self._features_once = adapt == "head"
+
+    def _check_that_it_compiles(self) -> None:
+        reasons = {
+            f"{type(self).__name__}, which cannot be compiled": not self.compiles,
+            "batch_norm='per_step', whose averages change": self.step_statistics is not None,
+            "a network that draws random numbers": is_random(self.network),
+        }
+        if wrong := [reason for reason, holds in reasons.items() if holds]:
+            raise ValueError(
+                "Expected a meta-gradient of stacked tasks with `compiled=True` but got "
+                f"{wrong[0]}; leave it uncompiled."
+            )
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint with other learned rates or step averages, then restore the run.
+
+        Raises:
+            ValueError: If they do not match this model's.
+        """
+        theirs = _shapes_besides_the_network(checkpoint["state_dict"])
+        ours = _shapes_besides_the_network(self.state_dict())
+        if theirs != ours:
+            raise ValueError(
+                "Expected a checkpoint with the inner rates and batch-norm averages of this model "
+                f"but got others ({len(theirs)} tensors, here {len(ours)}); give the model the "
+                "`inner_rates`, `batch_norm`, `adapt` and `train_steps` that it was trained with."
+            )
+        super().on_load_checkpoint(checkpoint)
+
+    @override
+    def _adapts_by(self) -> dict[str, Any]:
+        return super()._adapts_by() | {"adapt": self.adapts}
+
+    @override
+    def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
+        """Adapt to each task in ``test_steps`` steps.
+
+        Returns:
+            The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs
+            ``[T, K + 1, Q, ...]`` after 0 .. K steps.
+        """
+        check_episodes(episodes)
+        # the checks differentiate, which tensors made in inference mode rule out
+        with torch.inference_mode(False), torch.no_grad():
+            episodes = detached(episodes)
+            for attempt in self._attempts(episodes):
+                with attempt:
+                    curve = self._curve(self._plan(episodes), episodes, self.test_steps)
+        return curve
+
+    def adapt(self, support_x: Inputs, support_y: Tensor, steps: int | None = None) -> nn.Module:
+        """Return the network adapted to a task, or the networks adapted to many, for new queries.
+
+        The network is in evaluation mode, both while it adapts and in what is returned.
+
+        Args:
+            support_x: Inputs of the support set, ``[S, ...]``; of many tasks ``[T, S, ...]``.
+            support_y: Their labels ``0 .. ways - 1``, ``[S]`` or ``[T, S]``. Regression targets are
+                always those of many tasks, ``[T, S, ...]``.
+            steps: Inner steps; by default ``test_steps``.
+
+        Returns:
+            For one task a copy of the network with the adapted parameters, which takes queries
+            ``[Q, ...]``: with ``batch_norm="support"`` it keeps the statistics of the support set,
+            with ``"batch"`` it uses those of each batch of queries. For many tasks
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. With
+            ``tasks="loop"``, and where vmap does not accept the network, these are adapted and
+            called one by one; otherwise they are called as one, and adapted 32 (or ``chunk_size``)
+            at once, or with ``"auto"`` on a CPU as many as in training.
+        """
+        if not isinstance(support_y, Tensor):
+            raise TypeError(
+                f"Expected `support_y` to be a tensor but got {type(support_y).__name__}; make it "
+                "one, torch.tensor(...)."
+            )
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._networks_of(
+                *detached((support_x, support_y)), self.test_steps if steps is None else steps
+            )
+
+    def inner_path(self, task: Episodes) -> TaskPath:
+        """Return the path that adaptation to a task takes in evaluation, and the losses along it.
+
+        Args:
+            task: ``Episodes`` with one task: support set ``[1, S, ...]`` and query set
+                ``[1, Q, ...]``.
+
+        Raises:
+            ValueError: With ``batch_norm="per_step"``, where each step has a loss of its own.
+        """
+        if self.step_statistics is not None:
+            raise ValueError(
+                "Expected one loss for all inner steps but got batch_norm='per_step'; use "
+                "another `batch_norm`."
+            )
+        check_episodes(task)
+        learner = Learner(structural_copy(self.network).eval(), self.batch_norm)
+        support, query = self._losses(learner)
+        with torch.inference_mode(False), torch.no_grad():
+            of_one = first_task(detached(task))
+            w = {name: p.detach().clone() for name, p in learner.params.items()}
+            rates = detached(rates_of_steps(self._rates(), w, self.test_steps))
+            losses = LossFunctions(support, has_aux=True).of_task(of_one, self.test_steps)
+            path, w_N = inner_loop(losses, w, rates)
+            points = [*(step.w for step in path), w_N]
+        return TaskPath(
+            points,
+            lambda w: support(w, of_one.support_x, of_one.support_y)[0],
+            lambda w: query(w, of_one)[0],
+        )
+
+    def _networks_of(self, support_x: Inputs, support_y: Tensor, steps: int) -> nn.Module:
+        of_one = support_y.ndim == 1 and not support_y.is_floating_point()
+        if of_one:
+            support_x, support_y = map_tensors(lambda tensor: tensor[None], (support_x, support_y))
+        support = Episodes(support_x, support_y, support_x, support_y)
+        check_episodes(support)
+        network = structural_copy(self.network).eval()
+        kind = self._kind(network, support)
+        self._check(Learner(network, self.batch_norm), support, kind)
+        as_one = not of_one and self._adapts_as_one(support, network, kind)
+        execution = Execution("loop", None)
+        if as_one:
+            execution = self._executor.of_adaptation(self.network, self.device, support)
+        learner = Learner(network, self.batch_norm, vectorised=are_stacked(*execution))
+        adapted = adapted_parameters(
+            [self._losses(learner, self._averages(j)).support for j in range(steps + 1)],
+            learner.params,
+            support_x,
+            support_y,
+            inner_lr=self._rates(),
+            steps=steps,
+            has_aux=True,
+            may_draw=execution.tasks != "threads",  # the vmap trial has ruled out random layers
+            **execution._asdict(),
+        )
+        with torch.no_grad():
+            for name, average in self._averages(steps).items():
+                adapted[name] = average.repeat(len(support_y), 1)
+            networks = AdaptedNetworks(network, adapted, self.batch_norm, support_x, as_one)
+            if as_one and (verdict := networks.compare_stacked(support_x)).wrong:
+                if self._executor.tasks == "vmap":
+                    self._executor.check_stacking(verdict)
+                networks.stacked = False
+            return networks.network(0) if of_one else networks
+
+    def _adapts_as_one(self, support: Episodes, network: nn.Module, kind: Kind) -> bool:
+        """Return whether the tasks are adapted to, and their networks called, as one."""
+        if self._executor.tasks == "loop":
+            return False
+        verdict = self._verdict(support, network, kind)
+        if self._executor.tasks == "vmap":
+            self._executor.check_stacking(verdict)
+            return True
+        return not any(verdict)
+
+    @override
+    def _attempts(self, episodes: AnyEpisodes) -> Iterator[Attempt]:
+        cures: Cures = {HeadDoesNotEndError: self._compute_features_in_every_step}
+        return self._executor.attempts(len(episodes.query_y), self.device, cures)
+
+    def _compute_features_in_every_step(self) -> None:
+        self._features_once = False
+
+    def _plan(self, episodes: AnyEpisodes) -> Plan:
+        """Check a meta-batch and decide how its tasks are run.
+
+        Raises:
+            ValueError: If its labels do not fit the network's outputs, or network and loss are none
+                that can be trained in this way.
+        """
+        network = self.network
+        learner, kind = Learner(network, self.batch_norm), self._kind(network, episodes)
+        info = self._check(learner, episodes, kind)
+        stacking = partial(self._verdict, episodes, network, kind)
+        execution = self._executor(network, self.device, episodes, info.draws, stacking)
+        if are_stacked(*execution):
+            learner = learner.stacked()
+        return Plan(learner, execution, self._head_that_ends(info, episodes))
+
+    def _execution(self, episodes: AnyEpisodes) -> Execution:
+        """Return how the tasks of a meta-batch are run."""
+        return self._plan(episodes).execution
+
+    def _head_that_ends(self, info: NetworkInfo, episodes: AnyEpisodes) -> str | None:
+        """Return the head if it alone adapts and ends the network.
+
+        The features before it then need computing only once.
+        """
+        if not self._features_once or not isinstance(episodes, Episodes):
+            return None
+        if self.step_statistics is not None or not info.ends_with_head:
+            return None
+        head = head_of(self.network, self.head)
+        return None if batch_norms(self.network.get_submodule(head)) else head
+
+    def _check(self, learner: Learner, episodes: AnyEpisodes, kind: Kind) -> NetworkInfo:
+        """Refuse what would give wrong numbers, or fail in the loss.
+
+        Labels are checked in every batch; network and loss once for each kind of batch.
+        """
+        once = partial(self._findings.once, kind=kind, loss=self.loss)
+        of_outputs = self._loss_of_outputs()
+
+        def check_network() -> NetworkInfo:
+            return self._network_checks(self.network, learner, episodes, of_outputs, self._inspect)
+
+        def check_loss() -> None:
+            def outputs(number: int) -> Any:
+                of_queries = number == 1
+                return of_outputs.given(first_outputs(learner, episodes, of_queries=of_queries))
+
+            targets = (support_set(first_task(episodes))[1], first_task(episodes).query_y)
+            check_broadcasting(self.loss, outputs, targets)
+            check_loss_value(of_outputs, learner, episodes, self.parameters())
+
+        unseen = writes(learner.network) is None
+        info: NetworkInfo = once("network", find=check_network, again=unseen)
+        self._check_labels(episodes, info)
+        once("loss", find=check_loss)
+        return info
+
+    def _check_labels(self, episodes: AnyEpisodes, info: NetworkInfo) -> None:
+        _, support_y = support_set(first_task(episodes))
+        if support_y.is_floating_point():
+            check_targets(support_y, self.loss)
+            return
+        assert info.outputs is not None, "with labels there are logits"
+        ways = self._ways_of_datamodule()
+        if ways is not None and info.outputs != (ways,):
+            raise ValueError(
+                f"Expected `network` to have {ways} outputs, one per way of the episode, but got "
+                f"{info.outputs[0]}; give its head as many outputs as the datamodule has `ways`, "
+                "and leave `test_ways` the same, because a head has one width."
+            )
+        check_labels(episodes, info.outputs[0], ignored_label(self.loss))
+
+    def _ways_of_datamodule(self) -> int | None:
+        """Return how many classes the episodes of a running trainer's datamodule have, if it says."""
+        trainer = self._trainer
+        data = getattr(trainer, "datamodule", None)
+        if trainer is None or data is None:
+            return None
+        if trainer.evaluating or trainer.predicting:
+            return getattr(data, "test_ways", None)
+        return getattr(data, "ways", None) if trainer.training else None
+
+    def _inspect(self, run: Callable[[], Tensor]) -> None:
+        """Look at the network while it runs, once for each kind of batch."""
+        if self.curvature != "exact" or self._warned_of_weight_norm:
+            return
+        if layers := weight_normed(self.network):
+            rank_zero_warn(
+                "Torch's second derivative of weight norm is wrong, and so is the exact "
+                f"meta-gradient through {layers}; train with HFMAML, which takes first "
+                "derivatives only, or write the norm out: g * v / v.norm(dim=1, keepdim=True)."
+            )
+            self._warned_of_weight_norm = True
+
+    def _verdict(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> Verdict:
+        """Return whether tasks of a checked batch can be stacked, for the network or a copy."""
+
+        def compare() -> Verdict:
+            stacked = StackedNetwork(
+                network, self.loss, self.logits, self.batch_norm, self._averages(0)
+            )
+            return stacked.compare(
+                episodes,
+                adapts_only=network is not self.network,
+                exact=self.curvature == "exact",
+            )
+
+        return self._stacking_verdict(kind, compare)
+
+    def _curve(self, plan: Plan, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
+        if plan.head is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                episodes = detached(episodes)
+                episodes = with_features(plan.learner, plan.head, plan.execution, episodes)
+            head = head_learner(self.network, plan.head, plan.execution)
+            plan = plan._replace(learner=head)
+        arguments = self._arguments(plan, episodes, steps)
+        return adaptation_curve(**arguments, inner_lr=self._rates(), steps=steps)
+
+    @override
+    def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
+        for attempt in self._attempts(episodes):
+            with attempt:
+                curve = self._curve(self._plan(episodes), episodes, 0)
+        figures = with_accuracy(curve.loss, curve.aux, episodes, ignored_label(self.loss))
+        return {f"{name}_before": values[:, 0] for name, values in figures.items()}
+
+    def _arguments(
+        self, plan: Plan, episodes: AnyEpisodes, steps: int | None = None
+    ) -> dict[str, Any]:
+        """Return the arguments that the functions of a meta-batch share.
+
+        Where batch norm has averages for each step, there is a loss for each of ``steps`` steps.
+        """
+        loss: Any
+        query_loss: Any
+        loss, query_loss = self._losses(plan.learner)
+        if self.step_statistics is not None and steps is not None:
+            each = [self._losses(plan.learner, self._averages(j)) for j in range(steps + 1)]
+            loss, query_loss = [of.support for of in each], [of.query for of in each]
+        return {
+            "loss": loss,
+            "params": plan.learner.params,
+            "episodes": episodes,
+            "query_loss": query_loss,
+            "has_aux": True,
+            **plan.execution._asdict(),
+        }
+
+    def _losses(
+        self, learner: Learner, averages: Mapping[str, Tensor] | None = None
+    ) -> ModelLosses:
+        """Return the support and the query loss of a network, the model's own or a copy."""
+        of_outputs = self._loss_of_outputs(training=not self._only_evaluates(learner))
+        return model_losses(learner, of_outputs, self.logits, averages)
+
+    def _loss_of_outputs(self, *, training: bool = True) -> FunctionalLoss:
+        loss = self.loss
+        if isinstance(loss, nn.Module) and not training:
+            loss = structural_copy(loss).eval()
+        return FunctionalLoss(loss, self.logits)
+
+    def _only_evaluates(self, learner: Learner) -> bool:
+        """Return whether this is a copy in evaluation mode of a network that is trained in another."""
+        is_head = isinstance(learner, HeadLearner)
+        return self.network.training and not learner.network.training and not is_head
+
+    def _averages(self, step: int) -> dict[str, Tensor]:
+        """Return the running averages of networks adapted in ``step`` steps, if these have averages of their own."""
+        return {} if self.step_statistics is None else self.step_statistics(step)
+
+    def _adapting(self) -> Params:
+        return adapting(self.network, self.adapts, self.head)
+
+    def _rates(self) -> InnerRates:
+        names = self._adapting().keys()
+        if self.learned_rates is None:
+            return dict.fromkeys(names, self.inner_lr)
+        rates: InnerRates = self.learned_rates(names)
+        return rates
+
+
+def _shapes_besides_the_network(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the shapes of the learned rates and the step averages in a model's state."""
+    kept = ("learned_rates.", "step_statistics.")
+    return {name: list(x.shape) for name, x in state.items() if name.startswith(kept)}

@@ -1,0 +1,99 @@
+"""What becomes of a training step whose loss or meta-gradient is not finite."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.core.params import Params
+from lightning_maml.io.replay import save_step
+
+
+class NonFinitePolicy:
+    """Stops the run, and saves the step so that it can be taken again; or skips the step.
+
+    Attributes:
+        skips: Whether such steps are skipped; :class:`lightning_maml.SkipNonFinite` sets it.
+        skipped: How many steps were skipped.
+    """
+
+    def __init__(self) -> None:
+        self.skips = False
+        self.skipped = 0
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Add the count to a checkpoint."""
+        if self.skipped:
+            checkpoint["skipped"] = self.skipped
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Continue the count of a checkpoint."""
+        self.skipped = checkpoint.get("skipped", 0)
+
+    def skip_or_stop(
+        self,
+        module: LightningModule,
+        episodes: AnyEpisodes,
+        before_it: dict[str, Any],
+        error: FloatingPointError,
+        folder: Path,
+    ) -> None:
+        """Count the step as skipped, or save it and stop.
+
+        Args:
+            module: The model.
+            episodes: The meta-batch.
+            before_it: The state of the random generators before the step.
+            error: What was not finite.
+            folder: Where the run keeps its logs.
+
+        Raises:
+            FloatingPointError: If such steps are not skipped. It names the command that takes the
+                step again.
+        """
+        if self.skips:
+            self.skipped += 1
+            module.log("train/skipped", float(self.skipped), prog_bar=True, batch_size=1)
+            return
+        path = save_step(module, episodes, before_it, folder)
+        config = folder / "config.yaml"
+        named = config if config.is_file() else "CONFIG"
+        command = f"`lightning-maml replay --config={named} --ckpt_path={path}`"
+        raise FloatingPointError(f"{error} Take the step again by {command}.") from None
+
+
+def check_losses_are_finite(query_loss: Tensor, where: str) -> None:
+    """Check query losses ``[T]``.
+
+    Raises:
+        FloatingPointError: If one is not finite.
+    """
+    finite = query_loss.isfinite()
+    if not finite.all():
+        tasks = (~finite).nonzero().flatten().tolist()
+        raise FloatingPointError(
+            f"Expected a finite query loss but got {query_loss[tasks].tolist()} in tasks {tasks} "
+            f"{where}"
+        )
+
+
+def check_gradients_are_finite(gradients: Params, where: str) -> None:
+    """Check gradients by name.
+
+    Raises:
+        FloatingPointError: If one is not finite.
+    """
+    largest = {
+        name: torch.linalg.vector_norm(gradient, float("inf"))
+        for name, gradient in gradients.items()
+        if gradient.numel()
+    }
+    if torch.stack([*largest.values()]).max().isfinite():  # so that a GPU is waited for only once
+        return
+    broken = [name for name, size in largest.items() if not size.isfinite()]
+    raise FloatingPointError(
+        f"Expected a finite meta-gradient but it is not finite in {broken} {where}"
+    )

@@ -1,0 +1,157 @@
+"""What can be told of a network, and of a loss, before anything runs; what cannot be trained is refused."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parameter import is_lazy
+
+from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.batches.trees import tensors
+from lightning_maml.networks.functional_network import (
+    BatchNormPolicy,
+    Learner,
+    trainable_besides_parameters,
+)
+
+_BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+
+
+def check_network(network: nn.Module, batch_norm: BatchNormPolicy) -> None:
+    """Check that copies of a network can be run with other parameters.
+
+    Warns if it was given to ``torch.compile``.
+
+    Raises:
+        ValueError: If it does not fit the batch-norm policy, or its trainable tensors are not
+            parameters with shapes that are leaves.
+    """
+    Learner(network, batch_norm)  # refuses a network that the policy does not fit
+    _warn_if_compiled(network)
+    _refuse_lazy(network)
+    _refuse_scripted_batch_norm(network, batch_norm)
+    if computed := [name for name, p in network.named_parameters() if not p.is_leaf]:
+        raise ValueError(
+            "Expected a network whose parameters are leaves, which can be trained, but "
+            f"{computed} were computed from others; so they are if a module of TorchScript is "
+            "deep-copied: copy it before it is scripted."
+        )
+    if trainable := trainable_besides_parameters(network):
+        raise ValueError(
+            f"Expected trainable tensors of the network to be parameters but {trainable} are "
+            "none, and would get no gradient; make them nn.Parameter, or give them detached."
+        )
+
+
+def check_loss_is_callable(loss: Any) -> None:
+    """Check an argument called ``loss``.
+
+    Raises:
+        TypeError: If it is neither a function nor a module.
+    """
+    if callable(loss) and not isinstance(loss, type):
+        return
+    got = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
+    raise TypeError(
+        f"Expected `loss` to be a function or a module but got {got}; give "
+        "torch.nn.functional.cross_entropy, or a made module, nn.MSELoss()."
+    )
+
+
+def refuse_without_gradient(without_gradient: list[str]) -> None:
+    """Refuse parameters that are to be trained and get no gradient.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if without_gradient:
+        raise ValueError(
+            "Expected a gradient for every parameter that the optimizer was given but "
+            f"{without_gradient} get none; put them into the network, or into a loss that is an "
+            "nn.Module, or freeze them."
+        )
+
+
+def _warn_if_compiled(network: nn.Module) -> None:
+    for part in network.modules():
+        if isinstance(part, OptimizedModule) or part._compiled_call_impl is not None:
+            rank_zero_warn(
+                "The network was given to torch.compile, but tasks run it as it was before, "
+                "because each runs a copy with other parameters; give it uncompiled. "
+                "`compiled=True` compiles the whole meta-gradient, for the algorithms that have it."
+            )
+            return
+
+
+def _refuse_lazy(network: nn.Module) -> None:
+    if lazy := [name for name, p in network.named_parameters() if is_lazy(p)]:
+        raise ValueError(
+            f"Expected a network whose parameters have shapes but {lazy} are lazy; run it once on "
+            "an example, network(x), before the model is made."
+        )
+
+
+def _refuse_scripted_batch_norm(network: nn.Module, policy: BatchNormPolicy) -> None:
+    norms = {
+        name: part
+        for name, part in network.named_modules()
+        if isinstance(part, torch.jit.ScriptModule)
+        and getattr(part, "original_name", "") in _BATCH_NORMS
+    }
+    if norms and (policy != "running" or any(part.training for part in norms.values())):
+        raise ValueError(
+            "Expected batch norm as nn.BatchNorm layers, whose statistics `batch_norm` decides, "
+            f"but {[*norms]} are TorchScript's; script the network after training, or put a frozen "
+            "one into evaluation mode and use `batch_norm='running'`."
+        )
+
+
+class Unwritten:
+    """Tensors that a step may not write to.
+
+    Args:
+        tensors: By name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: x for name, x in tensors.items() if not x.is_inference()}
+        self._versions = {name: x._version for name, x in self._tensors.items()}
+
+    def check(self) -> None:
+        """Check that none was written to.
+
+        Raises:
+            ValueError: If one was.
+        """
+        written = [
+            name
+            for name, tensor in self._tensors.items()
+            if tensor._version != self._versions[name]
+        ]
+        if written:
+            raise ValueError(
+                "Expected a network and a loss that leave parameters and inputs as they are but "
+                f"they wrote to {written}, which are no longer what they were; let them work on "
+                "copies, x.clone()."
+            )
+
+
+def refuse_differentiable(episodes: AnyEpisodes) -> None:
+    """Refuse episodes that need a gradient.
+
+    Raises:
+        ValueError: If a tensor of theirs does.
+    """
+    made = [
+        name
+        for name, part in episodes._asdict().items()
+        if any(tensor.requires_grad for tensor in tensors(part))
+    ]
+    if made:
+        raise ValueError(
+            f"Expected episodes that need no gradient but {made} do, and would get none; put what "
+            "makes them into the network, or give them detached, x.detach()."
+        )

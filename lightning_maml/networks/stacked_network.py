@@ -1,0 +1,114 @@
+"""Can the tasks of a network and its loss be stacked? Asked of two of them, in loss and derivatives."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_maml.batches.episodes import AnyEpisodes, support_set
+from lightning_maml.batches.trees import detached, map_tensors
+from lightning_maml.core.objective import NoSecondDerivativeError
+from lightning_maml.core.params import Params
+from lightning_maml.networks.functional_network import (
+    BatchNormPolicy,
+    FunctionalLoss,
+    Learner,
+    hooks_tensors,
+    structural_copy,
+)
+from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare_losses
+
+
+class StackedNetwork:
+    """Compares the tasks of a network stacked with the same tasks alone.
+
+    Args:
+        network: The network.
+        loss: The loss of outputs and labels.
+        logits: Takes the logits from what the network returns.
+        batch_norm: The batch-norm policy.
+        averages: Running averages of the parameters before adaptation, if they have their own.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Any,
+        logits: Callable[[Any], Any],
+        batch_norm: BatchNormPolicy,
+        averages: Params,
+    ) -> None:
+        self._network, self._loss, self._logits = network, loss, logits
+        self._batch_norm, self._averages = batch_norm, averages
+
+    def compare(self, episodes: AnyEpisodes, *, adapts_only: bool, exact: bool) -> Verdict:
+        """Return what the comparison of two tasks found.
+
+        Args:
+            episodes: The tasks.
+            adapts_only: Whether the tasks are only adapted to, by first derivatives.
+            exact: Whether second derivatives are needed; without, they are compared if there are
+                any, because any algorithm may be asked for exact gradients.
+
+        Raises:
+            NoSecondDerivativeError: If they are needed, and there are none.
+        """
+        if hooks_tensors(self._network):
+            return Verdict(HOOKED)
+        if adapts_only:
+            return self._in_double(episodes, curved=False)
+        try:
+            return self._in_double(episodes, curved=True)
+        except NoSecondDerivativeError:
+            if exact:
+                raise
+            return self._in_double(episodes, curved=False)
+
+    def _in_double(self, episodes: AnyEpisodes, *, curved: bool) -> Verdict:
+        """Compare in float64, or in their own type networks and losses that run in no other."""
+        reason = ""
+        for dtype in (torch.float64, None):
+            try:
+                return self._in_type(episodes, dtype, curved)
+            except NoSecondDerivativeError:
+                raise
+            except Exception as error:
+                # the trial has other parameters, with which a network may raise anything
+                if dtype is None and isinstance(error, ValueError):
+                    raise
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+        return Verdict(f"even single ones fail at parameters a little away from these ({reason})")
+
+    def _in_type(self, episodes: AnyEpisodes, dtype: torch.dtype | None, curved: bool) -> Verdict:
+        def converted(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        network, loss = structural_copy(self._network, dtype), self._loss
+        episodes, averages = detached(episodes), self._averages
+        if dtype is not None:
+            loss = structural_copy(loss, dtype) if isinstance(loss, nn.Module) else loss
+            episodes, averages = map_tensors(converted, (episodes, averages))
+        of_outputs = FunctionalLoss(loss, self._logits)
+
+        def both_losses(learner: Learner, params: Params, task: AnyEpisodes) -> Tensor:
+            x, y = support_set(task)
+            support = of_outputs(params, learner(params, x, averages=averages), y)
+            statistics_of = x if learner.uses_support_statistics else None
+            outputs = learner(params, task.query_x, statistics_of=statistics_of, averages=averages)
+            value: Tensor = support + of_outputs(params, outputs, task.query_y)
+            return value
+
+        single = Learner(network, self._batch_norm)
+        stacked = Learner(network, self._batch_norm, vectorised=True)
+        device = episodes.support_y.device.type
+        autocast = dtype is None and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=autocast):
+            return compare_losses(
+                partial(both_losses, single),
+                partial(both_losses, stacked),
+                single.params | of_outputs.params,
+                episodes,
+                curved=curved,
+            )
