@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check docs reproduce release minimum learn2learn clean
+.PHONY: demo test test-quick test-all check docs reproduce release minimum learn2learn clean
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py
@@ -13,6 +13,12 @@ THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 test: .venv/dev-installed
 	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# For the edit loop, under two minutes: the mathematics, each algorithm, and one run of the command.
+QUICK := tests/test_rooms.py tests/core tests/functional tests/algorithms/test_every_algorithm.py \
+	tests/test_cli.py::test_fit_then_test_leaves_logs_checkpoints_and_pictures
+test-quick: .venv/dev-installed
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(QUICK)
 
 test-all: .venv/dev-installed
 	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -54,10 +54,10 @@ def main() -> None:
     def loop(maml: l2l.algorithms.MAML) -> list[torch.nn.Module]:
         learners = []
         for x, y in zip(support_x, support_y, strict=True):
-            learner = maml.clone()
+            functional = maml.clone()
             for _ in range(arguments.steps):
-                learner.adapt(F.cross_entropy(learner(x), y))
-            learners.append(learner)
+                functional.adapt(F.cross_entropy(functional(x), y))
+            learners.append(functional)
         return learners
 
     ratios: dict[str, list[float]] = {name: [] for name in peers}

@@ -114,10 +114,10 @@ def theirs(tasks: l2l.data.TaskDataset, iterations: int, device: str) -> float:
             start = time.perf_counter()
         optimizer.zero_grad()
         for _ in range(TASKS):
-            learner = maml.clone()
+            functional = maml.clone()
             x, y = (tensor.to(device) for tensor in tasks.sample())
-            learner.adapt(F.cross_entropy(learner(x[support]), y[support]))
-            outputs = learner(x[~support])
+            functional.adapt(F.cross_entropy(functional(x[support]), y[support]))
+            outputs = functional(x[~support])
             loss = F.cross_entropy(outputs, y[~support])
             loss.backward()
             loss.item()

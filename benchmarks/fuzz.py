@@ -430,7 +430,10 @@ def fuzz(name: str, files: int, seed: int, out: Path) -> None:
         if count == files or count % 1000 == 0:
             (out / f"{name}.json").write_text(json.dumps({"files": count} | results))
 
-    found = [file.read_bytes() for file in (CONFIGS.parent / "tests" / "hostile" / name).glob("*")]
+    found = [
+        file.read_bytes()
+        for file in (CONFIGS.parent / "tests" / "datamodules" / "hostile" / name).glob("*")
+    ]
     for number, content in enumerate(reader.seeds + found):
         (corpus / str(number)).write_bytes(content)
     most = 4 * max(map(len, reader.seeds))

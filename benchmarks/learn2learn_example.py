@@ -62,13 +62,13 @@ def adapt_as_learn2learn(
     name: str, network: nn.Module, maml: l2l.algorithms.MAML, task: Task
 ) -> tuple[Tensor, float]:
     """Return a task's query loss and accuracy: the ``fast_adapt`` of learn2learn's ``maml_omniglot.py`` and ``anil_fc100.py``."""
-    learner, (data, labels) = maml.clone(), task
+    functional, (data, labels) = maml.clone(), task
     support_x, support_y, query_x, query_y = halves(
         network.features(data) if name == "anil" else data, labels
     )
     for _ in range(ADAPTATION_STEPS[name]):
-        learner.adapt(F.cross_entropy(learner(support_x), support_y))
-    outputs = learner(query_x)
+        functional.adapt(F.cross_entropy(functional(support_x), support_y))
+    outputs = functional(query_x)
     return F.cross_entropy(outputs, query_y), (outputs.argmax(-1) == query_y).float().mean().item()
 
 

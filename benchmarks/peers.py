@@ -31,10 +31,10 @@ def learn2learn(
     maml = MAML(network, lr=rate, first_order=first_order)
 
     def query_loss(task: Task) -> Tensor:
-        learner = maml.clone()
+        functional = maml.clone()
         for _ in range(steps):
-            learner.adapt(loss(learner(task[0]), task[1]))
-        return loss(learner(task[2]), task[3])
+            functional.adapt(loss(functional(task[0]), task[1]))
+        return loss(functional(task[2]), task[3])
 
     return _accumulated(
         network, map(query_loss, zip(*episodes, strict=True)), len(episodes.support_x)
@@ -56,12 +56,12 @@ def higher(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, step
     network.zero_grad()
     for support_x, support_y, query_x, query_y in zip(*episodes, strict=True):
         with library.innerloop_ctx(network, optimizer, copy_initial_weights=False) as (
-            learner,
+            functional,
             inner,
         ):
             for _ in range(steps):
-                inner.step(loss(learner(support_x), support_y))
-            (loss(learner(query_x), query_y) / len(episodes.support_x)).backward()
+                inner.step(loss(functional(support_x), support_y))
+            (loss(functional(query_x), query_y) / len(episodes.support_x)).backward()
     return {name: p.grad for name, p in network.named_parameters()}
 
 

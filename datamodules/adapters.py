@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.datamodules.known_classes import check_splits, of_easyfsl, of_learn2learn
 from lightning_maml.datamodules.messages import first_five
+from lightning_maml.errors import UserValueError
 
 Labels = Tensor | Sequence[Any]
 """Labels of any kind: integers, strings or other hashable values."""
@@ -64,7 +65,7 @@ def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list
     found = list(dict.fromkeys(support))
     unknown = [label for label in dict.fromkeys(query) if label not in found]
     if unknown:
-        raise ValueError(
+        raise UserValueError(
             f"Expected queries of the classes of the support set, {first_five(found)}, but got "
             f"some of {first_five(unknown)}; give each class of a task support examples."
         )
@@ -110,7 +111,7 @@ def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
     """
     labels = _hashable(y)
     if len(labels) != len(x):
-        raise ValueError(
+        raise UserValueError(
             f"Expected a label for each of the {len(x)} examples of a task but got {len(labels)}."
         )
     rows: dict[Any, list[int]] = {}
@@ -120,7 +121,7 @@ def task_of_examples(x: Tensor, y: Labels, shots: int) -> Episodes:
         f"{len(of_class)} of {label}" for label, of_class in rows.items() if len(of_class) <= shots
     ]
     if short:
-        raise ValueError(
+        raise UserValueError(
             f"Expected more than {shots} examples of each class of a task, {shots} for the "
             f"support set and some to query, but got {first_five(short)}; sample more or lower "
             "`shots`."
@@ -150,7 +151,7 @@ def task_of_easyfsl(batch: Sequence[Any]) -> Episodes:
         ValueError: If the batch is not these five things.
     """
     if not isinstance(batch, Sequence) or len(batch) != 5:
-        raise ValueError(
+        raise UserValueError(
             "Expected easyfsl's support images, labels, query images, labels and class ids but "
             f"got {_kind(batch)}."
         )
@@ -172,7 +173,7 @@ def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
     """
     if not isinstance(batch, Mapping) or not {"train", "test"} <= batch.keys():
         got = list(batch) if isinstance(batch, Mapping) else _kind(batch)
-        raise ValueError(
+        raise UserValueError(
             f'Expected torchmeta\'s {{"train": (x, y), "test": (x, y)}} but got {got}.'
         )
     (support_x, support_y), (query_x, query_y) = batch["train"], batch["test"]
@@ -207,7 +208,7 @@ def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
     """
     sizes = {(len(task.support_y), len(task.query_y)) for task in tasks}
     if len(sizes) > 1:
-        raise ValueError(
+        raise UserValueError(
             "Expected the tasks of a meta-batch to have the same number of support and of query "
             f"examples but got {sorted(sizes)}; let the sampler draw as many for each task, or "
             "use meta_batch_size=1."
@@ -231,7 +232,7 @@ class _Loaders(LightningDataModule):
     def train_dataloader(self) -> Iterable[Episodes]:
         """Return the training tasks."""
         if self.trainer is not None and self.trainer.world_size > 1:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected one process but got {self.trainer.world_size}: tasks that another "
                 "library draws would be the same ones in each; use one device, or a datamodule "
                 "of this library."
@@ -245,7 +246,7 @@ class _Loaders(LightningDataModule):
     def test_dataloader(self) -> Iterable[Episodes]:
         """Return the test tasks."""
         if self._test is None:
-            raise ValueError(
+            raise UserValueError(
                 "Expected `test` tasks but the datamodule was given none; give it some."
             )
         return self._test
@@ -332,7 +333,7 @@ class _Sampled(Dataset[Episodes]):
         try:
             x, y = self._taskset.sample()
         except (StopIteration, IndexError) as error:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected {self._tasks} tasks of the taskset but it gave no more at number "
                 f"{number}; let it have more."
             ) from error
@@ -443,7 +444,7 @@ class _Converted:
             gives = True
             yield self._convert(few)
         if self._gave and not gives:
-            raise ValueError(
+            raise UserValueError(
                 "Expected a loader that can be gone through in every epoch but this one "
                 f"({type(self._batches).__name__}) gave nothing the second time; give a loader, "
                 "not its iterator."
@@ -454,7 +455,7 @@ class _Converted:
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
-            raise ValueError(f"Expected `{name}` to be at least 1 but got {number}.")
+            raise UserValueError(f"Expected `{name}` to be at least 1 but got {number}.")
 
 
 def _kind(batch: Any) -> str:

@@ -19,6 +19,7 @@ from lightning_maml.datamodules.sampler import (
     check_seed,
 )
 from lightning_maml.datamodules.transforms import EpisodeTransforms
+from lightning_maml.errors import UserValueError
 
 Regime = Literal["finite_sum", "resampling"]
 Purpose = Literal["stepsize", "stationarity", "measure", "fidelity"]
@@ -222,7 +223,7 @@ class EpisodicDataModule(LightningDataModule):
             ValueError: If ``purpose`` is none of those.
         """
         if purpose not in _PURPOSES:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `purpose` to be one of {', '.join(map(repr, _PURPOSES))} but got "
                 f"{purpose!r}."
             )
@@ -267,7 +268,7 @@ class EpisodicDataModule(LightningDataModule):
     def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[AnyEpisodes]:
         processes, rank = self._replicas()
         if tasks < processes:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `{split}_tasks` to be at least {processes}, one for each process, but "
                 f"got {tasks}."
             )
@@ -295,18 +296,18 @@ class EpisodicDataModule(LightningDataModule):
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value < least:
-                raise ValueError(f"Expected `{name}` to be at least {least} but got {value}.")
+                raise UserValueError(f"Expected `{name}` to be at least {least} but got {value}.")
         check_seed("seed", self.seed)
         if self.rotations not in ("none", "classes", "augment"):
-            raise ValueError(
+            raise UserValueError(
                 "Expected `rotations` to be 'none', 'classes' or 'augment' but got "
                 f"{self.rotations!r}."
             )
         if self.small_classes not in ("raise", "drop"):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `small_classes` to be 'raise' or 'drop' but got {self.small_classes!r}."
             )
         if self.regime not in ("finite_sum", "resampling"):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `regime` to be 'finite_sum' or 'resampling' but got {self.regime!r}."
             )

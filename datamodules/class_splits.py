@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 
 from lightning_maml.datamodules.messages import first_five
+from lightning_maml.errors import UserValueError
 
 Shares = tuple[float, float, float]
 """Fractions of the classes for training, validation and testing."""
@@ -18,7 +19,7 @@ def check_shares(shares: Shares) -> None:
         ValueError: If it is not.
     """
     if len(shares) != 3 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `shares` to be three positive numbers that sum to 1 but got {list(shares)}."
         )
 
@@ -58,7 +59,7 @@ def check_disjoint(classes: Mapping[str, Collection[str]], where: str, cure: str
     for one, other in combinations(classes, 2):
         shared = sorted(set(classes[one]) & set(classes[other]))
         if shared:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected the splits of {where} to share no class but {len(shared)} are both in "
                 f"{one} and in {other} ({first_five(shared)}): splits that share classes are for "
                 "ordinary classification; few-shot learning is tested on classes it was not "

@@ -21,6 +21,7 @@ from lightning_maml.datamodules.class_splits import (
 from lightning_maml.datamodules.images.files import UnsuitableImage, pixels
 from lightning_maml.datamodules.origins import Label, Origin, Source, origins, source
 from lightning_maml.datamodules.sampler import ClassImages, check_seed
+from lightning_maml.errors import UserTypeError, UserValueError
 
 
 class FewShotDataModule(EpisodicDataModule):
@@ -90,18 +91,18 @@ class FewShotDataModule(EpisodicDataModule):
         check_shares(shares)
         check_seed("split_seed", split_seed)
         if (val is None) != (test is None):
-            raise ValueError(
+            raise UserValueError(
                 "Expected both `val` and `test`, or neither for a split of the classes of "
                 "`train`, but got one of them."
             )
         if image_size is not None and image_size < 1:
-            raise ValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
+            raise UserValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
         self._datasets_of = {"train": train}
         if val is not None and test is not None:
             self._datasets_of |= {"val": val, "test": test}
         for name, dataset in self._datasets_of.items():
             if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-                raise TypeError(
+                raise UserTypeError(
                     f"Expected `{name}` to be a dataset with a length and items by number but got "
                     f"{type(dataset).__name__}."
                 )
@@ -195,7 +196,7 @@ def read_dataset(
             concatenation merges classes.
     """
     if len(dataset) == 0:
-        raise ValueError(f"Expected `{name}` to hold images but it is empty.")
+        raise UserValueError(f"Expected `{name}` to hold images but it is empty.")
     images, labels = _read_items(dataset, name, image_size, image_key, label_key)
     values, classes = np.unique(np.array(labels), return_inverse=True)
     members = [np.flatnonzero(classes == number) for number in range(len(values))]
@@ -229,7 +230,7 @@ def _read_items(
             cure = "resize them by the dataset's own transform"
             if isinstance(image, Image.Image):
                 cure = "give `image_size`"
-            raise ValueError(
+            raise UserValueError(
                 f"Expected all images of `{name}` to be like its first, {images.dtype} "
                 f"{list(images.shape[1:])}, but {which} is {tensor.dtype} {list(tensor.shape)}; "
                 f"{cure}."
@@ -267,7 +268,7 @@ def _names(
             originals = {id(sources[row].dataset) for row in rows}
             found = sorted({_name(label, of_original.get(each, ())) for each in originals})
         if len(found) > 1:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected label {label} to be one class in all parts of `{which}` but it is "
                 f"{' and '.join(found)}; give the classes of each part labels of their own."
             )
@@ -292,13 +293,13 @@ def _class_names(dataset: Any, label_key: str) -> Sequence[Any]:
 def _item(item: Any, which: str, image_key: str, label_key: str) -> tuple[Any, Any]:
     if isinstance(item, dict):
         if image_key not in item or label_key not in item:
-            raise TypeError(
+            raise UserTypeError(
                 f"Expected {which} to hold {image_key!r} and {label_key!r} but it holds "
                 f"{', '.join(map(repr, item))}; give image_key, label_key."
             )
         return item[image_key], item[label_key]
     if not isinstance(item, (tuple, list)) or len(item) != 2:
-        raise TypeError(
+        raise UserTypeError(
             f"Expected {which} to be a pair (image, label) or a dictionary but got "
             f"{type(item).__name__}."
         )
@@ -319,7 +320,7 @@ def _label(label: Any, which: str) -> Label:
     if isinstance(label, (Tensor, np.ndarray, np.generic)) and label.ndim == 0:
         value = label.item()
     if not isinstance(value, (int, str)):
-        raise TypeError(
+        raise UserTypeError(
             f"Expected the label of {which} to be one whole number or a string but got "
             f"{type(label).__name__}."
         )
@@ -331,7 +332,7 @@ def _tensor(image: Any, image_size: int | None, which: str) -> Tensor:
         try:
             image = pixels(image, "RGB", image_size)
         except UnsuitableImage as error:
-            raise ValueError(f"Expected {which} to be an image but {error}.") from error
+            raise UserValueError(f"Expected {which} to be an image but {error}.") from error
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(image)
         if image.dtype == torch.uint8 and image.ndim == 3:
@@ -346,7 +347,7 @@ def _tensor(image: Any, image_size: int | None, which: str) -> Tensor:
 
 
 def _no_image(which: str, got: str) -> TypeError:
-    return TypeError(
+    return UserTypeError(
         f"Expected the image of {which} to be a PIL image, or an array or tensor of bytes or "
         f"floats, but got {got}."
     )

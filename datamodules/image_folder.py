@@ -22,6 +22,7 @@ from lightning_maml.datamodules.images.folders import (
     subfolders,
 )
 from lightning_maml.datamodules.sampler import ClassImages, check_seed
+from lightning_maml.errors import UserFileNotFoundError, UserValueError
 
 
 class ImageFolderDataModule(EpisodicDataModule):
@@ -98,9 +99,9 @@ class ImageFolderDataModule(EpisodicDataModule):
         check_shares(shares)
         check_seed("split_seed", split_seed)
         if image_size < 1:
-            raise ValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
+            raise UserValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
         if class_level is not None and class_level < 1:
-            raise ValueError(f"Expected `class_level` to be at least 1 but got {class_level}.")
+            raise UserValueError(f"Expected `class_level` to be at least 1 but got {class_level}.")
         self.root = Path(root).expanduser()
         self.image_size = image_size
         self.shares, self.split_seed = shares, split_seed
@@ -179,7 +180,7 @@ def find_tree(root: Path, shares: Shares, seed: int, class_level: int | None = N
             which folders are classes.
     """
     if not root.is_dir():
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"Expected `root` to be a folder of images but there is none at {root}."
         )
     folder = innermost(root)
@@ -190,7 +191,7 @@ def find_tree(root: Path, shares: Shares, seed: int, class_level: int | None = N
     classes = _classes(folder, class_level, left_out)
     if not classes:
         seen = in_words(left_out)
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"Expected a folder of images for each class in {folder}, or train, val and test with "
             f"these, but found none{seen and f', only {seen}'}."
         )
@@ -239,13 +240,13 @@ def _find_splits(folder: Path) -> dict[str, Path]:
     names = ", ".join(place.name for places in found.values() for place in places)
     for split, places in found.items():
         if len(places) > 1:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected one folder of each split in {folder} but got {names}; leave one for "
                 f"{split}."
             )
     if names and not all(found.values()):
         omniglot = "; for Omniglot take OmniglotDataModule" if "images_background" in names else ""
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"Expected train, val and test in {folder} but got {names} only; or put all classes "
             f"in one folder{omniglot}."
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_maml.datamodules.class_splits import check_disjoint
 from lightning_maml.datamodules.origins import Source, source
+from lightning_maml.errors import UserValueError
 
 Known = Callable[[Any], dict[Any, Source]]
 """Returns one item of each class that a split draws from, by label; none if this is not known."""
@@ -42,7 +43,7 @@ def check_splits(known: Known, **splits: Any) -> None:
     given = {name: tasks for name, tasks in splits.items() if tasks is not None}
     for one, other in combinations(given, 2):
         if given[one] is given[other]:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `{one}` and `{other}` to draw from different classes but they are the "
                 f"same {type(given[one]).__name__}; few-shot learning is tested on classes it was "
                 "not trained on. Leave one of them out, or give it others."

@@ -10,6 +10,7 @@ from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
 from lightning_maml.datamodules.images.files import decode, rows_of_classes
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, check_seed
+from lightning_maml.errors import UserFileNotFoundError, UserValueError
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 """Characters in each of the two official folders."""
@@ -94,7 +95,7 @@ class OmniglotDataModule(EpisodicDataModule):
     ) -> None:
         super().__init__(rotations=rotations, **options)
         if split not in ("random", "vinyals", "lake"):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `split` to be 'random', 'vinyals' or 'lake' but got {split!r}."
             )
         check_seed("split_seed", split_seed)
@@ -126,7 +127,7 @@ class OmniglotDataModule(EpisodicDataModule):
         if self._decoded is None:
             self._decoded = self._read_cache()
         if self._decoded is None:
-            raise FileNotFoundError(
+            raise UserFileNotFoundError(
                 f"Expected {self.cache_file} to hold the decoded images but found none; call "
                 "`prepare_data()` first."
             )
@@ -143,7 +144,7 @@ class OmniglotDataModule(EpisodicDataModule):
             for background in (True, False):
                 torchvision.datasets.Omniglot(str(self.root), background=background, download=True)
         except Exception as error:  # torchvision passes on any error of network, server or archive
-            raise FileNotFoundError(
+            raise UserFileNotFoundError(
                 f"{_not_found(self.root, find_tree(self.root))} The download failed: {error}"
             ) from error
 
@@ -214,19 +215,19 @@ def list_files(tree: dict[str, Path], root: Path) -> dict[str, list[Path]]:
         FileNotFoundError: If a folder is missing or holds too few characters or images.
     """
     if len(tree) < len(CHARACTERS):
-        raise FileNotFoundError(_not_found(root, tree))
+        raise UserFileNotFoundError(_not_found(root, tree))
     files = {}
     for name, count in CHARACTERS.items():
         characters = _characters(tree[name])
         if len(characters) != count:
-            raise FileNotFoundError(
+            raise UserFileNotFoundError(
                 f"Expected {tree[name]} to hold {count} characters but got {len(characters)}; "
                 f"{_HALF}"
             )
         for character in characters:
             drawings = sorted(character.glob("[0-9]*.png"))
             if len(drawings) != DRAWINGS:
-                raise FileNotFoundError(
+                raise UserFileNotFoundError(
                     f"Expected {character} to hold {DRAWINGS} images but got {len(drawings)}; "
                     f"{_HALF}"
                 )

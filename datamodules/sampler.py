@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes
 from lightning_maml.datamodules.messages import first_five
+from lightning_maml.errors import UserValueError
 
 TaskKey = tuple[int, ...]
 """What an episode depends on besides the seed: the epoch, the number of the task, and for tasks
@@ -43,7 +44,7 @@ def check_seed(name: str, seed: int) -> None:
         ValueError: If the seed is not from 0 to 2**32 - 1.
     """
     if not 0 <= seed < 2**32:
-        raise ValueError(f"Expected `{name}` to be from 0 to 2**32 - 1 but got {seed}.")
+        raise UserValueError(f"Expected `{name}` to be from 0 to 2**32 - 1 but got {seed}.")
 
 
 class ClassImages(NamedTuple):
@@ -129,13 +130,13 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         self._seed = seed
         self._classes = len(self._members) * (4 if rotations == "classes" else 1)
         if ways > self._classes:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected the ways of split {split!r} to be at most {self._classes}, its "
                 f"classes, but got {ways}."
             )
         shape = data.images.shape
         if rotations != "none" and (len(shape) != 4 or shape[2] != shape[3]):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected square images [M, C, H, W] in split {split!r} for "
                 f"rotations={rotations!r} but got shape {list(shape)}; set rotations='none'."
             )
@@ -216,7 +217,7 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
             )
             return [data.members[number] for number in large]
         cure = "; leave these out by small_classes='drop'" if data.names and large else ""
-        raise ValueError(
+        raise UserValueError(
             f"Expected {self._formula(split)} to be at most {min(sizes)}, the images of its "
             f"smallest class, but {found}{cure}."
         )

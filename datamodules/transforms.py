@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import Normalize
 from torchvision.transforms.v2.functional import resize
 
 from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.errors import UserTypeError, UserValueError
 
 STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -73,18 +74,18 @@ class EpisodeTransforms:
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < 1:
-            raise ValueError(f"Expected `resize` to be at least 1 but got {self.resize}.")
+            raise UserValueError(f"Expected `resize` to be at least 1 but got {self.resize}.")
         for name in ("train", "test"):
             transforms = getattr(self, name)
             if not isinstance(transforms, Sequence):
-                raise TypeError(
+                raise UserTypeError(
                     f"Expected `{name}` to be a list of transforms but got "
                     f"{type(transforms).__name__}; put it in a list."
                 )
         if self.vary not in ("image", "task"):
-            raise ValueError(f"Expected `vary` to be 'image' or 'task' but got {self.vary!r}.")
+            raise UserValueError(f"Expected `vary` to be 'image' or 'task' but got {self.vary!r}.")
         if self.normalize != "none" and self.normalize not in STATISTICS:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `normalize` to be 'none', {' or '.join(map(repr, STATISTICS))} but got "
                 f"{self.normalize!r}."
             )
@@ -123,7 +124,7 @@ class EpisodeTransforms:
             images = _apply(transforms, images)
         if self.normalize != "none":
             if images.shape[1] != 3:
-                raise ValueError(
+                raise UserValueError(
                     f"Expected images of 3 channels for normalize={self.normalize!r} but got "
                     f"{images.shape[1]}; use v2.Normalize instead."
                 )

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,18 @@ from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
 from lightning_maml.core.hvp import default_probe_radius
 from lightning_maml.core.params import norm, subtract
 from lightning_maml.datamodules import EpisodicDataModule
+from lightning_maml.errors import (
+    UserError,
+    UserFileNotFoundError,
+    UserFloatingPointError,
+    UserTypeError,
+    UserValueError,
+)
 from lightning_maml.execution.allocator import keep_freed_memory
 from lightning_maml.io.checkpoints import read_checkpoint, read_trained
 from lightning_maml.io.replay import load_step
 from lightning_maml.io.yaml_configs import bound_configs
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import kinked_operations, kinks
 from lightning_maml.theory import paper_scale
 from lightning_maml.theory.report import Adaptive, Settings, report
@@ -60,12 +67,12 @@ class _Trainer(Trainer):
                 saved by a fit can be used.
         """
         if not isinstance(model, MAML):
-            raise TypeError(
+            raise UserTypeError(
                 "Expected MAML or one of its variants, of which the theory is, but got "
                 f"{type(model).__name__}."
             )
         if tasks < 2:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `tasks` to be at least 2, for a deviation between them, but got {tasks}."
             )
         self._prepare(model, datamodule, ckpt_path)
@@ -76,7 +83,7 @@ class _Trainer(Trainer):
             model.inner_lr, model.train_steps
         )
         if not math.isfinite(constants.L + constants.rho):
-            raise FloatingPointError(
+            raise UserFloatingPointError(
                 "Expected finite curvature along the inner path but it is not; lower inner_lr."
             )
         print(f"\n{type(model).__name__} at {_weights(ckpt_path)}, {tasks} training tasks\n")
@@ -151,7 +158,7 @@ class _Trainer(Trainer):
                 saved by a fit can be used.
         """
         if ckpt_path is None:
-            raise ValueError(
+            raise UserValueError(
                 "Expected `ckpt_path` to be the file of a step that broke a run but got none."
             )
         episodes, epoch = load_step(model.to(self.strategy.root_device).train(), ckpt_path)
@@ -211,9 +218,9 @@ def _settings(
 
 
 def _kinked_operations(model: MAML, episodes: AnyEpisodes) -> list[str]:
-    learner = Learner(model.network, model.batch_norm)
+    functional = FunctionalNetwork(model.network, model.batch_norm)
     x = support_set(first_task(episodes))[0]
-    found: list[str] = kinked_operations(lambda: learner(learner.params, x))
+    found: list[str] = kinked_operations(lambda: functional(functional.params, x))
     return found
 
 
@@ -234,7 +241,7 @@ class _CLI(LightningCLI):
         if command.get("ckpt_path") == "last":
             folder = Path(command.trainer.default_root_dir or "runs")
             if (last := last_checkpoint(folder)) is None:
-                raise FileNotFoundError(
+                raise UserFileNotFoundError(
                     f"Expected `ckpt_path` 'last' to be the last checkpoint of a run in {folder} "
                     "but there is none; give its path."
                 )
@@ -244,7 +251,7 @@ class _CLI(LightningCLI):
             and command.ckpt_path is not None
             and not Path(command.ckpt_path).is_file()
         ):
-            raise FileNotFoundError(
+            raise UserFileNotFoundError(
                 f"Expected `ckpt_path` to be a checkpoint but there is no file {command.ckpt_path}."
             )
         if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
@@ -310,7 +317,10 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
 
 
 def main(args: ArgsType = None) -> None:
-    """Run the command ``lightning-maml``; errors that a user can cause end it with one sentence, all others with a traceback."""
+    """Run the command ``lightning-maml``.
+
+    Errors that a user can mend end it with one sentence, all others with a traceback.
+    """
     keep_freed_memory()
     try:
         run(args)
@@ -319,13 +329,16 @@ def main(args: ArgsType = None) -> None:
             "lightning-maml: Expected configs and lists to be text in UTF-8 but one is not "
             f"({error})."
         )
-    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
-        causes: list[BaseException] = [error]
-        while cause := causes[-1].__cause__ or (
-            None if causes[-1].__suppress_context__ else causes[-1].__context__
-        ):
-            causes.append(cause)
-        sentences = [str(cause) for cause in causes if str(cause).startswith("Expected ")]
-        if not sentences:
+    except Exception as error:
+        mendable = [cause for cause in _causes(error) if isinstance(cause, UserError)]
+        if not mendable:
             raise
-        sys.exit(f"lightning-maml: {sentences[-1]}")
+        sys.exit(f"lightning-maml: {mendable[-1]}")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that led to it, the last one first."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)

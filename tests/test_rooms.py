@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 
 from helpers.folders import ROOT
+from helpers.public import PUBLIC
 
 PACKAGE = ROOT / "lightning_maml"
 ROOMS = [
+    "errors",
     "batches",
     "core",
     "kernels",
     "networks",
+    "checks",
     "execution",
     "functional",
     "theory",
@@ -29,32 +32,6 @@ ROOMS = [
 circles."""
 
 WITHOUT_LIGHTNING = ROOMS[: ROOMS.index("io")]
-
-PUBLIC = {
-    "lightning_maml": """
-        ANIL AdaptationCurve AdaptedNetworks AdaptiveMetaStepsize BOIL CheckReport CheckpointOnInterrupt Conv4 Episodes FOMAML HFMAML
-        IMAML KeepBestCheckpoints LSLR MAML MAMLPlusPlus MLP MetaGradient MetaSGD ProtoNet Reptile ResNet12 ResampledEpisodes
-        SkipNonFinite StationarityMonitor adaptation_curve check keep_freed_memory meta_gradient one_hot_mse
-    """,
-    "lightning_maml.callbacks": """
-        AdaptiveMetaStepsize CheckpointOnInterrupt EpisodePictures Fidelity KeepBestCheckpoints LossMapPicture MetaGradientMonitor
-        SkipNonFinite StationarityMonitor TrainingPictures compare draw_adaptation draw_episode draw_fidelity draw_learning
-        draw_loss_map loss_map
-    """,
-    "lightning_maml.datamodules": """
-        ClassImages EasyFSLDataModule EpisodeTransforms EpisodicDataModule FewShotDataModule GlyphsDataModule ImageFolderDataModule
-        Learn2LearnDataModule MiniImageNetDataModule OmniglotDataModule TorchmetaDataModule load_images meta_batch relabelled
-        task_of_examples
-    """,
-    "lightning_maml.theory": """
-        Convergence MomentConstants PathError ResamplingBatches Rule Sizes SmoothnessConstants StepsizeBatches adaptation_gap
-        finite_sum_bound finite_sum_convergence finite_sum_sizes first_order_floor hessian_batch hessian_free_error largest_inner_lr
-        largest_one_step_inner_lr meta_smoothness meta_stepsize moment_constants one_step_bias paper_scale path_error
-        printed_probe_radius probe_radius recommended_inner_lr resampling_batches resampling_bound resampling_convergence
-        resampling_sizes smoothness_constants stepsize_batches
-    """,
-    "lightning_maml.compat.learn2learn": "EpisodicBatcher LightningANIL LightningEpisodicModule LightningMAML",
-}
 
 
 def imports(file: Path) -> set[str]:
@@ -102,14 +79,11 @@ def test_the_mathematics_imports_no_lightning(room: str) -> None:
         assert not roots & {"lightning", "pytorch_lightning"}, file
 
 
-def test_datamodules_import_only_episodes_files_and_each_other() -> None:
-    allowed = (
-        "lightning_maml.batches",
-        "lightning_maml.datamodules",
-        "lightning_maml.io.safe_files",
-    )
+def test_datamodules_import_only_episodes_errors_files_and_each_other() -> None:
+    allowed = ("batches", "datamodules", "errors", "io.safe_files")
     for file in (ROOT / "datamodules").rglob("*.py"):
         own = {name for name in imports(file) if name.startswith("lightning_maml")}
+        own = {name.removeprefix("lightning_maml.") for name in own}
         assert all(name.startswith(allowed) for name in own), file
 
 

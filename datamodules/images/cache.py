@@ -9,6 +9,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from lightning_maml.errors import UserOSError
 from lightning_maml.io.safe_files import check_archive, whole_file
 
 _VERSION = 1
@@ -49,7 +50,7 @@ def write_cache(file: Path, source: str, content: DecodedImages) -> None:
             torch.save({"version": _VERSION, "source": source, **content._asdict()}, stream)
     except (OSError, RuntimeError) as error:  # torch raises either where the disk is full
         reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(
+        raise UserOSError(
             f"Expected to write {content.images.nbytes / 1e6:.0f} MB into {file.parent} but could "
             f"not ({reason}); make room, or choose a writable `root`, with links to the data."
         ) from error

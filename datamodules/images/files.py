@@ -20,6 +20,7 @@ from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, w
 from lightning_maml.datamodules.images.folders import IMAGE_EXTENSIONS
 from lightning_maml.datamodules.messages import first_five
 from lightning_maml.datamodules.sampler import ClassImages
+from lightning_maml.errors import UserFileNotFoundError, UserOSError, UserValueError
 
 OnCorrupt = Literal["raise", "skip"]
 Mode = Literal["L", "RGB"]
@@ -40,7 +41,9 @@ def check_on_corrupt(on_corrupt: str) -> None:
         ValueError: If it is not ``"raise"`` or ``"skip"``.
     """
     if on_corrupt not in ("raise", "skip"):
-        raise ValueError(f"Expected `on_corrupt` to be 'raise' or 'skip' but got {on_corrupt!r}.")
+        raise UserValueError(
+            f"Expected `on_corrupt` to be 'raise' or 'skip' but got {on_corrupt!r}."
+        )
 
 
 class CachedImageFiles:
@@ -87,7 +90,7 @@ class CachedImageFiles:
         description: str,
     ) -> None:
         if not any(classes.values()):
-            raise FileNotFoundError(
+            raise UserFileNotFoundError(
                 f"Expected images ({', '.join(IMAGE_EXTENSIONS)}) of the classes in "
                 f"{cache.parent} but found none."
             )
@@ -120,7 +123,7 @@ class CachedImageFiles:
         """
         cached = self._read()
         if cached is None:
-            raise FileNotFoundError(
+            raise UserFileNotFoundError(
                 f"Expected {self._cache} to hold the decoded images but it does not; call "
                 "`prepare_data()` first."
             )
@@ -242,11 +245,11 @@ def load_images(files: Iterable[str | Path], image_size: int, mode: Mode = "RGB"
     """
     paths = list(map(Path, files))
     if not paths:
-        raise ValueError("Expected `files` to name at least one image but got none.")
+        raise UserValueError("Expected `files` to name at least one image but got none.")
     if image_size < 1:
-        raise ValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
+        raise UserValueError(f"Expected `image_size` to be at least 1 but got {image_size}.")
     if mode not in ("RGB", "L"):
-        raise ValueError(f"Expected `mode` to be 'RGB' or 'L' but got {mode!r}.")
+        raise UserValueError(f"Expected `mode` to be 'RGB' or 'L' but got {mode!r}.")
     images = np.stack([_read_or_refuse(file, image_size, mode) for file in paths])
     stored = torch.from_numpy(images if mode == "RGB" else images[..., None])
     return stored.permute(0, 3, 1, 2).float() / 255
@@ -292,12 +295,12 @@ def _problem(file: Path, error: Exception) -> _Problem:
 
 def _refusal(file: Path, problem: _Problem) -> OSError:
     if problem.kind == "passing":
-        return OSError(
+        return UserOSError(
             f"Expected to read {file} but {problem.message}; see to that and start again."
         )
     if problem.kind == "unsuitable":
-        return OSError(f"Expected {file} to be an image but {problem.message}.")
-    return OSError(
+        return UserOSError(f"Expected {file} to be an image but {problem.message}.")
+    return UserOSError(
         f"Expected {file} to be an image but it cannot be read ({problem.message}); copy or "
         "unpack it again."
     )

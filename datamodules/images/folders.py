@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from lightning_maml.datamodules.messages import first_five
+from lightning_maml.errors import UserValueError
 
 IMAGE_EXTENSIONS = (
     ".jpg",
@@ -141,7 +142,7 @@ def _check_is_one_class(place: Path, files: list[Path]) -> None:
         return
     level = 1 + max(len(parent.relative_to(place).parts) for parent in parents)
     names = first_five([parent.relative_to(place).as_posix() for parent in parents])
-    raise ValueError(
+    raise UserValueError(
         f"Expected the images of a class to lie in its folder but {place} holds none, and "
         f"{len(parents)} folders of images ({names}): give class_level={level} if each of these "
         f"is a class, or class_level=1 if {place.name} is one class."

@@ -12,6 +12,7 @@ import torch
 from lightning_maml.datamodules.messages import first_five
 from lightning_maml.datamodules.mini_imagenet.pickles import read_pickle
 from lightning_maml.datamodules.sampler import ClassImages
+from lightning_maml.errors import UserModuleNotFoundError, UserValueError
 
 _HDF5_RATIO = 100
 """Largest allowed ratio of the size of the images to that of the HDF5 file: torchmeta does not
@@ -73,7 +74,7 @@ def open_category_pickle(file: Path, size: int) -> Split:
     _check_images(file, images, size)
     labels = _whole_numbers(f"'labels' of {file}", labels)
     if len(labels) != len(images):
-        raise ValueError(
+        raise UserValueError(
             f"Expected 'labels' of {file} to be as many as its {len(images)} images but got "
             f"{len(labels)}."
         )
@@ -84,7 +85,7 @@ def open_category_pickle(file: Path, size: int) -> Split:
 def _entries(file: Path, content: Any, *names: str) -> list[Any]:
     _check_dictionary(str(file), content)
     if not set(names) <= set(content):
-        raise ValueError(
+        raise UserValueError(
             f"Expected {file} to hold {' and '.join(map(repr, names))} but it holds "
             f"{first_five([*map(repr, content)]) or 'nothing'}."
         )
@@ -95,7 +96,7 @@ def _check_dictionary(what: str, value: Any) -> None:
     if not isinstance(value, dict):
         got = type(value).__name__
         # no TypeError, as it is the file that is wrong
-        raise ValueError(f"Expected {what} to be a dictionary but got {got}.")  # noqa: TRY004
+        raise UserValueError(f"Expected {what} to be a dictionary but got {got}.")
 
 
 def _check_images(what: object, images: Any, size: int) -> None:
@@ -104,7 +105,7 @@ def _check_images(what: object, images: Any, size: int) -> None:
         if (str(images.dtype), tuple(images.shape[1:])) == ("uint8", (size, size, 3)):
             return
         got = f"{images.dtype} {list(images.shape)}"
-    raise ValueError(
+    raise UserValueError(
         f"Expected the images of {what} to be uint8 [N, {size}, {size}, 3] but got {got}."
     )
 
@@ -114,7 +115,7 @@ def _whole_numbers(what: str, value: Any) -> np.ndarray:
     is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)
     numbers = np.asarray(value) if is_list or isinstance(value, np.ndarray) else np.empty((0, 0))
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise ValueError(
+        raise UserValueError(
             f"Expected {what} to hold lists of whole numbers but got {type(value).__name__} of "
             "another kind."
         )
@@ -134,7 +135,7 @@ def _split(file: Path, images: np.ndarray, rows: dict[str, np.ndarray]) -> Split
 
 
 def _not_shared_out(file: Path, images: np.ndarray) -> ValueError:
-    return ValueError(
+    return UserValueError(
         f"Expected the classes of {file} to share out the numbers 0 .. {len(images) - 1} of its "
         "images but they do not."
     )
@@ -176,7 +177,7 @@ def _hdf5_classes(file: Path) -> Iterator[dict[str, Any]]:
     try:
         import h5py
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise UserModuleNotFoundError(
             f"Expected h5py to be installed, for {file}, but it is not: pip install "
             "'lightning_maml[hdf5]'."
         ) from error
@@ -189,12 +190,12 @@ def _hdf5_classes(file: Path) -> Iterator[dict[str, Any]]:
             datasets = [images for images in classes.values() if isinstance(images, h5py.Dataset)]
             links_lead_out = not all(isinstance(link, h5py.HardLink) for link in links)
             if links_lead_out or any(map(_lies_elsewhere, datasets)):
-                raise ValueError(
+                raise UserValueError(
                     f"Expected {file} to hold its images itself but it refers to other files; it "
                     "is not read."
                 )
             if sum(images.nbytes for images in datasets) > _HDF5_RATIO * file.stat().st_size:
-                raise ValueError(
+                raise UserValueError(
                     f"Expected the images of {file} to be at most {_HDF5_RATIO} times its size "
                     "but they are more; it is not read."
                 )
@@ -202,7 +203,7 @@ def _hdf5_classes(file: Path) -> Iterator[dict[str, Any]]:
     except ValueError:
         raise
     except Exception as error:  # h5py raises some ten kinds on damaged files
-        raise ValueError(
+        raise UserValueError(
             f"Expected {file} to be a whole HDF5 file with a group 'datasets' but it is not "
             f"({error})."
         ) from error

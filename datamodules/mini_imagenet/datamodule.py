@@ -14,6 +14,7 @@ from lightning_maml.datamodules.images.files import OnCorrupt, check_on_corrupt
 from lightning_maml.datamodules.mini_imagenet.array_files import Split
 from lightning_maml.datamodules.mini_imagenet.layouts import Layout, find_layout
 from lightning_maml.datamodules.sampler import ClassImages
+from lightning_maml.errors import UserValueError
 
 CLASSES = {"train": 64, "val": 16, "test": 20}
 """Number of classes in each split."""
@@ -106,7 +107,7 @@ def _check_splits(folder: Path, splits: dict[str, Split]) -> None:
     found = {split: len(part.sizes) for split, part in splits.items()}
     if found != CLASSES:
         expected, got = _in_words(CLASSES), _in_words(found)
-        raise ValueError(
+        raise UserValueError(
             f"Expected {expected} classes in {folder}, as Ravi & Larochelle 2017 split "
             f"mini-ImageNet, but got {got} classes; for other data take ImageFolderDataModule."
         )

@@ -17,6 +17,7 @@ from lightning_maml.datamodules.mini_imagenet.array_files import (
     open_category_pickle,
     open_hdf5,
 )
+from lightning_maml.errors import UserFileNotFoundError, UserValueError
 
 _Places = dict[str, Path]
 """The file or folder of each split."""
@@ -81,7 +82,7 @@ def find_layout(root: Path, size: int, on_corrupt: OnCorrupt) -> Layout:
     forms = "".join(
         f"\n- {name}: {form.names['train'][0]}, ...; {form.source}" for name, form in _FORMS.items()
     )
-    raise FileNotFoundError(
+    raise UserFileNotFoundError(
         f"Expected mini-ImageNet in {root} or in a folder of it but found "
         f"{'; '.join(incomplete) or 'nothing of it'}; put it there in one of these forms:{forms}"
     )
@@ -102,7 +103,7 @@ def _matches_below(root: Path, incomplete: list[str]) -> list[tuple[str, _Places
                 found.append(matches)
     if len(found) > 1:
         names = first_five([places["train"].parent for (_, places), *_ in found])
-        raise ValueError(
+        raise UserValueError(
             f"Expected one folder in {root} to look like mini-ImageNet but got {names}; give one "
             "of them as `root`."
         )
@@ -137,7 +138,7 @@ def _refuse_web_page(place: Path) -> None:
         with place.open("rb") as stream:
             start = stream.read(200)
         if re.match(rb"\s*<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected {place} to hold data but it is a web page, as hosts send in place of "
                 "large files; download it again, in a browser."
             )
@@ -218,7 +219,7 @@ def _list_files(path: Path, split: str) -> dict[str, list[Path]]:
             classes[label].append(Path(place))
     _names_in.cache_clear()
     if missing:
-        raise FileNotFoundError(
+        raise UserFileNotFoundError(
             f"Expected the {len(rows)} images of {path} in its folder images, in itself, or there "
             f"in a folder per class, but {len(missing)} are missing: {first_five(missing)}."
         )
@@ -253,19 +254,21 @@ def _read_csv(path: Path) -> set[tuple[str, str]]:
                 file_name, label = columns
                 rows = {(row[file_name] or "", row[label] or "") for row in reader}
     except csv.Error as error:
-        raise ValueError(
+        raise UserValueError(
             f"Expected {path} to be a CSV file but it cannot be read ({error})."
         ) from error
     if columns is None:
         got = ",".join(header)[:80]
-        raise ValueError(
+        raise UserValueError(
             f"Expected the header of {path} to be filename,label or class_name,image_name but got "
             f"{got!r}."
         )
     for part in {part for row in rows for part in row}:
         steps = re.split(r"[/\\]", part)
         if not steps[0] or ".." in steps or re.match("[A-Za-z]:", part):
-            raise ValueError(f"Expected {path} to name files inside its folder but got {part!r}.")
+            raise UserValueError(
+                f"Expected {path} to name files inside its folder but got {part!r}."
+            )
     return rows
 
 

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from lightning_maml.errors import UserValueError
+
 _LARGE = 1 << 16  # bytes; a string of this size or larger is left in the file
 
 
@@ -33,12 +35,12 @@ def read_pickle(file: Path) -> Any:
         try:
             return _unpickle(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
         except _Refused as error:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected {file} to hold arrays and containers only but got {error}; it is not "
                 "read, and nothing ran."
             ) from error
         except Exception as error:  # a damaged pickle raises nearly anything
-            raise ValueError(
+            raise UserValueError(
                 f"Expected {file} to be a whole pickle but it is cut short or damaged "
                 f"({type(error).__name__}: {error}); download it again."
             ) from error

@@ -16,7 +16,7 @@ from lightning_maml.algorithms.base import (
     OptimizerFactory,
     SchedulerFactory,
 )
-from lightning_maml.algorithms.features import head_learner, with_features
+from lightning_maml.algorithms.features import functional_head, with_features
 from lightning_maml.algorithms.losses import ModelLosses, model_losses
 from lightning_maml.algorithms.metrics import with_accuracy
 from lightning_maml.batches.episodes import (
@@ -27,6 +27,16 @@ from lightning_maml.batches.episodes import (
     support_set,
 )
 from lightning_maml.batches.trees import Inputs, detached, map_tensors
+from lightning_maml.checks.findings import Kind
+from lightning_maml.checks.loss_checks import (
+    check_broadcasting,
+    check_labels,
+    check_loss_value,
+    check_targets,
+    ignored_label,
+)
+from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo, first_outputs
+from lightning_maml.checks.stacked_network import StackedNetwork
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_loop import inner_loop
 from lightning_maml.core.inner_rates import (
@@ -38,6 +48,7 @@ from lightning_maml.core.inner_rates import (
 )
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import is_random
+from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.execution.auto import Attempt, Cures, Execution, Executor, TasksName
 from lightning_maml.execution.compilation import Compiler
 from lightning_maml.execution.task_map import are_stacked
@@ -54,27 +65,17 @@ from lightning_maml.networks.batch_norm import (
     StepStatistics,
     batch_norms,
 )
-from lightning_maml.networks.checks import NetworkChecks, NetworkInfo, first_outputs
+from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.facts import writes
+from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import (
     BatchNormPolicy,
-    FunctionalLoss,
+    FunctionalHead,
+    FunctionalNetwork,
     HeadDoesNotEndError,
-    HeadLearner,
-    Learner,
-    structural_copy,
-    writes,
 )
 from lightning_maml.networks.head_body import PartName, adapting, head_of
 from lightning_maml.networks.kinks import weight_normed
-from lightning_maml.networks.loss_checks import (
-    check_broadcasting,
-    check_labels,
-    check_loss_value,
-    check_targets,
-    ignored_label,
-)
-from lightning_maml.networks.memory import Kind
-from lightning_maml.networks.stacked_network import StackedNetwork
 from lightning_maml.networks.stacking_trial import Verdict
 
 
@@ -96,13 +97,13 @@ class Plan(NamedTuple):
     """What is decided for a meta-batch, once it was checked.
 
     Attributes:
-        learner: The network as a function.
+        functional: The network as a function.
         execution: How the tasks are run.
         head: Name of the head, if it alone adapts and ends the network, so that the features before
             it are computed only once.
     """
 
-    learner: Learner
+    functional: FunctionalNetwork
     execution: Execution
     head: str | None
 
@@ -165,7 +166,7 @@ class AdaptingModule(EpisodicModule):
         inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
         check_inner_rates(inner_rates)
         if inner_rates != "fixed" and not self.learns_rates:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `inner_rates` to be 'fixed' with {type(self).__name__}, which cannot "
                 f"learn them, but got {inner_rates!r}."
             )
@@ -174,7 +175,7 @@ class AdaptingModule(EpisodicModule):
         rates_of_steps(inner_lr, params, 1)  # refuses a rate out of range
         self.inner_lr, self.train_steps = inner_lr, train_steps
         self.test_steps = train_steps if test_steps is None else test_steps
-        self.adapts, self.head = adapt, head
+        self.adapted_part, self.head = adapt, head
         self.learned_rates = (
             None
             if inner_rates == "fixed"
@@ -198,7 +199,7 @@ class AdaptingModule(EpisodicModule):
             "a network that draws random numbers": is_random(self.network),
         }
         if wrong := [reason for reason, holds in reasons.items() if holds]:
-            raise ValueError(
+            raise UserValueError(
                 "Expected a meta-gradient of stacked tasks with `compiled=True` but got "
                 f"{wrong[0]}; leave it uncompiled."
             )
@@ -213,7 +214,7 @@ class AdaptingModule(EpisodicModule):
         theirs = _shapes_besides_the_network(checkpoint["state_dict"])
         ours = _shapes_besides_the_network(self.state_dict())
         if theirs != ours:
-            raise ValueError(
+            raise UserValueError(
                 "Expected a checkpoint with the inner rates and batch-norm averages of this model "
                 f"but got others ({len(theirs)} tensors, here {len(ours)}); give the model the "
                 "`inner_rates`, `batch_norm`, `adapt` and `train_steps` that it was trained with."
@@ -221,8 +222,8 @@ class AdaptingModule(EpisodicModule):
         super().on_load_checkpoint(checkpoint)
 
     @override
-    def _adapts_by(self) -> dict[str, Any]:
-        return super()._adapts_by() | {"adapt": self.adapts}
+    def _adaptation_settings(self) -> dict[str, Any]:
+        return super()._adaptation_settings() | {"adapt": self.adapted_part}
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -262,7 +263,7 @@ class AdaptingModule(EpisodicModule):
             at once, or with ``"auto"`` on a CPU as many as in training.
         """
         if not isinstance(support_y, Tensor):
-            raise TypeError(
+            raise UserTypeError(
                 f"Expected `support_y` to be a tensor but got {type(support_y).__name__}; make it "
                 "one, torch.tensor(...)."
             )
@@ -282,16 +283,16 @@ class AdaptingModule(EpisodicModule):
             ValueError: With ``batch_norm="per_step"``, where each step has a loss of its own.
         """
         if self.step_statistics is not None:
-            raise ValueError(
+            raise UserValueError(
                 "Expected one loss for all inner steps but got batch_norm='per_step'; use "
                 "another `batch_norm`."
             )
         check_episodes(task)
-        learner = Learner(structural_copy(self.network).eval(), self.batch_norm)
-        support, query = self._losses(learner)
+        functional = FunctionalNetwork(structural_copy(self.network).eval(), self.batch_norm)
+        support, query = self._losses(functional)
         with torch.inference_mode(False), torch.no_grad():
             of_one = first_task(detached(task))
-            w = {name: p.detach().clone() for name, p in learner.params.items()}
+            w = {name: p.detach().clone() for name, p in functional.params.items()}
             rates = detached(rates_of_steps(self._rates(), w, self.test_steps))
             losses = LossFunctions(support, has_aux=True).of_task(of_one, self.test_steps)
             path, w_N = inner_loop(losses, w, rates)
@@ -310,15 +311,15 @@ class AdaptingModule(EpisodicModule):
         check_episodes(support)
         network = structural_copy(self.network).eval()
         kind = self._kind(network, support)
-        self._check(Learner(network, self.batch_norm), support, kind)
+        self._check(FunctionalNetwork(network, self.batch_norm), support, kind)
         as_one = not of_one and self._adapts_as_one(support, network, kind)
         execution = Execution("loop", None)
         if as_one:
             execution = self._executor.of_adaptation(self.network, self.device, support)
-        learner = Learner(network, self.batch_norm, vectorised=are_stacked(*execution))
+        functional = FunctionalNetwork(network, self.batch_norm, vectorised=are_stacked(*execution))
         adapted = adapted_parameters(
-            [self._losses(learner, self._averages(j)).support for j in range(steps + 1)],
-            learner.params,
+            [self._losses(functional, self._averages(j)).support for j in range(steps + 1)],
+            functional.params,
             support_x,
             support_y,
             inner_lr=self._rates(),
@@ -363,13 +364,16 @@ class AdaptingModule(EpisodicModule):
                 that can be trained in this way.
         """
         network = self.network
-        learner, kind = Learner(network, self.batch_norm), self._kind(network, episodes)
-        info = self._check(learner, episodes, kind)
+        functional, kind = (
+            FunctionalNetwork(network, self.batch_norm),
+            self._kind(network, episodes),
+        )
+        info = self._check(functional, episodes, kind)
         stacking = partial(self._verdict, episodes, network, kind)
         execution = self._executor(network, self.device, episodes, info.draws, stacking)
         if are_stacked(*execution):
-            learner = learner.stacked()
-        return Plan(learner, execution, self._head_that_ends(info, episodes))
+            functional = functional.stacked()
+        return Plan(functional, execution, self._head_that_ends(info, episodes))
 
     def _execution(self, episodes: AnyEpisodes) -> Execution:
         """Return how the tasks of a meta-batch are run."""
@@ -387,7 +391,9 @@ class AdaptingModule(EpisodicModule):
         head = head_of(self.network, self.head)
         return None if batch_norms(self.network.get_submodule(head)) else head
 
-    def _check(self, learner: Learner, episodes: AnyEpisodes, kind: Kind) -> NetworkInfo:
+    def _check(
+        self, functional: FunctionalNetwork, episodes: AnyEpisodes, kind: Kind
+    ) -> NetworkInfo:
         """Refuse what would give wrong numbers, or fail in the loss.
 
         Labels are checked in every batch; network and loss once for each kind of batch.
@@ -396,18 +402,20 @@ class AdaptingModule(EpisodicModule):
         of_outputs = self._loss_of_outputs()
 
         def check_network() -> NetworkInfo:
-            return self._network_checks(self.network, learner, episodes, of_outputs, self._inspect)
+            return self._network_checks(
+                self.network, functional, episodes, of_outputs, self._inspect
+            )
 
         def check_loss() -> None:
             def outputs(number: int) -> Any:
                 of_queries = number == 1
-                return of_outputs.given(first_outputs(learner, episodes, of_queries=of_queries))
+                return of_outputs.given(first_outputs(functional, episodes, of_queries=of_queries))
 
             targets = (support_set(first_task(episodes))[1], first_task(episodes).query_y)
             check_broadcasting(self.loss, outputs, targets)
-            check_loss_value(of_outputs, learner, episodes, self.parameters())
+            check_loss_value(of_outputs, functional, episodes, self.parameters())
 
-        unseen = writes(learner.network) is None
+        unseen = writes(functional.network) is None
         info: NetworkInfo = once("network", find=check_network, again=unseen)
         self._check_labels(episodes, info)
         once("loss", find=check_loss)
@@ -421,7 +429,7 @@ class AdaptingModule(EpisodicModule):
         assert info.outputs is not None, "with labels there are logits"
         ways = self._ways_of_datamodule()
         if ways is not None and info.outputs != (ways,):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `network` to have {ways} outputs, one per way of the episode, but got "
                 f"{info.outputs[0]}; give its head as many outputs as the datamodule has `ways`, "
                 "and leave `test_ways` the same, because a head has one width."
@@ -469,9 +477,9 @@ class AdaptingModule(EpisodicModule):
         if plan.head is not None:
             with torch.inference_mode(False), torch.no_grad():
                 episodes = detached(episodes)
-                episodes = with_features(plan.learner, plan.head, plan.execution, episodes)
-            head = head_learner(self.network, plan.head, plan.execution)
-            plan = plan._replace(learner=head)
+                episodes = with_features(plan.functional, plan.head, plan.execution, episodes)
+            head = functional_head(self.network, plan.head, plan.execution)
+            plan = plan._replace(functional=head)
         arguments = self._arguments(plan, episodes, steps)
         return adaptation_curve(**arguments, inner_lr=self._rates(), steps=steps)
 
@@ -492,13 +500,13 @@ class AdaptingModule(EpisodicModule):
         """
         loss: Any
         query_loss: Any
-        loss, query_loss = self._losses(plan.learner)
+        loss, query_loss = self._losses(plan.functional)
         if self.step_statistics is not None and steps is not None:
-            each = [self._losses(plan.learner, self._averages(j)) for j in range(steps + 1)]
+            each = [self._losses(plan.functional, self._averages(j)) for j in range(steps + 1)]
             loss, query_loss = [of.support for of in each], [of.query for of in each]
         return {
             "loss": loss,
-            "params": plan.learner.params,
+            "params": plan.functional.params,
             "episodes": episodes,
             "query_loss": query_loss,
             "has_aux": True,
@@ -506,11 +514,11 @@ class AdaptingModule(EpisodicModule):
         }
 
     def _losses(
-        self, learner: Learner, averages: Mapping[str, Tensor] | None = None
+        self, functional: FunctionalNetwork, averages: Mapping[str, Tensor] | None = None
     ) -> ModelLosses:
         """Return the support and the query loss of a network, the model's own or a copy."""
-        of_outputs = self._loss_of_outputs(training=not self._only_evaluates(learner))
-        return model_losses(learner, of_outputs, self.logits, averages)
+        of_outputs = self._loss_of_outputs(training=not self._only_evaluates(functional))
+        return model_losses(functional, of_outputs, self.logits, averages)
 
     def _loss_of_outputs(self, *, training: bool = True) -> FunctionalLoss:
         loss = self.loss
@@ -518,20 +526,20 @@ class AdaptingModule(EpisodicModule):
             loss = structural_copy(loss).eval()
         return FunctionalLoss(loss, self.logits)
 
-    def _only_evaluates(self, learner: Learner) -> bool:
+    def _only_evaluates(self, functional: FunctionalNetwork) -> bool:
         """Return whether this is a copy in evaluation mode of a network that is trained in another."""
-        is_head = isinstance(learner, HeadLearner)
-        return self.network.training and not learner.network.training and not is_head
+        is_head = isinstance(functional, FunctionalHead)
+        return self.network.training and not functional.network.training and not is_head
 
     def _averages(self, step: int) -> dict[str, Tensor]:
         """Return the running averages of networks adapted in ``step`` steps, if these have averages of their own."""
         return {} if self.step_statistics is None else self.step_statistics(step)
 
-    def _adapting(self) -> Params:
-        return adapting(self.network, self.adapts, self.head)
+    def _adapting_parameters(self) -> Params:
+        return adapting(self.network, self.adapted_part, self.head)
 
     def _rates(self) -> InnerRates:
-        names = self._adapting().keys()
+        names = self._adapting_parameters().keys()
         if self.learned_rates is None:
             return dict.fromkeys(names, self.inner_lr)
         rates: InnerRates = self.learned_rates(names)

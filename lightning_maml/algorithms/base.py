@@ -22,19 +22,20 @@ from lightning_maml.algorithms.resume import ResumeState, described, warn_of_oth
 from lightning_maml.batches.episodes import AnyEpisodes, check_episodes
 from lightning_maml.batches.outputs import logits_in
 from lightning_maml.batches.trees import map_tensors
+from lightning_maml.checks.findings import Findings, Kind, kind_of_batch
+from lightning_maml.checks.loss_checks import ignored_label
+from lightning_maml.checks.requirements import (
+    check_loss_is_callable,
+    check_network,
+    refuse_without_gradient,
+)
 from lightning_maml.core.rng import random_state
+from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.functional.adaptation import AdaptationCurve
 from lightning_maml.io.checkpoints import WholeCheckpoints, read_trained
 from lightning_maml.io.plain import plain
 from lightning_maml.networks.buffers import BufferUpdate
 from lightning_maml.networks.functional_network import BatchNormPolicy
-from lightning_maml.networks.loss_checks import ignored_label
-from lightning_maml.networks.memory import Findings, Kind, kind_of_batch
-from lightning_maml.networks.requirements import (
-    check_loss_is_callable,
-    check_network,
-    refuse_without_gradient,
-)
 from lightning_maml.networks.stacking_trial import Verdict
 
 LossFunction = nn.Module | Callable[[Any, Tensor], Tensor]
@@ -191,7 +192,7 @@ class EpisodicModule(LightningModule):
             and parameter.default is parameter.empty
             and "network" not in kwargs
         ):
-            raise TypeError(
+            raise UserTypeError(
                 "Expected the network, which a checkpoint does not hold, but got none; call "
                 f"{cls.__name__}.load_from_checkpoint(path, network=...)."
             )
@@ -199,7 +200,7 @@ class EpisodicModule(LightningModule):
         if weights_only and isinstance(checkpoint_path, str | Path):
             named = read_trained(checkpoint_path).get("hyper_parameters") or {}
             if "_instantiator" in named:  # Lightning would import and call what it names
-                raise ValueError(
+                raise UserValueError(
                     f"Expected {checkpoint_path} to hold plain hyperparameters but it names what "
                     "makes the model; it is not loaded."
                 )
@@ -216,7 +217,7 @@ class EpisodicModule(LightningModule):
         if isinstance(
             self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy
         ):
-            raise TypeError(
+            raise UserTypeError(
                 "Expected a strategy that keeps whole parameters in each process but got "
                 f"{type(self.trainer.strategy).__name__}; meta-gradients take other values for "
                 "the parameters than the network holds: use 'ddp'."
@@ -228,7 +229,7 @@ class EpisodicModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a run needs to go on as if it had not been interrupted."""
-        checkpoint["adapts_by"] = self._adapts_by()
+        checkpoint["adapts_by"] = self._adaptation_settings()
         self._resume.save(self, checkpoint)
         self.non_finite.save(checkpoint)
         # for a trainer that was given a plugin of its own, too
@@ -251,7 +252,7 @@ class EpisodicModule(LightningModule):
         if strict and theirs != ours:
             found = sorted(theirs ^ ours)
             where = "the checkpoint" if found[0] in theirs else "this model"
-            raise ValueError(
+            raise UserValueError(
                 f"Expected the loss that the checkpoint's model had but {found} are in {where} "
                 "alone; make the model with the same `loss=`, because a checkpoint does not hold "
                 "it."
@@ -263,14 +264,14 @@ class EpisodicModule(LightningModule):
 
         Warns if the checkpoint's model adapted in another way.
         """
-        warn_of_other_settings(checkpoint.get("adapts_by", {}), self._adapts_by())
+        warn_of_other_settings(checkpoint.get("adapts_by", {}), self._adaptation_settings())
         if self._trainer is not None and self.trainer.training:
             # Lightning does so later, when the weights are already rounded
             self.trainer.precision_plugin.convert_module(self)
             self._resume.load(checkpoint)
             self.non_finite.load(checkpoint)
 
-    def _adapts_by(self) -> dict[str, Any]:
+    def _adaptation_settings(self) -> dict[str, Any]:
         """Return what adaptation depends on besides the weights and the hyperparameters, in plain words."""
         return {"loss": described(self.loss)}
 

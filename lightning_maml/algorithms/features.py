@@ -10,29 +10,31 @@ from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import TaskAxis
 from lightning_maml.execution.auto import Execution
 from lightning_maml.execution.task_map import are_stacked, cat_chunks, map_tasks
-from lightning_maml.networks.functional_network import HeadLearner, Learner
+from lightning_maml.networks.functional_network import FunctionalHead, FunctionalNetwork
 
 
-def head_learner(network: nn.Module, head: str, execution: Execution) -> HeadLearner:
+def functional_head(network: nn.Module, head: str, execution: Execution) -> FunctionalHead:
     """Return the head of a network as a function, for tasks that are run in some way."""
-    return HeadLearner(network, head, vectorised=are_stacked(*execution))
+    return FunctionalHead(network, head, vectorised=are_stacked(*execution))
 
 
-def encode(learner: Learner, head: str, params: Params, task: AnyEpisodes) -> tuple[Tensor, Tensor]:
+def encode(
+    functional: FunctionalNetwork, head: str, params: Params, task: AnyEpisodes
+) -> tuple[Tensor, Tensor]:
     """Return what enters the head for a task's support and query inputs."""
-    statistics_of = task.support_x if learner.uses_support_statistics else None
-    support = learner.features(params, task.support_x, head)
-    query = learner.features(params, task.query_x, head, statistics_of=statistics_of)
+    statistics_of = task.support_x if functional.uses_support_statistics else None
+    support = functional.features(params, task.support_x, head)
+    query = functional.features(params, task.query_x, head, statistics_of=statistics_of)
     # features computed under autocast are the inputs of what runs without it
     dtype = next(iter(params.values())).dtype
     return support.to(dtype), query.to(dtype)
 
 
 def with_features(
-    learner: Learner, head: str, execution: Execution, episodes: AnyEpisodes
+    functional: FunctionalNetwork, head: str, execution: Execution, episodes: AnyEpisodes
 ) -> AnyEpisodes:
     """Return episodes with the features that enter the head in place of the inputs."""
-    of_task = partial(encode, learner, head, learner.params)
+    of_task = partial(encode, functional, head, functional.params)
 
     def of_tasks(task: AnyEpisodes, axis: TaskAxis) -> Any:
         return axis.vmap(of_task)(task)

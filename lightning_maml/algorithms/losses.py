@@ -8,7 +8,8 @@ from torch import Tensor
 from lightning_maml.batches.episodes import AnyEpisodes, support_set
 from lightning_maml.core.params import Params
 from lightning_maml.functional.losses import Loss, QueryLoss
-from lightning_maml.networks.functional_network import FunctionalLoss, Learner
+from lightning_maml.networks.functional_loss import FunctionalLoss
+from lightning_maml.networks.functional_network import FunctionalNetwork
 
 
 class ModelLosses(NamedTuple):
@@ -24,7 +25,7 @@ class ModelLosses(NamedTuple):
 
 
 def model_losses(
-    learner: Learner,
+    functional: FunctionalNetwork,
     of_outputs: FunctionalLoss,
     logits: Callable[[Any], Any],
     averages: Mapping[str, Tensor] | None = None,
@@ -32,19 +33,19 @@ def model_losses(
     """Return the losses of a network.
 
     Args:
-        learner: The network.
+        functional: The network.
         of_outputs: The loss of its outputs and labels.
         logits: Takes the logits from what it returns.
         averages: Running averages to use in place of the network's.
     """
 
     def support(params: Params, x: Any, y: Tensor) -> tuple[Tensor, Any]:
-        outputs = learner(params, x, averages=averages)
+        outputs = functional(params, x, averages=averages)
         return of_outputs(params, outputs, y), logits(outputs)
 
     def query(params: Params, task: AnyEpisodes) -> tuple[Tensor, Any]:
-        statistics_of = support_set(task)[0] if learner.uses_support_statistics else None
-        outputs = learner(params, task.query_x, statistics_of=statistics_of, averages=averages)
+        statistics_of = support_set(task)[0] if functional.uses_support_statistics else None
+        outputs = functional(params, task.query_x, statistics_of=statistics_of, averages=averages)
         return of_outputs(params, outputs, task.query_y), logits(outputs)
 
     return ModelLosses(support, query)

@@ -12,7 +12,7 @@ from lightning_maml.algorithms.base import (
     Step,
     StepResult,
 )
-from lightning_maml.algorithms.features import encode, head_learner
+from lightning_maml.algorithms.features import encode, functional_head
 from lightning_maml.algorithms.non_finite import (
     check_gradients_are_finite,
     check_losses_are_finite,
@@ -22,12 +22,18 @@ from lightning_maml.batches.episodes import (
     check_episodes,
 )
 from lightning_maml.batches.trees import map_tensors, tensors
+from lightning_maml.checks.requirements import (
+    Unwritten,
+    refuse_differentiable,
+    refuse_without_gradient,
+)
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_rates import (
     rates_of_steps,
     tensor_rates,
 )
 from lightning_maml.core.params import Params
+from lightning_maml.errors import UserValueError
 from lightning_maml.execution.auto import Execution
 from lightning_maml.execution.compilation import state_of
 from lightning_maml.functional.adaptation import (
@@ -36,14 +42,7 @@ from lightning_maml.functional.adaptation import (
 from lightning_maml.functional.loss_with_gradient import loss_with_gradient
 from lightning_maml.functional.meta_gradient import MetaGradient, meta_gradient
 from lightning_maml.networks.buffers import statistics_in_training
-from lightning_maml.networks.functional_network import (
-    Learner,
-)
-from lightning_maml.networks.requirements import (
-    Unwritten,
-    refuse_differentiable,
-    refuse_without_gradient,
-)
+from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.theory.measure import Probe
 
 
@@ -105,6 +104,15 @@ class MAML(AdaptingModule):
             the network has no second derivatives that the algorithm needs.
         FloatingPointError: In training, if the query loss or the meta-gradient is not finite; the
             parameters are then untouched.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import MAML, MLP, Episodes
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> model = MAML(MLP(4, 3), inner_lr=0.1, train_steps=2)
+        >>> model.meta_loss(Episodes(x, y, x, y)).backward()  # or Trainer().fit(model, loader)
+        >>> model.adapt(x[0], y[0])(x[0]).shape  # the network adapted to a task
+        torch.Size([6, 3])
     """
 
     def meta_gradient(
@@ -123,7 +131,7 @@ class MAML(AdaptingModule):
             with attempt:
                 plan = self._plan(episodes)
                 found = self._gradient_function(plan, episodes, curvature)()
-        return {name: found.grad[name] for name in plan.learner.params}
+        return {name: found.grad[name] for name in plan.functional.params}
 
     @override
     def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
@@ -147,7 +155,7 @@ class MAML(AdaptingModule):
 
     def _check_that_rates_are_used(self) -> None:
         if self.learned_rates is not None and self.train_steps == 0:
-            raise ValueError(
+            raise UserValueError(
                 "Expected `train_steps` to be at least 1 to train learned inner rates, which get "
                 "their gradient from inner steps, but got 0; use inner_rates='fixed'."
             )
@@ -166,7 +174,7 @@ class MAML(AdaptingModule):
             self._stop_unless_finite(found)
             self._update_buffers(self.network, episodes)
             self._update_step_statistics(episodes)
-            rates = rates_of_steps(self._rates(), self._adapting(), self.train_steps)
+            rates = rates_of_steps(self._rates(), self._adapting_parameters(), self.train_steps)
             points = [params | self._loss_of_outputs().params, *map(tensor_rates, rates)]
             loss = loss_with_gradient(points, [found.grad, *found.inner_lr], found.query_loss)
             return StepResult(loss, found.query_loss, found.aux)
@@ -196,9 +204,9 @@ class MAML(AdaptingModule):
     ) -> Callable[[], MetaGradient]:
         arguments = self._training_arguments(plan, episodes)
         if plan.head is not None:
-            head = head_learner(self.network, plan.head, plan.execution)
+            head = functional_head(self.network, plan.head, plan.execution)
             loss, query_loss = self._losses(head)
-            features = partial(encode, plan.learner, plan.head)
+            features = partial(encode, plan.functional, plan.head)
             arguments |= {"loss": loss, "query_loss": query_loss, "encode": features}
         if self._compiler is not None:
             states = map(state_of, (self.network, self.loss))
@@ -214,14 +222,14 @@ class MAML(AdaptingModule):
         It is that of the loss's parameters too, which do not adapt.
         """
         arguments = self._arguments(plan, episodes, self.train_steps)
-        arguments["params"] = plan.learner.params | self._loss_of_outputs().params
+        arguments["params"] = plan.functional.params | self._loss_of_outputs().params
         return arguments | {"inner_lr": self._rates(), "steps": self.train_steps}
 
     def _update_step_statistics(self, episodes: AnyEpisodes) -> None:
         if self.step_statistics is None:
             return
         first = map_tensors(lambda tensor: tensor[:1], episodes)
-        plan = Plan(Learner(self.network, self.batch_norm), Execution("loop", None), None)
+        plan = Plan(FunctionalNetwork(self.network, self.batch_norm), Execution("loop", None), None)
         arguments = self._arguments(plan, first) | {
             "query_loss": partial(statistics_in_training, self.network)
         }
@@ -252,7 +260,7 @@ class MAML(AdaptingModule):
         self.check_for_theory()
         check_episodes(episodes)
         if self.step_statistics is not None and not self.training:
-            raise ValueError(
+            raise UserValueError(
                 "Expected one loss for all inner steps but got batch_norm='per_step' in "
                 "evaluation mode; use another `batch_norm`."
             )
@@ -266,14 +274,14 @@ class MAML(AdaptingModule):
                 meta-gradient is not the query loss's; the theory assumes both.
         """
         if type(self)._gradient_function is not MAML._gradient_function:
-            raise ValueError(
+            raise UserValueError(
                 "Expected MAML, FOMAML or HFMAML, of which the theory is, but got "
                 f"{type(self).__name__}."
             )
-        if self.adapts != "all" or self.learned_rates is not None:
-            raise ValueError(
+        if self.adapted_part != "all" or self.learned_rates is not None:
+            raise UserValueError(
                 "Expected one fixed inner rate for all parameters, of which the theory's "
-                f"constants and stepsizes are, but got adapt={self.adapts!r} with "
+                f"constants and stepsizes are, but got adapt={self.adapted_part!r} with "
                 f"{'fixed' if self.learned_rates is None else 'learned'} rates; use adapt='all' "
                 "and inner_rates='fixed'."
             )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.core.params import Params
+from lightning_maml.errors import UserFloatingPointError
 from lightning_maml.io.replay import save_step
 
 
@@ -62,7 +63,7 @@ class NonFinitePolicy:
         config = folder / "config.yaml"
         named = config if config.is_file() else "CONFIG"
         command = f"`lightning-maml replay --config={named} --ckpt_path={path}`"
-        raise FloatingPointError(f"{error} Take the step again by {command}.") from None
+        raise UserFloatingPointError(f"{error} Take the step again by {command}.") from None
 
 
 def check_losses_are_finite(query_loss: Tensor, where: str) -> None:
@@ -74,7 +75,7 @@ def check_losses_are_finite(query_loss: Tensor, where: str) -> None:
     finite = query_loss.isfinite()
     if not finite.all():
         tasks = (~finite).nonzero().flatten().tolist()
-        raise FloatingPointError(
+        raise UserFloatingPointError(
             f"Expected a finite query loss but got {query_loss[tasks].tolist()} in tasks {tasks} "
             f"{where}"
         )
@@ -94,6 +95,6 @@ def check_gradients_are_finite(gradients: Params, where: str) -> None:
     if torch.stack([*largest.values()]).max().isfinite():  # so that a GPU is waited for only once
         return
     broken = [name for name, size in largest.items() if not size.isfinite()]
-    raise FloatingPointError(
+    raise UserFloatingPointError(
         f"Expected a finite meta-gradient but it is not finite in {broken} {where}"
     )

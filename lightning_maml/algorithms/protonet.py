@@ -22,27 +22,25 @@ from lightning_maml.algorithms.base import (
 from lightning_maml.algorithms.non_finite import check_losses_are_finite
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.batches.trees import Inputs, cat, detached, map_tensors
+from lightning_maml.checks.loss_checks import check_broadcasting, check_labels
+from lightning_maml.checks.network_checks import (
+    check_logits,
+    check_policy,
+    check_writes,
+    first_outputs,
+)
 from lightning_maml.core.context import evaluating
 from lightning_maml.core.rng import generator_states, set_generator_states
 from lightning_maml.core.task_axis import Randomness, TaskAxis
+from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.execution.auto import ADAPTED_AT_ONCE
 from lightning_maml.execution.task_map import TaskExecution, cat_chunks, map_tasks
 from lightning_maml.functional.adaptation import AdaptationCurve
 from lightning_maml.io.plain import plain
 from lightning_maml.networks.adapted import AdaptedNetworks
-from lightning_maml.networks.checks import (
-    check_logits,
-    check_policy,
-    first_outputs,
-    look_for_writes,
-)
-from lightning_maml.networks.functional_network import (
-    BatchNormPolicy,
-    Learner,
-    hooks_tensors,
-    structural_copy,
-)
-from lightning_maml.networks.loss_checks import check_broadcasting, check_labels
+from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.facts import facts_of
+from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
 from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare, two_tasks
 
 _NOT_STACKED = (
@@ -76,6 +74,14 @@ class ProtoNet(EpisodicModule):
             not classes ``0 .. ways - 1``, each of which is in every support set.
         TypeError: In a step, if the episodes have a support batch for each inner step.
         FloatingPointError: In training, if the query loss is not finite.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import MLP, ProtoNet
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> model = ProtoNet(MLP(4, ways=8))  # embeddings of eight numbers
+        >>> model.adapt(x[0], y[0])(x[0]).shape
+        torch.Size([6, 3])
     """
 
     def __init__(
@@ -89,12 +95,14 @@ class ProtoNet(EpisodicModule):
     ) -> None:
         super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
         if batch_norm == "per_step":
-            raise ValueError(
+            raise UserValueError(
                 "Expected `batch_norm` to be 'batch', 'support' or 'running', as there are no "
                 "inner steps, but got 'per_step'."
             )
         if tasks not in ("auto", "loop", "vmap"):
-            raise ValueError(f"Expected `tasks` to be 'auto', 'loop' or 'vmap' but got {tasks!r}.")
+            raise UserValueError(
+                f"Expected `tasks` to be 'auto', 'loop' or 'vmap' but got {tasks!r}."
+            )
         self.save_hyperparameters(plain({"batch_norm": batch_norm, "tasks": tasks}))
         self._tasks: Literal["auto", "loop", "vmap"] = tasks
 
@@ -130,12 +138,14 @@ class ProtoNet(EpisodicModule):
             support = detached(Episodes(support_x, support_y, support_x, support_y))
             check_episodes(support)
             network = structural_copy(self.network).eval()
-            learner, ways, tasks = self._looked_at(network, support)
+            functional, ways, tasks = self._looked_at(network, support)
 
             def means(task: Episodes) -> tuple[Tensor]:
                 return (
                     class_means(
-                        self.logits(learner(learner.params, task.support_x)), task.support_y, ways
+                        self.logits(functional(functional.params, task.support_x)),
+                        task.support_y,
+                        ways,
                     ),
                 )
 
@@ -161,7 +171,7 @@ class ProtoNet(EpisodicModule):
                 and (wrong := networks.compare_stacked(support.support_x).wrong)
             ):
                 if self._tasks == "vmap":
-                    raise ValueError(_NOT_STACKED.format(wrong))
+                    raise UserValueError(_NOT_STACKED.format(wrong))
                 networks.stacked = False
             return networks.network(0) if of_one else networks
 
@@ -178,43 +188,45 @@ class ProtoNet(EpisodicModule):
 
     def _classify(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor]:
         """Return the query losses ``[T]`` and logits ``[T, Q, ways]``."""
-        learner, ways, tasks = self._looked_at(self.network, episodes)
-        of_task = partial(self._of_task, learner, ways)
+        functional, ways, tasks = self._looked_at(self.network, episodes)
+        of_task = partial(self._of_task, functional, ways)
         loss, logits = cat_chunks(
             [*map_tasks(lambda task, axis: axis.vmap(of_task)(task), episodes, tasks=tasks)]
         )
         return loss, logits
 
-    def _of_task(self, learner: Learner, ways: int, task: Episodes) -> tuple[Tensor, Tensor]:
+    def _of_task(
+        self, functional: FunctionalNetwork, ways: int, task: Episodes
+    ) -> tuple[Tensor, Tensor]:
         with evaluating(derivatives=1):
-            support, query = self._embedded(learner, task)
+            support, query = self._embedded(functional, task)
         logits = -(query[:, None] - class_means(support, task.support_y, ways)).square().sum(-1)
         return self.loss(logits, task.query_y), logits
 
-    def _embedded(self, learner: Learner, task: Episodes) -> tuple[Tensor, Tensor]:
-        if learner.uses_support_statistics:
-            queries = learner(learner.params, task.query_x, statistics_of=task.support_x)
-            return self.logits(learner(learner.params, task.support_x)), self.logits(queries)
-        embedded = self.logits(learner(learner.params, cat([task.support_x, task.query_x])))
+    def _embedded(self, functional: FunctionalNetwork, task: Episodes) -> tuple[Tensor, Tensor]:
+        if functional.uses_support_statistics:
+            queries = functional(functional.params, task.query_x, statistics_of=task.support_x)
+            return self.logits(functional(functional.params, task.support_x)), self.logits(queries)
+        embedded = self.logits(functional(functional.params, cat([task.support_x, task.query_x])))
         shots = len(task.support_y)
         return embedded[:shots], embedded[shots:]
 
     def _looked_at(
         self, network: nn.Module, episodes: AnyEpisodes
-    ) -> tuple[Learner, int, TaskExecution]:
-        """Refuse episodes that have no prototypes; return the learner that embeds them, their ways, and how tasks are run."""
+    ) -> tuple[FunctionalNetwork, int, TaskExecution]:
+        """Refuse episodes that have no prototypes; return the functional that embeds them, their ways, and how tasks are run."""
         tasks: TaskExecution = "vmap" if self._tasks == "auto" else self._tasks
-        learner = Learner(network, self.batch_norm, vectorised=tasks == "vmap")
+        functional = FunctionalNetwork(network, self.batch_norm, vectorised=tasks == "vmap")
         ways = ways_of(episodes)
 
         def look() -> Verdict:
-            look_for_writes(learner, episodes)
-            check_policy(learner, episodes)
-            embedded = self.logits(first_outputs(learner, episodes))
+            check_writes(functional, episodes)
+            check_policy(functional, episodes)
+            embedded = self.logits(first_outputs(functional, episodes))
             check_logits(embedded, are_labels=True)
             targets = (episodes.support_y[0], episodes.query_y[0])
             check_broadcasting(self.loss, lambda _: embedded.new_zeros(2 * ways, ways), targets)
-            if hooks_tensors(network):
+            if facts_of(network).hooks_tensors:
                 return Verdict(HOOKED)
             if self._tasks == "loop":
                 return Verdict()
@@ -222,10 +234,10 @@ class ProtoNet(EpisodicModule):
 
         verdict = self._stacking_verdict(self._kind(network, episodes), look)
         if verdict.wrong and self._tasks == "vmap":
-            raise ValueError(_NOT_STACKED.format(verdict.wrong))
+            raise UserValueError(_NOT_STACKED.format(verdict.wrong))
         if any(verdict) and self._tasks == "auto":
-            learner, tasks = Learner(network, self.batch_norm), "loop"
-        return learner, ways, tasks
+            functional, tasks = FunctionalNetwork(network, self.batch_norm), "loop"
+        return functional, ways, tasks
 
     def _compare_stacked(self, network: nn.Module, ways: int, episodes: AnyEpisodes) -> Verdict:
         """Compare the losses of two tasks, and the gradient of a weighted sum of them, stacked and one by one."""
@@ -235,14 +247,14 @@ class ProtoNet(EpisodicModule):
         before = generator_states(device)
 
         def evaluated(
-            learner: Learner, losses: Callable[[Callable[[Episodes], Tensor]], Tensor]
+            functional: FunctionalNetwork, losses: Callable[[Callable[[Episodes], Tensor]], Tensor]
         ) -> dict[str, Tensor]:
             def loss(task: Episodes) -> Tensor:
                 return self._of_task(of_point, ways, task)[0]
 
-            of_point = copy.copy(learner)
+            of_point = copy.copy(functional)
             of_point.params = {
-                name: p.detach().requires_grad_() for name, p in learner.params.items()
+                name: p.detach().requires_grad_() for name, p in functional.params.items()
             }
             if not of_point.params:
                 return {"loss": losses(loss)}
@@ -269,7 +281,7 @@ class ProtoNet(EpisodicModule):
             return found
 
         single, vectorised = (
-            Learner(network, self.batch_norm, vectorised=flag) for flag in (False, True)
+            FunctionalNetwork(network, self.batch_norm, vectorised=flag) for flag in (False, True)
         )
         return compare(
             lambda _: evaluated(single, in_turn),
@@ -299,19 +311,19 @@ def ways_of(episodes: AnyEpisodes) -> int:
         ValueError: If a label is none of these classes, or a class has no example.
     """
     if isinstance(episodes, ResampledEpisodes):
-        raise TypeError(
+        raise UserTypeError(
             "Expected Episodes, which have one support set per task, but got ResampledEpisodes; "
             "use regime='finite_sum'."
         )
     if episodes.support_y.is_floating_point():
-        raise ValueError(
+        raise UserValueError(
             "Expected labels, of classes that have prototypes, but got floating-point targets; "
             "ProtoNet only classifies."
         )
     ways = int(episodes.support_y.max()) + 1
     check_labels(episodes, ways)
     if any(len(labels.unique()) < ways for labels in episodes.support_y):
-        raise ValueError(
+        raise UserValueError(
             f"Expected every support set to hold examples of all {ways} classes, but one lacks "
             "some."
         )

@@ -13,11 +13,13 @@ from lightning_maml.algorithms.losses import ModelLosses
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
+from lightning_maml.errors import UserValueError
 from lightning_maml.functional.implicit import implicit_gradient, proximal
 from lightning_maml.functional.meta_gradient import MetaGradient
 from lightning_maml.functional.reptile import reptile_gradient
 from lightning_maml.io.plain import number, whole_number
-from lightning_maml.networks.functional_network import OF_LOSS, Learner
+from lightning_maml.networks.functional_loss import OF_LOSS
+from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import kinked_operations, kinks
 
 
@@ -26,6 +28,11 @@ class FOMAML(MAML):
 
     The cheapest variant, but the meta-objective's gradient need not fall below the order of alpha L
     sigma (Theorem 4.15).
+
+    Examples:
+        >>> from lightning_maml import FOMAML, MLP
+        >>> FOMAML(MLP(4, 3), inner_lr=0.1, train_steps=5).curvature
+        'none'
     """
 
     curvature = "none"
@@ -98,25 +105,50 @@ class ANIL(MAML):
 
     The body's meta-gradient has the mixed terms of the head's inner steps. For a first-order or
     Hessian-free version use the other classes with ``adapt="head"``.
+
+    Examples:
+        >>> from lightning_maml import ANIL, MLP
+        >>> ANIL(MLP(4, 3), inner_lr=0.1).adapted_part
+        'head'
     """
 
     default_adapt = "head"
 
 
 class BOIL(MAML):
-    """Body only in the inner loop (Oh et al. 2021): the head does not adapt, but is meta-trained. Arguments as :class:`MAML`."""
+    """Body only in the inner loop (Oh et al. 2021): the head does not adapt, but is meta-trained. Arguments as :class:`MAML`.
+
+    Examples:
+        >>> from lightning_maml import BOIL, MLP
+        >>> BOIL(MLP(4, 3), inner_lr=0.1).adapted_part
+        'body'
+    """
 
     default_adapt = "body"
 
 
 class LSLR(MAML):
-    """MAML with inner rates learned for each layer and step (Antoniou et al. 2019, section 4). Arguments as :class:`MAML`."""
+    """MAML with inner rates learned for each layer and step (Antoniou et al. 2019, section 4). Arguments as :class:`MAML`.
+
+    Examples:
+        >>> from lightning_maml import LSLR, MLP
+        >>> model = LSLR(MLP(4, 3, hidden=[8]), inner_lr=0.1, train_steps=2)
+        >>> [list(rates.shape) for rates in model.learned_rates.values][:2]  # a rate for each step
+        [[2], [2]]
+    """
 
     default_inner_rates = "per_layer_and_step"
 
 
 class MetaSGD(MAML):
-    """MAML with an inner rate learned for each element of the parameters (Li et al. 2017). Arguments as :class:`MAML`."""
+    """MAML with an inner rate learned for each element of the parameters (Li et al. 2017). Arguments as :class:`MAML`.
+
+    Examples:
+        >>> from lightning_maml import MLP, MetaSGD
+        >>> model = MetaSGD(MLP(4, 3, hidden=[8]), inner_lr=0.1)
+        >>> [list(rates.shape) for rates in model.learned_rates.values][:2]
+        [[8, 4], [8]]
+    """
 
     default_inner_rates = "per_parameter"
 
@@ -166,7 +198,7 @@ class MAMLPlusPlus(LSLR):
             ("first_order_epochs", first_order_epochs),
         ):
             if epochs < 0:
-                raise ValueError(f"Expected `{name}` to be at least 0 but got {epochs}.")
+                raise UserValueError(f"Expected `{name}` to be at least 0 but got {epochs}.")
         self.save_hyperparameters("multi_step_epochs", "first_order_epochs")
         self.multi_step_epochs, self.first_order_epochs = multi_step_epochs, first_order_epochs
 
@@ -190,7 +222,7 @@ class MAMLPlusPlus(LSLR):
         if curvature is not None:
             return super()._gradient_function(plan, episodes, curvature)
         if self._trainer is None and (self.multi_step_epochs or self.first_order_epochs):
-            raise ValueError(
+            raise UserValueError(
                 "Expected a trainer, over whose epochs MAMLPlusPlus anneals, but there is none; "
                 "train with one, or set `multi_step_epochs` and `first_order_epochs` to 0."
             )
@@ -206,6 +238,13 @@ class Reptile(MAML):
     are evaluated, not trained on. With ``ResampledEpisodes`` each inner step has a mini-batch of
     its own, as in the paper. The inner rates cannot be learned, and parameters that do not adapt
     are not trained.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import MLP, Episodes, Reptile
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> model = Reptile(MLP(4, 3), inner_lr=0.1, train_steps=5)
+        >>> model.meta_loss(Episodes(x, y, x, y)).backward()
     """
 
     curvature = "none"
@@ -219,7 +258,7 @@ class Reptile(MAML):
         if curvature is not None:
             return super()._gradient_function(plan, episodes, curvature)
         if trained := [name.removeprefix(OF_LOSS) for name in self._loss_of_outputs().params]:
-            raise ValueError(
+            raise UserValueError(
                 "Expected a loss without trainable parameters with Reptile, which trains only "
                 f"what adapts, but got {trained}; freeze them by requires_grad_(False), or train "
                 "with MAML or FOMAML."
@@ -267,32 +306,32 @@ class IMAML(MAML):
     ) -> None:
         super().__init__(network, inner_lr, train_steps, **options)
         if train_steps < 1:
-            raise ValueError(
+            raise UserValueError(
                 "Expected `train_steps` to be at least 1, because iMAML needs at least one inner "
                 f"step, but got {train_steps}."
             )
         proximal_strength = number(proximal_strength, "proximal_strength")
         cg_steps = whole_number(cg_steps, "cg_steps")
         if not 0 < proximal_strength < float("inf"):
-            raise ValueError(
+            raise UserValueError(
                 "Expected `proximal_strength` to be a finite number above 0 but got "
                 f"{proximal_strength}."
             )
         if cg_steps < 0:
-            raise ValueError(f"Expected `cg_steps` to be at least 0 but got {cg_steps}.")
+            raise UserValueError(f"Expected `cg_steps` to be at least 0 but got {cg_steps}.")
         self.save_hyperparameters("proximal_strength", "cg_steps")
         self.proximal_strength, self.cg_steps = proximal_strength, cg_steps
 
     @override
-    def _adapts_by(self) -> dict[str, Any]:
-        return super()._adapts_by() | {"proximal_strength": self.proximal_strength}
+    def _adaptation_settings(self) -> dict[str, Any]:
+        return super()._adaptation_settings() | {"proximal_strength": self.proximal_strength}
 
     @override
     def _losses(
-        self, learner: Learner, averages: Mapping[str, Tensor] | None = None
+        self, functional: FunctionalNetwork, averages: Mapping[str, Tensor] | None = None
     ) -> ModelLosses:
-        losses = super()._losses(learner, averages)
-        anchor = {name: learner.params[name].detach() for name in self._adapting()}
+        losses = super()._losses(functional, averages)
+        anchor = {name: functional.params[name].detach() for name in self._adapting_parameters()}
         return losses._replace(support=proximal(losses.support, anchor, self.proximal_strength))
 
     @override

@@ -1,1 +1,1 @@
-"""What networks are given and return: meta-batches of episodes, trees of tensors, outputs, losses."""
+"""What networks take and return: meta-batches of episodes, trees of tensors, outputs, losses."""

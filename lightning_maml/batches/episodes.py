@@ -1,4 +1,7 @@
-"""What a meta-batch is: T few-shot tasks, each with its support, query and, in the resampling case, Hessian batches."""
+"""Meta-batches: T few-shot tasks, each with a support and a query batch.
+
+In the resampling case each task also has a Hessian batch for every inner step.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -6,18 +9,21 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_maml.batches.trees import map_tensors
+from lightning_maml.errors import UserTypeError, UserValueError
 
 
 class Episodes(NamedTuple):
-    """A meta-batch of T tasks in the finite-sum case: each task owns one support set and one query set (Ji et al. 2022, section 2.2).
+    """A meta-batch of T tasks in the finite-sum case.
+
+    Each task has one support set and one query set (Ji et al. 2022, section 2.2).
 
     A NamedTuple of tensors, so Lightning moves it between devices, a DataLoader stacks and pins it,
-    and ``torch.func.vmap`` maps over its tasks. One task is the same type without the leading
+    and ``torch.func.vmap`` maps over its tasks. A single task is the same type without the leading
     ``T``.
 
-    Inputs may also be a dict of tensors, with which the network is called as ``network(**x)``
-    (token ids and their mask, for instance), or a tuple or list of tensors, ``network(*x)``. Then
-    each of these tensors is ``[T, S, ...]``, and support and query inputs have the same names.
+    Inputs may also be a dict of tensors (token ids and their mask, for instance), and the network
+    is then called as ``network(**x)``; or a tuple or list of tensors, ``network(*x)``. Each of
+    these tensors is ``[T, S, ...]``, and support and query inputs have the same names.
 
     Attributes:
         support_x: Inputs to adapt on, ``[T, S, ...]``; images are ``[T, S, C, H, W]``.
@@ -25,6 +31,14 @@ class Episodes(NamedTuple):
             ``[T, S, ...]``, for regression, several labels per example and masks.
         query_x: Inputs on which the adapted parameters are evaluated, ``[T, Q, ...]``.
         query_y: Their labels or targets, ``[T, Q]`` or ``[T, Q, ...]``.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import Episodes
+        >>> x = torch.rand(2, 6, 4)  # two tasks of six examples
+        >>> y = torch.tensor([[0, 1, 2] * 2] * 2)  # of three classes
+        >>> Episodes(support_x=x, support_y=y, query_x=x, query_y=y).support_x.shape
+        torch.Size([2, 6, 4])
     """
 
     support_x: Any
@@ -34,11 +48,12 @@ class Episodes(NamedTuple):
 
 
 class ResampledEpisodes(NamedTuple):
-    """A meta-batch of T tasks in the resampling case (Ji et al. 2022, Algorithm 1): fresh samples for every use.
+    """A meta-batch of T tasks in the resampling case: fresh samples for every use.
 
-    Step j descends on its own support batch S_j, and its factor in the meta-gradient is taken on a
-    Hessian batch D_j, which is independent of all others and may well be smaller. With N = 1 these
-    are D_in, D_h and, as the query batch, D_o of Fallah et al. 2020, Algorithms 1-3.
+    This is Algorithm 1 of Ji et al. 2022. Inner step j descends on its own support batch S_j. The
+    Hessian of step j in the meta-gradient is computed on a Hessian batch D_j, which is independent
+    of all other batches and may be smaller. With N = 1 the support, Hessian and query batches are
+    D_in, D_h and D_o of Fallah et al. 2020, Algorithms 1-3.
 
     Attributes:
         support_x: S_0 .. S_{N-1}, ``[T, N, S, ...]``.
@@ -48,6 +63,16 @@ class ResampledEpisodes(NamedTuple):
         hessian_y: Their labels or targets, ``[T, N, D]`` or ``[T, N, D, ...]``.
         query_x: The batch on which the adapted parameters are evaluated, ``[T, Q, ...]``.
         query_y: Its labels or targets, ``[T, Q]`` or ``[T, Q, ...]``.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import MAML, MLP, ResampledEpisodes
+        >>> x = torch.rand(2, 3, 6, 4)  # two tasks, batches for three inner steps, six examples
+        >>> y = torch.tensor([0, 1, 2] * 2).expand(2, 3, 6)
+        >>> support, hessian, query = (x, y), (x, y), (x[:, 0], y[:, 0])
+        >>> batches = ResampledEpisodes(*support, *hessian, *query)
+        >>> MAML(MLP(4, 3), train_steps=3).meta_loss(batches).shape
+        torch.Size([])
     """
 
     support_x: Any
@@ -59,101 +84,125 @@ class ResampledEpisodes(NamedTuple):
 
 
 AnyEpisodes = Episodes | ResampledEpisodes
-"""A meta-batch of either case."""
+"""A meta-batch of the finite-sum or of the resampling case."""
 
 
 def first_task(episodes: AnyEpisodes) -> AnyEpisodes:
-    """Return the first task of a meta-batch, without the dimension of tasks."""
+    """Return the first task of a meta-batch, without the task dimension."""
     first: AnyEpisodes = map_tensors(lambda tensor: tensor[0], episodes)
     return first
 
 
 def support_set(task: AnyEpisodes) -> tuple[Any, Tensor]:
-    """Return the inputs and labels of one task's support set; if there is one per step, those of the first step."""
+    """Return inputs and labels of one task's support set, or of its first step's support batch."""
     if isinstance(task, Episodes):
         return task.support_x, task.support_y
     return map_tensors(lambda tensor: tensor[0], task.support_x), task.support_y[0]
 
 
 def check_episodes(episodes: Any) -> None:
-    """Check that this is a meta-batch, and that its tensors agree on its tasks, steps and examples.
+    """Check that ``episodes`` is a meta-batch whose tensors agree on tasks, steps and examples.
+
+    Args:
+        episodes: Anything; a valid meta-batch is :class:`Episodes` or :class:`ResampledEpisodes`.
 
     Raises:
-        TypeError: If it is something else, or holds something else than tensors.
-        ValueError: If labels of integers are not one per example, if a tensor lacks its task, step
-            or example dimension, if their sizes or the inputs' types disagree, or if there is no
-            task or no example.
+        TypeError: If ``episodes`` is of another type, or a part of it is not made of tensors.
+        ValueError: If there is more than one integer label per example, if a tensor lacks its
+            task, step or example dimension, if sizes or the dtypes of inputs disagree, or if there
+            is no task or no example.
     """
     if not isinstance(episodes, Episodes | ResampledEpisodes):
-        raise TypeError(
+        raise UserTypeError(
             f"Expected a batch of `lightning_maml.Episodes` but got {type(episodes).__name__}; "
             "let the loader return Episodes(support_x, support_y, query_x, query_y), whose "
             "tensors have the tasks in front."
         )
-    resampled = isinstance(episodes, ResampledEpisodes)
+    dimensions = _leading_dimensions(episodes)
+    parts = {name: _labelled_tensors(name, part) for name, part in episodes._asdict().items()}
+    _check_dimensions(parts, dimensions)
+    for name in episodes._fields[1::2]:
+        _check_one_label_per_example(name, getattr(episodes, name), dimensions[name])
+    _check_number_of_tasks(parts)
+    if isinstance(episodes, ResampledEpisodes):
+        _check_number_of_steps(parts, episodes._fields[:4])
+    for x, y in zip(episodes._fields[::2], episodes._fields[1::2], strict=True):
+        # the examples are the last of the dimensions that every tensor must have
+        labels = getattr(episodes, y).shape[len(dimensions[y]) - 1]
+        for label, tensor in parts[x].items():
+            examples = tensor.shape[len(dimensions[x]) - 1]
+            if examples != labels:
+                raise UserValueError(
+                    f"Expected `{label}` and `{y}` to hold the same number of examples but got "
+                    f"{examples} and {labels}."
+                )
+        # Hessian batches may be empty: FO-MAML takes no curvature
+        if labels == 0 and x != "hessian_x":
+            raise UserValueError(
+                f"Expected `{x}` to hold at least one example per task but got none."
+            )
+    _check_that_inputs_are_alike(parts, episodes._fields[::2])
+
+
+def _leading_dimensions(episodes: AnyEpisodes) -> dict[str, list[str]]:
+    """Return the dimensions that the tensors of each part must have in front."""
     dimensions = {name: ["tasks", "examples"] for name in episodes._fields}
-    if resampled:
-        dimensions |= {
-            name: ["tasks", "inner steps", "examples"]
-            for name in episodes._fields
-            if not name.startswith("query")
-        }
-    held = {name: _tensors_of(name, value) for name, value in episodes._asdict().items()}
-    for name, of_name in held.items():
-        for label, tensor in of_name.items():
+    if isinstance(episodes, ResampledEpisodes):
+        for name in episodes._fields:
+            if not name.startswith("query"):
+                dimensions[name] = ["tasks", "inner steps", "examples"]
+    return dimensions
+
+
+def _check_dimensions(
+    parts: dict[str, dict[str, Tensor]], dimensions: dict[str, list[str]]
+) -> None:
+    for name, part in parts.items():
+        for label, tensor in part.items():
             if tensor.ndim < len(dimensions[name]):
-                raise ValueError(
+                raise UserValueError(
                     f"Expected `{label}` to have at least the dimensions "
                     f"[{', '.join(dimensions[name])}] but got shape {list(tensor.shape)}; add a "
                     "leading dimension for a single task."
                 )
-    for name in episodes._fields[1::2]:
-        _check_one_label_per_example(name, getattr(episodes, name), dimensions[name])
-    all_held = {label: tensor for of_name in held.values() for label, tensor in of_name.items()}
-    sizes = {label: len(tensor) for label, tensor in all_held.items()}
+
+
+def _check_number_of_tasks(parts: dict[str, dict[str, Tensor]]) -> None:
+    sizes = {label: len(tensor) for part in parts.values() for label, tensor in part.items()}
     if len({*sizes.values()}) > 1:
-        raise ValueError(
+        raise UserValueError(
             f"Expected all tensors of `episodes` to hold the same number of tasks but got {sizes}."
         )
-    if len(episodes.support_y) == 0:
-        raise ValueError("Expected `episodes` to hold at least one task but got none.")
-    if resampled:
-        steps = {
-            label: tensor.shape[1]
-            for name in episodes._fields[:4]
-            for label, tensor in held[name].items()
-        }
-        if len({*steps.values()}) > 1:
-            raise ValueError(
-                "Expected support and Hessian batches for the same number of inner steps but got "
-                f"{steps}."
-            )
-    for x, y in zip(episodes._fields[::2], episodes._fields[1::2], strict=True):
-        of_y = getattr(episodes, y).shape[len(dimensions[y]) - 1]
-        for label, tensor in held[x].items():
-            of_x = tensor.shape[len(dimensions[x]) - 1]
-            if of_x != of_y:
-                raise ValueError(
-                    f"Expected `{label}` and `{y}` to hold the same number of examples but got "
-                    f"{of_x} and {of_y}."
-                )
-        if of_y == 0 and x != "hessian_x":
-            raise ValueError(f"Expected `{x}` to hold at least one example per task but got none.")
-    _check_that_inputs_are_alike(held, episodes._fields[::2])
+    if 0 in sizes.values():
+        raise UserValueError("Expected `episodes` to hold at least one task but got none.")
 
 
-def _tensors_of(name: str, value: Any) -> dict[str, Tensor]:
-    """Return the tensors of one part of an episode, by the names that a message would give them."""
+def _check_number_of_steps(
+    parts: dict[str, dict[str, Tensor]], support_and_hessian: tuple[str, ...]
+) -> None:
+    steps = {
+        label: tensor.shape[1]
+        for name in support_and_hessian
+        for label, tensor in parts[name].items()
+    }
+    if len({*steps.values()}) > 1:
+        raise UserValueError(
+            "Expected support and Hessian batches for the same number of inner steps but got "
+            f"{steps}."
+        )
+
+
+def _labelled_tensors(name: str, value: Any) -> dict[str, Tensor]:
+    """Return the tensors of one part of a meta-batch, each by its name in error messages."""
     if isinstance(value, Tensor):
         return {name: value}
     are_inputs = "_x" in name
     if are_inputs and isinstance(value, dict | tuple | list) and value:
         parts = value.items() if isinstance(value, dict) else enumerate(value)
-        return {
-            label: tensor
-            for key, part in parts
-            for label, tensor in _tensors_of(f"{name}[{key!r}]", part).items()
-        }
+        labelled: dict[str, Tensor] = {}
+        for key, part in parts:
+            labelled |= _labelled_tensors(f"{name}[{key!r}]", part)
+        return labelled
     if isinstance(value, Mapping) and not isinstance(value, dict):
         cure = "dict(...) of it is one"
     elif value is None:
@@ -161,33 +210,40 @@ def _tensors_of(name: str, value: Any) -> dict[str, Tensor]:
     else:
         cure = "make it one, torch.from_numpy(...) for an array"
     expected = "a tensor, or a dict, tuple or list of tensors," if are_inputs else "a tensor"
-    raise TypeError(f"Expected `{name}` to be {expected} but got {type(value).__name__}; {cure}.")
+    raise UserTypeError(
+        f"Expected `{name}` to be {expected} but got {type(value).__name__}; {cure}."
+    )
 
 
 def _check_that_inputs_are_alike(
-    held: dict[str, dict[str, Tensor]], names: tuple[str, ...]
+    parts: dict[str, dict[str, Tensor]], names: tuple[str, ...]
 ) -> None:
+    """Check that all inputs hold the same tensors, of the same dtypes."""
     first, *others = names
-    kinds = {label.removeprefix(first): tensor.dtype for label, tensor in held[first].items()}
+    dtypes = {label.removeprefix(first): tensor.dtype for label, tensor in parts[first].items()}
     for name in others:
-        found = {label.removeprefix(name): tensor.dtype for label, tensor in held[name].items()}
-        if found.keys() != kinds.keys():
-            raise ValueError(
+        found = {label.removeprefix(name): tensor.dtype for label, tensor in parts[name].items()}
+        if found.keys() != dtypes.keys():
+            raise UserValueError(
                 f"Expected the same tensors in `{first}` and `{name}` but got "
-                f"{', '.join(held[first])} and {', '.join(held[name])}."
+                f"{', '.join(parts[first])} and {', '.join(parts[name])}."
             )
-        if different := [
-            (kinds[label], dtype) for label, dtype in found.items() if dtype != kinds[label]
-        ]:
+        different = [
+            (dtypes[label], dtype) for label, dtype in found.items() if dtype != dtypes[label]
+        ]
+        if different:
             types = " and ".join(sorted(map(str, different[0])))
-            raise ValueError(
+            raise UserValueError(
                 f"Expected all inputs of `episodes` to be of one type but got {types}; convert "
                 "them."
             )
 
 
 def _check_one_label_per_example(name: str, y: Tensor, dimensions: list[str]) -> None:
-    """Refuse integers that are more than one class per example: masks of classes, and several labels at once."""
+    """Refuse several integer labels per example, such as masks and multi-label targets.
+
+    The checks of label ranges and the losses take integers for one class per example.
+    """
     if y.is_floating_point() or y.ndim == len(dimensions):
         return
     if y.ndim > len(dimensions) + 1:
@@ -202,7 +258,7 @@ def _check_one_label_per_example(name: str, y: Tensor, dimensions: list[str]) ->
             "for several labels per example give floats, y.float(), with a loss such as "
             "binary_cross_entropy_with_logits"
         )
-    raise ValueError(
+    raise UserValueError(
         f"Expected `{name}` to hold one label per example, [{', '.join(dimensions)}], but got "
         f"shape {list(y.shape)}; {cure}."
     )

@@ -7,18 +7,18 @@ from torch import Tensor
 def one_hot_mse(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return the mean-squared error between outputs and one-hot labels (Ji et al. 2022, Appendix A.2).
 
-    It is the squared distance ``|e_y - outputs|^2``, a sum over the classes, and the mean of that
-    over the examples, as in the paper; the mean over the classes too, as
-    ``torch.nn.functional.mse_loss`` has it, is smaller by a factor of ``ways``.
+    As in the paper, the squared distance ``|e_y - outputs|^2`` is a sum over the classes, and the
+    loss is its mean over the examples. ``torch.nn.functional.mse_loss`` also averages over the
+    classes and so is smaller by a factor of ``ways``.
 
     Args:
         outputs: The network's outputs, ``[B, ways]``.
-        labels: Classes ``0 .. ways - 1``, ``[B]``; examples with label -100 do not count.
+        labels: Classes ``0 .. ways - 1``, ``[B]``; examples with label -100 are left out.
 
     Returns:
-        The loss, a scalar; nan if no example counts.
+        The loss, a scalar; nan if every example is left out.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_maml import one_hot_mse
         >>> one_hot_mse(torch.tensor([[1.0, 0.0], [0.0, 0.5]]), torch.tensor([0, 1]))

@@ -11,6 +11,7 @@ from lightning_maml.algorithms.maml import MAML
 from lightning_maml.algorithms.metrics import Estimate
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.callbacks.first_task_pictures import FirstTaskPictures
+from lightning_maml.errors import UserValueError
 
 _ARROW = "\N{RIGHTWARDS ARROW}"
 
@@ -56,7 +57,7 @@ class EpisodePictures(FirstTaskPictures):
     def __init__(self, max_classes: int = 5, max_images: int = 5) -> None:
         super().__init__()
         if max_classes < 1 or max_images < 1:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `max_classes` and `max_images` to be at least 1 but got {max_classes} "
                 f"and {max_images}."
             )

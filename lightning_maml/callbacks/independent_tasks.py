@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.errors import UserTypeError, UserValueError
 
 
 class IndependentTasks:
@@ -31,7 +32,7 @@ class IndependentTasks:
 
     def __init__(self, purpose: str, tasks: int, episodes: Iterable[AnyEpisodes] | None) -> None:
         if tasks < 1:
-            raise ValueError(f"Expected `tasks` to be at least 1 but got {tasks}.")
+            raise UserValueError(f"Expected `tasks` to be at least 1 but got {tasks}.")
         self.drawn = 0
         """How many meta-batches were drawn; set it to resume the stream there."""
         self._purpose = purpose
@@ -53,7 +54,7 @@ class IndependentTasks:
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
         if self._episodes is None and not hasattr(data, "independent_episodes"):
-            raise ValueError(
+            raise UserValueError(
                 "Expected a datamodule of lightning_maml, which draws independent tasks, but got "
                 f"{type(data).__name__ if data else 'none'}; give the callback `episodes`, an "
                 "iterable of meta-batches like those trained on but drawn independently of them."
@@ -82,7 +83,7 @@ def _repeated(episodes: Iterable[AnyEpisodes]) -> Iterator[AnyEpisodes]:
             is_empty = False
             yield batch
         if is_empty:
-            raise ValueError(
+            raise UserValueError(
                 "Expected `episodes` to hold meta-batches each time it is gone through but it "
                 "gave none; give a list or a loader that is not empty, not a generator, which is "
                 "exhausted after the first time."
@@ -108,7 +109,7 @@ def as_maml(callback: Callback, module: LightningModule) -> MAML:
         True
     """
     if not isinstance(module, MAML):
-        raise TypeError(
+        raise UserTypeError(
             f"Expected MAML or one of its variants for {type(callback).__name__} but got "
             f"{type(module).__name__}."
         )

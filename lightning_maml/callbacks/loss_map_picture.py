@@ -14,6 +14,7 @@ from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.callbacks.first_task_pictures import FirstTaskPictures
 from lightning_maml.core.params import Params, add_scaled, dot, norm, scale, subtract
+from lightning_maml.errors import UserValueError
 
 
 class LossMap(NamedTuple):
@@ -86,7 +87,7 @@ class LossMapPicture(FirstTaskPictures):
     def __init__(self, resolution: int = 25) -> None:
         super().__init__()
         if resolution < 2:
-            raise ValueError(f"Expected `resolution` to be at least 2 but got {resolution}.")
+            raise UserValueError(f"Expected `resolution` to be at least 2 but got {resolution}.")
         self._resolution = resolution
 
     @override
@@ -123,7 +124,7 @@ def loss_map(module: MAML, task: Episodes, resolution: int) -> LossMap:
     way = subtract(path[-1], path[0])
     length = float(norm(way))
     if not length:
-        raise ValueError(
+        raise UserValueError(
             "Expected adaptation to move the parameters but it does not; use `test_steps` and an "
             "`inner_lr` above 0."
         )

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
+from lightning_maml.errors import UserFloatingPointError, UserValueError
 from lightning_maml.io.plain import number, whole_number
 from lightning_maml.networks.kinks import kinks
 from lightning_maml.theory import Rule, meta_smoothness, meta_stepsize, paper_scale
@@ -97,9 +98,11 @@ class AdaptiveMetaStepsize(Callback):
         rho = _number_or_none(rho, "rho")
         b = _number_or_none(b, "b")
         if every_n_steps < 1:
-            raise ValueError(f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}.")
+            raise UserValueError(
+                f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}."
+            )
         if scale is not None and not scale > 0:
-            raise ValueError(f"Expected `scale` to be positive but got {scale}.")
+            raise UserValueError(f"Expected `scale` to be positive but got {scale}.")
         # called for its checks of the rule and the constants
         meta_smoothness(rule, 1.0 if L is None else L, rho or 0.0, 0.0, 1, 0.0, b or 0.0)
         self.rule: Rule = rule
@@ -118,7 +121,7 @@ class AdaptiveMetaStepsize(Callback):
         module = as_maml(self, pl_module)
         module.check_for_theory()
         if self.rule == "one_step" and module.train_steps != 1:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected train_steps=1 with rule 'one_step' but got {module.train_steps}; use "
                 "'resampling' or 'finite_sum'."
             )
@@ -202,19 +205,19 @@ def _number_or_none(value: float | None, name: str) -> float | None:
 
 def _check_nothing_else_sets_the_rate(trainer: Trainer, pl_module: LightningModule) -> None:
     if len(trainer.optimizers) != 1:
-        raise ValueError(
+        raise UserValueError(
             "Expected one optimizer for AdaptiveMetaStepsize but got "
             f"{len(trainer.optimizers)}; give all parameters to one of them."
         )
     if not pl_module.automatic_optimization:
-        raise ValueError(
+        raise UserValueError(
             "Expected automatic optimization for AdaptiveMetaStepsize but the module "
             "optimizes by hand; set automatic_optimization = True, or set the rate there by "
             "lightning_maml.theory.meta_stepsize."
         )
     if trainer.lr_scheduler_configs:
         scheduler = type(trainer.lr_scheduler_configs[0].scheduler).__name__
-        raise ValueError(
+        raise UserValueError(
             "Expected no learning-rate scheduler beside AdaptiveMetaStepsize but got "
             f"{scheduler}; set the model's `lr_scheduler` to null, or remove the callback."
         )
@@ -243,7 +246,7 @@ def _over_processes(trainer: Trainer, number: float, operation: str) -> float:
         on_device = torch.tensor(number, dtype=torch.float64, device=trainer.strategy.root_device)
         number = float(trainer.strategy.reduce(on_device, reduce_op=operation))
     if not math.isfinite(number):
-        raise FloatingPointError(
+        raise UserFloatingPointError(
             f"Expected finite curvature and gradients for the meta-stepsize but got {number} at "
             f"step {trainer.global_step}; lower the rates or check the data."
         )

@@ -12,6 +12,7 @@ from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import random_state, set_random_state
+from lightning_maml.errors import UserValueError
 
 
 class Monitor(Callback):
@@ -47,7 +48,9 @@ class Monitor(Callback):
         self, every_n_steps: int, tasks: int, episodes: Iterable[AnyEpisodes] | None
     ) -> None:
         if every_n_steps < 1:
-            raise ValueError(f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}.")
+            raise UserValueError(
+                f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}."
+            )
         self._every_n_steps = every_n_steps
         self._tasks = IndependentTasks(self.purpose, tasks, episodes)
         self._last_step = 0
@@ -81,7 +84,7 @@ class Monitor(Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "regime", None) == "resampling" and data.hessian_shots == 0:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `hessian_shots` to be at least 1 for {type(self).__name__}, which "
                 "takes the exact meta-gradient, but got 0."
             )

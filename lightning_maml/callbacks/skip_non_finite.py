@@ -6,6 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_maml.algorithms.base import EpisodicModule
+from lightning_maml.errors import UserFloatingPointError, UserTypeError, UserValueError
 
 
 class SkipNonFinite(Callback):
@@ -40,7 +41,7 @@ class SkipNonFinite(Callback):
 
     def __init__(self, at_most: int = 100) -> None:
         if at_most < 0:
-            raise ValueError(f"Expected `at_most` to be at least 0 but got {at_most}.")
+            raise UserValueError(f"Expected `at_most` to be at least 0 but got {at_most}.")
         self.at_most = at_most
 
     @override
@@ -49,12 +50,12 @@ class SkipNonFinite(Callback):
         if stage != "fit":
             return
         if not isinstance(pl_module, EpisodicModule):
-            raise TypeError(
+            raise UserTypeError(
                 "Expected a module of lightning_maml for SkipNonFinite but got "
                 f"{type(pl_module).__name__}."
             )
         if trainer.world_size > 1:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected one process for SkipNonFinite but got {trainer.world_size}, which have "
                 "to step together; remove it."
             )
@@ -78,7 +79,7 @@ class SkipNonFinite(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stop the run if too many were skipped."""
         if isinstance(pl_module, EpisodicModule) and pl_module.skipped > self.at_most:
-            raise FloatingPointError(
+            raise UserFloatingPointError(
                 f"Expected at most {self.at_most} meta-batches without a finite loss and "
                 f"meta-gradient but there were {pl_module.skipped} by step {trainer.global_step}; "
                 "lower inner_lr or check the data."

@@ -13,6 +13,7 @@ from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.callbacks.monitor import Monitor
 from lightning_maml.core.params import Params, dot
+from lightning_maml.errors import UserValueError
 
 
 class StationarityMonitor(Monitor):
@@ -69,12 +70,12 @@ class StationarityMonitor(Monitor):
     ) -> None:
         super().__init__(every_n_steps, tasks, episodes)
         if meta_batches < 3:
-            raise ValueError(
+            raise UserValueError(
                 "Expected `meta_batches` to be at least 3, for a standard error, but got "
                 f"{meta_batches}."
             )
         if stop_at is not None and not stop_at > 0:
-            raise ValueError(f"Expected `stop_at` to be positive but got {stop_at}.")
+            raise UserValueError(f"Expected `stop_at` to be positive but got {stop_at}.")
         self.norm = math.nan
         self.standard_error = math.nan
         self._stop_at = stop_at

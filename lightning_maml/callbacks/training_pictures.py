@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_maml.algorithms.base import EpisodicModule
 from lightning_maml.callbacks.gradient_comparison import GradientComparison
 from lightning_maml.callbacks.meta_gradient_monitor import MetaGradientMonitor
+from lightning_maml.errors import UserTypeError
 
 
 class Validation(NamedTuple):
@@ -154,7 +155,7 @@ class TrainingPictures(Callback):
 
 def _as_episodic(module: LightningModule) -> EpisodicModule:
     if not isinstance(module, EpisodicModule):
-        raise TypeError(
+        raise UserTypeError(
             "Expected a module of lightning_maml for TrainingPictures but got "
             f"{type(module).__name__}."
         )
@@ -204,7 +205,7 @@ def draw_fidelity(history: Mapping[int, Mapping[str, GradientComparison]]) -> Fi
             :class:`lightning_maml.callbacks.MetaGradientMonitor` keeps them.
 
     Returns:
-        A figure with two panels: the cosine with the exact meta-gradient, and the relative error.
+        Two panels, the cosine with the exact meta-gradient, and the relative error.
 
     Examples:
         >>> from lightning_maml.callbacks import GradientComparison, draw_fidelity

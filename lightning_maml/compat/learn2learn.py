@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.core.params import Params
+from lightning_maml.errors import UserValueError
 from lightning_maml.functional.adaptation import adapted_parameters
 from lightning_maml.functional.loss_with_gradient import loss_with_gradient
 from lightning_maml.functional.losses import Loss
 from lightning_maml.functional.meta_gradient import meta_gradient
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 
 _FEATURES = "(features)"  # no parameter can have this name
 
@@ -43,7 +44,7 @@ class LightningEpisodicModule(LightningModule):
     """Base of the algorithms: steps, optimizer and command-line arguments.
 
     The steps log ``{train,valid,test}_{loss,accuracy}``; the optimizer is Adam with a step
-    schedule. A subclass defines :meth:`meta_learn`.
+    schedule. A subclass defines ``meta_learn``.
 
     Args:
         loss: Maps outputs and labels to their mean loss; by default the cross-entropy.
@@ -95,7 +96,7 @@ class LightningEpisodicModule(LightningModule):
         for name, value in chosen.items():
             setattr(self, name, value)
         if chosen["train_ways"] != chosen["test_ways"]:
-            raise ValueError(
+            raise UserValueError(
                 "Expected `train_ways` and `test_ways` to be the same, as the outputs of a "
                 f"network are, but got {chosen['train_ways']} and {chosen['test_ways']}."
             )
@@ -237,11 +238,11 @@ class LightningMAML(LightningEpisodicModule):
         self, batch: Task, batch_idx: int, ways: int, shots: int, queries: int
     ) -> tuple[Tensor, Tensor]:
         """Return a task's query loss after adaptation, and its accuracy."""
-        learner = Learner(self.model.module)
-        params = learner.params
+        functional = FunctionalNetwork(self.model.module)
+        params = functional.params
 
         def loss(w: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            outputs = learner(w, x)
+            outputs = functional(w, x)
             return self.loss(outputs, y), outputs
 
         episodes = _split(*batch, ways, shots, queries)
@@ -289,15 +290,15 @@ class LightningANIL(LightningEpisodicModule):
     ) -> tuple[Tensor, Tensor]:
         """Return a task's query loss after adaptation, and its accuracy."""
         data, labels = batch
-        learner = Learner(self.classifier.module)
-        adapted = list(learner.params)
-        params = learner.params | {_FEATURES: self._features_of(data)}
+        functional = FunctionalNetwork(self.classifier.module)
+        adapted = list(functional.params)
+        params = functional.params | {_FEATURES: self._features_of(data)}
 
         # the inputs of the "network" are row numbers, so that the features are a parameter and get
         # a gradient
         def loss(w: Params, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             classifier = {name: w[name] for name in adapted}
-            outputs = learner(classifier, w[_FEATURES][rows])
+            outputs = functional(classifier, w[_FEATURES][rows])
             return self.loss(outputs, y), outputs
 
         rows = torch.arange(len(data), device=data.device)
@@ -306,8 +307,8 @@ class LightningANIL(LightningEpisodicModule):
 
     def _features_of(self, data: Tensor) -> Tensor:
         """Return the features, computed with batch statistics."""
-        learner = Learner(self.features)
-        features: Tensor = learner(learner.params, data)
+        functional = FunctionalNetwork(self.features)
+        features: Tensor = functional(functional.params, data)
         return features
 
 
@@ -351,7 +352,7 @@ class EpisodicBatcher(LightningDataModule):
             ValueError: If there are several processes, each of which would draw the same tasks.
         """
         if self.trainer is not None and self.trainer.world_size > 1:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected one process but got {self.trainer.world_size}: the tasks of a taskset "
                 "would be the same ones in each; use one device, or a datamodule of this library."
             )
@@ -378,7 +379,7 @@ class _Sampled(Dataset[Task]):
             task: Task = self._tasks.sample()
         # left alone, these would end the epoch without a word, and the training with it
         except (StopIteration, IndexError) as error:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected {self._length} tasks of the taskset but it gave no more at number "
                 f"{number}; let it have more."
             ) from error
@@ -389,7 +390,7 @@ def _split(x: Tensor, y: Tensor, ways: int, shots: int, queries: int) -> Episode
     """Return a meta-batch of one task; its support set is the first ``shots`` of each class."""
     per_class = shots + queries
     if len(x) != ways * per_class:
-        raise ValueError(
+        raise UserValueError(
             f"Expected a task of {ways} ways with {shots} shots and {queries} queries, "
             f"{ways * per_class} examples, but got {len(x)}; give the taskset and the algorithm "
             "the same numbers."

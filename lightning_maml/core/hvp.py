@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_maml.core.objective import Objective
 from lightning_maml.core.params import Params, add_scaled, norm, scale, subtract
+from lightning_maml.errors import UserValueError
 
 CurvatureName = Literal["exact", "none", "finite_difference"]
 
@@ -102,7 +103,7 @@ def hessian_vector_product(
             not used by it.
     """
     if probe_radius is not None and not (curvature == "finite_difference" and probe_radius > 0):
-        raise ValueError(
+        raise UserValueError(
             "Expected `probe_radius` to be None, or a positive number with "
             f"`curvature='finite_difference'`, but got {probe_radius} with {curvature!r}."
         )
@@ -112,6 +113,6 @@ def hessian_vector_product(
         return partial(finite_difference, probe_radius=probe_radius)
     if curvature == "none":
         return none
-    raise ValueError(
+    raise UserValueError(
         f"Expected `curvature` to be 'exact', 'none' or 'finite_difference' but got {curvature!r}."
     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_maml.core.params import Diagonal, Params
+from lightning_maml.errors import UserValueError
 
 Rates = Diagonal
 """A in one step. Parameters that are not named do not adapt."""
@@ -27,7 +28,9 @@ def check_inner_rates(inner_rates: str) -> None:
     """
     if inner_rates not in ("fixed", *get_args(LearnedRatesName)):
         names = ", ".join(map(repr, get_args(LearnedRatesName)))
-        raise ValueError(f"Expected `inner_rates` to be 'fixed', {names} but got {inner_rates!r}.")
+        raise UserValueError(
+            f"Expected `inner_rates` to be 'fixed', {names} but got {inner_rates!r}."
+        )
 
 
 class LearnedRates(nn.Module):
@@ -61,7 +64,7 @@ class LearnedRates(nn.Module):
             ValueError: If a parameter was not there, or frozen, when the rates were made.
         """
         if new := [name for name in names if name not in self._names]:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected a learned inner rate for each parameter that adapts but {new} have "
                 "none; unfreeze them before the model is made."
             )
@@ -89,7 +92,7 @@ def rates_of_steps(inner_lr: InnerRates, params: Params, steps: int) -> list[Rat
         inner_lr = dict.fromkeys(params, inner_lr)
     given = [inner_lr] if isinstance(inner_lr, Mapping) else list(inner_lr)
     if not given:
-        raise ValueError(
+        raise UserValueError(
             "Expected `inner_lr` to hold the rates of at least one inner step but it is empty."
         )
     for rates in given:
@@ -104,22 +107,22 @@ def tensor_rates(rates: Rates) -> Params:
 
 def _check(rates: Rates, params: Params) -> None:
     if not rates:
-        raise ValueError(
+        raise UserValueError(
             "Expected `inner_lr` to hold the rate of at least one parameter but it is empty; "
             "nothing would adapt."
         )
     if unknown := [name for name in rates if name not in params]:
-        raise ValueError(f"Expected `inner_lr` to name parameters but {unknown} are none.")
+        raise UserValueError(f"Expected `inner_lr` to name parameters but {unknown} are none.")
     for name, rate in rates.items():
         if isinstance(rate, Tensor):
             shape = params[name].shape
             if not _broadcasts(rate.shape, shape):
-                raise ValueError(
+                raise UserValueError(
                     f"Expected the inner rate of {name!r} to broadcast to its shape {list(shape)} "
                     f"but got shape {list(rate.shape)}."
                 )
         elif not 0 <= rate < float("inf"):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `inner_lr` to be a finite number of at least 0 but got {rate}."
             )
 

@@ -6,7 +6,6 @@ gradient of the sum of the losses holds the gradients of all tasks, and one Hess
 holds the products of all.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -20,6 +19,8 @@ from lightning_maml.core.context import evaluating
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, set_generator_states, torch_random_state
 from lightning_maml.core.task_axis import SINGLE_TASK, TaskAxis
+from lightning_maml.core.tensors import is_out_of_memory
+from lightning_maml.errors import UserValueError
 
 BatchLoss = Callable[[Params], tuple[Tensor, Any]]
 """Maps parameters to the loss of a fixed batch, a scalar, and anything else worth keeping.
@@ -27,14 +28,8 @@ BatchLoss = Callable[[Params], tuple[Tensor, Any]]
 That is the network's outputs, or ``()``.
 """
 
-_NO_SECOND_DERIVATIVE = re.compile(
-    "derivative for .* is not implemented|differentiate twice|double backward|expected a proper "
-    "tensor but got none",
-    re.IGNORECASE,
-)
 
-
-class NoSecondDerivativeError(ValueError):
+class NoSecondDerivativeError(UserValueError):
     """An operation of the network or of the loss cannot be differentiated twice."""
 
 
@@ -103,21 +98,59 @@ class Objective:
             self._kept = None
         else:
             leaves, gradient = self._differentiable_gradient(w, v)
-        return _pull_back_gradient(leaves, gradient, v)
+        return self._pull_back_gradient(w, leaves, gradient, v)
 
     def hessian(self, w: Params) -> Callable[[Params], Params]:
         """Return the product with the Hessian at ``w`` as a function, for many products."""
         leaves, gradient = self._differentiable_gradient(w, w)
-        return lambda v: _pull_back_gradient(leaves, gradient, v, retain_graph=True)
+        return lambda v: self._pull_back_gradient(w, leaves, gradient, v, retain_graph=True)
 
     def _differentiable_gradient(self, w: Params, names: Collection[str]) -> tuple[Params, Params]:
         leaves, value, _ = self._evaluate(w, w, times=2)
         at = [leaves[name] for name in names]
-        with _second_derivatives():
+        with self._second_derivatives(w):
             gradient = torch.autograd.grad(
                 value, at, torch.ones_like(value), create_graph=True, materialize_grads=True
             )
         return leaves, _by_name(names, gradient)
+
+    def _pull_back_gradient(
+        self, w: Params, leaves: Params, gradient: Params, v: Params, *, retain_graph: bool = False
+    ) -> Params:
+        curved = [(g, v[name]) for name, g in gradient.items() if g.requires_grad]
+        if not curved:  # the loss is linear in the parameters
+            return {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
+        outputs, cotangents = zip(*curved, strict=True)
+        with self._second_derivatives(w):
+            product = torch.autograd.grad(
+                outputs,
+                list(leaves.values()),
+                cotangents,
+                retain_graph=retain_graph,
+                materialize_grads=True,
+            )
+        return _by_name(leaves, product)
+
+    @contextmanager
+    def _second_derivatives(self, w: Params) -> Iterator[None]:
+        """Say in a sentence that an operation has no second derivative.
+
+        Torch has no type of error for it. That is what failed if first derivatives do not.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            try:
+                self.value_and_gradient(w)
+            except Exception:  # noqa: BLE001 # the first error says what is wrong
+                raise error from None
+            raise NoSecondDerivativeError(
+                "Expected a network and a loss with second derivatives but torch has none for one "
+                f"of their operations ({error}); train with FOMAML or HFMAML, which need none, or "
+                "put another layer in its place (Hardswish or SiLU for Hardsigmoid, for instance)."
+            ) from error
 
     def _evaluate(
         self, w: Params, names: Collection[str], times: Literal[1, 2] = 1
@@ -126,7 +159,7 @@ class Objective:
         with torch.enable_grad(), self._same_randomness(w), evaluating(derivatives=times):
             value, aux = self._loss(leaves)
         if names and not value.requires_grad:
-            raise ValueError(
+            raise UserValueError(
                 "Expected a loss that depends on the network's parameters but nothing leads from "
                 "it to them; look for torch.no_grad, .detach() and .item() in the network and "
                 "the loss, and where a task has no loss, return 0 * outputs.sum()."
@@ -151,40 +184,7 @@ class Objective:
             set_generator_states(now, device)
 
 
-def _pull_back_gradient(
-    leaves: Params, gradient: Params, v: Params, retain_graph: bool = False
-) -> Params:
-    curved = [(g, v[name]) for name, g in gradient.items() if g.requires_grad]
-    if not curved:  # the loss is linear in the parameters
-        return {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
-    outputs, cotangents = zip(*curved, strict=True)
-    with _second_derivatives():
-        product = torch.autograd.grad(
-            outputs,
-            list(leaves.values()),
-            cotangents,
-            retain_graph=retain_graph,
-            materialize_grads=True,
-        )
-    return _by_name(leaves, product)
-
-
 def _by_name(names: Collection[str], gradients: Iterable[Tensor]) -> Params:
     # embeddings may have sparse gradients
     dense = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in gradients]
     return dict(zip(names, dense, strict=True))
-
-
-@contextmanager
-def _second_derivatives() -> Iterator[None]:
-    """Say in a sentence that an operation has no second derivative."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _NO_SECOND_DERIVATIVE.search(str(error)):
-            raise
-        raise NoSecondDerivativeError(
-            "Expected a network and a loss with second derivatives but torch has none for one of "
-            f"their operations ({error}); train with FOMAML or HFMAML, which need none, or put "
-            "another layer in its place (Hardswish or SiLU for Hardsigmoid, for instance)."
-        ) from error

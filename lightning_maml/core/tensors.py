@@ -1,23 +1,27 @@
 """What single tensors are: their memory, the leaves behind them, and errors of their devices."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def leaves_of(value: Any) -> set[int]:
-    """Return the ids of the trainable tensors that a result was computed from."""
-    waiting, seen, leaves = [getattr(value, "grad_fn", None)], set(), set()
+def nodes_of(value: Any) -> Iterator[Any]:
+    """Yield the nodes of the graph that a result was computed by."""
+    waiting, seen = [getattr(value, "grad_fn", None)], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
+        yield node
         waiting += [before for before, _ in node.next_functions]
-    return leaves
+
+
+def leaves_of(value: Any) -> set[int]:
+    """Return the ids of the trainable tensors that a result was computed from."""
+    return {id(node.variable) for node in nodes_of(value) if hasattr(node, "variable")}
 
 
 def memory(tensor: Tensor) -> int:

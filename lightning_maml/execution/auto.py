@@ -14,13 +14,14 @@ from lightning_maml.batches.episodes import AnyEpisodes, Episodes
 from lightning_maml.batches.trees import map_tensors, tensors
 from lightning_maml.core.rng import drops_blocks
 from lightning_maml.core.tensors import is_out_of_memory
+from lightning_maml.errors import UserOutOfMemoryError, UserValueError
 from lightning_maml.execution.task_map import (
     RandomInThreadsError,
     TaskExecution,
     are_stacked,
     check_chunk_size,
 )
-from lightning_maml.networks.functional_network import caches_parametrizations
+from lightning_maml.networks.facts import facts_of
 from lightning_maml.networks.stacking_trial import Verdict
 
 TasksName = Literal["auto"] | TaskExecution
@@ -74,12 +75,12 @@ class Executor:
 
     def __init__(self, tasks: TasksName, chunk_size: int | None, compiled: bool) -> None:
         if tasks not in ("auto", *get_args(TaskExecution)):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `tasks` to be 'auto', 'loop', 'threads' or 'vmap' but got {tasks!r}."
             )
         check_chunk_size(chunk_size)
         if compiled and tasks not in ("auto", "vmap"):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `tasks` to be 'auto' or 'vmap' with `compiled=True` but got {tasks!r}; "
                 "leave it uncompiled."
             )
@@ -120,7 +121,7 @@ class Executor:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("loop", None) if any(stacking()) else Execution("vmap", self._fitting)
-        if draws or caches_parametrizations(network):
+        if draws or facts_of(network).caches_parametrizations:
             return Execution("loop", None)
         return for_cpu(
             episodes, sum(p.numel() for p in network.parameters()), lambda: not any(stacking())
@@ -139,7 +140,7 @@ class Executor:
         if not verdict.wrong:
             return
         asked = f"tasks={self.tasks!r}" if self.tasks == "vmap" else f"chunk_size={self.chunk_size}"
-        raise ValueError(
+        raise UserValueError(
             "Expected a network and a loss whose tasks can be stacked with "
             f"`{'compiled=True' if self._compiled else asked}` but {verdict.wrong}; use "
             "tasks='loop' without `chunk_size` and `compiled`."
@@ -161,8 +162,8 @@ class Executor:
                 f"`tasks='threads'` but they draw from {' and '.join(draws)}, and threads share "
                 "one random generator; use tasks='loop'."
             )
-        if self.tasks == "threads" and caches_parametrizations(network):
-            raise ValueError(
+        if self.tasks == "threads" and facts_of(network).caches_parametrizations:
+            raise UserValueError(
                 "Expected a network that threads do not meet in with `tasks='threads'` but it "
                 "uses torch.nn.utils.parametrize.cached, a cache that they share; use "
                 "tasks='loop', or leave the cache out."
@@ -173,7 +174,7 @@ class Executor:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("vmap", chunk_size)
-        if draws or self._drew_in_threads or caches_parametrizations(network):
+        if draws or self._drew_in_threads or facts_of(network).caches_parametrizations:
             return Execution("loop", chunk_size)
         return Execution(_one_by_one(-(-len(episodes.support_y) // chunk_size)), chunk_size)
 
@@ -243,9 +244,9 @@ class Executor:
             "stacked."
         )
 
-    def _out_of_memory(self, count: int) -> torch.OutOfMemoryError:
+    def _out_of_memory(self, count: int) -> UserOutOfMemoryError:
         fewer = "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "
-        return torch.OutOfMemoryError(
+        return UserOutOfMemoryError(
             f"Expected memory for {count} tasks but there is not enough (tasks={self.tasks!r}, "
             f"chunk_size={self.chunk_size}); {'' if self.tasks == 'loop' else fewer}smaller are "
             "tasks with fewer `queries`, of FO-MAML, and of precision bf16-mixed."
@@ -282,7 +283,7 @@ class Attempt(AbstractContextManager["Attempt"]):
 def for_cpu(
     episodes: AnyEpisodes,
     parameters: int,
-    takes_stacks: Callable[[], bool],
+    supports_vmap: Callable[[], bool],
     stacked_inputs: int = STACKED_INPUTS,
 ) -> Execution:
     """Return what is fastest on the CPU for tasks of this size.
@@ -296,7 +297,7 @@ def for_cpu(
     Args:
         episodes: The meta-batch.
         parameters: How many numbers the network's parameters hold.
-        takes_stacks: Tells whether the network and its loss can be stacked; called only if they
+        supports_vmap: Tells whether the network and its loss can be stacked; called only if they
             would be.
         stacked_inputs: Most numbers in the inputs of tasks stacked together.
     """
@@ -305,7 +306,7 @@ def for_cpu(
     fitting = min(stacked_inputs // inputs, STACKED_PARAMETERS // max(1, parameters))
     if fitting >= FEWEST_STACKED > tasks or inputs >= LARGE_INPUTS:
         return Execution("loop", None)
-    if fitting < FEWEST_STACKED or not takes_stacks():
+    if fitting < FEWEST_STACKED or not supports_vmap():
         return Execution(_one_by_one(tasks), None)
     if tasks <= fitting:
         return Execution("vmap", None)

@@ -17,6 +17,7 @@ from lightning_maml.batches.trees import tensors as tensors_of
 from lightning_maml.core.inner_rates import Rates, tensor_rates
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, generators_drawn_from
+from lightning_maml.errors import UserValueError
 
 OfTasks = Callable[[Params, Sequence[Rates], AnyEpisodes], Any]
 """Maps parameters, each step's rates and tasks to tensors in dicts, lists and tuples."""
@@ -116,7 +117,7 @@ def _compiled(
     before = generator_states(device)
     traced = make_fx(of_tensors, {torch.ops.aten.convolution.default: _bias_apart})(*tensors)
     if generators_drawn_from(before, device):
-        raise ValueError(
+        raise UserValueError(
             "Expected a network and a loss that draw no random numbers with `compiled=True` but "
             "they drew some; leave it uncompiled."
         )
@@ -150,7 +151,7 @@ def _check_program(
     nearby = [tensor * (1 + eps) if tensor.is_floating_point() else tensor for tensor in tensors]
     rounding = torch.linalg.vector_norm(_as_row(traced(*nearby)) - right)
     if away > 100 * rounding + 1e-2 * size:
-        raise ValueError(
+        raise UserValueError(
             "Expected the compiled meta-gradient to be what it was compiled from but it differs "
             f"by {float(away / size):.1g} of it; leave it uncompiled."
         )

@@ -12,6 +12,7 @@ from lightning_maml.batches.episodes import AnyEpisodes, first_task
 from lightning_maml.batches.trees import map_tensors
 from lightning_maml.core.rng import generators_drawn_from, torch_random_state
 from lightning_maml.core.task_axis import SINGLE_TASK, TaskAxis
+from lightning_maml.errors import UserRuntimeError, UserValueError
 
 TaskExecution = Literal["loop", "threads", "vmap"]
 
@@ -19,7 +20,7 @@ Map = Callable[[Callable[..., Any], Iterable[Any], Iterable[Any]], Iterator[Any]
 """Like the builtin ``map``."""
 
 
-class RandomInThreadsError(RuntimeError):
+class RandomInThreadsError(UserRuntimeError):
     """Tasks that ran in threads drew random numbers."""
 
 
@@ -87,7 +88,9 @@ def split(episodes: AnyEpisodes, tasks: TaskExecution, chunk_size: int | None) -
     """Split a meta-batch into what is computed at once; the arguments are those of :func:`map_tasks`."""
     check_chunk_size(chunk_size)
     if tasks not in get_args(TaskExecution):
-        raise ValueError(f"Expected `tasks` to be 'loop', 'threads' or 'vmap' but got {tasks!r}.")
+        raise UserValueError(
+            f"Expected `tasks` to be 'loop', 'threads' or 'vmap' but got {tasks!r}."
+        )
     stacked = are_stacked(tasks, chunk_size)
     count = len(episodes.support_y)
     size = chunk_size or (count if stacked else 1)
@@ -185,4 +188,4 @@ def check_chunk_size(chunk_size: int | None) -> None:
         ValueError: If it is not positive.
     """
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"Expected `chunk_size` to be at least 1 but got {chunk_size}.")
+        raise UserValueError(f"Expected `chunk_size` to be at least 1 but got {chunk_size}.")

@@ -18,6 +18,7 @@ from lightning_maml.core.inner_loop import adapt, inner_loop
 from lightning_maml.core.inner_rates import InnerRates, rates_of_steps
 from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import TaskAxis
+from lightning_maml.errors import UserValueError
 from lightning_maml.execution.task_map import TaskExecution, cat_chunks, map_tasks
 from lightning_maml.functional.arguments import check_step_count
 from lightning_maml.functional.losses import Loss, LossFunctions, QueryLoss, Sample
@@ -30,6 +31,14 @@ class AdaptationCurve(NamedTuple):
         loss: Query loss after 0 .. N steps, ``[T, N + 1]``.
         aux: What the loss function returned besides the loss, each tensor ``[T, N + 1, ...]``;
             empty without ``has_aux``.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import MAML, MLP, Episodes
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> curve = MAML(MLP(4, 3), test_steps=2).evaluate(Episodes(x, y, x, y))
+        >>> curve.loss.shape, curve.aux.shape  # after 0, 1 and 2 steps
+        (torch.Size([2, 3]), torch.Size([2, 3, 6, 3]))
     """
 
     loss: Tensor
@@ -74,7 +83,7 @@ def adaptation_curve(
     rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)
     if isinstance(episodes, ResampledEpisodes) and steps > episodes.support_y.shape[1]:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `steps` to be at most {episodes.support_y.shape[1]}, the support batches of "
             f"a task, but got {steps}."
         )

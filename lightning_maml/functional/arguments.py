@@ -1,6 +1,7 @@
 """Checks of the arguments that the functions of this folder share."""
 
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes
+from lightning_maml.errors import UserValueError
 
 
 def check_step_count(steps: int, name: str = "steps") -> None:
@@ -10,7 +11,7 @@ def check_step_count(steps: int, name: str = "steps") -> None:
         ValueError: If it is negative.
     """
     if steps < 0:
-        raise ValueError(f"Expected `{name}` to be at least 0 but got {steps}.")
+        raise UserValueError(f"Expected `{name}` to be at least 0 but got {steps}.")
 
 
 def check_support_batches(episodes: AnyEpisodes, steps: int) -> None:
@@ -23,7 +24,7 @@ def check_support_batches(episodes: AnyEpisodes, steps: int) -> None:
         return
     drawn = episodes.support_y.shape[1]
     if drawn != steps:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `episodes` to hold {steps} support batches per task, one per inner step, "
             f"but got {drawn}; give the datamodule the same `train_steps` as the model."
         )

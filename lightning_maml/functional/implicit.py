@@ -16,6 +16,7 @@ from lightning_maml.core.meta_gradient import TaskGradient
 from lightning_maml.core.objective import twice_differentiable
 from lightning_maml.core.params import Params, add_scaled, dot
 from lightning_maml.core.task_axis import SINGLE_TASK, TaskAxis
+from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.execution.task_map import TaskExecution
 from lightning_maml.functional.losses import Loss, LossFunctions, QueryLoss
 from lightning_maml.functional.meta_gradient import MetaGradient, mean_over_tasks
@@ -82,12 +83,12 @@ def implicit_gradient(
         TypeError: If the episodes have a support batch for each inner step.
     """
     if not isinstance(episodes, Episodes):
-        raise TypeError(
+        raise UserTypeError(
             "Expected Episodes, whose one support set has a minimum to be at, but got "
             "ResampledEpisodes; use regime='finite_sum'."
         )
     if steps < 1:
-        raise ValueError(
+        raise UserValueError(
             "Expected `steps` to be at least 1, towards the minimum that the implicit gradient "
             f"is of, but got {steps}."
         )

@@ -14,6 +14,7 @@ from lightning_maml.core.inner_loop import TaskLosses
 from lightning_maml.core.objective import BatchLoss, Objective
 from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import SINGLE_TASK, TaskAxis
+from lightning_maml.errors import UserValueError
 
 Loss = Callable[[Params, Any, Tensor], Any]
 """``loss(params, x, y)`` of one task's batch: a scalar, or with ``has_aux`` the scalar and anything
@@ -182,7 +183,7 @@ def _batch_loss(
         found = axis.vmap(function)(params, *data)
         value, aux = found if has_aux else (found, ())
         if value.ndim != axis.size:
-            raise ValueError(
+            raise UserValueError(
                 "Expected the loss of a task to be a scalar but got shape "
                 f"{list(value.shape[axis.size :])}; use reduction='mean'."
             )

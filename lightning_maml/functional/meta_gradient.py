@@ -25,6 +25,7 @@ from lightning_maml.core.meta_gradient import (
 from lightning_maml.core.objective import twice_differentiable
 from lightning_maml.core.params import Params, add
 from lightning_maml.core.task_axis import TaskAxis
+from lightning_maml.errors import UserValueError
 from lightning_maml.execution.task_map import (
     TaskExecution,
     cat_chunks,
@@ -58,6 +59,15 @@ class MetaGradient(NamedTuple):
             without ``has_aux``.
         inner_lr: For each step the gradient with respect to the inner rates that are tensors, mean
             over the tasks, shaped like these rates.
+
+    Examples:
+        See :func:`lightning_maml.meta_gradient`, which returns it.
+
+        >>> import torch
+        >>> from lightning_maml import MetaGradient
+        >>> result = MetaGradient({"w": torch.ones(2)}, torch.tensor([0.5]), aux=(), inner_lr=[])
+        >>> result.grad["w"]
+        tensor([1., 1.])
     """
 
     grad: Params
@@ -149,7 +159,7 @@ def meta_gradient(
     check_episodes(episodes)
     hvp = hessian_vector_product(curvature, probe_radius)
     if step_weights is not None and len(step_weights) != steps:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `step_weights` to hold {steps} weights, one per inner step, but got "
             f"{len(step_weights)}."
         )
@@ -157,7 +167,7 @@ def meta_gradient(
     if encode is not None and (
         isinstance(episodes, ResampledEpisodes) or sample is not None or not callable(loss)
     ):
-        raise ValueError(
+        raise UserValueError(
             "Expected `encode` with Episodes, whose features are computed once, and one loss, but "
             "got other data or losses."
         )
@@ -254,7 +264,7 @@ def _check_batches(episodes: AnyEpisodes, steps: int, curvature: CurvatureName) 
     if not isinstance(episodes, ResampledEpisodes) or curvature == "none" or steps == 0:
         return
     if episodes.hessian_y.shape[2] == 0:
-        raise ValueError(
+        raise UserValueError(
             "Expected Hessian batches of at least one example with "
             f"`curvature={curvature!r}` but got none; draw some (a datamodule's `hessian_shots`), "
             "or train FO-MAML, which needs none."

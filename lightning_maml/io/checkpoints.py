@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_maml.errors import UserOSError, UserTypeError, UserValueError
 from lightning_maml.io.plain import plain
 from lightning_maml.io.safe_files import check_archive, whole_file
 
@@ -69,14 +70,14 @@ class WholeCheckpoints(TorchCheckpointIO):
         # what Python raises for objects that it cannot pickle
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             name, entry = _innermost_unreadable(checkpoint, "checkpoint")
-            raise TypeError(
+            raise UserTypeError(
                 f"Expected to save the checkpoint {path} but `{name}` is a "
                 f"{type(entry).__name__}, which cannot be saved ({_first_line(error)}); have what "
                 "it belongs to save numbers, strings, lists, dicts or tensors."
             ) from error
         # torch's writer raises a RuntimeError if the disk is full
         except (OSError, RuntimeError) as error:
-            raise OSError(
+            raise UserOSError(
                 f"Expected to write the checkpoint {path} but it cannot be written: "
                 f"{_first_line(error)}; make room and go on from the last checkpoint, which is as "
                 "it was."
@@ -127,7 +128,7 @@ def read_trained(
         return checkpoint
     index, weights = _weights_in(checkpoint)
     if not weights:
-        raise ValueError(
+        raise UserValueError(
             f"Expected {path} to be a checkpoint of a trainer but it holds only {[*checkpoint]}."
         )
     # tell apart what `torch.save(model.state_dict())` and `torch.save(network.state_dict())` wrote
@@ -137,7 +138,7 @@ def read_trained(
     else:
         first = f"`network.{line}"
         second = "`model = MAML(network, ...)`, or the class that you train"
-    raise ValueError(
+    raise UserValueError(
         f"Expected {path} to be a checkpoint of a trainer but it holds weights saved without one; "
         f"load them by {first}, and then {second}."
     )
@@ -194,7 +195,7 @@ def read_checkpoint(
         cure = "there is no whole one beside it"
         if before := _newest_whole(Path(path)):
             cure = f"go on from {before}, the newest whole one beside it"
-        raise ValueError(
+        raise UserValueError(
             f"Expected {path} to be a whole checkpoint but it cannot be read: "
             f"{_why(error, path)}; {cure}."
         ) from error

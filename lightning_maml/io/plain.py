@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lightning_maml.errors import UserTypeError
+
 
 def number(value: Any, name: str) -> float:
     """Return ``value`` as Python's number.
@@ -35,7 +37,7 @@ def number(value: Any, name: str) -> float:
     """
     found = _item(value)
     if not isinstance(found, Real):
-        raise TypeError(f"Expected `{name}` to be a number but got {_described(value)}.")
+        raise UserTypeError(f"Expected `{name}` to be a number but got {_described(value)}.")
     return int(found) if isinstance(found, Integral) else float(found)
 
 
@@ -57,7 +59,7 @@ def whole_number(value: Any, name: str) -> int:
     """
     found = _item(value)
     if not isinstance(found, Integral):
-        raise TypeError(f"Expected `{name}` to be a whole number but got {_described(value)}.")
+        raise UserTypeError(f"Expected `{name}` to be a whole number but got {_described(value)}.")
     return int(found)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes
 from lightning_maml.batches.trees import map_tensors
 from lightning_maml.core.rng import set_random_state
+from lightning_maml.errors import UserValueError
 from lightning_maml.io.checkpoints import WholeCheckpoints, read_checkpoint
 
 _KINDS = {kind.__name__: kind for kind in (Episodes, ResampledEpisodes)}
@@ -79,7 +80,7 @@ def load_step(module: LightningModule, path: str | Path) -> tuple[AnyEpisodes, i
     needed = {"kind", "episodes", "state_dict", "random_state", "epoch"}
     # a list of kinds, as what another file has under this name may not be hashable
     if not needed <= step.keys() or step["kind"] not in [*_KINDS]:
-        raise ValueError(
+        raise UserValueError(
             f"Expected {path} to be a step that a run saved when it broke but it holds "
             f"{', '.join(map(repr, step))}."
         )
@@ -90,7 +91,7 @@ def load_step(module: LightningModule, path: str | Path) -> tuple[AnyEpisodes, i
         episodes: AnyEpisodes = _KINDS[step["kind"]](*tensors)
     # a damaged file or another model may fail in any of these lines
     except Exception as error:
-        raise ValueError(
+        raise UserValueError(
             f"Expected {path} to be a step that the same model saved but got another: {error}"
         ) from error
     return episodes, step["epoch"]

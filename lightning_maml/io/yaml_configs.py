@@ -5,6 +5,8 @@ from typing import Any
 from jsonargparse import get_loader, set_loader
 from yaml import CollectionNode, Node, SafeLoader, SequenceNode, YAMLError, compose
 
+from lightning_maml.errors import UserValueError
+
 _MOST_VALUES = 100_000
 _jsonargparse_yaml = get_loader("yaml")  # a safe loader: YAML can name no Python object
 
@@ -37,13 +39,13 @@ def load_yaml(text: str) -> Any:
     try:
         values = _unfolded(compose(text, Loader=SafeLoader), {})
         if values > _MOST_VALUES:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected YAML of at most {_MOST_VALUES} values but its aliases (*) repeat them "
                 "to more; write out what is meant."
             )
         return _jsonargparse_yaml(text)
     except RecursionError as error:
-        raise ValueError(
+        raise UserValueError(
             "Expected YAML of values that hold no more than some hundred others in each other "
             "but got deeper ones."
         ) from error

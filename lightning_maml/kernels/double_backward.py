@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_maml.errors import UserRuntimeError
 from lightning_maml.kernels.grouped_conv import (
     Geometry,
     convolution,
@@ -168,7 +169,7 @@ class _Last(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
+        raise UserRuntimeError(
             "Expected at most two derivatives of batch norm but a third was asked for; use "
             "another normalisation."
         )

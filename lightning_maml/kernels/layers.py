@@ -1,4 +1,4 @@
-"""Convolution and batch norm as a learner computes them."""
+"""Convolution and batch norm as a functional computes them."""
 
 import warnings
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class TaskConvolution:
         is_batch = x.ndim == len(layer.kernel_size) + 2
         if is_batch and _is_side_by_side():
             try:
-                y: Tensor = SideBySide.apply(self._side_by_side, x, layer.weight, layer.bias)
+                y: Tensor = TaskBatchedLayer.apply(self._side_by_side, x, layer.weight, layer.bias)
             except NothingIsStackedError:
                 y = self._convolved(x, layer.weight, layer.bias)
         elif is_batch and not self._vectorised and not _in_a_transform():
@@ -102,7 +102,7 @@ class TaskNorm:
         weight, bias, eps = self._layer.weight, self._layer.bias, self._layer.eps
         if _is_side_by_side() and not self.context:
             try:
-                z: Tensor = SideBySide.apply(self._side_by_side, x, weight, bias)
+                z: Tensor = TaskBatchedLayer.apply(self._side_by_side, x, weight, bias)
             except NothingIsStackedError:
                 z = self._normalised(x, weight, bias)
             return z
@@ -158,8 +158,8 @@ class NothingIsStackedError(Exception):
     """None of a layer's tensors has a dimension of tasks: the layer is computed as without ``vmap``."""
 
 
-class SideBySide(torch.autograd.Function):
-    """``SideBySide.apply(layer, x, *parameters)``: one layer for all tasks of a stack.
+class TaskBatchedLayer(torch.autograd.Function):
+    """``TaskBatchedLayer.apply(layer, x, *parameters)``: one layer for all tasks of a stack.
 
     ``layer(x, *parameters)`` computes it for ``x``, ``[B, T, C, ...]``, and parameters that are all
     ``[T, ...]``, or all shared. It is called outside of ``vmap``, so it may use what ``vmap`` does

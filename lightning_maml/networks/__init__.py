@@ -1,1 +1,1 @@
-"""Networks as functions of their parameters, the library's own networks, and the checks of what users bring."""
+"""Networks as functions of their parameters, and the library's own networks."""

@@ -1,4 +1,4 @@
-"""Networks adapted to their tasks, as plain modules for new queries."""
+"""Adapted networks as plain modules, for new queries of their tasks."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,36 +10,45 @@ from lightning_maml.batches.outputs import map_outputs, tensors_in
 from lightning_maml.batches.trees import Inputs, call, count, map_tensors, tensors
 from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import Randomness
+from lightning_maml.errors import UserValueError
+from lightning_maml.networks.attributes import Kept
 from lightning_maml.networks.batch_norm import (
+    batch_norm_input_stats,
     batch_norms,
-    entering_statistics,
     forget_running_averages,
 )
-from lightning_maml.networks.functional_network import (
-    BatchNormPolicy,
-    Kept,
-    deep_copy,
-    run_uncompiled,
-    structural_copy,
-)
+from lightning_maml.networks.copies import deep_copy, run_uncompiled, structural_copy
+from lightning_maml.networks.functional_network import BatchNormPolicy
 from lightning_maml.networks.places import holding, places
 from lightning_maml.networks.stacking_trial import Verdict, compare
 
 
 class AdaptedNetworks(nn.Module):
-    """The networks of T tasks, each with its own adapted parameters, called at once.
+    """The networks of T tasks, each with its own adapted parameters, in one module.
+
+    :meth:`lightning_maml.MAML.adapt` returns it.
 
     Args:
         network: The meta-trained network; it is copied.
-        adapted: The parameters that adapted, and running averages of the tasks, each ``[T, ...]``.
-            All others are the network's.
-        batch_norm: Which statistics its batch-norm layers use, see :class:`lightning_maml.MAML`.
-        support_x: Inputs of the support sets, ``[T, S, ...]``, whose statistics ``"support"``
-            keeps.
-        stacked: Whether the networks are called as one, by vmap, rather than one after the other.
+        adapted: The adapted parameters and the running averages that differ between the tasks,
+            each ``[T, ...]``. All others are the network's.
+        batch_norm: Which statistics the batch-norm layers use, see :class:`lightning_maml.MAML`.
+        support_x: Inputs of the support sets, ``[T, S, ...]``. With ``batch_norm="support"`` their
+            statistics are stored and used for all queries.
+        stacked: Whether all networks run at once under ``vmap`` rather than one after the other.
 
     Raises:
-        ValueError: With ``"support"``, if a batch-norm layer is called more than once.
+        ValueError: With ``batch_norm="support"``, if a batch-norm layer is called more than once.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import MAML, MLP
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> networks = MAML(MLP(4, 3)).adapt(x, y)
+        >>> networks(torch.rand(2, 5, 4)).shape  # five queries for each task
+        torch.Size([2, 5, 3])
+        >>> type(networks.network(0)).__name__
+        'MLP'
     """
 
     def __init__(
@@ -54,43 +63,48 @@ class AdaptedNetworks(nn.Module):
         self.stacked = stacked
         self._network = deep_copy(network).eval()
         for p in self._network.parameters():
-            p.requires_grad = False  # modules of TorchScript lack the method
+            p.requires_grad = False  # requires_grad_() does not exist on TorchScript modules
         run_uncompiled(self._network)
-        self._names = list(adapted)
-        norms = batch_norms(self._network)
         if batch_norm in ("batch", "support"):
-            for norm in norms.values():
+            for norm in batch_norms(self._network).values():
                 forget_running_averages(norm)
-        states = list(adapted.values())
+        states = dict(adapted)
         if batch_norm == "support":
-            tasks = [
-                map_tensors(lambda tensor, t=t: tensor[t], (adapted, support_x))
-                for t in range(count(support_x))
-            ]
-            each = [
-                entering_statistics(structural_copy(self._network), params, x)
-                for params, x in tasks
-            ]
-            for name in each[0]:
-                norms[name].track_running_stats = True
-                norms[name].running_mean, norms[name].running_var = (
-                    tensor.clone() for tensor in each[0][name]
-                )
-                self._names += [f"{name}.running_mean", f"{name}.running_var"]
-                states += [
-                    torch.stack(tensors)
-                    for tensors in zip(*(found[name] for found in each), strict=True)
-                ]
+            states |= self._support_statistics(adapted, support_x)
+        # parameters rather than a dict, so that they are saved and moved with the module
+        self._names = list(states)
         self._states = nn.ParameterList(
-            nn.Parameter(state, requires_grad=False) for state in states
+            nn.Parameter(state, requires_grad=False) for state in states.values()
         )
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Return the outputs ``[T, Q, ...]`` for queries ``[T, Q, ...]``, where each task's come from its own network.
+    def _support_statistics(self, adapted: Params, support_x: Inputs) -> Params:
+        """Return the statistics of all support sets as running averages, each ``[T, C]``."""
+        each = []
+        for task in range(count(support_x)):
+            params, x = _of_task(task, (adapted, support_x))
+            each.append(batch_norm_input_stats(structural_copy(self._network), params, x))
+        norms = batch_norms(self._network)
+        averages: Params = {}
+        for name, (mean, variance) in each[0].items():
+            # the layer needs averages of its own, in whose place those of a task are put
+            norms[name].track_running_stats = True
+            norms[name].running_mean = mean.clone()
+            norms[name].running_var = variance.clone()
+            means, variances = zip(*(statistics[name] for statistics in each), strict=True)
+            averages[f"{name}.running_mean"] = torch.stack(means)
+            averages[f"{name}.running_var"] = torch.stack(variances)
+        return averages
 
-        Networks of several inputs may be called as each of them is,
-        ``networks(ids=..., mask=...)``, or with ``query_x`` as it is in episodes, a dict, tuple or
-        list.
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Run the network of each task on that task's queries.
+
+        Args:
+            *inputs: Queries ``[T, Q, ...]``: a tensor, several tensors for a network of several
+                inputs, or ``query_x`` as it is in episodes, a dict, tuple or list.
+            **named: The same by name, ``networks(ids=..., mask=...)``.
+
+        Returns:
+            The outputs, tensors ``[T, Q, ...]``.
 
         Raises:
             ValueError: If there are queries of more or fewer tasks than were adapted to.
@@ -99,52 +113,58 @@ class AdaptedNetworks(nn.Module):
         states = dict(zip(self._names, self._states, strict=True))
         tasks = len(self._states[0])
         if any(len(tensor) != tasks for tensor in tensors(x)):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected queries [T, Q, ...] of the {tasks} tasks that were adapted to but got "
                 f"shape {list(tensors(x)[0].shape)}."
             )
-        of_state = self._caller()
-        return _as_one(of_state, states, x) if self.stacked else _one_by_one(of_state, states, x)
+        run = _run_stacked if self.stacked else _run_one_by_one
+        return run(self._network_of_state(), states, x)
 
     def compare_stacked(self, x: Inputs) -> Verdict:
-        """Compare the outputs of two of the networks called as one with those of each alone.
+        """Compare the outputs of the first and last network under ``vmap`` with those of each alone.
 
         Args:
             x: Inputs ``[T, Q, ...]``.
         """
-        last = count(x) - 1
-        states = {
-            name: state[[0, last]] for name, state in zip(self._names, self._states, strict=True)
-        }
-        inputs = map_tensors(lambda tensor: tensor[[0, last]], x)
+        pair = [0, count(x) - 1]
+        states = {name: state[pair] for name, state in zip(self._names, self._states, strict=True)}
+        inputs = map_tensors(lambda tensor: tensor[pair], x)
 
-        def outputs(found: Any) -> dict[str, Tensor]:
-            return {f"output {number}": leaf for number, leaf in enumerate(tensors_in(found))}
+        def numbered(outputs: Any) -> dict[str, Tensor]:
+            return {f"output {number}": leaf for number, leaf in enumerate(tensors_in(outputs))}
 
         def alone(_: int) -> dict[str, Tensor]:
-            return outputs(_one_by_one(self._caller(), states, inputs))
+            return numbered(_run_one_by_one(self._network_of_state(), states, inputs))
 
         def together(_: int, randomness: Randomness) -> dict[str, Tensor]:
-            return outputs(_as_one(self._caller(), states, inputs, randomness))
+            return numbered(_run_stacked(self._network_of_state(), states, inputs, randomness))
 
         return compare(alone, together, self._states[0].device)
 
-    def _caller(self) -> Callable[[Params, Any], Any]:
-        # a copy, because what the network keeps of a call must not be kept: under vmap it is of no
-        # use later, and else it is of one task
+    def _network_of_state(self) -> Callable[[Params, Any], Any]:
+        """Return the network as a function of its state and inputs."""
+        # A copy, because a network may keep results of a call in attributes. Those would belong to
+        # one task, or be tensors of vmap that cannot be used outside of it.
         network = structural_copy(self._network)
         where, kept = places(network), Kept(network)
 
-        def of_state(state: Params, x: Any) -> Any:
+        def run(state: Params, x: Any) -> Any:
             with holding(where, state):
                 outputs = call(network, x)
             kept.put_back()
             return outputs
 
-        return of_state
+        return run
 
     def network(self, task: int) -> nn.Module:
-        """Return the network of one task, a module of the same class as the meta-trained one, for queries ``[Q, ...]``."""
+        """Return a copy of one task's network, for queries ``[Q, ...]``.
+
+        Args:
+            task: Index of the task.
+
+        Returns:
+            A module of the same class as the meta-trained network, with the adapted parameters.
+        """
         network = deep_copy(self._network)
         run_uncompiled(network)
         network.load_state_dict(
@@ -154,28 +174,29 @@ class AdaptedNetworks(nn.Module):
         return network
 
 
-def _one_by_one(of_state: Callable[[Params, Any], Any], states: Params, x: Any) -> Any:
-    tasks = range(count(x))
-    each = [
-        of_state(*map_tensors(lambda tensor, task=task: tensor[task], (states, x)))
-        for task in tasks
-    ]
+def _of_task(task: int, stacked: Any) -> Any:
+    return map_tensors(lambda tensor: tensor[task], stacked)
+
+
+def _run_one_by_one(run: Callable[[Params, Any], Any], states: Params, x: Any) -> Any:
+    each = [run(*_of_task(task, (states, x))) for task in range(count(x))]
     stacked = map(torch.stack, zip(*map(tensors_in, each), strict=True))
+    # outputs may be any object: stacked tensors take the place of the first task's
     return map_outputs(lambda _: next(stacked), each[0])
 
 
-def _as_one(
-    of_state: Callable[[Params, Any], Any],
+def _run_stacked(
+    run: Callable[[Params, Any], Any],
     states: Params,
     x: Any,
     randomness: Randomness | Literal["error"] = "error",
 ) -> Any:
-    form: list[Any] = []
+    outputs: list[Any] = []
 
-    # vmap lets no other objects through
+    # vmap returns only tensors, so the object that holds them is noted beside it
     def tensors_of_outputs(state: Params, x: Any) -> list[Tensor]:
-        form.append(of_state(state, x))
-        return tensors_in(form[0])
+        outputs.append(run(state, x))
+        return tensors_in(outputs[0])
 
     stacked = iter(torch.func.vmap(tensors_of_outputs, randomness=randomness)(states, x))
-    return map_outputs(lambda _: next(stacked), form[0])
+    return map_outputs(lambda _: next(stacked), outputs[0])

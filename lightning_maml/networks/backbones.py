@@ -7,6 +7,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torchvision.ops import DropBlock2d
 
+from lightning_maml.errors import UserValueError
+
 ActivationName = Literal["relu", "leaky_relu", "gelu", "silu", "softplus", "tanh"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -19,7 +21,9 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class Conv4(nn.Module):
-    """Four 3x3 convolutions with batch norm, and a linear head (Finn et al. 2017, section 5.2 and its published code).
+    """Four 3x3 convolutions with batch norm, and a linear head.
+
+    The network of Finn et al. 2017, section 5.2, and of its published code:
 
     - Omniglot: ``downsample="stride"``, 64 channels; the head reads the mean over space.
     - mini-ImageNet: ``downsample="max"``, 32 channels; the head reads the flattened map (5 x 5 x 32
@@ -39,6 +43,13 @@ class Conv4(nn.Module):
     Raises:
         ValueError: If a size is not positive, the image is too small to be pooled four times, or a
             name is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import Conv4
+        >>> network = Conv4(in_channels=1, ways=5, image_size=28, activation="gelu")
+        >>> network(torch.rand(3, 1, 28, 28)).shape
+        torch.Size([3, 5])
     """
 
     def __init__(
@@ -58,11 +69,11 @@ class Conv4(nn.Module):
             channels=channels,
         )
         if downsample not in ("stride", "max", "avg"):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `downsample` to be 'stride', 'max' or 'avg' but got {downsample!r}."
             )
         if downsample != "stride" and image_size < 16:
-            raise ValueError(
+            raise UserValueError(
                 "Expected `image_size` to be at least 16 for four poolings by 2 but got "
                 f"{image_size}."
             )
@@ -72,7 +83,8 @@ class Conv4(nn.Module):
         )
         mean_over_space = downsample == "stride"
         self.pool = nn.AdaptiveAvgPool2d(1) if mean_over_space else nn.Identity()
-        self.head = _head(channels if mean_over_space else channels * (image_size // 16) ** 2, ways)
+        pixels = 1 if mean_over_space else (image_size // 16) ** 2  # halved four times
+        self.head = _head(channels * pixels, ways)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits ``[B, ways]``, or the features, of images ``[B, C, H, W]``."""
@@ -81,8 +93,9 @@ class Conv4(nn.Module):
 
 
 class ResNet12(nn.Module):
-    """Four residual blocks of three 3x3 convolutions each, the mean over space, and a linear head (Oreshkin et al. 2018, Lee et al. 2019).
+    """Four residual blocks, the mean over space, and a linear head.
 
+    The ResNet-12 of Oreshkin et al. 2018 and Lee et al. 2019; each block has three 3x3 convolutions.
     Smooth, as HF-MAML needs it, with ``activation="gelu"`` (or softplus, SiLU, tanh) and
     ``downsample="avg"``.
 
@@ -102,6 +115,13 @@ class ResNet12(nn.Module):
     Raises:
         ValueError: If a size is not positive, ``drop_block`` is not at least 0 and less than 1,
             ``drop_block_size`` is even, there are no ``widths``, or a name is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import ResNet12
+        >>> network = ResNet12(in_channels=3, ways=5, widths=(8, 16))
+        >>> network(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 5])
     """
 
     def __init__(
@@ -116,7 +136,7 @@ class ResNet12(nn.Module):
     ) -> None:
         super().__init__()
         if not widths:
-            raise ValueError(
+            raise UserValueError(
                 "Expected `widths` to hold the filters of at least one block but it is empty."
             )
         _check_positive(
@@ -126,13 +146,15 @@ class ResNet12(nn.Module):
         )
         _check_positive(**{f"widths[{i}]": width for i, width in enumerate(widths)})
         if downsample not in ("max", "avg"):
-            raise ValueError(f"Expected `downsample` to be 'max' or 'avg' but got {downsample!r}.")
+            raise UserValueError(
+                f"Expected `downsample` to be 'max' or 'avg' but got {downsample!r}."
+            )
         if not 0 <= drop_block < 1:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `drop_block` to be at least 0 and less than 1 but got {drop_block}."
             )
         if drop_block_size % 2 == 0:
-            raise ValueError(f"Expected `drop_block_size` to be odd but got {drop_block_size}.")
+            raise UserValueError(f"Expected `drop_block_size` to be odd but got {drop_block_size}.")
         blocks = [
             _residual_block(n, m, activation, downsample)
             for n, m in pairwise([in_channels, *widths])
@@ -151,7 +173,7 @@ class ResNet12(nn.Module):
 
 
 class _Residual(nn.Module):
-    """The sum of a branch of three convolutions and a shortcut of one."""
+    """Three convolutions with batch norm, and a 1x1 convolution as the shortcut around them."""
 
     def __init__(self, in_channels: int, channels: int, activation: str) -> None:
         super().__init__()
@@ -181,10 +203,11 @@ def _residual_block(
 
 
 def _leaky(activation: str) -> nn.Module:
-    """Return the activation; LeakyReLU has this network's slope and runs in place: second derivatives then take a fifth less memory."""
-    return (
-        nn.LeakyReLU(0.1, inplace=True) if activation == "leaky_relu" else _activation(activation)
-    )
+    """Return the activation, where LeakyReLU has the slope of ResNet-12."""
+    if activation == "leaky_relu":
+        # in place, second derivatives take a fifth less memory
+        return nn.LeakyReLU(0.1, inplace=True)
+    return _activation(activation)
 
 
 class MLP(nn.Module):
@@ -198,6 +221,12 @@ class MLP(nn.Module):
 
     Raises:
         ValueError: If a size is not positive or the activation is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import MLP
+        >>> MLP(4, 3, hidden=[8])(torch.rand(2, 4)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(
@@ -243,7 +272,7 @@ def _head(features: int, ways: int | None) -> nn.Module:
 
 def _activation(name: str) -> nn.Module:
     if name not in _ACTIVATIONS:
-        raise ValueError(
+        raise UserValueError(
             f"Expected `activation` to be one of {sorted(_ACTIVATIONS)} but got {name!r}."
         )
     return _ACTIVATIONS[name]()
@@ -252,4 +281,4 @@ def _activation(name: str) -> nn.Module:
 def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"Expected `{name}` to be at least 1 but got {size}.")
+            raise UserValueError(f"Expected `{name}` to be at least 1 but got {size}.")

@@ -1,4 +1,4 @@
-"""What a network writes to its buffers while it trains, written once per meta-batch."""
+"""Buffers that a network writes while it trains, updated once per meta-batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,23 +13,20 @@ from lightning_maml.core.params import Params
 from lightning_maml.core.rng import set_torch_random_state, torch_random_state
 from lightning_maml.networks.batch_norm import (
     averages_kept,
+    batch_norm_input_stats,
     batch_norms,
-    entering_statistics,
     forget_running_averages,
 )
-from lightning_maml.networks.functional_network import (
-    BatchNormPolicy,
-    deep_copy,
-    structural_copy,
-    writes,
-)
+from lightning_maml.networks.copies import deep_copy, structural_copy
+from lightning_maml.networks.facts import writes
+from lightning_maml.networks.functional_network import BatchNormPolicy
 
 
 class BufferUpdate:
-    """Runs the network on a meta-batch at the parameters before adaptation, and keeps what it writes.
+    """Updates a network's buffers by one run on a meta-batch, at the parameters before adaptation.
 
-    These are batch norm's running averages, if the policy uses them, and what any other layer
-    keeps. The next step starts from there.
+    The buffers are batch norm's running averages, if the policy uses them, and whatever other
+    layers write. The inner loop itself leaves them alone.
 
     Args:
         batch_norm: The batch-norm policy.
@@ -40,19 +37,21 @@ class BufferUpdate:
         self._takes_all_at_once: bool | None = None
 
     def __call__(self, network: nn.Module, episodes: AnyEpisodes) -> None:
-        """Run the network on a meta-batch, unless it writes nothing."""
+        """Run ``network`` on all tasks of a meta-batch, unless it writes no buffers."""
         averages = self._uses_averages and bool(batch_norms(network))
         if not writes(network) and not averages:
             return
-        keeping = nullcontext() if self._uses_averages else averages_kept(network)
-        with torch.enable_grad(), keeping, _same_buffers(network):
+        unused_averages = nullcontext() if self._uses_averages else averages_kept(network)
+        # some layers write only where gradients are taken
+        with torch.enable_grad(), unused_averages, _same_buffers(network):
             for x in self._batches(network, episodes):
                 call(network, x)
 
     def _batches(self, network: nn.Module, episodes: AnyEpisodes) -> list[Any]:
-        """Return the inputs of all tasks as one batch or, if the network takes no such, set by set."""
-        per_step = episodes.support_y.ndim - episodes.query_y.ndim
-        sets = [*_sets(episodes.support_x, per_step), *_sets(episodes.query_x)]
+        """Return the inputs of all tasks as one batch, or set by set if the network refuses that."""
+        # 1 in the resampling case, where each inner step has a batch of its own
+        step_dimensions = episodes.support_y.ndim - episodes.query_y.ndim
+        sets = [*_sets(episodes.support_x, step_dimensions), *_sets(episodes.query_x)]
         if len({shapes(x) for x in sets}) > 1:
             return sets
         whole = cat(sets)
@@ -64,23 +63,31 @@ class BufferUpdate:
 def statistics_in_training(
     network: nn.Module, params: Params, task: AnyEpisodes
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Return the statistics of what enters each batch norm in training mode, beside a loss of zero.
+    """Return the input statistics of each batch-norm layer in training mode, beside a loss of zero.
 
-    They are those of support and query set together.
+    It has the form of a loss with auxiliary results, so that it can be run like one for all tasks.
+
+    Args:
+        network: The network.
+        params: Parameters to run it with.
+        task: One task; the statistics are those of its support and query set together.
+
+    Returns:
+        Zero, and mean and variance ``[C]`` of each layer, as running averages are made of.
     """
     network = structural_copy(network)
     in_training = {name: norm for name, norm in batch_norms(network).items() if norm.training}
     for norm in in_training.values():
         forget_running_averages(norm)
     both_sets = cat([support_set(task)[0], task.query_x])
-    found = entering_statistics(network, params, both_sets, correction=1)
+    found = batch_norm_input_stats(network, params, both_sets, correction=1)
     zero = next(iter(params.values())).new_zeros(())
     return zero, {name: found[name] for name in in_training}
 
 
-def _sets(x: Inputs, batches: int = 0) -> list[Any]:
-    """Return the inputs of each task from ``[T, B, ...]``, or of each of its batches from ``[T, N, B, ...]``."""
-    flat = map_tensors(lambda tensor: tensor.flatten(0, batches), x)
+def _sets(x: Inputs, step_dimensions: int = 0) -> list[Any]:
+    """Split ``[T, B, ...]`` into the sets of the tasks, ``[T, N, B, ...]`` into those of the steps."""
+    flat = map_tensors(lambda tensor: tensor.flatten(0, step_dimensions), x)
     return [
         map_tensors(lambda tensor, number=number: tensor[number], flat)
         for number in range(count(flat))
@@ -88,7 +95,7 @@ def _sets(x: Inputs, batches: int = 0) -> list[Any]:
 
 
 def _accepts(network: nn.Module, x: Inputs) -> bool:
-    """Return whether a network runs on inputs ``x``, which may be more than usual; it stays as it is."""
+    """Return whether a copy of the network runs on ``x``, more examples than it usually gets."""
     device = tensors(x)[0].device
     before = torch_random_state(device)
     try:
@@ -102,18 +109,19 @@ def _accepts(network: nn.Module, x: Inputs) -> bool:
 
 @contextmanager
 def _same_buffers(network: nn.Module) -> Iterator[None]:
-    """Keep the buffers' tensors, which compiled programs refer to, where a network replaces them.
+    """Copy new values into the old tensors where a network replaces its buffers.
 
-    The new values are copied into the old tensors.
+    Compiled programs refer to the old tensors.
     """
     before = [(module._buffers, dict(module._buffers)) for module in network.modules()]
     yield
     for buffers, originals in before:
         for name, tensor in originals.items():
-            now = dict(buffers).get(name)  # those of TorchScript are no dict
+            now = dict(buffers).get(name)  # TorchScript's buffers are not a dict
             if now is None:
                 continue
             if tensor is not None and now is not tensor and now.shape == tensor.shape:
                 buffers[name] = tensor.detach().copy_(now.detach())
             elif now.grad_fn is not None:
+                # a graph would keep the activations of every step so far
                 buffers[name] = now.detach()

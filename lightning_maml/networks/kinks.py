@@ -1,4 +1,4 @@
-"""Finds where a network is not twice differentiable."""
+"""Kinks: layers and operations that are not twice differentiable."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +15,18 @@ _KINKS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
 )
+"""Layers with a kink, whatever their arguments."""
 
 
 def kinks(network: nn.Module) -> list[str]:
     """Return the names and types of the layers at which ``network`` is not twice differentiable."""
-    return [
-        f"{name} ({type(module).__name__})"
-        for name, module in network.named_modules()
-        if isinstance(module, _KINKS) or (isinstance(module, nn.ELU) and module.alpha != 1)
-    ]
+    found = []
+    for name, module in network.named_modules():
+        # with alpha 1 its slope is continuous, and only the second derivative jumps
+        is_kinked_elu = isinstance(module, nn.ELU) and module.alpha != 1
+        if isinstance(module, _KINKS) or is_kinked_elu:
+            found.append(f"{name} ({type(module).__name__})")
+    return found
 
 
 _KINKED = {
@@ -38,16 +41,22 @@ _KINKED = {
     ),
     *("adaptive_max_pool2d", "adaptive_max_pool3d"),
 }
-"""Operations by their names inside torch, where pooling in one dimension is an operation in two."""
+"""Operations with a kink, by their names in ATen, where pooling in 1D is pooling in 2D."""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled model calls it too
 def kinked_operations(run: Callable[[], Any]) -> list[str]:
-    """Return the operations in ``run()`` that are not twice differentiable, as torch names them; functions that are not layers count too.
+    """Return the operations in ``run()`` that are not twice differentiable.
 
-    It sees activations, pooling, maxima, absolute values and clamps that cut values off, and takes
-    them for kinks even where their results are detached. It does not see what masks and
-    ``torch.where`` do.
+    Unlike :func:`kinks` it also finds those that are functions rather than layers: activations,
+    pooling, maxima, absolute values, and clamps that cut values off. They count even where their
+    results are detached. Kinks made by masks and ``torch.where`` are not found.
+
+    Args:
+        run: Runs a network.
+
+    Returns:
+        The names of the operations in ATen, each once, in the order of their first call.
     """
     watch = _Watch()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), watch:
@@ -62,17 +71,28 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.removesuffix("_")
+        # cloned, because a clamp may work in place
         before = args[0].clone() if name.startswith("clamp") else None
         result = func(*args, **(kwargs or {}))
         cuts = before is not None and not torch.equal(before, result)
-        bends = name == "elu" and len(args) > 1 and args[1] * (args[3] if len(args) > 3 else 1) != 1
-        if (name in _KINKED or cuts or bends) and name not in self.found:
+        if (name in _KINKED or cuts or _is_kinked_elu(name, args)) and name not in self.found:
             self.found.append(name)
         return result
 
 
+def _is_kinked_elu(name: str, args: tuple[Any, ...]) -> bool:
+    """Return whether an operation is ``elu(x, alpha, scale, input_scale)`` with a jump of slope."""
+    if name != "elu" or len(args) < 2:
+        return False
+    input_scale = args[3] if len(args) > 3 else 1
+    return bool(args[1] * input_scale != 1)
+
+
 def weight_normed(network: nn.Module) -> list[str]:
-    """Return the names of layers under torch's weight norm, if torch gets its second derivative wrong (2.14 does, by most of it)."""
+    """Return the names of layers under weight norm if torch gets its second derivative wrong.
+
+    Torch 2.14 does, by most of the derivative.
+    """
     found = []
     for name, module in network.named_modules():
         hooks = module._forward_pre_hooks.values()
@@ -82,19 +102,16 @@ def weight_normed(network: nn.Module) -> list[str]:
 
 
 def _weight_norm_has_second_derivatives() -> bool:
-    """Compare a second derivative of torch's weight norm with that of the same written out."""
+    """Compare a second derivative of torch's weight norm with that of its definition."""
     v = torch.tensor([[1.0, 2.0]], requires_grad=True)
     g = torch.ones(1, 1)
 
-    def second(weight: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(
-            weight.square() @ torch.tensor([1.0, 3.0]), v, torch.ones(1), create_graph=True
-        )
+    def second_derivative(weight: Tensor) -> Tensor:
+        loss = weight.square() @ torch.tensor([1.0, 3.0])
+        (gradient,) = torch.autograd.grad(loss, v, torch.ones(1), create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), v)[0]
 
     with torch.inference_mode(False), torch.enable_grad():
-        return torch.allclose(
-            second(torch._weight_norm(v, g, 0)),
-            second(v * g / v.norm(dim=1, keepdim=True)),
-            rtol=1e-3,
-        )
+        found = second_derivative(torch._weight_norm(v, g, 0))
+        right = second_derivative(v * g / v.norm(dim=1, keepdim=True))
+        return torch.allclose(found, right, rtol=1e-3)

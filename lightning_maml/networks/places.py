@@ -1,4 +1,4 @@
-"""Where a network holds its tensors, and other tensors put there for a while."""
+"""The places where a network holds its tensors, to put others there for a while."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,19 +11,20 @@ from torch import Tensor, nn
 from lightning_maml.core.params import Params
 
 Place = tuple[Any, Any]
-"""A dict or list that holds a tensor, and the key or number under which it does."""
+"""A dict or list that holds a tensor, and the key or index of the tensor in it."""
 
 Places = dict[str, list[Place]]
-"""Where the modules of a network hold each of its parameters and buffers: shared ones in several
-places."""
-
+"""The places of each parameter and buffer of a network, by name; shared ones have several."""
 
 OF_MODULES = ("_parameters", "_buffers", "_modules")
-"""The attributes in which a module holds its parameters, buffers and parts."""
+"""The attributes in which a module holds its parameters, buffers and submodules."""
 
 
 def places(network: nn.Module) -> Places:
-    """Return all places of parameters and buffers, those in plain attributes, lists and dicts of the modules included."""
+    """Return all places of a network's parameters and buffers.
+
+    Modules may also hold them in plain attributes, and in lists and dicts there.
+    """
     of_tensor: dict[int, list[Place]] = {}
     for module in network.modules():
         for holder in (module._parameters, module._buffers, vars(module)):
@@ -36,11 +37,13 @@ def places(network: nn.Module) -> Places:
 
 
 _CONTAINERS = frozenset({dict, list, OrderedDict})
+"""Types that are searched for tensors."""
 
 
 def _add_places(holder: Any, of_tensor: dict[int, list[Place]], depth: int = 4) -> None:
-    for key, value in enumerate(holder) if isinstance(holder, list) else holder.items():
-        # most are, and this runs in every step
+    items = enumerate(holder) if isinstance(holder, list) else holder.items()
+    for key, value in items:
+        # a shortcut for most attributes, as this runs in every step
         if value is None or value is False or value is True:
             continue
         if isinstance(value, Tensor):
@@ -51,7 +54,14 @@ def _add_places(holder: Any, of_tensor: dict[int, list[Place]], depth: int = 4) 
 
 @contextmanager
 def holding(where: Places, tensors: Params) -> Iterator[None]:
-    """Put other tensors into a network for a while; ``torch.func.functional_call`` would search the whole network for them every time."""
+    """Put other tensors into a network for a while.
+
+    ``torch.func.functional_call`` would search the whole network for their places every time.
+
+    Args:
+        where: Places of the network's tensors.
+        tensors: What to put there, by name; names without a place are ignored.
+    """
     before = [(holder, key, holder[key]) for name in tensors for holder, key in where.get(name, ())]
     try:
         for name, tensor in tensors.items():

@@ -1,9 +1,9 @@
-"""The trial of stacking: do two tasks run as one give what each of them gives alone?
+"""Compares two tasks under ``vmap`` with the same tasks alone.
 
-The forward pass of stacked tasks runs under ``vmap`` and autograd outside of it, so an operation
-that keeps an index into the batch, or a hook of its own, takes all tasks for one. No list of such
-operations is ever complete, therefore numbers decide: losses, gradients and Hessian-vector products
-of two different tasks at two different points.
+Only the forward pass of stacked tasks runs under ``vmap``; autograd runs outside of it. An operation
+that keeps an index into the batch, or has a hook, then takes all tasks for one. No list of such
+operations is ever complete, so numbers decide: the losses, gradients and Hessian-vector products of
+two different tasks at two different points.
 """
 
 import warnings
@@ -26,28 +26,27 @@ from lightning_maml.core.task_axis import SINGLE_TASK, Randomness, TaskAxis
 from lightning_maml.core.tensors import is_out_of_memory
 
 TaskLoss = Callable[[Params, Any], Tensor]
-"""``loss(params, task)`` of one task, a scalar."""
+"""``loss(params, task)`` of one task; it returns a scalar."""
 
 Evaluations = dict[str, Tensor]
-"""What was computed of two tasks, by name, ``[2, ...]``."""
+"""Results for two tasks by name, each ``[2, ...]``."""
 
 HOOKED = "the network has hooks on tensors, which would see all tasks as one"
-"""Why the tasks of a network with hooks on tensors are not stacked, whatever the hooks do on the
-first batch."""
+"""Why a network with hooks on tensors is refused without a trial: hooks may depend on values."""
 
 _SHIFT = 0.05
-"""How far a point lies from the parameters, in standard deviations of each tensor."""
+"""Distance of a point from the parameters, in standard deviations of each tensor."""
 
 _ATTEMPTS = 3
-"""At how many pairs of points there must be a difference: a tie in a maximum may make one."""
+"""Pairs of points at which results must differ: at a single one it may be a tie in a maximum."""
 
 
 class Verdict(NamedTuple):
-    """What the trial found.
+    """Whether tasks can be stacked.
 
     Attributes:
-        wrong: Why stacked tasks would fail or give other numbers; empty if they do not.
-        slow: Why they would be run one by one all the same; empty if they are not.
+        wrong: Why stacked tasks would fail or give other numbers; empty if they would not.
+        slow: Why stacking would not pay, though it is right; empty if it does.
     """
 
     wrong: str = ""
@@ -59,17 +58,20 @@ def compare(
     together: Callable[[int, Randomness], Evaluations],
     device: torch.device,
 ) -> Verdict:
-    """Compare what tasks give alone with what they give together.
+    """Compare two tasks alone with the same tasks under ``vmap``.
 
     Args:
-        alone: Evaluates two tasks one after the other, each with the random numbers that the
-            generators give at the start; its argument numbers the attempt.
-        together: Evaluates the same as one, where all tasks draw the same random numbers, or
-            different ones.
-        device: Where the network is.
+        alone: Evaluates two tasks one after the other, each from the random state at the start; its
+            argument is the number of the attempt.
+        together: Evaluates both under ``vmap`` with this ``randomness``, ``"same"`` or
+            ``"different"`` random numbers for the tasks.
+        device: The network's device.
+
+    Returns:
+        The verdict. The state of the random generators is restored.
 
     Raises:
-        Exception: What ``alone`` raises.
+        Exception: Whatever ``alone`` raises, except for lack of memory.
     """
     before = generator_states(device)
     watch = _DependsOnValues()
@@ -88,9 +90,9 @@ def compare(
                 try:
                     found = together(attempt, "same")
                     drawn_from = generators_drawn_from(before, device)
-                    # apart, because attention takes another way where functions are watched
+                    # a second run, because attention has another implementation under a watch
                     with watch:
-                        # as training will; some ways of drawing fail only here
+                        # random numbers as in training: some ways to draw fail only here
                         together(attempt, "different")
                 except Exception as error:  # noqa: BLE001 # under vmap any network may raise anything
                     return _failed(error)
@@ -108,19 +110,25 @@ def compare(
         return Verdict(
             f"{watch.found} is wrong for stacked tasks, if certain values are in the batch"
         )
+    # vmap gives each task random numbers of torch only
     if shared := {"numpy", "python"}.intersection(drawn_from):
         return Verdict(
             f"they draw random numbers from {' and '.join(sorted(shared))}, which they would share"
         )
     if difference is not None:
         return Verdict(f"as one, their {difference} differs from what each gives alone")
-    slow = [
-        str(warning.message).splitlines()[0]
-        for warning in caught
-        if "batching rule" in str(warning.message)
-    ]
-    slow = [message for message in slow if "as_strided_" not in message]
-    return Verdict(slow=f"vmap would loop over them ({slow[0]})" if slow else "")
+    return Verdict(slow=_loops_of_vmap([str(warning.message) for warning in caught]))
+
+
+def _loops_of_vmap(warned: list[str]) -> str:
+    """Return why stacking would not pay if ``vmap`` has warned that it loops over the tasks."""
+    for message in warned:
+        if "batching rule" not in message:
+            continue
+        reason = message.splitlines()[0]
+        if "as_strided_" not in reason:  # pooling to 1 x 1 is cheap in a loop too
+            return f"vmap would loop over them ({reason})"
+    return ""
 
 
 def _failed(error: Exception) -> Verdict:
@@ -131,18 +139,23 @@ def _failed(error: Exception) -> Verdict:
 
 
 def first_difference(right: Evaluations, found: Evaluations, relative: float = 1e-2) -> str | None:
-    """Return the name of the first evaluation that differs by more than rounding, or None.
+    """Return the name of the first result that differs by more than rounding, or None.
 
-    In float64 that is a millionth of its size; in lower precision ``relative``, by default a
-    hundredth, since derivatives of large networks have few digits there.
+    Args:
+        right: The right results.
+        found: Those to compare, of the same names.
+        relative: The largest relative error that is taken for rounding below float64, where
+            derivatives of large networks have few digits. In float64 it is 1e-6.
     """
     for name, values in right.items():
+        # equal infinities and nans are no difference, though their difference is nan
         same = torch.isclose(found[name], values, rtol=0, atol=0, equal_nan=True)
-        away = torch.where(same, 0.0, found[name] - values)
+        error = torch.where(same, 0.0, found[name] - values)
         size = torch.linalg.vector_norm(torch.where(values.isfinite(), values, 0.0))
         rounding = 100 * torch.finfo(values.dtype).eps
-        most = 1e-6 if values.dtype == torch.float64 else relative
-        if not torch.linalg.vector_norm(away) <= most * size + rounding:
+        tolerance = 1e-6 if values.dtype == torch.float64 else relative
+        # "not <=" rather than ">", so that an error of nan is a difference
+        if not torch.linalg.vector_norm(error) <= tolerance * size + rounding:
             return name
     return None
 
@@ -150,36 +163,34 @@ def first_difference(right: Evaluations, found: Evaluations, relative: float = 1
 def compare_losses(
     single: TaskLoss, stacked: TaskLoss, params: Params, episodes: AnyEpisodes, *, curved: bool
 ) -> Verdict:
-    """Compare a loss and its derivatives for two tasks, each of which has parameters of its own.
+    """Compare a loss and its derivatives for two tasks, each at parameters of its own.
 
     Args:
         single: The loss of one task.
-        stacked: The same, to be called under ``vmap``.
-        params: The parameters.
-        episodes: The tasks, of which the first and the last are tried.
-        curved: Whether to compare Hessian-vector products as well.
+        stacked: The same loss, to be called under ``vmap``.
+        params: Parameters near which both are evaluated.
+        episodes: A meta-batch; its first and last task are compared.
+        curved: Whether to compare Hessian-vector products too.
     """
     device = next(iter(params.values())).device
     tasks = two_tasks(episodes)
     states = generator_states(device)
 
     def alone(attempt: int) -> Evaluations:
-        found = []
+        each = []
         for w, task in zip(_two_points(params, attempt), tasks, strict=True):
             set_generator_states(states, device)
-            found.append(
-                _evaluations(Objective(partial(without_aux, single, task), SINGLE_TASK), w, curved)
-            )
-        return {name: torch.stack([of_task[name] for of_task in found]) for name in found[0]}
+            objective = Objective(partial(without_aux, single, task), SINGLE_TASK)
+            each.append(_evaluations(objective, w, curved))
+        return {name: torch.stack([of_task[name] for of_task in each]) for name in each[0]}
 
     def together(attempt: int, randomness: Randomness) -> Evaluations:
         axis = TaskAxis(2, randomness)
         points = _two_points(params, attempt)
         w = {name: torch.stack([point[name] for point in points]) for name in params}
         task = tree_map(lambda *tensors: torch.stack(tensors), *tasks)
-        return _evaluations(
-            Objective(partial(without_aux, axis.vmap(stacked), task), axis), w, curved
-        )
+        objective = Objective(partial(without_aux, axis.vmap(stacked), task), axis)
+        return _evaluations(objective, w, curved)
 
     def without_aux(loss: TaskLoss, task: Any, w: Params) -> tuple[Tensor, tuple[()]]:
         return loss(w, task), ()
@@ -188,7 +199,7 @@ def compare_losses(
 
 
 def two_tasks(episodes: AnyEpisodes) -> list[Any]:
-    """Return the first and the last task of a meta-batch, without the dimension of tasks."""
+    """Return the first and the last task of a meta-batch, without the task dimension."""
     episodes = detached(episodes)
     last = len(tree_leaves(episodes)[0]) - 1
     return [
@@ -200,9 +211,8 @@ def _evaluations(objective: Objective, w: Params, curved: bool) -> Evaluations:
     dim = objective.axis.size
 
     def as_rows(params: Params) -> Tensor:
-        return torch.cat(
-            [tensor.reshape(*tensor.shape[:dim], -1) for tensor in params.values()], -1
-        )
+        rows = [tensor.reshape(*tensor.shape[:dim], -1) for tensor in params.values()]
+        return torch.cat(rows, -1)
 
     value, _, gradient = objective.value_and_gradient(w)
     found = {"loss": value, "gradient": as_rows(gradient)}
@@ -226,7 +236,7 @@ def _two_points(params: Params, attempt: int) -> list[Params]:
 
 
 class _DependsOnValues(TorchFunctionMode):
-    """Notes operations that are wrong under ``vmap`` for certain values only, which the two tasks may lack."""
+    """Finds operations that are wrong under ``vmap`` only for values that the two tasks may lack."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ import math
 from typing import Literal, NamedTuple
 
 from lightning_maml.core.hvp import CurvatureName
+from lightning_maml.errors import UserValueError
 
 Rule = Literal["one_step", "resampling", "finite_sum"]
 """The meta-stepsize of Fallah eq. 17, of Ji eq. 14 or of Ji eq. 22."""
@@ -82,7 +83,7 @@ def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> Smoo
     try:
         growth = a ** (2 * steps)
     except OverflowError:
-        raise ValueError(
+        raise UserValueError(
             f"Expected (1 + alpha L)^(2N) to be a number but alpha L = {alpha * L:.3g}, N = "
             f"{steps} is too much; lower alpha."
         ) from None
@@ -949,7 +950,7 @@ def _gap(L: float, alpha: float, steps: int) -> tuple[float, float]:
     _check(L=L, alpha=alpha, steps=steps)
     a = 1 + alpha * L
     if a ** (2 * steps) >= 2:
-        raise ValueError(
+        raise UserValueError(
             f"Expected alpha < (2^(1/2N) - 1) / L = {largest_inner_lr(L, steps):.3g} but got "
             f"{alpha:.3g}; lower alpha."
         )
@@ -962,7 +963,7 @@ def _at_least(number: float) -> int:
 
 def _check_curved(c_l: float) -> None:
     if c_l == 0:
-        raise ValueError(
+        raise UserValueError(
             "Expected rho, alpha and N to be positive but one of them is 0: "
             "then C_L = 0, the meta-objective is smooth, and needs no such bound."
         )
@@ -987,21 +988,21 @@ def _check(**numbers: float) -> None:
     for name, number in numbers.items():
         positive = name in _POSITIVE
         if not (math.isfinite(number) and (number > 0 if positive else number >= 0)):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected `{name}` to be a finite number "
                 f"{'above' if positive else 'of at least'} 0 but got {number}."
             )
         if name in ("steps", "step") and number != int(number):
-            raise ValueError(f"Expected `{name}` to be a whole number but got {number}.")
+            raise UserValueError(f"Expected `{name}` to be a whole number but got {number}.")
 
 
 def _check_rule(rule: Rule, steps: int = 1) -> None:
     if rule not in ("one_step", "resampling", "finite_sum"):
-        raise ValueError(
+        raise UserValueError(
             f"Expected `rule` to be 'one_step', 'resampling' or 'finite_sum' but got {rule!r}."
         )
     if rule == "one_step" and steps != 1:
-        raise ValueError(
+        raise UserValueError(
             f"Expected one inner step with rule 'one_step' but got {steps}; use 'resampling' or "
             "'finite_sum'."
         )

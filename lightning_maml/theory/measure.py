@@ -23,6 +23,7 @@ from lightning_maml.core.inner_rates import rates_of_steps
 from lightning_maml.core.objective import Objective, twice_differentiable
 from lightning_maml.core.params import Params, add_scaled, dot, norm, scale, subtract
 from lightning_maml.core.task_axis import TaskAxis
+from lightning_maml.errors import UserValueError
 from lightning_maml.execution.task_map import TaskExecution, map_tasks
 from lightning_maml.functional.arguments import check_step_count, check_support_batches
 from lightning_maml.functional.losses import Loss, LossFunctions, QueryLoss
@@ -337,7 +338,7 @@ class Probe:
         check_episodes(episodes)
         dtype = next(iter(params.values())).dtype
         if torch.finfo(dtype).bits < 32:
-            raise ValueError(
+            raise UserValueError(
                 f"Expected parameters in float32 or float64 to measure with but got {dtype}; use "
                 "a mixed precision instead."
             )

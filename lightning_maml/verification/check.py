@@ -25,11 +25,15 @@ from lightning_maml.batches.episodes import (
 from lightning_maml.batches.outputs import tensors_in
 from lightning_maml.batches.trees import call, cat, map_tensors, tensors
 from lightning_maml.batches.trees import count as count_of
+from lightning_maml.checks.findings import Findings
+from lightning_maml.checks.loss_checks import ignored_label
+from lightning_maml.checks.network_checks import NetworkInfo, first_support, sees_others
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_rates import rates_of_steps
 from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.params import Params, dot, norm, subtract
 from lightning_maml.core.rng import drops_blocks, generator_states, set_generator_states
+from lightning_maml.errors import UserError, UserTypeError
 from lightning_maml.execution.auto import (
     FEWEST_STACKED,
     LARGE_INPUTS,
@@ -40,11 +44,9 @@ from lightning_maml.execution.auto import (
 )
 from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.networks.batch_norm import batch_norms
-from lightning_maml.networks.checks import NetworkInfo, first_support, sees_others
-from lightning_maml.networks.functional_network import Learner, deep_copy
+from lightning_maml.networks.copies import deep_copy
+from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import kinked_operations, kinks, weight_normed
-from lightning_maml.networks.loss_checks import ignored_label
-from lightning_maml.networks.memory import Findings
 from lightning_maml.networks.stacking_trial import Verdict as StackingVerdict
 from lightning_maml.verification.cost import peak_bytes, seconds
 from lightning_maml.verification.unrolled import unrolled_gradient, unrolled_way_back
@@ -99,6 +101,14 @@ class CheckReport(NamedTuple):
     Attributes:
         algorithm: The class of the model.
         rows: What was looked at, one row for each look.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import MAML, MLP, Episodes, check
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> report = check(MAML(MLP(4, 3), inner_lr=0.1), Episodes(x, y, x, y))
+        >>> report.ok
+        True
     """
 
     algorithm: str
@@ -172,7 +182,7 @@ def check(model: MAML, episodes: AnyEpisodes) -> CheckReport:
         TypeError: If the model has no inner loop.
     """
     if not isinstance(model, MAML):
-        raise TypeError(
+        raise UserTypeError(
             "Expected MAML or one of its variants, whose inner loop is checked, but got "
             f"{type(model).__name__}."
         )
@@ -243,7 +253,7 @@ class _Case:
         """Return what the model sees of its network on such a batch, which it refuses if something is wrong."""
         model = self.model
         return model._check(
-            Learner(model.network, model.batch_norm),
+            FunctionalNetwork(model.network, model.batch_norm),
             self.episodes,
             model._kind(model.network, self.episodes),
         )
@@ -303,7 +313,7 @@ class _Case:
     def _by_autograd(self, function: Callable[..., Params]) -> Params:
         self.start()
         model = self.model
-        rates = rates_of_steps(model._rates(), model._adapting(), model.train_steps)
+        rates = rates_of_steps(model._rates(), model._adapting_parameters(), model.train_steps)
         with self.precision():
             found = function(
                 self.plain_network(),
@@ -577,7 +587,7 @@ def _of_ways(case: _Case, few: _Case, draws: tuple[str, ...]) -> Iterator[Look]:
             )
             cost = _cost(timed, way)
         except Exception as error:  # noqa: BLE001 # what fails here is to be shown
-            refused = str(error).startswith("Expected ")
+            refused = isinstance(error, UserError)
             yield Look(
                 at,
                 f"{'refused' if refused else 'fails'}: {_sentence(error)}",
@@ -686,20 +696,20 @@ def _written(case: _Case) -> list[str]:
 
 
 def _sees_others(case: _Case) -> bool:
-    learner = Learner(case.model.network, case.model.batch_norm)
-    with first_support(learner, case.episodes) as support, torch.no_grad():
+    functional = FunctionalNetwork(case.model.network, case.model.batch_norm)
+    with first_support(functional, case.episodes) as support, torch.no_grad():
         queries = first_task(case.episodes).query_x
         x = queries if count_of(queries) > 1 else cat([queries, queries])
-        return sees_others(learner, x, support if learner.uses_support_statistics else None)
+        return sees_others(functional, x, support if functional.uses_support_statistics else None)
 
 
 def _kinks(case: _Case) -> list[str]:
     network = case.model.network
     if found := kinks(network):
         return found
-    learner = Learner(network, case.model.batch_norm)
-    with first_support(learner, case.episodes) as x:
-        operations: list[str] = kinked_operations(lambda: learner(learner.params, x))
+    functional = FunctionalNetwork(network, case.model.batch_norm)
+    with first_support(functional, case.episodes) as x:
+        operations: list[str] = kinked_operations(lambda: functional(functional.params, x))
     return operations
 
 
@@ -764,7 +774,10 @@ def _not_unrolled(case: _Case) -> str:
 
 def _draws_alike(case: _Case) -> bool:
     """Return whether the network draws the same random numbers in the library as alone."""
-    learner, task = Learner(case.model.network, case.model.batch_norm), first_task(case.episodes)
+    functional, task = (
+        FunctionalNetwork(case.model.network, case.model.batch_norm),
+        first_task(case.episodes),
+    )
 
     def outputs(network: Callable[[Any], Any]) -> Tensor:
         case.start()
@@ -780,7 +793,7 @@ def _draws_alike(case: _Case) -> bool:
 
     with torch.no_grad(), case.precision():
         return torch.allclose(
-            outputs(partial(learner, learner.params)),
+            outputs(partial(functional, functional.params)),
             outputs(partial(call, case.plain_network())),
             rtol=1e-4,
         )

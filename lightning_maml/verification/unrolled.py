@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.batches.outputs import map_outputs
 from lightning_maml.batches.trees import Inputs, call, cat, count, map_tensors
-from lightning_maml.networks.functional_network import deep_copy
+from lightning_maml.networks.copies import deep_copy
 
 Params = dict[str, Tensor]
 Rates = Mapping[str, Tensor | float]

@@ -31,7 +31,7 @@ from lightning_maml import ANIL, FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, Pro
 from lightning_maml.callbacks import EpisodePictures
 from lightning_maml.core.params import Params
 from lightning_maml.datamodules import GlyphsDataModule
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 
 ALGORITHMS = [MAML, FOMAML, HFMAML]
 
@@ -61,16 +61,18 @@ def test_one_sgd_step_is_the_meta_gradient(
 ) -> None:
     network = build("conv_batch_norm")
     before = parameters(network)
-    learner = Learner(build("conv_batch_norm"), batch_norm)
+    functional = FunctionalNetwork(build("conv_batch_norm"), batch_norm)
     episodes = make_episodes()
 
     def query_loss(w: Params, task: Episodes) -> Tensor:
         statistics_of = task.support_x if batch_norm == "support" else None
-        return F.cross_entropy(learner(w, task.query_x, statistics_of=statistics_of), task.query_y)
+        return F.cross_entropy(
+            functional(w, task.query_x, statistics_of=statistics_of), task.query_y
+        )
 
     expected = meta_gradient(
-        lambda w, x, y: F.cross_entropy(learner(w, x), y),
-        learner.params,
+        lambda w, x, y: F.cross_entropy(functional(w, x), y),
+        functional.params,
         episodes,
         inner_lr=0.3,
         steps=2,
@@ -118,11 +120,11 @@ def test_the_logged_and_returned_losses_are_the_query_loss(tmp_path: Path) -> No
 
     seen: list[tuple[float, float]] = []
     network = build("mlp").float()
-    learner = Learner(build("mlp").float())
+    functional = FunctionalNetwork(build("mlp").float())
     episodes = single(make_episodes())
     expected = meta_gradient(
-        lambda w, x, y: F.cross_entropy(learner(w, x), y),
-        learner.params,
+        lambda w, x, y: F.cross_entropy(functional(w, x), y),
+        functional.params,
         episodes,
         inner_lr=0.1,
         steps=1,

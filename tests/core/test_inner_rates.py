@@ -24,7 +24,7 @@ from lightning_maml import (
 )
 from lightning_maml.core.inner_rates import InnerRates, Rates
 from lightning_maml.core.params import Params
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 
 SMOOTH = ["mlp", "conv_group_norm", "conv_batch_norm"]
 STEPS = 3
@@ -129,8 +129,8 @@ def test_exact_equals_autograd_through_the_unrolled_loop(name: str, kind: str, t
     network, episodes = build(name), make_episodes()
     rates = RATES[kind](leaves(network))
     of_w, of_rates = expected(network, episodes, rates)
-    learner = Learner(network, vectorised=tasks == "vmap")
-    loss = lambda params, x, y: torch.nn.functional.cross_entropy(learner(params, x), y)
+    functional = FunctionalNetwork(network, vectorised=tasks == "vmap")
+    loss = lambda params, x, y: torch.nn.functional.cross_entropy(functional(params, x), y)
     result = meta_gradient(
         loss, leaves(network), episodes, inner_lr=rates, steps=STEPS, tasks=tasks
     )

@@ -197,3 +197,10 @@ def test_values_reach_the_base_whether_an_argument_is_own_or_shared() -> None:
     data = FewShotDataModule(FakeData(), queries=3, meta_batch_size=2, shots=4, regime="resampling")
     assert (data.queries, data.test_queries, data.meta_batch_size) == (3, 3, 2)
     assert (data.shots, data.test_shots, data.hessian_shots, data.regime) == (4, 4, 4, "resampling")
+
+
+def test_every_datamodule_of_episodes_is_tried_here() -> None:
+    exported = [getattr(datamodules, name) for name in dir(datamodules)]
+    classes = [found for found in exported if inspect.isclass(found)]
+    own = {found.__name__ for found in classes if issubclass(found, EpisodicDataModule)}
+    assert own - {"EpisodicDataModule"} == OWN.keys()

@@ -12,7 +12,7 @@ from helpers.networks import build, make_episodes
 from lightning_maml import HFMAML, MAML, Conv4, Episodes, ResampledEpisodes, ResNet12
 from lightning_maml.core.params import Params, norm, subtract
 from lightning_maml.execution.auto import FEWEST_STACKED, Execution, Executor, for_cpu
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.stacking_trial import Verdict, compare_losses
 
 PARAMETERS = 113_000
@@ -135,10 +135,10 @@ def test_a_loss_that_looks_at_values_takes_no_stacks() -> None:
 
 def _takes_stacks(network: nn.Module, criterion=F.cross_entropy) -> bool:
     network, episodes = network.double(), make_episodes()
-    single, stacked = Learner(network), Learner(network, vectorised=True)
+    single, stacked = FunctionalNetwork(network), FunctionalNetwork(network, vectorised=True)
 
-    def loss(learner: Learner, w: Params, task: Episodes) -> Tensor:
-        return criterion(learner(w, task.support_x), task.support_y)
+    def loss(functional: FunctionalNetwork, w: Params, task: Episodes) -> Tensor:
+        return criterion(functional(w, task.support_x), task.support_y)
 
     return not any(
         compare_losses(

@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers.networks import build, leaves, make_episodes, plain_loss
 from lightning_maml.core.params import Params
 from lightning_maml.functional.adaptation import Loss, adaptation_curve, adapted_parameters
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 
 RATES = [0.3, 0.2, 0.1]
 TASKS = 7
@@ -18,8 +18,8 @@ TASKS = 7
 
 def of_threads(tasks: str) -> Loss:
     """A loss that several threads may call at once, as ``plain_loss`` may not be."""
-    learner = Learner(build("mlp"), vectorised=tasks == "vmap")
-    return lambda w, x, y: F.cross_entropy(learner(w, x), y)
+    functional = FunctionalNetwork(build("mlp"), vectorised=tasks == "vmap")
+    return lambda w, x, y: F.cross_entropy(functional(w, x), y)
 
 
 def descended(w: Params, x: Tensor, y: Tensor, steps: int) -> Params:

@@ -19,7 +19,7 @@ from lightning_maml import (
     meta_gradient,
 )
 from lightning_maml.core.params import Params
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 
 STEPS, RATE = 3, 0.3
 
@@ -113,9 +113,9 @@ def test_a_proximal_term_is_the_heads() -> None:
 
 def test_what_ends_a_network() -> None:
     x = make_episodes().support_x[0]
-    assert Learner(build("mlp")).ends_with("3", x)
-    assert not Learner(build("mlp")).ends_with("1", x)
-    assert not Learner(Renamed(build("mlp"))).ends_with("network.3", x)
+    assert FunctionalNetwork(build("mlp")).ends_with("3", x)
+    assert not FunctionalNetwork(build("mlp")).ends_with("1", x)
+    assert not FunctionalNetwork(Renamed(build("mlp"))).ends_with("network.3", x)
 
 
 @pytest.mark.parametrize(

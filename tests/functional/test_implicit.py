@@ -16,14 +16,16 @@ from lightning_maml import IMAML, ResampledEpisodes
 from lightning_maml.core.params import Params
 from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.functional.implicit import implicit_gradient, proximal, solve_implicitly
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.head_body import adapting
 
 STRENGTH, RATE, UNTIL_CONVERGED = 2.0, 0.1, 200
 
 
-def task_loss(learner: Learner, params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = learner(params, x)
+def task_loss(
+    functional: FunctionalNetwork, params: Params, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    outputs = functional(params, x)
     return F.cross_entropy(outputs, y), outputs
 
 
@@ -32,20 +34,20 @@ def gradient_of(
 ) -> tuple[Params, Params]:
     """The meta-gradient, and the parameters that adapt."""
     network = build(network_name)
-    learner = Learner(
+    functional = FunctionalNetwork(
         network, vectorised=are_stacked(arguments.get("tasks", "loop"), arguments.get("chunk_size"))
     )
     anchor = {name: p.detach() for name, p in adapting(network, part).items()}
-    loss = proximal(partial(task_loss, learner), anchor, STRENGTH)
+    loss = proximal(partial(task_loss, functional), anchor, STRENGTH)
     chosen = {
         "inner_lr": dict.fromkeys(anchor, RATE),
         "steps": steps,
         "strength": STRENGTH,
         "cg_steps": 60,
     } | arguments
-    query_loss = lambda params, task: task_loss(learner, params, task.query_x, task.query_y)
+    query_loss = lambda params, task: task_loss(functional, params, task.query_x, task.query_y)
     return implicit_gradient(
-        loss, learner.params, make_episodes(), query_loss=query_loss, has_aux=True, **chosen
+        loss, functional.params, make_episodes(), query_loss=query_loss, has_aux=True, **chosen
     ).grad, anchor
 
 

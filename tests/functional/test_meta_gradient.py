@@ -24,7 +24,7 @@ from helpers.networks import (
 from lightning_maml import Episodes, meta_gradient
 from lightning_maml.core.params import Params
 from lightning_maml.execution.task_map import are_stacked
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 
 SMOOTH = ["mlp", "conv_group_norm", "conv_batch_norm"]
 
@@ -166,26 +166,26 @@ def test_every_execution_gives_the_same_meta_gradient(
     name: str, tasks: str, chunk_size: int | None, criterion
 ) -> None:
     network, episodes = build(name), make_episodes()
-    learner = Learner(network, vectorised=are_stacked(tasks, chunk_size))
+    functional = FunctionalNetwork(network, vectorised=are_stacked(tasks, chunk_size))
 
     def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-        return criterion(learner(params, x), y)
+        return criterion(functional(params, x), y)
 
     exact = autograd_meta_gradient(network, episodes, 2, criterion)
     for curvature, bound in (("exact", 1e-12), ("finite_difference", 1e-7)):
         how = {"curvature": curvature, "tasks": tasks, "chunk_size": chunk_size}
-        actual = meta_gradient(loss, learner.params, episodes, inner_lr=RATE, steps=2, **how)
+        actual = meta_gradient(loss, functional.params, episodes, inner_lr=RATE, steps=2, **how)
         assert relative_error(actual.grad, exact) < bound
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_tasks_in_threads_do_not_change_the_number_of_threads() -> None:
     network, episodes = build("mlp"), make_episodes(tasks=5)
-    learner = Learner(network)
+    functional = FunctionalNetwork(network)
     before = torch.get_num_threads()
     meta_gradient(
-        lambda w, x, y: F.cross_entropy(learner(w, x), y),
-        learner.params,
+        lambda w, x, y: F.cross_entropy(functional(w, x), y),
+        functional.params,
         episodes,
         inner_lr=RATE,
         steps=1,
@@ -269,13 +269,13 @@ def test_threads_refuse_a_loss_that_draws_random_numbers() -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_works_without_grad_mode(mode, tasks: str) -> None:
     network, episodes = build("conv_group_norm"), make_episodes()
-    learner = Learner(network, vectorised=tasks == "vmap")
+    functional = FunctionalNetwork(network, vectorised=tasks == "vmap")
     expected = autograd_meta_gradient(network, episodes, 2)
     with mode():
         here = Episodes(*(tensor.clone() for tensor in episodes))
         actual = meta_gradient(
-            lambda w, x, y: F.cross_entropy(learner(w, x), y),
-            learner.params,
+            lambda w, x, y: F.cross_entropy(functional(w, x), y),
+            functional.params,
             here,
             inner_lr=RATE,
             steps=2,
@@ -329,18 +329,18 @@ def test_autocast_keeps_no_copies_of_the_inner_steps_parameters(tasks: str) -> N
     episodes = episodes._replace(
         support_x=episodes.support_x.float(), query_x=episodes.query_x.float()
     )
-    learner = Learner(network)
+    functional = FunctionalNetwork(network)
     seen: list[weakref.ref[Tensor]] = []
 
     def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
         seen.append(weakref.ref(params["1.weight"]))
-        outputs = learner(params, x)
+        outputs = functional(params, x)
         assert outputs.dtype == torch.bfloat16
         return F.cross_entropy(outputs, y)
 
     with torch.autocast("cpu", torch.bfloat16):
         meta_gradient(
-            loss, learner.params, episodes, inner_lr=RATE, steps=4, curvature="none", tasks=tasks
+            loss, functional.params, episodes, inner_lr=RATE, steps=4, curvature="none", tasks=tasks
         )
         assert len(seen) == 15
         assert not any(reference() is not None for reference in seen)
@@ -453,12 +453,12 @@ def test_episodes_that_do_not_fit_are_refused(change: dict, message: str) -> Non
 
 @pytest.mark.parametrize("tasks", ["loop", "vmap"])
 def test_a_loss_that_is_no_scalar_is_refused(tasks: str) -> None:
-    learner = Learner(build("mlp"), vectorised=tasks == "vmap")
-    loss = lambda w, x, y: F.cross_entropy(learner(w, x), y, reduction="none")
+    functional = FunctionalNetwork(build("mlp"), vectorised=tasks == "vmap")
+    loss = lambda w, x, y: F.cross_entropy(functional(w, x), y, reduction="none")
     with pytest.raises(
         ValueError, match=r"to be a scalar but got shape \[6\]; use reduction='mean'"
     ):
-        meta_gradient(loss, learner.params, make_episodes(), inner_lr=RATE, steps=1, tasks=tasks)
+        meta_gradient(loss, functional.params, make_episodes(), inner_lr=RATE, steps=1, tasks=tasks)
 
 
 def test_losses_on_the_way_draw_their_data_at_their_points() -> None:

@@ -33,7 +33,7 @@ from lightning_maml import (
 from lightning_maml.cli import run
 from lightning_maml.core.params import Params
 from lightning_maml.datamodules import GlyphsDataModule
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 
 RATE = 0.3
 
@@ -87,11 +87,11 @@ def expected_of(steps: int) -> Params:
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_independent_hessian_batches_give_the_explicit_product(steps: int, tasks: str) -> None:
     network, episodes = build("mlp"), resampled(steps)
-    learner = Learner(network, vectorised=tasks == "vmap")
+    functional = FunctionalNetwork(network, vectorised=tasks == "vmap")
     for curvature, bound in (("exact", 1e-12), ("finite_difference", 1e-8)):
         actual = meta_gradient(
-            lambda w, x, y: F.cross_entropy(learner(w, x), y),
-            learner.params,
+            lambda w, x, y: F.cross_entropy(functional(w, x), y),
+            functional.params,
             episodes,
             inner_lr=RATE,
             steps=steps,
@@ -295,15 +295,19 @@ def test_one_sgd_step_under_a_trainer_is_the_meta_gradient(
 ) -> None:
     network, episodes = build("conv_batch_norm"), resampled(2)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    learner = Learner(build("conv_batch_norm"), "support" if batch_norm == "support" else "batch")
+    functional = FunctionalNetwork(
+        build("conv_batch_norm"), "support" if batch_norm == "support" else "batch"
+    )
 
     def query_loss(w: Params, task: ResampledEpisodes) -> Tensor:
         statistics_of = task.support_x[0] if batch_norm == "support" else None
-        return F.cross_entropy(learner(w, task.query_x, statistics_of=statistics_of), task.query_y)
+        return F.cross_entropy(
+            functional(w, task.query_x, statistics_of=statistics_of), task.query_y
+        )
 
     expected = meta_gradient(
-        lambda w, x, y: F.cross_entropy(learner(w, x), y),
-        learner.params,
+        lambda w, x, y: F.cross_entropy(functional(w, x), y),
+        functional.params,
         episodes,
         inner_lr=RATE,
         steps=2,

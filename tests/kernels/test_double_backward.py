@@ -14,7 +14,7 @@ from helpers.networks import build, make_episodes
 from lightning_maml.core.context import evaluating, evaluation
 from lightning_maml.functional.meta_gradient import meta_gradient
 from lightning_maml.kernels.double_backward import BatchNorm, Convolution
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 
 CONVOLUTIONS = {
     "plain": ((2, 4, 6, 5), (3, 4, 3, 2), ((1, 1), (1, 1), (1, 1), 1)),
@@ -202,7 +202,7 @@ def test_the_announcement_is_of_one_thread_and_ends() -> None:
 def test_an_exact_meta_gradient_uses_them_and_no_other_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    learner, used = Learner(build("conv_batch_norm")), []
+    functional, used = FunctionalNetwork(build("conv_batch_norm")), []
     for kind in (Convolution, BatchNorm):
         forward = kind.forward
         monkeypatch.setattr(
@@ -210,23 +210,28 @@ def test_an_exact_meta_gradient_uses_them_and_no_other_does(
             "forward",
             staticmethod(lambda *a, kind=kind, forward=forward: used.append(kind) or forward(*a)),
         )
-    loss = lambda w, x, y: F.cross_entropy(learner(w, x), y)
+    loss = lambda w, x, y: F.cross_entropy(functional(w, x), y)
     for curvature in ("none", "finite_difference"):
         meta_gradient(
-            loss, learner.params, make_episodes(tasks=1), inner_lr=0.1, steps=2, curvature=curvature
+            loss,
+            functional.params,
+            make_episodes(tasks=1),
+            inner_lr=0.1,
+            steps=2,
+            curvature=curvature,
         )
     assert not used
-    meta_gradient(loss, learner.params, make_episodes(tasks=1), inner_lr=0.1, steps=2)
+    meta_gradient(loss, functional.params, make_episodes(tasks=1), inner_lr=0.1, steps=2)
     assert used == 2 * [Convolution, BatchNorm]
 
 
 def test_under_torch_func_a_learner_has_torchs_layers() -> None:
-    learner, x, y = (
-        Learner(build("conv_batch_norm")),
+    functional, x, y = (
+        FunctionalNetwork(build("conv_batch_norm")),
         make_episodes().support_x[0],
         make_episodes().support_y[0],
     )
-    gradient = torch.func.grad(lambda w: F.cross_entropy(learner(w, x), y))(learner.params)
+    gradient = torch.func.grad(lambda w: F.cross_entropy(functional(w, x), y))(functional.params)
     assert gradient["0.weight"].norm() > 0
     assert isinstance(build("conv_batch_norm"), nn.Sequential)
 
@@ -266,12 +271,12 @@ def test_under_a_compiler_a_learner_has_torchs_layers() -> None:
             return self.network(x)
 
     network = build("conv_batch_norm")
-    learner, compiled = Learner(network), Learner(Compiled(network))
+    functional, compiled = FunctionalNetwork(network), FunctionalNetwork(Compiled(network))
     loss = lambda w, x, y: F.cross_entropy(compiled(w, x), y)
     found = meta_gradient(loss, compiled.params, make_episodes(tasks=1), inner_lr=0.1, steps=1).grad
     expected = meta_gradient(
-        lambda w, x, y: F.cross_entropy(learner(w, x), y),
-        learner.params,
+        lambda w, x, y: F.cross_entropy(functional(w, x), y),
+        functional.params,
         make_episodes(tasks=1),
         inner_lr=0.1,
         steps=1,

@@ -12,7 +12,7 @@ from torchvision.ops import DropBlock2d
 from helpers.networks import leaves, plain_loss, relative_error, unrolled
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12, meta_gradient
 from lightning_maml.datamodules import EpisodeTransforms, GlyphsDataModule
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import kinks
 
 
@@ -131,10 +131,10 @@ def test_the_meta_gradient_of_a_resnet12_is_that_of_the_unrolled_loop(tasks: str
     images = torch.rand(2, 2, 6, 3, 16, 16, dtype=torch.float64)
     labels = torch.arange(3).repeat(2, 2)
     episodes = Episodes(images[:, 0], labels, images[:, 1], labels)
-    learner = Learner(network, vectorised=tasks == "vmap")
+    functional = FunctionalNetwork(network, vectorised=tasks == "vmap")
     actual = meta_gradient(
-        lambda w, x, y: cross_entropy(learner(w, x), y),
-        learner.params,
+        lambda w, x, y: cross_entropy(functional(w, x), y),
+        functional.params,
         episodes,
         inner_lr=0.1,
         steps=3,

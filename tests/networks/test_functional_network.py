@@ -19,7 +19,7 @@ from helpers.networks import (
 from lightning_maml.core.context import evaluating
 from lightning_maml.functional.meta_gradient import meta_gradient
 from lightning_maml.kernels.grouped_conv import channels_last
-from lightning_maml.networks.functional_network import HeadLearner, Learner
+from lightning_maml.networks.functional_network import FunctionalHead, FunctionalNetwork
 
 
 def image_batch(seed: int) -> torch.Tensor:
@@ -34,7 +34,7 @@ def test_batch_statistics_are_those_of_torch_in_training_mode(
     training: bool, vectorised: bool
 ) -> None:
     network = build("conv_batch_norm").train(training)
-    actual = Learner(network, "batch", vectorised=vectorised)(
+    actual = FunctionalNetwork(network, "batch", vectorised=vectorised)(
         dict(network.named_parameters()), image_batch(0)
     )
     torch.testing.assert_close(actual, build("conv_batch_norm").train()(image_batch(0)))
@@ -47,27 +47,30 @@ def test_support_statistics_normalise_the_query_set(vectorised: bool, affine: bo
     for each in (network, reference, same):
         each[1] = each[1] if affine else nn.BatchNorm2d(4, affine=False).double()
     support, query = image_batch(0), image_batch(1)
-    learner = Learner(network, "support", vectorised=vectorised)
-    assert learner.uses_support_statistics
+    functional = FunctionalNetwork(network, "support", vectorised=vectorised)
+    assert functional.uses_support_statistics
 
     reference[1].momentum = 1.0  # running averages become the last batch's statistics
     reference.train()(support)
     features = reference[0](support).detach()
     reference[1].running_var.copy_(features.var((0, 2, 3), correction=0))
     torch.testing.assert_close(
-        learner(learner.params, query, statistics_of=support), reference.eval()(query)
+        functional(functional.params, query, statistics_of=support), reference.eval()(query)
     )
-    torch.testing.assert_close(learner(learner.params, support), same.train()(support))
+    torch.testing.assert_close(functional(functional.params, support), same.train()(support))
 
 
 def test_running_averages_are_used_in_evaluation_only() -> None:
     network = build("conv_batch_norm")
     network.train()(image_batch(0))
-    learner = Learner(network.eval(), "running")
-    torch.testing.assert_close(learner(learner.params, image_batch(1)), network(image_batch(1)))
-    learner = Learner(network.train(), "running")
+    functional = FunctionalNetwork(network.eval(), "running")
     torch.testing.assert_close(
-        learner(learner.params, image_batch(1)), build("conv_batch_norm").train()(image_batch(1))
+        functional(functional.params, image_batch(1)), network(image_batch(1))
+    )
+    functional = FunctionalNetwork(network.train(), "running")
+    torch.testing.assert_close(
+        functional(functional.params, image_batch(1)),
+        build("conv_batch_norm").train()(image_batch(1)),
     )
 
 
@@ -76,7 +79,7 @@ def test_running_policy_refuses_layers_without_running_averages() -> None:
     with pytest.raises(
         ValueError, match=r"keep running averages for `batch_norm='running'` but \['1'\] do not"
     ):
-        Learner(network, "running")
+        FunctionalNetwork(network, "running")
 
 
 @pytest.mark.parametrize("policy", ["batch", "support", "running"])
@@ -84,9 +87,9 @@ def test_the_network_is_left_as_it_was(policy: str) -> None:
     network = build("conv_batch_norm").train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     modules = list(network.modules())
-    learner = Learner(network, policy)
-    learner(
-        {name: 2 * p for name, p in learner.params.items()},
+    functional = FunctionalNetwork(network, policy)
+    functional(
+        {name: 2 * p for name, p in functional.params.items()},
         image_batch(0),
         statistics_of=image_batch(1),
     )
@@ -96,14 +99,14 @@ def test_the_network_is_left_as_it_was(policy: str) -> None:
 
 def test_threads_do_not_see_each_others_parameters() -> None:
     network = build("mlp")
-    learner = Learner(network)
+    functional = FunctionalNetwork(network)
     x = make_episodes().support_x[0]
-    scaled = [{name: scale * p for name, p in learner.params.items()} for scale in range(8)]
+    scaled = [{name: scale * p for name, p in functional.params.items()} for scale in range(8)]
     expected = [torch.func.functional_call(network, w, (x,)) for w in scaled]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
             for actual, wanted in zip(
-                pool.map(lambda w: learner(w, x), scaled), expected, strict=True
+                pool.map(lambda w: functional(w, x), scaled), expected, strict=True
             ):
                 assert torch.equal(actual, wanted)
 
@@ -111,27 +114,27 @@ def test_threads_do_not_see_each_others_parameters() -> None:
 def test_frozen_parameters_are_used_but_not_given() -> None:
     network = build("mlp")
     network[1].weight.requires_grad_(False)
-    learner = Learner(network)
-    assert set(learner.params) == {"1.bias", "3.weight", "3.bias"}
+    functional = FunctionalNetwork(network)
+    assert set(functional.params) == {"1.bias", "3.weight", "3.bias"}
     x = make_episodes().support_x[0]
-    assert torch.equal(learner(learner.params, x), network(x))
+    assert torch.equal(functional(functional.params, x), network(x))
 
 
 def test_shared_parameters_stay_shared() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
     network[2].weight = network[0].weight
-    learner = Learner(network)
-    doubled = {name: 2 * p for name, p in learner.params.items()}
+    functional = FunctionalNetwork(network)
+    doubled = {name: 2 * p for name, p in functional.params.items()}
     x = torch.rand(3, 4, dtype=torch.float64)
     weight, first, last = doubled["0.weight"], doubled["0.bias"], doubled["2.bias"]
     torch.testing.assert_close(
-        learner(doubled, x), F.linear(F.linear(x, weight, first).tanh(), weight, last)
+        functional(doubled, x), F.linear(F.linear(x, weight, first).tanh(), weight, last)
     )
 
 
 def test_a_network_without_trainable_parameters_is_used_as_it_is() -> None:
     network, x = build("mlp").requires_grad_(False), torch.rand(2, 1, 8, 8, dtype=torch.float64)
-    assert torch.equal(Learner(network)({}, x), network(x))
+    assert torch.equal(FunctionalNetwork(network)({}, x), network(x))
 
 
 def test_batch_norm_that_sees_folded_rows_still_uses_the_support_part() -> None:
@@ -147,11 +150,11 @@ def test_batch_norm_that_sees_folded_rows_still_uses_the_support_part() -> None:
         torch.rand(n, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
         for n in (5, 7)
     )
-    learner = Learner(Folded(), "support")
+    functional = FunctionalNetwork(Folded(), "support")
     rows = support.flatten(0, 1)
     expected = (query - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(
-        learner(learner.params, query, statistics_of=support), expected.flatten(1)
+        functional(functional.params, query, statistics_of=support), expected.flatten(1)
     )
 
 
@@ -159,16 +162,18 @@ def test_a_batch_norm_layer_that_stands_twice_is_replaced_twice() -> None:
     norm = nn.BatchNorm1d(4)
     network = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm).double().eval()
     x = torch.rand(6, 4, dtype=torch.float64)
-    learner = Learner(network)
-    torch.testing.assert_close(learner(learner.params, x), network.train()(x))
+    functional = FunctionalNetwork(network)
+    torch.testing.assert_close(functional(functional.params, x), network.train()(x))
 
 
 def test_running_policy_keeps_to_the_mode_of_each_layer() -> None:
     network = build("conv_batch_norm").train()
     network(image_batch(0))
     network[1].eval()  # a frozen backbone's
-    learner = Learner(network, "running")
-    torch.testing.assert_close(learner(learner.params, image_batch(1)), network(image_batch(1)))
+    functional = FunctionalNetwork(network, "running")
+    torch.testing.assert_close(
+        functional(functional.params, image_batch(1)), network(image_batch(1))
+    )
 
 
 def test_every_call_starts_from_the_networks_buffers() -> None:
@@ -181,9 +186,9 @@ def test_every_call_starts_from_the_networks_buffers() -> None:
         .train()
     )
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    learner = Learner(network)
+    functional = FunctionalNetwork(network)
     x = torch.rand(6, 4, dtype=torch.float64)
-    assert torch.equal(learner(learner.params, x), learner(learner.params, x))
+    assert torch.equal(functional(functional.params, x), functional(functional.params, x))
     assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
 
 
@@ -202,8 +207,8 @@ def test_plain_tensor_attributes_are_shared_and_not_copied() -> None:
     network = Keeps()
     x = torch.rand(2, 4)
     expected = network(x)
-    learner = Learner(network)
-    torch.testing.assert_close(learner(learner.params, x), expected)
+    functional = FunctionalNetwork(network)
+    torch.testing.assert_close(functional(functional.params, x), expected)
 
 
 class NormAndActivation(nn.BatchNorm2d):
@@ -215,22 +220,22 @@ def test_a_batch_norm_class_with_its_own_forward_pass_keeps_it() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), NormAndActivation(4)).double()
     expected = network.train()(image_batch(0))
     before = network[1].running_mean.clone()
-    learner = Learner(network.eval())
-    torch.testing.assert_close(learner(learner.params, image_batch(0)), expected)
+    functional = FunctionalNetwork(network.eval())
+    torch.testing.assert_close(functional(functional.params, image_batch(0)), expected)
     assert torch.equal(network[1].running_mean, before)
     with pytest.raises(
         ValueError,
         match=r"plain batch-norm layers for `batch_norm='support'` but \['1'\] have a forward pass of their own",
     ):
-        Learner(network, "support")
+        FunctionalNetwork(network, "support")
 
 
 def test_hooks_on_batch_norm_still_run() -> None:
     network = build("conv_batch_norm")
     network[1].register_forward_hook(lambda module, inputs, output: 2 * output)
-    learner = Learner(network)
+    functional = FunctionalNetwork(network)
     torch.testing.assert_close(
-        learner(learner.params, image_batch(0)), network.train()(image_batch(0))
+        functional(functional.params, image_batch(0)), network.train()(image_batch(0))
     )
 
 
@@ -255,23 +260,23 @@ def test_images_have_their_channels_last_where_the_network_allows_it() -> None:
     x, network = torch.rand(4, 2, 8, 8), Viewing()
     expected = network(x)
     for _ in range(2):
-        learner = Learner(network)
-        torch.testing.assert_close(learner(learner.params, x), expected)
+        functional = FunctionalNetwork(network)
+        torch.testing.assert_close(functional(functional.params, x), expected)
     assert FORMATS == [False, True, False, False]  # one attempt for all learners of this network
 
 
 def test_features_of_a_network_that_views_its_images() -> None:
     x = torch.rand(4, 2, 8, 8)
     fresh = [nn.Sequential(Viewing(), nn.Linear(108, 2)) for _ in range(2)]
-    assert Learner(fresh[0]).ends_with("1", x)
-    learner = Learner(fresh[1])
-    torch.testing.assert_close(learner.features(learner.params, x, "1"), fresh[1][0](x))
+    assert FunctionalNetwork(fresh[0]).ends_with("1", x)
+    functional = FunctionalNetwork(fresh[1])
+    torch.testing.assert_close(functional.features(functional.params, x, "1"), fresh[1][0](x))
 
 
 def test_an_error_of_the_network_is_raised_as_it_is() -> None:
-    learner = Learner(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(7, 2)))
+    functional = FunctionalNetwork(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(7, 2)))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        learner(learner.params, torch.rand(4, 2, 8, 8))
+        functional(functional.params, torch.rand(4, 2, 8, 8))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -337,12 +342,12 @@ def test_the_exact_meta_gradient_of_odd_layers(kind: str) -> None:
     network = nn.Sequential(
         ODD_LAYERS[kind](), nn.Tanh(), nn.Flatten(), nn.Linear(72, WAYS)
     ).double()
-    learner, episodes = Learner(network), make_episodes()
-    loss = lambda w, x, y: F.cross_entropy(learner(w, x), y)
+    functional, episodes = FunctionalNetwork(network), make_episodes()
+    loss = lambda w, x, y: F.cross_entropy(functional(w, x), y)
     expected = autograd_meta_gradient(network, episodes, 2, F.cross_entropy)
     assert (
         relative_error(
-            meta_gradient(loss, learner.params, episodes, inner_lr=RATE, steps=2).grad, expected
+            meta_gradient(loss, functional.params, episodes, inner_lr=RATE, steps=2).grad, expected
         )
         < 1e-12
     )
@@ -367,9 +372,9 @@ def test_strided_convolutions_of_single_pixels_leave_the_memory_of_others_alone(
 
 def test_a_forward_pass_that_was_replaced_stays() -> None:
     network = nn.Sequential(scaled_in_place(nn.Conv2d(1, 2, 3)), nn.Flatten())
-    learner, x = Learner(network), torch.rand(2, 1, 4, 4)
+    functional, x = FunctionalNetwork(network), torch.rand(2, 1, 4, 4)
     with evaluating(derivatives=2):
-        torch.testing.assert_close(learner(learner.params, x), network(x))
+        torch.testing.assert_close(functional(functional.params, x), network(x))
 
 
 def test_a_parametrization_with_a_state_is_asked_once() -> None:
@@ -378,34 +383,34 @@ def test_a_parametrization_with_a_state_is_asked_once() -> None:
         nn.Sequential(spectral(nn.Conv2d(1, 2, 3)), nn.Flatten()).train(),
         torch.rand(2, 1, 4, 4),
     )
-    learner = Learner(network)
-    plain = learner(learner.params, x)
+    functional = FunctionalNetwork(network)
+    plain = functional(functional.params, x)
     with evaluating(derivatives=2):
-        torch.testing.assert_close(learner(learner.params, x), plain)
+        torch.testing.assert_close(functional(functional.params, x), plain)
 
 
 def test_the_second_attempt_draws_the_same_random_numbers() -> None:
     """One of the first evaluation alone: a Hessian-vector product draws its masks again."""
     network = nn.Sequential(nn.Dropout(0.5), Viewing()).train()
-    learner, x = Learner(network), torch.rand(4, 2, 8, 8)
+    functional, x = FunctionalNetwork(network), torch.rand(4, 2, 8, 8)
     state = torch.get_rng_state()
-    first = learner(learner.params, x)
+    first = functional(functional.params, x)
     torch.set_rng_state(state)
-    torch.testing.assert_close(learner(learner.params, x), first)
+    torch.testing.assert_close(functional(functional.params, x), first)
 
 
 def test_a_head_that_views_its_images() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 2, 3), Viewing())
-    head, x = HeadLearner(network, "1"), torch.rand(4, 2, 8, 8)
+    head, x = FunctionalHead(network, "1"), torch.rand(4, 2, 8, 8)
     torch.testing.assert_close(head(head.params, x), network[1](x))
 
 
 def test_names_that_are_no_parameters_are_left_alone() -> None:
     network = build("mlp")
-    learner, x = Learner(network), image_batch(0)
+    functional, x = FunctionalNetwork(network), image_batch(0)
     torch.testing.assert_close(
-        learner({**learner.params, "temperature": torch.ones(())}, x), network(x)
+        functional({**functional.params, "temperature": torch.ones(())}, x), network(x)
     )
 
 
@@ -414,5 +419,5 @@ def test_a_tied_parameter_goes_by_any_of_its_names() -> None:
     network[1].weight = network[0].weight
     x, zero = torch.rand(2, 3), torch.zeros(3, 3)
     torch.testing.assert_close(
-        Learner(network)({"1.weight": zero}, x), network[1].bias.expand(2, 3)
+        FunctionalNetwork(network)({"1.weight": zero}, x), network[1].bias.expand(2, 3)
     )

@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_algorithm_does_not_change_the_class(
     run.fit(saved(build("mlp"), RATE, STEPS), DataLoader([make_episodes()], batch_size=None))
     run.save_checkpoint(tmp_path / "last.ckpt")
     model = loaded.load_from_checkpoint(tmp_path / "last.ckpt", network=build("mlp", seed=5))
-    assert model.adapts == loaded.default_adapt
+    assert model.adapted_part == loaded.default_adapt
     assert model.train_steps == STEPS
 
 
@@ -233,7 +233,7 @@ def test_one_sgd_step_is_autograd_through_the_unrolled_loop(
     )
     w = leaves(network)
     rates = [rate.double().requires_grad_() for rate in of_rates(model)]
-    names = list(adapting(network, model.adapts))
+    names = list(adapting(network, model.adapted_part))
     each = [[rate[step] if algorithm is LSLR else rate for rate in rates] for step in range(STEPS)]
     steps = [dict(zip(names, of_step or [RATE] * len(names), strict=True)) for of_step in each]
     value = unrolled(plain_loss(build("conv_batch_norm")), w, episodes, steps, STEPS)
@@ -357,7 +357,7 @@ def test_a_head_adapts_as_a_whole_whatever_its_parametrisations(parametrized, ta
         network.eval()  # its power iteration would change what the next pass sees
     of_head = [name for name, _ in network.named_parameters() if name.startswith("3.")]
     model, episodes = ANIL(network, RATE, STEPS, tasks=tasks), make_episodes()
-    assert sorted(model._adapting()) == sorted(of_head)
+    assert sorted(model._adapting_parameters()) == sorted(of_head)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The last layer with trainable")
         gradient = model.meta_gradient(episodes)

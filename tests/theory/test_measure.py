@@ -12,7 +12,7 @@ from helpers.networks import build, flat, make_episodes, plain_loss
 from lightning_maml import MAML, Conv4, Episodes, ResampledEpisodes
 from lightning_maml.core.params import Params
 from lightning_maml.datamodules import GlyphsDataModule
-from lightning_maml.networks.functional_network import Learner
+from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.theory.measure import Probe, hessian_lipschitz, smoothness
 
 
@@ -303,9 +303,12 @@ def test_gradient_norms_are_those_of_autograd(tasks: str, inference: bool) -> No
         flat(torch.func.grad(loss)(w, x, y)).norm()
         for x, y in zip(episodes.query_x, episodes.query_y, strict=True)
     ]
-    learner = Learner(network, vectorised=tasks == "vmap")
+    functional = FunctionalNetwork(network, vectorised=tasks == "vmap")
     with torch.inference_mode(inference):
         actual = Probe(
-            lambda w, x, y: nn.functional.cross_entropy(learner(w, x), y), w, episodes, tasks=tasks
+            lambda w, x, y: nn.functional.cross_entropy(functional(w, x), y),
+            w,
+            episodes,
+            tasks=tasks,
         ).gradient_norms()
     torch.testing.assert_close(actual, torch.stack(expected))

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.batches.trees import shapes
-from lightning_maml.networks.functional_network import modes
+from lightning_maml.networks.attributes import modes
 
 Found = TypeVar("Found")
 

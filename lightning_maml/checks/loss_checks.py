@@ -19,10 +19,13 @@ from lightning_maml.batches.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.batches.losses import one_hot_mse
 from lightning_maml.batches.outputs import map_outputs, tensors_in
 from lightning_maml.batches.trees import detached, differentiable
+from lightning_maml.checks.network_checks import first_support
 from lightning_maml.core.rng import generator_states, set_generator_states
 from lightning_maml.core.tensors import is_out_of_memory, leaves_of, memory
-from lightning_maml.networks.checks import first_support
-from lightning_maml.networks.functional_network import OF_LOSS, FunctionalLoss, Learner, reading
+from lightning_maml.errors import UserValueError
+from lightning_maml.networks.functional_loss import OF_LOSS, FunctionalLoss
+from lightning_maml.networks.functional_network import FunctionalNetwork
+from lightning_maml.networks.watching import reading
 
 _UNUSUAL = 13
 """A number of examples that is no other size, or the next ones."""
@@ -30,9 +33,6 @@ _UNUSUAL = 13
 
 _OF_CLASSES = re.compile("_?(nll|multi_margin|multilabel_margin|ctc)_loss|.*cross_entropy_loss")
 """Losses that take classes, or several of them per example."""
-
-_MISFIT = re.compile("[Ss]ize.* (must|same)")
-"""What torch's errors say of sizes that do not even fit by broadcasting."""
 
 _PADDING = -100
 """The label that losses of torch ignore unless they are told another."""
@@ -81,7 +81,7 @@ def check_labels(episodes: AnyEpisodes, ways: int, ignored: int | None = None) -
                 "; give its head an output per class, or give the targets of one output as "
                 "floats, y.float()"
             )
-        raise ValueError(
+        raise UserValueError(
             f"Expected labels from 0 to {ways - 1}, the outputs of `network`, but got {low} to "
             f"{high}{cure}."
         )
@@ -91,7 +91,7 @@ def _check_that_some_count(episodes: AnyEpisodes, ignored: int) -> None:
     for name, y in zip(episodes._fields[1::2], episodes[1::2], strict=True):
         empty = (y == ignored).all(-1).reshape(len(y), -1).any(-1)
         if y.numel() and empty.any():
-            raise ValueError(
+            raise UserValueError(
                 f"Expected a label in `{name}` of each task that the loss does not ignore but got "
                 f"{ignored} alone in tasks {empty.nonzero().flatten().tolist()}; leave these out."
             )
@@ -113,7 +113,7 @@ def check_targets(targets: Tensor, loss: Any) -> None:
         (),
         (1,),
     ):
-        raise ValueError(
+        raise UserValueError(
             "Expected a loss for regression but got the cross-entropy, which of one output is "
             "always 0; give the model `loss=torch.nn.functional.mse_loss`, or if these are "
             "classes, labels of integers."
@@ -154,7 +154,7 @@ def check_broadcasting(
 
 def check_loss_value(
     of_outputs: FunctionalLoss,
-    learner: Learner,
+    functional: FunctionalNetwork,
     episodes: AnyEpisodes,
     trained: Iterable[nn.Parameter],
 ) -> None:
@@ -165,7 +165,7 @@ def check_loss_value(
 
     Args:
         of_outputs: The loss.
-        learner: The network.
+        functional: The network.
         episodes: The batch.
         trained: The parameters that get a gradient.
 
@@ -174,30 +174,32 @@ def check_loss_value(
     """
     read: list[str] = []
     y = detached(support_set(first_task(episodes))[1])
-    with first_support(learner, episodes) as x, torch.no_grad():
-        leaves = {name: p.detach().clone().requires_grad_() for name, p in learner.params.items()}
-        outputs = learner(leaves, x)
-        with reading(learner.params, read):
+    with first_support(functional, episodes) as x, torch.no_grad():
+        leaves = {
+            name: p.detach().clone().requires_grad_() for name, p in functional.params.items()
+        }
+        outputs = functional(leaves, x)
+        with reading(functional.params, read):
             of_outputs({}, outputs, y)
     if read:
-        raise ValueError(
+        raise UserValueError(
             "Expected a loss of outputs and labels but it reads the network's parameters "
             f"{sorted(set(read))} from outside, where adapted values cannot be put; let the "
             "network return what the loss needs of them."
         )
-    with first_support(learner, episodes), torch.enable_grad():
+    with first_support(functional, episodes), torch.enable_grad():
         outputs = map_outputs(Tensor.detach, outputs)
         own_values = {name: p.detach() for name, p in of_outputs.params.items()}
         value = of_outputs(own_values, outputs, y)
     if value.ndim:
-        raise ValueError(
+        raise UserValueError(
             "Expected the loss of a task to be a scalar but got shape "
             f"{list(value.shape)}; use reduction='mean'."
         )
     found = leaves_of(value)
     own = {id(p): name.removeprefix(OF_LOSS) for name, p in of_outputs.params.items()}
     if past_modules := sorted(own[leaf] for leaf in found & own.keys()):
-        raise ValueError(
+        raise UserValueError(
             "Expected a loss that reaches its parameters through its modules but it reads "
             f"{past_modules} from elsewhere (a tuple, a closure, a global), where adapted values "
             "cannot be put; read them from the module's attributes."
@@ -205,7 +207,7 @@ def check_loss_value(
     # those of a subclass are refused by their names
     known = (*tensors_in(outputs), *trained)
     if found - {id(tensor) for tensor in known}:
-        raise ValueError(
+        raise UserValueError(
             "Expected a loss whose trainable parameters are those of an nn.Module but it depends "
             "on one from elsewhere (a closure, a global), which would get no gradient; make the "
             "loss a module that has it as a parameter, or detach it."
@@ -249,14 +251,34 @@ def _look(
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             cure = "; y.long() may be what it takes" if targets.dtype in _SHORT else ""
-            if _MISFIT.search(str(error)):
+            if _takes_targets_like_outputs(loss, outputs, targets):
                 raise _sentence(outputs, targets) from error
             shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors_in(outputs))
             held = "" if isinstance(outputs, Tensor) else f", in {type(outputs).__name__},"
-            raise ValueError(
+            raise UserValueError(
                 f"Expected a loss that takes outputs {shapes}{held} with targets "
                 f"{list(targets.shape)} of {targets.dtype}, but it fails{cure}: {error}"
             ) from error
+
+
+def _takes_targets_like_outputs(
+    loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor
+) -> bool:
+    """Return whether a loss that fails would run with targets of the outputs' shape."""
+    if not isinstance(outputs, Tensor) or outputs.shape == targets.shape:
+        return False
+    # the cross-entropy takes probabilities too; what it lacks are labels of another type
+    if not targets.is_floating_point() and _takes(loss, outputs, targets.long()):
+        return False
+    return _takes(loss, outputs, torch.zeros_like(outputs))
+
+
+def _takes(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor) -> bool:
+    try:
+        loss(outputs, targets)
+    except Exception:  # noqa: BLE001 # a loss may raise anything
+        return False
+    return True
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -290,7 +312,7 @@ def _sentence(outputs: Any, targets: Tensor) -> ValueError:
         and targets.ndim == 1
         and len(shape) == 1
     ):
-        return ValueError(
+        return UserValueError(
             "Expected a loss of labels but got one that fits labels [examples] to outputs "
             f"[examples, {shape[0]}] element by element; use `loss=lightning_maml.one_hot_mse` or "
             "the cross-entropy, or if there is one output, outputs[:, 0] in the loss."
@@ -298,7 +320,7 @@ def _sentence(outputs: Any, targets: Tensor) -> ValueError:
     expected = (
         f"[examples{''.join(f', {size}' for size in shape)}]" if len(found) == 1 else "the same"
     )
-    return ValueError(
+    return UserValueError(
         f"Expected targets of the shape of the network's outputs, {expected}, but got "
         f"{list(targets.shape)}; reshape them, y[..., None] for instance, or the outputs; if the "
         "loss is to broadcast them, let it say so, y.expand_as(outputs)."

@@ -1,6 +1,6 @@
 """Validate a network once per kind of batch: its shapes, types, modes and the network's own modes."""
 
-import re
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,25 +20,18 @@ from lightning_maml.batches.trees import shapes as shapes_of
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, generators_drawn_from, set_generator_states
 from lightning_maml.core.tensors import is_out_of_memory
+from lightning_maml.errors import UserValueError
+from lightning_maml.networks.attributes import held_tensors, put_back
 from lightning_maml.networks.batch_norm import batch_norms
+from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import (
-    FunctionalLoss,
-    HeadLearner,
-    Learner,
-    held_tensors,
+    FunctionalHead,
+    FunctionalNetwork,
     norms_with_own_forward,
-    put_back,
-    structural_copy,
 )
 from lightning_maml.networks.head_body import PartName, adapting, head_of
 from lightning_maml.networks.stacking_trial import first_difference
-
-_OF_TYPES = re.compile("same dtype|expected scalar type|should be the same|not implemented for '")
-"""What torch's errors say if a layer does not accept its inputs' type."""
-
-
-_OF_ARGUMENTS = re.compile("positional argument|keyword argument")
-"""What Python's errors say if a function is called with other arguments than it takes."""
 
 
 class NetworkInfo(NamedTuple):
@@ -75,7 +68,7 @@ class NetworkChecks:
     def __call__(
         self,
         network: nn.Module,
-        learner: Learner,
+        functional: FunctionalNetwork,
         episodes: AnyEpisodes,
         loss: FunctionalLoss,
         inspect: Callable[[Callable[[], Tensor]], None],
@@ -84,7 +77,7 @@ class NetworkChecks:
 
         Args:
             network: The model's network.
-            learner: The learner of this network, or of a copy.
+            functional: The functional of this network, or of a copy.
             episodes: The batch.
             loss: The model's loss.
             inspect: Looks at the network while it runs; it is given a function that runs it.
@@ -93,43 +86,45 @@ class NetworkChecks:
             ValueError: If layers that adapt run again in the backward pass, the batch-norm policy
                 cannot govern the network, or there are labels but no logits.
         """
-        info = self._look(learner, episodes, loss)
-        check_modes(network, learner, episodes)
-        with first_support(learner, episodes) as x:
-            inspect(partial(learner, learner.params, x))
+        info = self._look(functional, episodes, loss)
+        check_modes(network, functional, episodes)
+        with first_support(functional, episodes) as x:
+            inspect(partial(functional, functional.params, x))
         return info
 
-    def _look(self, learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss) -> NetworkInfo:
-        look_for_writes(learner, episodes)
-        check_policy(learner, episodes)
-        with first_support(learner, episodes) as x:
-            again = tuple(learner.names_read_in_backward(x))
+    def _look(
+        self, functional: FunctionalNetwork, episodes: AnyEpisodes, loss: FunctionalLoss
+    ) -> NetworkInfo:
+        check_writes(functional, episodes)
+        check_policy(functional, episodes)
+        with first_support(functional, episodes) as x:
+            again = tuple(functional.names_read_in_backward(x))
         if any(
-            name.startswith(again) for name in adapting(learner.network, self._part, self._head)
+            name.startswith(again) for name in adapting(functional.network, self._part, self._head)
         ):
-            raise ValueError(
+            raise UserValueError(
                 "Expected a network whose adapting layers run once but got one with checkpoints "
                 "(torch.utils.checkpoint), which run them again with other parameters than the "
                 "adapted ones; take the checkpoints out, and for memory use `chunk_size`."
             )
-        outputs = first_outputs(learner, episodes)
+        outputs = first_outputs(functional, episodes)
         logits = self._logits(outputs)
         check_logits(logits, are_labels=not episodes.support_y.is_floating_point())
-        draws = generators_of(learner, episodes, loss)
+        draws = generators_of(functional, episodes, loss)
         ends = (
             self._part != "all"
-            and self._ends_with_head(learner, episodes)
+            and self._ends_with_head(functional, episodes)
             and logits is outputs
             and not draws
         )
         if ends:  # with numbers drawn, features computed once would have one mask for all steps
-            ends = self._head_alone_gives_the_outputs(learner, episodes)
+            ends = self._head_alone_gives_the_outputs(functional, episodes)
         return NetworkInfo(logits.shape[1:] if isinstance(logits, Tensor) else None, ends, draws)
 
-    def _ends_with_head(self, learner: Learner, episodes: AnyEpisodes) -> bool:
-        head = head_of(learner.network, self._head)
-        with first_support(learner, episodes) as x, torch.no_grad():
-            ends = learner.ends_with(head, x, self._logits)
+    def _ends_with_head(self, functional: FunctionalNetwork, episodes: AnyEpisodes) -> bool:
+        head = head_of(functional.network, self._head)
+        with first_support(functional, episodes) as x, torch.no_grad():
+            ends = functional.ends_with(head, x, self._logits)
         if self._head is None and not ends:
             rank_zero_warn(
                 f"The last layer with trainable parameters, {head!r}, is taken for the network's "
@@ -138,23 +133,25 @@ class NetworkChecks:
             )
         return ends
 
-    def _head_alone_gives_the_outputs(self, learner: Learner, episodes: AnyEpisodes) -> bool:
+    def _head_alone_gives_the_outputs(
+        self, functional: FunctionalNetwork, episodes: AnyEpisodes
+    ) -> bool:
         """Return whether a head with other parameters gives, from the features alone, what the whole network gives with them.
 
         It does not if the outputs are changed in place, or if the network calls the head with other
         weights or leaves something in it.
         """
-        head = head_of(learner.network, self._head)
-        with first_support(learner, episodes) as x, torch.no_grad():
-            features = learner.features(learner.params, x, head)
+        head = head_of(functional.network, self._head)
+        with first_support(functional, episodes) as x, torch.no_grad():
+            features = functional.features(functional.params, x, head)
             others = {
                 name: p
-                for name, p in shifted(learner.params).items()
+                for name, p in shifted(functional.params).items()
                 if name.startswith(f"{head}.")
             }
             try:
-                whole = self._logits(learner(learner.params | others, x))
-                alone = HeadLearner(learner.network, head)(others, features)
+                whole = self._logits(functional(functional.params | others, x))
+                alone = FunctionalHead(functional.network, head)(others, features)
             except Exception as error:  # with other parameters a network may raise anything
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     raise
@@ -162,7 +159,7 @@ class NetworkChecks:
         return first_difference({"outputs": whole}, {"outputs": alone}, 1e-3) is None
 
 
-def look_for_writes(learner: Learner, episodes: AnyEpisodes) -> None:
+def check_writes(functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
     """Find out what a forward pass changes in the network; the first of all looks, so that no other changes it.
 
     Raises:
@@ -170,21 +167,21 @@ def look_for_writes(learner: Learner, episodes: AnyEpisodes) -> None:
             in a plain tensor.
     """
     # some layers write in training with gradients only
-    with first_support(learner, episodes) as x, torch.enable_grad():
-        once, twice = learner.look_for_writes(x)
+    with first_support(functional, episodes) as x, torch.enable_grad():
+        once, twice = functional.find_writes(x)
     before, after = (
         {name: tensor.double() for name, tensor in held.items()} for held in (once, twice)
     )
     attribute = first_difference(before, after)
     if attribute is not None:
-        raise ValueError(
+        raise UserValueError(
             "Expected a network that keeps what it remembers between calls in buffers but it has "
             f"the attribute {attribute!r}, a plain tensor, for it; make it a buffer, "
             "`register_buffer`, so that it is updated once per step and saved."
         )
 
 
-def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
+def check_policy(functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
     """Refuse a network that normalises, or looks over the batch, in a way that its batch-norm policy cannot govern.
 
     ``"support"`` promises that queries do not see one another, ``"running"`` and ``"per_step"``
@@ -194,23 +191,23 @@ def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
     Raises:
         ValueError: If it is such a network.
     """
-    policy = learner.batch_norm
-    in_evaluation = Learner(structural_copy(learner.network).eval(), policy)
-    with first_support(learner, episodes) as support, torch.no_grad():
+    policy = functional.batch_norm
+    in_evaluation = FunctionalNetwork(structural_copy(functional.network).eval(), policy)
+    with first_support(functional, episodes) as support, torch.no_grad():
         queries = detached(first_task(episodes).query_x)
         x = queries if count(queries) > 1 else cat([queries, queries])
-        statistics_of = support if learner.uses_support_statistics else None
+        statistics_of = support if functional.uses_support_statistics else None
         if (
             policy in ("support", "per_step")
-            and batch_norms(learner.network)
+            and batch_norms(functional.network)
             and shapes_of(queries) != shapes_of(support)
         ):
-            raise ValueError(
+            raise UserValueError(
                 f"Expected support and query inputs of one size for `batch_norm={policy!r}`, "
                 "which runs both together, but got others; pad them, or use `batch_norm='batch'`."
             )
-        if statistics_of is not None and not all(_outputs_of_examples(learner, x)):
-            raise ValueError(
+        if statistics_of is not None and not all(_outputs_of_examples(functional, x)):
+            raise UserValueError(
                 "Expected outputs with the examples in front for `batch_norm='support'`, which "
                 "takes the queries' part of them, but one has another first dimension; leave it "
                 "out, or use `batch_norm='batch'`."
@@ -221,25 +218,27 @@ def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
                     in_evaluation(in_evaluation.params, x, statistics_of=statistics_of)
             except (TypeError, AttributeError) as error:
                 if not (
-                    own := norms_with_own_forward(learner.network, batch_norms(learner.network))
+                    own := norms_with_own_forward(
+                        functional.network, batch_norms(functional.network)
+                    )
                 ):
                     raise
-                raise ValueError(
+                raise UserValueError(
                     "Expected batch norm that needs no running averages in evaluation, as "
                     f"`batch_norm={policy!r}` has it, but {own} need theirs; use "
                     "`batch_norm='running'`."
                 ) from error
             if calls.with_running_averages:
-                raise ValueError(
+                raise UserValueError(
                     f"Expected batch norm that follows `batch_norm={policy!r}` but in evaluation "
                     "mode the network calls torch.nn.functional.batch_norm with training=False, "
                     "which uses running averages; use nn.BatchNorm layers, or "
                     "`batch_norm='running'`."
                 )
         if policy != "batch" and sees_others(
-            learner if policy == "support" else in_evaluation, x, statistics_of
+            functional if policy == "support" else in_evaluation, x, statistics_of
         ):
-            raise ValueError(
+            raise UserValueError(
                 "Expected outputs that do not depend on the other queries, as "
                 f"`batch_norm={policy!r}` promises, but the first one changes with them: the "
                 "network normalises by the batch, or looks at it, outside of batch-norm layers; "
@@ -248,15 +247,15 @@ def check_policy(learner: Learner, episodes: AnyEpisodes) -> None:
             )
 
 
-def sees_others(learner: Learner, x: Inputs, statistics_of: Inputs | None) -> bool:
+def sees_others(functional: FunctionalNetwork, x: Inputs, statistics_of: Inputs | None) -> bool:
     """Return whether the first output for ``x`` changes, beyond rounding, if all other inputs are made equal to the first."""
-    params, device = learner.params, tensors(x)[0].device
+    params, device = functional.params, tensors(x)[0].device
     before = generator_states(device)
-    of_examples = _outputs_of_examples(learner, x)
+    of_examples = _outputs_of_examples(functional, x)
 
     def outputs(x: Inputs) -> list[Tensor]:
         set_generator_states(before, device)
-        found = tensors_in(learner(params, x, statistics_of=statistics_of))
+        found = tensors_in(functional(params, x, statistics_of=statistics_of))
         return [
             tensor
             for tensor, counts in zip(found, of_examples, strict=True)
@@ -277,12 +276,12 @@ def sees_others(learner: Learner, x: Inputs, statistics_of: Inputs | None) -> bo
     )
 
 
-def _outputs_of_examples(learner: Learner, x: Inputs) -> list[bool]:
+def _outputs_of_examples(functional: FunctionalNetwork, x: Inputs) -> list[bool]:
     """Return for each tensor of the outputs whether its first dimension is that of the examples, by the outputs for twice as many."""
     number = count(x)
-    once = tensors_in(learner(learner.params, x))
+    once = tensors_in(functional(functional.params, x))
     try:
-        twice = tensors_in(learner(learner.params, cat([x, x])))
+        twice = tensors_in(functional(functional.params, cat([x, x])))
     except Exception:  # noqa: BLE001 # a network that was made for a certain number of examples may raise anything
         twice = [
             tensor.repeat(2, *[1] * (tensor.ndim - 1)) if tensor.ndim else tensor for tensor in once
@@ -312,12 +311,12 @@ class _FunctionalBatchNorm(TorchFunctionMode):
         return func(*args, **named)
 
 
-def check_modes(network: nn.Module, learner: Learner, episodes: AnyEpisodes) -> None:
+def check_modes(network: nn.Module, functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
     """Refuse a network whose copies read a mode of the network that they were made of, because adaptation may run them in another one.
 
     Args:
         network: That network, whose modes are turned round for a pass of a copy.
-        learner: The learner of this network, or of a copy.
+        functional: The functional of this network, or of a copy.
         episodes: The batch.
 
     Raises:
@@ -326,9 +325,12 @@ def check_modes(network: nn.Module, learner: Learner, episodes: AnyEpisodes) -> 
     flagged = [
         module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)
     ]
-    copied, device = Learner(learner.network, learner.batch_norm), episodes.support_y.device
+    copied, device = (
+        FunctionalNetwork(functional.network, functional.batch_norm),
+        episodes.support_y.device,
+    )
     before = generator_states(device)
-    with first_support(learner, episodes) as x, torch.no_grad():
+    with first_support(functional, episodes) as x, torch.no_grad():
         once = _floats(copied(copied.params, x))
         set_generator_states(before, device)
         try:
@@ -339,7 +341,7 @@ def check_modes(network: nn.Module, learner: Learner, episodes: AnyEpisodes) -> 
             for module in flagged:
                 module.training = not module.training
     if first_difference(once, again, 1e-5) is not None:
-        raise ValueError(
+        raise UserValueError(
             "Expected a network that reads its mode from its own modules but its outputs change "
             "with a mode that it reads from elsewhere (a function in a named tuple, a deque or "
             "another object), which copies cannot be given; make such functions methods."
@@ -355,14 +357,18 @@ def shifted(params: Params) -> Params:
     }
 
 
-def first_outputs(learner: Learner, episodes: AnyEpisodes, *, of_queries: bool = False) -> Any:
+def first_outputs(
+    functional: FunctionalNetwork, episodes: AnyEpisodes, *, of_queries: bool = False
+) -> Any:
     """Return the network's outputs for the first task's support set, or for its query set."""
-    with first_support(learner, episodes) as x, torch.no_grad():
+    with first_support(functional, episodes) as x, torch.no_grad():
         if not of_queries:
-            return learner(learner.params, x)
+            return functional(functional.params, x)
         queries = map_tensors(torch.clone, detached(first_task(episodes).query_x))
-        return learner(
-            learner.params, queries, statistics_of=x if learner.uses_support_statistics else None
+        return functional(
+            functional.params,
+            queries,
+            statistics_of=x if functional.uses_support_statistics else None,
         )
 
 
@@ -379,18 +385,20 @@ def check_logits(outputs: Any, are_labels: bool) -> None:
         "outputs, in a static method `logits(outputs)`"
     )
     if are_labels and (not isinstance(outputs, Tensor) or outputs.ndim != 2):
-        raise ValueError(
+        raise UserValueError(
             "Expected `network` to return logits [examples, ways], as a tensor or as the "
             f"attribute or entry `logits` of its outputs, but got {got}; {cure}."
         )
     if not are_tensors(outputs):
-        raise ValueError(
+        raise UserValueError(
             "Expected `network` to return tensors, alone or in a dict, tuple or list, or outputs "
             f"with `logits`, but got {got}; {cure}."
         )
 
 
-def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss) -> tuple[str, ...]:
+def generators_of(
+    functional: FunctionalNetwork, episodes: AnyEpisodes, loss: FunctionalLoss
+) -> tuple[str, ...]:
     """Return the names of the random generators that the network and the loss draw from.
 
     Raises:
@@ -398,16 +406,16 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
             evaluation with other parameters: derivatives need evaluations that can be repeated.
     """
     anew, used = (
-        Learner(learner.network, learner.batch_norm),
-        Learner(learner.network, learner.batch_norm),
+        FunctionalNetwork(functional.network, functional.batch_norm),
+        FunctionalNetwork(functional.network, functional.batch_norm),
     )
     device = episodes.support_y.device
     before = generator_states(device)
     y = detached(support_set(first_task(episodes))[1])
 
-    def evaluated(learner: Learner, x: Inputs) -> list[dict[str, Tensor]]:
+    def evaluated(functional: FunctionalNetwork, x: Inputs) -> list[dict[str, Tensor]]:
         set_generator_states(before, device)
-        outputs = learner(learner.params, x)
+        outputs = functional(functional.params, x)
         try:
             value = loss({}, outputs, y)
         except Exception:  # noqa: BLE001 # what is wrong with the loss is said by the look at it
@@ -415,7 +423,7 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
         return [_floats(outputs), _floats(value)]
 
     held = held_tensors(loss.loss)
-    with first_support(learner, episodes) as x, torch.no_grad(), warnings.catch_warnings():
+    with first_support(functional, episodes) as x, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first step has them
         once = evaluated(anew, x)
         written = put_back(held)
@@ -423,12 +431,12 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
         try:
             used(shifted(used.params), x)
         except Exception:  # noqa: BLE001 # with other parameters a network may raise anything
-            used = Learner(learner.network, learner.batch_norm)
+            used = FunctionalNetwork(functional.network, functional.batch_norm)
             used(used.params, x)
         again = evaluated(used, x)
         put_back(held)
     if written:
-        raise ValueError(
+        raise UserValueError(
             f"Expected a loss that leaves its tensors as they are but it writes to {written}, and "
             "would do so several times a step; put what writes into evaluation mode (a frozen "
             "teacher's batch norm), or into the network, whose buffers are written once a step."
@@ -437,7 +445,7 @@ def generators_of(learner: Learner, episodes: AnyEpisodes, loss: FunctionalLoss)
         first_difference(one, other, 1e-5) for one, other in zip(once, again, strict=True)
     )
     if outputs is not None or value is not None:
-        raise ValueError(
+        raise UserValueError(
             f"Expected a {'loss' if outputs is None else 'network'} that returns the same for the "
             "same inputs, parameters and random state but got another result the second time; "
             "let it draw from the global random generators of torch, numpy or Python, not from "
@@ -457,7 +465,7 @@ def _floats(outputs: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Any]:
+def first_support(functional: FunctionalNetwork, episodes: AnyEpisodes) -> Iterator[Any]:
     """Give the first task's support inputs for a look at the network; the random state is restored after it.
 
     Raises:
@@ -471,33 +479,68 @@ def first_support(learner: Learner, episodes: AnyEpisodes) -> Iterator[Any]:
         try:
             yield x
         except TypeError as error:
-            if isinstance(x, Tensor) or not _OF_ARGUMENTS.search(str(error)):
+            if isinstance(x, Tensor) or _takes(functional.network, x):
                 raise
-            form = (
-                "network(**x) with " + ", ".join(map(repr, x))
-                if isinstance(x, dict)
-                else f"network(*x) with {len(x)} tensors"
-            )
-            raise ValueError(
+            form = f"network(*x) with {len(x)} tensors"
+            if isinstance(x, dict):
+                form = "network(**x) with " + ", ".join(map(repr, x))
+            raise UserValueError(
                 f"Expected a network that takes its inputs as {form} but it does not: {error}; "
                 "put a module around it that does."
             ) from error
         except RuntimeError as error:
-            if "does not require grad" in str(error):
-                raise ValueError(
-                    "Expected a network and a loss that can be called where no gradients are "
-                    f"taken, as evaluation does, but they differentiate there ({error}); put "
-                    "`with torch.enable_grad():` around what they differentiate."
-                ) from error
-            given = {tensor.dtype for tensor in tensors(x)}
-            dtype = next((p.dtype for p in learner.network.parameters()), None)
-            others = sorted(str(other) for other in given if other != dtype)
-            if dtype is None or not others or not _OF_TYPES.search(str(error)):
+            if is_out_of_memory(error):
                 raise
-            of_bytes = " / 255" if torch.uint8 in given else ""
-            raise ValueError(
-                f"Expected inputs of the network's type, {dtype}, but it fails on "
-                f"{' and '.join(others)}; give it x.to({dtype}){of_bytes}."
-            ) from error
+            _explain_a_failing_network(functional, x, error)
+            raise
         finally:
             set_generator_states(before, device)
+
+
+def _takes(network: nn.Module, x: Any) -> bool:
+    """Return whether a network can be called with the entries of a dict, or the items of a list."""
+    try:
+        arguments = inspect.signature(network.forward)
+    except (TypeError, ValueError):  # some callables have no signature
+        return True
+    try:
+        arguments.bind(**x) if isinstance(x, dict) else arguments.bind(*x)
+    except TypeError:
+        return False
+    return True
+
+
+def _explain_a_failing_network(
+    functional: FunctionalNetwork, x: Inputs, error: RuntimeError
+) -> None:
+    """Find out why a network fails on its inputs, by trying them with gradients and in its type.
+
+    Raises:
+        ValueError: If it runs in one of these ways; it says what to do.
+    """
+    if _runs(functional, x) and not _runs(functional, x, grad=False):
+        raise UserValueError(
+            "Expected a network and a loss that can be called where no gradients are taken, as "
+            f"evaluation does, but they differentiate there ({error}); put `with "
+            "torch.enable_grad():` around what they differentiate."
+        ) from error
+    given = {tensor.dtype for tensor in tensors(x)}
+    dtype = next((p.dtype for p in functional.network.parameters()), None)
+    others = sorted(str(other) for other in given if other != dtype)
+    if dtype is None or not others or _runs(functional, x):
+        return
+    if _runs(functional, map_tensors(lambda tensor: tensor.to(dtype), x)):
+        of_bytes = " / 255" if torch.uint8 in given else ""
+        raise UserValueError(
+            f"Expected inputs of the network's type, {dtype}, but it fails on "
+            f"{' and '.join(others)}; give it x.to({dtype}){of_bytes}."
+        ) from error
+
+
+def _runs(functional: FunctionalNetwork, x: Inputs, *, grad: bool = True) -> bool:
+    try:
+        with torch.set_grad_enabled(grad):
+            functional(functional.params, x)
+    except Exception:  # noqa: BLE001 # a network may raise anything
+        return False
+    return True

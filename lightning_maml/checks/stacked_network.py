@@ -11,13 +11,10 @@ from lightning_maml.batches.episodes import AnyEpisodes, support_set
 from lightning_maml.batches.trees import detached, map_tensors
 from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.params import Params
-from lightning_maml.networks.functional_network import (
-    BatchNormPolicy,
-    FunctionalLoss,
-    Learner,
-    hooks_tensors,
-    structural_copy,
-)
+from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.facts import facts_of
+from lightning_maml.networks.functional_loss import FunctionalLoss
+from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
 from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare_losses
 
 
@@ -55,7 +52,7 @@ class StackedNetwork:
         Raises:
             NoSecondDerivativeError: If they are needed, and there are none.
         """
-        if hooks_tensors(self._network):
+        if facts_of(self._network).hooks_tensors:
             return Verdict(HOOKED)
         if adapts_only:
             return self._in_double(episodes, curved=False)
@@ -92,16 +89,18 @@ class StackedNetwork:
             episodes, averages = map_tensors(converted, (episodes, averages))
         of_outputs = FunctionalLoss(loss, self._logits)
 
-        def both_losses(learner: Learner, params: Params, task: AnyEpisodes) -> Tensor:
+        def both_losses(functional: FunctionalNetwork, params: Params, task: AnyEpisodes) -> Tensor:
             x, y = support_set(task)
-            support = of_outputs(params, learner(params, x, averages=averages), y)
-            statistics_of = x if learner.uses_support_statistics else None
-            outputs = learner(params, task.query_x, statistics_of=statistics_of, averages=averages)
+            support = of_outputs(params, functional(params, x, averages=averages), y)
+            statistics_of = x if functional.uses_support_statistics else None
+            outputs = functional(
+                params, task.query_x, statistics_of=statistics_of, averages=averages
+            )
             value: Tensor = support + of_outputs(params, outputs, task.query_y)
             return value
 
-        single = Learner(network, self._batch_norm)
-        stacked = Learner(network, self._batch_norm, vectorised=True)
+        single = FunctionalNetwork(network, self._batch_norm)
+        stacked = FunctionalNetwork(network, self._batch_norm, vectorised=True)
         device = episodes.support_y.device.type
         autocast = dtype is None and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=autocast):

@@ -11,11 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.batches.trees import tensors
-from lightning_maml.networks.functional_network import (
-    BatchNormPolicy,
-    Learner,
-    trainable_besides_parameters,
-)
+from lightning_maml.errors import UserTypeError, UserValueError
+from lightning_maml.networks.attributes import trainable_besides_parameters
+from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
 
 _BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
 
@@ -29,18 +27,18 @@ def check_network(network: nn.Module, batch_norm: BatchNormPolicy) -> None:
         ValueError: If it does not fit the batch-norm policy, or its trainable tensors are not
             parameters with shapes that are leaves.
     """
-    Learner(network, batch_norm)  # refuses a network that the policy does not fit
+    FunctionalNetwork(network, batch_norm)  # refuses a network that the policy does not fit
     _warn_if_compiled(network)
     _refuse_lazy(network)
     _refuse_scripted_batch_norm(network, batch_norm)
     if computed := [name for name, p in network.named_parameters() if not p.is_leaf]:
-        raise ValueError(
+        raise UserValueError(
             "Expected a network whose parameters are leaves, which can be trained, but "
             f"{computed} were computed from others; so they are if a module of TorchScript is "
             "deep-copied: copy it before it is scripted."
         )
     if trainable := trainable_besides_parameters(network):
-        raise ValueError(
+        raise UserValueError(
             f"Expected trainable tensors of the network to be parameters but {trainable} are "
             "none, and would get no gradient; make them nn.Parameter, or give them detached."
         )
@@ -55,7 +53,7 @@ def check_loss_is_callable(loss: Any) -> None:
     if callable(loss) and not isinstance(loss, type):
         return
     got = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
-    raise TypeError(
+    raise UserTypeError(
         f"Expected `loss` to be a function or a module but got {got}; give "
         "torch.nn.functional.cross_entropy, or a made module, nn.MSELoss()."
     )
@@ -68,7 +66,7 @@ def refuse_without_gradient(without_gradient: list[str]) -> None:
         ValueError: If there are any.
     """
     if without_gradient:
-        raise ValueError(
+        raise UserValueError(
             "Expected a gradient for every parameter that the optimizer was given but "
             f"{without_gradient} get none; put them into the network, or into a loss that is an "
             "nn.Module, or freeze them."
@@ -88,7 +86,7 @@ def _warn_if_compiled(network: nn.Module) -> None:
 
 def _refuse_lazy(network: nn.Module) -> None:
     if lazy := [name for name, p in network.named_parameters() if is_lazy(p)]:
-        raise ValueError(
+        raise UserValueError(
             f"Expected a network whose parameters have shapes but {lazy} are lazy; run it once on "
             "an example, network(x), before the model is made."
         )
@@ -102,7 +100,7 @@ def _refuse_scripted_batch_norm(network: nn.Module, policy: BatchNormPolicy) -> 
         and getattr(part, "original_name", "") in _BATCH_NORMS
     }
     if norms and (policy != "running" or any(part.training for part in norms.values())):
-        raise ValueError(
+        raise UserValueError(
             "Expected batch norm as nn.BatchNorm layers, whose statistics `batch_norm` decides, "
             f"but {[*norms]} are TorchScript's; script the network after training, or put a frozen "
             "one into evaluation mode and use `batch_norm='running'`."
@@ -132,7 +130,7 @@ class Unwritten:
             if tensor._version != self._versions[name]
         ]
         if written:
-            raise ValueError(
+            raise UserValueError(
                 "Expected a network and a loss that leave parameters and inputs as they are but "
                 f"they wrote to {written}, which are no longer what they were; let them work on "
                 "copies, x.clone()."
@@ -151,7 +149,7 @@ def refuse_differentiable(episodes: AnyEpisodes) -> None:
         if any(tensor.requires_grad for tensor in tensors(part))
     ]
     if made:
-        raise ValueError(
+        raise UserValueError(
             f"Expected episodes that need no gradient but {made} do, and would get none; put what "
             "makes them into the network, or give them detached, x.detach()."
         )

@@ -1,0 +1,43 @@
+"""Errors that a user can mend, each with one sentence that says how.
+
+Their type decides what the command shows without a traceback. Each is one of Python's errors too, so
+that code which catches ``ValueError`` catches them.
+"""
+
+import torch
+
+
+class UserError(Exception):
+    """Something that is not as it has to be, and that the user can mend."""
+
+
+class UserValueError(UserError, ValueError):
+    """A value that is out of range, or that does not fit another one."""
+
+
+class UserTypeError(UserError, TypeError):
+    """A value of another type."""
+
+
+class UserRuntimeError(UserError, RuntimeError):
+    """Something that only showed while it ran."""
+
+
+class UserOutOfMemoryError(UserError, torch.OutOfMemoryError):
+    """A device without enough memory."""
+
+
+class UserFloatingPointError(UserError, FloatingPointError):
+    """A number that is not finite."""
+
+
+class UserOSError(UserError, OSError):
+    """A file that cannot be read or written."""
+
+
+class UserFileNotFoundError(UserError, FileNotFoundError):
+    """A file that is not there."""
+
+
+class UserModuleNotFoundError(UserError, ModuleNotFoundError):
+    """A package that is not installed."""

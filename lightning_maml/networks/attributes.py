@@ -1,0 +1,201 @@
+"""Attributes of a network's modules, and which of them a forward pass changes."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Collection
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def modes(network: nn.Module) -> tuple[Any, ...]:
+    """Return what decides how a network runs, as far as can be told without running it.
+
+    What was found out about a network holds only as long as this stays the same.
+
+    Returns:
+        The classes of its modules, their modes (``training``), the booleans, strings and functions
+        among their attributes, and their hooks.
+    """
+    found: list[Any] = []
+    for module in network.modules():
+        found.append(module.__class__)
+        for key, value in vars(module).items():
+            kind = value.__class__
+            if kind is bool or kind is str:
+                found.append(value)
+            elif kind is FunctionType:
+                found.append(value.__code__)
+            elif kind is OrderedDict and value and key.endswith("_hooks"):
+                found.append(key)
+                # a copy's hooks are other functions with the same code
+                found += [getattr(hook, "__code__", hook.__class__) for hook in value.values()]
+    return tuple(found)
+
+
+def trainable_besides_parameters(network: nn.Module) -> list[str]:
+    """Return the names of trainable leaf tensors in buffers and attributes, which are no parameters."""
+    names = []
+    for prefix, module in network.named_modules():
+        for holder in (module._buffers, vars(module)):
+            for key, value in holder.items():
+                if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+                    continue
+                if value.requires_grad and value.is_leaf:
+                    names.append(f"{prefix}.{key}".lstrip("."))
+    return names
+
+
+HeldTensor = tuple[dict[str, Any], str, Tensor, Tensor]
+"""A dict of a module, the name under which it holds a tensor, the tensor, and a copy of it."""
+
+
+def held_tensors(module: Any) -> list[HeldTensor]:
+    """Return the buffers, frozen parameters and tensor attributes of a module, with copies.
+
+    Args:
+        module: Anything; what is no module holds none.
+    """
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    held: list[HeldTensor] = []
+    for part in parts:
+        for holder in (part._buffers, part._parameters, vars(part)):
+            for name, value in holder.items():
+                if isinstance(value, Tensor) and not value.requires_grad:
+                    held.append((holder, name, value, value.clone()))
+    return held
+
+
+@torch.no_grad()
+def put_back(before: list[HeldTensor]) -> list[str]:
+    """Restore the tensors that :func:`held_tensors` returned.
+
+    Returns:
+        The names of those that had changed.
+    """
+    written = []
+    for holder, name, tensor, value in before:
+        if _is_other(holder.get(name), value):
+            written.append(name)
+        tensor.copy_(value)
+        holder[name] = tensor
+    return written
+
+
+class Kept:
+    """A snapshot of the attributes of a network's modules, to restore after a forward pass.
+
+    Some networks cache there what they computed from their parameters (timm's LeViT does so in
+    evaluation mode, with the biases of its attention). The next pass has other parameters and must
+    not find it. Parameters, buffers and submodules do not belong to the snapshot.
+
+    Args:
+        network: The network as it is before a pass.
+        names: Pairs of a module's name and an attribute's name to restore; by default all that
+            have changed.
+    """
+
+    def __init__(
+        self, network: nn.Module, names: Collection[tuple[str, str]] | None = None
+    ) -> None:
+        self._modules = {name: vars(module) for name, module in network.named_modules()}
+        self._names = names
+        self._before = self._now()
+
+    def _now(self) -> dict[tuple[str, str], tuple[Any, Any]]:
+        """Return each attribute, and a copy of it if it is a list or a dict."""
+        now: dict[tuple[str, str], tuple[Any, Any]] = {}
+        for name, attributes in self._modules.items():
+            for key, value in attributes.items():
+                if key in _OF_EVERY_MODULE:
+                    continue
+                if self._names is None or (name, key) in self._names:
+                    content = copy.copy(value) if isinstance(value, list | dict) else None
+                    now[name, key] = value, content
+        return now
+
+    def changed(self) -> frozenset[tuple[str, str]]:
+        """Return the module and attribute names of what a pass has changed, changed numbers excepted."""
+        now = self._now()
+        return frozenset(
+            key
+            for key in self._before.keys() | now.keys()
+            if not _are_same(self._before.get(key), now.get(key))
+        )
+
+    def put_back(self) -> None:
+        """Undo what a pass has changed."""
+        changed = self.changed() if self._names is None else self._names
+        for name, key in changed:
+            if (name, key) not in self._before:
+                self._modules[name].pop(key, None)
+                continue
+            value, content = self._before[name, key]
+            self._modules[name][key] = value
+            if isinstance(value, list):
+                value[:] = content
+            elif isinstance(value, dict):
+                value.clear()
+                value.update(content)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that every module has: its parameters, buffers, submodules, hooks and mode."""
+
+
+def _are_same(before: tuple[Any, Any] | None, now: tuple[Any, Any] | None) -> bool:
+    """Return whether an attribute is the same object with the same content, or still a number.
+
+    Args:
+        before: The attribute and, of a list or dict, a copy; None if it did not exist.
+        now: The same after the pass.
+    """
+    if before is None or now is None:
+        return False
+    (value, content), (value_now, content_now) = before, now
+    is_same = value is value_now
+    if isinstance(value, dict) and is_same:
+        return content.keys() == content_now.keys() and all(
+            content_now[key] is part for key, part in content.items()
+        )
+    if isinstance(value, list) and is_same:
+        return [*map(id, content)] == [*map(id, content_now)]
+    # counters change in every pass: `numbers_in` takes care of them
+    are_numbers = isinstance(value, int | float) and isinstance(value_now, int | float)
+    return is_same or are_numbers
+
+
+def numbers_in(network: nn.Module) -> dict[tuple[str, str], int | float]:
+    """Return the plain numbers and booleans among the attributes of a network's modules.
+
+    Returns:
+        The values by the name of the module and the name of the attribute.
+    """
+    numbers = {}
+    for name, module in network.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, int | float):
+                numbers[name, key] = value
+    return numbers
+
+
+def is_written(now: Tensor | None, original: Tensor) -> bool:
+    """Return whether a clone of ``original`` was written to or replaced.
+
+    Args:
+        now: What lies in the clone's place after a pass; None if nothing does.
+        original: The tensor that was cloned.
+    """
+    return now is None or now._version > 0 or _is_other(now, original)
+
+
+def _is_other(now: Any, original: Tensor) -> bool:
+    if not isinstance(now, Tensor) or now.shape != original.shape:
+        return True
+    # sparse tensors have no elementwise comparison
+    now = now if now.layout == torch.strided else now.to_dense()
+    original = original if original.layout == torch.strided else original.to_dense()
+    both_nan = now.isnan() & original.isnan()
+    return bool(((now != original) & ~both_nan).any())

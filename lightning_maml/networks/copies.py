@@ -1,0 +1,234 @@
+"""Copies of networks that share their tensors, or have tensors of their own."""
+
+import copy
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from types import CellType, FunctionType
+from typing import Any
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.overrides import TorchFunctionMode
+
+from lightning_maml.errors import UserTypeError
+from lightning_maml.networks.facts import facts_of
+from lightning_maml.networks.places import OF_MODULES
+
+
+def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a copy of ``network`` made of other module objects over the same tensors.
+
+    Parts that were given to ``torch.compile`` run uncompiled in the copy: each copy would be
+    compiled anew, and compiled code has no second derivatives and fails under ``vmap``.
+
+    Args:
+        network: Any module.
+        dtype: If given, floating-point tensors are copies of this type.
+
+    Raises:
+        TypeError: If the network holds an object that cannot be copied.
+    """
+    attributes = [value for module in network.modules() for value in vars(module).values()]
+    tensors = chain(
+        network.parameters(),
+        network.buffers(),
+        (value for value in attributes if isinstance(value, Tensor)),
+    )
+    memo: dict[int, Any] = {id(tensor): _of_type(tensor, dtype) for tensor in tensors}
+    # empty dicts of hooks are many, and deepcopy is slow on each
+    empty_dicts = [v for v in attributes if type(v) in (dict, OrderedDict) and not v]
+    memo |= {id(value): type(value)() for value in empty_dicts}
+    with _CopyingTensors(share=True), _naming_what_cannot_be_copied(network):
+        copied = copy.deepcopy(network, memo)
+    may_hold_functions = [v for v in attributes if v.__class__ in _WITH_FUNCTIONS and v]
+    if any(_holds_functions(value) for value in may_hold_functions):
+        _rebind_functions(copied, memo)
+    run_uncompiled(copied)
+    facts_of(copied).written = facts_of(network).written
+    return copied
+
+
+def deep_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a copy of ``network`` with tensors of its own.
+
+    Unlike ``copy.deepcopy`` it takes networks that keep results of their last pass, which are
+    copied without their graph, and lets hooks and functions of the copy refer to the copy.
+
+    Args:
+        network: Any module.
+        memo: Objects to use in the copy in place of others, by the ids of those, as for
+            ``copy.deepcopy``.
+    """
+    memo = {} if memo is None else memo
+    with _CopyingTensors(share=False):
+        copied = copy.deepcopy(network, memo)
+    _rebind_functions(copied, memo)
+    return copied
+
+
+def run_uncompiled(network: nn.Module) -> None:
+    """Make the parts of a network that were given to ``torch.compile`` run uncompiled."""
+    for part in network.modules():
+        if isinstance(part, OptimizedModule):
+            part.forward = part._orig_mod.__call__
+
+
+@contextmanager
+def _naming_what_cannot_be_copied(network: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        failing = []
+        for name, module in network.named_modules():
+            for key, value in vars(module).items():
+                if not isinstance(value, Tensor | nn.Module) and not _can_be_copied(value):
+                    failing.append(f"{name}.{key}".lstrip("."))
+        if not failing:
+            raise
+        raise UserTypeError(
+            "Expected a network that can be copied (copy.deepcopy), as adaptation needs copies, "
+            f"but {failing} cannot be ({error}); make it where it is used, or leave it out of the "
+            "network."
+        ) from error
+
+
+def _can_be_copied(value: Any) -> bool:
+    if value.__class__ in (dict, OrderedDict) and any(
+        isinstance(part, nn.Module | Tensor) for part in value.values()
+    ):
+        return True  # their own attributes are checked in turn
+    try:
+        copy.deepcopy(value)
+    except TypeError:
+        return False
+    except Exception:  # noqa: BLE001 # not the TypeError that is to be explained
+        return True
+    return True
+
+
+_WITH_FUNCTIONS = frozenset({FunctionType, ReferenceType, partial, list, tuple, dict, OrderedDict})
+"""Types of functions, of weak references, and of containers that may hold some."""
+
+
+def _holds_functions(value: Any, depth: int = 4) -> bool:
+    """Return whether a value is or holds a function or weak reference, which deepcopy does not copy."""
+    kind = value.__class__
+    if kind in (FunctionType, ReferenceType, partial):
+        return True
+    if kind not in _WITH_FUNCTIONS or not value or not depth:
+        return False
+    parts = value if kind in (list, tuple) else value.values()
+    return any(_holds_functions(part, depth - 1) for part in parts)
+
+
+def _rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
+    """Let the hooks and functions of a copy refer to the copied objects.
+
+    ``copy.deepcopy`` leaves functions as they are, so closures and defaults of the copy would still
+    refer to the original network.
+    """
+    for module in copied.modules():
+        attributes = vars(module)
+        for key in [key for key in attributes if key not in OF_MODULES]:
+            attributes[key] = _rebound_value(attributes[key], memo)
+
+
+def _rebound_value(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
+    """Return an attribute of a copy whose functions and weak references refer to copies.
+
+    Lists and dicts are changed in place, because other objects may hold them too.
+    """
+    if not _holds_functions(value, depth):
+        return value
+    kind = value.__class__
+    if kind is FunctionType:
+        return _rebound(value, memo)
+    if kind is ReferenceType:
+        target = value()
+        return weakref.ref(memo[id(target)]) if id(target) in memo else value
+    if kind is partial:
+        function = _rebound_value(value.func, memo, depth)
+        args = [_rebound_value(part, memo, depth) for part in value.args]
+        named = {name: _rebound_value(part, memo, depth) for name, part in value.keywords.items()}
+        return partial(function, *args, **named)
+    if kind is tuple:
+        return tuple(_rebound_value(part, memo, depth - 1) for part in value)
+    keys = range(len(value)) if kind is list else [*value]
+    for key in keys:
+        value[key] = _rebound_value(value[key], memo, depth - 1)
+    return value
+
+
+def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """Return a function whose closure and defaults refer to copies, or itself if none do."""
+
+    def copy_of(value: Any) -> Any:
+        if isinstance(value, FunctionType) and value is not function:
+            return _rebound(value, memo)
+        return memo.get(id(value), value)
+
+    try:
+        closure = [cell.cell_contents for cell in function.__closure__ or ()]
+    except ValueError:  # a cell that is still empty
+        return function
+    defaults = function.__defaults__ or ()
+    named = function.__kwdefaults__ or {}
+    new_closure = [copy_of(value) for value in closure]
+    new_defaults = [copy_of(value) for value in defaults]
+    new_named = {name: copy_of(value) for name, value in named.items()}
+    before = [*closure, *defaults, *named.values()]
+    after = [*new_closure, *new_defaults, *new_named.values()]
+    if all(old is new for old, new in zip(before, after, strict=True)):
+        return function
+    rebound = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        tuple(new_defaults),
+        tuple(map(CellType, new_closure)),
+    )
+    rebound.__kwdefaults__ = new_named or None
+    rebound.__dict__.update(function.__dict__)
+    return rebound
+
+
+def _of_type(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    converted = tensor.detach().to(dtype)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(converted, tensor.requires_grad)
+    return converted
+
+
+class _CopyingTensors(TorchFunctionMode):
+    """Lets ``copy.deepcopy`` copy tensors that have a graph, such as activations that are kept.
+
+    Torch itself copies only leaves.
+
+    Args:
+        share: Whether copies hold the same tensors rather than copies of them.
+    """
+
+    def __init__(self, *, share: bool) -> None:
+        super().__init__()
+        self._share = share
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor: Tensor = args[0]
+        if self._share:
+            return tensor if tensor.is_leaf else tensor.detach()
+        copied: Tensor
+        if tensor.is_leaf:
+            copied = func(*args, **(kwargs or {}))  # type: ignore[no-untyped-call]
+        else:
+            copied = tensor.detach().clone()
+        return copied

@@ -1,0 +1,60 @@
+"""Facts that forward passes have shown about a network, kept as long as the network lives."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+
+class Written(NamedTuple):
+    """What a forward pass of a network changes in it.
+
+    Attributes:
+        tensors: Names of buffers and frozen parameters.
+        numbers: Attributes that are plain numbers, each as the names of its module and its own.
+        kept: Other attributes, and lists and dicts whose content changes, named in the same way.
+    """
+
+    tensors: frozenset[str] = frozenset()
+    numbers: frozenset[tuple[str, str]] = frozenset()
+    kept: frozenset[tuple[str, str]] = frozenset()
+
+
+@dataclass
+class NetworkFacts:
+    """What is known about a network.
+
+    Attributes:
+        written: What a forward pass changes in it; None before that was checked.
+        caches_parametrizations: Whether it computes parametrisations under
+            ``torch.nn.utils.parametrize.cached``, a cache that all threads share.
+        hooks_tensors: Whether its forward pass registers hooks on tensors.
+        views_images: Whether its images must stay channels-first in memory, because ``.view``
+            fails on channels-last tensors.
+    """
+
+    written: Written | None = None
+    caches_parametrizations: bool = False
+    hooks_tensors: bool = False
+    views_images: bool = False
+
+
+_FACTS: WeakKeyDictionary[nn.Module, NetworkFacts] = WeakKeyDictionary()
+
+
+def facts_of(network: nn.Module) -> NetworkFacts:
+    """Return what is known about a network; the caller may add to it."""
+    return _FACTS.setdefault(network, NetworkFacts())
+
+
+def writes(network: nn.Module) -> bool | None:
+    """Return whether a forward pass changes buffers, frozen parameters or plain numbers.
+
+    Running averages of batch norm do not count: its policy says what becomes of them.
+
+    Returns:
+        None if the network has not been checked yet.
+    """
+    written = facts_of(network).written
+    return None if written is None else bool(written.tensors or written.numbers)
