@@ -37,7 +37,6 @@ from lightning_maml.errors import (
 from lightning_maml.execution.allocator import keep_freed_memory
 from lightning_maml.io.checkpoints import read_checkpoint, read_trained
 from lightning_maml.io.replay import load_step
-from lightning_maml.io.yaml_configs import bound_configs
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import kinked_operations, kinks
 from lightning_maml.theory import paper_scale
@@ -300,7 +299,6 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
     Returns:
         The finished command with its ``trainer``, ``model`` and ``datamodule``.
     """
-    bound_configs()
     return _CLI(
         EpisodicModule,
         EpisodicDataModule,

@@ -1,4 +1,4 @@
-"""What was found out about a network and a loss, remembered for each kind of batch."""
+"""Results of the checks of a network and a loss, remembered for each kind of batch."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -12,16 +12,14 @@ from lightning_maml.networks.attributes import modes
 Found = TypeVar("Found")
 
 Kind = tuple[Hashable, ...]
-"""A network with its modes and the shapes of its parameters, and the types and shapes of a
-batch.
-"""
+"""A network with its modes and parameter shapes, and the dtypes and shapes of a batch."""
 
 KINDS = 64
-"""How many findings are remembered."""
+"""Most findings that are remembered; if there are more, all are forgotten."""
 
 
 def kind_of_batch(network: nn.Module, own: nn.Module, episodes: AnyEpisodes) -> Kind:
-    """Return what tells one kind of batch from another; each is checked anew.
+    """Return a key that is the same for batches that need no new check.
 
     Args:
         network: The model's network, or a copy of it in another mode.
@@ -33,7 +31,17 @@ def kind_of_batch(network: nn.Module, own: nn.Module, episodes: AnyEpisodes) -> 
 
 
 class Findings:
-    """Remembers what checks found, by their name, the kind of batch, and the loss."""
+    """Remembers what checks found.
+
+    Examples:
+        >>> from lightning_maml.checks.findings import Findings
+        >>> findings = Findings()
+        >>> kind, loss = (), None
+        >>> findings.once("a check", kind, loss, lambda: "found first")
+        'found first'
+        >>> findings.once("a check", kind, loss, lambda: "not called")
+        'found first'
+    """
 
     def __init__(self) -> None:
         self._found: dict[Hashable, tuple[Any, Any]] = {}
@@ -51,21 +59,21 @@ class Findings:
         *,
         again: bool = False,
     ) -> Found:
-        """Return what ``find`` returned when it was first called for this check, kind and loss.
+        """Run a check once for each kind of batch and loss, and return what it found.
 
         Args:
             check: Name of the check.
             kind: The kind of batch.
-            loss: The loss; a module counts as another one in another mode.
-            find: Checks, and returns what it found.
-            again: Check in any case.
+            loss: The loss; a module whose mode has changed is checked anew.
+            find: Runs the check and returns what it found.
+            again: Whether to check even if it is remembered.
         """
         key = (check, kind, id(loss), modes(loss) if isinstance(loss, nn.Module) else ())
         if again or key not in self._found:
             found = find()
             if len(self._found) >= KINDS:
                 self._found.clear()
-            # the loss is kept, so that no other object gets its id
+            # holds the loss, so that its id stays a unique key
             self._found[key] = found, loss
         value: Found = self._found[key][0]
         return value

@@ -1,4 +1,4 @@
-"""Checks that labels and targets fit the outputs of a network, and are not broadcast by the loss."""
+"""Checks that labels and targets fit a network's outputs, and that the loss is right for them."""
 
 import re
 import warnings
@@ -28,20 +28,24 @@ from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.watching import reading
 
 _UNUSUAL = 13
-"""A number of examples that is no other size, or the next ones."""
-
+"""The smallest number of examples by which their dimension is told from all others."""
 
 _OF_CLASSES = re.compile("_?(nll|multi_margin|multilabel_margin|ctc)_loss|.*cross_entropy_loss")
-"""Losses that take classes, or several of them per example."""
+"""Losses of class labels, which are not compared with outputs element by element."""
 
 _PADDING = -100
-"""The label that losses of torch ignore unless they are told another."""
+"""The label that torch's losses ignore by default."""
 
 _SHORT = (torch.int8, torch.int16, torch.int32)
+"""Types of integers that torch's losses do not take for labels."""
 
 
 def ignored_label(loss: Any) -> int | None:
-    """Return the label of the examples that a loss leaves out, its ``ignore_index``; None if it has none that is known."""
+    """Return the label of the examples that a loss leaves out, its ``ignore_index``.
+
+    Returns:
+        None if the loss leaves none out, or does not say so.
+    """
     while isinstance(loss, partial):
         if "ignore_index" in loss.keywords:
             return int(loss.keywords["ignore_index"])
@@ -53,15 +57,15 @@ def ignored_label(loss: Any) -> int | None:
 
 
 def check_labels(episodes: AnyEpisodes, ways: int, ignored: int | None = None) -> None:
-    """Check that labels are from 0 to ``ways - 1``, except for those that the loss ignores.
+    """Check that labels are from 0 to ``ways - 1``, but for those that the loss ignores.
 
     Args:
-        episodes: The tasks.
-        ways: How many classes there can be.
-        ignored: The label of examples that the loss leaves out; None if it takes all.
+        episodes: The meta-batch.
+        ways: Number of outputs of the network.
+        ignored: The label of the examples that the loss leaves out; None if there is none.
 
     Raises:
-        ValueError: If a label is not in that range, or if a set has no label that counts.
+        ValueError: If a label is out of range, or if all labels of a set are ignored.
     """
     labels = torch.cat([y.flatten() for y in episodes[1::2]])
     low, high = int(labels.min()), int(labels.max())
@@ -88,7 +92,9 @@ def check_labels(episodes: AnyEpisodes, ways: int, ignored: int | None = None) -
 
 
 def _check_that_some_count(episodes: AnyEpisodes, ignored: int) -> None:
+    """Refuse sets whose labels are all ignored, as the mean of no losses is nan."""
     for name, y in zip(episodes._fields[1::2], episodes[1::2], strict=True):
+        # in the resampling case, each batch of each inner step
         empty = (y == ignored).all(-1).reshape(len(y), -1).any(-1)
         if y.numel() and empty.any():
             raise UserValueError(
@@ -98,21 +104,19 @@ def _check_that_some_count(episodes: AnyEpisodes, ignored: int) -> None:
 
 
 def check_targets(targets: Tensor, loss: Any) -> None:
-    """Refuse the cross-entropy of one output, which is always zero.
+    """Refuse the cross-entropy for a regression on one output, where it is always zero.
 
     Args:
         targets: Regression targets, ``[B, ...]``.
         loss: The loss of outputs and targets.
 
     Raises:
-        ValueError: If it is that.
+        ValueError: If ``loss`` is the cross-entropy and there is one target per example.
     """
     while isinstance(loss, partial):
         loss = loss.func
-    if (loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)) and targets.shape[1:] in (
-        (),
-        (1,),
-    ):
+    is_cross_entropy = loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
+    if is_cross_entropy and targets.shape[1:] in ((), (1,)):
         raise UserValueError(
             "Expected a loss for regression but got the cross-entropy, which of one output is "
             "always 0; give the model `loss=torch.nn.functional.mse_loss`, or if these are "
@@ -127,27 +131,32 @@ def check_broadcasting(
 ) -> None:
     """Check that a loss does not broadcast targets over outputs.
 
-    It is called once with an unusual number of examples, by which the dimension of the examples can
-    be told from all others; a loss that takes only the number at hand is called with that.
+    With targets ``[B]`` and outputs ``[B, 1]``, for instance, ``mse_loss`` compares all pairs. The
+    loss is called with a number of examples that no other dimension has, so that the dimension of
+    the examples can be told from all others. A loss that takes only the batch's own number of
+    examples is called with that.
 
     Args:
         loss: The loss.
-        outputs: Returns the network's outputs for the examples of the batch of this number, tensors
-            ``[B, ...]``.
-        targets: Labels or targets of some batches, each ``[B', ...]``.
+        outputs: Maps the index of a batch to the network's outputs for it, tensors ``[B, ...]``.
+        targets: Labels or targets of each batch, ``[B, ...]``.
 
     Raises:
-        ValueError: If it broadcasts targets, or fails.
+        ValueError: If the loss broadcasts targets, or fails.
     """
     device = targets[0].device
     before = generator_states(device)
-    gradients = torch.inference_mode(False), torch.enable_grad()
     try:
-        with gradients[0], gradients[1], _unchanged(loss), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the first step has them
-            found = outputs(0)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _unchanged_buffers(loss),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # the first step will give the same warnings
+            first = outputs(0)
             for number, y in enumerate(targets):
-                _look(loss, found, partial(outputs, number), differentiable(y))
+                _check_one_batch(loss, first, partial(outputs, number), differentiable(y))
     finally:
         set_generator_states(before, device)
 
@@ -158,19 +167,20 @@ def check_loss_value(
     episodes: AnyEpisodes,
     trained: Iterable[nn.Parameter],
 ) -> None:
-    """Check that the loss of a task is a scalar whose gradient would be the right one.
+    """Check that the loss of a task is a scalar, and that its gradient misses no parameters.
 
-    It may not read parameters of the network, or its own past its modules: adapted ones cannot be
-    put there.
+    The loss must not read parameters of the network, nor its own past its modules, because adapted
+    values cannot be put there.
 
     Args:
         of_outputs: The loss.
         functional: The network.
-        episodes: The batch.
-        trained: The parameters that get a gradient.
+        episodes: The meta-batch.
+        trained: The parameters that the meta-optimizer trains.
 
     Raises:
-        ValueError: If it is not so.
+        ValueError: If the loss is no scalar, reads parameters in one of these ways, or depends on a
+            trainable tensor that would get no gradient.
     """
     read: list[str] = []
     y = detached(support_set(first_task(episodes))[1])
@@ -196,17 +206,18 @@ def check_loss_value(
             "Expected the loss of a task to be a scalar but got shape "
             f"{list(value.shape)}; use reduction='mean'."
         )
-    found = leaves_of(value)
+    leaf_ids = leaves_of(value)
+    # the call was given copies, so a loss with a leaf of its own has read it past its modules
     own = {id(p): name.removeprefix(OF_LOSS) for name, p in of_outputs.params.items()}
-    if past_modules := sorted(own[leaf] for leaf in found & own.keys()):
+    if past_modules := sorted(own[leaf] for leaf in leaf_ids & own.keys()):
         raise UserValueError(
             "Expected a loss that reaches its parameters through its modules but it reads "
             f"{past_modules} from elsewhere (a tuple, a closure, a global), where adapted values "
             "cannot be put; read them from the module's attributes."
         )
-    # those of a subclass are refused by their names
+    # trained parameters without a gradient are refused elsewhere, by their names
     known = (*tensors_in(outputs), *trained)
-    if found - {id(tensor) for tensor in known}:
+    if leaf_ids - {id(tensor) for tensor in known}:
         raise UserValueError(
             "Expected a loss whose trainable parameters are those of an nn.Module but it depends "
             "on one from elsewhere (a closure, a global), which would get no gradient; make the "
@@ -215,8 +226,8 @@ def check_loss_value(
 
 
 @contextmanager
-def _unchanged(loss: Any) -> Iterator[None]:
-    """Give a loss module back the buffers that it writes."""
+def _unchanged_buffers(loss: Any) -> Iterator[None]:
+    """Restore the buffers of a loss module at the end."""
     buffers = [*loss.buffers()] if isinstance(loss, nn.Module) else []
     before = [buffer.clone() for buffer in buffers]
     try:
@@ -227,38 +238,54 @@ def _unchanged(loss: Any) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _look(
+def _check_one_batch(
     loss: Callable[[Any, Tensor], Tensor],
     outputs: Any,
     own_outputs: Callable[[], Any],
     targets: Tensor,
 ) -> None:
+    """Check a loss on one batch of targets.
+
+    Args:
+        loss: The loss.
+        outputs: Outputs of the network, for any batch.
+        own_outputs: Computes the outputs for the batch of these targets.
+        targets: Labels or targets ``[B, ...]``.
+
+    Raises:
+        ValueError: If the loss broadcasts targets, or fails on the batch's own outputs.
+    """
     sizes = {size for tensor in (*tensors_in(outputs), targets) for size in tensor.shape}
-    unusual = next(
-        number for number in range(_UNUSUAL, _UNUSUAL + len(sizes) + 1) if number not in sizes
-    )
+    unusual = _UNUSUAL
+    while unusual in sizes:
+        unusual += 1
     try:
         _follow(loss, outputs, targets, unusual)
     except _Broadcast:
-        raise _sentence(outputs, targets) from None
+        raise _mismatch(outputs, targets) from None
     except Exception:  # noqa: BLE001 # a loss may need the number of examples that it is given
         outputs = own_outputs()
         try:
             _follow(loss, outputs, targets, len(targets))
         except _Broadcast:
-            raise _sentence(outputs, targets) from None
+            raise _mismatch(outputs, targets) from None
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
-            cure = "; y.long() may be what it takes" if targets.dtype in _SHORT else ""
             if _takes_targets_like_outputs(loss, outputs, targets):
-                raise _sentence(outputs, targets) from error
-            shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors_in(outputs))
-            held = "" if isinstance(outputs, Tensor) else f", in {type(outputs).__name__},"
-            raise UserValueError(
-                f"Expected a loss that takes outputs {shapes}{held} with targets "
-                f"{list(targets.shape)} of {targets.dtype}, but it fails{cure}: {error}"
-            ) from error
+                raise _mismatch(outputs, targets) from error
+            raise _failure(outputs, targets, error) from error
+
+
+def _failure(outputs: Any, targets: Tensor, error: Exception) -> UserValueError:
+    """Return the error for a loss that fails on outputs and targets."""
+    shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors_in(outputs))
+    held = "" if isinstance(outputs, Tensor) else f", in {type(outputs).__name__},"
+    cure = "; y.long() may be what it takes" if targets.dtype in _SHORT else ""
+    return UserValueError(
+        f"Expected a loss that takes outputs {shapes}{held} with targets {list(targets.shape)} of "
+        f"{targets.dtype}, but it fails{cure}: {error}"
+    )
 
 
 def _takes_targets_like_outputs(
@@ -267,7 +294,7 @@ def _takes_targets_like_outputs(
     """Return whether a loss that fails would run with targets of the outputs' shape."""
     if not isinstance(outputs, Tensor) or outputs.shape == targets.shape:
         return False
-    # the cross-entropy takes probabilities too; what it lacks are labels of another type
+    # the cross-entropy would take probabilities too, but what it needs are labels of type long
     if not targets.is_floating_point() and _takes(loss, outputs, targets.long()):
         return False
     return _takes(loss, outputs, torch.zeros_like(outputs))
@@ -288,38 +315,40 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _follow(
     loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor, examples: int
 ) -> None:
-    """Call the loss on ``examples`` examples, the first ones and these again, and follow what it does with them."""
+    """Call the loss on ``examples`` examples, and follow what it does with them.
+
+    These are the examples at hand, repeated from the first one on if there are fewer.
+
+    Raises:
+        _Broadcast: If the loss broadcasts outputs and targets over one another.
+    """
     number = max((len(tensor) for tensor in tensors_in(outputs) if tensor.ndim), default=0)
 
-    def rows(tensor: Tensor) -> Tensor:
+    def repeated(tensor: Tensor) -> Tensor:
         if not tensor.ndim or len(tensor) != number:
             return tensor
-        taken = tensor.detach()[torch.arange(examples, device=tensor.device) % number]
-        return taken.requires_grad_(tensor.is_floating_point())
+        rows = tensor.detach()[torch.arange(examples, device=tensor.device) % number]
+        return rows.requires_grad_(tensor.is_floating_point())
 
-    of_outputs = map_outputs(rows, outputs)
+    of_outputs = map_outputs(repeated, outputs)
     of_targets = targets[torch.arange(examples, device=targets.device) % len(targets)]
-    with _Following(tensors_in(of_outputs), of_targets, examples), _Expanding():
+    with _Following(tensors_in(of_outputs), of_targets, examples), _CopiesOfExpanded():
         loss(of_outputs, of_targets)
 
 
-def _sentence(outputs: Any, targets: Tensor) -> ValueError:
+def _mismatch(outputs: Any, targets: Tensor) -> UserValueError:
+    """Return the error for a loss that broadcasts targets over outputs."""
     found = tensors_in(outputs)
-    shape = found[0].shape[1:] if len(found) == 1 else torch.Size()
-    if (
-        len(found) == 1
-        and not targets.is_floating_point()
-        and targets.ndim == 1
-        and len(shape) == 1
-    ):
+    is_one = len(found) == 1
+    shape = found[0].shape[1:] if is_one else torch.Size()
+    are_labels = not targets.is_floating_point() and targets.ndim == 1
+    if is_one and are_labels and len(shape) == 1:
         return UserValueError(
             "Expected a loss of labels but got one that fits labels [examples] to outputs "
             f"[examples, {shape[0]}] element by element; use `loss=lightning_maml.one_hot_mse` or "
             "the cross-entropy, or if there is one output, outputs[:, 0] in the loss."
         )
-    expected = (
-        f"[examples{''.join(f', {size}' for size in shape)}]" if len(found) == 1 else "the same"
-    )
+    expected = f"[{', '.join(['examples', *map(str, shape)])}]" if is_one else "the same"
     return UserValueError(
         f"Expected targets of the shape of the network's outputs, {expected}, but got "
         f"{list(targets.shape)}; reshape them, y[..., None] for instance, or the outputs; if the "
@@ -336,16 +365,17 @@ _EXPANDING = (
 )
 
 
-class _Expanding(TorchFunctionMode):
-    """Makes a tensor that a loss itself expands as large as it looks: it is meant so, unlike what torch's losses expand inside of them."""
+class _CopiesOfExpanded(TorchFunctionMode):
+    """Copies tensors that a loss itself expands, so that they no longer look broadcast.
+
+    Such a loss means to broadcast, unlike torch's losses, which expand tensors inside of them.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        return (
-            tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
-            if func in _EXPANDING
-            else result
-        )
+        if func not in _EXPANDING:
+            return result
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
 
 
 class _Broadcast(Exception):
@@ -353,7 +383,14 @@ class _Broadcast(Exception):
 
 
 class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows which tensors derive from outputs and which from targets, by their memory, which views share.
+    """Follows which tensors are computed from outputs and which from targets.
+
+    They are told by their memory, which views share.
+
+    Args:
+        outputs: Outputs of the network.
+        targets: Labels or targets.
+        examples: The number of examples, unlike all other sizes if possible.
 
     Raises:
         _Broadcast: If an elementwise operation fits one to the other only by broadcasting.
@@ -361,11 +398,13 @@ class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, outputs: list[Tensor], targets: Tensor, examples: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._examples, self._shape = examples, tuple(targets.shape)
-        self._kept: list[Tensor] = [*outputs, targets]  # so that no other tensor gets their memory
+        self._examples = examples
+        self._shape = tuple(targets.shape)
+        # references, so that no other tensor gets the same memory
+        self._kept: list[Tensor] = [*outputs, targets]
         self._from_outputs = {memory(tensor) for tensor in outputs}
         self._from_targets = {memory(targets)}
-        self._casts = {memory(targets)}
+        self._casts = {memory(targets)}  # the targets themselves, perhaps of another type
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -380,39 +419,58 @@ class _Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = _tensors(result)
         self._kept += made
         memories = {memory(tensor) for tensor in made}
-        self._from_outputs |= memories if of_outputs else set()
-        self._from_targets |= memories if of_targets else set()
+        if of_outputs:
+            self._from_outputs |= memories
+        if of_targets:
+            self._from_targets |= memories
         is_cast = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.clone)
-        self._casts |= memories if is_cast and memory(tensors[0]) in self._casts else set()
+        if is_cast and memory(tensors[0]) in self._casts:
+            self._casts |= memories
         return result
 
     def _check(self, one: Tensor, other: Tensor) -> None:
-        """Check outputs, or what was made of them, against what was made of targets alone."""
+        """Check a tensor made from outputs against one made from targets alone.
+
+        Args:
+            one: Computed from outputs.
+            other: Computed from targets.
+
+        Raises:
+            _Broadcast: If they fit only by broadcasting.
+        """
         if memory(other) in self._from_outputs:
             return
         a, b, n = _unexpanded(one), _unexpanded(other), self._examples
         if not a or not b:
             return
-        pure, differ = memory(one) not in self._from_targets, len(a) != len(b)
         try:
             together = tuple(torch.broadcast_shapes(a, b))  # type: ignore[no-untyped-call]
         except RuntimeError:
-            return  # torch refuses it in its own words
-        outer = differ and together.count(n) > max(a.count(n), b.count(n))
-        both_lead = pure and a[0] == b[0] == n
-        raw = memory(other) in self._casts and b == self._shape
-        if outer or (both_lead and (differ or (raw and a != b))):
+            return  # torch will refuse it with an error of its own
+        differ = len(a) != len(b)
+        # [n, 1] against [n] gives [n, n]: all pairs of examples
+        pairs_examples = differ and together.count(n) > max(a.count(n), b.count(n))
+        # what was computed from both, such as a weighted loss, may be broadcast on purpose
+        is_pure = memory(one) not in self._from_targets
+        both_lead = is_pure and a[0] == b[0] == n
+        # the targets as they were given must have the shape of the outputs
+        are_targets = memory(other) in self._casts and b == self._shape
+        if pairs_examples or (both_lead and (differ or (are_targets and a != b))):
             raise _Broadcast
 
 
 def _is_elementwise(func: Any) -> bool:
-    return torch.Tag.pointwise in func.tags or (
-        "loss" in func.__name__ and not _OF_CLASSES.match(func.__name__)
-    )
+    name = func.__name__
+    is_elementwise_loss = "loss" in name and not _OF_CLASSES.match(name)
+    return torch.Tag.pointwise in func.tags or is_elementwise_loss
 
 
 def _unexpanded(tensor: Tensor) -> tuple[int, ...]:
-    """Return the shape before an ``expand``, which leaves strides of zero; losses expand both before they compare."""
+    """Return the shape of a tensor before it was expanded.
+
+    Torch's losses expand outputs and targets before they compare them. Expanded dimensions have
+    strides of zero.
+    """
     sizes = [
         1 if stride == 0 else size
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)

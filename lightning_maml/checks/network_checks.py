@@ -1,4 +1,4 @@
-"""Validate a network once per kind of batch: its shapes, types, modes and the network's own modes."""
+"""Validate a network once per batch shape and dtype, before it is trained on such batches."""
 
 import inspect
 import warnings
@@ -35,14 +35,14 @@ from lightning_maml.networks.stacking_trial import first_difference
 
 
 class NetworkInfo(NamedTuple):
-    """What the checks of a network found out about it.
+    """What the checks found out about a network.
 
     Attributes:
         outputs: Shape of the logits, or of a regression's outputs, for one example; None if they
             are not a tensor.
-        ends_with_head: Whether the outputs are one tensor, that of the head alone, and no random
-            numbers are drawn, so that the features before it may be computed once; False if this
-            was not checked because all parameters adapt.
+        ends_with_head: Whether the features before the head may be computed once per task: the
+            output is that of the head, and no random numbers are drawn. False if all parameters
+            adapt, where it is not checked.
         draws: Names of the random generators that the network and the loss draw from.
     """
 
@@ -52,11 +52,11 @@ class NetworkInfo(NamedTuple):
 
 
 class NetworkChecks:
-    """Checks whether a network and its loss can be trained on batches of some kind.
+    """Checks whether a network can be trained with its loss on batches like a given one.
 
     Args:
-        part: Which parameters adapt.
-        head: Name of the head, if one was given.
+        part: Which parameters adapt: ``"all"``, ``"head"`` or ``"body"``.
+        head: Name of the head; None for the last layer.
         logits: Takes the logits from what the network returns.
     """
 
@@ -73,35 +73,35 @@ class NetworkChecks:
         loss: FunctionalLoss,
         inspect: Callable[[Callable[[], Tensor]], None],
     ) -> NetworkInfo:
-        """Check, and return what was found.
+        """Check the network on a meta-batch, and return what was found.
 
         Args:
             network: The model's network.
-            functional: The functional of this network, or of a copy.
-            episodes: The batch.
+            functional: The network, or a copy of it, as a function.
+            episodes: The meta-batch; its first task is used.
             loss: The model's loss.
-            inspect: Looks at the network while it runs; it is given a function that runs it.
+            inspect: Called with a function that runs the network, to watch it.
 
         Raises:
             ValueError: If layers that adapt run again in the backward pass, the batch-norm policy
                 cannot govern the network, or there are labels but no logits.
         """
-        info = self._look(functional, episodes, loss)
+        info = self._inspected(functional, episodes, loss)
         check_modes(network, functional, episodes)
         with first_support(functional, episodes) as x:
             inspect(partial(functional, functional.params, x))
         return info
 
-    def _look(
+    def _inspected(
         self, functional: FunctionalNetwork, episodes: AnyEpisodes, loss: FunctionalLoss
     ) -> NetworkInfo:
+        # first, so that no other check changes the network
         check_writes(functional, episodes)
         check_policy(functional, episodes)
         with first_support(functional, episodes) as x:
-            again = tuple(functional.names_read_in_backward(x))
-        if any(
-            name.startswith(again) for name in adapting(functional.network, self._part, self._head)
-        ):
+            run_again = tuple(functional.names_read_in_backward(x))
+        adapted = adapting(functional.network, self._part, self._head)
+        if any(name.startswith(run_again) for name in adapted):
             raise UserValueError(
                 "Expected a network whose adapting layers run once but got one with checkpoints "
                 "(torch.utils.checkpoint), which run them again with other parameters than the "
@@ -111,15 +111,14 @@ class NetworkChecks:
         logits = self._logits(outputs)
         check_logits(logits, are_labels=not episodes.support_y.is_floating_point())
         draws = generators_of(functional, episodes, loss)
-        ends = (
-            self._part != "all"
-            and self._ends_with_head(functional, episodes)
-            and logits is outputs
-            and not draws
-        )
-        if ends:  # with numbers drawn, features computed once would have one mask for all steps
+        ends = self._part != "all" and self._ends_with_head(functional, episodes)
+        # with random numbers, features computed once would have one dropout mask for all steps
+        if logits is not outputs or draws:
+            ends = False
+        if ends:
             ends = self._head_alone_gives_the_outputs(functional, episodes)
-        return NetworkInfo(logits.shape[1:] if isinstance(logits, Tensor) else None, ends, draws)
+        shape = logits.shape[1:] if isinstance(logits, Tensor) else None
+        return NetworkInfo(shape, ends, draws)
 
     def _ends_with_head(self, functional: FunctionalNetwork, episodes: AnyEpisodes) -> bool:
         head = head_of(functional.network, self._head)
@@ -136,22 +135,22 @@ class NetworkChecks:
     def _head_alone_gives_the_outputs(
         self, functional: FunctionalNetwork, episodes: AnyEpisodes
     ) -> bool:
-        """Return whether a head with other parameters gives, from the features alone, what the whole network gives with them.
+        """Compare the outputs of the whole network with those of the head on the features.
 
-        It does not if the outputs are changed in place, or if the network calls the head with other
-        weights or leaves something in it.
+        The head gets other parameters for it. They differ if the outputs are changed in place, if
+        the network calls the head with other weights, or if it leaves something in the head.
         """
         head = head_of(functional.network, self._head)
         with first_support(functional, episodes) as x, torch.no_grad():
             features = functional.features(functional.params, x, head)
-            others = {
+            of_head = {
                 name: p
                 for name, p in shifted(functional.params).items()
                 if name.startswith(f"{head}.")
             }
             try:
-                whole = self._logits(functional(functional.params | others, x))
-                alone = FunctionalHead(functional.network, head)(others, features)
+                whole = self._logits(functional(functional.params | of_head, x))
+                alone = FunctionalHead(functional.network, head)(of_head, features)
             except Exception as error:  # with other parameters a network may raise anything
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     raise
@@ -160,18 +159,20 @@ class NetworkChecks:
 
 
 def check_writes(functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
-    """Find out what a forward pass changes in the network; the first of all looks, so that no other changes it.
+    """Find out what a forward pass changes in the network, and refuse what would not be restored.
+
+    It must be the first check, because any other pass changes the network too.
 
     Raises:
-        ValueError: If it writes to its inputs or to a trainable parameter, or remembers something
-            in a plain tensor.
+        ValueError: If a pass writes to its inputs or to a trainable parameter, or remembers
+            something in a plain tensor.
     """
     # some layers write in training with gradients only
     with first_support(functional, episodes) as x, torch.enable_grad():
         once, twice = functional.find_writes(x)
-    before, after = (
-        {name: tensor.double() for name, tensor in held.items()} for held in (once, twice)
-    )
+    before = {name: tensor.double() for name, tensor in once.items()}
+    after = {name: tensor.double() for name, tensor in twice.items()}
+    # a tensor that is computed anew in each pass is the same again; one that remembers is not
     attribute = first_difference(before, after)
     if attribute is not None:
         raise UserValueError(
@@ -182,30 +183,27 @@ def check_writes(functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
 
 
 def check_policy(functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
-    """Refuse a network that normalises, or looks over the batch, in a way that its batch-norm policy cannot govern.
+    """Refuse a network that does not keep what its batch-norm policy promises.
 
-    ``"support"`` promises that queries do not see one another, ``"running"`` and ``"per_step"``
-    promise it in evaluation mode: an output may then not change with the other inputs. ``"batch"``
+    ``"support"`` promises that queries do not see one another; ``"running"`` and ``"per_step"``
+    promise it in evaluation mode. An output must then not change with the other inputs. ``"batch"``
     and ``"support"`` promise that no running averages are used.
 
+    Args:
+        functional: The network.
+        episodes: The meta-batch; its first task is used.
+
     Raises:
-        ValueError: If it is such a network.
+        ValueError: If the network breaks such a promise.
     """
     policy = functional.batch_norm
     in_evaluation = FunctionalNetwork(structural_copy(functional.network).eval(), policy)
     with first_support(functional, episodes) as support, torch.no_grad():
         queries = detached(first_task(episodes).query_x)
+        # a single query has no others that it could see
         x = queries if count(queries) > 1 else cat([queries, queries])
         statistics_of = support if functional.uses_support_statistics else None
-        if (
-            policy in ("support", "per_step")
-            and batch_norms(functional.network)
-            and shapes_of(queries) != shapes_of(support)
-        ):
-            raise UserValueError(
-                f"Expected support and query inputs of one size for `batch_norm={policy!r}`, "
-                "which runs both together, but got others; pad them, or use `batch_norm='batch'`."
-            )
+        _check_sizes(functional, support, queries)
         if statistics_of is not None and not all(_outputs_of_examples(functional, x)):
             raise UserValueError(
                 "Expected outputs with the examples in front for `batch_norm='support'`, which "
@@ -213,31 +211,10 @@ def check_policy(functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
                 "out, or use `batch_norm='batch'`."
             )
         if policy in ("batch", "support"):
-            try:
-                with _FunctionalBatchNorm() as calls:
-                    in_evaluation(in_evaluation.params, x, statistics_of=statistics_of)
-            except (TypeError, AttributeError) as error:
-                if not (
-                    own := norms_with_own_forward(
-                        functional.network, batch_norms(functional.network)
-                    )
-                ):
-                    raise
-                raise UserValueError(
-                    "Expected batch norm that needs no running averages in evaluation, as "
-                    f"`batch_norm={policy!r}` has it, but {own} need theirs; use "
-                    "`batch_norm='running'`."
-                ) from error
-            if calls.with_running_averages:
-                raise UserValueError(
-                    f"Expected batch norm that follows `batch_norm={policy!r}` but in evaluation "
-                    "mode the network calls torch.nn.functional.batch_norm with training=False, "
-                    "which uses running averages; use nn.BatchNorm layers, or "
-                    "`batch_norm='running'`."
-                )
-        if policy != "batch" and sees_others(
-            functional if policy == "support" else in_evaluation, x, statistics_of
-        ):
+            _check_that_no_averages_are_used(in_evaluation, x, statistics_of)
+        # "support" promises it in training too
+        promises = functional if policy == "support" else in_evaluation
+        if policy != "batch" and sees_others(promises, x, statistics_of):
             raise UserValueError(
                 "Expected outputs that do not depend on the other queries, as "
                 f"`batch_norm={policy!r}` promises, but the first one changes with them: the "
@@ -247,51 +224,97 @@ def check_policy(functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
             )
 
 
+def _check_sizes(functional: FunctionalNetwork, support: Inputs, queries: Inputs) -> None:
+    policy = functional.batch_norm
+    runs_both_together = policy in ("support", "per_step") and batch_norms(functional.network)
+    if runs_both_together and shapes_of(queries) != shapes_of(support):
+        raise UserValueError(
+            f"Expected support and query inputs of one size for `batch_norm={policy!r}`, "
+            "which runs both together, but got others; pad them, or use `batch_norm='batch'`."
+        )
+
+
+def _check_that_no_averages_are_used(
+    in_evaluation: FunctionalNetwork, x: Inputs, statistics_of: Inputs | None
+) -> None:
+    """Run a network in evaluation mode, where its layers would use running averages if any did."""
+    policy = in_evaluation.batch_norm
+    try:
+        with _FunctionalBatchNorm() as calls:
+            in_evaluation(in_evaluation.params, x, statistics_of=statistics_of)
+    except (TypeError, AttributeError) as error:
+        # the averages were taken from the layers, and a forward pass of their own may miss them
+        network = in_evaluation.network
+        own = norms_with_own_forward(network, batch_norms(network))
+        if not own:
+            raise
+        raise UserValueError(
+            "Expected batch norm that needs no running averages in evaluation, as "
+            f"`batch_norm={policy!r}` has it, but {own} need theirs; use "
+            "`batch_norm='running'`."
+        ) from error
+    if calls.with_running_averages:
+        raise UserValueError(
+            f"Expected batch norm that follows `batch_norm={policy!r}` but in evaluation "
+            "mode the network calls torch.nn.functional.batch_norm with training=False, "
+            "which uses running averages; use nn.BatchNorm layers, or "
+            "`batch_norm='running'`."
+        )
+
+
 def sees_others(functional: FunctionalNetwork, x: Inputs, statistics_of: Inputs | None) -> bool:
-    """Return whether the first output for ``x`` changes, beyond rounding, if all other inputs are made equal to the first."""
+    """Return whether the output for the first example depends on the other examples.
+
+    It is computed again with all examples replaced by the first one, and compared up to rounding.
+
+    Args:
+        functional: The network.
+        x: Inputs ``[B, ...]``.
+        statistics_of: Inputs whose batch-norm statistics are used in place of those of ``x``.
+    """
     params, device = functional.params, tensors(x)[0].device
     before = generator_states(device)
-    of_examples = _outputs_of_examples(functional, x)
+    has_examples = _outputs_of_examples(functional, x)
 
     def outputs(x: Inputs) -> list[Tensor]:
         set_generator_states(before, device)
         found = tensors_in(functional(params, x, statistics_of=statistics_of))
         return [
             tensor
-            for tensor, counts in zip(found, of_examples, strict=True)
-            if counts and tensor.is_floating_point()
+            for tensor, of_examples in zip(found, has_examples, strict=True)
+            if of_examples and tensor.is_floating_point()
         ]
 
-    # a last layer of zeros hides what is before it
+    # a last layer of zeros would hide what the layers before it do
     if all(torch.equal(tensor, tensor[:1].expand_as(tensor)) for tensor in outputs(x)):
         params = shifted(params)
     first_alone = map_tensors(lambda tensor: tensor[:1].expand_as(tensor), x)
-    pairs = [
-        (own[0], alone[0]) for own, alone in zip(outputs(x), outputs(first_alone), strict=True)
-    ]
+    pairs = zip(outputs(x), outputs(first_alone), strict=True)
     set_generator_states(before, device)
-    return any(
-        bool((own - alone).abs().max() > torch.finfo(own.dtype).eps ** 0.5 * own.abs().max())
-        for own, alone in pairs
-    )
+    for with_others, alone in pairs:
+        difference = (with_others[0] - alone[0]).abs().max()
+        rounding = torch.finfo(with_others.dtype).eps ** 0.5
+        if difference > rounding * with_others[0].abs().max():
+            return True
+    return False
 
 
 def _outputs_of_examples(functional: FunctionalNetwork, x: Inputs) -> list[bool]:
-    """Return for each tensor of the outputs whether its first dimension is that of the examples, by the outputs for twice as many."""
+    """Return for each output tensor whether its first dimension is that of the examples.
+
+    It is if it doubles with the number of examples.
+    """
     number = count(x)
     once = tensors_in(functional(functional.params, x))
+    lengths = [len(tensor) if tensor.ndim else 0 for tensor in once]
     try:
         twice = tensors_in(functional(functional.params, cat([x, x])))
-    except Exception:  # noqa: BLE001 # a network that was made for a certain number of examples may raise anything
-        twice = [
-            tensor.repeat(2, *[1] * (tensor.ndim - 1)) if tensor.ndim else tensor for tensor in once
-        ]
-    lengths = [
-        [len(tensor) if tensor.ndim else 0 for tensor in tensors] for tensors in (once, twice)
-    ]
+    except Exception:  # noqa: BLE001 # a network may be made for this number of examples only
+        return [length == number for length in lengths]
+    doubled = [len(tensor) if tensor.ndim else 0 for tensor in twice]
     return [
-        of_once == number and of_twice == 2 * number
-        for of_once, of_twice in zip(*lengths, strict=True)
+        length == number and double == 2 * number
+        for length, double in zip(lengths, doubled, strict=True)
     ]
 
 
@@ -305,40 +328,39 @@ class _FunctionalBatchNorm(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         if func is F.batch_norm:
-            self.with_running_averages |= not (
-                args[5] if len(args) > 5 else named.get("training", False)
-            )
+            training = args[5] if len(args) > 5 else named.get("training", False)
+            self.with_running_averages |= not training
         return func(*args, **named)
 
 
 def check_modes(network: nn.Module, functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
-    """Refuse a network whose copies read a mode of the network that they were made of, because adaptation may run them in another one.
+    """Refuse a network whose copies read the training mode of the original.
+
+    Adaptation may run a copy in another mode than the original.
 
     Args:
-        network: That network, whose modes are turned round for a pass of a copy.
-        functional: The functional of this network, or of a copy.
-        episodes: The batch.
+        network: The original; its modes are reversed for a pass of a copy.
+        functional: The network, or a copy of it, as a function.
+        episodes: The meta-batch; its first task is used.
 
     Raises:
-        ValueError: If the outputs of the copy change with them.
+        ValueError: If the outputs of the copy change with the modes of the original.
     """
-    flagged = [
+    with_modes = [
         module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)
     ]
-    copied, device = (
-        FunctionalNetwork(functional.network, functional.batch_norm),
-        episodes.support_y.device,
-    )
+    copied = FunctionalNetwork(functional.network, functional.batch_norm)
+    device = episodes.support_y.device
     before = generator_states(device)
     with first_support(functional, episodes) as x, torch.no_grad():
         once = _floats(copied(copied.params, x))
         set_generator_states(before, device)
         try:
-            for module in flagged:
+            for module in with_modes:
                 module.training = not module.training
             again = _floats(copied(copied.params, x))
         finally:
-            for module in flagged:
+            for module in with_modes:
                 module.training = not module.training
     if first_difference(once, again, 1e-5) is not None:
         raise UserValueError(
@@ -349,7 +371,8 @@ def check_modes(network: nn.Module, functional: FunctionalNetwork, episodes: Any
 
 
 def shifted(params: Params) -> Params:
-    """Return parameters some hundredths away from these."""
+    """Return ``params`` with normal noise of standard deviation 0.01, the same in each call."""
+    # a generator of its own, so that the run's random numbers stay what they are
     noise = torch.Generator().manual_seed(0)
     return {
         name: p.detach() + 0.01 * torch.randn(p.shape, generator=noise).to(p)
@@ -365,19 +388,20 @@ def first_outputs(
         if not of_queries:
             return functional(functional.params, x)
         queries = map_tensors(torch.clone, detached(first_task(episodes).query_x))
-        return functional(
-            functional.params,
-            queries,
-            statistics_of=x if functional.uses_support_statistics else None,
-        )
+        statistics_of = x if functional.uses_support_statistics else None
+        return functional(functional.params, queries, statistics_of=statistics_of)
 
 
 def check_logits(outputs: Any, are_labels: bool) -> None:
-    """Check what was taken for the logits of a network's outputs, or for a regression's outputs.
+    """Check the logits that were taken from a network's outputs.
+
+    Args:
+        outputs: The logits, or the outputs for a regression.
+        are_labels: Whether the task is a classification.
 
     Raises:
-        ValueError: If there are labels and it is no tensor ``[S, D]``, or if there are targets and
-            it holds other things than tensors.
+        ValueError: If the logits are no tensor ``[S, ways]``, or if the outputs for a regression
+            are made of other things than tensors.
     """
     got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     cure = (
@@ -402,13 +426,12 @@ def generators_of(
     """Return the names of the random generators that the network and the loss draw from.
 
     Raises:
-        ValueError: If they do not give the same again from the same random state, after an
-            evaluation with other parameters: derivatives need evaluations that can be repeated.
+        ValueError: If the loss writes to its tensors, or if an evaluation from the same random
+            state gives another result after one with other parameters: derivatives need
+            evaluations that can be repeated.
     """
-    anew, used = (
-        FunctionalNetwork(functional.network, functional.batch_norm),
-        FunctionalNetwork(functional.network, functional.batch_norm),
-    )
+    fresh = FunctionalNetwork(functional.network, functional.batch_norm)
+    used = FunctionalNetwork(functional.network, functional.batch_norm)
     device = episodes.support_y.device
     before = generator_states(device)
     y = detached(support_set(first_task(episodes))[1])
@@ -418,14 +441,14 @@ def generators_of(
         outputs = functional(functional.params, x)
         try:
             value = loss({}, outputs, y)
-        except Exception:  # noqa: BLE001 # what is wrong with the loss is said by the look at it
+        except Exception:  # noqa: BLE001 # the checks of the loss will say what is wrong
             value = None
         return [_floats(outputs), _floats(value)]
 
     held = held_tensors(loss.loss)
     with first_support(functional, episodes) as x, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the first step has them
-        once = evaluated(anew, x)
+        warnings.simplefilter("ignore")  # the first step will give the same warnings
+        once = evaluated(fresh, x)
         written = put_back(held)
         draws = tuple(generators_drawn_from(before, device))
         try:
@@ -441,9 +464,8 @@ def generators_of(
             "would do so several times a step; put what writes into evaluation mode (a frozen "
             "teacher's batch norm), or into the network, whose buffers are written once a step."
         )
-    outputs, value = (
-        first_difference(one, other, 1e-5) for one, other in zip(once, again, strict=True)
-    )
+    outputs = first_difference(once[0], again[0], 1e-5)
+    value = first_difference(once[1], again[1], 1e-5)
     if outputs is not None or value is not None:
         raise UserValueError(
             f"Expected a {'loss' if outputs is None else 'network'} that returns the same for the "
@@ -457,6 +479,7 @@ def generators_of(
 
 
 def _floats(outputs: Any) -> dict[str, Tensor]:
+    """Return the floating-point tensors of ``outputs`` by their numbers."""
     return {
         str(number): tensor
         for number, tensor in enumerate(tensors_in(outputs))
@@ -466,13 +489,22 @@ def _floats(outputs: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def first_support(functional: FunctionalNetwork, episodes: AnyEpisodes) -> Iterator[Any]:
-    """Give the first task's support inputs for a look at the network; the random state is restored after it.
+    """Give the first task's support inputs to a check, and explain why the network fails on them.
+
+    Args:
+        functional: The network.
+        episodes: The meta-batch.
+
+    Yields:
+        A copy of the inputs, ``[S, ...]``.
 
     Raises:
-        ValueError: If the network fails because their type is not that of its parameters.
+        ValueError: If the network takes its inputs in another form or of another dtype, or fails
+            where no gradients are taken.
     """
     device = episodes.support_y.device
-    before = generator_states(device)  # a resumed run looks once more
+    # restored at the end: a resumed run repeats the checks but must draw the same numbers
+    before = generator_states(device)
     with torch.inference_mode(False):
         # a copy, in case the network writes to it
         x = map_tensors(torch.clone, detached(support_set(first_task(episodes))[0]))
@@ -500,11 +532,11 @@ def first_support(functional: FunctionalNetwork, episodes: AnyEpisodes) -> Itera
 def _takes(network: nn.Module, x: Any) -> bool:
     """Return whether a network can be called with the entries of a dict, or the items of a list."""
     try:
-        arguments = inspect.signature(network.forward)
+        signature = inspect.signature(network.forward)
     except (TypeError, ValueError):  # some callables have no signature
         return True
     try:
-        arguments.bind(**x) if isinstance(x, dict) else arguments.bind(*x)
+        signature.bind(**x) if isinstance(x, dict) else signature.bind(*x)
     except TypeError:
         return False
     return True
@@ -513,10 +545,10 @@ def _takes(network: nn.Module, x: Any) -> bool:
 def _explain_a_failing_network(
     functional: FunctionalNetwork, x: Inputs, error: RuntimeError
 ) -> None:
-    """Find out why a network fails on its inputs, by trying them with gradients and in its type.
+    """Find out why a network fails on its inputs, and say what to do.
 
     Raises:
-        ValueError: If it runs in one of these ways; it says what to do.
+        ValueError: If the network runs with gradients, or on inputs of its parameters' dtype.
     """
     if _runs(functional, x) and not _runs(functional, x, grad=False):
         raise UserValueError(

@@ -1,4 +1,4 @@
-"""What can be told of a network, and of a loss, before anything runs; what cannot be trained is refused."""
+"""Requirements of networks and losses that can be checked before anything runs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,11 +23,16 @@ def check_network(network: nn.Module, batch_norm: BatchNormPolicy) -> None:
 
     Warns if it was given to ``torch.compile``.
 
+    Args:
+        network: The network.
+        batch_norm: The batch-norm policy.
+
     Raises:
-        ValueError: If it does not fit the batch-norm policy, or its trainable tensors are not
-            parameters with shapes that are leaves.
+        ValueError: If the network does not fit the batch-norm policy, or if its trainable tensors
+            are not all parameters that are leaves and have shapes.
     """
-    FunctionalNetwork(network, batch_norm)  # refuses a network that the policy does not fit
+    # the constructor refuses a network that the policy does not fit
+    FunctionalNetwork(network, batch_norm)
     _warn_if_compiled(network)
     _refuse_lazy(network)
     _refuse_scripted_batch_norm(network, batch_norm)
@@ -45,10 +50,10 @@ def check_network(network: nn.Module, batch_norm: BatchNormPolicy) -> None:
 
 
 def check_loss_is_callable(loss: Any) -> None:
-    """Check an argument called ``loss``.
+    """Check that a model's argument ``loss`` is a function or a module.
 
     Raises:
-        TypeError: If it is neither a function nor a module.
+        TypeError: If it is neither, or a class of modules.
     """
     if callable(loss) and not isinstance(loss, type):
         return
@@ -60,7 +65,10 @@ def check_loss_is_callable(loss: Any) -> None:
 
 
 def refuse_without_gradient(without_gradient: list[str]) -> None:
-    """Refuse parameters that are to be trained and get no gradient.
+    """Refuse parameters that the optimizer was given but that get no gradient.
+
+    Args:
+        without_gradient: Their names.
 
     Raises:
         ValueError: If there are any.
@@ -93,12 +101,11 @@ def _refuse_lazy(network: nn.Module) -> None:
 
 
 def _refuse_scripted_batch_norm(network: nn.Module, policy: BatchNormPolicy) -> None:
-    norms = {
-        name: part
-        for name, part in network.named_modules()
-        if isinstance(part, torch.jit.ScriptModule)
-        and getattr(part, "original_name", "") in _BATCH_NORMS
-    }
+    norms = {}
+    for name, part in network.named_modules():
+        is_batch_norm = getattr(part, "original_name", "") in _BATCH_NORMS
+        if isinstance(part, torch.jit.ScriptModule) and is_batch_norm:
+            norms[name] = part
     if norms and (policy != "running" or any(part.training for part in norms.values())):
         raise UserValueError(
             "Expected batch norm as nn.BatchNorm layers, whose statistics `batch_norm` decides, "
@@ -108,18 +115,30 @@ def _refuse_scripted_batch_norm(network: nn.Module, policy: BatchNormPolicy) -> 
 
 
 class Unwritten:
-    """Tensors that a step may not write to.
+    """Detects writes to tensors that a step must leave as they are.
 
     Args:
-        tensors: By name.
+        tensors: The tensors by name.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.checks.requirements import Unwritten
+        >>> x = torch.ones(3)
+        >>> unwritten = Unwritten({"x": x})
+        >>> unwritten.check()
+        >>> x += 1
+        >>> unwritten.check()  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        UserValueError: Expected a network and a loss that leave parameters and inputs as they are
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        # inference tensors count no versions
         self._tensors = {name: x for name, x in tensors.items() if not x.is_inference()}
         self._versions = {name: x._version for name, x in self._tensors.items()}
 
     def check(self) -> None:
-        """Check that none was written to.
+        """Check that no tensor was written to since this was made.
 
         Raises:
             ValueError: If one was.
@@ -138,10 +157,10 @@ class Unwritten:
 
 
 def refuse_differentiable(episodes: AnyEpisodes) -> None:
-    """Refuse episodes that need a gradient.
+    """Refuse episodes whose tensors require a gradient, as they would get none.
 
     Raises:
-        ValueError: If a tensor of theirs does.
+        ValueError: If one of them does.
     """
     made = [
         name

@@ -1,4 +1,4 @@
-"""Can the tasks of a network and its loss be stacked? Asked of two of them, in loss and derivatives."""
+"""Checks on two tasks whether the tasks of a network and its loss can be stacked."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,14 +19,15 @@ from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare_loss
 
 
 class StackedNetwork:
-    """Compares the tasks of a network stacked with the same tasks alone.
+    """Compares losses and derivatives of stacked tasks with those of each task alone.
 
     Args:
         network: The network.
         loss: The loss of outputs and labels.
         logits: Takes the logits from what the network returns.
         batch_norm: The batch-norm policy.
-        averages: Running averages of the parameters before adaptation, if they have their own.
+        averages: With ``batch_norm="per_step"``, the running averages at the parameters before
+            adaptation; else empty.
     """
 
     def __init__(
@@ -37,20 +38,23 @@ class StackedNetwork:
         batch_norm: BatchNormPolicy,
         averages: Params,
     ) -> None:
-        self._network, self._loss, self._logits = network, loss, logits
-        self._batch_norm, self._averages = batch_norm, averages
+        self._network = network
+        self._loss = loss
+        self._logits = logits
+        self._batch_norm: BatchNormPolicy = batch_norm
+        self._averages = averages
 
     def compare(self, episodes: AnyEpisodes, *, adapts_only: bool, exact: bool) -> Verdict:
-        """Return what the comparison of two tasks found.
+        """Compare the first and the last task of a meta-batch.
 
         Args:
-            episodes: The tasks.
-            adapts_only: Whether the tasks are only adapted to, by first derivatives.
-            exact: Whether second derivatives are needed; without, they are compared if there are
-                any, because any algorithm may be asked for exact gradients.
+            episodes: The meta-batch.
+            adapts_only: Whether the model only adapts, which needs no second derivatives.
+            exact: Whether second derivatives are needed. If not, they are still compared where the
+                network has them, because any algorithm may be asked for exact gradients later.
 
         Raises:
-            NoSecondDerivativeError: If they are needed, and there are none.
+            NoSecondDerivativeError: If second derivatives are needed and the network has none.
         """
         if facts_of(self._network).hooks_tensors:
             return Verdict(HOOKED)
@@ -64,7 +68,7 @@ class StackedNetwork:
             return self._in_double(episodes, curved=False)
 
     def _in_double(self, episodes: AnyEpisodes, *, curved: bool) -> Verdict:
-        """Compare in float64, or in their own type networks and losses that run in no other."""
+        """Compare in float64, or in the network's own type if it runs in no other."""
         reason = ""
         for dtype in (torch.float64, None):
             try:
@@ -72,13 +76,15 @@ class StackedNetwork:
             except NoSecondDerivativeError:
                 raise
             except Exception as error:
-                # the trial has other parameters, with which a network may raise anything
+                # with other parameters than its own a network may raise anything
                 if dtype is None and isinstance(error, ValueError):
                     raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]
         return Verdict(f"even single ones fail at parameters a little away from these ({reason})")
 
     def _in_type(self, episodes: AnyEpisodes, dtype: torch.dtype | None, curved: bool) -> Verdict:
+        """Compare in ``dtype``; None is the network's own type."""
+
         def converted(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
@@ -89,6 +95,7 @@ class StackedNetwork:
             episodes, averages = map_tensors(converted, (episodes, averages))
         of_outputs = FunctionalLoss(loss, self._logits)
 
+        # support and query loss together, as the network may treat the sets differently
         def both_losses(functional: FunctionalNetwork, params: Params, task: AnyEpisodes) -> Tensor:
             x, y = support_set(task)
             support = of_outputs(params, functional(params, x, averages=averages), y)
@@ -102,6 +109,7 @@ class StackedNetwork:
         single = FunctionalNetwork(network, self._batch_norm)
         stacked = FunctionalNetwork(network, self._batch_norm, vectorised=True)
         device = episodes.support_y.device.type
+        # autocast would undo float64
         autocast = dtype is None and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=autocast):
             return compare_losses(

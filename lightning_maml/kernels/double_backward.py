@@ -1,8 +1,8 @@
-"""Convolution and batch norm with their second derivatives written out, for use in Hessian-vector products.
+"""Convolution and batch norm with hand-written second derivatives, for Hessian-vector products.
 
 Autograd's own second derivative of batch norm takes some twenty passes over the activations, and
-that of a convolution runs kernels as large as its image. Here both are built from the kernels of
-their first derivatives.
+that of a convolution uses kernels as large as the image. Here both are built from torch's kernels
+for the first derivatives.
 """
 
 from typing import Any
@@ -22,34 +22,44 @@ _aten = torch.ops.aten
 
 
 class Convolution(torch.autograd.Function):
-    """``Convolution.apply(x, weight, bias, geometry)``: x * W + b, of one task or of several side by side, see ``grouped_conv.py``."""
+    """``Convolution.apply(x, weight, bias, geometry)`` returns x * W + b.
+
+    It takes one task, or several side by side, see ``grouped_conv.py``.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.kernels.double_backward import Convolution
+        >>> x, weight = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3)
+        >>> geometry = ((1, 1), (1, 1), (1, 1), 1)  # stride, padding, dilation, groups
+        >>> Convolution.apply(x, weight, None, geometry).shape
+        torch.Size([2, 4, 8, 8])
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
     ) -> Tensor:
-        """Return it for ``x``, ``[B, C, ...]``, or ``[B, T C, ...]``."""
+        """Return the convolution of ``x``, ``[B, C, ...]``, or ``[B, T C, ...]`` for T tasks."""
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
         return convolution(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients."""
+        """Return the gradients with respect to x, weight and bias."""
         x, weight = ctx.saved_tensors
         by_x, by_weight = _ConvolutionBackward.apply(
             g, x, weight, ctx.geometry, ctx.needs_input_grad[:2]
         )
-        by_bias = (
-            g.sum([0, *range(2, g.ndim)]).view(weight.shape[: 1 - x.ndim])
-            if ctx.needs_input_grad[2]
-            else None
-        )
+        by_bias = None
+        if ctx.needs_input_grad[2]:
+            by_channel = g.sum([0, *range(2, g.ndim)])
+            by_bias = by_channel.view(weight.shape[: 1 - x.ndim])
         return by_x, by_weight, by_bias, None
 
 
 class _ConvolutionBackward(torch.autograd.Function):
-    """The gradients with respect to x and W, bilinear in g and the other of the two."""
+    """The gradients with respect to x, bilinear in g and W, and to W, bilinear in g and x."""
 
     @staticmethod
     def forward(
@@ -61,34 +71,51 @@ class _ConvolutionBackward(torch.autograd.Function):
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(g, x, weight)
+        # a gradient that is not used comes as None, and its terms are left out
         ctx.set_materialize_grads(False)
         ctx.geometry = geometry
         by_x = gradient_of_images(g, x, weight, geometry) if wanted[0] else None
-        return by_x, gradient_of_weight(g, x, weight, geometry) if wanted[1] else None
+        by_weight = gradient_of_weight(g, x, weight, geometry) if wanted[1] else None
+        return by_x, by_weight
 
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients, which torch can differentiate again, of ``<v, by x> + <u, by W> = <g, v * W + x * u>``."""
+        """Return the gradients of ``<v, by x> + <u, by W> = <g, v * W + x * u>``.
+
+        They are made of torch's own operations, which can be differentiated again.
+        """
         g, x, weight = ctx.saved_tensors
         by_g = by_x = by_weight = None
         if v is not None:
             by_g = convolution(v, weight, None, ctx.geometry)
-            by_weight = (
-                gradient_of_weight(g, v, weight, ctx.geometry) if ctx.needs_input_grad[2] else None
-            )
+            if ctx.needs_input_grad[2]:
+                by_weight = gradient_of_weight(g, v, weight, ctx.geometry)
         if u is not None:
             through_weight = convolution(x, u, None, ctx.geometry)
             by_g = through_weight if by_g is None else by_g + through_weight
-            by_x = gradient_of_images(g, x, u, ctx.geometry) if ctx.needs_input_grad[1] else None
+            if ctx.needs_input_grad[1]:
+                by_x = gradient_of_images(g, x, u, ctx.geometry)
         return by_g, by_x, by_weight, None, None
 
 
 class BatchNorm(torch.autograd.Function):
-    """``BatchNorm.apply(x, weight, bias, eps)``: w y + b, where y = r (x - m), m is a channel's mean and r = (variance + eps)^(-1/2)."""
+    """``BatchNorm.apply(x, weight, bias, eps)`` returns w y + b for the weight w and the bias b.
+
+    Here y = r (x - m) is the normalised x, m the mean of a channel over the batch, and
+    r = (variance + eps)^(-1/2). It can be differentiated twice.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.kernels.double_backward import BatchNorm
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> BatchNorm.apply(x, torch.ones(1), torch.zeros(1), 0.0)
+        tensor([[-1.],
+                [ 1.]])
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """Return it for ``x``, ``[B, C, ...]``."""
+        """Return the normalised ``x``, ``[B, C, ...]``, scaled and shifted."""
         z, m, r = torch.native_batch_norm(
             x, weight, bias, None, None, training=True, momentum=0.0, eps=eps
         )
@@ -98,14 +125,18 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients."""
-        return *_BatchNormBackward.apply(
+        """Return the gradients with respect to x, weight and bias."""
+        gradients = _BatchNormBackward.apply(
             g, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[0]
-        ), None
+        )
+        return *gradients, None
 
 
 class _BatchNormBackward(torch.autograd.Function):
-    """The gradients with respect to x, w and b: w r (g - mean g - y mean(g y)), sum(g y) and sum(g)."""
+    """The gradients w r (g - mean g - y mean(g y)), sum(g y) and sum(g).
+
+    They are those with respect to x, w and b.
+    """
 
     @staticmethod
     def forward(
@@ -122,8 +153,12 @@ class _BatchNormBackward(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor | None, u: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``<v, by x> + <u, by w> + <c, by b>``.
 
-        With means over all but the channels, s = mean(g y), t = mean(v y), k = mean(v g) - mean v
-        mean g - t s, p = w r, q = u - p t and e = s (q - p t) + p k they are
+        With means over all dimensions but the channels, n values in each of them, and
+
+            s = mean(g y), t = mean(v y), k = mean(v g) - mean v mean g - t s,
+            p = w r, q = u - p t, e = s (q - p t) + p k
+
+        they are
 
             by g: p (v - mean v) + q y + c
             by x: r (q (g - mean g) - p s (v - mean v) - e y)
@@ -133,7 +168,8 @@ class _BatchNormBackward(torch.autograd.Function):
         with torch.no_grad():
             gradients = _BatchNormBackward._second_derivatives(ctx.saved_tensors, ctx.eps, v, u, c)
         if torch.is_grad_enabled():
-            gradients = _Last.apply(3, *gradients, *ctx.saved_tensors, v, u, c)
+            # makes a third derivative an error rather than zero
+            gradients = _NotDifferentiable.apply(3, *gradients, *ctx.saved_tensors, v, u, c)
         return *gradients, None, None, None, None
 
     @staticmethod
@@ -142,6 +178,7 @@ class _BatchNormBackward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         g, x, w, m, r, gy, sum_g = saved
         n = x.numel() // x.shape[1]
+        # the sums over v y and v are the gradients that v in place of g gives for w and b
         _, vy, sum_v = _aten.native_batch_norm_backward(
             v, x, w, None, None, m, r, True, eps, (False, True, True)
         )
@@ -150,8 +187,9 @@ class _BatchNormBackward(torch.autograd.Function):
         p = w * r
         q = u - p * t
         e = s * (q - p * t) + p * k
-        by_g = _combined(c - p * mean_v - q * r * m, (q * r, x), (p, v))
-        by_x = _combined(
+        # y = r (x - m) is not computed: its terms are written in x and a constant per channel
+        by_g = _weighted_sum(c - p * mean_v - q * r * m, (q * r, x), (p, v))
+        by_x = _weighted_sum(
             r * (p * s * mean_v - q * mean_g + e * r * m),
             (-e * r * r, x),
             (r * q, g),
@@ -160,8 +198,11 @@ class _BatchNormBackward(torch.autograd.Function):
         return by_g, by_x, r * n * k
 
 
-class _Last(torch.autograd.Function):
-    """``_Last.apply(count, *tensors)``: the first ``count`` tensors, which cannot be differentiated with respect to the others."""
+class _NotDifferentiable(torch.autograd.Function):
+    """``_NotDifferentiable.apply(count, *tensors)`` returns the first ``count`` tensors.
+
+    To differentiate them with respect to any of the tensors is an error.
+    """
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -175,10 +216,13 @@ class _Last(torch.autograd.Function):
         )
 
 
-def _combined(
+def _weighted_sum(
     constant: Tensor, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Return ``constant + sum(a x)`` over pairs (a, x), where the constant and each a are ``[C]`` and each x ``[B, C, ...]``."""
+    """Return ``constant + sum(a x)`` over pairs (a, x).
+
+    The constant and each a are ``[C]``, each x is ``[B, C, ...]``.
+    """
     per_channel = (-1, *[1] * (first[1].ndim - 2))
     total = torch.addcmul(constant.view(per_channel), first[0].view(per_channel), first[1])
     for a, x in others:

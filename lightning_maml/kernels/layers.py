@@ -1,4 +1,7 @@
-"""Convolution and batch norm as a functional computes them."""
+"""The forward passes of convolution, batch norm and embedding in functional networks.
+
+Under ``vmap`` with autograd around it they compute all tasks at once, in one call of torch.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -15,21 +18,28 @@ from lightning_maml.core.context import evaluation
 from lightning_maml.kernels.double_backward import BatchNorm, Convolution
 from lightning_maml.kernels.grouped_conv import as_groups, channels_last, in_one_format
 
-# pooling to 1 x 1 is cheap
+# this is pooling to 1 x 1, which is cheap even if vmap loops over the tasks
 warnings.filterwarnings(
     "ignore", "There is a performance drop .* batching rule for aten::as_strided_"
 )
 
 
 class TaskConvolution:
-    """The forward pass of ``layer``, for which :func:`is_plain_convolution` must be true.
+    """The forward pass of a convolution, for one task or for all tasks of a stack.
 
     Args:
-        layer: The convolution.
-        channels: ``"last"``: on the CPU images get their channels last in memory, with which
-            convolution, batch norm and pooling are up to ten times faster. ``"first"``: they stay
-            as they are.
+        layer: The convolution; :func:`is_plain_convolution` must be true for it.
+        channels: ``"last"`` makes images channels-last in memory on the CPU, where convolution,
+            batch norm and pooling are then up to ten times faster. ``"first"`` leaves them as they
+            are.
         vectorised: Whether it is called under ``vmap``.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.kernels.layers import TaskConvolution
+        >>> layer = torch.nn.Conv2d(3, 4, 3)
+        >>> TaskConvolution(layer, "last", vectorised=False)(torch.rand(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 6, 6])
     """
 
     def __init__(self, layer: Any, channels: Literal["first", "last"], vectorised: bool) -> None:
@@ -37,9 +47,9 @@ class TaskConvolution:
         self._layer, self._vectorised = layer, vectorised
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what the layer returns for ``x``."""
+        """Return what the layer returns for ``x``, ``[B, C, ...]``."""
         layer = self._layer
-        is_batch = x.ndim == len(layer.kernel_size) + 2
+        is_batch = x.ndim == len(layer.kernel_size) + 2  # torch also takes one image alone
         if is_batch and _is_side_by_side():
             try:
                 y: Tensor = TaskBatchedLayer.apply(self._side_by_side, x, layer.weight, layer.bias)
@@ -52,15 +62,17 @@ class TaskConvolution:
         return y
 
     def _side_by_side(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the layer for all tasks, ``x`` being ``[B, T, C, ...]``."""
         tasks = x.shape[1]
-        if weight.ndim < x.ndim:  # shared
+        if weight.ndim < x.ndim:  # one weight without task dimension: all images are one batch
             return _unflattened(self._convolved(x.flatten(0, 1), weight, bias), 0, tasks)
-        # a shared weight is not copied for each task
+        # not where the weight is expanded over the tasks, as a copy of it would be made for each
         if self._wants_channels_last(weight[0]) and weight.stride(0) > 0:
             weight = weight.movedim(2, -1).contiguous().movedim(-1, 2)
         return _unflattened(self._convolved(x.flatten(1, 2), weight, bias), 1, tasks)
 
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the layer for images ``[B, C, ...]``, or ``[B, T C, ...]`` of T tasks."""
         layer = self._layer
         are_stacked = weight.ndim > x.ndim
         sizes = (layer.stride, layer.padding, layer.dilation)
@@ -68,30 +80,46 @@ class TaskConvolution:
             size if isinstance(size, tuple) else (size,) * (x.ndim - 2) for size in sizes
         )
         if self._wants_channels_last(x):
-            if set(layer.kernel_size) == {1} and max(stride) > 1 and not any(padding):
-                # take what it reads beforehand: with a stride oneDNN's gradient of such a weight,
-                # in several threads, writes past its end
+            is_pointwise = set(layer.kernel_size) == {1} and not any(padding)
+            if is_pointwise and max(stride) > 1:
+                # Take the pixels that it reads beforehand: with a stride, oneDNN's gradient of a
+                # 1x1 weight writes past the weight's end if it runs in several threads.
                 x, stride = x[..., :: stride[0], :: stride[1]], (1, 1)
-            # the weight once, not in each derivative
-            x, weight = channels_last(x), weight if are_stacked else channels_last(weight)
-        # torch's own are wrong for one image in groups
-        if _writes_out_derivatives(x, least=1 if are_stacked else 2):
-            y: Tensor = Convolution.apply(
-                x, weight, bias, (stride, padding, dilation, layer.groups)
-            )
+            x = channels_last(x)
+            if not are_stacked:
+                weight = channels_last(weight)  # once here, rather than in each derivative
+        # stacked tasks always, as torch's own derivatives are wrong for one image in groups
+        if _uses_own_derivatives(x, least=1 if are_stacked else 2):
+            geometry = (stride, padding, dilation, layer.groups)
+            y: Tensor = Convolution.apply(x, weight, bias, geometry)
             return y
         groups = layer.groups * (len(weight) if are_stacked else 1)
         bias = None if bias is None else bias.flatten()
-        return (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3](
-            x, as_groups(weight, x), bias, stride, padding, dilation, groups
-        )
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+        return convolve(x, as_groups(weight, x), bias, stride, padding, dilation, groups)
 
     def _wants_channels_last(self, x: Tensor) -> bool:
         return self.channels == "last" and x.ndim == 4 and x.device.type == "cpu"
 
 
 class TaskNorm:
-    """The forward pass of ``layer`` with the statistics of the batch at hand, or of its first part, whose share is ``context``."""
+    """The forward pass of a batch-norm layer that uses the statistics of the batch.
+
+    Args:
+        layer: The layer; its running averages are neither used nor updated.
+        vectorised: Whether it is called under ``vmap``.
+
+    Attributes:
+        context: The share of the batch, from the first example on, that gives the statistics; 0 if
+            the whole batch does.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.kernels.layers import TaskNorm
+        >>> norm = TaskNorm(torch.nn.BatchNorm1d(1, eps=0.0), vectorised=False)
+        >>> norm(torch.tensor([[1.0], [3.0]])).tolist()
+        [[-1.0], [1.0]]
+    """
 
     def __init__(self, layer: _BatchNorm, vectorised: bool) -> None:
         self.context = Fraction(0)
@@ -110,73 +138,98 @@ class TaskNorm:
             return self._normalised(x, weight, bias)
         rows = int(self.context * len(x)) if self.context else len(x)
         all_but_channels = [0, *range(2, x.ndim)]
-        away = x - x[:rows].mean(all_but_channels, keepdim=True)
+        centred = x - x[:rows].mean(all_but_channels, keepdim=True)
         # torch.var_mean takes ten times as long
-        scale = torch.rsqrt(away[:rows].square().mean(all_but_channels, keepdim=True) + eps)
+        variance = centred[:rows].square().mean(all_but_channels, keepdim=True)
+        scale = torch.rsqrt(variance + eps)
         per_channel = (-1, *[1] * (x.ndim - 2))
-        normalised = away * (scale if weight is None else scale * weight.view(per_channel))
+        normalised = centred * (scale if weight is None else scale * weight.view(per_channel))
         return normalised if bias is None else normalised + bias.view(per_channel)
 
     def _side_by_side(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        """Normalise ``x``, ``[B, T, C, ...]``, as if the channels of all tasks were one layer's."""
         tasks = x.shape[1]
         of_all = (None if p is None else p.expand(tasks, -1).flatten() for p in parameters)
         return _unflattened(self._normalised(x.flatten(1, 2), *of_all), 1, tasks)
 
     def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Normalise ``x``, ``[B, C, ...]``, by its own statistics."""
         x = in_one_format(x)
-        # torch's second derivative fails without one of the two
+        # torch's second derivative fails if only one of the two is there
         if weight is None and bias is not None:
             weight = torch.ones_like(bias)
         elif bias is None and weight is not None:
             bias = torch.zeros_like(weight)
-        if weight is None or bias is None or not _writes_out_derivatives(x):
+        if weight is None or bias is None or not _uses_own_derivatives(x):
             return F.batch_norm(x, None, None, weight, bias, training=True, eps=self._layer.eps)
         z: Tensor = BatchNorm.apply(x, weight, bias, self._layer.eps)
         return z
 
 
 class TaskEmbedding:
-    """The forward pass of ``layer``, for which :func:`is_padded_embedding` must be true, under ``vmap``.
+    """The forward pass of an embedding with a padding row, under ``vmap``.
 
-    torch's own gradient would know the padding row of the first task only: to autograd, which is
-    outside of ``vmap``, the embeddings of all tasks are rows of one table.
+    With torch's own, autograd outside of ``vmap`` sees the embeddings of all tasks as rows of one
+    table, and so would leave out the padding row of the first task only.
+
+    Args:
+        layer: The embedding; :func:`is_padded_embedding` must be true for it.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.kernels.layers import TaskEmbedding
+        >>> layer = torch.nn.Embedding(10, 3, padding_idx=0)
+        >>> TaskEmbedding(layer)(torch.tensor([[0, 4, 2, 0]])).shape
+        torch.Size([1, 4, 3])
     """
 
     def __init__(self, layer: nn.Embedding) -> None:
         self._layer = layer
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the rows that the indices ``x`` name; the padding row gets no gradient."""
+        """Return the rows for the indices ``x``; the padding row gets no gradient."""
         weight = self._layer.weight
-        is_padding = torch.arange(len(weight), device=weight.device).eq(
-            self._layer.padding_idx or 0
-        )
+        rows = torch.arange(len(weight), device=weight.device)
+        is_padding = rows.eq(self._layer.padding_idx or 0)
         return F.embedding(x, torch.where(is_padding[:, None], weight.detach(), weight))
 
 
 class NothingIsStackedError(Exception):
-    """None of a layer's tensors has a dimension of tasks: the layer is computed as without ``vmap``."""
+    """No tensor of a layer has a task dimension, so it can be computed as without ``vmap``."""
 
 
 class TaskBatchedLayer(torch.autograd.Function):
-    """``TaskBatchedLayer.apply(layer, x, *parameters)``: one layer for all tasks of a stack.
+    """``TaskBatchedLayer.apply(layer, x, *parameters)`` runs a layer for all tasks of a stack.
 
-    ``layer(x, *parameters)`` computes it for ``x``, ``[B, T, C, ...]``, and parameters that are all
-    ``[T, ...]``, or all shared. It is called outside of ``vmap``, so it may use what ``vmap`` does
-    not accept.
+    It is called under ``vmap`` with the ``x``, ``[B, C, ...]``, and the parameters of one task. It
+    calls ``layer(x, *parameters)`` once, outside of ``vmap``, with ``x`` as ``[B, T, C, ...]`` and
+    parameters that are all ``[T, ...]`` or all shared. So ``layer`` may use operations that
+    ``vmap`` does not support.
 
     Raises:
-        NothingIsStackedError: If no tensor has a dimension of tasks.
+        NothingIsStackedError: If no tensor has a task dimension.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.kernels.layers import TaskBatchedLayer
+        >>> def scaled(x, weight):
+        ...     print(list(x.shape), list(weight.shape))
+        ...     return x * weight[:, None]
+        >>> x, weight = torch.ones(5, 2, 3), torch.ones(5)  # five tasks, two examples each
+        >>> run = torch.func.vmap(lambda x, weight: TaskBatchedLayer.apply(scaled, x, weight))
+        >>> run(x, weight).shape
+        [2, 5, 3] [5]
+        torch.Size([5, 2, 3])
     """
 
     @staticmethod
     def forward(layer: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
-        """Refuse to compute the layer without tasks."""
+        """Always raise: torch calls it only if no tensor has a task dimension."""
         raise NothingIsStackedError
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing: ``forward`` returns nothing."""
+        """No context is saved; ``forward`` always raises."""
 
     @staticmethod
     def vmap(
@@ -186,67 +239,96 @@ class TaskBatchedLayer(torch.autograd.Function):
         x: Tensor,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, int]:
-        """Return the layer's results for all tasks, which are the second dimension."""
-        _, of_x, *of_parameters = in_dims
+        """Return the layer's results for all tasks, and 1 for their task dimension.
+
+        Args:
+            info: Torch's information about the transform; has the number of tasks.
+            in_dims: The task dimension of each argument, None if it has none.
+            layer: The layer.
+            x: Its input.
+            *parameters: Its parameters.
+        """
+        _, dim_of_x, *dims = in_dims
         tasks: int = info.batch_size
-        x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:]) if of_x is None else x.movedim(of_x, 1)
-        own = any(dim is not None for dim in of_parameters)
-        stacked = [
-            p
-            if p is None or not own
-            else p.expand(tasks, *p.shape)
-            if dim is None
-            else p.movedim(dim, 0)
-            for p, dim in zip(parameters, of_parameters, strict=True)
-        ]
+        if dim_of_x is None:
+            x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:])
+        else:
+            x = x.movedim(dim_of_x, 1)
+        if all(dim is None for dim in dims):
+            return layer(x, *parameters), 1
+        stacked: list[Tensor | None] = []
+        for p, dim in zip(parameters, dims, strict=True):
+            if p is None:
+                stacked.append(None)
+            elif dim is None:
+                stacked.append(p.expand(tasks, *p.shape))
+            else:
+                stacked.append(p.movedim(dim, 0))
         return layer(x, *stacked), 1
 
 
 def is_plain_convolution(module: nn.Module) -> bool:
-    """Return whether ``module`` is one of torch's convolutions, unmodified, and pads with zeros, if at all."""
-    if (
-        not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        or {"forward", "_conv_forward"} & vars(module).keys()
-    ):
+    """Return whether ``module`` is an unmodified convolution of torch with zero padding or none.
+
+    Padding given as a word, ``"same"`` or ``"valid"``, does not count.
+    """
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return False
+    if {"forward", "_conv_forward"} & vars(module).keys():  # replaced in this object
         return False
     kind = next(kind for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, kind))
-    own = type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
-    return own and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    is_torchs = (
+        type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
+    )
+    return is_torchs and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 def is_padded_embedding(module: nn.Module) -> TypeIs[nn.Embedding]:
-    """Return whether ``module`` is torch's embedding with a padding row and nothing else that matters for its gradient."""
-    if (
-        not isinstance(module, nn.Embedding)
-        or "forward" in vars(module)
-        or type(module).forward is not nn.Embedding.forward
-    ):
+    """Return whether ``module`` is an unmodified embedding of torch with a padding row.
+
+    Options that matter for its gradient otherwise, ``max_norm`` and ``scale_grad_by_freq``, must
+    not be set.
+    """
+    if not isinstance(module, nn.Embedding):
         return False
-    return (
-        module.padding_idx is not None and module.max_norm is None and not module.scale_grad_by_freq
-    )
+    if "forward" in vars(module) or type(module).forward is not nn.Embedding.forward:
+        return False
+    has_other_options = module.max_norm is not None or module.scale_grad_by_freq
+    return module.padding_idx is not None and not has_other_options
 
 
 def _unflattened(x: Tensor, dim: int, tasks: int) -> Tensor:
-    """Return ``x`` with the tasks as dimension 1; in the given ``x`` they share dimension ``dim`` with another one."""
-    size = (-1, tasks) if dim == 0 else (tasks, -1)
-    return x.reshape(*x.shape[:dim], *size, *x.shape[dim + 1 :])
+    """Split ``[B T, C, ...]`` (``dim`` 0) or ``[B, T C, ...]`` (1) into ``[B, T, C, ...]``."""
+    split = (-1, tasks) if dim == 0 else (tasks, -1)
+    return x.reshape(*x.shape[:dim], *split, *x.shape[dim + 1 :])
 
 
 def _in_a_transform() -> bool:
-    """Return whether a network has put a transform of ``torch.func`` around the layer, which takes torch's own functions only."""
+    """Return whether the network runs the layer in a transform of ``torch.func``.
+
+    Such transforms do not take our autograd functions.
+    """
     return bool(torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 def _is_side_by_side() -> bool:
-    """Return whether to compute a layer for all tasks of a stack as one: only if autograd outside of ``vmap`` was announced."""
+    """Return whether to compute a layer for all tasks of a stack at once.
+
+    This is right only if autograd runs outside of ``vmap``, which the context announces.
+    """
     now = evaluation()
     return now.stacked and now.derivatives > 0
 
 
-def _writes_out_derivatives(x: Tensor, least: int = 2) -> bool:
-    """Return whether to use the written-out derivatives, which do not support mixed types and which compilers cannot see through."""
-    usual = not (
-        torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or x.is_complex()
-    )
-    return usual and evaluation().derivatives >= least
+def _uses_own_derivatives(x: Tensor, least: int = 2) -> bool:
+    """Return whether to use our own autograd functions rather than torch's operations.
+
+    They do not support mixed or complex types, and compilers cannot see through them.
+
+    Args:
+        x: Input of the layer.
+        least: How many derivatives must be announced for them to pay.
+    """
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or x.is_complex():
+        return False
+    return evaluation().derivatives >= least

@@ -36,9 +36,11 @@ from lightning_maml import (
 from lightning_maml.cli import main
 from lightning_maml.core.rng import generator_states
 from lightning_maml.networks.kinks import weight_normed
-from lightning_maml.verification.check import Look, _Case, _copied, _of_auto
+from lightning_maml.verification.case import Case, copied_model
 from lightning_maml.verification.cost import peak_bytes
+from lightning_maml.verification.report import Look
 from lightning_maml.verification.unrolled import unrolled_gradient, unrolled_way_back
+from lightning_maml.verification.ways import of_auto
 
 WAYS = 3
 
@@ -394,7 +396,7 @@ def test_parameters_that_nothing_moves_are_named() -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_what_auto_chooses_is_what_a_model_does(size: int, count: int, chosen: str) -> None:
     model, episodes = MAML(nn.Linear(size, WAYS), inner_lr=1e-4), tasks(size, count=count)
-    (look,) = _of_auto(_Case(_copied(model), episodes, generator_states(model.device)), ())
+    (look,) = of_auto(Case(copied_model(model), episodes, generator_states(model.device)), ())
     assert look.found == chosen
     way, chunk_size = model._execution(episodes)
     assert chosen.startswith(f"{way} in chunks of {chunk_size}," if chunk_size else f"{way},")
@@ -487,7 +489,7 @@ def test_fresh_samples_for_every_step_are_not_compared() -> None:
 def test_where_autograd_fails_nothing_is_called_wrong(
     result: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patched(monkeypatch, "verification.check", "unrolled_gradient", result)
+    patched(monkeypatch, "verification.case", "unrolled_gradient", result)
     report = check(MAML(network(), 0.1), tasks())
     assert report.ok
     assert row(report, f"{EXACT}, float64").verdict == "note"

@@ -1,0 +1,96 @@
+"""What a network writes, draws, normalises by, and where it has kinks."""
+
+from collections.abc import Iterator
+
+import torch
+
+from lightning_maml.batches.episodes import (
+    first_task,
+    support_set,
+)
+from lightning_maml.batches.trees import call, cat
+from lightning_maml.batches.trees import count as count_of
+from lightning_maml.checks.network_checks import first_support, sees_others
+from lightning_maml.networks.batch_norm import batch_norms
+from lightning_maml.networks.copies import deep_copy
+from lightning_maml.networks.functional_network import FunctionalNetwork
+from lightning_maml.networks.kinks import kinked_operations, kinks, weight_normed
+from lightning_maml.verification.agreement import named
+from lightning_maml.verification.case import Case
+from lightning_maml.verification.report import Look
+
+
+def of_network(case: Case, draws: tuple[str, ...]) -> Iterator[Look]:
+    """Say what the network does besides mapping inputs to outputs."""
+    model = case.model
+    written = _written(case)
+    policy = (
+        f"batch norm's averages follow batch_norm={model.batch_norm!r}"
+        if batch_norms(model.network)
+        else ""
+    )
+    yield Look(
+        "buffers written",
+        "; ".join(filter(None, [named(written) if written else "none", policy])),
+        "note",
+    )
+    yield Look(
+        "random numbers", f"drawn from {' and '.join(draws)}" if draws else "none are drawn", "note"
+    )
+    others = "change with" if _sees_others(case) else "do not depend on"
+    yield Look(
+        "normalisation",
+        f"outputs {others} the other "
+        f"{'queries' if model.batch_norm == 'support' else 'inputs of the batch'}",
+        "note",
+    )
+    bent = kinks_of(case)
+    yield Look(
+        "kinks",
+        f"in {named(bent)}: HFMAML needs a network without them" if bent else "none found",
+        "note",
+    )
+    if layers := weight_normed(model.network):
+        found = (
+            "torch's second derivative of weight norm is wrong, and so is the exact "
+            f"meta-gradient through {named(layers)}"
+        )
+        yield Look("weight norm", found, "wrong" if model.curvature == "exact" else "note")
+
+
+def _written(case: Case) -> list[str]:
+    """Return the names of the buffers that a forward pass writes, without those of batch norm."""
+    network = deep_copy(case.model.network)
+    of_norms = {
+        f"{layer}.{name}"
+        for layer, module in batch_norms(network).items()
+        for name, _ in module.named_buffers()
+    }
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with torch.no_grad():
+        call(network, support_set(first_task(case.episodes))[0])
+    now = dict(network.named_buffers())
+    return [
+        name
+        for name, buffer in before.items()
+        if name not in of_norms and not torch.equal(buffer, now[name])
+    ]
+
+
+def _sees_others(case: Case) -> bool:
+    functional = FunctionalNetwork(case.model.network, case.model.batch_norm)
+    with first_support(functional, case.episodes) as support, torch.no_grad():
+        queries = first_task(case.episodes).query_x
+        x = queries if count_of(queries) > 1 else cat([queries, queries])
+        return sees_others(functional, x, support if functional.uses_support_statistics else None)
+
+
+def kinks_of(case: Case) -> list[str]:
+    """Return the layers with kinks, or where there are none, the functions with kinks."""
+    network = case.model.network
+    if found := kinks(network):
+        return found
+    functional = FunctionalNetwork(network, case.model.batch_norm)
+    with first_support(functional, case.episodes) as x:
+        operations: list[str] = kinked_operations(lambda: functional(functional.params, x))
+    return operations
