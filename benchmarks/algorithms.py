@@ -1,7 +1,8 @@
 """Every algorithm on the same budget: real Omniglot, 20-way 1-shot, one table of accuracy and time.
 
-python benchmarks/algorithms.py --root DATA     # about 40 minutes on 2 cores; goes on where it was
-interrupted
+    python benchmarks/algorithms.py --root DATA
+
+That takes about 40 minutes on 2 cores, and goes on where it was interrupted.
 
 The times are taken at the end, with all algorithms in turns, so they are comparable even if other
 work ran during the trainings.

@@ -1,7 +1,9 @@
 """Whole training on real Omniglot, 5-way 1-shot: Trainer.fit with loading and logging against learn2learn's loop and data pipeline.
 
-make learn2learn && .venv/bin/python benchmarks/end_to_end.py --root DATA     # some minutes on 2
-cores; DATA/omniglot-py as in torchvision
+    make learn2learn
+    .venv/bin/python benchmarks/end_to_end.py --root DATA
+
+That takes some minutes on 2 cores; DATA/omniglot-py is as in torchvision.
 """
 
 import argparse

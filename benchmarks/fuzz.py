@@ -1,8 +1,9 @@
 """Damaged and hostile files for everything that reads one: does anything but the documented errors happen, does any of them run or write?
 
-.venv/bin/python benchmarks/fuzz.py                                  # 200,000 files for each
-reader, an hour or so; prints a table .venv/bin/python benchmarks/fuzz.py --readers images csv
---files 1000
+    .venv/bin/python benchmarks/fuzz.py
+    .venv/bin/python benchmarks/fuzz.py --readers images csv --files 1000
+
+The first gives each reader 200,000 files, takes an hour or so, and prints a table.
 
 atheris, which is libFuzzer for Python, makes the files by changing whole ones, and keeps those that
 reach code that no other did. A file is a finding if it raises an undocumented error, takes more

@@ -3,8 +3,10 @@
 Training is in float64, where both must take the same path; ``--single`` is float32, where rounding
 separates them within some fifty iterations.
 
-make learn2learn && .venv/bin/python benchmarks/learn2learn_example.py --root DATA     # a quarter
-of an hour on 2 cores
+    make learn2learn
+    .venv/bin/python benchmarks/learn2learn_example.py --root DATA
+
+That takes a quarter of an hour on 2 cores.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """What loading mini-ImageNet at its full size costs: time, memory, and time per episode.
 
-python benchmarks/loading.py                # some minutes; prints a table; needs
-`pip install --group bench`
+    pip install --group bench
+    python benchmarks/loading.py
 
-The images are made up, in a temporary folder of 3 GB.
+That takes some minutes and prints a table. The images are made up, in a temporary folder of 3 GB.
 """
 
 import json

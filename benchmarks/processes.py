@@ -1,8 +1,10 @@
-"""How training scales with processes: measured on this machine, and a model of it up to a thousand.
+r"""How training scales with processes: measured on this machine, and a model of it up to a thousand.
 
-.venv/bin/python benchmarks/processes.py                                          # measures on the
-CPU, a minute .venv/bin/python benchmarks/processes.py --step-ms 40 --spread 0.03 --latency-us 8
---gigabytes-per-second 40 --parameters 112997
+    .venv/bin/python benchmarks/processes.py
+    .venv/bin/python benchmarks/processes.py --step-ms 40 --spread 0.03 \
+        --latency-us 8 --gigabytes-per-second 40 --parameters 112997
+
+The first measures on the CPU, in a minute.
 
 Each process computes the meta-gradient of its own tasks. Then all average the gradients, 4 bytes
 per parameter, in a ring: each of R processes sends 2 (R - 1) messages of 1/R of the gradients. A

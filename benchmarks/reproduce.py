@@ -1,11 +1,15 @@
 """Accuracies from the shipped configs: trains and tests a row of the tables, over several seeds, and writes the tables anew.
 
-make reproduce ROW=omniglot_5w1s_maml                                     # or, with all that can be
-set: .venv/bin/python benchmarks/reproduce.py omniglot_5w1s_maml --root DATA --seeds 0 1 2
---iterations 3000 .venv/bin/python benchmarks/reproduce.py omniglot_5w1s_maml --seeds 1 --resume   #
-goes on with a run that was cut off .venv/bin/python benchmarks/reproduce.py --list
-# the rows .venv/bin/python benchmarks/reproduce.py                                  # the tables
-alone
+    make reproduce ROW=omniglot_5w1s_maml
+
+or, with all that can be set, to go on with a run that was cut off, to list the rows, and for the
+tables alone:
+
+    cd benchmarks
+    python reproduce.py omniglot_5w1s_maml --root DATA --seeds 0 1 2 --iterations 3000
+    python reproduce.py omniglot_5w1s_maml --seeds 1 --resume
+    python reproduce.py --list
+    python reproduce.py
 
 A run writes its figures to benchmarks/accuracy/ROW-SEED-ITERATIONS.json, in place of those of an
 earlier such run, and `git diff` shows whether they differ. On a GPU use --iterations 60000, as in

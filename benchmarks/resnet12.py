@@ -1,7 +1,8 @@
 """What second-order training of a ResNet-12 costs: 84 x 84, 5-way 5-shot, 15 queries per class, N = 5, one task at a time, on the CPU.
 
-MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/resnet12.py   # some minutes; prints time and
-largest memory, imports included
+    MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/resnet12.py
+
+That takes some minutes, and prints time and largest memory, imports included.
 """
 
 import argparse

@@ -1,8 +1,11 @@
 """Exact, first-order and Hessian-free meta-gradients against those of other libraries: same weights, same tasks, in turns, in one process.
 
-make learn2learn && .venv/bin/python -m pip install --group bench .venv/bin/python
-benchmarks/speed.py                                             # every workload; an hour or so on 2
-cores .venv/bin/python benchmarks/speed.py --workload omniglot_5w1s_q1 --json out.json
+    make learn2learn
+    .venv/bin/python -m pip install --group bench
+    .venv/bin/python benchmarks/speed.py
+    .venv/bin/python benchmarks/speed.py --workload omniglot_5w1s_q1 --json out.json
+
+Every workload takes an hour or so on 2 cores.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """The predictions of both papers, each as the claim, a formula and a measurement: one table and one page of plots.
 
-python benchmarks/theory.py                 # some minutes on 2 cores; prints the table, writes
-docs/theory.png
+    python benchmarks/theory.py
+
+That takes some minutes on 2 cores, prints the table, and writes docs/theory.png.
 """
 
 import argparse

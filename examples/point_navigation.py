@@ -12,8 +12,9 @@ trajectories (Ji et al. 2022, Appendix A.1; the environment is that of Finn et a
   et al. 2018); at the two points that HF-MAML probes it is the importance weight of the same
   trajectories.
 
-    python examples/point_navigation.py            # three algorithms, a table and a picture, some
-    minutes on 2 cores
+    python examples/point_navigation.py
+
+runs three algorithms and makes a table and a picture, in some minutes on 2 cores.
 """
 
 import argparse

@@ -28,7 +28,7 @@ from lightning_maml.networks.adapted import AdaptedNetworks as AdaptedNetworks
 from lightning_maml.networks.backbones import MLP as MLP
 from lightning_maml.networks.backbones import Conv4 as Conv4
 from lightning_maml.networks.backbones import ResNet12 as ResNet12
-from lightning_maml.verification.report import CheckReport as CheckReport
 from lightning_maml.verification.check import check as check
+from lightning_maml.verification.report import CheckReport as CheckReport
 
 __version__ = "0.1.0"

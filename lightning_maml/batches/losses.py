@@ -5,9 +5,9 @@ from torch import Tensor
 
 
 def one_hot_mse(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean-squared error between outputs and one-hot labels (Ji et al. 2022, Appendix A.2).
+    """Return the mean-squared error between outputs and one-hot labels.
 
-    As in the paper, the squared distance ``|e_y - outputs|^2`` is a sum over the classes, and the
+    As in Ji et al. 2022, Appendix A.2, the squared distance ``|e_y - outputs|^2`` is a sum over the classes, and the
     loss is its mean over the examples. ``torch.nn.functional.mse_loss`` also averages over the
     classes and so is smaller by a factor of ``ways``.
 

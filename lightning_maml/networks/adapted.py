@@ -43,7 +43,7 @@ class AdaptedNetworks(nn.Module):
     Examples:
         >>> import torch
         >>> from lightning_maml import MAML, MLP
-        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
         >>> networks = MAML(MLP(4, 3)).adapt(x, y)
         >>> networks(torch.rand(2, 5, 4)).shape  # five queries for each task
         torch.Size([2, 5, 3])
@@ -121,7 +121,7 @@ class AdaptedNetworks(nn.Module):
         return run(self._network_of_state(), states, x)
 
     def compare_stacked(self, x: Inputs) -> Verdict:
-        """Compare the outputs of the first and last network under ``vmap`` with those of each alone.
+        """Compare outputs of the first and last network under ``vmap`` with those of each alone.
 
         Args:
             x: Inputs ``[T, Q, ...]``.

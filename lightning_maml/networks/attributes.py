@@ -36,7 +36,7 @@ def modes(network: nn.Module) -> tuple[Any, ...]:
 
 
 def trainable_besides_parameters(network: nn.Module) -> list[str]:
-    """Return the names of trainable leaf tensors in buffers and attributes, which are no parameters."""
+    """Return the names of buffers and attributes that are trainable leaves but no parameters."""
     names = []
     for prefix, module in network.named_modules():
         for holder in (module._buffers, vars(module)):
@@ -117,7 +117,7 @@ class Kept:
         return now
 
     def changed(self) -> frozenset[tuple[str, str]]:
-        """Return the module and attribute names of what a pass has changed, changed numbers excepted."""
+        """Return module and attribute names of what a pass has changed, other than numbers."""
         now = self._now()
         return frozenset(
             key

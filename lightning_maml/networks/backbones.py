@@ -95,7 +95,8 @@ class Conv4(nn.Module):
 class ResNet12(nn.Module):
     """Four residual blocks, the mean over space, and a linear head.
 
-    The ResNet-12 of Oreshkin et al. 2018 and Lee et al. 2019; each block has three 3x3 convolutions.
+    The ResNet-12 of Oreshkin et al. 2018 and Lee et al. 2019, with three 3x3 convolutions in each
+    block.
     Smooth, as HF-MAML needs it, with ``activation="gelu"`` (or softplus, SiLU, tanh) and
     ``downsample="avg"``.
 

@@ -48,7 +48,7 @@ class BufferUpdate:
                 call(network, x)
 
     def _batches(self, network: nn.Module, episodes: AnyEpisodes) -> list[Any]:
-        """Return the inputs of all tasks as one batch, or set by set if the network refuses that."""
+        """Return the inputs of all tasks as one batch, or as sets if the network needs that."""
         # 1 in the resampling case, where each inner step has a batch of its own
         step_dimensions = episodes.support_y.ndim - episodes.query_y.ndim
         sets = [*_sets(episodes.support_x, step_dimensions), *_sets(episodes.query_x)]
@@ -86,7 +86,7 @@ def statistics_in_training(
 
 
 def _sets(x: Inputs, step_dimensions: int = 0) -> list[Any]:
-    """Split ``[T, B, ...]`` into the sets of the tasks, ``[T, N, B, ...]`` into those of the steps."""
+    """Split ``[T, B, ...]`` into the sets of tasks, ``[T, N, B, ...]`` into those of steps."""
     flat = map_tensors(lambda tensor: tensor.flatten(0, step_dimensions), x)
     return [
         map_tensors(lambda tensor, number=number: tensor[number], flat)

@@ -117,7 +117,10 @@ _WITH_FUNCTIONS = frozenset({FunctionType, ReferenceType, partial, list, tuple, 
 
 
 def _holds_functions(value: Any, depth: int = 4) -> bool:
-    """Return whether a value is or holds a function or weak reference, which deepcopy does not copy."""
+    """Return whether a value is or holds a function or weak reference.
+
+    ``copy.deepcopy`` does not copy these.
+    """
     kind = value.__class__
     if kind in (FunctionType, ReferenceType, partial):
         return True

@@ -46,8 +46,8 @@ class FunctionalLoss:
         """Return the loss of ``outputs`` and ``y``.
 
         Args:
-            params: Values for the loss's parameters, by their prefixed names; those that are missing
-                keep the value that they have in the loss. Other names are ignored.
+            params: Values for the loss's parameters, by their prefixed names. A missing one keeps
+                its value in the loss; other names are ignored.
             outputs: What the network returned.
             y: Labels or targets.
 

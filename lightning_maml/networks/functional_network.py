@@ -495,8 +495,9 @@ class FunctionalNetwork:
             return  # it may need its running averages, even if only to write them
         forget_running_averages(norm)
         if not has_own_forward:
-            norm.forward = TaskNorm(norm, self._vectorised)  # type: ignore[method-assign, assignment]
-            self._own.norms.append(norm.forward)
+            forward = TaskNorm(norm, self._vectorised)
+            norm.forward = forward  # type: ignore[method-assign, assignment]
+            self._own.norms.append(forward)
 
 
 class FunctionalHead(FunctionalNetwork):
@@ -566,7 +567,7 @@ def _has_own_forward(norm: nn.Module) -> bool:
 
 
 def norms_with_own_forward(network: nn.Module, norms: Iterable[str]) -> list[str]:
-    """Return the names of those of these batch-norm layers that have a forward pass of their own."""
+    """Return those of the named batch-norm layers that have a forward pass of their own."""
     return [name for name in norms if _has_own_forward(network.get_submodule(name))]
 
 

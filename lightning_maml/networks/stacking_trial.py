@@ -1,9 +1,9 @@
 """Compares two tasks under ``vmap`` with the same tasks alone.
 
-Only the forward pass of stacked tasks runs under ``vmap``; autograd runs outside of it. An operation
-that keeps an index into the batch, or has a hook, then takes all tasks for one. No list of such
-operations is ever complete, so numbers decide: the losses, gradients and Hessian-vector products of
-two different tasks at two different points.
+Only the forward pass of stacked tasks runs under ``vmap``; autograd runs outside of it. An
+operation that keeps an index into the batch, or has a hook, then takes all tasks for one. No list
+of such operations is ever complete, so numbers decide: the losses, gradients and Hessian-vector
+products of two different tasks at two different points.
 """
 
 import warnings
@@ -94,7 +94,7 @@ def compare(
                     with watch:
                         # random numbers as in training: some ways to draw fail only here
                         together(attempt, "different")
-                except Exception as error:  # noqa: BLE001 # under vmap any network may raise anything
+                except Exception as error:  # noqa: BLE001 # vmap may make it raise anything
                     return _failed(error)
                 difference = first_difference(right, found)
                 if difference is None:
@@ -236,7 +236,7 @@ def _two_points(params: Params, attempt: int) -> list[Params]:
 
 
 class _DependsOnValues(TorchFunctionMode):
-    """Finds operations that are wrong under ``vmap`` only for values that the two tasks may lack."""
+    """Finds operations that are wrong under ``vmap`` for values that the two tasks may lack."""
 
     def __init__(self) -> None:
         super().__init__()

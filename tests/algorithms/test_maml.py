@@ -1,11 +1,13 @@
 """The Lightning modules under real trainers."""
 
 import math
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +31,10 @@ from helpers.networks import (
 from helpers.trainers import trainer
 from lightning_maml import ANIL, FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ProtoNet, meta_gradient
 from lightning_maml.callbacks import EpisodePictures
+from lightning_maml.core import meta_gradient as core_meta_gradient
 from lightning_maml.core.params import Params
 from lightning_maml.datamodules import GlyphsDataModule
+from lightning_maml.functional import meta_gradient as functional_meta_gradient
 from lightning_maml.networks.functional_network import FunctionalNetwork
 
 ALGORITHMS = [MAML, FOMAML, HFMAML]
@@ -789,3 +793,27 @@ def test_lazy_layers_are_refused_until_they_have_run() -> None:
         MAML(network, 0.1)
     network(make_episodes().support_x[0].float())
     MAML(network.double(), 0.1).meta_loss(make_episodes())
+
+
+@pytest.mark.parametrize("tasks", ["loop", "vmap"])
+def test_a_training_step_is_few_calls_away_from_the_recursion(
+    tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recursion = functional_meta_gradient.task_meta_gradient
+    paths: list[list[tuple[str, str]]] = []
+
+    def noted(*arguments: Any) -> Any:
+        frames = [(frame.filename, frame.name) for frame in traceback.extract_stack()]
+        first = next(k for k, (_, name) in enumerate(frames) if name == "training_step")
+        package = str(Path(core_meta_gradient.__file__).parents[1])
+        paths.append([(file, name) for file, name in frames[first:] if file.startswith(package)])
+        return recursion(*arguments)
+
+    monkeypatch.setattr(functional_meta_gradient, "task_meta_gradient", noted)
+    model = MAML(build("conv_batch_norm").float(), 0.1, 2, tasks=tasks)
+    trainer(tmp_path, max_steps=1).fit(model, loader())
+    assert paths
+    for path in paths:
+        files = {file for file, _ in path} | {core_meta_gradient.__file__}
+        assert len(path) + 1 <= 8, path  # and the recursion itself
+        assert len(files) <= 3, path
