@@ -55,7 +55,7 @@ class _Trainer(Trainer):
         tasks: int = 16,
         weights_only: bool | None = None,
     ) -> None:
-        """Measure the theory's constants, and say what they imply and which conditions of the theorems hold.
+        """Measure the theory's constants, and say which conditions of the theorems hold.
 
         Args:
             model: The model, at its initial weights.
@@ -104,7 +104,7 @@ class _Trainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Look at the model on the first training batch: whether its gradients are right, and what one should know before training it.
+        """Check the model on the first training batch, before training it.
 
         Args:
             model: The model, at its initial weights.
@@ -118,7 +118,8 @@ class _Trainer(Trainer):
         datamodule.setup("fit")
         episodes = _transferred(next(iter(datamodule.train_dataloader())), model, datamodule)
         with self.precision_plugin.train_step_context():
-            report = check(model, episodes)  # type: ignore[arg-type]  # it refuses those without an inner loop
+            # it refuses models without an inner loop
+            report = check(model, episodes)  # type: ignore[arg-type]
         print(
             f"\n{type(model).__name__} at {_weights(ckpt_path)}, the first training "
             f"batch\n\n{report}"
@@ -162,7 +163,8 @@ class _Trainer(Trainer):
             )
         episodes, epoch = load_step(model.to(self.strategy.root_device).train(), ckpt_path)
         model.trainer = self  # the model may depend on its epoch
-        self.fit_loop.epoch_progress.current.processed = epoch  # type: ignore[attr-defined]  # Lightning declares a type without it
+        # Lightning declares a type without it
+        self.fit_loop.epoch_progress.current.processed = epoch  # type: ignore[attr-defined]
         with self.precision_plugin.train_step_context():
             loss = model.meta_loss(episodes)
         print(
@@ -232,10 +234,10 @@ class _CLI(LightningCLI):
         }
 
     def _parse_ckpt_path(self) -> None:
-        """Keep the checkpoint's arguments out of the config, unlike Lightning: what is typed now decides."""
+        """Let command-line values override the checkpoint's, unlike Lightning."""
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint that is meant, and warn if it was trained with other arguments than those given now."""
+        """Find the checkpoint, and warn if it was trained with other arguments than these."""
         command = self.config[self.config.subcommand]
         if command.get("ckpt_path") == "last":
             folder = Path(command.trainer.default_root_dir or "runs")
@@ -268,7 +270,7 @@ class _CLI(LightningCLI):
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to TensorBoard and CSV, in ``default_root_dir/version_N`` (by default of ``runs``), unless the config names loggers."""
+        """Log to TensorBoard and CSV in ``default_root_dir``, unless loggers are named."""
         if self._get(self.config_init, "trainer.logger") is None:
             folder = Path(self._get(self.config_init, "trainer.default_root_dir") or "runs")
             tensorboard = TensorBoardLogger(folder, name="")
@@ -282,7 +284,10 @@ class _CLI(LightningCLI):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest last or interrupted checkpoint in a folder; Lightning would only look in the new run's own."""
+    """Return the newest last or interrupted checkpoint in a folder.
+
+    Lightning would only look in the new run's own.
+    """
     # -v1 and so on: of later runs that share a folder
     names = ("last.ckpt", "last-v*.ckpt", "interrupted.ckpt")
     found = [path for name in names for path in folder.rglob(name)]

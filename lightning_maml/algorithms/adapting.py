@@ -109,7 +109,9 @@ class Plan(NamedTuple):
 
 
 class AdaptingModule(EpisodicModule):
-    """A model that adapts to a task by gradient steps on its support set; arguments as :class:`MAML`.
+    """A model that adapts to a task by gradient steps on its support set.
+
+    Takes MAML's arguments.
 
     Here is what training and evaluation share: the settings, the checks of network, loss and
     batches, how tasks are run, and the inner steps. Subclasses define how the model is trained.
@@ -437,7 +439,7 @@ class AdaptingModule(EpisodicModule):
         check_labels(episodes, info.outputs[0], ignored_label(self.loss))
 
     def _ways_of_datamodule(self) -> int | None:
-        """Return how many classes the episodes of a running trainer's datamodule have, if it says."""
+        """Return the ways of a running trainer's datamodule, if it has any."""
         trainer = self._trainer
         data = getattr(trainer, "datamodule", None)
         if trainer is None or data is None:
@@ -527,12 +529,12 @@ class AdaptingModule(EpisodicModule):
         return FunctionalLoss(loss, self.logits)
 
     def _only_evaluates(self, functional: FunctionalNetwork) -> bool:
-        """Return whether this is a copy in evaluation mode of a network that is trained in another."""
+        """Return whether this is a copy in evaluation mode of a network in training mode."""
         is_head = isinstance(functional, FunctionalHead)
         return self.network.training and not functional.network.training and not is_head
 
     def _averages(self, step: int) -> dict[str, Tensor]:
-        """Return the running averages of networks adapted in ``step`` steps, if these have averages of their own."""
+        """Return the running averages at ``w_step``, where each step has its own."""
         return {} if self.step_statistics is None else self.step_statistics(step)
 
     def _adapting_parameters(self) -> Params:

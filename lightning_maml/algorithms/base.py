@@ -73,7 +73,7 @@ class Step(NamedTuple):
 
 
 class EpisodicModule(LightningModule):
-    """A few-shot algorithm; subclasses define how a meta-batch is trained on and how it is evaluated.
+    """A few-shot algorithm; subclasses define how it is trained and how it is evaluated.
 
     Args:
         network: The network to train, any module.
@@ -123,7 +123,10 @@ class EpisodicModule(LightningModule):
         return self.non_finite.skipped
 
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
-        """Return the query losses ``[T, K + 1]`` and, as ``aux``, the query outputs ``[T, K + 1, Q, ...]`` after 0 .. K inner steps.
+        """Return query losses and outputs after 0 .. K inner steps.
+
+        Returns:
+            The losses ``[T, K + 1]`` and, as ``aux``, the outputs ``[T, K + 1, Q, ...]``.
 
         Raises:
             TypeError: If these are no episodes.
@@ -139,7 +142,9 @@ class EpisodicModule(LightningModule):
         yield nullcontext()
 
     def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
-        """Return the query loss as a scalar whose backward pass deposits the meta-gradient, for a training loop without a trainer.
+        """Return the query loss, for a training loop without a trainer.
+
+        It is a scalar whose backward pass deposits the meta-gradient.
 
         Raises:
             ValueError: If the network's outputs do not fit the episodes' labels, or if the
@@ -180,7 +185,7 @@ class EpisodicModule(LightningModule):
         weights_only: bool | None = True,
         **kwargs: Any,
     ) -> Self:
-        """Load a model as Lightning does, but run nothing in the file unless ``weights_only=False``.
+        """Load a model, running nothing in the file unless ``weights_only=False``.
 
         Raises:
             ValueError: If the file is not whole, asks for more than tensors and plain data, was not
@@ -209,7 +214,7 @@ class EpisodicModule(LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Have checkpoints written by :class:`lightning_maml.io.checkpoints.WholeCheckpoints`, unless the trainer has a plugin for them.
+        """Have checkpoints written whole or not at all, unless the trainer has a plugin for them.
 
         Raises:
             TypeError: If the trainer's strategy splits parameters over processes.
@@ -272,7 +277,7 @@ class EpisodicModule(LightningModule):
             self.non_finite.load(checkpoint)
 
     def _adaptation_settings(self) -> dict[str, Any]:
-        """Return what adaptation depends on besides the weights and the hyperparameters, in plain words."""
+        """Return in words what adaptation depends on besides weights and hyperparameters."""
         return {"loss": described(self.loss)}
 
     def on_train_start(self) -> None:
@@ -280,7 +285,7 @@ class EpisodicModule(LightningModule):
         self._resume.restore(self)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Refuse, before the first step, parameters that the optimizer was given but that have no gradient.
+        """Refuse parameters in the optimizer that have no gradient, before the first step.
 
         Raises:
             ValueError: If there are any besides the network's.
@@ -333,7 +338,9 @@ class EpisodicModule(LightningModule):
         return logits_in(outputs)
 
     def training_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor | None:
-        """Return the query loss, as a scalar whose backward pass deposits the meta-gradient; None for a step that is skipped.
+        """Return the query loss, whose backward pass deposits the meta-gradient.
+
+        None for a step that is skipped.
 
         Raises:
             FloatingPointError: If the query loss or the meta-gradient is not finite, unless such

@@ -47,7 +47,9 @@ from lightning_maml.theory.measure import Probe
 
 
 class MAML(AdaptingModule):
-    """Model-agnostic meta-learning by the exact meta-gradient of N inner steps (Ji et al. 2022; N = 1: Fallah et al. 2020, Algorithm 1).
+    """Model-agnostic meta-learning by the exact meta-gradient of N inner steps.
+
+    Ji et al. 2022; N = 1: Fallah et al. 2020, Algorithm 1.
 
     Batches are :class:`lightning_maml.Episodes` (Ji's Algorithm 2) or, with fresh samples for every
     inner step and for the curvature (Ji's Algorithm 1), :class:`lightning_maml.ResampledEpisodes`.
@@ -108,7 +110,7 @@ class MAML(AdaptingModule):
     Examples:
         >>> import torch
         >>> from lightning_maml import MAML, MLP, Episodes
-        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
         >>> model = MAML(MLP(4, 3), inner_lr=0.1, train_steps=2)
         >>> model.meta_loss(Episodes(x, y, x, y)).backward()  # or Trainer().fit(model, loader)
         >>> model.adapt(x[0], y[0])(x[0]).shape  # the network adapted to a task
@@ -118,7 +120,7 @@ class MAML(AdaptingModule):
     def meta_gradient(
         self, episodes: AnyEpisodes, curvature: CurvatureName | None = None
     ) -> Params:
-        """Return the meta-gradient of some tasks at the current parameters, by default the algorithm's own, for the network's parameters.
+        """Return the meta-gradient of some tasks for the network's parameters.
 
         Those of the inner rates and of the loss's parameters, where these are learned, are left
         out.
@@ -135,7 +137,9 @@ class MAML(AdaptingModule):
 
     @override
     def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
-        """Return the query loss as a scalar whose backward pass deposits the meta-gradient, for a training loop without a trainer.
+        """Return the query loss, for a training loop without a trainer.
+
+        It is a scalar whose backward pass deposits the meta-gradient.
 
         Raises:
             ValueError: As in ``EpisodicModule.meta_loss``, and if there are trainable parameters
@@ -250,7 +254,7 @@ class MAML(AdaptingModule):
         check_gradients_are_finite(gradients, where)
 
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
-        """Return a probe that measures the theory's constants for some tasks at the current parameters.
+        """Return a probe that measures the theory's constants at the current parameters.
 
         Raises:
             ValueError: If the theory does not cover such a model

@@ -1,4 +1,4 @@
-"""Prototypical networks, the metric baseline: no inner loop, a query belongs to the class whose mean embedding is nearest."""
+"""Prototypical networks, the baseline without an inner loop: the nearest class mean wins."""
 
 import copy
 from collections.abc import Callable
@@ -50,7 +50,9 @@ _NOT_STACKED = (
 
 
 class ProtoNet(EpisodicModule):
-    """Prototypical networks (Snell et al. 2017): the logits of a query are minus its squared distances to the classes' mean embeddings.
+    """Prototypical networks (Snell et al. 2017).
+
+    The logits of a query are minus its squared distances to the classes' mean embeddings.
 
     Batches, figures and policies are those of :class:`lightning_maml.MAML`; there are no inner
     steps, so what is logged as ``_before`` adaptation equals what is logged after it. You may train
@@ -78,7 +80,7 @@ class ProtoNet(EpisodicModule):
     Examples:
         >>> import torch
         >>> from lightning_maml import MLP, ProtoNet
-        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
         >>> model = ProtoNet(MLP(4, ways=8))  # embeddings of eight numbers
         >>> model.adapt(x[0], y[0])(x[0]).shape
         torch.Size([6, 3])
@@ -114,7 +116,7 @@ class ProtoNet(EpisodicModule):
         return AdaptationCurve(loss[:, None], outputs[:, None])
 
     def adapt(self, support_x: Inputs, support_y: Tensor) -> nn.Module:
-        """Return the network with the prototypes of a task as its head, or of many tasks, for new queries.
+        """Return the network with a task's prototypes as its head, or one for each of many tasks.
 
         With ``batch_norm="batch"`` the prototypes have the statistics of the support set and
         queries those of their own batch, whereas evaluation normalises both together; ``"support"``
@@ -214,7 +216,7 @@ class ProtoNet(EpisodicModule):
     def _looked_at(
         self, network: nn.Module, episodes: AnyEpisodes
     ) -> tuple[FunctionalNetwork, int, TaskExecution]:
-        """Refuse episodes that have no prototypes; return the functional that embeds them, their ways, and how tasks are run."""
+        """Refuse episodes without prototypes; return network, ways, and how tasks are run."""
         tasks: TaskExecution = "vmap" if self._tasks == "auto" else self._tasks
         functional = FunctionalNetwork(network, self.batch_norm, vectorised=tasks == "vmap")
         ways = ways_of(episodes)
@@ -240,7 +242,7 @@ class ProtoNet(EpisodicModule):
         return functional, ways, tasks
 
     def _compare_stacked(self, network: nn.Module, ways: int, episodes: AnyEpisodes) -> Verdict:
-        """Compare the losses of two tasks, and the gradient of a weighted sum of them, stacked and one by one."""
+        """Compare two tasks stacked and one by one: losses, and gradient of a weighted sum."""
         tasks = two_tasks(episodes)
         stacked = tree_map(lambda *tensors: torch.stack(tensors), *tasks)
         device = episodes.support_y.device
@@ -331,6 +333,12 @@ def ways_of(episodes: AnyEpisodes) -> int:
 
 
 def class_means(embedded: Tensor, labels: Tensor, ways: int) -> Tensor:
-    """Return the mean of each class's rows, ``[ways, D]``, of embeddings ``[S, D]`` (Snell et al. 2017, eq. 1)."""
+    """Return the mean embedding of each class, ``[ways, D]`` (Snell et al. 2017, eq. 1).
+
+    Args:
+        embedded: Embeddings ``[S, D]``.
+        labels: Their classes, ``[S]``.
+        ways: The number of classes.
+    """
     members = (labels == torch.arange(ways, device=labels.device)[:, None]).to(embedded)
     return members @ embedded / members.sum(1, keepdim=True)

@@ -46,7 +46,7 @@ class ResumeState:
         self._gradients = checkpoint.get("gradients", {})
 
     def restore(self, module: LightningModule) -> None:
-        """Continue the random numbers and the sums of gradients from where the checkpoint has them."""
+        """Continue random numbers and sums of gradients from where the checkpoint has them."""
         self.continue_random_numbers(module.device)
         for name, gradient in self._gradients.items():
             module.get_parameter(name).grad = gradient.to(module.device)

@@ -1,4 +1,4 @@
-"""The named variants of MAML: each sets what its name stands for, so that a config only has to change ``class_path``."""
+"""The named variants of MAML, for which a config only has to change ``class_path``."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,10 +24,10 @@ from lightning_maml.networks.kinks import kinked_operations, kinks
 
 
 class FOMAML(MAML):
-    """First-order MAML: the gradient after adaptation, without curvature (Fallah et al. 2020, Algorithm 2). Arguments as :class:`MAML`.
+    """First-order MAML: the query gradient after adaptation (Fallah et al. 2020, Algorithm 2).
 
-    The cheapest variant, but the meta-objective's gradient need not fall below the order of alpha L
-    sigma (Theorem 4.15).
+    Takes MAML's arguments. The cheapest variant, but the meta-objective's gradient need not fall
+    below the order of alpha L sigma (Theorem 4.15).
 
     Examples:
         >>> from lightning_maml import FOMAML, MLP
@@ -116,7 +116,9 @@ class ANIL(MAML):
 
 
 class BOIL(MAML):
-    """Body only in the inner loop (Oh et al. 2021): the head does not adapt, but is meta-trained. Arguments as :class:`MAML`.
+    """Body only in the inner loop (Oh et al. 2021). Takes MAML's arguments.
+
+    The head does not adapt, but is meta-trained.
 
     Examples:
         >>> from lightning_maml import BOIL, MLP
@@ -128,7 +130,9 @@ class BOIL(MAML):
 
 
 class LSLR(MAML):
-    """MAML with inner rates learned for each layer and step (Antoniou et al. 2019, section 4). Arguments as :class:`MAML`.
+    """MAML with inner rates learned for each layer and step. Takes MAML's arguments.
+
+    Antoniou et al. 2019, section 4.
 
     Examples:
         >>> from lightning_maml import LSLR, MLP
@@ -141,7 +145,9 @@ class LSLR(MAML):
 
 
 class MetaSGD(MAML):
-    """MAML with an inner rate learned for each element of the parameters (Li et al. 2017). Arguments as :class:`MAML`.
+    """MAML with an inner rate learned for each number of the parameters (Li et al. 2017).
+
+    Takes MAML's arguments.
 
     Examples:
         >>> from lightning_maml import MLP, MetaSGD
@@ -232,17 +238,17 @@ class MAMLPlusPlus(LSLR):
 
 
 class Reptile(MAML):
-    """Reptile (Nichol et al. 2018): the meta-gradient is the way back from the adapted parameters, ``w_0 - w_N``. Arguments are MAML's.
+    """Reptile (Nichol et al. 2018): the meta-gradient is ``w_0 - w_N``.
 
-    With SGD of rate epsilon a step is the paper's ``w <- w + epsilon (w_N - w)``. The query sets
-    are evaluated, not trained on. With ``ResampledEpisodes`` each inner step has a mini-batch of
-    its own, as in the paper. The inner rates cannot be learned, and parameters that do not adapt
-    are not trained.
+    Takes MAML's arguments. With SGD of rate epsilon a step is the paper's
+    ``w <- w + epsilon (w_N - w)``. The query sets are evaluated, not trained on. With
+    ``ResampledEpisodes`` each inner step has a mini-batch of its own, as in the paper. The inner
+    rates cannot be learned, and parameters that do not adapt are not trained.
 
     Examples:
         >>> import torch
         >>> from lightning_maml import MLP, Episodes, Reptile
-        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
         >>> model = Reptile(MLP(4, 3), inner_lr=0.1, train_steps=5)
         >>> model.meta_loss(Episodes(x, y, x, y)).backward()
     """

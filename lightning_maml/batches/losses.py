@@ -7,9 +7,9 @@ from torch import Tensor
 def one_hot_mse(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return the mean-squared error between outputs and one-hot labels.
 
-    As in Ji et al. 2022, Appendix A.2, the squared distance ``|e_y - outputs|^2`` is a sum over the classes, and the
-    loss is its mean over the examples. ``torch.nn.functional.mse_loss`` also averages over the
-    classes and so is smaller by a factor of ``ways``.
+    As in Ji et al. 2022, Appendix A.2, the squared distance ``|e_y - outputs|^2`` is a sum over the
+    classes, and the loss is its mean over the examples. ``torch.nn.functional.mse_loss`` also
+    averages over the classes and so is smaller by a factor of ``ways``.
 
     Args:
         outputs: The network's outputs, ``[B, ways]``.

@@ -58,6 +58,20 @@ class NetworkChecks:
         part: Which parameters adapt: ``"all"``, ``"head"`` or ``"body"``.
         head: Name of the head; None for the last layer.
         logits: Takes the logits from what the network returns.
+
+    Examples:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from lightning_maml import MLP, Episodes
+        >>> from lightning_maml.batches.outputs import logits_in
+        >>> from lightning_maml.checks.network_checks import NetworkChecks
+        >>> from lightning_maml.networks.functional_loss import FunctionalLoss
+        >>> from lightning_maml.networks.functional_network import FunctionalNetwork
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
+        >>> network, loss = MLP(4, 3), FunctionalLoss(F.cross_entropy, logits_in)
+        >>> check = NetworkChecks("head", None, logits_in)
+        >>> check(network, FunctionalNetwork(network), Episodes(x, y, x, y), loss, lambda run: None)
+        NetworkInfo(outputs=torch.Size([3]), ends_with_head=True, draws=())
     """
 
     def __init__(self, part: PartName, head: str | None, logits: Callable[[Any], Any]) -> None:

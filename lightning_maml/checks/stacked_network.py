@@ -28,6 +28,17 @@ class StackedNetwork:
         batch_norm: The batch-norm policy.
         averages: With ``batch_norm="per_step"``, the running averages at the parameters before
             adaptation; else empty.
+
+    Examples:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from lightning_maml import MLP, Episodes
+        >>> from lightning_maml.batches.outputs import logits_in
+        >>> from lightning_maml.checks.stacked_network import StackedNetwork
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
+        >>> trial = StackedNetwork(MLP(4, 3), F.cross_entropy, logits_in, "batch", {})
+        >>> trial.compare(Episodes(x, y, x, y), adapts_only=False, exact=True)
+        Verdict(wrong='', slow='')
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""The mathematics of one task: parameters, derivatives, the inner loop and the way back through it. Torch only."""
+"""The mathematics of one task: derivatives, the inner loop and the way back. Torch only."""

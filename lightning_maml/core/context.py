@@ -1,4 +1,4 @@
-"""What layers deep inside of a network's forward pass must know of the evaluation that they are part of.
+"""What layers must know of the evaluation that they are part of.
 
 A user's network is called with its inputs alone, so this cannot be handed on as an argument. It is
 one value, set where a loss is evaluated (:class:`lightning_maml.core.objective.Objective`,
@@ -24,7 +24,8 @@ class Evaluation(NamedTuple):
     derivatives: int = 0
 
 
-_CURRENT: ContextVar[Evaluation] = ContextVar("evaluation", default=Evaluation())  # noqa: B039 # cannot be changed
+_NOTHING_SAID = Evaluation()
+_CURRENT: ContextVar[Evaluation] = ContextVar("evaluation", default=_NOTHING_SAID)
 
 
 def evaluation() -> Evaluation:

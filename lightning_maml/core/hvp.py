@@ -24,7 +24,9 @@ class HessianVectorProduct(Protocol):
 
 
 def exact(objective: Objective, w: Params, v: Params) -> Params:
-    """MAML: the Hessian itself, never formed (Fallah et al. 2020, eq. 5; Ji et al. 2022, eqs. 7, 12).
+    """MAML: the product with the Hessian itself, which is never formed.
+
+    Fallah et al. 2020, eq. 5; Ji et al. 2022, eqs. 7 and 12.
 
     Args:
         objective: The loss of the batch whose Hessian is meant.

@@ -35,7 +35,7 @@ class AdaptationCurve(NamedTuple):
     Examples:
         >>> import torch
         >>> from lightning_maml import MAML, MLP, Episodes
-        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
         >>> curve = MAML(MLP(4, 3), test_steps=2).evaluate(Episodes(x, y, x, y))
         >>> curve.loss.shape, curve.aux.shape  # after 0, 1 and 2 steps
         (torch.Size([2, 3]), torch.Size([2, 3, 6, 3]))

@@ -1,4 +1,4 @@
-"""iMAML: the meta-gradient at the solution of the inner problem, whatever the path to it (Rajeswaran et al. 2019)."""
+"""iMAML: the meta-gradient at the inner problem's solution (Rajeswaran et al. 2019)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from lightning_maml.functional.meta_gradient import MetaGradient, mean_over_task
 
 
 def proximal(loss: Loss, anchor: Params, strength: float) -> Loss:
-    """Return ``loss + strength / 2 |params - anchor|^2`` over the parameters of ``anchor`` (Rajeswaran et al. 2019, eq. 3).
+    """Return ``loss + strength / 2 |params - anchor|^2`` (Rajeswaran et al. 2019, eq. 3).
 
     Args:
         loss: Returns the loss and outputs.
@@ -55,11 +55,11 @@ def implicit_gradient(
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
 ) -> MetaGradient:
-    """Return the mean over tasks of ``(I + H / lambda)^-1 grad q(w_N)``, H the Hessian of the support loss at ``w_N``.
+    """Return the mean over tasks of ``(I + H / lambda)^-1 grad q(w_N)``.
 
-    That is the gradient of ``w -> q(w*(w))`` if ``w_N`` is ``w*``, the minimiser of the support
-    loss with its proximal term (Rajeswaran et al. 2019, Lemma 1). Nothing of the path to ``w_N`` is
-    kept.
+    H is the Hessian of the support loss at ``w_N``. That is the gradient of ``w -> q(w*(w))`` if
+    ``w_N`` is ``w*``, the minimiser of the support loss with its proximal term (Rajeswaran et al.
+    2019, Lemma 1). Nothing of the path to ``w_N`` is kept.
 
     Args:
         loss: The support loss with its proximal term, as :func:`proximal` gives it.

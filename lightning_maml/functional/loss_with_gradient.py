@@ -34,7 +34,7 @@ def loss_with_gradient(
 
 
 class _WithGradients(torch.autograd.Function):
-    """``_WithGradients.apply(value, gradients, *points)``: the value, with these gradients with respect to the points."""
+    """``apply(value, gradients, *points)``: the value, with these gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *points: Tensor) -> Tensor:

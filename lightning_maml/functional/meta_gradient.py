@@ -1,4 +1,4 @@
-"""The meta-gradient of a meta-batch: the mean over its tasks, exact, first-order or Hessian-free."""
+"""The meta-gradient of a meta-batch, the mean over its tasks."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -174,7 +174,8 @@ def meta_gradient(
     functions = LossFunctions(loss, query_loss, has_aux, sample)
     if sample is not None:
         hvp = drawing_first(hvp)
-    # with one step its graph lies beside the query loss's anyway: kept, it saves a seventh of the time
+    # with one step its graph lies beside the query loss's anyway: kept, it saves a seventh of the
+    # time
     keep_graphs = steps == 1 and curvature == "exact" and sample is None
 
     def step_back(losses: TaskLosses) -> StepBack:

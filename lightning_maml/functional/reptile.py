@@ -29,7 +29,9 @@ def reptile_gradient(
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
 ) -> MetaGradient:
-    """Return the mean over tasks of ``w_0 - w_N``: a meta-step of rate epsilon is the paper's ``w <- w + epsilon (w_N - w)``.
+    """Return the mean over tasks of ``w_0 - w_N``.
+
+    A meta-step of rate epsilon is the paper's ``w <- w + epsilon (w_N - w)``.
 
     The arguments and the query losses are those of :func:`lightning_maml.meta_gradient`; nothing is
     learned from the query losses.

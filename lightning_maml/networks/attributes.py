@@ -95,6 +95,18 @@ class Kept:
         network: The network as it is before a pass.
         names: Pairs of a module's name and an attribute's name to restore; by default all that
             have changed.
+
+    Examples:
+        >>> from torch import nn
+        >>> from lightning_maml.networks.attributes import Kept
+        >>> network = nn.Linear(2, 2)
+        >>> kept = Kept(network)
+        >>> network.last_inputs = "kept from a pass"
+        >>> sorted(kept.changed())
+        [('', 'last_inputs')]
+        >>> kept.put_back()
+        >>> hasattr(network, "last_inputs")
+        False
     """
 
     def __init__(

@@ -26,6 +26,13 @@ class StepStatistics(nn.Module):
         network: The network. Averages start from those of its batch-norm layers and move by their
             momentum, or by 0.1 where that is None.
         steps: Number of inner steps in training, N.
+
+    Examples:
+        >>> from torch import nn
+        >>> from lightning_maml.networks.batch_norm import StepStatistics
+        >>> network = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+        >>> StepStatistics(network, steps=3)(step=0)
+        {'1.running_mean': tensor([0., 0.]), '1.running_var': tensor([1., 1.])}
     """
 
     def __init__(self, network: nn.Module, steps: int) -> None:

@@ -30,6 +30,17 @@ class BufferUpdate:
 
     Args:
         batch_norm: The batch-norm policy.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_maml import Episodes
+        >>> from lightning_maml.networks.buffers import BufferUpdate
+        >>> network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(1, momentum=0.5))
+        >>> x, y = torch.ones(2, 3, 1), torch.zeros(2, 3)  # two tasks of three examples
+        >>> BufferUpdate("running")(network, Episodes(x, y, x, y))
+        >>> network[1].running_mean
+        tensor([0.5000])
     """
 
     def __init__(self, batch_norm: BatchNormPolicy) -> None:

@@ -28,6 +28,21 @@ class FunctionalLoss:
         loss: Maps outputs and labels to a scalar, their mean loss. Torch's own losses get the
             logits alone, others the outputs as the network returned them.
         logits: Takes the logits from what the network returned.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.batches.outputs import logits_in
+        >>> from lightning_maml.networks.functional_loss import FunctionalLoss
+        >>> class Scaled(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        ...
+        ...     def forward(self, outputs, y):
+        ...         return self.scale * (outputs - y).square().mean()
+        >>> loss = FunctionalLoss(Scaled(), logits_in)
+        >>> loss({"(loss).scale": torch.tensor(3.0)}, torch.ones(2), torch.zeros(2))
+        tensor(3.)
     """
 
     def __init__(self, loss: Callable[..., Any], logits: Callable[[Any], Any]) -> None:

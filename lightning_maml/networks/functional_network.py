@@ -507,6 +507,16 @@ class FunctionalHead(FunctionalNetwork):
         network: The whole network.
         head: Name of its head. Its parameters keep their names in the whole network.
         vectorised: Whether it is called under ``vmap``.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import Conv4
+        >>> from lightning_maml.networks.functional_network import FunctionalHead
+        >>> head = FunctionalHead(Conv4(in_channels=1, ways=5, image_size=28), "head")
+        >>> sorted(head.params)
+        ['head.bias', 'head.weight']
+        >>> head(head.params, torch.rand(2, 64)).shape  # two examples of 64 features
+        torch.Size([2, 5])
     """
 
     def __init__(self, network: nn.Module, head: str, *, vectorised: bool = False) -> None:

@@ -20,6 +20,15 @@ class Reading(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         params: The tensors to watch.
         seen: Where to add the names.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.networks.watching import Reading
+        >>> tensors, seen = {"a": torch.ones(2), "b": torch.ones(2)}, []
+        >>> with Reading(tensors, seen):
+        ...     _ = tensors["b"] + 1
+        >>> seen
+        ['b']
     """
 
     def __init__(self, params: Params, seen: list[str]) -> None:
@@ -51,6 +60,15 @@ class Watching(TorchFunctionMode):
         views: Whether it reads tensors by strides (``as_strided``), which are others if images are
             channels-last in memory.
         hooks: Whether it registers hooks on tensors, which see stacked tasks as one, or not at all.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.networks.watching import Watching
+        >>> x = torch.ones(4)
+        >>> with Watching() as watched:
+        ...     _ = x.as_strided((2, 2), (1, 1))
+        >>> watched.views, watched.hooks
+        (True, False)
     """
 
     def __init__(self) -> None:
