@@ -59,7 +59,7 @@ WITHOUT: dict[str, tuple[Any, str, Any]] = {
         TorchConvolution,
     ),
     "batch norm twice differentiated (`double_backward.py`)": (layers, "BatchNorm", TorchBatchNorm),
-    "one weight for all tasks (`grouped_conv.py`)": (grouped_conv, "_is_one_for_all", no),
+    "one weight for all tasks (`grouped_conv.py`)": (grouped_conv, "_is_shared", no),
     "tasks side by side in a layer (`layers.py`)": (layers, "_is_side_by_side", no),
     "channels last (`layers.py`)": (layers.TaskConvolution, "_wants_channels_last", no),
 }

@@ -1,24 +1,17 @@
 """What few-shot algorithms share as Lightning modules: optimizer, steps, and logged figures."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
-from lightning import LightningModule
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from typing_extensions import override
 
+from lightning_maml.algorithms.checkpointed import CheckpointedModule
 from lightning_maml.algorithms.metrics import Estimate, LoaderFigures, with_accuracy
-from lightning_maml.algorithms.non_finite import NonFinitePolicy
-from lightning_maml.algorithms.resume import ResumeState, described, warn_of_other_settings
 from lightning_maml.batches.episodes import AnyEpisodes, check_episodes
 from lightning_maml.batches.outputs import logits_in
 from lightning_maml.batches.trees import map_tensors
@@ -30,10 +23,7 @@ from lightning_maml.checks.requirements import (
     refuse_without_gradient,
 )
 from lightning_maml.core.rng import random_state
-from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.functional.adaptation import AdaptationCurve
-from lightning_maml.io.checkpoints import WholeCheckpoints, read_trained
-from lightning_maml.io.plain import plain
 from lightning_maml.networks.buffers import BufferUpdate
 from lightning_maml.networks.functional_network import BatchNormPolicy
 from lightning_maml.networks.stacking_trial import Verdict
@@ -72,7 +62,7 @@ class Step(NamedTuple):
     finish: Callable[[Any], StepResult]
 
 
-class EpisodicModule(LightningModule):
+class EpisodicModule(CheckpointedModule):
     """A few-shot algorithm; subclasses define how it is trained and how it is evaluated.
 
     Args:
@@ -104,14 +94,7 @@ class EpisodicModule(LightningModule):
         self.adaptation: Estimate | None = None
         """Accuracy (for regression: loss) on the tasks of the last validation or test (its last
         loader) after 0 .. K steps, ``[K + 1]``."""
-        self.non_finite = NonFinitePolicy()
-        """What becomes of steps whose loss or meta-gradient is not finite."""
-        self.run_folder = Path()
-        """Where the run keeps its logs; all processes have to take part in asking the trainer for
-        it.
-        """
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._resume = ResumeState()
         self._figures = LoaderFigures()
         self._findings = Findings()
         self._update_buffers = BufferUpdate(batch_norm)
@@ -174,116 +157,6 @@ class EpisodicModule(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "monitor": monitor},
         }
 
-    @classmethod
-    @override
-    def load_from_checkpoint(
-        cls,
-        checkpoint_path: Any,
-        map_location: Any = None,
-        hparams_file: Any = None,
-        strict: bool | None = None,
-        weights_only: bool | None = True,
-        **kwargs: Any,
-    ) -> Self:
-        """Load a model, running nothing in the file unless ``weights_only=False``.
-
-        Raises:
-            ValueError: If the file is not whole, asks for more than tensors and plain data, was not
-                written by a trainer, or has weights of another loss.
-        """
-        parameter = inspect.signature(cls).parameters.get("network")
-        if (
-            parameter is not None
-            and parameter.default is parameter.empty
-            and "network" not in kwargs
-        ):
-            raise UserTypeError(
-                "Expected the network, which a checkpoint does not hold, but got none; call "
-                f"{cls.__name__}.load_from_checkpoint(path, network=...)."
-            )
-        weights_only = weights_only is None or weights_only
-        if weights_only and isinstance(checkpoint_path, str | Path):
-            named = read_trained(checkpoint_path).get("hyper_parameters") or {}
-            if "_instantiator" in named:  # Lightning would import and call what it names
-                raise UserValueError(
-                    f"Expected {checkpoint_path} to hold plain hyperparameters but it names what "
-                    "makes the model; it is not loaded."
-                )
-        return super().load_from_checkpoint(
-            checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
-        )
-
-    def setup(self, stage: str) -> None:
-        """Have checkpoints written whole or not at all, unless the trainer has a plugin for them.
-
-        Raises:
-            TypeError: If the trainer's strategy splits parameters over processes.
-        """
-        if isinstance(
-            self.trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy
-        ):
-            raise UserTypeError(
-                "Expected a strategy that keeps whole parameters in each process but got "
-                f"{type(self.trainer.strategy).__name__}; meta-gradients take other values for "
-                "the parameters than the network holds: use 'ddp'."
-            )
-        self._resume.forget()
-        self.run_folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            self.trainer.strategy.checkpoint_io = WholeCheckpoints()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a run needs to go on as if it had not been interrupted."""
-        checkpoint["adapts_by"] = self._adaptation_settings()
-        self._resume.save(self, checkpoint)
-        self.non_finite.save(checkpoint)
-        # for a trainer that was given a plugin of its own, too
-        checkpoint.update(plain(checkpoint))
-
-    @override
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load weights as torch does.
-
-        Raises:
-            ValueError: If ``strict`` and the loss that they were saved with has weights that this
-                model's has not, or the reverse.
-        """
-        theirs, ours = (
-            {name for name in names if name.startswith("loss.")}
-            for names in (state_dict, self.state_dict())
-        )
-        if strict and theirs != ours:
-            found = sorted(theirs ^ ours)
-            where = "the checkpoint" if found[0] in theirs else "this model"
-            raise UserValueError(
-                f"Expected the loss that the checkpoint's model had but {found} are in {where} "
-                "alone; make the model with the same `loss=`, because a checkpoint does not hold "
-                "it."
-            )
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what a run needs to go on as if it had not been interrupted.
-
-        Warns if the checkpoint's model adapted in another way.
-        """
-        warn_of_other_settings(checkpoint.get("adapts_by", {}), self._adaptation_settings())
-        if self._trainer is not None and self.trainer.training:
-            # Lightning does so later, when the weights are already rounded
-            self.trainer.precision_plugin.convert_module(self)
-            self._resume.load(checkpoint)
-            self.non_finite.load(checkpoint)
-
-    def _adaptation_settings(self) -> dict[str, Any]:
-        """Return in words what adaptation depends on besides weights and hyperparameters."""
-        return {"loss": described(self.loss)}
-
-    def on_train_start(self) -> None:
-        """Continue from where a checkpoint was written."""
-        self._resume.restore(self)
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Refuse parameters in the optimizer that have no gradient, before the first step.
 
@@ -305,16 +178,6 @@ class EpisodicModule(LightningModule):
         return (
             (name, p) for name, p in self.named_parameters() if p.requires_grad and p not in own
         )
-
-    def on_validation_start(self) -> None:
-        """Remember the random numbers of training."""
-        if not self.trainer.sanity_checking:
-            self._resume.pause_random_numbers(self.device)
-
-    def on_validation_end(self) -> None:
-        """Continue the random numbers of training."""
-        if not self.trainer.sanity_checking:
-            self._resume.continue_random_numbers(self.device)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return the outputs of the network as it is, without adaptation."""

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_maml.algorithms.adapting import AdaptingModule, Plan
@@ -19,9 +20,11 @@ from lightning_maml.algorithms.non_finite import (
 )
 from lightning_maml.batches.episodes import (
     AnyEpisodes,
+    Episodes,
     check_episodes,
 )
-from lightning_maml.batches.trees import map_tensors, tensors
+from lightning_maml.batches.trees import Inputs, detached, map_tensors, tensors
+from lightning_maml.checks.findings import Kind
 from lightning_maml.checks.requirements import (
     Unwritten,
     refuse_differentiable,
@@ -33,15 +36,19 @@ from lightning_maml.core.inner_rates import (
     tensor_rates,
 )
 from lightning_maml.core.params import Params
-from lightning_maml.errors import UserValueError
+from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.execution.auto import Execution
 from lightning_maml.execution.compilation import state_of
+from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.functional.adaptation import (
     adaptation_curve,
+    adapted_parameters,
 )
 from lightning_maml.functional.loss_with_gradient import loss_with_gradient
 from lightning_maml.functional.meta_gradient import MetaGradient, meta_gradient
+from lightning_maml.networks.adapted import AdaptedNetworks
 from lightning_maml.networks.buffers import statistics_in_training
+from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.theory.measure import Probe
 
@@ -116,6 +123,81 @@ class MAML(AdaptingModule):
         >>> model.adapt(x[0], y[0])(x[0]).shape  # the network adapted to a task
         torch.Size([6, 3])
     """
+
+    def adapt(self, support_x: Inputs, support_y: Tensor, steps: int | None = None) -> nn.Module:
+        """Return the network adapted to a task, or the networks adapted to many, for new queries.
+
+        The network is in evaluation mode, both while it adapts and in what is returned.
+
+        Args:
+            support_x: Inputs of the support set, ``[S, ...]``; of many tasks ``[T, S, ...]``.
+            support_y: Their labels ``0 .. ways - 1``, ``[S]`` or ``[T, S]``. Regression targets are
+                always those of many tasks, ``[T, S, ...]``.
+            steps: Inner steps; by default ``test_steps``.
+
+        Returns:
+            For one task a copy of the network with the adapted parameters, which takes queries
+            ``[Q, ...]``: with ``batch_norm="support"`` it keeps the statistics of the support set,
+            with ``"batch"`` it uses those of each batch of queries. For many tasks
+            :class:`lightning_maml.AdaptedNetworks`, which takes ``[T, Q, ...]``. With
+            ``tasks="loop"``, and where vmap does not accept the network, these are adapted and
+            called one by one; otherwise they are called as one, and adapted 32 (or ``chunk_size``)
+            at once, or with ``"auto"`` on a CPU as many as in training.
+        """
+        if not isinstance(support_y, Tensor):
+            raise UserTypeError(
+                f"Expected `support_y` to be a tensor but got {type(support_y).__name__}; make it "
+                "one, torch.tensor(...)."
+            )
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._networks_of(
+                *detached((support_x, support_y)), self.test_steps if steps is None else steps
+            )
+
+    def _networks_of(self, support_x: Inputs, support_y: Tensor, steps: int) -> nn.Module:
+        of_one = support_y.ndim == 1 and not support_y.is_floating_point()
+        if of_one:
+            support_x, support_y = map_tensors(lambda tensor: tensor[None], (support_x, support_y))
+        support = Episodes(support_x, support_y, support_x, support_y)
+        check_episodes(support)
+        network = structural_copy(self.network).eval()
+        kind = self._kind(network, support)
+        self._check(FunctionalNetwork(network, self.batch_norm), support, kind)
+        as_one = not of_one and self._adapts_as_one(support, network, kind)
+        execution = Execution("loop", None)
+        if as_one:
+            execution = self._executor.of_adaptation(self.network, self.device, support)
+        functional = FunctionalNetwork(network, self.batch_norm, vectorised=are_stacked(*execution))
+        adapted = adapted_parameters(
+            [self._losses(functional, self._averages(j)).support for j in range(steps + 1)],
+            functional.params,
+            support_x,
+            support_y,
+            inner_lr=self._rates(),
+            steps=steps,
+            has_aux=True,
+            may_draw=execution.tasks != "threads",  # the vmap trial has ruled out random layers
+            **execution._asdict(),
+        )
+        with torch.no_grad():
+            for name, average in self._averages(steps).items():
+                adapted[name] = average.repeat(len(support_y), 1)
+            networks = AdaptedNetworks(network, adapted, self.batch_norm, support_x, as_one)
+            if as_one and (verdict := networks.compare_stacked(support_x)).wrong:
+                if self._executor.tasks == "vmap":
+                    self._executor.check_stacking(verdict)
+                networks.stacked = False
+            return networks.network(0) if of_one else networks
+
+    def _adapts_as_one(self, support: Episodes, network: nn.Module, kind: Kind) -> bool:
+        """Return whether the tasks are adapted to, and their networks called, as one."""
+        if self._executor.tasks == "loop":
+            return False
+        verdict = self._verdict(support, network, kind)
+        if self._executor.tasks == "vmap":
+            self._executor.check_stacking(verdict)
+            return True
+        return not any(verdict)
 
     def meta_gradient(
         self, episodes: AnyEpisodes, curvature: CurvatureName | None = None

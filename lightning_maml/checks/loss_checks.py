@@ -475,5 +475,6 @@ def _unexpanded(tensor: Tensor) -> tuple[int, ...]:
         1 if stride == 0 else size
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
-    leading = next((place for place, stride in enumerate(tensor.stride()) if stride != 0), 0)
-    return tuple(sizes[leading:])
+    # expand also adds dimensions in front
+    first = next((dim for dim, stride in enumerate(tensor.stride()) if stride != 0), 0)
+    return tuple(sizes[first:])

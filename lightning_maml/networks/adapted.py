@@ -86,7 +86,7 @@ class AdaptedNetworks(nn.Module):
         norms = batch_norms(self._network)
         averages: Params = {}
         for name, (mean, variance) in each[0].items():
-            # the layer needs averages of its own, in whose place those of a task are put
+            # the layer must have averages, so that those of a task can take their place
             norms[name].track_running_stats = True
             norms[name].running_mean = mean.clone()
             norms[name].running_var = variance.clone()

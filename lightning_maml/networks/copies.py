@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_maml.errors import UserTypeError
 from lightning_maml.networks.facts import facts_of
-from lightning_maml.networks.places import OF_MODULES
+from lightning_maml.networks.places import MODULE_DICTS
 
 
 def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -138,7 +138,7 @@ def _rebind_functions(copied: nn.Module, memo: dict[int, Any]) -> None:
     """
     for module in copied.modules():
         attributes = vars(module)
-        for key in [key for key in attributes if key not in OF_MODULES]:
+        for key in [key for key in attributes if key not in MODULE_DICTS]:
             attributes[key] = _rebound_value(attributes[key], memo)
 
 

@@ -16,7 +16,7 @@ Place = tuple[Any, Any]
 Places = dict[str, list[Place]]
 """The places of each parameter and buffer of a network, by name; shared ones have several."""
 
-OF_MODULES = ("_parameters", "_buffers", "_modules")
+MODULE_DICTS = ("_parameters", "_buffers", "_modules")
 """The attributes in which a module holds its parameters, buffers and submodules."""
 
 
@@ -48,7 +48,7 @@ def _add_places(holder: Any, of_tensor: dict[int, list[Place]], depth: int = 4) 
             continue
         if isinstance(value, Tensor):
             of_tensor.setdefault(id(value), []).append((holder, key))
-        elif value.__class__ in _CONTAINERS and value and depth and key not in OF_MODULES:
+        elif value.__class__ in _CONTAINERS and value and depth and key not in MODULE_DICTS:
             _add_places(value, of_tensor, depth - 1)
 
 
