@@ -1,4 +1,6 @@
-"""What adapting to many tasks costs: one call of ``model.adapt`` against a loop over learn2learn's clones.
+"""What adapting to many tasks costs.
+
+One call of ``model.adapt`` is measured against a loop over learn2learn's clones.
 
 make learn2learn && .venv/bin/python benchmarks/adaptation.py     # a minute or two; prints a table
 """

@@ -93,7 +93,10 @@ MODELS: dict[str, Callable[[], EpisodicModule]] = {
 
 
 class Run(NamedTuple):
-    """The result of one algorithm: accuracy on the test tasks, of the best checkpoint and, as ``untrained``, of the initial weights."""
+    """The accuracy of one algorithm on the test tasks.
+
+    It is that of the best checkpoint and, as ``untrained``, of the initial weights.
+    """
 
     name: str
     steps: str
@@ -103,7 +106,7 @@ class Run(NamedTuple):
 
 
 class Clock(Callback):
-    """Callback that takes the wall time of every training step, including its data and optimizer."""
+    """Callback that times every training step, with its data and its optimizer."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -145,7 +148,10 @@ def train(name: str, data: OmniglotDataModule, folder: Path) -> Run:
 
 
 def seconds_per_iteration(names: list[str], data: OmniglotDataModule) -> dict[str, float]:
-    """Return each algorithm's median over some rounds, in each of which every algorithm takes some steps."""
+    """Return each algorithm's median time over some rounds.
+
+    In each round every algorithm takes some steps.
+    """
     rounds: dict[str, list[float]] = {name: [] for name in names}
     for _ in tqdm(range(ROUNDS), desc="Timing"):
         for name, seconds in rounds.items():

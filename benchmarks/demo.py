@@ -1,4 +1,7 @@
-"""Meta-trains MAML, FO-MAML and HF-MAML on generated characters and prints one table. ``make demo`` runs it."""
+"""Train MAML, FO-MAML and HF-MAML on generated characters, and print one table.
+
+``make demo`` runs it.
+"""
 
 import os
 import statistics
@@ -17,7 +20,7 @@ ALGORITHMS = ("maml", "fomaml", "hfmaml")
 
 
 class Row(NamedTuple):
-    """What one algorithm reached, how long a meta-iteration took, and where its logs and pictures are."""
+    """The result of one algorithm, its time per meta-iteration, and the folder of its logs."""
 
     algorithm: str
     accuracy: Estimate
@@ -26,7 +29,10 @@ class Row(NamedTuple):
 
 
 class IterationTimer(Callback):
-    """Callback that takes the wall time of every meta-iteration, from one batch's end to the next one's, so that loading counts."""
+    """Callback that takes the wall time of every meta-iteration.
+
+    It counts from one batch's end to the next one's, so that loading counts.
+    """
 
     def __init__(self) -> None:
         self._last: float | None = None

@@ -1,4 +1,6 @@
-"""Whole training on real Omniglot, 5-way 1-shot: Trainer.fit with loading and logging against learn2learn's loop and data pipeline.
+"""Whole training on real Omniglot, 5-way 1-shot, here and with learn2learn.
+
+Trainer.fit with loading and logging is measured against learn2learn's loop and data pipeline.
 
     make learn2learn
     .venv/bin/python benchmarks/end_to_end.py --root DATA
@@ -90,7 +92,10 @@ def ours(root: str, iterations: int, accelerator: str) -> tuple[float, float]:
 
 
 def learn2learns_tasks(root: str) -> l2l.data.TaskDataset:
-    """Return the tasks of learn2learn's ``examples/vision/maml_omniglot.py``, which decodes and resizes images whenever they are drawn."""
+    """Return the tasks of learn2learn's ``examples/vision/maml_omniglot.py``.
+
+    They decode and resize images whenever one is drawn.
+    """
     scaled = Compose([Resize(28, interpolation=LANCZOS), ToTensor(), lambda x: 1.0 - x])
     # it checks archives; the folders are there
     with patch.object(torchvision.datasets.Omniglot, "_check_integrity", lambda self: True):
@@ -106,7 +111,7 @@ def learn2learns_tasks(root: str) -> l2l.data.TaskDataset:
 
 
 def theirs(tasks: l2l.data.TaskDataset, iterations: int, device: str) -> float:
-    """Return the seconds of an iteration of learn2learn's loop, without the validation that it does in each."""
+    """Return the seconds of an iteration of learn2learn's loop, without its validation."""
     maml = l2l.algorithms.MAML(l2l.vision.models.OmniglotCNN(WAYS), lr=RATE).to(device)
     optimizer = torch.optim.Adam(maml.parameters(), META_RATE)
     support = torch.arange(2 * WAYS) % 2 == 0

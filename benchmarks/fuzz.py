@@ -1,4 +1,6 @@
-"""Damaged and hostile files for everything that reads one: does anything but the documented errors happen, does any of them run or write?
+"""Read damaged and hostile files with everything that reads a file.
+
+Does anything but the documented errors happen, and does any of the files run or write something?
 
     .venv/bin/python benchmarks/fuzz.py
     .venv/bin/python benchmarks/fuzz.py --readers images csv --files 1000
@@ -258,7 +260,10 @@ def _with_parts(value: Any) -> Any:
 
 
 def configs(folder: Path) -> Reader:
-    """Return the reader of configs, which, as documented, imports the classes and reads the configs that they name."""
+    """Return the reader of configs.
+
+    As documented, it imports the classes and reads the configs that they name.
+    """
     parser = command_parser()
     wholes = [_with_parts(file.name) for file in sorted(CONFIGS.glob("*.yaml"))]
     sections = {
@@ -295,7 +300,10 @@ READERS = {
 
 
 def mutate_archive(data: bytes, most: int, seed: int) -> bytes:
-    """Change one entry of an archive and give it the right checksum, three times out of four; otherwise change any bytes."""
+    """Change one entry of an archive and mend its checksum, or change any bytes.
+
+    Three times out of four it is an entry.
+    """
     choice = random.Random(seed)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -336,7 +344,9 @@ ODDITIES = (
 
 
 def mutate_yaml(wholes: list[bytes], data: bytes, most: int, seed: int) -> bytes:
-    """Replace a part of a config by something odd or by another part, three times out of four; otherwise change any bytes.
+    """Replace a part of a config by something odd or by another part, or change any bytes.
+
+    Three times out of four it is a part.
 
     One time in ten the config is one of ``wholes``, because what the fuzzer keeps is soon full of
     files that are refused at first sight.
@@ -363,20 +373,23 @@ def mutate_yaml(wholes: list[bytes], data: bytes, most: int, seed: int) -> bytes
 
 
 def _places(tree: Any, depth: int = 0) -> Any:
-    if depth < 20:
-        for key, value in (
-            tree.items()
-            if isinstance(tree, dict)
-            else enumerate(tree)
-            if isinstance(tree, list)
-            else ()
-        ):
-            yield tree, key
-            yield from _places(value, depth + 1)
+    if depth >= 20:
+        return
+    entries: Any = ()
+    if isinstance(tree, dict):
+        entries = tree.items()
+    elif isinstance(tree, list):
+        entries = enumerate(tree)
+    for key, value in entries:
+        yield tree, key
+        yield from _places(value, depth + 1)
 
 
 class Watch:
-    """Record of what readers did but must not do: run something, delete, or write anywhere but in a folder."""
+    """Record of what readers did but must not do.
+
+    They must not run something, delete, or write outside one folder.
+    """
 
     def __init__(self, folder: Path, trusted: tuple[str, ...]) -> None:
         self.seen: list[str] = []
@@ -408,7 +421,10 @@ class Watch:
 
 
 def fuzz(name: str, files: int, seed: int, out: Path) -> None:
-    """Read ``files`` files in this process, which libFuzzer ends, and write the outcome to ``out``."""
+    """Read ``files`` files in this process, and write the outcome to ``out``.
+
+    libFuzzer ends the process.
+    """
     folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     reader = READERS[name](folder)
     path, corpus, results, count = folder / reader.name, folder / "corpus", Counter[str](), 0

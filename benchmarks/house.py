@@ -1,4 +1,6 @@
-"""A mirror for the code: how long its lines, functions, files and folders are, and how much of it is explained.
+"""A mirror for the code: the length of its lines, functions, files and folders.
+
+It also counts how much of the code is explained.
 
 ``python benchmarks/house.py lightning_maml datamodules`` prints a table with one column; separate
 trees by ``--``, or give installed packages by name (``torchmetrics``), to see them side by side.
@@ -113,11 +115,12 @@ def describe(paths: list[Path]) -> dict[str, str]:
             public += 1
             documented += "Args:" in (ast.get_docstring(function) or "")
     deciles = statistics.quantiles(code_of_functions, n=10)
+    function_lengths = f"{deciles[4]:.0f} / {deciles[8]:.0f} / {max(code_of_functions)}"
     return {
         "files, folders, lines": f"{len(paths)}, {len(folders)}, {lines}",
         "files in the largest folder": f"{max(folders.values())}",
         "file lines, median / max": f"{statistics.median(lengths):.0f} / {max(lengths)}",
-        "function lines of code, median / p90 / max": f"{deciles[4]:.0f} / {deciles[8]:.0f} / {max(code_of_functions)}",
+        "function lines of code, median / p90 / max": function_lengths,
         "tokens per line of code": f"{tokens / code:.1f}",
         "comprehensions per 100 lines of code": f"{100 * comprehensions / code:.1f}",
         f"lines over {LONG} columns": f"{100 * long / lines:.1f} %",

@@ -1,4 +1,6 @@
-"""What each kernel of lightning_maml/kernels gains: a meta-gradient with it and without it, in turns.
+"""What each kernel of lightning_maml/kernels gains.
+
+A meta-gradient is computed with it and without it, in turns.
 
 .venv/bin/python benchmarks/kernels.py            # prints the table of docs/quality.md; ten minutes
 """

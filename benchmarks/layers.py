@@ -1,4 +1,7 @@
-"""Every layer of tests/helpers/layer_catalogue.py in every way of running tasks, against autograd through the unrolled loop."""
+"""Check every layer of tests/helpers/layer_catalogue.py in every way of running tasks.
+
+The reference is autograd through the unrolled loop.
+"""
 
 import argparse
 import sys
@@ -26,7 +29,10 @@ WAYS: dict[str, dict[str, object]] = {
 
 
 def adapted_apart(case: Case, episodes: Episodes, way: str) -> float:
-    """Return how far tasks that are adapted to together, one by one or in an evaluation are from plain torch."""
+    """Return how far adapted tasks are from plain torch.
+
+    Tasks are adapted to together, one by one and in an evaluation.
+    """
     model = MAML(network_of(case), inner_lr=RATE, train_steps=STEPS).eval()
     if way == "evaluate":
         outputs = model.evaluate(episodes).aux[:, -1]

@@ -1,4 +1,6 @@
-"""learn2learn's Lightning example with other imports, against learn2learn's own loop: same tasksets of real Omniglot, same first weights.
+"""Run learn2learn's Lightning example with other imports, against learn2learn's own loop.
+
+Both have the same tasksets of real Omniglot and the same first weights.
 
 Training is in float64, where both must take the same path; ``--single`` is float32, where rounding
 separates them within some fifty iterations.
@@ -63,7 +65,10 @@ def halves(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def adapt_as_learn2learn(
     name: str, network: nn.Module, maml: l2l.algorithms.MAML, task: Task
 ) -> tuple[Tensor, float]:
-    """Return a task's query loss and accuracy: the ``fast_adapt`` of learn2learn's ``maml_omniglot.py`` and ``anil_fc100.py``."""
+    """Return a task's query loss and accuracy.
+
+    This is the ``fast_adapt`` of learn2learn's ``maml_omniglot.py`` and ``anil_fc100.py``.
+    """
     functional, (data, labels) = maml.clone(), task
     support_x, support_y, query_x, query_y = halves(
         network.features(data) if name == "anil" else data, labels
@@ -88,7 +93,10 @@ def their_loop(name: str, network: nn.Module, tasks: list[TaskDataset]) -> None:
 
 
 def our_script(name: str, network: nn.Module, tasks: list[TaskDataset]) -> None:
-    """Train as learn2learn's ``examples/vision/lightning/main.py`` does, with its imports and its Trainer changed."""
+    """Train as learn2learn's ``examples/vision/lightning/main.py`` does.
+
+    Only its imports and its Trainer are changed.
+    """
     arguments = {
         f"{split}_{key}": value
         for split in ("train", "test")

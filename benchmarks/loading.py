@@ -60,7 +60,10 @@ print(json.dumps(times[50:]))
 
 
 def in_a_process_of_its_own(script: str, root: Path) -> list[float]:
-    """Run a script in its own process, so that only its own memory counts, and return the numbers that it prints last."""
+    """Run a script in a process of its own, and return the numbers that it prints last.
+
+    The process keeps other memory out of its figures.
+    """
     output = subprocess.run(
         [sys.executable, "-c", script, str(root)], stdout=subprocess.PIPE, text=True, check=True
     ).stdout

@@ -1,4 +1,6 @@
-"""Peak memory of the meta-gradient of one task against the number of inner steps: a process for each method and N, ours and learn2learn's.
+"""Peak memory of the meta-gradient of one task against the number of inner steps.
+
+Each method, ours and learn2learn's, and each N has a process of its own.
 
 make learn2learn && .venv/bin/python benchmarks/memory.py     # a few minutes on 2 cores
 """
@@ -25,7 +27,7 @@ METHODS = ("ours-exact", "ours-hf", "ours-fo", "learn2learn", "learn2learn-fo")
 
 
 def measure(name: str, workload: str, steps: int, device: str) -> float:
-    """Return the peak memory, in MB, of two meta-gradients in a row, beyond what there was before the first."""
+    """Return the memory in MB that two meta-gradients in a row add at their peak."""
     chosen = WORKLOADS[workload]._replace(steps=steps, tasks=1)
     network = without_averages(chosen.network()).to(device)
     function = method(name, network, F.cross_entropy, chosen, chosen.episodes(device))

@@ -1,4 +1,6 @@
-"""The adaptive meta-stepsize against fixed ones, on real Omniglot with plain SGD: four scales, five fixed rates, one table, one picture.
+"""The adaptive meta-stepsize against fixed ones, on real Omniglot with plain SGD.
+
+Four scales and five fixed rates are compared, in one table and one picture.
 
 python benchmarks/meta_stepsize.py --root DATA     # an hour or so on 2 cores
 """
@@ -35,7 +37,10 @@ EPISODES = {
 
 
 class Run(NamedTuple):
-    """One run: validation accuracy after every 100 iterations, the stepsizes, and the test accuracy if the run got that far."""
+    """One run: validation accuracy after every 100 iterations, and the stepsizes.
+
+    It has the test accuracy too if the run got that far.
+    """
 
     kind: str
     value: float
@@ -126,7 +131,10 @@ class Clock(Callback):
 def seconds_per_step(
     data: OmniglotDataModule, algorithm: type[MAML], callbacks: list[Callback]
 ) -> float:
-    """Return the mean wall time of a step over 100 training steps, in which the callback by default measures once."""
+    """Return the mean wall time of a step over 100 training steps.
+
+    By default the callback measures once in them.
+    """
     seed_everything(0, verbose=False)
     optimizer, clock = partial(torch.optim.SGD, lr=0.01), Clock()
     quiet = {
@@ -145,7 +153,10 @@ def seconds_per_step(
 
 
 def print_costs(data: OmniglotDataModule, repetitions: int = 3) -> None:
-    """Print how much time the callback adds to a training step, from runs with and without it in turn."""
+    """Print how much time the callback adds to a training step.
+
+    Runs with and without it take turns.
+    """
     for algorithm in (MAML, HFMAML, FOMAML):
         pairs = []
         for _ in range(repetitions):

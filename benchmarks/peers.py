@@ -1,4 +1,4 @@
-"""The mean meta-gradient of a meta-batch as other libraries compute it, and as plain torch.func does, for comparison.
+"""The mean meta-gradient of a meta-batch as other libraries and plain torch.func compute it.
 
 Each takes a network whose batch norm keeps no running averages, the mean loss, the tasks, the inner
 rate and the inner steps.
@@ -66,7 +66,10 @@ def higher(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, step
 
 
 def torchopt(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, steps: int) -> Params:
-    """Use ``MetaSGD``, and save and restore the state around each task, as in torchopt's few-shot example."""
+    """Use ``MetaSGD``, with the state saved and restored around each task.
+
+    This is how torchopt's few-shot example does it.
+    """
     import torchopt as library
 
     params = dict(network.named_parameters())
@@ -91,7 +94,10 @@ def torch_func(
     steps: int,
     first_order: bool = False,
 ) -> Params:
-    """Use ``grad`` through an inner loop of ``grad``, one task after the other: ``vmap`` over tasks fails at batch norm."""
+    """Use ``grad`` through an inner loop of ``grad``, one task after the other.
+
+    ``vmap`` over tasks fails at batch norm.
+    """
     params = {name: p.detach() for name, p in network.named_parameters()}
 
     def query_loss(w: Params, task: Task) -> Tensor:

@@ -394,7 +394,10 @@ TASKS = 200_000
 
 
 def noisy_episodes(samples: int, steps: int, hessian_noise: float, seed: int) -> ResampledEpisodes:
-    """Return many copies of one task, each with its own support samples, which are also its Hessian batches; queries have no noise."""
+    """Return many copies of one task, each with its own support samples.
+
+    The support samples are also the Hessian batches; queries have no noise.
+    """
     random = torch.Generator().manual_seed(seed)
     noise = torch.randn(TASKS, steps, samples, 2, dtype=DOUBLE, generator=random) * vector(
         1, hessian_noise
@@ -421,7 +424,10 @@ def sampled_gradient(
 
 
 def sampling_bias() -> Finding:
-    """P6: sampling the inner step biases the gradient by at most alpha L sigma-tilde / sqrt(D_in)."""
+    """P6: sampling the inner step biases the gradient.
+
+    The bias is at most alpha L sigma-tilde / sqrt(D_in).
+    """
     alpha, w = 1 / 6, vector(1)
     exact = -torch.sin(w + alpha * torch.sin(w))
     biases = [
@@ -698,7 +704,10 @@ def cost() -> Finding:
 def quartic_run(
     steps: int, scale: float | None, fixed: float | None, iterations: int
 ) -> list[float]:
-    """Return |grad F| along a run with the adaptive rule (L and rho measured at every point) or a fixed step."""
+    """Return |grad F| along a run with the adaptive rule or a fixed step.
+
+    The adaptive rule measures L and rho at every point.
+    """
     rule: theory.Rule = "one_step" if steps == 1 else "finite_sum"
     alpha, w, norms = quartic_inner_lr(steps), Quartic().w.detach(), []
     for _ in range(iterations):
@@ -723,7 +732,10 @@ def quartic_run(
 
 
 def adaptive_where_fixed_diverges() -> Finding:
-    """P12: where curvature varies, the step measured at the current point converges and the best local fixed step diverges."""
+    """P12: where curvature varies, the best local fixed step diverges.
+
+    The step measured at the current point converges.
+    """
     series, texts, holds = [], [], True
     for steps, style, reference in ((1, "-", (224, 2769)), (5, "--", (51, 4667))):
         at_minimum = 1 / quartic_smoothness(quartic_minimum(steps), steps)

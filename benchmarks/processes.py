@@ -1,4 +1,6 @@
-r"""How training scales with processes: measured on this machine, and a model of it up to a thousand.
+r"""How training scales with processes.
+
+This is measured on this machine, and modelled for up to a thousand processes.
 
     .venv/bin/python benchmarks/processes.py
     .venv/bin/python benchmarks/processes.py --step-ms 40 --spread 0.03 \
@@ -88,7 +90,10 @@ def _in_process(rank: int, processes: int, folder: str, name: str, rounds: int) 
 
 
 def measure(processes: int, name: str, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds that meta-gradients, steps and sums of each size take in the first of ``processes`` processes."""
+    """Return the seconds of meta-gradients, steps and sums of each size.
+
+    They are those of the first of ``processes`` processes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_in_process, (processes, folder, name, rounds), processes)
         found: dict[str, list[float]] = torch.load(
@@ -98,7 +103,10 @@ def measure(processes: int, name: str, rounds: int) -> dict[str, list[float]]:
 
 
 def fit(sums: Sequence[float], processes: int) -> Ring:
-    """Return the ring that best explains how long sums of :data:`SIZES` took, with all sizes weighted alike."""
+    """Return the ring that best explains how long sums of :data:`SIZES` took.
+
+    All sizes are weighted alike.
+    """
     share = 2 * (processes - 1)
     columns = (
         np.stack([np.full(len(SIZES), share), share / processes * 4 * np.array(SIZES)], 1)
@@ -109,13 +117,16 @@ def fit(sums: Sequence[float], processes: int) -> Ring:
 
 
 def slowest(computations: Sequence[float], processes: int) -> float:
-    """Return the expected time of the slowest of ``processes`` computations, drawn from ``computations``."""
+    """Return the expected time of the slowest of ``processes`` computations.
+
+    Each is drawn from ``computations``.
+    """
     drawn = np.random.RandomState(0).choice(computations, (1000, processes))
     return float(drawn.max(1).mean())
 
 
 def table(computations: Sequence[float], tasks: int, ring: Ring, size: int) -> list[str]:
-    """Return what the model predicts, for a fixed number of tasks per process and for a fixed number of tasks in all.
+    """Return what the model predicts, for fixed tasks per process and for fixed tasks in all.
 
     Args:
         computations: Seconds of a process's meta-gradient.

@@ -1,4 +1,6 @@
-"""Accuracies from the shipped configs: trains and tests a row of the tables, over several seeds, and writes the tables anew.
+"""Accuracies from the shipped configs.
+
+Train and test a row of the tables over several seeds, and write the tables anew.
 
     make reproduce ROW=omniglot_5w1s_maml
 
@@ -122,7 +124,11 @@ class Judged(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training and its tests; ``minutes`` are those of training and validation, summed over the parts of a run that was cut off."""
+    """One training and its tests.
+
+    ``minutes`` are those of training and validation, summed over the parts of a run that was cut
+    off.
+    """
 
     row: str
     seed: int
@@ -157,7 +163,9 @@ def machine() -> str:
 def reproduce(
     row: str, seed: int, iterations: int | None, root: str, *, resume: bool = False
 ) -> None:
-    """Train, for ``iterations`` or as long as the config says, then test, and save the results after each of the tests.
+    """Train, then test, and save the results after each of the tests.
+
+    Training takes ``iterations``, or as many as the config says.
 
     With ``resume``, the newest such training that left a checkpoint goes on from there; one that
     had ended is only tested.
@@ -224,7 +232,10 @@ def runs() -> list[Run]:
 
 
 def by_setting(found: Iterable[Run]) -> dict[str, list[list[Run]]]:
-    """Return the runs of each setting in the order of the tables, with runs that differ only by their seed grouped together."""
+    """Return the runs of each setting in the order of the tables.
+
+    Runs that differ only by their seed are grouped together.
+    """
     groups = dict[str, list[Run]]()
     for each in found:
         # the same settings, machine and versions
@@ -248,7 +259,10 @@ def tables(found: Iterable[Run]) -> str:
 
 
 def draw(found: Iterable[Run]) -> Figure:
-    """Draw, for each setting, row and seed, the accuracy on the most test tasks with its interval, beside the published one."""
+    """Draw the accuracy of each setting, row and seed beside the published one.
+
+    It is the accuracy on the most test tasks, with its interval.
+    """
     settings = by_setting(found)
     heights = [1 + len(groups) for groups in settings.values()]
     figure = Figure(figsize=(9, 1 + 0.35 * sum(heights)), layout="constrained")

@@ -1,4 +1,6 @@
-"""What second-order training of a ResNet-12 costs: 84 x 84, 5-way 5-shot, 15 queries per class, N = 5, one task at a time, on the CPU.
+"""What second-order training of a ResNet-12 costs on the CPU.
+
+84 x 84, 5-way 5-shot, 15 queries per class, N = 5, one task at a time.
 
     MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/resnet12.py
 

@@ -1,4 +1,4 @@
-"""How the time of a meta-gradient grows with inner steps and with tasks, and shrinks with CPU cores.
+"""How the time of a meta-gradient depends on inner steps, tasks and CPU cores.
 
 make learn2learn && .venv/bin/python benchmarks/scaling.py     # some minutes on 2 cores
 """
@@ -23,7 +23,7 @@ STEPS, TASKS = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16, 32, 64)
 
 
 def of(name: str, workload: str, device: str, **changes: int) -> Callable[[], Any]:
-    """Return a function that computes the meta-gradient of a workload with other numbers of steps or tasks."""
+    """Return a function that computes a meta-gradient with other numbers of steps or tasks."""
     chosen = WORKLOADS[workload]._replace(**changes)
     network: nn.Module = without_averages(chosen.network()).to(device)
     return method(name, network, F.cross_entropy, chosen, chosen.episodes(device))

@@ -1,4 +1,6 @@
-"""Runs killed at random moments go on from their last checkpoint: do they end as the run that was not killed, bit for bit?
+"""Kill runs at random moments, and resume them from their last checkpoint.
+
+Do they end as the run that was not killed, bit for bit?
 
 .venv/bin/python benchmarks/soak.py                # 200 kills; prints a table
 """
@@ -63,7 +65,10 @@ class Phases(Callback):
 
 
 def train(folder: Path, name: str, phase: mmap.mmap) -> None:
-    """Train to the end and write ``end.pt``; start from the last checkpoint in ``folder`` if there is one, but from another random seed."""
+    """Train to the end and write ``end.pt``.
+
+    Start from the last checkpoint in ``folder`` if there is one, but from another random seed.
+    """
     torch.set_num_threads(1)
     last = folder / "last.ckpt"
     torch.manual_seed(os.getpid() if last.exists() else 0)
@@ -98,7 +103,10 @@ def train(folder: Path, name: str, phase: mmap.mmap) -> None:
 
 
 def in_child(function: Callable[[], None], kill_after: float | None = None) -> bool:
-    """Call ``function`` in a process of its own, killed after ``kill_after`` seconds if given; return whether it came to its end."""
+    """Call ``function`` in a process of its own; return whether it came to its end.
+
+    The process is killed after ``kill_after`` seconds if given.
+    """
     child = os.fork()
     if child == 0:
         status = 1
@@ -126,7 +134,10 @@ def whole_run(folder: Path, name: str) -> float:
 
 
 def killed_run(reference: Path, seconds: float, name: str, seed: int) -> str:
-    """Kill a run at a random moment, resume it and compare the end; return when it was killed, or what was wrong."""
+    """Kill a run at a random moment, resume it and compare the end.
+
+    Return when it was killed, or what was wrong.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder, phase = Path(temporary), mmap.mmap(-1, 1)
         if in_child(lambda: train(folder, name, phase), random.Random(seed).uniform(0, seconds)):
@@ -150,7 +161,10 @@ def killed_run(reference: Path, seconds: float, name: str, seed: int) -> str:
 def soak(
     kills: int, processes: int, seed: int, names: Iterable[str] = MODELS
 ) -> Counter[tuple[str, str]]:
-    """Kill and resume until ``kills`` runs were killed after their first checkpoint and before their end; count the outcomes."""
+    """Kill and resume runs, and count the outcomes.
+
+    ``kills`` runs are killed after their first checkpoint and before their end.
+    """
     found: Counter[tuple[str, str]] = Counter()
     with (
         tempfile.TemporaryDirectory() as temporary,

@@ -1,4 +1,6 @@
-"""Exact, first-order and Hessian-free meta-gradients against those of other libraries: same weights, same tasks, in turns, in one process.
+"""Exact, first-order and Hessian-free meta-gradients against those of other libraries.
+
+All have the same weights and tasks, and take turns in one process.
 
     make learn2learn
     .venv/bin/python -m pip install --group bench
@@ -128,7 +130,10 @@ class Row(NamedTuple):
 
 
 def without_averages(network: nn.Module) -> nn.Module:
-    """Return the network with batch norm by the statistics of each batch, so that every library here computes the same."""
+    """Return the network with batch norm by the statistics of each batch.
+
+    Every library here then computes the same.
+    """
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean = module.running_var = module.num_batches_tracked = None
@@ -166,7 +171,10 @@ def method(
 
 
 def limits(name: str, device: str) -> dict[str, float]:
-    """Return the milliseconds that exact and first-order meta-gradients would take at the machine's best rate."""
+    """Return the milliseconds of meta-gradients at the machine's best rate.
+
+    There is one figure for the exact and one for the first-order meta-gradient.
+    """
     network, loss, episodes = start(WORKLOADS[name], device)
     rate, found = best_rate(device), {}
     for key in ("ours-exact", "ours-fo"):
@@ -180,7 +188,9 @@ def limits(name: str, device: str) -> dict[str, float]:
 
 
 def best_rate(device: str) -> float:
-    """Return the floating-point operations per second of a large matrix product or a large convolution, whichever has more.
+    """Return the most floating-point operations per second that the machine was seen to do.
+
+    It is that of a large matrix product or a large convolution, whichever has more.
 
     On CPUs the two come from different libraries: on an AMD EPYC, convolutions have 2.5 times the
     rate of products.
@@ -201,7 +211,10 @@ def best_rate(device: str) -> float:
 
 
 def peak_mb(function: Callable[[], object], device: str) -> float:
-    """Return the peak memory of one call beyond what there was before: allocated on CUDA, resident on the CPU."""
+    """Return the peak memory of one call beyond what there was before.
+
+    It is memory allocated on CUDA, and resident on the CPU.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -220,7 +233,10 @@ def _resident(field: str) -> int:
 
 
 def seconds(function: Callable[[], object], device: str, calls: int) -> float:
-    """Return the mean time of a call, over ``calls`` in a row, until all that they started on the device has ended."""
+    """Return the mean time of a call, over ``calls`` in a row.
+
+    It counts until all that they started on the device has ended.
+    """
     start = time.perf_counter()
     for _ in range(calls):
         function()
@@ -238,7 +254,9 @@ def relative_error(actual: Params, expected: Params) -> float:
 
 
 def errors_and_peaks(name: str, methods: list[str], device: str) -> dict[str, tuple[float, float]]:
-    """Return how far each method is off in float32, and its peak memory in MB; raise where one is off in float64.
+    """Return how far each method is off in float32, and its peak memory in MB.
+
+    Raise where one is off in float64.
 
     The errors are relative to autograd through the unrolled loop in float64.
     """

@@ -1,4 +1,7 @@
-"""A sample of benchmarks/layers.py: layers in every way of running tasks, against autograd through the unrolled loop."""
+"""Check a sample of the layers of benchmarks/layers.py in every way of running tasks.
+
+The reference is autograd through the unrolled loop.
+"""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""Accuracy tables: their rows are configs that parse, the page has what the runs found, and one row runs from end to end."""
+"""Accuracy tables: the configs of their rows, the page, and one run.
+
+Configs must parse, the page must show what the runs found, and one row runs from end to end.
+"""
 
 import json
 import warnings

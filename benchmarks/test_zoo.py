@@ -1,4 +1,7 @@
-"""A sample of benchmarks/zoo.py: whole networks of other libraries, against autograd through the unrolled loop."""
+"""A sample of benchmarks/zoo.py: whole networks of other libraries.
+
+The reference is autograd through the unrolled loop.
+"""
 
 import gc
 

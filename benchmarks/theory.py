@@ -1,4 +1,6 @@
-"""The predictions of both papers, each as the claim, a formula and a measurement: one table and one page of plots.
+"""The predictions of both papers: one table and one page of plots.
+
+Each is given as the claim, a formula and a measurement.
 
     python benchmarks/theory.py
 

@@ -1,4 +1,7 @@
-"""What the sweeps over layers and networks share: autograd through the unrolled loop in plain torch, and the cells of their tables."""
+"""What the sweeps over layers and networks share.
+
+That is autograd through the unrolled loop in plain torch, and the cells of their tables.
+"""
 
 import random
 import re
@@ -26,7 +29,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
 
 
 class Right(NamedTuple):
-    """What autograd through the unrolled loop gives; None is what torch cannot differentiate, which the package must refuse.
+    """What autograd through the unrolled loop gives.
+
+    None is what torch cannot differentiate, which the package must refuse.
 
     Attributes:
         exact: The mean gradient of the query losses at the start.
@@ -38,7 +43,10 @@ class Right(NamedTuple):
 
 
 def outputs_of(network: nn.Module, tensors: Params, x: Any) -> Tensor:
-    """Return the logits for inputs that are a tensor, a tuple or a dict, with other tensors in the network's place."""
+    """Return the logits of a network that is given other tensors in place of its own.
+
+    Inputs are a tensor, a tuple or a dict.
+    """
     arguments = () if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
     outputs = functional_call(network, tensors, arguments, x if isinstance(x, dict) else {})
     return outputs if isinstance(outputs, Tensor) else outputs.logits
@@ -76,7 +84,10 @@ def step(network: nn.Module, w: Params, x: Any, y: Tensor, rate: float, *, graph
 def unrolled(
     network: nn.Module, episodes: Episodes, rate: float, steps: int, *, exact: bool = True
 ) -> Right:
-    """Return the meta-gradients by autograd; the first-order one alone if the exact one is not wanted."""
+    """Return the meta-gradients by autograd.
+
+    The exact one is left out if it is not wanted.
+    """
     start = start_of(network)
     exactly, at_the_end = (
         {name: torch.zeros_like(p) for name, p in start.items()} for _ in range(2)
@@ -101,14 +112,14 @@ def unrolled(
 
 
 def seed() -> None:
-    """Let all generators begin anew, so that a random layer draws the same in the package as in plain torch."""
+    """Set all generators back, so that the package draws the same as plain torch."""
     torch.manual_seed(3)
     np.random.seed(3)
     random.seed(3)
 
 
 def reference(network: nn.Module, episodes: Episodes, rate: float, steps: int) -> Right:
-    """Return the right meta-gradients, with None where torch has no second derivative or cannot differentiate so."""
+    """Return the right meta-gradients; None stands for those that torch cannot differentiate."""
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
         for exact in (True, False):
             seed()

@@ -1,4 +1,7 @@
-"""Every network of tests/helpers/zoo_catalogue.py, in training and adaptation, against autograd through the unrolled loop."""
+"""Every network of tests/helpers/zoo_catalogue.py, in training and adaptation.
+
+The reference is autograd through the unrolled loop.
+"""
 
 import argparse
 import copy
@@ -98,7 +101,10 @@ def row(entry: Entry) -> dict[str, Outcome]:
 
 
 def table(rows: Mapping[str, Mapping[str, Outcome]]) -> str:
-    """Return the outcomes as a table with a line for each library, and what was said where a network was refused."""
+    """Return the outcomes as a table with a line for each library.
+
+    Where a network was refused, it shows the message.
+    """
     columns = ("exact", "first order", "adapt")
     lines = [f"| | networks | {' | '.join(columns)} |", "|---|---|---|---|---|"]
     refused: dict[tuple[str, str], list[str]] = defaultdict(list)

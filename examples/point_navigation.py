@@ -1,4 +1,6 @@
-"""Reinforcement learning through the same core: a point in the plane learns to reach a goal after a few trial runs.
+"""Reinforcement learning with the same functions: a point learns to reach a goal.
+
+It moves in the plane, and adapts after a few trial runs.
 
 A task is a goal; a policy that does not see it must find it from the rewards of its own
 trajectories (Ji et al. 2022, Appendix A.1; the environment is that of Finn et al. 2017, section
@@ -48,7 +50,10 @@ ALGORITHMS: dict[str, CurvatureName] = {
 
 
 def build_policy() -> nn.Module:
-    """Return a smooth network from positions ``[..., 2]`` to mean actions in units of ``STEP``, ``[..., 2]``."""
+    """Return a smooth network from positions to mean actions, both ``[..., 2]``.
+
+    Actions are in units of ``STEP``.
+    """
     return nn.Sequential(
         nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2), nn.Tanh()
     )
@@ -77,7 +82,10 @@ class Navigation:
         self.policy = policy
 
     def sample(self, params: Params, noise: Tensor, goal: Tensor) -> tuple[Trajectories, Tensor]:
-        """Act with the policy at ``params``; ``noise`` ``[S, H, 2]`` is standard normal, ``goal`` ``[S, 2]``."""
+        """Act with the policy at ``params``.
+
+        ``noise`` ``[S, H, 2]`` is standard normal, ``goal`` is ``[S, 2]``.
+        """
         position, positions, actions = torch.zeros_like(goal), [], []
         for t in range(noise.shape[1]):
             action = self._mean(params, position) + STEP_STD * noise[:, t]
@@ -91,7 +99,9 @@ class Navigation:
         ), goal
 
     def loss(self, params: Params, runs: Trajectories, goal: Tensor) -> Tensor:
-        """Return minus the mean return: an unbiased estimate for any ``params``, from trajectories drawn at others.
+        """Return minus the mean return, estimated from trajectories drawn at other parameters.
+
+        The estimate is unbiased for any ``params``.
 
         ``sum_t rho_t r_t - (rho_t - rho_{t-1}) b_t`` with ``rho_t`` the likelihood ratio of the
         first t actions. The baseline ``b_t``, the mean reward to go of the other trajectories, only
@@ -130,7 +140,10 @@ def draw_tasks(
 def meta_train(
     policy: nn.Module, curvature: CurvatureName, iterations: int, seed: int = 0
 ) -> list[float]:
-    """Train ``policy`` in place, with N = 1, and return, for every iteration, the mean return after adaptation."""
+    """Train ``policy`` in place, with N = 1.
+
+    Return, for every iteration, the mean return after adaptation.
+    """
     task, random = Navigation(policy), torch.Generator().manual_seed(seed)
     params = dict(policy.named_parameters())
     optimizer = torch.optim.Adam(params.values(), lr=3e-3)
@@ -155,7 +168,10 @@ def meta_train(
 
 
 def returns_on_new_tasks(policy: nn.Module, steps: int = 3, tasks: int = 200) -> Tensor:
-    """Return the mean return of 20 runs after 0 .. ``steps`` adaptation steps of 20 runs each, ``[tasks, steps + 1]``."""
+    """Return mean returns after 0 .. ``steps`` adaptation steps, ``[tasks, steps + 1]``.
+
+    Each is the mean of 20 runs; each step sees 20 runs.
+    """
     task, episodes = (
         Navigation(policy),
         draw_tasks(
@@ -175,7 +191,10 @@ def returns_on_new_tasks(policy: nn.Module, steps: int = 3, tasks: int = 200) ->
 
 
 def runs_on_one_task(policy: nn.Module, goal: Tensor, steps: int) -> list[Tensor]:
-    """Return the positions of 20 runs after 0 .. ``steps`` adaptation steps, each ``[20, H, 2]``."""
+    """Return the positions of 20 runs after 0 .. ``steps`` steps, each ``[20, H, 2]``.
+
+    Each adaptation step sees 20 runs.
+    """
     task, random = Navigation(policy), torch.Generator().manual_seed(20_000)
     params, goals, positions = dict(policy.named_parameters()), goal.expand(20, 2), []
     for _ in range(steps + 1):

@@ -25,5 +25,8 @@ def threads_for_tasks(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def compiler_without_a_past() -> None:
-    """Let torch's compiler forget other tests' shapes, of which it makes programs for any shape, and code it gave up on."""
+    """Let torch's compiler forget what other tests compiled.
+
+    It would otherwise make programs for any shape, and remember code that it gave up on.
+    """
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""The inner learning rates A: one number, or one for each parameter that adapts, or for each step."""
+"""The inner learning rates A: one number, or one for each parameter, or for each step."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
@@ -43,6 +43,17 @@ class LearnedRates(nn.Module):
             set for each step (LSLR, Antoniou et al. 2019, section 4); ``"per_parameter"``: one for
             each element (Meta-SGD, Li et al. 2017, eq. 3).
         steps: N, the number of sets with ``"per_layer_and_step"``.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.core.inner_rates import LearnedRates
+        >>> params = {"weight": torch.zeros(3, 2)}
+        >>> rates = LearnedRates(params, 0.5, "per_parameter", steps=1)
+        >>> rates(["weight"])["weight"].shape
+        torch.Size([3, 2])
+        >>> each_step = LearnedRates(params, 0.5, "per_layer_and_step", steps=4)
+        >>> len(each_step(["weight"]))
+        4
     """
 
     def __init__(self, params: Params, inner_lr: float, kind: LearnedRatesName, steps: int) -> None:
@@ -58,7 +69,9 @@ class LearnedRates(nn.Module):
         )
 
     def forward(self, names: Collection[str]) -> Rates | list[Rates]:
-        """Return the rates of these parameters, with their graph; if each step has its own, return a list of them by step.
+        """Return the rates of these parameters, with their graph.
+
+        If each step has rates of its own, the result is a list of them by step.
 
         Raises:
             ValueError: If a parameter was not there, or frozen, when the rates were made.

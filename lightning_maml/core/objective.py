@@ -49,6 +49,16 @@ class Objective:
         axis: The task axis.
         keep_graph: Keep the graph of a gradient for a Hessian-vector product at the same point,
             which then need not build it again.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.core.objective import Objective
+        >>> cube = Objective(lambda w: ((w["x"] ** 3).sum(), ()))
+        >>> w = {"x": torch.tensor([2.0, 1.0])}
+        >>> cube.gradient(w)
+        {'x': tensor([12.,  3.])}
+        >>> cube.hessian_vector_product(w, {"x": torch.tensor([1.0, 1.0])})
+        {'x': tensor([12.,  6.])}
     """
 
     def __init__(

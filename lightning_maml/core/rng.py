@@ -11,14 +11,18 @@ from torchvision.ops import DropBlock2d
 
 
 def is_random(network: nn.Module) -> bool:
-    """Return whether a layer draws random numbers: dropout, DropBlock, attention or recurrence with dropout, or RReLU, in training mode."""
+    """Return whether a layer draws random numbers in its present mode.
+
+    Such layers are dropout, DropBlock, RReLU, and attention or recurrence with dropout, all in
+    training mode.
+    """
     return drops_blocks(network) or any(
         module.training and _draws(module) for module in network.modules()
     )
 
 
 def drops_blocks(network: nn.Module) -> bool:
-    """Return whether DropBlock is active, which fills its mask in place and so does not run under ``vmap``."""
+    """Return whether DropBlock is active; it fills its mask in place, which ``vmap`` refuses."""
     return any(module.training and isinstance(module, DropBlock2d) for module in network.modules())
 
 
@@ -30,14 +34,17 @@ def _draws(module: nn.Module) -> bool:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of the random generators of torch, the device, numpy and Python, in plain types."""
+    """Return the states of torch, the device, numpy and Python, in plain types for a checkpoint."""
     states = generator_states(device)
     name, key, *rest = states["numpy"]
     return states | {"numpy": (name, np.asarray(key).tolist(), *rest)}
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Set the generators to ``state``; the device's only if the device is of the kind that the state was taken on."""
+    """Set the generators to what :func:`random_state` returned.
+
+    The state of an accelerator is used only if ``device`` is of the same type.
+    """
     name, key, *rest = state["numpy"]
     version, internal, following = state["python"]
     plain = {
@@ -48,7 +55,10 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:
-    """Return the states of the random generators of torch, the device, numpy and Python, which networks draw from."""
+    """Return the states of the global random generators that networks draw from.
+
+    These are the generators of torch, the device, numpy and Python.
+    """
     # the global generators: a network that draws from one of its own is refused at the first look
     return torch_random_state(device) | {
         "numpy": np.random.get_state(),
@@ -75,7 +85,10 @@ def torch_random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_torch_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Set these generators to ``state``; the device's only if the device is of the kind that the state was taken on."""
+    """Set the generators to what :func:`torch_random_state` returned.
+
+    The state of an accelerator is used only if ``device`` is of the same type.
+    """
     torch.set_rng_state(state["torch"])
     if state.get(device.type) is not None:
         torch.get_device_module(device).set_rng_state(state[device.type], *_numbered(device))
@@ -86,7 +99,10 @@ def _numbered(device: torch.device) -> list[torch.device]:
 
 
 def generators_drawn_from(before: dict[str, Any], device: torch.device) -> list[str]:
-    """Return the names of the generators that moved since :func:`generator_states` returned ``before``."""
+    """Return the names of the generators that moved since ``before``.
+
+    ``before`` is what :func:`generator_states` returned.
+    """
     now = generator_states(device)
     return [name for name, state in before.items() if not _same_state(state, now[name])]
 

@@ -9,7 +9,7 @@ _MOST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Make this process keep the memory that tensors on the CPU free, and reuse it for the next ones.
+    """Make this process keep the memory that CPU tensors free, and reuse it for the next ones.
 
     By default glibc gives large blocks back to Linux when they are freed, and gets them anew, page
     by page and zeroed: on a CPU this takes up to half of the time of a meta-gradient

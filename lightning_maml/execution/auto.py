@@ -1,4 +1,8 @@
-"""How tasks are run if this is left open: small ones stacked, larger ones one per core, the largest one after the other on all cores."""
+"""How `tasks="auto"` chooses loop, threads or vmap.
+
+Small tasks are stacked, larger ones run one per core, and the largest run one after the other, each
+on all cores.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -54,14 +58,19 @@ per core would need more memory."""
 
 
 class Execution(NamedTuple):
-    """How the tasks of a meta-batch are run, see :func:`lightning_maml.execution.task_map.map_tasks`."""
+    """How the tasks of a meta-batch are run.
+
+    See :func:`lightning_maml.execution.task_map.map_tasks`.
+    """
 
     tasks: TaskExecution
     chunk_size: int | None
 
 
 class Executor:
-    """Decides how a model's tasks are run: as the user asks or, if that is left open, by the device, the network and the tasks' size.
+    """Decides how a model's tasks are run.
+
+    The user decides; with ``tasks="auto"`` the device, the network and the size of the tasks do.
 
     Args:
         tasks: See :class:`lightning_maml.MAML`.
@@ -71,6 +80,13 @@ class Executor:
     Raises:
         ValueError: If ``tasks`` is none of the four, or does not stack tasks that are to be
             compiled, or if ``chunk_size`` is not positive.
+
+    Examples:
+        >>> from lightning_maml.execution.auto import Executor
+        >>> Executor("auto", None, compiled=False).is_open()
+        True
+        >>> Executor("loop", None, compiled=False).is_open()
+        False
     """
 
     def __init__(self, tasks: TasksName, chunk_size: int | None, compiled: bool) -> None:
@@ -181,7 +197,10 @@ class Executor:
     def of_adaptation(
         self, network: nn.Module, device: torch.device, support: Episodes
     ) -> Execution:
-        """Return how tasks that can be stacked are adapted to; on a CPU this is decided as in training, but from the support sets alone."""
+        """Return how to adapt to tasks that can be stacked.
+
+        On a CPU this is decided as in training, but from the support sets alone.
+        """
         if self.tasks != "auto" or self.chunk_size is not None or device.type != "cpu":
             return Execution("vmap", self.chunk_size or ADAPTED_AT_ONCE)
         alone = support._replace(query_x=map_tensors(lambda tensor: tensor[:, :0], support.query_x))
@@ -315,5 +334,5 @@ def for_cpu(
 
 
 def _one_by_one(chunks: int) -> TaskExecution:
-    """Return the way of running tasks that gives each core a chunk of them; a single chunk gets all cores."""
+    """Return how to run chunks: one per core, or a single one on all cores."""
     return "loop" if chunks == 1 or torch.get_num_threads() == 1 else "threads"

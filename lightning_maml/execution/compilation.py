@@ -1,4 +1,4 @@
-"""Compilation of the meta-gradient of stacked tasks as a whole, including the derivatives inside it."""
+"""Compile the meta-gradient of stacked tasks as a whole, with the derivatives inside it."""
 
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -24,7 +24,9 @@ OfTasks = Callable[[Params, Sequence[Rates], AnyEpisodes], Any]
 
 
 class Compiler:
-    """Calls functions of tasks through programs that it compiles: one for each setting and each shape, type and device of the tensors.
+    """Calls functions of tasks through programs that it compiles.
+
+    There is one program for each setting and for each shape, type and device of the tensors.
 
     A program is traced: what the function reads besides its tensors (numbers, attributes of a
     network) stays as it was at that time. Copies of a compiler start without programs.
@@ -47,7 +49,10 @@ class Compiler:
         rates: Sequence[Rates],
         task: AnyEpisodes,
     ) -> Any:
-        """Return ``function(params, rates, task)``, where ``setting`` is all that the function depends on besides them."""
+        """Return ``function(params, rates, task)``, compiled.
+
+        ``setting`` stands for everything else that the function depends on.
+        """
         tensors = [
             *params.values(),
             *(rate for of_step in rates for rate in tensor_rates(of_step).values()),
@@ -79,7 +84,10 @@ class Compiler:
 
 
 def state_of(module: Any) -> tuple[Any, ...]:
-    """Return what decides whether the same program can be used: the module's parts, their modes, and the tensors that they hold."""
+    """Return what decides whether a compiled program can be used again.
+
+    That is the module's parts, their modes, and the tensors that they hold.
+    """
     if not isinstance(module, nn.Module):
         return (module,)
     return tuple(
@@ -95,7 +103,10 @@ def _compiled(
     task: AnyEpisodes,
     tensors: list[Tensor],
 ) -> Callable[[list[Tensor]], Any]:
-    """Return the program, run once already, as a function of the tensors; it keeps those of the network, so that no other gets their id."""
+    """Return the compiled program, which has run once, as a function of the tensors.
+
+    It keeps references to the network's tensors, so that their ids stay unique cache keys.
+    """
     of_result: list[TreeSpec] = []
 
     def of_tensors(*tensors: Tensor) -> list[Tensor]:
@@ -164,7 +175,10 @@ def _as_row(results: list[Any]) -> Tensor:
 
 
 def _bias_apart(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
-    """Compute a convolution, then add its bias: up to torch 2.9 at least, compilers reject a bias that is a view, as it is in a stack."""
+    """Compute a convolution, then add its bias.
+
+    Compilers up to torch 2.9 at least reject a bias that is a view, as it is in a stack.
+    """
     if bias is None:
         return NotImplemented  # it is traced as it is
     return torch.convolution(x, weight, None, *options) + bias.view(-1, *[1] * (x.ndim - 2))

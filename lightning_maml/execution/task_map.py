@@ -85,7 +85,7 @@ def map_tasks(
 
 
 def split(episodes: AnyEpisodes, tasks: TaskExecution, chunk_size: int | None) -> Chunks:
-    """Split a meta-batch into what is computed at once; the arguments are those of :func:`map_tasks`."""
+    """Split a meta-batch into what is computed at once; takes what :func:`map_tasks` takes."""
     check_chunk_size(chunk_size)
     if tasks not in get_args(TaskExecution):
         raise UserValueError(

@@ -55,7 +55,10 @@ class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def relative_error(gradient: Params, right: Params) -> float:
-    """Return the distance of a gradient from the right one, relative to the norm of the latter, over the parameters that both have."""
+    """Return the distance of a gradient from the right one, relative to the norm of the right one.
+
+    Only the parameters that both have are compared.
+    """
     both = [name for name in gradient if name in right]
     gradient, right = (
         {name: each[name].detach().double() for name in both} for each in (gradient, right)
@@ -77,22 +80,16 @@ def first_sentence(error: BaseException) -> str:
 
 def draws_alike(case: Case) -> bool:
     """Return whether the network draws the same random numbers in the library as alone."""
-    functional, task = (
-        FunctionalNetwork(case.model.network, case.model.batch_norm),
-        first_task(case.episodes),
-    )
+    functional = FunctionalNetwork(case.model.network, case.model.batch_norm)
+    task = first_task(case.episodes)
 
     def outputs(network: Callable[[Any], Any]) -> Tensor:
         case.start()
-        found = (network(x) for x in (support_set(task)[0], task.query_x))
-        return torch.cat(
-            [
-                tensor.flatten()
-                for each in found
-                for tensor in tensors_in(each)
-                if tensor.is_floating_point()
-            ]
-        )
+        rows: list[Tensor] = []
+        for x in (support_set(task)[0], task.query_x):
+            floats = (t for t in tensors_in(network(x)) if t.is_floating_point())
+            rows += [tensor.flatten() for tensor in floats]
+        return torch.cat(rows)
 
     with torch.no_grad(), case.precision():
         return torch.allclose(

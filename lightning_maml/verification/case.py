@@ -88,7 +88,7 @@ class Case:
         return Case(model, episodes, self.states)
 
     def looked_at(self) -> NetworkInfo:
-        """Return what the model sees of its network on such a batch, which it refuses if something is wrong."""
+        """Return what the model's checks of such a batch find; they may refuse it."""
         model = self.model
         return model._check(
             FunctionalNetwork(model.network, model.batch_norm),
@@ -105,14 +105,19 @@ class Case:
     def gradient(
         self, curvature: CurvatureName | None = None, way: Execution = WAYS["loop"]
     ) -> Params:
-        """Return the network's meta-gradient as the library has it, by default that of the model's own algorithm."""
+        """Return the library's meta-gradient of the network's parameters.
+
+        By default it is that of the model's own algorithm.
+        """
         self.start(way)
         with self.precision():
             gradient: Params = self.model.meta_gradient(self.episodes, curvature)
         return {f"network.{name}": g for name, g in gradient.items()}
 
     def arriving(self, *, as_asked: bool = False) -> Params:
-        """Return the gradients that a training step gives the optimizer, those of the loss and of the inner rates included.
+        """Return the gradients that a training step gives the optimizer.
+
+        Those of the loss and of the inner rates are included.
 
         Tasks are run in a loop, or before the first gradient as the model was asked to run them.
         """
@@ -128,7 +133,10 @@ class Case:
         }
 
     def exact(self) -> Params:
-        """Return the exact meta-gradient: of all that is trained if the model is trained by it, else of the network."""
+        """Return the exact meta-gradient.
+
+        It covers everything that is trained if the model trains by it, else the network alone.
+        """
         model = self.model
         trained_so = (
             model.curvature == "exact" and type(model)._gradient_function is MAML._gradient_function

@@ -57,8 +57,8 @@ def check(model: MAML, episodes: AnyEpisodes) -> CheckReport:
         >>> import torch
         >>> from lightning_maml import MAML, MLP, Episodes, check
         >>> model = MAML(MLP(2, 3, activation="gelu"), inner_lr=0.1)
-        >>> labels = torch.arange(3).repeat(4, 2)
-        >>> report = check(model, Episodes(torch.rand(4, 6, 2), labels, torch.rand(4, 6, 2), labels))
+        >>> x, labels = torch.rand(4, 6, 2), torch.arange(3).repeat(4, 2)
+        >>> report = check(model, Episodes(x, labels, torch.rand(4, 6, 2), labels))
         >>> report.ok
         True
 
@@ -115,7 +115,8 @@ def _looks(case: Case) -> Iterator[Look]:
 def _as_far_as_it_goes(at: str, looks: Iterator[Look]) -> Iterator[Look]:
     try:
         yield from looks
-    except Exception as error:  # noqa: BLE001 # what can be trained is not called wrong because a look fails
+    # a model that can be trained is not called wrong because a look fails
+    except Exception as error:  # noqa: BLE001
         yield Look(at, f"not looked at further: {first_sentence(error)}", "note")
 
 
@@ -165,14 +166,14 @@ def _adaptation(case: Case) -> Look:
     )
     return Look(
         "adaptation",
-        f"query {found} {len(curve.loss[0]) - 1} steps, on {tasks_in_words(case.episodes)} at these "
-        "weights",
+        f"query {found} {len(curve.loss[0]) - 1} steps, on {tasks_in_words(case.episodes)} "
+        "at these weights",
         "note",
     )
 
 
 def _of_gradients(case: Case, draws: tuple[str, ...]) -> Iterator[Look]:
-    """Compare gradients with autograd through the unrolled loop, and approximate ones with exact ones."""
+    """Compare gradients with the unrolled loop, and approximate gradients with exact ones."""
     at, own_at = "exact meta-gradient", f"{type(case.model).__name__}'s gradient"
     reason = _not_unrolled(case)
     double, exact, problem = _exact(case)
@@ -215,14 +216,18 @@ def _exact(case: Case) -> tuple[Case, Params | None, str]:
     except Exception:  # noqa: BLE001 # some networks run in their own type only
         try:
             return case, case.exact(), ""
-        except Exception as error:  # noqa: BLE001 # and first-order algorithms without second derivatives
+        # first-order algorithms may train networks that have no second derivatives
+        except Exception as error:  # noqa: BLE001
             return case, None, first_sentence(error)
 
 
 def _against_autograd(
     at: str, case: Case, double: Case, exact: Params, draws: tuple[str, ...]
 ) -> Iterator[Look]:
-    """Compare the exact meta-gradient in float64, and say how far it is from that in the parameters' own type."""
+    """Compare the exact meta-gradient with autograd in float64.
+
+    Also say how far it is from the gradient in the parameters' own precision.
+    """
     look = _compared(f"{at}, {double.name()}", double, lambda: exact, double.unrolled, draws)
     yield look
     if look.verdict == "note" or case.dtype == double.dtype:
@@ -249,7 +254,8 @@ def _compared(
     """Compare a gradient of the library with autograd's."""
     try:
         right = of_autograd()
-    except Exception as error:  # noqa: BLE001 # a network may not allow what plain torch does with it
+    # a network may not allow what plain torch does with it
+    except Exception as error:  # noqa: BLE001
         return Look(
             at,
             f"not compared, as autograd through the unrolled loop fails: {first_sentence(error)}",
@@ -300,7 +306,7 @@ def _approximations(case: Case, double: Case, exact: Params) -> Iterator[Look]:
 
 
 def _not_unrolled(case: Case) -> str:
-    """Return why autograd through the plain inner loop does not give this model's gradient; empty if it does."""
+    """Return why the plain unrolled loop does not give this gradient; empty if it does."""
     kind = type(case.model)
     if isinstance(case.model, IMAML):
         return "iMAML's is implicit, and that of the inner path is another one"

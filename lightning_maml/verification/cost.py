@@ -21,7 +21,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
-    """Return the most bytes that one call adds to those in use; None on a device whose memory cannot be watched.
+    """Return the most bytes that a call adds; None if the memory of the device cannot be watched.
 
     On CUDA these are the bytes that torch's allocator gave. On the CPU they are those of the
     tensors that operations make in the calling thread: what other threads make, and what kernels

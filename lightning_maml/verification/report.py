@@ -55,10 +55,13 @@ class CheckReport(NamedTuple):
         }
         if self.ok:
             counts = f"{count['right']} looks, none wrong; {count['note']} notes"
-            return (
-                f"The gradients of {self.algorithm} are right on this network, loss and batch "
-                f"({counts})."
-            )
+            where = "on this network, loss and batch"
+            if not any("gradient" in row.at and row.verdict == "right" for row in self.rows):
+                return (
+                    f"Nothing was found wrong with {self.algorithm} {where} ({counts}), but its "
+                    "gradient was not compared with autograd."
+                )
+            return f"The gradients of {self.algorithm} are right {where} ({counts})."
         first = next(row for row in self.rows if row.verdict == "wrong")
         others = f" ({count['wrong'] - 1} more below it)" if count["wrong"] > 1 else ""
         return (

@@ -1,4 +1,6 @@
-"""The meta-gradient as textbooks have it: autograd through the unrolled inner loop, one task after another, in plain torch.
+"""The meta-gradient of the textbooks: autograd through the unrolled inner loop.
+
+It takes one task after another, in plain torch.
 
 It is slow, keeps the graph of all inner steps, and shares no code with
 :func:`lightning_maml.meta_gradient`, which it is there to judge.
@@ -31,7 +33,9 @@ def unrolled_gradient(
     curved: bool = True,
     besides: Params | None = None,
 ) -> Params:
-    """Return the mean over tasks of the gradient of the query loss after adaptation, for the network's trainable parameters.
+    """Return the mean over tasks of the gradient of the query loss after adaptation.
+
+    The gradient is that of the network's trainable parameters.
 
     Every evaluation starts from the network's buffers as they are, and what it writes to them is
     dropped.
@@ -72,7 +76,10 @@ def unrolled_way_back(
     *,
     batch_norm: str = "batch",
 ) -> Params:
-    """Return the mean over tasks of ``w_0 - w_N``, Reptile's gradient; the arguments are those of :func:`unrolled_gradient`."""
+    """Return the mean over tasks of ``w_0 - w_N``, which is Reptile's gradient.
+
+    Takes the arguments of :func:`unrolled_gradient`.
+    """
     network, w = _emptied(network, batch_norm)
     total = {name: torch.zeros_like(p) for name, p in w.items()}
     for number in range(len(episodes.query_y)):
@@ -132,7 +139,10 @@ def _outputs(network: nn.Module, w: Params, x: Inputs, shots: int | None = None)
 
 
 def _emptied(network: nn.Module, batch_norm: str) -> tuple[nn.Module, Params]:
-    """Return a copy without numbers in its trainable parameters, so that none are read by mistake, and these parameters."""
+    """Return a copy of the network without its trainable parameters, and these parameters.
+
+    The copy holds nan in their place, so that none is read by mistake.
+    """
     network = deep_copy(network)
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     w = {name: p.detach().clone().requires_grad_() for name, p in trainable.items()}
@@ -148,7 +158,7 @@ def _emptied(network: nn.Module, batch_norm: str) -> tuple[nn.Module, Params]:
 
 
 def _normalised_by_support(norm: Any, arguments: tuple[Tensor, ...], _: Tensor) -> Tensor:
-    """Return what a batch-norm layer gives if the support set, which comes first, lends its mean and variance to all."""
+    """Normalise all samples by the mean and variance of the support set, which comes first."""
     (x,) = arguments
     support = x[: round(norm.support * len(x))]
     axes = [0, *range(2, x.ndim)]

@@ -62,19 +62,15 @@ def _same(case: Case, way: Execution, right: Params, draws: tuple[str, ...]) -> 
     if draws and are_stacked(*way):
         return "not compared, as each task draws random numbers of its own", "note"
     error = relative_error(gradient, right)
-    return f"{error:.1g} from the loop's gradient", "right" if error <= tolerated_error(
-        case
-    ) else "wrong"
+    verdict: Verdict = "right" if error <= tolerated_error(case) else "wrong"
+    return f"{error:.1g} from the loop's gradient", verdict
 
 
 def _timed(case: Case, few: Case) -> Case:
     """Return the whole batch if a step on it does not take long, else a few tasks."""
     of_few = seconds(few.gradient, case.model.device)
-    return (
-        case
-        if of_few * len(case.episodes.query_y) / len(few.episodes.query_y) <= _TIMED_SECONDS
-        else few
-    )
+    times_as_many = len(case.episodes.query_y) / len(few.episodes.query_y)
+    return case if of_few * times_as_many <= _TIMED_SECONDS else few
 
 
 def _cost(case: Case, way: Execution) -> str:

@@ -1,4 +1,7 @@
-"""The same seed gives the same weights: in another process, with workers, however tasks are run; any Python draws the same tasks."""
+"""The same seed gives the same weights, and any Python draws the same tasks.
+
+So it is in another process, with workers, and however tasks are run.
+"""
 
 import hashlib
 import subprocess
@@ -44,7 +47,10 @@ def trained(
     device: str = "cpu",
     **data: Any,
 ) -> torch.Tensor:
-    """Return the weights after some steps; of SGD, for Adam makes large differences of small ones."""
+    """Return the weights after some steps of SGD.
+
+    Adam would make large differences of small ones.
+    """
     seed_everything(3)
     model = algorithm(
         network(dropout=0.0), 0.1, 2, tasks=tasks, optimizer=partial(torch.optim.SGD, lr=0.1)

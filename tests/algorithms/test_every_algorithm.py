@@ -7,9 +7,12 @@ import pytest
 import torch
 from lightning import LightningModule
 
+import lightning_maml
+from helpers.public import PUBLIC
 from helpers.runs import MODELS, WAYS, Noise, network
 from helpers.trainers import trainer
 from lightning_maml import ANIL, BOIL, IMAML, AdaptiveMetaStepsize, MetaSGD
+from lightning_maml.algorithms.base import EpisodicModule
 
 EVERY: dict[str, Callable[[], LightningModule]] = MODELS | {
     "ANIL": lambda: ANIL(network(), 0.1, 2),
@@ -43,3 +46,10 @@ def test_an_algorithm_adapts_to_one_task_and_to_several(name: str) -> None:
     each = [model.adapt(*task)(x[0]) for task in zip(x, y, strict=True)]
     together = model.adapt(x, y)(x[:1].expand_as(x))
     torch.testing.assert_close(together, torch.stack(each), rtol=1e-3, atol=1e-4)
+
+
+def test_every_algorithm_is_tried_here() -> None:
+    exported = [getattr(lightning_maml, name) for name in PUBLIC["lightning_maml"].split()]
+    algorithms = {kind for kind in exported if isinstance(kind, type)}
+    algorithms = {kind for kind in algorithms if issubclass(kind, EpisodicModule)}
+    assert algorithms == {type(make()) for make in EVERY.values()}

@@ -1,4 +1,7 @@
-"""Parameters that are not the network's: those of a loss get their gradient, through the inner steps too; others are refused by name."""
+"""Parameters of a loss get their gradient, through the inner steps too.
+
+Parameters that are neither the loss's nor the network's are refused by name.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +37,10 @@ RATE, STEPS = 0.3, 2
 
 
 class Scaled(nn.Module):
-    """Cross-entropy with a learned temperature and learned offsets; its parameters have names that the network's have too."""
+    """Cross-entropy with a learned temperature and learned offsets.
+
+    Its parameters have names that the network's have too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +60,10 @@ def objective(
     adapting: list[str],
     create_graph: bool = True,
 ) -> Tensor:
-    """The mean query loss after adaptation, with its whole graph; ``w`` has the loss's parameters as ``loss.``"""
+    """The mean query loss after adaptation, with its whole graph.
+
+    ``w`` has the loss's parameters as ``loss.``
+    """
 
     def value(w: Params, x: Tensor, y: Tensor) -> Tensor:
         of_loss = {
@@ -177,7 +186,7 @@ def test_the_implicit_gradient_of_a_loss_with_parameters_is_that_at_the_minimum(
     actual = torch.stack([loss.log_scale.grad, *loss.offsets.weight.grad.flatten()])
 
     def value(scale: float, offset: int) -> float:
-        """The query loss at the minimum for a loss with another parameter, for finite differences."""
+        """The query loss at the minimum, for finite differences of a parameter of the loss."""
         other = Scaled()
         with torch.no_grad():
             other.offsets.weight.copy_(loss.offsets.weight)

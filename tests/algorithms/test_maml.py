@@ -310,7 +310,7 @@ def test_other_faults_of_a_network_of_integers_are_its_own() -> None:
         MAML(network).meta_loss(Episodes(words, labels, words, labels))
 
 
-def test_what_is_no_batch_of_episodes_is_refused(tmp_path: Path) -> None:
+def test_a_batch_that_is_not_episodes_is_refused(tmp_path: Path) -> None:
     images, labels = torch.rand(2, 6, 3), torch.arange(2).repeat(2, 3)
     message = r"Expected a batch of `lightning_maml.Episodes` but got {}; let the loader return Episodes\(support_x,"
     with pytest.raises(TypeError, match=message.format("tuple")):

@@ -205,7 +205,7 @@ def test_drop_block_is_drawn(tmp_path: Path) -> None:
     assert model.meta_loss(single) != model.meta_loss(single)
 
 
-def test_what_has_no_prototypes_is_refused() -> None:
+def test_episodes_and_options_without_prototypes_are_refused() -> None:
     model, episodes = ProtoNet(build("mlp")), make_episodes()
     lacking = episodes.support_y.clone()
     lacking[1].clamp_(max=1)

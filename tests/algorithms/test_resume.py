@@ -1,4 +1,7 @@
-"""A run that goes on from any of its checkpoints ends as the one that was never stopped: bit for bit on the CPU."""
+"""A run resumed from any checkpoint ends as the one that was never stopped.
+
+On the CPU it does bit for bit.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,10 @@ def ended(
     noise: float = 0.0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train to the end, from the start or a checkpoint, with other random numbers before; return what there is at the end."""
+    """Train to the end, from the start or a checkpoint; return what there is at the end.
+
+    Other random numbers are drawn before.
+    """
     torch.manual_seed(0 if checkpoint is None else 1234)
     callbacks = [Checkpoints()] if checkpoint is None else []
     if "adaptive" in name:
@@ -101,7 +107,9 @@ def test_every_algorithm_goes_on_from_every_checkpoint(tmp_path: Path, name: str
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
 )
-def test_so_it_does_under_the_trainers_options(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_resumed_run_equals_the_whole_one_under_each_trainer_option(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     resumes_from_each(tmp_path, "MAML with dropout", every=2, **options)
 
 

@@ -1,4 +1,7 @@
-"""Lightning's switches, one by one, with each curvature under a real trainer: each does here what it does elsewhere."""
+"""Lightning's switches, one by one, with each curvature under a real trainer.
+
+Each does here what it does elsewhere.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext

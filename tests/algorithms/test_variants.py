@@ -36,7 +36,10 @@ def test_the_weights_of_the_multi_step_loss_go_to_the_last_step() -> None:
 
 
 def test_maml_plus_plus_anneals_the_loss_and_the_order_of_derivatives(tmp_path: Path) -> None:
-    """Each epoch's step against autograd through the unrolled loop, whose inner gradients are constants in the first epoch."""
+    """Each epoch's step against autograd through the unrolled loop.
+
+    Its inner gradients are constants in the first epoch.
+    """
     network, episodes = build("conv_batch_norm"), make_episodes()
     model = MAMLPlusPlus(
         network,

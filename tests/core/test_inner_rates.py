@@ -1,4 +1,7 @@
-"""Rates by parameter and step: parts that do not adapt, and learned rates, against autograd through the unrolled loop in float64."""
+"""Rates by parameter and by step, and learned rates, in float64.
+
+Some parts do not adapt. The reference is autograd through the unrolled loop.
+"""
 
 from itertools import pairwise
 
@@ -74,7 +77,10 @@ RATES = {
 
 
 def with_own_leaves(rates: list[Rates]) -> list[Rates]:
-    """The same rates with a leaf for each step, so that each step's gradient can be told from the others'."""
+    """The same rates with a leaf for each step.
+
+    Each step's gradient can then be told from the others'.
+    """
     return [
         {n: r.clone().requires_grad_() if isinstance(r, Tensor) else r for n, r in of_step.items()}
         for of_step in rates
@@ -265,7 +271,7 @@ def test_further_steps_use_the_last_rates() -> None:
     assert torch.equal(few.loss, many.loss)
 
 
-def test_what_does_not_adapt_is_left_out_of_the_inner_gradient() -> None:
+def test_inner_gradient_leaves_out_parameters_that_do_not_adapt() -> None:
     """ANIL is cheap because nothing is differentiated below its head."""
     network, episodes = build("mlp"), make_episodes(tasks=1)
     asked: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""The migration page: its blocks run, and where two of them do the same thing they give the same numbers."""
+"""The migration page: its blocks run, and blocks that do the same give the same numbers."""
 
 import copy
 import re

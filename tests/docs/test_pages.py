@@ -1,4 +1,4 @@
-"""The README and the pages of the documentation: their code runs, their commands parse, their links lead somewhere."""
+"""The README and the pages: code runs, commands parse, and links lead somewhere."""
 
 import ast
 import re
@@ -158,6 +158,16 @@ def test_links_lead_to_files() -> None:
             assert (
                 link.startswith(("https://", "#")) or (page.parent / link.split("#")[0]).exists()
             ), (page, link)
+
+
+def test_tests_that_pages_name_exist() -> None:
+    found: dict[str, str] = {}
+    for folder in ("tests", "benchmarks"):
+        for file in (ROOT / folder).rglob("test_*.py"):
+            found[file.name] = found.get(file.name, "") + file.read_text()
+    for page in MARKDOWN:
+        for name, function in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?", page.read_text()):
+            assert f"def {function}" in found.get(name, ""), (page, name, function)
 
 
 def write_photos(folder: Path) -> None:

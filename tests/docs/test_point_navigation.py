@@ -1,4 +1,7 @@
-"""Reinforcement learning by likelihood ratios: unbiased against a closed form, the same trajectories at every point, and it learns."""
+"""Reinforcement learning by likelihood ratios.
+
+It is unbiased against a closed form, uses the same trajectories at every point, and learns.
+"""
 
 import importlib.util
 
@@ -18,7 +21,10 @@ specification.loader.exec_module(example)
 
 
 class Drift(nn.Module):
-    """A policy that moves by the same mean whatever the position: then the expected return is a quadratic in it."""
+    """A policy that moves by the same mean whatever the position.
+
+    The expected return is then a quadratic in it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +163,7 @@ def test_the_meta_gradient_is_the_explicit_product_of_runs_drawn_at_each_inner_p
         for name in example.ALGORITHMS
     ],
 )
-def test_it_learns(algorithm: str) -> None:
+def test_each_algorithm_learns_to_reach_the_goal(algorithm: str) -> None:
     torch.manual_seed(0)
     policy = example.build_policy()
     untrained = flat(dict(policy.named_parameters()))

@@ -1,4 +1,8 @@
-"""What "auto" chooses on the CPU: small tasks stacked where vmap takes the network, larger ones one per core, the largest in a loop."""
+"""What "auto" chooses on the CPU.
+
+Small tasks are stacked where vmap takes the network, larger ones run one per core, the largest in a
+loop.
+"""
 
 import logging
 from functools import partial
@@ -76,7 +80,7 @@ def test_one_task_a_few_small_ones_and_the_largest_have_all_cores(
     assert for_cpu(episodes, PARAMETERS, lambda: True) == Execution("loop", None)
 
 
-def test_what_takes_no_stacks_is_run_one_per_core(cores: int) -> None:
+def test_networks_that_cannot_be_stacked_run_one_task_per_core(cores: int) -> None:
     assert for_cpu(images(32, 5), PARAMETERS, lambda: False) == Execution(
         "loop" if cores == 1 else "threads", None
     )
@@ -201,11 +205,14 @@ def test_dropout_keeps_its_loop() -> None:
     assert MAML(network, 0.1)._execution(make_episodes(tasks=6)) == Execution("loop", None)
 
 
-def test_what_memory_does_not_suffice_for_is_halved_until_it_does(
+def test_stacked_tasks_are_halved_until_memory_suffices(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Accelerated(MAML):
-        """Is run as on an accelerator, whose memory is full with more than two tasks; no test machine has one that small."""
+        """Runs as on an accelerator whose memory is full with more than two tasks.
+
+        No test machine has one that small.
+        """
 
         device = torch.device("cuda")
 

@@ -1,4 +1,7 @@
-"""Compiled meta-gradients: those of eager autograd, in every curvature, and refused where a program would be wrong."""
+"""Compiled meta-gradients equal eager ones, in every curvature.
+
+Programs that would be wrong are refused.
+"""
 
 import copy
 import logging

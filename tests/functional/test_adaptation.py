@@ -101,7 +101,7 @@ def test_parameters_without_a_rate_are_not_returned_and_stay() -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 3])
-def test_so_many_tasks_are_adapted_at_once_as_are_asked_for(chunk_size: int | None) -> None:
+def test_chunk_size_limits_the_tasks_adapted_at_once(chunk_size: int | None) -> None:
     network, episodes = build("mlp"), make_episodes(TASKS)
     calls, loss = [], plain_loss(network)
 

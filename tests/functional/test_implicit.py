@@ -1,4 +1,7 @@
-"""iMAML's meta-gradient against autograd through the whole way to the minimum, and against a dense solve."""
+"""iMAML's meta-gradient against autograd through the inner loop, and a dense solve.
+
+The inner loop goes the whole way to the minimum.
+"""
 
 import weakref
 from functools import partial
@@ -53,7 +56,7 @@ def gradient_of(
 
 @pytest.mark.parametrize("part", ["all", "head", "body"])
 @pytest.mark.parametrize("network_name", ["mlp", "conv_batch_norm"])
-def test_it_is_the_gradient_through_the_whole_way_to_the_minimum(
+def test_gradient_equals_autograd_through_the_inner_loop_to_the_minimum(
     network_name: str, part: str
 ) -> None:
     gradient, anchor = gradient_of(network_name, part)
@@ -123,7 +126,7 @@ def test_few_steps_of_conjugate_gradients_near_the_dense_solve() -> None:
     assert errors[3] < 1e-12
 
 
-def test_it_ends_where_the_curvature_is_not_positive() -> None:
+def test_curvature_that_is_not_positive_ends_the_solve() -> None:
     v = {"a": torch.tensor([1.0, 2.0])}
     concave = solve_implicitly(v, lambda p: {"a": -p["a"]}, ["a"], STRENGTH, 5)
     torch.testing.assert_close(concave, v)

@@ -1,4 +1,7 @@
-"""The meta-gradient against autograd through the unrolled loop, central differences and first principles, in float64."""
+"""The meta-gradient in float64 against independent references.
+
+They are autograd through the unrolled loop, central differences and first principles.
+"""
 
 import weakref
 from itertools import pairwise

@@ -1,4 +1,7 @@
-"""Where the three algorithms end up on a family of quadratic tasks, by closed form (Fallah et al. 2020, Theorems 4.12, 4.15, 4.17)."""
+"""Where the three algorithms end up on a family of quadratic tasks, by closed form.
+
+Fallah et al. 2020, Theorems 4.12, 4.15, 4.17.
+"""
 
 import pytest
 import torch

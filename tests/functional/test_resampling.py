@@ -1,4 +1,7 @@
-"""The resampling case: fresh support batches, independent Hessian batches (Ji et al. 2022, Algorithm 1), from the core to the command."""
+"""The resampling case: fresh support batches and independent Hessian batches.
+
+Ji et al. 2022, Algorithm 1; from the function to the command.
+"""
 
 import functools
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Code in another process, forked from one that has imported the package: a new interpreter takes several seconds for the imports.
+"""Run code in another process, forked from one that has imported the package.
+
+A new interpreter takes several seconds for the imports.
 
 What is of the interpreter's start or end, such as modules that are missing or functions of
 ``atexit``, is not seen here.
@@ -21,7 +23,10 @@ SERVER.set_forkserver_preload(["lightning_maml.cli"])
 def start(
     code: str, *arguments: object, prints_into: Path, folder: Path | None = None
 ) -> ForkServerProcess:
-    """Run it as ``python -c`` would, in ``folder``; what it prints goes to the files stdout and stderr of ``prints_into``."""
+    """Run it as ``python -c`` would, in ``folder``.
+
+    What it prints goes to the files stdout and stderr of ``prints_into``.
+    """
     words = [str(argument) for argument in arguments]
     process = SERVER.Process(
         target=_execute, args=(code, words, dict(os.environ), prints_into, folder or Path.cwd())

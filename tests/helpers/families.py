@@ -22,7 +22,10 @@ def finite_sum(x: Tensor, y: Tensor | None = None) -> Episodes:
 
 
 def meta_objective(w: Tensor, loss: Loss, tasks: Episodes, alpha: float, steps: int) -> Tensor:
-    """Return F(w) through the unrolled inner loop, differentiable any number of times: the reference for the package's own derivatives."""
+    """Return F(w) through the unrolled inner loop, differentiable any number of times.
+
+    It is the reference for the package's own derivatives.
+    """
     values = []
     for task in (Episodes(*task) for task in zip(*tasks, strict=True)):
         u = w
@@ -108,7 +111,10 @@ QUARTIC_CENTRES = nn.functional.normalize(
 
 
 class Quartic(nn.Module):
-    """The quartic tasks as a network that starts at the radius and maps a centre ``[S, 4]`` to ``w`` and ``w - centre``, ``[S, 8]``."""
+    """The quartic tasks as a network that starts at the radius.
+
+    It maps a centre ``[S, 4]`` to ``w`` and ``w - centre``, ``[S, 8]``.
+    """
 
     def __init__(self) -> None:
         super().__init__()

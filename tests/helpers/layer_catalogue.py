@@ -1,4 +1,7 @@
-"""Small networks around one layer or function each, with episodes for them: what the sweep over layers runs."""
+"""Small networks around one layer or function each, with episodes for them.
+
+The sweep over layers runs them.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,7 @@
-"""Small float64 networks without kinks, tasks for them, and the oracle: autograd through the unrolled inner loop."""
+"""Small float64 networks without kinks, tasks for them, and the reference for gradients.
+
+That is autograd through the unrolled inner loop.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -87,7 +90,10 @@ def make_episodes(tasks: int = 3, shots: int = 2, queries: int = 3, seed: int = 
 def plain_loss(
     network: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 ) -> Loss:
-    """The loss as a user would write it; batch norm uses the batch's statistics because its buffers are left out."""
+    """The loss as a user would write it.
+
+    Batch norm uses the batch's statistics because its buffers are left out.
+    """
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean = module.running_var = module.num_batches_tracked = None

@@ -1,4 +1,7 @@
-"""What tests/algorithms/test_processes.py runs in several processes: every algorithm in both regimes, on four tasks per step shared out."""
+"""What tests/algorithms/test_processes.py runs in several processes.
+
+Every algorithm runs in both regimes, on four tasks per step that the processes share.
+"""
 
 import sys
 from functools import partial

@@ -15,7 +15,10 @@ WAYS, STEPS = 3, 6
 
 
 class Noise(EpisodicDataModule):
-    """Twelve classes of noise, turned at random and with more noise added to the support images, in validation too."""
+    """Twelve classes of noise, turned at random, in validation too.
+
+    More noise is added to the support images.
+    """
 
     def __init__(self, noise: float = 0.0, **options: Any) -> None:
         sizes = {

@@ -1,4 +1,7 @@
-"""Whole networks of torchvision, timm and transformers with random weights, and episodes for them: what the sweep over networks runs."""
+"""Whole networks with random weights, and episodes for them, for the sweep over networks.
+
+They are those of torchvision, timm and transformers.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +50,9 @@ def size_of(network: nn.Module) -> int:
 
 
 def network_of(entry: Entry) -> nn.Module:
-    """Return an entry's network in float64 and in training mode, without dropout and stochastic depth.
+    """Return an entry's network in float64, in training mode and without dropout.
+
+    It has no stochastic depth either.
 
     Its parameters are moved a little: zeros and tiny scales, from which many networks start, would
     hide what is behind them.
@@ -84,7 +89,10 @@ def episodes_of(entry: Entry, network: nn.Module) -> Episodes:
 
 
 def _images(size: int, channels: int = 3) -> Callable[[int, torch.Generator], Tensor]:
-    """Return noise over a coarse pattern: by noise alone all images look alike to deep layers, and batch norm blows up rounding errors."""
+    """Return noise over a coarse pattern.
+
+    By noise alone all images look alike to deep layers, and batch norm blows up rounding errors.
+    """
 
     def images(n: int, generator: torch.Generator) -> Tensor:
         pattern, noise = (

@@ -473,6 +473,13 @@ def test_a_network_that_rounds_to_float32_is_not_called_wrong_in_float64() -> No
     )
 
 
+def test_a_gradient_that_was_not_compared_is_not_called_right() -> None:
+    report = check(IMAML(network(), train_steps=2), tasks())
+    assert report.ok, report
+    assert report.verdict.startswith("Nothing was found wrong with IMAML on this network")
+    assert report.verdict.endswith("but its gradient was not compared with autograd.")
+
+
 def test_fresh_samples_for_every_step_are_not_compared() -> None:
     x, y, query_x, query_y = tasks()
     report = check(
