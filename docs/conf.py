@@ -1,4 +1,4 @@
-"""The documentation site: `make docs`. The pages are the repository's own, so that their links hold here and there."""
+"""The documentation site, `make docs`: the repository's own pages, so that links hold in both."""
 
 from importlib.metadata import version as version_of
 

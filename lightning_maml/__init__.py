@@ -1,4 +1,4 @@
-"""Gradient-based few-shot meta-learning for PyTorch Lightning: multi-step MAML and its first-order and Hessian-free variants."""
+"""Gradient-based few-shot learning for PyTorch Lightning: multi-step MAML and its variants."""
 
 from lightning_maml.algorithms.maml import MAML as MAML
 from lightning_maml.algorithms.protonet import ProtoNet as ProtoNet

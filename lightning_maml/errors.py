@@ -1,7 +1,7 @@
 """Errors that a user can mend, each with one sentence that says how.
 
-Their type decides what the command shows without a traceback. Each is one of Python's errors too, so
-that code which catches ``ValueError`` catches them.
+Their type decides what the command shows without a traceback. Each is one of Python's errors too,
+so that code which catches ``ValueError`` catches them.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What modules save and load: whole checkpoints, from which a run goes on as if never interrupted."""
+"""Whole checkpoints, from which a run goes on as if it had never been interrupted."""
 
 import inspect
 from collections.abc import Mapping

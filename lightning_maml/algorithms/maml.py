@@ -277,8 +277,8 @@ class MAML(AdaptingModule):
         Args:
             plan: What was decided for the meta-batch.
             episodes: The meta-batch.
-            curvature: By default the algorithm's own, as in training. If one is given, callbacks and
-                the check ask for plain MAML's gradient with it, to compare: a subclass whose
+            curvature: By default the algorithm's own, as in training. If one is given, callbacks
+                and the check ask for plain MAML's gradient with it, to compare: a subclass whose
                 :meth:`_losses` depend on the meta-parameters themselves (a proximal term, say) may
                 not pass these on to MAML's, which does not differentiate such terms.
         """

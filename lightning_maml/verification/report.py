@@ -32,7 +32,7 @@ class CheckReport(NamedTuple):
     Examples:
         >>> import torch
         >>> from lightning_maml import MAML, MLP, Episodes, check
-        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks, three classes
+        >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
         >>> report = check(MAML(MLP(4, 3), inner_lr=0.1), Episodes(x, y, x, y))
         >>> report.ok
         True
