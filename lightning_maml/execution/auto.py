@@ -236,16 +236,18 @@ class Executor:
             before = torch.get_rng_state()
             attempt = Attempt((*cures,))
             yield attempt
-            if attempt.error is None:
+            error = attempt.error
+            if error is None:
                 return
-            cure = next((cures[kind] for kind in cures if isinstance(attempt.error, kind)), None)
-            if cure is None:
-                self._stack_fewer(count, device, attempt.error)
-            else:
+            cure = next((cures[kind] for kind in cures if isinstance(error, kind)), None)
+            if cure is not None:
                 torch.set_rng_state(before)
                 cure()
-            # lets go of the traceback, which holds the tensors of the attempt
-            del attempt
+            else:
+                self._stack_fewer(count, device, error)
+            # the error's traceback holds the attempt's tensors, and the attempt is still a variable
+            # of whoever made it
+            attempt.error = error = None
             if cure is None:
                 torch.get_device_module(device).empty_cache()
 

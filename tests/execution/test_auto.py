@@ -4,7 +4,9 @@ Small tasks are stacked where vmap takes the network, larger ones run one per co
 loop.
 """
 
+import gc
 import logging
+import weakref
 from functools import partial
 
 import pytest
@@ -308,3 +310,31 @@ def test_what_is_measured_is_checked_as_a_step_is(tasks: str, measured: str) -> 
         ValueError, match="Expected labels from 0 to 2, the outputs of `network`, but got 0 to 3"
     ):
         getattr(MAML(build("mlp"), 0.1, tasks=tasks), measured)(beyond)
+
+
+def test_the_tensors_of_a_failed_attempt_are_gone_when_the_devices_cache_is_emptied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    emptied: list[bool] = []
+
+    class Module:
+        @staticmethod
+        def empty_cache() -> None:
+            emptied.append(held[0]() is None)
+
+    def fails() -> None:
+        tensor = torch.ones(3)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    gc.disable()  # which would find them later
+    try:
+        for attempt in Executor("auto", None, compiled=False).attempts(9, torch.device("cuda")):
+            with attempt:
+                if not held:
+                    fails()
+    finally:
+        gc.enable()
+    assert emptied == [True]
