@@ -44,7 +44,7 @@ class Findings:
     """
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, tuple[Any, Any]] = {}
+        self._found: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
     def __len__(self) -> int:
         """Return how many findings are remembered."""
@@ -71,8 +71,9 @@ class Findings:
         key = (check, kind, id(loss), modes(loss) if isinstance(loss, nn.Module) else ())
         if again or key not in self._found:
             found = find()
-            if len(self._found) >= KINDS:
-                self._found.clear()
+            of_check = [other for other in self._found if other[0] == check]
+            if len(of_check) >= KINDS:
+                del self._found[of_check[0]]  # the oldest one
             # holds the loss, so that its id stays a unique key
             self._found[key] = found, loss
         value: Found = self._found[key][0]

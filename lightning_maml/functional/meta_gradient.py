@@ -172,7 +172,7 @@ def meta_gradient(
             "got other data or losses."
         )
     functions = LossFunctions(loss, query_loss, has_aux, sample)
-    if sample is not None:
+    if sample is not None and curvature != "none":  # which has no Hessian batch to draw
         hvp = drawing_first(hvp)
     # with one step its graph lies beside the query loss's anyway: kept, it saves a seventh of the
     # time
