@@ -67,7 +67,7 @@ class _Trainer(Trainer):
         """
         if not isinstance(model, MAML):
             raise UserTypeError(
-                "Expected MAML or one of its variants, of which the theory is, but got "
+                "Expected MAML or one of its variants, which the theory is about, but got "
                 f"{type(model).__name__}."
             )
         if tasks < 2:
@@ -340,8 +340,11 @@ def main(args: ArgsType = None) -> None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that led to it, the last one first."""
+    """Yield an error and those that it was raised from, the last one first.
+
+    An error that came up while another was handled is of its own.
+    """
     cause: BaseException | None = error
     while cause is not None:
         yield cause
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        cause = cause.__cause__

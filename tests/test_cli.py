@@ -7,12 +7,15 @@ import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from lightning import Callback
 from PIL import Image
+from torch import nn
 
 import lightning_maml
 from helpers.folders import CONFIGS
@@ -347,6 +350,24 @@ def test_what_a_user_can_cause_ends_with_one_sentence(
     assert stop.value.code == f"lightning-maml: {sentence}"
 
 
+class _FailsToCleanUp(Callback):
+    """Meets a mendable error, and an error of its own while it handles that one."""
+
+    def on_train_start(self, *_: Any) -> None:
+        try:
+            MAML(nn.Identity(), inner_lr=-1.0)
+        except ValueError:
+            raise KeyError("mine")  # noqa: B904 that nothing is said of the first is the point
+
+
+def test_an_error_that_came_up_while_a_mendable_one_was_handled_keeps_its_traceback(
+    in_tmp_path: Path,
+) -> None:
+    path = f"{_FailsToCleanUp.__module__}.{_FailsToCleanUp.__name__}"
+    with pytest.raises(KeyError, match="mine"):
+        main(["fit", config("glyphs_maml"), *SMALL, f"--trainer.callbacks+={path}"])
+
+
 def test_predict_returns_outputs_for_every_query(in_tmp_path: Path) -> None:
     cli = run(["predict", config("glyphs_fomaml"), *SMALL])
     predictions = cli.trainer.predict(cli.model, cli.datamodule)
@@ -522,6 +543,6 @@ def test_training_on_glyphs_visibly_matters(in_tmp_path: Path) -> None:
 def test_measure_is_for_the_algorithms_of_the_theory(in_tmp_path: Path) -> None:
     with pytest.raises(
         TypeError,
-        match="Expected MAML or one of its variants, of which the theory is, but got ProtoNet",
+        match="Expected MAML or one of its variants, which the theory is about, but got ProtoNet",
     ):
         run(["measure", config("glyphs_protonet")])

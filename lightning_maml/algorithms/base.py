@@ -97,7 +97,7 @@ class EpisodicModule(CheckpointedModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._figures = LoaderFigures()
         self._findings = Findings()
-        self._update_buffers = BufferUpdate(batch_norm)
+        self._update_buffers = BufferUpdate()
         self._gradients_arrive = False  # whether this was checked
 
     @property

@@ -9,20 +9,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_maml.algorithms.adapting import AdaptingModule, Plan
-from lightning_maml.algorithms.base import (
-    Step,
-    StepResult,
-)
+from lightning_maml.algorithms.base import Step, StepResult
 from lightning_maml.algorithms.features import encode, functional_head
 from lightning_maml.algorithms.non_finite import (
     check_gradients_are_finite,
     check_losses_are_finite,
 )
-from lightning_maml.batches.episodes import (
-    AnyEpisodes,
-    Episodes,
-    check_episodes,
-)
+from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episodes
 from lightning_maml.batches.trees import Inputs, detached, map_tensors, tensors
 from lightning_maml.checks.findings import Kind
 from lightning_maml.checks.requirements import (
@@ -31,19 +24,13 @@ from lightning_maml.checks.requirements import (
     refuse_without_gradient,
 )
 from lightning_maml.core.hvp import CurvatureName
-from lightning_maml.core.inner_rates import (
-    rates_of_steps,
-    tensor_rates,
-)
+from lightning_maml.core.inner_rates import rates_of_steps, tensor_rates
 from lightning_maml.core.params import Params
 from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.execution.auto import Execution
 from lightning_maml.execution.compilation import state_of
 from lightning_maml.execution.task_map import are_stacked
-from lightning_maml.functional.adaptation import (
-    adaptation_curve,
-    adapted_parameters,
-)
+from lightning_maml.functional.adaptation import adaptation_curve, adapted_parameters
 from lightning_maml.functional.loss_with_gradient import loss_with_gradient
 from lightning_maml.functional.meta_gradient import MetaGradient, meta_gradient
 from lightning_maml.networks.adapted import AdaptedNetworks
@@ -258,7 +245,7 @@ class MAML(AdaptingModule):
         def finish(found: MetaGradient) -> StepResult:
             unwritten.check()
             self._stop_unless_finite(found)
-            self._update_buffers(self.network, episodes)
+            self._update_buffers(self.network, episodes, self.batch_norm)
             self._update_step_statistics(episodes)
             rates = rates_of_steps(self._rates(), self._adapting_parameters(), self.train_steps)
             points = [params | self._loss_of_outputs().params, *map(tensor_rates, rates)]
@@ -364,7 +351,7 @@ class MAML(AdaptingModule):
         """
         if type(self)._gradient_function is not MAML._gradient_function:
             raise UserValueError(
-                "Expected MAML, FOMAML or HFMAML, of which the theory is, but got "
+                "Expected MAML, FOMAML or HFMAML, which the theory is about, but got "
                 f"{type(self).__name__}."
             )
         if self.adapted_part != "all" or self.learned_rates is not None:

@@ -183,7 +183,7 @@ class ProtoNet(EpisodicModule):
             loss, outputs = found
             where = f"at step {self.global_step}; check the data."
             check_losses_are_finite(loss, where)
-            self._update_buffers(self.network, episodes)
+            self._update_buffers(self.network, episodes, self.batch_norm)
             return StepResult(loss.mean(), loss.detach(), outputs.detach())
 
         return Step(partial(self._classify, episodes), finish)

@@ -15,7 +15,7 @@ Kind = tuple[Hashable, ...]
 """A network with its modes and parameter shapes, and the dtypes and shapes of a batch."""
 
 KINDS = 64
-"""Most findings that are remembered; if there are more, all are forgotten."""
+"""How many findings of one check are remembered; then the oldest is forgotten."""
 
 
 def kind_of_batch(network: nn.Module, own: nn.Module, episodes: AnyEpisodes) -> Kind:

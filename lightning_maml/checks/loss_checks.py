@@ -179,8 +179,8 @@ def check_loss_value(
         trained: The parameters that the meta-optimizer trains.
 
     Raises:
-        ValueError: If the loss is no scalar, reads parameters in one of these ways, or depends on a
-            trainable tensor that would get no gradient.
+        ValueError: If the loss is no scalar, reads parameters in one of these ways, depends on a
+            trainable tensor that would get no gradient, or fails where no gradients are taken.
     """
     read: list[str] = []
     y = detached(support_set(first_task(episodes))[1])
@@ -190,7 +190,7 @@ def check_loss_value(
         }
         outputs = functional(leaves, x)
         with reading(functional.params, read):
-            of_outputs({}, outputs, y)
+            _call_without_gradients(partial(of_outputs, {}), outputs, y)
     if read:
         raise UserValueError(
             "Expected a loss of outputs and labels but it reads the network's parameters "
@@ -198,7 +198,7 @@ def check_loss_value(
             "network return what the loss needs of them."
         )
     with first_support(functional, episodes), torch.enable_grad():
-        outputs = map_outputs(Tensor.detach, outputs)
+        outputs = map_outputs(_leaf, outputs)
         own_values = {name: p.detach() for name, p in of_outputs.params.items()}
         value = of_outputs(own_values, outputs, y)
     if value.ndim:
@@ -223,6 +223,30 @@ def check_loss_value(
             "on one from elsewhere (a closure, a global), which would get no gradient; make the "
             "loss a module that has it as a parameter, or detach it."
         )
+
+
+def _call_without_gradients(
+    loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor
+) -> None:
+    """Call a loss as evaluation does, and explain why one that differentiates fails."""
+    try:
+        loss(outputs, targets)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        with torch.enable_grad():
+            differentiates = _takes(loss, map_outputs(_leaf, outputs), targets)
+        if not differentiates:
+            raise
+        raise UserValueError(
+            "Expected a loss that can be called where no gradients are taken, as evaluation does, "
+            f"but it differentiates there ({error}); let it do so under `torch.enable_grad()`, and "
+            "with respect to outputs.detach().requires_grad_() where the outputs have no graph."
+        ) from error
+
+
+def _leaf(output: Tensor) -> Tensor:
+    return output.detach().requires_grad_(output.is_floating_point())
 
 
 @contextmanager

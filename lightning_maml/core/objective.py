@@ -20,7 +20,7 @@ from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, set_generator_states, torch_random_state
 from lightning_maml.core.task_axis import SINGLE_TASK, TaskAxis
 from lightning_maml.core.tensors import is_out_of_memory
-from lightning_maml.errors import UserValueError
+from lightning_maml.errors import UserError, UserValueError
 
 BatchLoss = Callable[[Params], tuple[Tensor, Any]]
 """Maps parameters to the loss of a fixed batch, a scalar, and anything else worth keeping.
@@ -69,6 +69,9 @@ class Objective:
         self._keep_graph = keep_graph
         self._kept: tuple[Params, Params, Params] | None = None
         self._random_state: dict[str, Any] | None = None
+
+    def draw(self, w: Params) -> None:
+        """Draw the batch at ``w``, unless it was drawn before; here it is fixed."""
 
     def value(self, w: Params) -> tuple[Tensor, Any]:
         """Return the loss at ``w``, and what the loss function returned besides it."""
@@ -150,16 +153,16 @@ class Objective:
         try:
             yield
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if isinstance(error, UserError) or is_out_of_memory(error):
                 raise
             try:
                 self.value_and_gradient(w)
             except Exception:  # noqa: BLE001 # the first error says what is wrong
                 raise error from None
             raise NoSecondDerivativeError(
-                "Expected a network and a loss with second derivatives but torch has none for one "
-                f"of their operations ({error}); train with FOMAML or HFMAML, which need none, or "
-                "put another layer in its place (Hardswish or SiLU for Hardsigmoid, for instance)."
+                "Expected a network and a loss with second derivatives but one of their operations "
+                f"has none ({error}); train with FOMAML or HFMAML, which need none, or put another "
+                "layer in its place (Hardswish or SiLU for Hardsigmoid, for instance)."
             ) from error
 
     def _evaluate(

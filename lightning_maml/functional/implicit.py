@@ -89,8 +89,8 @@ def implicit_gradient(
         )
     if steps < 1:
         raise UserValueError(
-            "Expected `steps` to be at least 1, towards the minimum that the implicit gradient "
-            f"is of, but got {steps}."
+            "Expected `steps` to be at least 1, since iMAML needs at least one inner step, but got "
+            f"{steps}."
         )
     rates = rates_of_steps(inner_lr, params, steps)
     check_episodes(episodes)

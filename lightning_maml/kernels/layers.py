@@ -18,7 +18,8 @@ from lightning_maml.core.context import evaluation
 from lightning_maml.kernels.double_backward import BatchNorm, Convolution
 from lightning_maml.kernels.grouped_conv import as_groups, channels_last, in_one_format
 
-# this is pooling to 1 x 1, which is cheap even if vmap loops over the tasks
+# This is pooling to 1 x 1, which is cheap even if vmap loops over the tasks. The filter is never
+# taken back: warnings.catch_warnings around each call would not be safe where threads run tasks.
 warnings.filterwarnings(
     "ignore", "There is a performance drop .* batching rule for aten::as_strided_"
 )

@@ -28,9 +28,6 @@ class BufferUpdate:
     The buffers are batch norm's running averages, if the policy uses them, and whatever other
     layers write. The inner loop itself leaves them alone.
 
-    Args:
-        batch_norm: The batch-norm policy.
-
     Examples:
         >>> import torch
         >>> from torch import nn
@@ -38,21 +35,22 @@ class BufferUpdate:
         >>> from lightning_maml.networks.buffers import BufferUpdate
         >>> network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(1, momentum=0.5))
         >>> x, y = torch.ones(2, 3, 1), torch.zeros(2, 3)  # two tasks of three examples
-        >>> BufferUpdate("running")(network, Episodes(x, y, x, y))
+        >>> BufferUpdate()(network, Episodes(x, y, x, y), "running")
         >>> network[1].running_mean
         tensor([0.5000])
     """
 
-    def __init__(self, batch_norm: BatchNormPolicy) -> None:
-        self._uses_averages = batch_norm == "running"
+    def __init__(self) -> None:
         self._takes_all_at_once: bool | None = None
 
-    def __call__(self, network: nn.Module, episodes: AnyEpisodes) -> None:
+    def __call__(
+        self, network: nn.Module, episodes: AnyEpisodes, batch_norm: BatchNormPolicy
+    ) -> None:
         """Run ``network`` on all tasks of a meta-batch, unless it writes no buffers."""
-        averages = self._uses_averages and bool(batch_norms(network))
-        if not writes(network) and not averages:
+        uses_averages = batch_norm == "running"
+        if not writes(network) and not (uses_averages and batch_norms(network)):
             return
-        unused_averages = nullcontext() if self._uses_averages else averages_kept(network)
+        unused_averages = nullcontext() if uses_averages else averages_kept(network)
         # some layers write only where gradients are taken
         with torch.enable_grad(), unused_averages, _same_buffers(network):
             for x in self._batches(network, episodes):

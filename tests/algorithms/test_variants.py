@@ -173,7 +173,7 @@ def test_a_loop_without_a_trainer_moves_the_running_averages() -> None:
         ),
         (
             lambda: Reptile(build("mlp")).probe(make_episodes()),
-            "Expected MAML, FOMAML or HFMAML, of which the theory is, but got Reptile",
+            "Expected MAML, FOMAML or HFMAML, which the theory is about, but got Reptile",
         ),
         (
             lambda: MAMLPlusPlus(build("mlp"), first_order_epochs=-1),

@@ -12,7 +12,17 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_maml
-from helpers.networks import WAYS, build, make_episodes, one_hot_mse, relative_error, unrolled
+from helpers.networks import (
+    WAYS,
+    autograd_meta_gradient,
+    build,
+    leaves,
+    make_episodes,
+    one_hot_mse,
+    plain_loss,
+    relative_error,
+    unrolled,
+)
 from lightning_maml import FOMAML, MAML, MLP, Episodes, ResampledEpisodes
 from lightning_maml.core.params import Params
 from lightning_maml.datamodules import GlyphsDataModule
@@ -150,6 +160,39 @@ TARGETED = {
 @pytest.mark.parametrize("name", TARGETED)
 def test_losses_of_targets_are_not_refused(name: str) -> None:
     MAML(MLP(3, 4), 0.1, loss=TARGETED[name], tasks="loop").evaluate(regression(4))
+
+
+def penalised(outputs: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy and the squared norm of its gradient."""
+    value = F.cross_entropy(outputs, y)
+    (gradient,) = torch.autograd.grad(value, outputs, create_graph=True)
+    return value + gradient.square().sum()
+
+
+def penalised_anywhere(outputs: Tensor, y: Tensor) -> Tensor:
+    with torch.enable_grad():
+        if not outputs.requires_grad:
+            outputs = outputs.detach().requires_grad_()
+        return penalised(outputs, y)
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop", "threads"])
+def test_a_loss_that_differentiates_is_told_how_to_do_so_where_gradients_are_off(
+    tasks: str,
+) -> None:
+    episodes = make_episodes()
+    with pytest.raises(ValueError, match="Expected a loss that can be called where no gradients"):
+        MAML(build("mlp"), 0.3, loss=penalised, tasks=tasks).meta_loss(episodes)
+    model = MAML(build("mlp"), 0.3, 2, loss=penalised_anywhere, tasks=tasks)
+    expected = autograd_meta_gradient(build("mlp"), episodes, 2, penalised)
+    assert relative_error(model.meta_gradient(episodes), expected) < 1e-12
+    before, adapted = (model.evaluate(episodes).loss[:, step].mean() for step in (0, 2))
+    w = leaves(build("mlp"))
+    start = unrolled(plain_loss(build("mlp"), penalised), w, episodes, 0.3, 0)
+    end = unrolled(plain_loss(build("mlp"), penalised), w, episodes, 0.3, 2)
+    torch.testing.assert_close(
+        torch.stack([before, adapted]), torch.stack([start, end]).detach(), rtol=1e-12, atol=0
+    )
 
 
 def test_another_loss_is_looked_at_anew() -> None:

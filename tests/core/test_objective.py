@@ -1,5 +1,8 @@
 """One batch's loss and its derivatives, on a function whose derivatives are known."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -7,6 +10,7 @@ from lightning_maml.core.hvp import finite_difference
 from lightning_maml.core.objective import Objective
 from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import TaskAxis
+from lightning_maml.errors import UserRuntimeError
 
 
 def cubic(w: Params) -> tuple[Tensor, tuple[()]]:
@@ -34,6 +38,27 @@ def test_a_kept_graph_serves_only_the_point_it_was_made_at() -> None:
         assert [float(objective.hessian_vector_product(w, v)["w"]) for w in points] == [
             6 * float(w["w"]) for w in points
         ]
+
+
+class _Refused(torch.autograd.Function):
+    """Refuses a second derivative, as the project's own kernels do in a sentence of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise UserRuntimeError("Expected another backend.")
+        return gradient
+
+
+def test_an_error_with_a_sentence_of_its_own_is_not_taken_for_a_missing_derivative() -> None:
+    objective, w = Objective(lambda w: (_Refused.apply(w["w"]).sum(), ())), {"w": torch.ones(2)}
+    assert objective.gradient(w)["w"].tolist() == [1, 1]
+    with pytest.raises(UserRuntimeError, match="Expected another backend"):
+        objective.hessian_vector_product(w, w)
 
 
 def test_results_carry_no_graph() -> None:

@@ -203,7 +203,8 @@ def test_a_curvature_that_is_asked_for_is_the_implicit_gradients() -> None:
             < 1e-7
         )
     with pytest.raises(
-        ValueError, match="Expected MAML, FOMAML or HFMAML, of which the theory is, but got IMAML"
+        ValueError,
+        match="Expected MAML, FOMAML or HFMAML, which the theory is about, but got IMAML",
     ):
         model.probe(episodes)
 

@@ -24,7 +24,7 @@ from helpers.networks import (
     relative_error,
     unrolled,
 )
-from lightning_maml import Episodes, meta_gradient
+from lightning_maml import Episodes, ResampledEpisodes, meta_gradient
 from lightning_maml.core.params import Params
 from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.networks.functional_network import FunctionalNetwork
@@ -487,6 +487,39 @@ def test_losses_on_the_way_draw_their_data_at_their_points() -> None:
         loss, leaves(network), episodes, inner_lr=RATE, steps=3, step_weights=weights, sample=sample
     )
     assert relative_error(found.grad, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("curvature", "batches"), [("exact", 5), ("none", 3), ("finite_difference", 5)]
+)
+def test_each_batch_is_drawn_once_and_without_curvature_no_hessian_batch_is(
+    curvature: str, batches: int
+) -> None:
+    """S_0, S_1 and the query batch, and with curvature D_0 and D_1, each at its point."""
+    network, drawn = build("mlp"), []
+    support_x, support_y, query_x, query_y = make_episodes(1)
+    x = torch.arange(1.0, 5.0).double().reshape(2, 1, 2, 1, 1, 1, 1) * support_x[:, None]
+    y = support_y.expand(1, 2, -1)
+    episodes = ResampledEpisodes(x[0], y, x[1], y, query_x, query_y)
+
+    def sample(w: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        drawn.append((flat(w), x))
+        return x, y
+
+    meta_gradient(
+        plain_loss(network),
+        leaves(network),
+        episodes,
+        inner_lr=RATE,
+        steps=2,
+        curvature=curvature,
+        sample=sample,
+    )
+    in_order = [x[0, 0, 0], x[0, 0, 1], query_x[0], x[1, 0, 1], x[1, 0, 0]][:batches]
+    assert [found.tolist() for _, found in drawn] == [of.tolist() for of in in_order]
+    # D_j is drawn at w_j, where S_j was
+    at = [w for w, _ in drawn]
+    assert all(torch.equal(at[3 + number], at[1 - number]) for number in range(batches - 3))
 
 
 def test_without_weights_the_losses_on_the_way_are_not_computed() -> None:

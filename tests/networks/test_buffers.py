@@ -193,8 +193,24 @@ def test_networks_that_write_nothing_pay_nothing(batch_norm: str, calls: int) ->
     structural = len(seen)
     for _ in range(2):
         with torch.no_grad():
-            model._update_buffers(model.network, make_episodes())
+            model._update_buffers(model.network, make_episodes(), model.batch_norm)
     assert len(seen) - structural == calls
+
+
+@pytest.mark.parametrize("algorithm", [MAML, ProtoNet])
+def test_a_policy_that_is_set_later_moves_the_running_averages_from_then_on(
+    algorithm: type,
+) -> None:
+    network, reference = build("conv_batch_norm"), build("conv_batch_norm")
+    model, episodes = algorithm(network, batch_norm="batch"), make_episodes()
+    model.meta_loss(episodes)
+    assert torch.equal(network[1].running_mean, torch.zeros_like(network[1].running_mean))
+    model.batch_norm = "running"
+    model.meta_loss(episodes)
+    with torch.no_grad():
+        reference(torch.cat([episodes.support_x, episodes.query_x], 1).flatten(0, 1))
+    found, expected = ([*of.buffers()] for of in (network, reference))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("batch_norm", ["batch", "support"])
