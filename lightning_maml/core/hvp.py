@@ -68,6 +68,7 @@ def finite_difference(
     """
     like = next(iter(w.values()))
     h = default_probe_radius(like.dtype) if probe_radius is None else probe_radius
+    objective.draw(w)  # it is next evaluated beside w
     unit, size = objective.axis.vmap(_unit)(v)
     # a difference of nearby gradients has no digits to spare
     with torch.autocast(like.device.type, enabled=False):

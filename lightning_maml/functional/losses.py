@@ -9,7 +9,6 @@ from typing_extensions import override
 
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.batches.trees import detached, map_tensors
-from lightning_maml.core.hvp import HessianVectorProduct
 from lightning_maml.core.inner_loop import TaskLosses
 from lightning_maml.core.objective import BatchLoss, Objective
 from lightning_maml.core.params import Params
@@ -131,8 +130,8 @@ class SampledObjective(Objective):
         self._sample, self._data = sample, data
         self._drawn: BatchLoss | None = None
 
+    @override
     def draw(self, w: Params) -> None:
-        """Draw the batch at ``w``, unless it was drawn before."""
         if self._drawn is None:
             x, y, *rest = self._data
             drawn = self.axis.vmap(self._sample)(w, x, y)
@@ -154,20 +153,6 @@ class SampledObjective(Objective):
     def _loss_of_drawn(self, params: Params) -> tuple[Tensor, Any]:
         assert self._drawn is not None
         return self._drawn(params)
-
-
-def drawing_first(hvp: HessianVectorProduct) -> HessianVectorProduct:
-    """Let a Hessian-vector product draw its batch at the point where the Hessian is taken.
-
-    A finite difference first evaluates the loss beside that point.
-    """
-
-    def product(objective: Objective, w: Params, v: Params) -> Params:
-        if isinstance(objective, SampledObjective):
-            objective.draw(w)
-        return hvp(objective, w, v)
-
-    return product
 
 
 def _batch_loss(

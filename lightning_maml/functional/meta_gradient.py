@@ -40,7 +40,6 @@ from lightning_maml.functional.losses import (
     LossFunctions,
     QueryLoss,
     Sample,
-    drawing_first,
 )
 
 Call = Callable[..., Any]
@@ -172,8 +171,6 @@ def meta_gradient(
             "got other data or losses."
         )
     functions = LossFunctions(loss, query_loss, has_aux, sample)
-    if sample is not None and curvature != "none":  # which has no Hessian batch to draw
-        hvp = drawing_first(hvp)
     # with one step its graph lies beside the query loss's anyway: kept, it saves a seventh of the
     # time
     keep_graphs = steps == 1 and curvature == "exact" and sample is None
