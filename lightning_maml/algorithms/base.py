@@ -23,6 +23,7 @@ from lightning_maml.checks.requirements import (
     refuse_without_gradient,
 )
 from lightning_maml.core.rng import random_state
+from lightning_maml.errors import UserValueError
 from lightning_maml.functional.adaptation import AdaptationCurve
 from lightning_maml.networks.buffers import BufferUpdate
 from lightning_maml.networks.functional_network import BatchNormPolicy
@@ -90,7 +91,7 @@ class EpisodicModule(CheckpointedModule):
         check_loss_is_callable(loss)
         self.network = network
         self.loss = loss
-        self.batch_norm: BatchNormPolicy = batch_norm
+        self._batch_norm: BatchNormPolicy = batch_norm
         self.adaptation: Estimate | None = None
         """Accuracy (for regression: loss) on the tasks of the last validation or test (its last
         loader) after 0 .. K steps, ``[K + 1]``."""
@@ -99,6 +100,20 @@ class EpisodicModule(CheckpointedModule):
         self._findings = Findings()
         self._update_buffers = BufferUpdate()
         self._gradients_arrive = False  # whether this was checked
+
+    @property
+    def batch_norm(self) -> BatchNormPolicy:
+        """Which statistics batch norm uses."""
+        return self._batch_norm
+
+    @batch_norm.setter
+    def batch_norm(self, policy: BatchNormPolicy) -> None:
+        # the network was checked for its policy, and "per_step" has averages that are saved
+        raise UserValueError(
+            "Expected `batch_norm` to stay as the model was made but got "
+            f"{policy!r}; make another model with the same network, or "
+            "load_from_checkpoint(path, network=network, batch_norm=...)."
+        )
 
     @property
     def skipped(self) -> int:

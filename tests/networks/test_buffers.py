@@ -198,17 +198,20 @@ def test_networks_that_write_nothing_pay_nothing(batch_norm: str, calls: int) ->
 
 
 @pytest.mark.parametrize("algorithm", [MAML, ProtoNet])
-def test_a_policy_that_is_set_later_moves_the_running_averages_from_then_on(
-    algorithm: type,
-) -> None:
+def test_a_policy_that_is_set_later_is_refused(algorithm: type) -> None:
+    model = algorithm(build("conv_batch_norm"), batch_norm="batch")
+    with pytest.raises(ValueError, match="Expected `batch_norm` to stay as the model was made"):
+        model.batch_norm = "running"
+    assert model.batch_norm == "batch"
+
+
+@pytest.mark.parametrize("algorithm", [MAML, ProtoNet])
+def test_running_averages_are_those_of_one_pass_over_all_tasks(algorithm: type) -> None:
     network, reference = build("conv_batch_norm"), build("conv_batch_norm")
-    model, episodes = algorithm(network, batch_norm="batch"), make_episodes()
-    model.meta_loss(episodes)
-    assert torch.equal(network[1].running_mean, torch.zeros_like(network[1].running_mean))
-    model.batch_norm = "running"
-    model.meta_loss(episodes)
+    episodes = make_episodes()
+    algorithm(network, batch_norm="running").meta_loss(episodes)
     with torch.no_grad():
-        reference(torch.cat([episodes.support_x, episodes.query_x], 1).flatten(0, 1))
+        reference(torch.cat([episodes.support_x.flatten(0, 1), episodes.query_x.flatten(0, 1)]))
     found, expected = ([*of.buffers()] for of in (network, reference))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
