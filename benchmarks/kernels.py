@@ -2,7 +2,7 @@
 
 A meta-gradient is computed with it and without it, in turns.
 
-.venv/bin/python benchmarks/kernels.py            # prints the table of docs/quality.md; ten minutes
+.venv/bin/python benchmarks/kernels.py            # prints the table of docs/quality.md; six minutes
 """
 
 import argparse
@@ -19,11 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lightning_maml import FOMAML, MAML, keep_freed_memory
+from lightning_maml.execution.auto import TasksName
 from lightning_maml.kernels import grouped_conv, layers
 from speed import WORKLOADS
 
 ALGORITHMS = {"MAML": MAML, "FO-MAML": FOMAML}
-NAMES = ("omniglot_5w1s_q1", "omniglot_5w1s_q15", "omniglot_20w1s", "mini_5w1s", "resnet12_5w5s")
+NAMES = ("omniglot_5w1s_q1", "omniglot_5w1s_q15", "omniglot_20w1s", "mini_5w1s")
 
 
 class TorchConvolution:
@@ -84,12 +85,16 @@ def seconds(step: Callable[[], object], least: float) -> float:
     return passed / calls
 
 
-def ratios(name: str, algorithm: type[MAML], kernel: str, turns: int, least: float) -> list[float]:
+def ratios(
+    name: str, algorithm: type[MAML], kernel: str, tasks: TasksName, turns: int, least: float
+) -> list[float]:
     """Return the time without the kernel over that with it, for each pair of turns."""
     workload = WORKLOADS[name]
     episodes = workload.episodes("cpu")
     torch.manual_seed(0)
-    models = [algorithm(workload.network(), workload.rate, workload.steps) for _ in range(2)]
+    models = [
+        algorithm(workload.network(), workload.rate, workload.steps, tasks=tasks) for _ in range(2)
+    ]
 
     def step(model: MAML) -> None:
         model.zero_grad()
@@ -112,6 +117,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="least length of a turn")
     parser.add_argument("--workloads", nargs="+", default=NAMES, choices=[*WORKLOADS])
+    parser.add_argument("--tasks", default="auto", help="how tasks are run")
     arguments = parser.parse_args()
     keep_freed_memory()
     cells = [
@@ -123,7 +129,7 @@ def main() -> None:
     medians: dict[tuple[str, str, str], str] = {}
     for kernel, name, algorithm in tqdm(cells, desc="Kernels"):
         chosen = ALGORITHMS[algorithm]
-        found = ratios(name, chosen, kernel, arguments.turns, arguments.seconds)
+        found = ratios(name, chosen, kernel, arguments.tasks, arguments.turns, arguments.seconds)
         low, median, high = statistics.quantiles(found, n=4)
         medians[kernel, name, algorithm] = f"{median:.2f} ({low:.2f} to {high:.2f})"
     columns = [(name, algorithm) for name in arguments.workloads for algorithm in ALGORITHMS]

@@ -216,7 +216,8 @@ def test_a_checkpoint_trained_with_other_arguments_is_pointed_out(in_tmp_path: P
     checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
     with pytest.warns(
         UserWarning,
-        match=r"trained with other arguments than those given now, which count: inner_lr=0.123 \(0.4 now\)",
+        match=r"trained with other arguments than those given now, which count: inner_lr=0.123 "
+        r"\(0.4 now\)",
     ):
         run(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])
 
@@ -324,7 +325,8 @@ def test_a_checkpoint_that_cannot_be_read_is_named(in_tmp_path: Path) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     with pytest.raises(
         SystemExit,
-        match=r"lightning-maml: Expected .*last.ckpt to be a whole checkpoint but it cannot be read",
+        match=r"lightning-maml: Expected .*last.ckpt to be a whole checkpoint but it cannot be "
+        "read",
     ):
         main(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])
 
@@ -468,7 +470,8 @@ def test_what_a_file_lacks_ends_with_one_sentence(
     (in_tmp_path / "train_data.hdf5").touch()
     with pytest.raises(
         SystemExit,
-        match=r"lightning-maml: Expected mini-ImageNet in \. .*train_data.hdf5 without val_data.hdf5",
+        match=r"lightning-maml: Expected mini-ImageNet in \. .*train_data.hdf5 without "
+        "val_data.hdf5",
     ):
         main(["fit", config("mini_imagenet_5w1s_maml"), "--data.root=."])
     for split in ("val", "test"):

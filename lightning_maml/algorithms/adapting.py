@@ -36,7 +36,7 @@ from lightning_maml.checks.loss_checks import (
     ignored_label,
 )
 from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo, first_outputs
-from lightning_maml.checks.stacked_network import StackedNetwork
+from lightning_maml.checks.stacking_check import StackingCheck
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_loop import inner_loop
 from lightning_maml.core.inner_rates import (
@@ -387,7 +387,7 @@ class AdaptingModule(EpisodicModule):
         """Return whether tasks of a checked batch can be stacked, for the network or a copy."""
 
         def compare() -> Verdict:
-            stacked = StackedNetwork(
+            stacked = StackingCheck(
                 network, self.loss, self.logits, self.batch_norm, self._averages(0)
             )
             return stacked.compare(

@@ -140,7 +140,7 @@ class ProtoNet(EpisodicModule):
             support = detached(Episodes(support_x, support_y, support_x, support_y))
             check_episodes(support)
             network = structural_copy(self.network).eval()
-            functional, ways, tasks = self._looked_at(network, support)
+            functional, ways, tasks = self._checked(network, support)
 
             def means(task: Episodes) -> tuple[Tensor]:
                 return (
@@ -190,7 +190,7 @@ class ProtoNet(EpisodicModule):
 
     def _classify(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor]:
         """Return the query losses ``[T]`` and logits ``[T, Q, ways]``."""
-        functional, ways, tasks = self._looked_at(self.network, episodes)
+        functional, ways, tasks = self._checked(self.network, episodes)
         of_task = partial(self._of_task, functional, ways)
         loss, logits = cat_chunks(
             [*map_tasks(lambda task, axis: axis.vmap(of_task)(task), episodes, tasks=tasks)]
@@ -213,7 +213,7 @@ class ProtoNet(EpisodicModule):
         shots = len(task.support_y)
         return embedded[:shots], embedded[shots:]
 
-    def _looked_at(
+    def _checked(
         self, network: nn.Module, episodes: AnyEpisodes
     ) -> tuple[FunctionalNetwork, int, TaskExecution]:
         """Refuse episodes without prototypes; return network, ways, and how tasks are run."""

@@ -32,8 +32,9 @@ def map_tensors(function: Callable[..., Any], *trees: Any) -> Any:
         trees: Trees of the same structure: a tensor, or mappings, tuples and lists of trees.
 
     Returns:
-        The first tree with the results in place of its tensors. Mappings become dicts; other
-        leaves stay as they are.
+        The first tree with the results in place of its tensors. Mappings become dicts, tuples
+        without names and lists plain ones, as torch's own trees have them; other leaves stay as
+        they are.
     """
     first = trees[0]
     if isinstance(first, Tensor):
@@ -42,8 +43,9 @@ def map_tensors(function: Callable[..., Any], *trees: Any) -> Any:
         return {name: map_tensors(function, *(tree[name] for tree in trees)) for name in first}
     if isinstance(first, tuple | list):
         values = [map_tensors(function, *parts) for parts in zip(*trees, strict=True)]
-        is_named_tuple = hasattr(first, "_fields")
-        return type(first)(*values) if is_named_tuple else type(first)(values)
+        if hasattr(first, "_fields"):
+            return type(first)(*values)
+        return tuple(values) if isinstance(first, tuple) else values
     return first
 
 

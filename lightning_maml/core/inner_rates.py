@@ -60,13 +60,13 @@ class LearnedRates(nn.Module):
         super().__init__()
         self._names = list(params)
         self._each_step = kind == "per_layer_and_step"
-        leading, elementwise = [max(steps, 1)] if self._each_step else [], kind == "per_parameter"
-        shapes = [[*leading, *(tensor.shape if elementwise else [])] for tensor in params.values()]
-        tensors = zip(shapes, params.values(), strict=True)
-        self.values = nn.ParameterList(
-            torch.full(shape, inner_lr, dtype=like.dtype, device=like.device)
-            for shape, like in tensors
-        )
+        of_steps = [max(steps, 1)] if self._each_step else []
+
+        def first_values(p: Tensor) -> Tensor:
+            shape = [*of_steps, *p.shape] if kind == "per_parameter" else of_steps
+            return torch.full(shape, inner_lr, dtype=p.dtype, device=p.device)
+
+        self.values = nn.ParameterList(map(first_values, params.values()))
 
     def forward(self, names: Collection[str]) -> Rates | list[Rates]:
         """Return the rates of these parameters, with their graph.

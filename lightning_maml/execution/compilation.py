@@ -12,9 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_maml.batches.episodes import AnyEpisodes
-from lightning_maml.batches.trees import map_tensors
-from lightning_maml.batches.trees import tensors as tensors_of
-from lightning_maml.core.inner_rates import Rates, tensor_rates
+from lightning_maml.core.inner_rates import Rates
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, generators_drawn_from
 from lightning_maml.errors import UserValueError
@@ -51,32 +49,22 @@ class Compiler:
     ) -> Any:
         """Return ``function(params, rates, task)``, compiled.
 
-        ``setting`` stands for everything else that the function depends on.
+        Args:
+            setting: Stands for everything else that the function depends on.
+            function: The function.
+            params: The meta-parameters.
+            rates: Those of each inner step.
+            task: The tasks; their inputs in plain dicts, lists and tuples, as
+                :func:`lightning_maml.batches.trees.map_tensors` returns them.
         """
-        tensors = [
-            *params.values(),
-            *(rate for of_step in rates for rate in tensor_rates(of_step).values()),
-            *tensors_of(task),
-        ]
+        leaves, structure = tree_flatten((params, list(rates), task))
         device = task.support_y.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        numbers = tuple(
-            tuple(
-                (name, None if isinstance(rate, Tensor) else rate) for name, rate in of_step.items()
-            )
-            for of_step in rates
-        )
-        kind = (
-            setting,
-            autocast,
-            type(task),
-            tuple(params),
-            numbers,
-            *((t.shape, t.stride(), t.dtype, t.device) for t in tensors),
-        )
+        kind = (setting, autocast, repr(structure), *map(_kind_of_leaf, leaves))
+        tensors = _tensors_among(leaves)
         with torch.no_grad():
             if kind not in self._programs:
-                self._programs[kind] = _compiled(function, params, rates, task, tensors)
+                self._programs[kind] = _compiled(function, leaves, structure)
             if autocast is None:
                 return self._programs[kind](tensors)
             with torch.autocast(device, enabled=False):  # its casts are in the program
@@ -96,35 +84,39 @@ def state_of(module: Any) -> tuple[Any, ...]:
     )
 
 
+def _kind_of_leaf(leaf: Any) -> Hashable:
+    """Return what a program depends on: all of a number, and all but the values of a tensor."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return leaf  # type: ignore[no-any-return]
+
+
+def _tensors_among(leaves: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 def _compiled(
-    function: OfTasks,
-    params: Params,
-    rates: Sequence[Rates],
-    task: AnyEpisodes,
-    tensors: list[Tensor],
+    function: OfTasks, leaves: list[Any], structure: TreeSpec
 ) -> Callable[[list[Tensor]], Any]:
     """Return the compiled program, which has run once, as a function of the tensors.
 
-    It keeps references to the network's tensors, so that their ids stay unique cache keys.
+    Args:
+        function: Of parameters, rates and tasks.
+        leaves: The tensors and numbers in these. Numbers stay in the program.
+        structure: How the leaves make up the arguments.
     """
     of_result: list[TreeSpec] = []
+    tensors = _tensors_among(leaves)
 
     def of_tensors(*tensors: Tensor) -> list[Tensor]:
         given = iter(tensors)
-        w = {name: next(given) for name in params}
-        at = [
-            {
-                name: next(given) if isinstance(rate, Tensor) else rate
-                for name, rate in of_step.items()
-            }
-            for of_step in rates
-        ]
-        found, result = tree_flatten(function(w, at, map_tensors(lambda _: next(given), task)))
+        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        found, result = tree_flatten(function(*tree_unflatten(filled, structure)))
         of_result.append(result)
         return found
 
     start = time.perf_counter()
-    device = task.support_y.device
+    device = tensors[-1].device
     before = generator_states(device)
     traced = make_fx(of_tensors, {torch.ops.aten.convolution.default: _bias_apart})(*tensors)
     if generators_drawn_from(before, device):

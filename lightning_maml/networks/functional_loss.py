@@ -12,7 +12,7 @@ from lightning_maml.errors import UserTypeError
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.places import holding, places
 
-OF_LOSS = "(loss)."
+LOSS_PREFIX = "(loss)."
 """Prefix of the names of a loss's parameters among those of the network.
 
 No module can have this name.
@@ -50,10 +50,10 @@ class FunctionalLoss:
         self.given: Callable[[Any], Any] = logits if takes_logits(loss) else _as_they_are
         """Takes from the network's outputs what the loss is called with."""
         self.params: Params = {}
-        """The loss's trainable parameters, by names that start with :data:`OF_LOSS`."""
+        """The loss's trainable parameters, by names that start with :data:`LOSS_PREFIX`."""
         if isinstance(loss, nn.Module):
             self.params = {
-                f"{OF_LOSS}{name}": p for name, p in loss.named_parameters() if p.requires_grad
+                f"{LOSS_PREFIX}{name}": p for name, p in loss.named_parameters() if p.requires_grad
             }
         self._own = threading.local()
 
@@ -84,7 +84,7 @@ class FunctionalLoss:
         if not hasattr(self._own, "loss"):
             self._own.loss = structural_copy(cast("nn.Module", self.loss))
             self._own.places = {
-                f"{OF_LOSS}{name}": where for name, where in places(self._own.loss).items()
+                f"{LOSS_PREFIX}{name}": where for name, where in places(self._own.loss).items()
             }
         given = {name: params[name] for name in self.params if name in params}
         with holding(self._own.places, given):

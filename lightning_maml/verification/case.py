@@ -87,7 +87,7 @@ class Case:
         )
         return Case(model, episodes, self.states)
 
-    def looked_at(self) -> NetworkInfo:
+    def network_info(self) -> NetworkInfo:
         """Return what the model's checks of such a batch find; they may refuse it."""
         model = self.model
         return model._check(
@@ -98,7 +98,7 @@ class Case:
 
     def stacking(self) -> StackingVerdict:
         """Return whether the tasks can be stacked."""
-        self.looked_at()
+        self.network_info()
         network = self.model.network
         return self.model._verdict(self.episodes, network, self.model._kind(network, self.episodes))
 
@@ -114,7 +114,7 @@ class Case:
             gradient: Params = self.model.meta_gradient(self.episodes, curvature)
         return {f"network.{name}": g for name, g in gradient.items()}
 
-    def arriving(self, *, as_asked: bool = False) -> Params:
+    def optimizer_gradients(self, *, as_asked: bool = False) -> Params:
         """Return the gradients that a training step gives the optimizer.
 
         Those of the loss and of the inner rates are included.
@@ -141,7 +141,7 @@ class Case:
         trained_so = (
             model.curvature == "exact" and type(model)._gradient_function is MAML._gradient_function
         )
-        return self.arriving() if trained_so else self.gradient("exact")
+        return self.optimizer_gradients() if trained_so else self.gradient("exact")
 
     def unrolled(self, *, curved: bool = True) -> Params:
         """Return the gradient by autograd, those of the loss and of the inner rates included."""

@@ -34,7 +34,7 @@ from lightning_maml.verification.case import Case, copied_model, tasks_in_words
 from lightning_maml.verification.cost import seconds
 from lightning_maml.verification.facts import kinks_of, of_network
 from lightning_maml.verification.report import CheckReport, Look, Verdict
-from lightning_maml.verification.ways import of_auto, of_ways
+from lightning_maml.verification.ways import compare_ways, explain_auto
 
 _SLOW_SECONDS = 1.0
 """With steps on so many that take longer, gradients are compared on two."""
@@ -104,12 +104,12 @@ def _looks(case: Case) -> Iterator[Look]:
     few = case.few()
     if seconds(few.gradient, few.model.device) > _SLOW_SECONDS:
         few = case.few(2)
-    draws = few.looked_at().draws
+    draws = few.network_info().draws
     yield from _as_far_as_it_goes("adaptation", map(_adaptation, [few]))
     yield from _as_far_as_it_goes("gradients", _of_gradients(few, draws))
-    yield from _as_far_as_it_goes("ways of running tasks", of_ways(case, few, draws))
+    yield from _as_far_as_it_goes("ways of running tasks", compare_ways(case, few, draws))
     yield from _as_far_as_it_goes("the network", of_network(few, draws))
-    yield from _as_far_as_it_goes("tasks='auto'", of_auto(case, draws))
+    yield from _as_far_as_it_goes("tasks='auto'", explain_auto(case, draws))
 
 
 def _as_far_as_it_goes(at: str, looks: Iterator[Look]) -> Iterator[Look]:
@@ -126,8 +126,8 @@ def _accepted(case: Case) -> Look:
     try:
         check_episodes(case.episodes)
         few = case.few()
-        case.looked_at()
-        outputs = few.looked_at().outputs
+        case.network_info()
+        outputs = few.network_info().outputs
     except Exception as error:  # noqa: BLE001 # any network and loss may raise anything
         return Look(at, first_sentence(error), "wrong")
     shots, queries = len(support_set(first_task(few.episodes))[1]), few.episodes.query_y.shape[1]
@@ -143,12 +143,12 @@ def _first_step(case: Case) -> Look:
     """Take one training step on a few tasks."""
     at = "a training step"
     try:
-        arriving = case.few().arriving(as_asked=True)
+        optimizer_gradients = case.few().optimizer_gradients(as_asked=True)
     except Exception as error:  # noqa: BLE001 # any network and loss may raise anything
         return Look(at, first_sentence(error), "wrong")
     frozen = [name for name, p in case.model.network.named_parameters() if not p.requires_grad]
     beside = f"; frozen are {named(frozen)}" if frozen else ""
-    if idle := [name for name, gradient in arriving.items() if not gradient.any()]:
+    if idle := [name for name, gradient in optimizer_gradients.items() if not gradient.any()]:
         reasons = "not used, detached, or behind what is zero on this batch"
         return Look(at, f"no gradient for {named(idle)}: {reasons}{beside}", "note")
     return Look(at, f"every trainable parameter gets a gradient{beside}", "right")
@@ -186,7 +186,7 @@ def _of_gradients(case: Case, draws: tuple[str, ...]) -> Iterator[Look]:
         yield _compared(
             f"{own_at}, {double.name()}",
             double,
-            double.arriving,
+            double.optimizer_gradients,
             partial(double.unrolled, curved=False),
             draws,
         )

@@ -25,7 +25,7 @@ _TIMED_SECONDS = 0.5
 """The longest step, estimated from a few tasks, that is timed with the whole batch."""
 
 
-def of_ways(case: Case, few: Case, draws: tuple[str, ...]) -> Iterator[Look]:
+def compare_ways(case: Case, few: Case, draws: tuple[str, ...]) -> Iterator[Look]:
     """Compare every way of running tasks with a loop, and measure what a step takes."""
     try:
         double = few.double()
@@ -88,7 +88,7 @@ def _cost(case: Case, way: Execution) -> str:
     return found if unseen else f"{found}, tensors of {(peak or 0) / 2**20:.2g} MB"
 
 
-def of_auto(case: Case, draws: tuple[str, ...]) -> Iterator[Look]:
+def explain_auto(case: Case, draws: tuple[str, ...]) -> Iterator[Look]:
     """Say how ``tasks="auto"`` runs the whole batch, and why."""
     model = case.model
     case.start()

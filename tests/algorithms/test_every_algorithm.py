@@ -1,4 +1,5 @@
-"""Each algorithm trains, validates, tests and adapts under a trainer: the first thing to run after a change."""
+"""Each algorithm trains, validates, tests and adapts under a trainer: the first thing to run after
+a change."""
 
 from collections.abc import Callable
 from pathlib import Path

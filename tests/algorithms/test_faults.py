@@ -56,7 +56,8 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_taken_again(
     broken = model()
     with pytest.raises(
         FloatingPointError,
-        match=r"in tasks \[1\] at step 2.*`lightning-maml replay --config=CONFIG --ckpt_path=.*step_2.repro`",
+        match=r"in tasks \[1\] at step 2.*`lightning-maml replay --config=CONFIG "
+        "--ckpt_path=.*step_2.repro`",
     ) as first:
         trainer(tmp_path, precision="32-true").fit(broken, Broken())
     again = model()
@@ -120,7 +121,8 @@ def test_replay_says_when_a_step_does_not_break(
     torch.save({"weights": 1}, "other.repro")
     with pytest.raises(
         SystemExit,
-        match=r"Expected other\.repro to be a step that a run saved when it broke but it holds 'weights'",
+        match=r"Expected other\.repro to be a step that a run saved when it broke but it holds "
+        "'weights'",
     ):
         main([command[0], command[1], "--ckpt_path=other.repro"])
 

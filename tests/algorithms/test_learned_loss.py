@@ -378,7 +378,8 @@ def test_parameters_that_a_loss_reaches_past_its_modules_are_refused(algorithm: 
     torch.testing.assert_close(*gradients)
     with pytest.raises(
         ValueError,
-        match=r"reaches its parameters through its modules but it reads \['temperature'\] from elsewhere",
+        match=r"reaches its parameters through its modules but it reads \['temperature'\] from "
+        "elsewhere",
     ):
         algorithm(build("mlp"), RATE, STEPS, loss=Reached("tuple")).meta_loss(make_episodes())
 

@@ -1,4 +1,5 @@
-"""Networks that a batch-norm policy cannot govern are refused at the first batch; all others are not."""
+"""Networks that a batch-norm policy cannot govern are refused at the first batch; all others are
+not."""
 
 from collections.abc import Callable
 

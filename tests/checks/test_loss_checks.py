@@ -1,4 +1,5 @@
-"""Targets and labels as people have them give the right value, or one sentence before the first step."""
+"""Targets and labels as people have them give the right value, or one sentence before the first
+step."""
 
 from functools import partial
 from typing import Any
@@ -230,7 +231,8 @@ def test_the_look_leaves_random_numbers_and_the_losses_buffers_as_they_are() -> 
 
 
 def of_unrolled(network: nn.Module, loss, episodes: Episodes) -> Params:
-    """Return the meta-gradient of two inner steps at a rate of 0.1, by autograd through the unrolled loop."""
+    """Return the meta-gradient of two inner steps at a rate of 0.1, by autograd through the
+    unrolled loop."""
     w = dict(network.named_parameters())
     value = unrolled(
         lambda params, x, y: loss(functional_call(network, params, (x,)), y), w, episodes, 0.1, 2

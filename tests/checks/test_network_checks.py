@@ -1,4 +1,5 @@
-"""What the looks at a network and its loss find on the first batch: closures, views, state, losses that draw or write."""
+"""What the looks at a network and its loss find on the first batch: closures, views, state, losses
+that draw or write."""
 
 import copy
 import random
@@ -38,7 +39,8 @@ def points(tasks: int = 4) -> Episodes:
 def unrolled(
     network: nn.Module, loss: Any = F.cross_entropy, names: list[str] | None = None
 ) -> Params:
-    """Return the gradient by autograd through the unrolled loop, on a network that plain torch can call with other parameters."""
+    """Return the gradient by autograd through the unrolled loop, on a network that plain torch can
+    call with other parameters."""
     start = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
     values = []
     for support_x, support_y, query_x, query_y in zip(*points(), strict=True):
@@ -69,7 +71,8 @@ class Plain(nn.Module):
 
 
 class Hooked(Plain):
-    """Takes its features from a hook, whose closure knows the module or what it holds, as feature extractors do."""
+    """Takes its features from a hook, whose closure knows the module or what it holds, as feature
+    extractors do."""
 
     def __init__(self, refers_to: str) -> None:
         super().__init__()
@@ -451,12 +454,14 @@ def test_batch_norm_with_a_forward_of_its_own_keeps_its_averages_in_training() -
     plain = OfAnySize(nn.BatchNorm2d(4, affine=False)).double()
     with pytest.raises(
         ValueError,
-        match=r"`batch_norm='batch'` has it, but \['norm'\] need theirs; use `batch_norm='running'`",
+        match=r"`batch_norm='batch'` has it, but \['norm'\] need theirs; use "
+        "`batch_norm='running'`",
     ):
         MAML(own, RATE, STEPS).meta_loss(Episodes(x, labels, x, labels))
     with pytest.raises(
         ValueError,
-        match=r"`batch_norm='batch'` has it, but \['norm'\] need theirs; use `batch_norm='running'`",
+        match=r"`batch_norm='batch'` has it, but \['norm'\] need theirs; use "
+        "`batch_norm='running'`",
     ):
         MAML(own, RATE, STEPS).meta_loss(Episodes(x, labels, x, labels))
     models = [
@@ -480,7 +485,8 @@ def test_a_network_of_one_dict_is_told_how_it_is_called() -> None:
 
 
 class Condition(Plain):
-    """Writes into a buffer in training if gradients are wanted, or if a large number comes along."""
+    """Writes into a buffer in training if gradients are wanted, or if a large number comes
+    along."""
 
     def __init__(self, condition: str) -> None:
         super().__init__()
@@ -935,7 +941,8 @@ def test_features_are_computed_once_only_if_the_head_alone_gives_the_outputs(
 
 
 class CallingAFunction(Plain):
-    """Calls a function that writes to a buffer and drops out in training, which it reaches in one of several ways."""
+    """Calls a function that writes to a buffer and drops out in training, which it reaches in one
+    of several ways."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -1005,7 +1012,8 @@ def test_a_buffer_that_is_written_past_the_modules_is_refused() -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"reaches its buffers through its modules but .* writes to \['calls'\] from elsewhere",
+        match=r"reaches its buffers through its modules but .* writes to \['calls'\] from "
+        "elsewhere",
     ):
         MAML(network, RATE, STEPS).meta_loss(episodes)
 
@@ -1128,7 +1136,8 @@ def test_checkpoints_that_come_between_steps_are_refused(change: str, tasks: str
 def test_batch_norm_without_one_of_its_parameters(
     tasks: str, without: str, model: type[MAML]
 ) -> None:
-    """Torch has no second derivative without a weight, so a weight of ones that does not adapt is the oracle."""
+    """Torch has no second derivative without a weight, so a weight of ones that does not adapt is
+    the oracle."""
 
     def made(*, missing: bool) -> nn.Module:
         torch.manual_seed(0)
@@ -1155,7 +1164,8 @@ def test_batch_norm_without_one_of_its_parameters(
 
 
 class MultiplyingOthers(Plain):
-    """Multiplies the features of every other example, for which torch has no second derivative where several are zero."""
+    """Multiplies the features of every other example, for which torch has no second derivative
+    where several are zero."""
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.body(x).relu()
@@ -1209,7 +1219,8 @@ def test_outputs_that_belong_to_their_examples_may_be_of_two_sizes() -> None:
 def test_losses_of_each_example_are_refused(tasks: str) -> None:
     with pytest.raises(
         ValueError,
-        match=r"Expected the loss of a task to be a scalar but got shape \[10\]; use reduction='mean'",
+        match=r"Expected the loss of a task to be a scalar but got shape \[10\]; use "
+        "reduction='mean'",
     ):
         MAML(
             seeded(Plain), RATE, STEPS, loss=nn.CrossEntropyLoss(reduction="none"), tasks=tasks

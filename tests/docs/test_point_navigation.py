@@ -97,7 +97,8 @@ def test_the_loss_where_the_runs_were_drawn_is_minus_their_mean_return() -> None
 
 @pytest.mark.parametrize("tasks", ["loop", "vmap"])
 def test_the_two_probes_of_hf_maml_weigh_the_same_runs(tasks: str) -> None:
-    """So it converges to the exact curvature of those runs at second order; fresh runs at each probe would explode as radii shrink."""
+    """So it converges to the exact curvature of those runs at second order; fresh runs at each
+    probe would explode as radii shrink."""
     torch.manual_seed(0)
     policy = example.build_policy().double()
     task = example.Navigation(policy)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.networks import RATE, autograd_meta_gradient, build, make_episodes, relative_error
-from lightning_maml import ANIL, FOMAML, HFMAML, LSLR, MAML, Reptile
+from lightning_maml import ANIL, FOMAML, HFMAML, LSLR, MAML, Episodes, Reptile
 
 
 def test_a_compiled_gradient_is_autograds() -> None:
@@ -86,6 +86,40 @@ def test_a_program_is_made_once_for_each_kind_of_batch(caplog: pytest.LogCapture
 def test_what_cannot_be_compiled_is_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=f"with `compiled=True` but got .*{message}"):
         make()
+
+
+class Difference(nn.Module):
+    """Has two inputs, which it tells apart by name or by place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = build("mlp")
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.network(a - b / 3)
+
+
+class Pair(tuple):
+    """A tuple of one's own, which torch's trees count as a leaf."""
+
+
+@pytest.mark.usefixtures("traced_only")
+@pytest.mark.parametrize(
+    "trees",
+    [
+        [lambda a, b: {"a": a, "b": b}, lambda a, b: {"b": b, "a": a}],
+        [lambda a, b: Pair((a, b)), lambda a, b: Pair((b, a))],
+    ],
+)
+def test_inputs_in_another_order_are_not_mixed_up(trees: list) -> None:
+    model = MAML(Difference(), RATE, compiled=True)
+    plain = MAML(model.network, RATE, tasks="loop")
+    support_x, support_y, query_x, query_y = make_episodes()
+    for tree in trees:
+        episodes = Episodes(
+            tree(support_x, support_x.flip(1)), support_y, tree(query_x, query_x.flip(1)), query_y
+        )
+        assert relative_error(model.meta_gradient(episodes), plain.meta_gradient(episodes)) < 1e-12
 
 
 class Noisy(nn.Module):

@@ -169,7 +169,8 @@ def test_first_order_needs_no_hessian_batch() -> None:
         fewer = ResampledEpisodes(*(tensor[:, :steps] for tensor in without[:4]), *without[4:])
         with pytest.raises(
             ValueError,
-            match=r"Expected Hessian batches of .* with `curvature='exact'` but got none; draw some .* needs none\.$",
+            match=r"Expected Hessian batches of .* with `curvature='exact'` but got none; draw some "
+            r".* needs none\.$",
         ):
             meta_gradient(loss, leaves(network), fewer, inner_lr=RATE, steps=steps)
     meta_gradient(
@@ -281,7 +282,8 @@ def test_a_split_too_small_for_fresh_batches_is_refused() -> None:
     data = GlyphsDataModule(shots=2, queries=1, regime="resampling", train_steps=5)
     with pytest.raises(
         ValueError,
-        match=r"train_steps x \(shots \+ hessian_shots\) \+ queries of split 'train' \(5 x \(2 \+ 2\) \+ 1\) to be at most 20",
+        match=r"train_steps x \(shots \+ hessian_shots\) \+ queries of split 'train' \(5 x \(2 \+ "
+        r"2\) \+ 1\) to be at most 20",
     ):
         data.setup("fit")
     with pytest.raises(

@@ -58,7 +58,8 @@ def output(code: str, *arguments: object, folder: Path | None = None) -> str:
 
 
 def in_two(function: FunctionType, folder: Path, *numbers: int) -> None:
-    """Call a function of a test file as ``function(folder, *numbers, devices=2, ...)`` where Lightning forks the two."""
+    """Call a function of a test file as ``function(folder, *numbers, devices=2, ...)`` where
+    Lightning forks the two."""
     file, name = function.__code__.co_filename, function.__name__
     arguments = ", ".join(
         [f"Path({str(folder)!r})", *map(str, numbers), "devices=2, strategy='ddp_fork'"]

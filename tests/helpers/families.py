@@ -16,7 +16,8 @@ DOUBLE = torch.float64
 
 
 def finite_sum(x: Tensor, y: Tensor | None = None) -> Episodes:
-    """Return tasks whose support and query losses are the same exact loss; ``x`` is ``[T, 1, ...]``."""
+    """Return tasks whose support and query losses are the same exact loss; ``x`` is ``[T, 1,
+    ...]``."""
     y = torch.zeros(len(x), 1, dtype=DOUBLE) if y is None else y
     return Episodes(x, y, x, y)
 
@@ -96,7 +97,8 @@ def nonconvex_sigma(w: Tensor) -> float:
 
 
 def cosine_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
-    """Return the loss of a sampled task, with a batch ``x`` ``[S, 2]`` of ``(theta, zeta)`` and the slope G in ``y`` ``[S]``."""
+    """Return the loss of a sampled task, with a batch ``x`` ``[S, 2]`` of ``(theta, zeta)`` and the
+    slope G in ``y`` ``[S]``."""
     w, (theta, zeta) = params["w"], x.mean(0)
     return (torch.cos(w) + (y.mean() + theta) * w + zeta * w**2 / 2).sum()
 

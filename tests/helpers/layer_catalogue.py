@@ -168,8 +168,9 @@ KINKED = {
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     name: getattr(nn, name)
     for name in (
-        "ReLU", "ReLU6", "LeakyReLU", "ELU", "SELU", "CELU", "GELU", "SiLU", "Mish", "Tanh", "Sigmoid", "LogSigmoid", "Softplus",
-        "Softsign", "Tanhshrink", "Hardtanh", "Hardswish", "Hardsigmoid", "Hardshrink", "Softshrink", "PReLU",
+        "ReLU", "ReLU6", "LeakyReLU", "ELU", "SELU", "CELU", "GELU", "SiLU", "Mish", "Tanh",
+        "Sigmoid", "LogSigmoid", "Softplus", "Softsign", "Tanhshrink", "Hardtanh", "Hardswish",
+        "Hardsigmoid", "Hardshrink", "Softshrink", "PReLU",
     )
 }  # fmt: skip
 IMAGES: dict[str, Callable[[], nn.Module]] = {

@@ -111,7 +111,8 @@ def leaves(network: nn.Module) -> Params:
 def unrolled(
     loss: Loss, w: Params, episodes: Episodes, inner_lr: float | Sequence[Rates], steps: int
 ) -> Tensor:
-    """The meta-objective with its whole graph; with rates of each step, those that they name adapt."""
+    """The meta-objective with its whole graph; with rates of each step, those that they name
+    adapt."""
     total = torch.zeros((), dtype=torch.float64)
     for t in range(len(episodes.support_x)):
         adapted = w

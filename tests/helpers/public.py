@@ -2,26 +2,32 @@
 
 PUBLIC = {
     "lightning_maml": """
-        ANIL AdaptationCurve AdaptedNetworks AdaptiveMetaStepsize BOIL CheckReport CheckpointOnInterrupt Conv4 Episodes FOMAML HFMAML
-        IMAML KeepBestCheckpoints LSLR MAML MAMLPlusPlus MLP MetaGradient MetaSGD ProtoNet Reptile ResNet12 ResampledEpisodes
-        SkipNonFinite StationarityMonitor adaptation_curve check keep_freed_memory meta_gradient one_hot_mse
+        ANIL AdaptationCurve AdaptedNetworks AdaptiveMetaStepsize BOIL CheckReport
+        CheckpointOnInterrupt Conv4 Episodes FOMAML HFMAML IMAML KeepBestCheckpoints LSLR MAML
+        MAMLPlusPlus MLP MetaGradient MetaSGD ProtoNet Reptile ResNet12 ResampledEpisodes
+        SkipNonFinite StationarityMonitor adaptation_curve check keep_freed_memory meta_gradient
+        one_hot_mse
     """,
     "lightning_maml.callbacks": """
-        AdaptiveMetaStepsize CheckpointOnInterrupt EpisodePictures Fidelity KeepBestCheckpoints LossMapPicture MetaGradientMonitor
-        SkipNonFinite StationarityMonitor TrainingPictures compare draw_adaptation draw_episode draw_fidelity draw_learning
-        draw_loss_map loss_map
+        AdaptiveMetaStepsize CheckpointOnInterrupt EpisodePictures Fidelity KeepBestCheckpoints
+        LossMapPicture MetaGradientMonitor SkipNonFinite StationarityMonitor TrainingPictures
+        compare draw_adaptation draw_episode draw_fidelity draw_learning draw_loss_map loss_map
     """,
     "lightning_maml.datamodules": """
-        ClassImages EasyFSLDataModule EpisodeTransforms EpisodicDataModule FewShotDataModule GlyphsDataModule ImageFolderDataModule
-        Learn2LearnDataModule MiniImageNetDataModule OmniglotDataModule TorchmetaDataModule load_images meta_batch relabelled
-        task_of_examples
+        ClassImages EasyFSLDataModule EpisodeTransforms EpisodicDataModule FewShotDataModule
+        GlyphsDataModule ImageFolderDataModule Learn2LearnDataModule MiniImageNetDataModule
+        OmniglotDataModule TorchmetaDataModule load_images meta_batch relabelled task_of_examples
     """,
     "lightning_maml.theory": """
-        Convergence MomentConstants PathError ResamplingBatches Rule Sizes SmoothnessConstants StepsizeBatches adaptation_gap
-        finite_sum_bound finite_sum_convergence finite_sum_sizes first_order_floor hessian_batch hessian_free_error largest_inner_lr
-        largest_one_step_inner_lr meta_smoothness meta_stepsize moment_constants one_step_bias paper_scale path_error
-        printed_probe_radius probe_radius recommended_inner_lr resampling_batches resampling_bound resampling_convergence
-        resampling_sizes smoothness_constants stepsize_batches
+        Convergence MomentConstants PathError ResamplingBatches Rule Sizes SmoothnessConstants
+        StepsizeBatches adaptation_gap finite_sum_bound finite_sum_convergence finite_sum_sizes
+        first_order_floor hessian_batch hessian_free_error largest_inner_lr
+        largest_one_step_inner_lr meta_smoothness meta_stepsize moment_constants one_step_bias
+        paper_scale path_error printed_probe_radius probe_radius recommended_inner_lr
+        resampling_batches resampling_bound resampling_convergence resampling_sizes
+        smoothness_constants stepsize_batches
     """,
-    "lightning_maml.compat.learn2learn": "EpisodicBatcher LightningANIL LightningEpisodicModule LightningMAML",
+    "lightning_maml.compat.learn2learn": """
+        EpisodicBatcher LightningANIL LightningEpisodicModule LightningMAML
+    """,
 }

@@ -1,4 +1,5 @@
-"""Convolution and batch norm with written-out second derivatives: against torch's layers and against central differences."""
+"""Convolution and batch norm with written-out second derivatives: against torch's layers and
+against central differences."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +32,8 @@ def random(*shape: int, needs_gradient: bool = True) -> Tensor:
 
 
 def second_derivatives_are_right(function: Callable[..., Tensor], *inputs: Tensor) -> bool:
-    """Check those of each gradient, and of all gradients together, which ``gradgradcheck`` takes one at a time."""
+    """Check those of each gradient, and of all gradients together, which ``gradgradcheck`` takes
+    one at a time."""
     output, needing = function(*inputs), [x for x in inputs if x.requires_grad]
     directions = [torch.randn_like(x) for x in needing]
 

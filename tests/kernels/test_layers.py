@@ -1,4 +1,5 @@
-"""Layers of stacked tasks as one: the gradients of tasks one by one, where torch's own shortcuts go wrong."""
+"""Layers of stacked tasks as one: the gradients of tasks one by one, where torch's own shortcuts go
+wrong."""
 
 from collections.abc import Callable
 
@@ -142,7 +143,8 @@ NETWORKS = {
 
 
 def episodes(shots: int) -> Episodes:
-    """Of images with two channels; no shots stand for a support set of one image, of the last class: it says how many there are."""
+    """Of images with two channels; no shots stand for a support set of one image, of the last
+    class: it says how many there are."""
     found = make_episodes(tasks=4, shots=max(shots, 1))
     x, q = (
         torch.cat([tensor, 1 - tensor.square()], 2) for tensor in (found.support_x, found.query_x)

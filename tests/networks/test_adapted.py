@@ -196,7 +196,8 @@ def test_queries_of_other_tasks_than_were_adapted_to_are_refused(tasks: str) -> 
     ):
         with pytest.raises(
             ValueError,
-            match=r"Expected queries \[T, Q, ...\] of the 4 tasks that were adapted to but got shape",
+            match=r"Expected queries \[T, Q, ...\] of the 4 tasks that were adapted to but got "
+            "shape",
         ):
             networks(wrong)
 
@@ -322,7 +323,8 @@ def test_labels_that_do_not_fit_are_refused() -> None:
     model, episodes = model_and_episodes()
     with pytest.raises(
         ValueError,
-        match=f"Expected labels from 0 to {WAYS - 1}, the outputs of `network`, but got 0 to {WAYS}",
+        match=f"Expected labels from 0 to {WAYS - 1}, the outputs of `network`, but got 0 to "
+        f"{WAYS}",
     ):
         model.adapt(
             episodes.support_x[0],

@@ -19,7 +19,8 @@ STEPS, RATE = 2, 0.3
 
 
 def statistics_on_the_way(x: Tensor, y: Tensor, query_x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Mean and variance of the first convolution's output for support and query set, at w_0 .. w_N of a descent by batch statistics."""
+    """Mean and variance of the first convolution's output for support and query set, at w_0 .. w_N
+    of a descent by batch statistics."""
     network, loss = build("conv_batch_norm"), plain_loss(build("conv_batch_norm"))
     here, found = leaves(network), []
     for _ in range(STEPS + 1):
@@ -40,7 +41,8 @@ def statistics_on_the_way(x: Tensor, y: Tensor, query_x: Tensor) -> list[tuple[T
 def evaluated(
     network: nn.Module, averages: list[dict[str, Tensor]], task: tuple[Tensor, ...], steps: int
 ) -> tuple[Tensor, Params]:
-    """Query outputs after 0 .. steps steps, each by the averages of its point, and the last point."""
+    """Query outputs after 0 .. steps steps, each by the averages of its point, and the last
+    point."""
     here, outputs = leaves(network), []
     network.eval()
     for j in range(steps + 1):

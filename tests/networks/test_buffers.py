@@ -1,4 +1,5 @@
-"""What networks write into their buffers while training: kept once per meta-step, as plain torch would, and from no other pass."""
+"""What networks write into their buffers while training: kept once per meta-step, as plain torch
+would, and from no other pass."""
 
 import copy
 from collections.abc import Callable
@@ -320,7 +321,8 @@ def test_two_processes_start_each_step_from_the_same_buffers(tmp_path: Path) -> 
 
 
 class Remembering(nn.Module):
-    """Keeps what it computes from its scale until it trains again, as timm's LeViT does; or, for comparison, nothing."""
+    """Keeps what it computes from its scale until it trains again, as timm's LeViT does; or, for
+    comparison, nothing."""
 
     def __init__(self, place: str) -> None:
         super().__init__()

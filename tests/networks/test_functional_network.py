@@ -1,4 +1,5 @@
-"""A network as a pure function: its batch-norm policies against torch's own layers, and that it is left alone."""
+"""A network as a pure function: its batch-norm policies against torch's own layers, and that it is
+left alone."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -225,7 +226,8 @@ def test_a_batch_norm_class_with_its_own_forward_pass_keeps_it() -> None:
     assert torch.equal(network[1].running_mean, before)
     with pytest.raises(
         ValueError,
-        match=r"plain batch-norm layers for `batch_norm='support'` but \['1'\] have a forward pass of their own",
+        match=r"plain batch-norm layers for `batch_norm='support'` but \['1'\] have a forward pass "
+        "of their own",
     ):
         FunctionalNetwork(network, "support")
 

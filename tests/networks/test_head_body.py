@@ -1,4 +1,5 @@
-"""Which parameters adapt, and the named algorithms that differ in it or learn their inner rates, under real trainers."""
+"""Which parameters adapt, and the named algorithms that differ in it or learn their inner rates,
+under real trainers."""
 
 import copy
 import warnings
@@ -107,7 +108,8 @@ class Tied(nn.Module):
 def test_networks_that_cannot_be_parted_are_refused() -> None:
     with pytest.raises(
         ValueError,
-        match=r"share no parameters but \['body.weight'\] are in the head 'head' too; use adapt='all'",
+        match=r"share no parameters but \['body.weight'\] are in the head 'head' too; use "
+        "adapt='all'",
     ):
         ANIL(Tied())
     with pytest.raises(ValueError, match="with one alone there is no other part than 'all'"):
@@ -158,7 +160,8 @@ class HeadFirst(nn.Module):
 def test_a_head_that_is_not_the_end_is_warned_of_unless_it_is_named(algorithm: type[MAML]) -> None:
     with pytest.warns(
         UserWarning,
-        match=r"'body.1', is taken for the network's head, but what it gives are not the network's outputs",
+        match=r"'body.1', is taken for the network's head, but what it gives are not the network's "
+        "outputs",
     ):
         algorithm(HeadFirst().double()).meta_loss(make_episodes())
     with warnings.catch_warnings():
@@ -195,7 +198,8 @@ def test_parameters_may_be_frozen_later_but_not_unfrozen() -> None:
     network[1].requires_grad_(True)
     with pytest.raises(
         ValueError,
-        match=r"rate for each parameter that adapts but \['1.weight', '1.bias'\] have none; unfreeze them before",
+        match=r"rate for each parameter that adapts but \['1.weight', '1.bias'\] have none; "
+        "unfreeze them before",
     ):
         model.meta_loss(episodes)
 

@@ -1,4 +1,5 @@
-"""Inputs that are dicts, tuples or lists of tensors, and outputs that are more than one tensor of logits."""
+"""Inputs that are dicts, tuples or lists of tensors, and outputs that are more than one tensor of
+logits."""
 
 from collections import UserDict
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class NamedOutputs(NamedTuple):
 
 @dataclass
 class Outputs:
-    """What Hugging Face's models return is a dataclass too; this one is not known to torch's trees."""
+    """What Hugging Face's models return is a dataclass too; this one is not known to torch's
+    trees."""
 
     logits: Tensor
     hidden: Tensor
@@ -52,7 +54,8 @@ GIVEN = {
 
 
 class Reader(nn.Module):
-    """A transformer of one layer, as BERT has them, that looks at the words that its mask lets it see."""
+    """A transformer of one layer, as BERT has them, that looks at the words that its mask lets it
+    see."""
 
     def __init__(self, returned: str = "object") -> None:
         super().__init__()
@@ -316,7 +319,8 @@ class WithMetadata(nn.Module):
 
 
 class OfOneTensor(WithMetadata):
-    """The same network with the numbers in the last row of the image, so that its inputs and outputs are single tensors."""
+    """The same network with the numbers in the last row of the image, so that its inputs and
+    outputs are single tensors."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x[:, :, :-1], x[:, 0, -1, :2]).logits

@@ -96,7 +96,7 @@ def test_the_padding_row_of_an_embedding_has_no_gradient_in_any_task(tasks: str)
     assert difference(unrolled(network, episodes), model.meta_gradient(episodes)) < 1e-12
 
 
-def test_a_padded_embedding_called_as_a_function_is_not_stacked_even_if_the_tasks_tried_have_no_padding() -> (
+def test_a_padded_embedding_as_a_function_is_not_stacked_even_without_padding_in_the_trial() -> (
     None
 ):
     torch.manual_seed(0)
@@ -326,7 +326,8 @@ def test_layers_without_a_second_derivative_are_named_with_the_algorithms_that_n
 
 
 class Attention(nn.Module):
-    """In evaluation mode and under ``vmap``, torch takes a way through attention that has no derivative."""
+    """In evaluation mode and under ``vmap``, torch takes a way through attention that has no
+    derivative."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -348,9 +349,7 @@ def test_attention_adapts_in_evaluation_mode() -> None:
     torch.testing.assert_close(of_many, torch.stack(of_each), rtol=0, atol=1e-12)
 
 
-def test_weight_norm_whose_second_derivative_torch_gets_wrong_is_warned_of_and_hessian_free_maml_is_right() -> (
-    None
-):
+def test_wrong_second_derivatives_of_weight_norm_are_warned_of_and_hfmaml_is_right() -> None:
     class WrittenOut(nn.Module):
         def __init__(self, layer: nn.Module) -> None:
             super().__init__()

@@ -1,4 +1,5 @@
-"""The check: right models are found right, wrong ones wrong, whatever cannot be compared is said, and nothing is touched."""
+"""The check: right models are found right, wrong ones wrong, whatever cannot be compared is said,
+and nothing is touched."""
 
 import doctest
 import importlib
@@ -40,7 +41,7 @@ from lightning_maml.verification.case import Case, copied_model
 from lightning_maml.verification.cost import peak_bytes
 from lightning_maml.verification.report import Look
 from lightning_maml.verification.unrolled import unrolled_gradient, unrolled_way_back
-from lightning_maml.verification.ways import of_auto
+from lightning_maml.verification.ways import explain_auto
 
 WAYS = 3
 
@@ -236,7 +237,8 @@ def test_a_hessian_free_gradient_that_is_far_off_is_wrong_for_hfmaml_alone() -> 
 
 
 class Pair(nn.Module):
-    """Takes two tensors, keeps features by a hook whose closure knows them, and returns an object with logits."""
+    """Takes two tensors, keeps features by a hook whose closure knows them, and returns an object
+    with logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -396,7 +398,7 @@ def test_parameters_that_nothing_moves_are_named() -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_what_auto_chooses_is_what_a_model_does(size: int, count: int, chosen: str) -> None:
     model, episodes = MAML(nn.Linear(size, WAYS), inner_lr=1e-4), tasks(size, count=count)
-    (look,) = of_auto(Case(copied_model(model), episodes, generator_states(model.device)), ())
+    (look,) = explain_auto(Case(copied_model(model), episodes, generator_states(model.device)), ())
     assert look.found == chosen
     way, chunk_size = model._execution(episodes)
     assert chosen.startswith(f"{way} in chunks of {chunk_size}," if chunk_size else f"{way},")

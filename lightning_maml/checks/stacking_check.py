@@ -18,7 +18,7 @@ from lightning_maml.networks.functional_network import BatchNormPolicy, Function
 from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare_losses
 
 
-class StackedNetwork:
+class StackingCheck:
     """Compares losses and derivatives of stacked tasks with those of each task alone.
 
     Args:
@@ -34,9 +34,9 @@ class StackedNetwork:
         >>> import torch.nn.functional as F
         >>> from lightning_maml import MLP, Episodes
         >>> from lightning_maml.batches.outputs import logits_in
-        >>> from lightning_maml.checks.stacked_network import StackedNetwork
+        >>> from lightning_maml.checks.stacking_check import StackingCheck
         >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
-        >>> trial = StackedNetwork(MLP(4, 3), F.cross_entropy, logits_in, "batch", {})
+        >>> trial = StackingCheck(MLP(4, 3), F.cross_entropy, logits_in, "batch", {})
         >>> trial.compare(Episodes(x, y, x, y), adapts_only=False, exact=True)
         Verdict(wrong='', slow='')
     """
