@@ -353,7 +353,7 @@ class AdaptingModule(EpisodicModule):
             return
         assert info.outputs is not None, "with labels there are logits"
         ways = self._ways_of_datamodule()
-        if ways is not None and info.outputs != (ways,):
+        if ways is not None and info.outputs[0] != ways:
             raise UserValueError(
                 f"Expected `network` to have {ways} outputs, one per way of the episode, but got "
                 f"{info.outputs[0]}; give its head as many outputs as the datamodule has `ways`, "

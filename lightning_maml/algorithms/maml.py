@@ -118,8 +118,9 @@ class MAML(AdaptingModule):
 
         Args:
             support_x: Inputs of the support set, ``[S, ...]``; of many tasks ``[T, S, ...]``.
-            support_y: Their labels ``0 .. ways - 1``, ``[S]`` or ``[T, S]``. Regression targets are
-                always those of many tasks, ``[T, S, ...]``.
+            support_y: Their labels ``0 .. ways - 1``, ``[S]`` or ``[T, S]``. Targets of a
+                regression, and labels for each pixel or token, are always those of many tasks,
+                ``[T, S, ...]``.
             steps: Inner steps; by default ``test_steps``.
 
         Returns:

@@ -107,10 +107,11 @@ def with_accuracy(
 
     Args:
         loss: Query losses ``[T, ...]``.
-        outputs: Query outputs ``[T, ..., Q, ways]``.
+        outputs: Query outputs ``[T, ..., Q, ways]``; with a label for each position, the positions
+            come last, ``[T, ..., Q, ways, H, W]`` for instance.
         episodes: The tasks.
-        ignored: The label of queries that the loss leaves out, which accuracy leaves out too; None
-            if there is none.
+        ignored: The label of queries or positions that the loss leaves out, which accuracy leaves
+            out too; None if there is none.
 
     Returns:
         ``loss`` and ``accuracy``, the share of correct query labels, each ``[T, ...]``.
@@ -118,8 +119,10 @@ def with_accuracy(
     labels = episodes.query_y
     if labels.is_floating_point():
         return {"loss": loss}
-    labels = labels.view(len(labels), *[1] * (outputs.ndim - 3), -1)
-    correct = (outputs.argmax(-1) == labels).float()
+    positions = labels.ndim - 2
+    predicted = outputs.argmax(-1 - positions).flatten(-1 - positions)  # [T, ..., Q positions]
+    labels = labels.reshape(len(labels), *[1] * (predicted.ndim - 2), -1)
+    correct = (predicted == labels).float()
     if ignored is None:
         return {"loss": loss, "accuracy": correct.mean(-1)}
     counts = (labels != ignored).float()

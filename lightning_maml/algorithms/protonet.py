@@ -225,7 +225,7 @@ class ProtoNet(EpisodicModule):
             check_writes(functional, episodes)
             check_policy(functional, episodes)
             embedded = self.logits(first_outputs(functional, episodes))
-            check_logits(embedded, are_labels=True)
+            check_logits(embedded, episodes.support_y[0])
             targets = (episodes.support_y[0], episodes.query_y[0])
             check_broadcasting(self.loss, lambda _: embedded.new_zeros(2 * ways, ways), targets)
             if facts_of(network).hooks_tensors:
@@ -310,7 +310,8 @@ def ways_of(episodes: AnyEpisodes) -> int:
 
     Raises:
         TypeError: If they have several support sets.
-        ValueError: If a label is none of these classes, or a class has no example.
+        ValueError: If there is more than one label per example, a label is none of these classes,
+            or a class has no example.
     """
     if isinstance(episodes, ResampledEpisodes):
         raise UserTypeError(
@@ -321,6 +322,11 @@ def ways_of(episodes: AnyEpisodes) -> int:
         raise UserValueError(
             "Expected labels, of classes that have prototypes, but got floating-point targets; "
             "ProtoNet only classifies."
+        )
+    if episodes.support_y.ndim > 2:
+        raise UserValueError(
+            "Expected one label per example, [tasks, examples], whose classes have prototypes, but "
+            f"got shape {list(episodes.support_y.shape)}; use MAML or one of its variants."
         )
     ways = int(episodes.support_y.max()) + 1
     check_labels(episodes, ways)

@@ -27,8 +27,9 @@ class Episodes(NamedTuple):
 
     Attributes:
         support_x: Inputs to adapt on, ``[T, S, ...]``; images are ``[T, S, C, H, W]``.
-        support_y: Their labels, integers ``0 .. ways - 1``, ``[T, S]``; or targets of floats
-            ``[T, S, ...]``, for regression, several labels per example and masks.
+        support_y: Their labels, integers ``0 .. ways - 1``, ``[T, S]``, or ``[T, S, ...]`` with a
+            label for each pixel or token; or targets of floats ``[T, S, ...]``, for regression and
+            for several labels per example.
         query_x: Inputs on which the adapted parameters are evaluated, ``[T, Q, ...]``.
         query_y: Their labels or targets, ``[T, Q]`` or ``[T, Q, ...]``.
 
@@ -108,9 +109,9 @@ def check_episodes(episodes: Any) -> None:
 
     Raises:
         TypeError: If ``episodes`` is of another type, or a part of it is not made of tensors.
-        ValueError: If there is more than one integer label per example, if a tensor lacks its
-            task, step or example dimension, if sizes or the dtypes of inputs disagree, or if there
-            is no task or no example.
+        ValueError: If labels have a last dimension of 1 that is none of theirs, if a tensor lacks
+            its task, step or example dimension, if sizes or the dtypes of inputs disagree, or if
+            there is no task or no example.
     """
     if not isinstance(episodes, Episodes | ResampledEpisodes):
         raise UserTypeError(
@@ -122,7 +123,7 @@ def check_episodes(episodes: Any) -> None:
     parts = {name: _labelled_tensors(name, part) for name, part in episodes._asdict().items()}
     _check_dimensions(parts, dimensions)
     for name in episodes._fields[1::2]:
-        _check_one_label_per_example(name, getattr(episodes, name), dimensions[name])
+        _check_labels_are_no_column(name, getattr(episodes, name), dimensions[name])
     _check_number_of_tasks(parts)
     if isinstance(episodes, ResampledEpisodes):
         _check_number_of_steps(parts, episodes._fields[:4])
@@ -239,26 +240,9 @@ def _check_that_inputs_are_alike(
             )
 
 
-def _check_one_label_per_example(name: str, y: Tensor, dimensions: list[str]) -> None:
-    """Refuse several integer labels per example, such as masks and multi-label targets.
-
-    The checks of label ranges and the losses take integers for one class per example.
-    """
-    if y.is_floating_point() or y.ndim == len(dimensions):
-        return
-    if y.ndim > len(dimensions) + 1:
-        cure = (
-            "for masks give floats, y.float(), with a loss that takes them back, `lambda "
-            "outputs, y: F.cross_entropy(outputs, y.long())`"
+def _check_labels_are_no_column(name: str, y: Tensor, dimensions: list[str]) -> None:
+    if not y.is_floating_point() and y.ndim == len(dimensions) + 1 and y.shape[-1] == 1:
+        raise UserValueError(
+            f"Expected `{name}` to hold one label per example, [{', '.join(dimensions)}], but got "
+            f"shape {list(y.shape)}; leave the last dimension out, y[..., 0]."
         )
-    elif y.shape[-1] == 1:
-        cure = "leave the last dimension out, y[..., 0]"
-    else:
-        cure = (
-            "for several labels per example give floats, y.float(), with a loss such as "
-            "binary_cross_entropy_with_logits"
-        )
-    raise UserValueError(
-        f"Expected `{name}` to hold one label per example, [{', '.join(dimensions)}], but got "
-        f"shape {list(y.shape)}; {cure}."
-    )

@@ -72,7 +72,7 @@ class EpisodePictures(FirstTaskPictures):
             figure_name = "accuracy" if has_labels else "loss"
             draw_adaptation(module.adaptation, figure_name).savefig(folder / "adaptation.png")
         has_images = isinstance(task.query_x, Tensor) and task.query_x.ndim == 5
-        if has_images and has_labels:
+        if has_images and task.query_y.ndim == 2 and has_labels:
             outputs_per_step: Tensor = module.evaluate(task).aux[0]
             predictions = outputs_per_step.argmax(-1).cpu()
             one_task = Episodes(*(tensor[0].cpu() for tensor in task))

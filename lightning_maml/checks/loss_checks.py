@@ -15,7 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
-from lightning_maml.batches.episodes import AnyEpisodes, first_task, support_set
+from lightning_maml.batches.episodes import (
+    AnyEpisodes,
+    ResampledEpisodes,
+    first_task,
+    support_set,
+)
 from lightning_maml.batches.losses import one_hot_mse
 from lightning_maml.batches.outputs import map_outputs, tensors_in
 from lightning_maml.batches.trees import detached, differentiable
@@ -93,9 +98,11 @@ def check_labels(episodes: AnyEpisodes, ways: int, ignored: int | None = None) -
 
 def _check_that_some_count(episodes: AnyEpisodes, ignored: int) -> None:
     """Refuse sets whose labels are all ignored, as the mean of no losses is nan."""
+    steps = isinstance(episodes, ResampledEpisodes)
     for name, y in zip(episodes._fields[1::2], episodes[1::2], strict=True):
         # in the resampling case, each batch of each inner step
-        empty = (y == ignored).all(-1).reshape(len(y), -1).any(-1)
+        of_batches = y.flatten(2 if steps and not name.startswith("query") else 1)
+        empty = (of_batches == ignored).all(-1).reshape(len(y), -1).any(-1)
         if y.numel() and empty.any():
             raise UserValueError(
                 f"Expected a label in `{name}` of each task that the loss does not ignore but got "

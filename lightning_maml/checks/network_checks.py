@@ -123,7 +123,12 @@ class NetworkChecks:
             )
         outputs = first_outputs(functional, episodes)
         logits = self._logits(outputs)
-        check_logits(logits, are_labels=not episodes.support_y.is_floating_point())
+        first = first_task(episodes)
+        support_y, query_y = support_set(first)[1], first.query_y
+        check_logits(logits, None if support_y.is_floating_point() else support_y)
+        if query_y.shape[1:] != support_y.shape[1:] or query_y.dtype != support_y.dtype:
+            of_queries = self._logits(first_outputs(functional, episodes, of_queries=True))
+            check_logits(of_queries, None if query_y.is_floating_point() else query_y)
         draws = generators_of(functional, episodes, loss)
         ends = self._part != "all" and self._ends_with_head(functional, episodes)
         # with random numbers, features computed once would have one dropout mask for all steps
@@ -406,32 +411,56 @@ def first_outputs(
         return functional(functional.params, queries, statistics_of=statistics_of)
 
 
-def check_logits(outputs: Any, are_labels: bool) -> None:
+def check_logits(outputs: Any, labels: Tensor | None) -> None:
     """Check the logits that were taken from a network's outputs.
 
     Args:
         outputs: The logits, or the outputs for a regression.
-        are_labels: Whether the task is a classification.
+        labels: Labels of the same examples, ``[S]``, or ``[S, ...]`` with one for each pixel or
+            token; None for a regression.
 
     Raises:
-        ValueError: If the logits are no tensor ``[S, ways]``, or if the outputs for a regression
-            are made of other things than tensors.
+        ValueError: If the logits are no tensor ``[S, ways]``, or ``[S, ways, ...]`` with the
+            dimensions of the labels, or if the outputs for a regression are made of other things
+            than tensors.
     """
     got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     cure = (
         "wrap it in a module that does, or let a subclass of the model take them from its "
         "outputs, in a static method `logits(outputs)`"
     )
-    if are_labels and (not isinstance(outputs, Tensor) or outputs.ndim != 2):
-        raise UserValueError(
-            "Expected `network` to return logits [examples, ways], as a tensor or as the "
-            f"attribute or entry `logits` of its outputs, but got {got}; {cure}."
-        )
+    if labels is not None:
+        positions = labels.shape[1:]
+        if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[2:] != positions:
+            shape = ", ".join(["examples", "ways", *map(str, positions)])
+            of_labels = f" for labels {list(labels.shape)}" if positions else ""
+            raise UserValueError(
+                f"Expected `network` to return logits [{shape}]{of_labels}, as a tensor or as the "
+                f"attribute or entry `logits` of its outputs, but got {got}; "
+                f"{_cure_of_positions(outputs, labels) or cure}."
+            )
     if not are_tensors(outputs):
         raise UserValueError(
             "Expected `network` to return tensors, alone or in a dict, tuple or list, or outputs "
             f"with `logits`, but got {got}; {cure}."
         )
+
+
+def _cure_of_positions(outputs: Any, labels: Tensor) -> str:
+    """Return what to do about logits that do not fit labels of more than one dimension."""
+    if labels.ndim == 1 or not isinstance(outputs, Tensor):
+        return ""
+    if outputs.shape == labels.shape:
+        return (
+            "for several labels per example give floats, y.float(), with a loss such as "
+            "binary_cross_entropy_with_logits"
+        )
+    if outputs.shape[:-1] == labels.shape:
+        return (
+            "torch's losses take the classes second: let the network, or a static method "
+            "`logits(outputs)` of a subclass of the model, return outputs.movedim(-1, 1)"
+        )
+    return "give a label for each position that the network has outputs for"
 
 
 def generators_of(
