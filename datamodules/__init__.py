@@ -1,9 +1,9 @@
 """Few-shot datamodules: each gives meta-batches of :class:`lightning_maml.Episodes`."""
 
+from lightning_maml.batches.meta_batch import meta_batch as meta_batch
 from lightning_maml.datamodules.adapters import EasyFSLDataModule as EasyFSLDataModule
 from lightning_maml.datamodules.adapters import Learn2LearnDataModule as Learn2LearnDataModule
 from lightning_maml.datamodules.adapters import TorchmetaDataModule as TorchmetaDataModule
-from lightning_maml.datamodules.adapters import meta_batch as meta_batch
 from lightning_maml.datamodules.adapters import relabelled as relabelled
 from lightning_maml.datamodules.adapters import task_of_examples as task_of_examples
 from lightning_maml.datamodules.base import EpisodicDataModule as EpisodicDataModule

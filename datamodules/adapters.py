@@ -8,9 +8,10 @@ from typing import Any, Protocol, cast
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_maml.batches.episodes import Episodes
+from lightning_maml.batches.meta_batch import MetaBatch, meta_batch
 from lightning_maml.datamodules.known_classes import check_splits, of_easyfsl, of_learn2learn
 from lightning_maml.datamodules.messages import first_five
 from lightning_maml.errors import UserValueError
@@ -188,48 +189,19 @@ def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
     )
 
 
-def meta_batch(tasks: Sequence[Episodes]) -> Episodes:
-    """Stack tasks of the same size to a meta-batch.
-
-    Args:
-        tasks: Tasks without a leading dimension.
-
-    Returns:
-        The meta-batch, whose leading dimension T is the number of tasks.
-
-    Raises:
-        ValueError: If tasks differ in the number of support or query examples.
-
-    Examples:
-        >>> import torch
-        >>> task = task_of_examples(torch.zeros(6, 3), [0, 1, 0, 1, 0, 1], shots=2)
-        >>> meta_batch([task, task]).support_x.shape
-        torch.Size([2, 4, 3])
-    """
-    sizes = {(len(task.support_y), len(task.query_y)) for task in tasks}
-    if len(sizes) > 1:
-        raise UserValueError(
-            "Expected the tasks of a meta-batch to have the same number of support and of query "
-            f"examples but got {sorted(sizes)}; let the sampler draw as many for each task, or "
-            "use meta_batch_size=1."
-        )
-    episodes: Episodes = default_collate(list(tasks))
-    return episodes
-
-
 class _Loaders(LightningDataModule):
     """Hands out the loaders that it was given."""
 
     def __init__(
         self,
-        train: Iterable[Episodes],
-        val: Iterable[Episodes] | None,
-        test: Iterable[Episodes] | None,
+        train: Iterable[MetaBatch],
+        val: Iterable[MetaBatch] | None,
+        test: Iterable[MetaBatch] | None,
     ) -> None:
         super().__init__()
         self._train, self._val, self._test = train, val, test
 
-    def train_dataloader(self) -> Iterable[Episodes]:
+    def train_dataloader(self) -> Iterable[MetaBatch]:
         """Return the training tasks."""
         if self.trainer is not None and self.trainer.world_size > 1:
             raise UserValueError(
@@ -239,11 +211,11 @@ class _Loaders(LightningDataModule):
             )
         return self._train
 
-    def val_dataloader(self) -> Iterable[Episodes]:
+    def val_dataloader(self) -> Iterable[MetaBatch]:
         """Return the validation tasks; an empty list, for no validation, if there are none."""
         return [] if self._val is None else self._val
 
-    def test_dataloader(self) -> Iterable[Episodes]:
+    def test_dataloader(self) -> Iterable[MetaBatch]:
         """Return the test tasks."""
         if self._test is None:
             raise UserValueError(
@@ -251,7 +223,7 @@ class _Loaders(LightningDataModule):
             )
         return self._test
 
-    def predict_dataloader(self) -> Iterable[Episodes]:
+    def predict_dataloader(self) -> Iterable[MetaBatch]:
         """Return the test tasks."""
         return self.test_dataloader()
 
@@ -274,8 +246,7 @@ class Learn2LearnDataModule(_Loaders):
 
     Raises:
         ValueError: If a number is out of range, or tasksets are known to share classes; while
-            loading, if a class of a task has too few examples, tasks differ in size, or the taskset
-            runs out of tasks.
+            loading, if a class of a task has too few examples, or the taskset runs out of tasks.
 
     Examples:
         >>> import torch
@@ -307,7 +278,7 @@ class Learn2LearnDataModule(_Loaders):
         _check_positive(train_batches=train_batches, val_tasks=val_tasks, test_tasks=test_tasks)
         check_splits(of_learn2learn, train=train, val=val, test=test)
 
-        def loader(taskset: Taskset, tasks: int, shots: int) -> Iterable[Episodes]:
+        def loader(taskset: Taskset, tasks: int, shots: int) -> Iterable[MetaBatch]:
             dataset = _Sampled(taskset, tasks, shots)
             return DataLoader(
                 dataset, batch_size=meta_batch_size, collate_fn=meta_batch, num_workers=num_workers
@@ -351,7 +322,7 @@ class EasyFSLDataModule(_Loaders):
 
     Raises:
         ValueError: If ``meta_batch_size`` is not positive, or loaders are known to share classes;
-            while loading, if a batch is not easyfsl's, or tasks differ in size.
+            while loading, if a batch is not easyfsl's.
 
     Examples:
         >>> import torch
@@ -374,7 +345,7 @@ class EasyFSLDataModule(_Loaders):
         _check_positive(meta_batch_size=meta_batch_size)
         check_splits(of_easyfsl, train=train, val=val, test=test)
 
-        def convert(batches: list[Any]) -> Episodes:
+        def convert(batches: list[Any]) -> MetaBatch:
             return meta_batch([task_of_easyfsl(batch) for batch in batches])
 
         super().__init__(
@@ -429,7 +400,7 @@ class _Converted:
     """Meta-batches, each made of ``size`` batches of a loader."""
 
     def __init__(
-        self, batches: Iterable[Any], convert: Callable[[list[Any]], Episodes], size: int
+        self, batches: Iterable[Any], convert: Callable[[list[Any]], MetaBatch], size: int
     ) -> None:
         self._batches, self._convert, self._size = batches, convert, size
         self._gave = False  # whether the last epoch had any tasks
@@ -437,7 +408,7 @@ class _Converted:
     def __len__(self) -> int:
         return math.ceil(len(cast(Sized, self._batches)) / self._size)
 
-    def __iter__(self) -> Iterator[Episodes]:
+    def __iter__(self) -> Iterator[MetaBatch]:
         batches = iter(self._batches)
         gives = False
         while few := list(islice(batches, self._size)):

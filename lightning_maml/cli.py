@@ -1,25 +1,30 @@
 """The command ``lightning-maml``."""
 
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, Trainer
+from lightning import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
 from lightning_maml.algorithms.base import EpisodicModule
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, first_task, support_set
+from lightning_maml.batches.meta_batch import parts_of
 from lightning_maml.batches.trees import map_tensors
 
 # as they are imported, configs may name all callbacks without their module
 from lightning_maml.callbacks import (
     AdaptiveMetaStepsize,
+    BestCheckpoint,
     CheckpointOnInterrupt,
     KeepBestCheckpoints,
 )
@@ -50,7 +55,7 @@ class _Trainer(Trainer):
     def measure(
         self,
         model: EpisodicModule,
-        datamodule: EpisodicDataModule,
+        datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         tasks: int = 16,
         weights_only: bool | None = None,
@@ -69,6 +74,12 @@ class _Trainer(Trainer):
             raise UserTypeError(
                 "Expected MAML or one of its variants, which the theory is about, but got "
                 f"{type(model).__name__}."
+            )
+        if not isinstance(datamodule, EpisodicDataModule):
+            raise UserTypeError(
+                "Expected a datamodule of lightning_maml, which draws tasks for this purpose, but "
+                f"got {type(datamodule).__name__}; measure in Python, "
+                "model.probe(episodes).constants(inner_lr, steps)."
             )
         if tasks < 2:
             raise UserValueError(
@@ -100,7 +111,7 @@ class _Trainer(Trainer):
     def check(
         self,
         model: EpisodicModule,
-        datamodule: EpisodicDataModule,
+        datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -116,7 +127,8 @@ class _Trainer(Trainer):
         self._prepare(model, datamodule, ckpt_path)
         model.trainer, self.datamodule = self, datamodule  # which knows its ways
         datamodule.setup("fit")
-        episodes = _transferred(next(iter(datamodule.train_dataloader())), model, datamodule)
+        batch = next(iter(datamodule.train_dataloader()))
+        episodes = parts_of(_transferred(batch, model, datamodule))[0]
         with self.precision_plugin.train_step_context():
             # it refuses models without an inner loop
             report = check(model, episodes)  # type: ignore[arg-type]
@@ -128,7 +140,7 @@ class _Trainer(Trainer):
             sys.exit(1)
 
     def _prepare(
-        self, model: EpisodicModule, datamodule: EpisodicDataModule, ckpt_path: str | None
+        self, model: EpisodicModule, datamodule: LightningDataModule, ckpt_path: str | None
     ) -> None:
         """Give the model its weights, precision and device, and the datamodule its files."""
         if ckpt_path is not None:
@@ -144,7 +156,7 @@ class _Trainer(Trainer):
     def replay(
         self,
         model: EpisodicModule,
-        datamodule: EpisodicDataModule,
+        datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
@@ -173,12 +185,11 @@ class _Trainer(Trainer):
         )
 
 
-def _transferred(
-    episodes: AnyEpisodes, model: EpisodicModule, datamodule: EpisodicDataModule
-) -> AnyEpisodes:
+def _transferred(batch: Any, model: EpisodicModule, datamodule: LightningDataModule) -> Any:
     """Return a batch as a trainer gives it to the model."""
+    before = datamodule.on_before_batch_transfer(batch, 0)
     return datamodule.on_after_batch_transfer(
-        map_tensors(lambda tensor: tensor.to(model.device), episodes), 0
+        map_tensors(lambda tensor: tensor.to(model.device), before), 0
     )
 
 
@@ -189,8 +200,10 @@ def _weights(ckpt_path: str | None) -> str:
 def _settings(
     trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, episodes: AnyEpisodes
 ) -> Settings:
-    configured = model.configure_optimizers()
-    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    # as Lightning takes it: an optimizer, alone or with schedulers in a dict or in two lists
+    optimizer: Any = model.configure_optimizers()
+    while not isinstance(optimizer, Optimizer):
+        optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer[0]
     stepsize: Adaptive | float | None = (
         optimizer.param_groups[0]["lr"] if is_plain_sgd(optimizer) else None
     )
@@ -270,17 +283,32 @@ class _CLI(LightningCLI):
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to TensorBoard and CSV in ``default_root_dir``, unless loggers are named."""
-        if self._get(self.config_init, "trainer.logger") is None:
-            folder = Path(self._get(self.config_init, "trainer.default_root_dir") or "runs")
-            tensorboard = TensorBoardLogger(folder, name="")
-            kwargs["logger"] = [
-                tensorboard,
-                CSVLogger(folder, name="", version=tensorboard.version),
-            ]
-            # the two share it on purpose
-            warnings.filterwarnings("ignore", "Experiment logs directory")
+        """Add loggers and checkpoints, unless the config has its own or wants none."""
+        if not self._of_trainer("barebones"):
+            kwargs |= self._loggers() | self._callbacks()
         return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self) -> dict[str, Any]:
+        """Log to TensorBoard and CSV in ``default_root_dir``."""
+        if self._of_trainer("logger") is not None:
+            return {}
+        folder = Path(self._of_trainer("default_root_dir") or "runs")
+        tensorboard = TensorBoardLogger(folder, name="")
+        # the two share it on purpose
+        warnings.filterwarnings("ignore", "Experiment logs directory")
+        return {"logger": [tensorboard, CSVLogger(folder, name="", version=tensorboard.version)]}
+
+    def _callbacks(self) -> dict[str, Any]:
+        """Keep the best checkpoint and, after every epoch, the last one."""
+        configured = self._of_trainer("callbacks") or []
+        own = configured if isinstance(configured, list) else [configured]
+        has_own = any(isinstance(callback, ModelCheckpoint) for callback in own)
+        if has_own or self._of_trainer("enable_checkpointing") is False:
+            return {}
+        return {"callbacks": [*own, BestCheckpoint(), ModelCheckpoint(filename="last")]}
+
+    def _of_trainer(self, argument: str) -> Any:
+        return self._get(self.config_init, f"trainer.{argument}")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -304,9 +332,11 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
     Returns:
         The finished command with its ``trainer``, ``model`` and ``datamodule``.
     """
+    if os.getcwd() not in sys.path:  # for modules of the user's, as `python -m` does
+        sys.path.insert(0, os.getcwd())
     return _CLI(
         EpisodicModule,
-        EpisodicDataModule,
+        LightningDataModule,
         trainer_class=_Trainer,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -208,7 +208,7 @@ def test_the_command_line_decides_over_the_checkpoint(in_tmp_path: Path) -> None
     ]
     tested = run(["test", *arguments])
     assert (tested.model.test_steps, tested.model.batch_norm) == (7, "support")
-    assert "test/accuracy_step_7" in tested.trainer.callback_metrics
+    assert "test/accuracy_step_07" in tested.trainer.callback_metrics
 
 
 def test_a_checkpoint_trained_with_other_arguments_is_pointed_out(in_tmp_path: Path) -> None:

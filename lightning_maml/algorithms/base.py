@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_maml.algorithms.checkpointed import CheckpointedModule
 from lightning_maml.algorithms.metrics import Estimate, LoaderFigures, with_accuracy
 from lightning_maml.batches.episodes import AnyEpisodes, check_episodes
+from lightning_maml.batches.meta_batch import UnevenEpisodes, as_meta_batch, parts_of
 from lightning_maml.batches.outputs import logits_in
-from lightning_maml.batches.trees import map_tensors
+from lightning_maml.batches.trees import map_tensors, unstacked
 from lightning_maml.checks.findings import Findings, Kind, kind_of_batch
 from lightning_maml.checks.loss_checks import ignored_label
 from lightning_maml.checks.requirements import (
@@ -139,10 +140,13 @@ class EpisodicModule(CheckpointedModule):
         """Yield contexts to try a step in, until one comes to its end."""
         yield nullcontext()
 
-    def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
+    def meta_loss(self, episodes: Any) -> Tensor:
         """Return the query loss, for a training loop without a trainer.
 
         It is a scalar whose backward pass deposits the meta-gradient.
+
+        Args:
+            episodes: A meta-batch, in any of the forms that :meth:`training_step` takes.
 
         Raises:
             ValueError: If the network's outputs do not fit the episodes' labels, or if the
@@ -150,8 +154,11 @@ class EpisodicModule(CheckpointedModule):
                 there is no trainer.
             FloatingPointError: If the query loss or the meta-gradient is not finite.
         """
-        check_episodes(episodes)
-        return self._step(episodes).loss
+        results = []
+        for part in parts_of(episodes):
+            check_episodes(part)
+            results.append(self._step(part))
+        return _mean_loss(results)
 
     def _step(self, episodes: AnyEpisodes) -> StepResult:
         for attempt in self._attempts(episodes):
@@ -215,10 +222,17 @@ class EpisodicModule(CheckpointedModule):
         """
         return logits_in(outputs)
 
-    def training_step(self, batch: AnyEpisodes, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Return the query loss, whose backward pass deposits the meta-gradient.
 
         None for a step that is skipped.
+
+        Args:
+            batch: A meta-batch: :class:`lightning_maml.Episodes` or
+                :class:`lightning_maml.ResampledEpisodes`; ``(support_x, support_y, query_x,
+                query_y)``, each with the tasks in front; or a list of tasks without this leading
+                dimension, which may differ in size.
+            batch_idx: Its number.
 
         Raises:
             FloatingPointError: If the query loss or the meta-gradient is not finite, unless such
@@ -231,33 +245,37 @@ class EpisodicModule(CheckpointedModule):
     # if the model is compiled: compilers know no second derivatives; torch 2.7 would not accept
     # this on the hook itself
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _train_on(self, batch: AnyEpisodes) -> Tensor | None:
-        check_episodes(batch)
-        before_it = random_state(self.device)
-        try:
-            result = self._step(batch)
-        except FloatingPointError as error:
-            self.non_finite.skip_or_stop(self, batch, before_it, error, self.run_folder)
-            return None
-        ignored = ignored_label(self.loss)
-        figures = with_accuracy(result.query_loss, result.outputs, batch, ignored)
+    def _train_on(self, batch: Any) -> Tensor | None:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.global_step + 1) % every == 0:
-            figures = self._figures_before(batch) | figures
-        for name, values in figures.items():
+        is_logged = bool(every) and (self.global_step + 1) % every == 0
+        results, of_parts = [], []
+        for part in parts_of(batch):
+            check_episodes(part)
+            before_it = random_state(self.device)
+            try:
+                result = self._step(part)
+            except FloatingPointError as error:
+                self.non_finite.skip_or_stop(self, part, before_it, error, self.run_folder)
+                return None
+            ignored = ignored_label(self.loss)
+            figures = with_accuracy(result.query_loss, result.outputs, part, ignored)
+            results.append(result)
+            of_parts.append(self._figures_before(part) | figures if is_logged else figures)
+        for name in of_parts[0]:
+            values = torch.cat([figures[name] for figures in of_parts])
             self.log(
                 f"train/{name}",
                 values.mean(),
                 prog_bar=name in ("loss", "accuracy"),
                 batch_size=len(values),
             )
-        return result.loss
+        return _mean_loss(results)
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted validation left."""
         self._figures.start(len(self.trainer.num_val_batches), self.device)
 
-    def validation_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect loss and accuracy after 0 .. K steps."""
         self._judge(batch, dataloader_idx)
 
@@ -269,7 +287,7 @@ class EpisodicModule(CheckpointedModule):
         """Forget what an interrupted test left."""
         self._figures.start(len(self.trainer.num_test_batches), self.device)
 
-    def test_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect loss and accuracy after 0 .. K steps."""
         self._judge(batch, dataloader_idx)
 
@@ -282,14 +300,25 @@ class EpisodicModule(CheckpointedModule):
         if found is not None:
             self.adaptation = found
 
-    def predict_step(self, batch: AnyEpisodes, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``."""
-        return map_tensors(lambda outputs: outputs[:, -1], self._evaluate_uncompiled(batch).aux)
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Return the outputs for the query sets after adaptation, ``[T, Q, ...]``.
 
-    def _judge(self, episodes: AnyEpisodes, loader: int) -> None:
-        curve = self._evaluate_uncompiled(episodes)
-        figures = with_accuracy(curve.loss, curve.aux, episodes, ignored_label(self.loss))
-        self._figures.update(loader, figures)
+        Of tasks that differ in size it is a list of ``[Q, ...]``, in the order of the tasks.
+        """
+        batch = as_meta_batch(batch)
+        of_parts = [
+            map_tensors(lambda outputs: outputs[:, -1], self._evaluate_uncompiled(part).aux)
+            for part in parts_of(batch)
+        ]
+        if not isinstance(batch, UnevenEpisodes):
+            return of_parts[0]
+        return batch.in_order([*map(unstacked, of_parts)])
+
+    def _judge(self, batch: Any, loader: int) -> None:
+        for part in parts_of(batch):
+            curve = self._evaluate_uncompiled(part)
+            figures = with_accuracy(curve.loss, curve.aux, part, ignored_label(self.loss))
+            self._figures.update(loader, figures)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _evaluate_uncompiled(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -316,3 +345,12 @@ class EpisodicModule(CheckpointedModule):
             return verdict
 
         return self._findings.once("stacking", kind, self.loss, find_and_say)
+
+
+def _mean_loss(results: list[StepResult]) -> Tensor:
+    """Return the mean loss over the tasks of all parts of a meta-batch."""
+    if len(results) == 1:
+        return results[0].loss
+    tasks = [len(result.query_loss) for result in results]
+    total = [result.loss * count for result, count in zip(results, tasks, strict=True)]
+    return torch.stack(total).sum() / sum(tasks)

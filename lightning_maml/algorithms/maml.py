@@ -51,7 +51,7 @@ class MAML(AdaptingModule):
     meta-parameters. Logged: ``train/``, ``val/`` and ``test/`` ``loss`` and, for classification,
     ``accuracy`` on the query sets after adaptation, and both as ``_before`` for before adaptation
     (in training only on the steps that are logged). Validation and test add ``_ci95``, the
-    half-width of the 95 % confidence interval over the tasks, and ``accuracy_step_0 .. K``.
+    half-width of the 95 % confidence interval over the tasks, and ``accuracy_step_00 .. K``.
 
     Args:
         network: The network to meta-train, any module; its frozen parameters stay as they are.
@@ -206,10 +206,13 @@ class MAML(AdaptingModule):
         return {name: found.grad[name] for name in plan.functional.params}
 
     @override
-    def meta_loss(self, episodes: AnyEpisodes) -> Tensor:
+    def meta_loss(self, episodes: Any) -> Tensor:
         """Return the query loss, for a training loop without a trainer.
 
         It is a scalar whose backward pass deposits the meta-gradient.
+
+        Args:
+            episodes: A meta-batch, in any of the forms that :meth:`training_step` takes.
 
         Raises:
             ValueError: As in ``EpisodicModule.meta_loss``, and if there are trainable parameters

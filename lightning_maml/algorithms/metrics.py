@@ -94,7 +94,8 @@ class LoaderFigures:
                 )
                 beside = {f"{name}_ci95": ci95[-1], f"{name}_before": mean[0]}
                 if name == names[-1]:
-                    beside |= {f"{name}_step_{step}": value for step, value in enumerate(mean)}
+                    # two digits, so that loggers and tables have them in order
+                    beside |= {f"{name}_step_{step:02}": value for step, value in enumerate(mean)}
                 values = {f"{stage}/{figure}{suffix}": value for figure, value in beside.items()}
                 module.log_dict(values, sync_dist=True, add_dataloader_idx=False)
         return last

@@ -83,6 +83,11 @@ def cat(parts: Iterable[Any]) -> Any:
     return map_tensors(lambda *tensors: torch.cat(tensors), *parts)
 
 
+def unstacked(tree: Any) -> list[Any]:
+    """Return a tree for each entry of the tensors' first dimension."""
+    return [map_tensors(lambda tensor, k=k: tensor[k], tree) for k in range(count(tree))]
+
+
 def shapes(inputs: Any) -> tuple[Any, ...]:
     """Return dtype and shape of each tensor without the first dimension.
 

@@ -1,5 +1,6 @@
 """Callbacks for any run of :class:`lightning_maml.MAML` and its variants."""
 
+from lightning_maml.callbacks.best_checkpoint import BestCheckpoint as BestCheckpoint
 from lightning_maml.callbacks.checkpoint_on_interrupt import (
     CheckpointOnInterrupt as CheckpointOnInterrupt,
 )

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import Episodes
+from lightning_maml.batches.meta_batch import parts_of
 from lightning_maml.batches.trees import map_tensors
 
 
@@ -58,8 +59,11 @@ class FirstTaskPictures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the first task."""
-        if batch_idx == 0 and dataloader_idx == 0 and isinstance(batch, Episodes):
-            self._task = map_tensors(lambda tensor: tensor[:1], batch)
+        if batch_idx > 0 or dataloader_idx > 0:
+            return
+        first = parts_of(batch)[0]
+        if isinstance(first, Episodes):
+            self._task = map_tensors(lambda tensor: tensor[:1], first)
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

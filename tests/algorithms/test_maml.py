@@ -108,9 +108,10 @@ def test_fit_validate_test_and_predict(tmp_path: Path, algorithm: type[MAML]) ->
         torch.testing.assert_close(validated[f"val/{name}"], run.callback_metrics[f"test/{name}"])
     assert run.callback_metrics["test/loss_before"] != run.callback_metrics["test/loss"]
     assert (
-        run.callback_metrics["test/accuracy_before"] == run.callback_metrics["test/accuracy_step_0"]
+        run.callback_metrics["test/accuracy_before"]
+        == run.callback_metrics["test/accuracy_step_00"]
     )
-    assert {"test/accuracy_ci95", *(f"test/accuracy_step_{k}" for k in range(4))} <= set(
+    assert {"test/accuracy_ci95", *(f"test/accuracy_step_{k:02}" for k in range(4))} <= set(
         run.callback_metrics
     )
     predictions = run.predict(module, loader())
@@ -168,7 +169,7 @@ def test_the_test_reports_mean_and_confidence_interval_over_all_tasks(tmp_path: 
     run.test(module, DataLoader(batches, batch_size=None), verbose=False)
     metrics = run.callback_metrics
     for step in range(5):
-        assert metrics[f"test/accuracy_step_{step}"].item() == pytest.approx(
+        assert metrics[f"test/accuracy_step_{step:02}"].item() == pytest.approx(
             expected[:, step].mean().item(), abs=1e-6
         )
     assert metrics["test/accuracy"].item() == pytest.approx(expected[:, -1].mean().item(), abs=1e-6)
@@ -312,12 +313,16 @@ def test_other_faults_of_a_network_of_integers_are_its_own() -> None:
 
 def test_a_batch_that_is_not_episodes_is_refused(tmp_path: Path) -> None:
     images, labels = torch.rand(2, 6, 3), torch.arange(2).repeat(2, 3)
-    message = r"Expected a batch of `lightning_maml.Episodes` but got {}; let the loader return Episodes\(support_x,"
-    with pytest.raises(TypeError, match=message.format("tuple")):
-        MAML(MLP(3, 2)).meta_loss((images, labels, images, labels))
-    batches = DataLoader([(images, labels, images, labels)], batch_size=None)
+    batch = {"train": (images, labels), "test": (images, labels)}
+    message = (
+        r"Expected a batch of `lightning_maml.Episodes` but got dict; let the loader return "
+        r"Episodes\(support_x,"
+    )
+    with pytest.raises(TypeError, match=message):
+        MAML(MLP(3, 2)).meta_loss(batch)
+    batches = DataLoader([batch], batch_size=None)
     for name in ("fit", "validate", "test", "predict"):
-        with pytest.raises(TypeError, match=message.format("(list|tuple)")):
+        with pytest.raises(TypeError, match=message):
             getattr(trainer(tmp_path), name)(MAML(MLP(3, 2)), batches)
 
 

@@ -302,7 +302,7 @@ def test_several_loaders_are_judged_one_by_one(tmp_path: Path, algorithm: type[M
     assert {
         "test/accuracy",
         "test/accuracy_ci95",
-        "test/accuracy_step_1",
+        "test/accuracy_step_01",
         "test/loss_before",
     } < alone[0].keys()
     validated = trainer(tmp_path, precision="32-true").validate(module, loaders, verbose=False)

@@ -8,10 +8,13 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
+from helpers.networks import build, make_episodes
 from helpers.runs import MODELS, Noise
 from helpers.trainers import trainer_in_double as trainer
-from lightning_maml import KeepBestCheckpoints
+from lightning_maml import MAML, MLP, Episodes, KeepBestCheckpoints
+from lightning_maml.callbacks import BestCheckpoint
 
 
 def trained(folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any) -> Trainer:
@@ -114,3 +117,54 @@ def test_fast_dev_run_copies_no_checkpoints(tmp_path: Path) -> None:
     trained(tmp_path / "first", 1)
     trained(tmp_path / "second", 2, tmp_path / "first" / "last.ckpt", fast_dev_run=True)
     assert not (tmp_path / "second").exists()
+
+
+def best_of(folder: Path, loaders: Any, epochs: int = 3, **options: Any) -> Trainer:
+    """Train with the callback that finds out what to monitor."""
+    settings = {
+        "enable_checkpointing": True,
+        "max_epochs": epochs,
+        "callbacks": [KeepBestCheckpoints(), BestCheckpoint(), ModelCheckpoint(filename="last")],
+    }
+    run = trainer(folder, **settings)
+    run.fit(MAML(**options), *loaders, ckpt_path=None)
+    return run
+
+
+def test_of_a_regression_the_lowest_loss_is_the_best(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(3, 5, 2, dtype=torch.float64)
+    loader = DataLoader([Episodes(x, x, x, x)], batch_size=None)
+    model = {"network": MLP(2, 2), "loss": torch.nn.functional.mse_loss}
+    run = best_of(tmp_path, [loader, loader], **model)
+    best = run.checkpoint_callback
+    assert best.monitor == "val/loss"
+    torch.testing.assert_close(best.best_model_score, run.callback_metrics["val/loss"])
+    saved = torch.load(best.best_model_path, weights_only=True)
+    assert saved["epoch"] == 2
+
+
+def test_of_several_loaders_the_first_counts(tmp_path: Path) -> None:
+    episodes = make_episodes()
+    loader = DataLoader([episodes], batch_size=None)
+    run = best_of(tmp_path, [loader, [loader, loader]], network=build("mlp"))
+    assert run.checkpoint_callback.monitor == "val/accuracy/dataloader_idx_0"
+
+
+def test_the_best_one_found_by_itself_is_carried_over(tmp_path: Path) -> None:
+    loader = DataLoader([make_episodes()], batch_size=None)
+
+    def run(folder: Path, rate: float, epochs: int, path: Path | None = None) -> BestCheckpoint:
+        best = BestCheckpoint()
+        model = MAML(build("mlp"), optimizer=lambda params: torch.optim.SGD(params, lr=rate))
+        callbacks = [KeepBestCheckpoints(), best, ModelCheckpoint(filename="last")]
+        settings = {"enable_checkpointing": True, "max_epochs": epochs, "callbacks": callbacks}
+        trainer(folder, **settings).fit(model, loader, loader, ckpt_path=path)
+        return best
+
+    first = run(tmp_path / "first", 0.0, 1)
+    again = run(tmp_path / "second", 0.0, 2, Path(first.best_model_path).with_name("last.ckpt"))
+    assert again.best_model_score == first.best_model_score
+    assert again.monitor == "val/accuracy"
+    assert Path(again.best_model_path).parent == Path(again.dirpath) != Path(first.dirpath)
+    assert Path(again.best_model_path).read_bytes() == Path(first.best_model_path).read_bytes()

@@ -96,9 +96,10 @@ def test_every_block_is_run_by_a_test() -> None:
     elsewhere = {
         "migration": r"(before \w+|after)",
         "own_data": "own",
+        "start": "shapes.py",
         "deployment": "photos",
         "many_processes": "on eight GPUs",
-    }  # test_migration.py, below, none
+    }  # test_migration.py, below, below, below, none
     for page in PAGES:
         kinds = set(re.findall(r"^```python(.*)$", page.read_text(), re.MULTILINE))
         for kind in kinds - {""}:
@@ -253,3 +254,19 @@ def test_ones_own_images_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ]
     )
     assert cli.datamodule.transforms.normalize == "imagenet"
+
+
+def test_the_project_of_ones_own_is_trained_tested_and_resumed(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "start.md").read_text()
+    (tmp_path / "shapes.py").write_text(blocks(page, "python shapes.py")[0])
+    (tmp_path / "shapes.yaml").write_text(blocks(page, "yaml shapes.yaml")[0])
+    command = Path(sys.executable).with_name("lightning-maml")
+    for arguments in (["fit"], ["test", "--ckpt_path=last"], ["fit", "--ckpt_path=last"]):
+        done = subprocess.run(
+            [command, *arguments, "--config=shapes.yaml", "--trainer.accelerator=cpu"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr

@@ -5,13 +5,14 @@ PUBLIC = {
         ANIL AdaptationCurve AdaptedNetworks AdaptiveMetaStepsize BOIL CheckReport
         CheckpointOnInterrupt Conv4 Episodes FOMAML HFMAML IMAML KeepBestCheckpoints LSLR MAML
         MAMLPlusPlus MLP MetaGradient MetaSGD ProtoNet Reptile ResNet12 ResampledEpisodes
-        SkipNonFinite StationarityMonitor adaptation_curve check keep_freed_memory meta_gradient
-        one_hot_mse
+        SkipNonFinite StationarityMonitor UnevenEpisodes adaptation_curve check keep_freed_memory
+        meta_gradient one_hot_mse
     """,
     "lightning_maml.callbacks": """
-        AdaptiveMetaStepsize CheckpointOnInterrupt EpisodePictures Fidelity KeepBestCheckpoints
-        LossMapPicture MetaGradientMonitor SkipNonFinite StationarityMonitor TrainingPictures
-        compare draw_adaptation draw_episode draw_fidelity draw_learning draw_loss_map loss_map
+        AdaptiveMetaStepsize BestCheckpoint CheckpointOnInterrupt EpisodePictures Fidelity
+        KeepBestCheckpoints LossMapPicture MetaGradientMonitor SkipNonFinite StationarityMonitor
+        TrainingPictures compare draw_adaptation draw_episode draw_fidelity draw_learning
+        draw_loss_map loss_map
     """,
     "lightning_maml.datamodules": """
         ClassImages EasyFSLDataModule EpisodeTransforms EpisodicDataModule FewShotDataModule

@@ -1,0 +1,91 @@
+"""Keep the checkpoint of the best validation, whatever is validated."""
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from typing_extensions import override
+
+_FIRST_LOADER = "/dataloader_idx_0"
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint with the best validation accuracy, of a regression with the lowest loss.
+
+    Unlike Lightning's ``ModelCheckpoint`` it needs not be told what to monitor: it takes
+    ``val/accuracy`` or ``val/loss``, whichever the first validation logs (with several loaders, of
+    the first). Without validation it saves nothing. The command ``lightning-maml fit`` has this
+    callback unless the config has a checkpoint callback of its own.
+
+    Args:
+        filename: Name of the checkpoint, without ``.ckpt``.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from lightning import Trainer
+        >>> from torch.utils.data import DataLoader
+        >>> from lightning_maml import MAML, MLP, Episodes
+        >>> from lightning_maml.callbacks import BestCheckpoint
+        >>> x, y = torch.rand(2, 3, 4), torch.tensor([[0, 1, 2]] * 2)
+        >>> loader = DataLoader([Episodes(x, y, x, y)], batch_size=None)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = Trainer(
+        ...         callbacks=[BestCheckpoint()],
+        ...         default_root_dir=folder,
+        ...         logger=False,
+        ...         enable_progress_bar=False,
+        ...         enable_model_summary=False,
+        ...         max_epochs=1,
+        ...     )
+        ...     trainer.fit(MAML(MLP(4, 3)), loader, loader)
+        ...     print(Path(trainer.checkpoint_callback.best_model_path).name)
+        best.ckpt
+    """
+
+    def __init__(self, filename: str = "best") -> None:
+        super().__init__(filename=filename, auto_insert_metric_name=False)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Return the name in checkpoints; Lightning's has what is monitored in it."""
+        return type(self).__qualname__
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose what to monitor at the first validation, and save."""
+        if self.monitor is None and not trainer.sanity_checking:
+            self._choose(trainer.callback_metrics)
+        if self.monitor is not None:
+            super().on_validation_end(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        if self.monitor is not None:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Monitor what the saved run did, and continue from its best value."""
+        if state_dict.get("monitor") is not None:
+            self._monitor(state_dict["monitor"])
+        super().load_state_dict(state_dict)
+
+    def _choose(self, logged: dict[str, Any]) -> None:
+        names = ("val/accuracy", "val/loss")
+        found = [
+            f"{name}{loader}"
+            for name in names
+            for loader in ("", _FIRST_LOADER)
+            if f"{name}{loader}" in logged
+        ]
+        if found:
+            self._monitor(found[0])
+
+    def _monitor(self, name: str) -> None:
+        self.monitor = name
+        self.mode, worst = ("max", -float("inf")) if "accuracy" in name else ("min", float("inf"))
+        self.kth_value = self.kth_value.new_tensor(worst)

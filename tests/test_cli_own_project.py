@@ -1,0 +1,173 @@
+"""The command in a folder of one's own: own network, own datamodule, and nothing else configured."""
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_maml.cli import main, run
+
+PROJECT = """
+import torch
+from lightning import LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+
+class Tasks(Dataset):
+    def __init__(self, first, uneven):
+        self.first, self.uneven = first, uneven
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, number):
+        random = torch.Generator().manual_seed(self.first + number)
+        shots = 1 + number % 2 if self.uneven else 2
+        centres, labels = torch.randn(2, 8, generator=random), torch.arange(2).repeat(shots + 3)
+        x = centres[labels] + 0.3 * torch.randn(len(labels), 8, generator=random)
+        return x[: 2 * shots], labels[: 2 * shots], x[2 * shots :], labels[2 * shots :]
+
+
+class MyData(LightningDataModule):
+    def __init__(self, uneven: bool = False):
+        super().__init__()
+        self.uneven = uneven
+
+    def loader(self, first):
+        return DataLoader(
+            Tasks(first, self.uneven), batch_size=4, collate_fn=list if self.uneven else None
+        )
+
+    def train_dataloader(self):
+        return self.loader(0)
+
+    def val_dataloader(self):
+        return self.loader(100)
+
+    def test_dataloader(self):
+        return self.loader(200)
+
+    predict_dataloader = test_dataloader
+
+
+class WithoutValidation(MyData):
+    val_dataloader = LightningDataModule.val_dataloader
+
+
+class MyNetwork(nn.Sequential):
+    def __init__(self, hidden: int = 16):
+        super().__init__(nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, 2))
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a module and a config, which the command is started in."""
+    (tmp_path / "my_project.py").write_text(PROJECT)
+    config = {
+        "model": {
+            "class_path": "MAML",
+            "init_args": {"network": "my_project.MyNetwork", "inner_lr": 0.1},
+        },
+        "data": "my_project.MyData",
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 3,
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    monkeypatch.setattr(sys, "argv", ["lightning-maml"])
+    yield tmp_path
+    sys.modules.pop("my_project", None)
+
+
+def checkpoints(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*.ckpt")}
+
+
+@pytest.mark.parametrize("uneven", ["false", "true"])
+def test_own_data_and_network_are_trained_resumed_tested_and_predicted(
+    project: Path, uneven: str
+) -> None:
+    same = ["--config=config.yaml", f"--data.init_args.uneven={uneven}"]
+    main(["fit", *same])
+    kept = {f"runs/version_0/checkpoints/{name}.ckpt" for name in ("best", "last")}
+    assert checkpoints(project) == kept
+    main(["fit", *same, "--ckpt_path=last", "--trainer.max_epochs=5"])
+    last = torch.load("runs/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 10
+    assert last["epoch"] == 4
+    tested = run(["test", *same, "--ckpt_path=last"])
+    assert "test/accuracy" in tested.trainer.callback_metrics
+    main(["predict", *same, "--ckpt_path=last"])
+    main(["check", *same])
+
+
+def test_the_best_checkpoint_is_of_the_highest_accuracy(project: Path) -> None:
+    cli = run(["fit", "--config=config.yaml", "--trainer.max_epochs=6"])
+    rows = csv.DictReader(Path("runs/version_0/metrics.csv").read_text().splitlines())
+    validated = [row for row in rows if row["val/accuracy"]]
+    accuracies = [float(row["val/accuracy"]) for row in validated]
+    best = torch.load("runs/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert len(accuracies) == 6
+    assert best["epoch"] == accuracies.index(max(accuracies))
+    assert cli.trainer.checkpoint_callback.best_model_score == max(accuracies)
+
+
+def test_without_validation_only_the_last_checkpoint_is_kept(project: Path) -> None:
+    main(["fit", "--config=config.yaml", "--data=my_project.WithoutValidation"])
+    assert checkpoints(project) == {"runs/version_0/checkpoints/last.ckpt"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (
+            ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.filename=own"],
+            {"runs/version_0/checkpoints/own.ckpt"},
+        ),
+        (["--trainer.enable_checkpointing=false"], set()),
+        (["--trainer.fast_dev_run=true"], set()),
+        (
+            [
+                "--trainer.barebones=true",
+                "--trainer.enable_progress_bar=null",
+                "--trainer.log_every_n_steps=null",
+            ],
+            set(),
+        ),
+    ],
+)
+def test_checkpoints_of_ones_own_or_none_are_kept_as_they_are(
+    project: Path, arguments: list[str], kept: set[str]
+) -> None:
+    main(["fit", "--config=config.yaml", *arguments])
+    assert checkpoints(project) == kept
+
+
+def test_lightnings_options_for_optimizer_and_schedule_have_effect(project: Path) -> None:
+    schedule = ["--lr_scheduler=CosineAnnealingLR", "--lr_scheduler.T_max=3"]
+    with pytest.warns(UserWarning, match="configure_optimizers` will be overridden"):
+        cli = run(
+            ["fit", "--config=config.yaml", "--optimizer=SGD", "--optimizer.lr=0.5", *schedule]
+        )
+    (optimizer,) = cli.trainer.optimizers
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.param_groups[0]["initial_lr"] == 0.5
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_measuring_needs_a_datamodule_that_draws_tasks(project: Path) -> None:
+    with pytest.raises(
+        SystemExit, match=r"Expected a datamodule of lightning_maml, .*but got MyData"
+    ):
+        main(["measure", "--config=config.yaml"])
