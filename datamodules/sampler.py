@@ -206,7 +206,10 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         small = [number for number, size in enumerate(sizes) if size < self._images_per_class]
         if not small:
             return data.members
-        found = f"{len(small)} of its {len(sizes)} classes have fewer images"
+        found = (
+            f"{len(small)} of its {len(sizes)} classes have fewer images than the "
+            f"{self._images_per_class} that an episode takes"
+        )
         if data.names:
             names = [f"{data.names[number]} ({sizes[number]})" for number in small]
             found += f": {first_five(names)}"
@@ -216,7 +219,9 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
                 stacklevel=5,  # the caller of `setup`
             )
             return [data.members[number] for number in large]
-        cure = "; leave these out by small_classes='drop'" if data.names and large else ""
+        cure = "; lower `shots` or `queries`"
+        if data.names and large:
+            cure += ", or leave these out by small_classes='drop'"
         raise UserValueError(
             f"Expected {self._formula(split)} to be at most {min(sizes)}, the images of its "
             f"smallest class, but {found}{cure}."

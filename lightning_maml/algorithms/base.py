@@ -19,6 +19,7 @@ from lightning_maml.batches.trees import map_tensors, unstacked
 from lightning_maml.checks.findings import Findings, Kind, kind_of_batch
 from lightning_maml.checks.loss_checks import ignored_label
 from lightning_maml.checks.requirements import (
+    check_factory,
     check_loss_is_callable,
     check_network,
     refuse_without_gradient,
@@ -90,6 +91,10 @@ class EpisodicModule(CheckpointedModule):
         super().__init__()
         check_network(network, batch_norm)
         check_loss_is_callable(loss)
+        check_factory(optimizer, "optimizer", "functools.partial(torch.optim.SGD, lr=0.1)")
+        if lr_scheduler is not None:
+            example = "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10)"
+            check_factory(lr_scheduler, "lr_scheduler", example)
         self.network = network
         self.loss = loss
         self._batch_norm: BatchNormPolicy = batch_norm
@@ -192,7 +197,12 @@ class EpisodicModule(CheckpointedModule):
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if self._gradients_arrive:
             refuse_without_gradient(
-                [name for name, p in self._besides_the_network() if p in held and p.grad is None]
+                [
+                    name
+                    for name, p in self._besides_the_network()
+                    # the rate of a frozen layer has none
+                    if p in held and p.grad is None and not name.startswith("learned_rates.")
+                ]
             )
 
     def _besides_the_network(self) -> Iterator[tuple[str, nn.Parameter]]:

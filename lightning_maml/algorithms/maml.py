@@ -33,6 +33,7 @@ from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.functional.adaptation import adaptation_curve, adapted_parameters
 from lightning_maml.functional.loss_with_gradient import loss_with_gradient
 from lightning_maml.functional.meta_gradient import MetaGradient, meta_gradient
+from lightning_maml.io.plain import whole_number
 from lightning_maml.networks.adapted import AdaptedNetworks
 from lightning_maml.networks.buffers import statistics_in_training
 from lightning_maml.networks.copies import structural_copy
@@ -111,17 +112,25 @@ class MAML(AdaptingModule):
         torch.Size([6, 3])
     """
 
-    def adapt(self, support_x: Inputs, support_y: Tensor, steps: int | None = None) -> nn.Module:
+    def adapt(
+        self,
+        support_x: Inputs,
+        support_y: Tensor,
+        steps: int | None = None,
+        *,
+        many: bool | None = None,
+    ) -> nn.Module:
         """Return the network adapted to a task, or the networks adapted to many, for new queries.
 
         The network is in evaluation mode, both while it adapts and in what is returned.
 
         Args:
             support_x: Inputs of the support set, ``[S, ...]``; of many tasks ``[T, S, ...]``.
-            support_y: Their labels ``0 .. ways - 1``, ``[S]`` or ``[T, S]``. Targets of a
-                regression, and labels for each pixel or token, are always those of many tasks,
-                ``[T, S, ...]``.
+            support_y: Their labels ``0 .. ways - 1``, ``[S]`` or ``[T, S]``; or targets of a
+                regression, or labels for each pixel or token, ``[S, ...]`` or ``[T, S, ...]``.
             steps: Inner steps; by default ``test_steps``.
+            many: Whether these are many tasks. By default integer labels ``[S]`` are of one task,
+                and all others of many: say ``many=False`` for one task of a regression.
 
         Returns:
             For one task a copy of the network with the adapted parameters, which takes queries
@@ -139,11 +148,17 @@ class MAML(AdaptingModule):
             )
         with torch.inference_mode(False), torch.enable_grad():
             return self._networks_of(
-                *detached((support_x, support_y)), self.test_steps if steps is None else steps
+                *detached((support_x, support_y)),
+                self.test_steps if steps is None else whole_number(steps, "steps"),
+                many,
             )
 
-    def _networks_of(self, support_x: Inputs, support_y: Tensor, steps: int) -> nn.Module:
-        of_one = support_y.ndim == 1 and not support_y.is_floating_point()
+    def _networks_of(
+        self, support_x: Inputs, support_y: Tensor, steps: int, many: bool | None
+    ) -> nn.Module:
+        if many is None:
+            many = support_y.ndim > 1 or support_y.is_floating_point()
+        of_one = not many
         if of_one:
             support_x, support_y = map_tensors(lambda tensor: tensor[None], (support_x, support_y))
         support = Episodes(support_x, support_y, support_x, support_y)

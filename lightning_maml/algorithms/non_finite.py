@@ -75,8 +75,10 @@ def check_losses_are_finite(query_loss: Tensor, where: str) -> None:
     finite = query_loss.isfinite()
     if not finite.all():
         tasks = (~finite).nonzero().flatten().tolist()
+        more = ", ..." if len(tasks) > 5 else ""
+        values, named = (", ".join(map(str, of[:5])) for of in (query_loss[tasks].tolist(), tasks))
         raise UserFloatingPointError(
-            f"Expected a finite query loss but got {query_loss[tasks].tolist()} in tasks {tasks} "
+            f"Expected a finite query loss but got [{values}{more}] in tasks [{named}{more}] "
             f"{where}"
         )
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from typing_extensions import override
@@ -226,6 +227,12 @@ class ProtoNet(EpisodicModule):
             check_policy(functional, episodes)
             embedded = self.logits(first_outputs(functional, episodes))
             check_logits(embedded, episodes.support_y[0])
+            if embedded.shape[1] == ways:
+                rank_zero_warn(
+                    f"ProtoNet compares embeddings, but those of this network have {ways} numbers, "
+                    "as many as there are classes; if they are a head's logits, leave the head out "
+                    "(`ways=None` for the networks of lightning_maml)."
+                )
             targets = (episodes.support_y[0], episodes.query_y[0])
             check_broadcasting(self.loss, lambda _: embedded.new_zeros(2 * ways, ways), targets)
             if facts_of(network).hooks_tensors:

@@ -73,8 +73,10 @@ def warn_of_other_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> None
     differing = [name for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)]
     if not theirs or not differing:
         return
-    trained = ", ".join(f"{name} {theirs.get(name)}" for name in differing)
-    here = ", ".join(f"{name} {ours.get(name)}" for name in differing)
+    trained, here = (
+        ", ".join(f"{name} {of[name]}" if name in of else f"no {name}" for name in differing)
+        for of in (theirs, ours)
+    )
     rank_zero_warn(
         f"The checkpoint's model adapts with {trained} but this one with {here}; if unintended, "
         "use the checkpoint's settings."

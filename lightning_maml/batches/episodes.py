@@ -109,7 +109,7 @@ def check_episodes(episodes: Any) -> None:
 
     Raises:
         TypeError: If ``episodes`` is of another type, or a part of it is not made of tensors.
-        ValueError: If labels have a last dimension of 1 that is none of theirs, if a tensor lacks
+        ValueError: If labels are complex or have a last dimension of 1 too many, if a tensor lacks
             its task, step or example dimension, if sizes or the dtypes of inputs disagree, or if
             there is no task or no example.
     """
@@ -123,7 +123,7 @@ def check_episodes(episodes: Any) -> None:
     parts = {name: _labelled_tensors(name, part) for name, part in episodes._asdict().items()}
     _check_dimensions(parts, dimensions)
     for name in episodes._fields[1::2]:
-        _check_labels_are_no_column(name, getattr(episodes, name), dimensions[name])
+        _check_labels(name, getattr(episodes, name), dimensions[name])
     _check_number_of_tasks(parts)
     if isinstance(episodes, ResampledEpisodes):
         _check_number_of_steps(parts, episodes._fields[:4])
@@ -240,7 +240,12 @@ def _check_that_inputs_are_alike(
             )
 
 
-def _check_labels_are_no_column(name: str, y: Tensor, dimensions: list[str]) -> None:
+def _check_labels(name: str, y: Tensor, dimensions: list[str]) -> None:
+    if y.is_complex():
+        raise UserValueError(
+            f"Expected `{name}` to hold integers or real floats but got {y.dtype}; give the real "
+            "and the imaginary parts, torch.view_as_real(y), to a loss that joins them."
+        )
     if not y.is_floating_point() and y.ndim == len(dimensions) + 1 and y.shape[-1] == 1:
         raise UserValueError(
             f"Expected `{name}` to hold one label per example, [{', '.join(dimensions)}], but got "

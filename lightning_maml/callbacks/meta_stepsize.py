@@ -281,7 +281,7 @@ def _outside_the_theory(trainer: Trainer, module: MAML, rho_is_measured: bool) -
     if not is_plain_sgd(optimizer):
         outside.append(
             f"{type(optimizer).__name__} as it is configured, whose rate beta becomes (they are "
-            "about plain SGD)"
+            "about plain SGD, optimizer=partial(torch.optim.SGD, lr=1.0))"
         )
     if trainer.gradient_clip_val:
         outside.append("gradient clipping")

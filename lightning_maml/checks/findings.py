@@ -12,7 +12,7 @@ from lightning_maml.networks.attributes import modes
 Found = TypeVar("Found")
 
 Kind = tuple[Hashable, ...]
-"""A network with its modes and parameter shapes, and the dtypes and shapes of a batch."""
+"""A network with its modes and the kinds of its parameters, and the kinds of a batch's tensors."""
 
 KINDS = 64
 """How many findings of one check are remembered; then the oldest is forgotten."""
@@ -26,7 +26,7 @@ def kind_of_batch(network: nn.Module, own: nn.Module, episodes: AnyEpisodes) -> 
         own: The model's network.
         episodes: The batch.
     """
-    parameters = tuple((p.shape, p.requires_grad) for p in network.parameters())
+    parameters = tuple((p.shape, p.dtype, p.requires_grad) for p in network.parameters())
     return own, network is own, modes(network), parameters, shapes(episodes)
 
 

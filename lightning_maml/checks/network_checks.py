@@ -394,7 +394,7 @@ def shifted(params: Params) -> Params:
     # a generator of its own, so that the run's random numbers stay what they are
     noise = torch.Generator().manual_seed(0)
     return {
-        name: p.detach() + 0.01 * torch.randn(p.shape, generator=noise).to(p)
+        name: p.detach() + 0.01 * torch.randn(p.shape, generator=noise, device="cpu").to(p)
         for name, p in params.items()
     }
 
@@ -431,9 +431,10 @@ def check_logits(outputs: Any, labels: Tensor | None) -> None:
     )
     if labels is not None:
         positions = labels.shape[1:]
-        if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[2:] != positions:
+        is_tensor = isinstance(outputs, Tensor) and outputs.ndim > 1
+        if not is_tensor or outputs.shape[2:] != positions or len(outputs) != len(labels):
             shape = ", ".join(["examples", "ways", *map(str, positions)])
-            of_labels = f" for labels {list(labels.shape)}" if positions else ""
+            of_labels = f" for labels {list(labels.shape)}" if is_tensor else ""
             raise UserValueError(
                 f"Expected `network` to return logits [{shape}]{of_labels}, as a tensor or as the "
                 f"attribute or entry `logits` of its outputs, but got {got}; "

@@ -28,9 +28,17 @@ def check_network(network: nn.Module, batch_norm: BatchNormPolicy) -> None:
         batch_norm: The batch-norm policy.
 
     Raises:
-        ValueError: If the network does not fit the batch-norm policy, or if its trainable tensors
-            are not all parameters that are leaves and have shapes.
+        TypeError: If it is no module.
+        ValueError: If it does not fit the batch-norm policy, or if its trainable tensors are not
+            all parameters that are leaves and have shapes.
     """
+    if not isinstance(network, nn.Module):
+        is_class = isinstance(network, type)
+        got = f"the class {network.__name__}" if is_class else type(network).__name__
+        raise UserTypeError(
+            f"Expected `network` to be a module but got {got}; give a made one, "
+            f"{network.__name__ if is_class else 'Network'}()."
+        )
     # the constructor refuses a network that the policy does not fit
     FunctionalNetwork(network, batch_norm)
     _warn_if_compiled(network)
@@ -62,6 +70,25 @@ def check_loss_is_callable(loss: Any) -> None:
         f"Expected `loss` to be a function or a module but got {got}; give "
         "torch.nn.functional.cross_entropy, or a made module, nn.MSELoss()."
     )
+
+
+def check_factory(make: Any, name: str, example: str) -> None:
+    """Check that a model's argument builds an optimizer or a scheduler.
+
+    Args:
+        make: The argument.
+        name: What it is called.
+        example: What might be given.
+
+    Raises:
+        TypeError: If it cannot be called, because it is one already for instance.
+    """
+    if not callable(make):
+        got = repr(make) if isinstance(make, str) else f"a {type(make).__name__}"
+        raise UserTypeError(
+            f"Expected `{name}` to be a function that makes one but got {got}; give the class, or "
+            f"{example}."
+        )
 
 
 def refuse_without_gradient(without_gradient: list[str]) -> None:

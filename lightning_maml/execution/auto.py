@@ -137,7 +137,7 @@ class Executor:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("loop", None) if any(stacking()) else Execution("vmap", self._fitting)
-        if draws or facts_of(network).caches_parametrizations:
+        if draws or facts_of(network).caches_parametrizations or _a_mode_is_active():
             return Execution("loop", None)
         return for_cpu(
             episodes, sum(p.numel() for p in network.parameters()), lambda: not any(stacking())
@@ -184,13 +184,20 @@ class Executor:
                 "uses torch.nn.utils.parametrize.cached, a cache that they share; use "
                 "tasks='loop', or leave the cache out."
             )
+        if self.tasks == "threads" and _a_mode_is_active():
+            raise UserValueError(
+                "Expected no mode of torch (torch.device or another TorchFunctionMode as a "
+                "context, torch.set_default_device) with `tasks='threads'` but one is active, "
+                "which threads do not inherit; use tasks='loop', or leave the context."
+            )
         if self.tasks != "auto":
             return Execution(self.tasks, chunk_size)
         if chunk_size is None:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("vmap", chunk_size)
-        if draws or self._drew_in_threads or facts_of(network).caches_parametrizations:
+        in_a_loop = draws or self._drew_in_threads or facts_of(network).caches_parametrizations
+        if in_a_loop or _a_mode_is_active():
             return Execution("loop", chunk_size)
         return Execution(_one_by_one(-(-len(episodes.support_y) // chunk_size)), chunk_size)
 
@@ -333,6 +340,11 @@ def for_cpu(
         return Execution("vmap", None)
     chunks = cores * -(-tasks // (fitting * cores))  # so that no core waits for another
     return Execution(_one_by_one(chunks), max(FEWEST_STACKED, -(-tasks // chunks)))
+
+
+def _a_mode_is_active() -> bool:
+    """Return whether this thread changes what torch's functions do, as other threads would not."""
+    return torch._C._len_torch_function_stack() > 0
 
 
 def _one_by_one(chunks: int) -> TaskExecution:

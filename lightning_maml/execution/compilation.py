@@ -16,6 +16,7 @@ from lightning_maml.core.inner_rates import Rates
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, generators_drawn_from
 from lightning_maml.errors import UserValueError
+from lightning_maml.networks.attributes import modes
 
 OfTasks = Callable[[Params, Sequence[Rates], AnyEpisodes], Any]
 """Maps parameters, each step's rates and tasks to tensors in dicts, lists and tuples."""
@@ -74,14 +75,15 @@ class Compiler:
 def state_of(module: Any) -> tuple[Any, ...]:
     """Return what decides whether a compiled program can be used again.
 
-    That is the module's parts, their modes, and the tensors that they hold.
+    That is the module's parts, their modes and hooks, and the tensors that they hold.
     """
     if not isinstance(module, nn.Module):
         return (module,)
-    return tuple(
-        (part, part.training, *map(id, chain(part._parameters.values(), part._buffers.values())))
+    parts = tuple(
+        (part, *map(id, chain(part._parameters.values(), part._buffers.values())))
         for part in module.modules()
     )
+    return *parts, *modes(module)
 
 
 def _kind_of_leaf(leaf: Any) -> Hashable:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -122,11 +123,15 @@ def mapper(tasks: TaskExecution, device: torch.device, *, may_draw: bool = True)
         return map(autocast()(function), *inputs)
 
     def in_threads(function: Callable[..., Any], *inputs: Iterable[Any]) -> Iterator[Any]:
-        def in_the_callers_modes(*arguments: Any) -> Any:  # which threads do not inherit
+        def in_the_callers_modes(*arguments: Any) -> Any:
             with torch.set_grad_enabled(grad), autocast():
                 return function(*arguments)
 
-        return _in_threads(in_the_callers_modes, inputs, device, may_draw)
+        def in_the_callers_context(*arguments: Any) -> Any:  # which threads do not inherit
+            return context.copy().run(in_the_callers_modes, *arguments)
+
+        context = copy_context()
+        return _in_threads(in_the_callers_context, inputs, device, may_draw)
 
     return in_threads if tasks == "threads" else one_by_one
 

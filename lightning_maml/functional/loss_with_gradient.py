@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml.core.params import Params
+from lightning_maml.errors import UserRuntimeError
 
 
 def loss_with_gradient(
@@ -38,9 +39,35 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *points: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*gradients, *points)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(g * gradient for gradient in ctx.saved_tensors)
+        gradients, points = _halves(ctx.saved_tensors)
+        found = tuple(g * gradient for gradient in gradients)
+        if torch.is_grad_enabled():  # create_graph=True
+            found = _WithoutDerivative.apply(*found, *points)
+        return None, None, *found
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    """``apply(*gradients, *points)``: the gradients; to differentiate them is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        gradients, _ = _halves(tensors)
+        return tuple(gradient.clone() for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise UserRuntimeError(
+            "Expected one derivative of the meta-loss, whose gradient is computed before its "
+            "backward pass, but a second was asked for; leave out what differentiates the "
+            "meta-gradient (a gradient penalty), or take it by autograd through your own loop."
+        )
+
+
+def _halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    middle = len(tensors) // 2
+    return tensors[:middle], tensors[middle:]

@@ -11,10 +11,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import TypeIs
 
 from lightning_maml.core.context import evaluation
+from lightning_maml.errors import UserValueError
 from lightning_maml.kernels.double_backward import BatchNorm, Convolution
 from lightning_maml.kernels.grouped_conv import as_groups, channels_last, in_one_format
 
@@ -127,7 +129,17 @@ class TaskNorm:
         self._layer, self._vectorised = layer, vectorised
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the normalised ``x``, ``[B, C, ...]``."""
+        """Return the normalised ``x``, ``[B, C, ...]``.
+
+        Raises:
+            ValueError: If a channel has one value alone, which has no variance.
+        """
+        if x.ndim > 1 and x.numel() == x.shape[1]:
+            raise UserValueError(
+                "Expected several values in each channel, for batch norm's statistics of a batch, "
+                "but got one example; give several at once, or use batch_norm='support' or "
+                "'running'."
+            )
         weight, bias, eps = self._layer.weight, self._layer.bias, self._layer.eps
         if _is_side_by_side() and not self.context:
             try:
@@ -307,9 +319,10 @@ def _unflattened(x: Tensor, dim: int, tasks: int) -> Tensor:
 def _in_a_transform() -> bool:
     """Return whether the network runs the layer in a transform of ``torch.func``.
 
-    Such transforms do not take our autograd functions.
+    Such transforms, and forward-mode differentiation, do not take our autograd functions.
     """
-    return bool(torch._C._functorch.peek_interpreter_stack() is not None)
+    is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return is_transformed or forward_ad._current_level >= 0
 
 
 def _is_side_by_side() -> bool:

@@ -3,11 +3,13 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Collection
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_maml.networks.facts import MISSING
 
 
 def modes(network: nn.Module) -> tuple[Any, ...]:
@@ -28,6 +30,8 @@ def modes(network: nn.Module) -> tuple[Any, ...]:
                 found.append(value)
             elif kind is FunctionType:
                 found.append(value.__code__)
+            elif key == "forward":  # replaced by a builtin function or a callable object
+                found.append(value if kind is BuiltinFunctionType else kind)
             elif kind is OrderedDict and value and key.endswith("_hooks"):
                 found.append(key)
                 # a copy's hooks are other functions with the same code
@@ -136,6 +140,17 @@ class Kept:
             for key in self._before.keys() | now.keys()
             if not _are_same(self._before.get(key), now.get(key))
         )
+
+    def empty(self, names: Collection[tuple[str, str]]) -> dict[tuple[str, str], Any]:
+        """Return which attributes were missing, None or empty before, and what they were."""
+        found: dict[tuple[str, str], Any] = {}
+        for name in names:
+            value, content = self._before.get(name, (MISSING, None))
+            if value is MISSING or value is None:
+                found[name] = value
+            elif content in ([], {}):
+                found[name] = content
+        return found
 
     def put_back(self) -> None:
         """Undo what a pass has changed."""

@@ -1,6 +1,7 @@
 """Copies of networks that share their tensors, or have tensors of their own."""
 
 import copy
+import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch._dynamo import OptimizedModule
 from torch.overrides import TorchFunctionMode
 
 from lightning_maml.errors import UserTypeError
-from lightning_maml.networks.facts import facts_of
+from lightning_maml.networks.facts import MISSING, facts_of, share_facts
 from lightning_maml.networks.places import MODULE_DICTS
 
 
@@ -46,11 +47,18 @@ def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.
     memo |= {id(value): type(value)() for value in empty_dicts}
     with _CopyingTensors(share=True), _naming_what_cannot_be_copied(network):
         copied = copy.deepcopy(network, memo)
+    if any(map(operator.is_, copied.modules(), network.modules())):
+        raise UserTypeError(
+            "Expected a network that can be copied (copy.deepcopy), as adaptation needs copies, "
+            f"but a copy of {type(network).__name__} shares modules with it; take out the "
+            "`__deepcopy__` that returns them."
+        )
     may_hold_functions = [v for v in attributes if v.__class__ in _WITH_FUNCTIONS and v]
     if any(_holds_functions(value) for value in may_hold_functions):
         _rebind_functions(copied, memo)
     run_uncompiled(copied)
-    facts_of(copied).written = facts_of(network).written
+    share_facts(copied, network)
+    _empty_what_was_empty(copied)
     return copied
 
 
@@ -70,6 +78,26 @@ def deep_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         copied = copy.deepcopy(network, memo)
     _rebind_functions(copied, memo)
     return copied
+
+
+def _empty_what_was_empty(copied: nn.Module) -> None:
+    """Take out what a pass of the user's own has left in the network since the first look at it.
+
+    It was computed from other parameters than those that the copy will be given.
+    """
+    written = facts_of(copied).written
+    if not written or not written.empty:
+        return
+    modules = dict(copied.named_modules())
+    for (name, key), before in written.empty.items():
+        attributes = modules[name].__dict__
+        now = attributes.get(key)
+        if isinstance(now, list | dict) and isinstance(before, list | dict):
+            now.clear()  # in place, as hooks may hold it too
+        elif before is MISSING:
+            attributes.pop(key, None)
+        else:
+            attributes[key] = copy.copy(before)
 
 
 def run_uncompiled(network: nn.Module) -> None:

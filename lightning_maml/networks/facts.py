@@ -1,10 +1,15 @@
 """Facts that forward passes have shown about a network, kept as long as the network lives."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+MISSING: Any = object()
+"""Stands for an attribute that does not exist."""
 
 
 class Written(NamedTuple):
@@ -14,11 +19,14 @@ class Written(NamedTuple):
         tensors: Names of buffers and frozen parameters.
         numbers: Attributes that are plain numbers, each as the names of its module and its own.
         kept: Other attributes, and lists and dicts whose content changes, named in the same way.
+        empty: Those of them that were missing (:data:`MISSING`), None or empty at first. What a
+            pass of the user's own leaves there later is not for copies of the network.
     """
 
     tensors: frozenset[str] = frozenset()
     numbers: frozenset[tuple[str, str]] = frozenset()
     kept: frozenset[tuple[str, str]] = frozenset()
+    empty: Mapping[tuple[str, str], Any] = MappingProxyType({})
 
 
 @dataclass
@@ -46,6 +54,11 @@ _FACTS: WeakKeyDictionary[nn.Module, NetworkFacts] = WeakKeyDictionary()
 def facts_of(network: nn.Module) -> NetworkFacts:
     """Return what is known about a network; the caller may add to it."""
     return _FACTS.setdefault(network, NetworkFacts())
+
+
+def share_facts(copied: nn.Module, network: nn.Module) -> None:
+    """Let a copy of a network have the network's facts, those found later too."""
+    _FACTS[copied] = facts_of(network)
 
 
 def writes(network: nn.Module) -> bool | None:

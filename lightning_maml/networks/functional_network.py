@@ -285,7 +285,10 @@ class FunctionalNetwork:
         facts = facts_of(self.network)
         before = facts.written or Written()
         facts.written = Written(
-            before.tensors | written, before.numbers | moved, before.kept | changed
+            before.tensors | written,
+            before.numbers | moved,
+            before.kept | changed,
+            {**kept.empty(changed), **before.empty},
         )
         # the next call copies the network anew, with everything as it was
         del self._own.network

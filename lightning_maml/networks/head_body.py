@@ -31,7 +31,8 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
     if not params:
         raise UserValueError(
             "Expected `network` to have trainable parameters but all of them are frozen, or "
-            "there are none."
+            "there are none; unfreeze them, model.unfreeze() for instance: adaptation "
+            "leaves them as they are."
         )
     if part == "all":
         return params

@@ -229,7 +229,7 @@ def _two_points(params: Params, attempt: int) -> list[Params]:
         point = {}
         for name, tensor in params.items():
             spread = _SHIFT * (tensor.detach().std(correction=0) + 0.01)
-            noise = torch.randn(tensor.shape, generator=random).to(tensor)
+            noise = torch.randn(tensor.shape, generator=random, device="cpu").to(tensor)
             point[name] = tensor.detach() + spread * noise
         points.append(point)
     return points

@@ -521,7 +521,7 @@ class Probe:
         """Return the query losses of two random halves of a task's query set."""
         samples = len(task.query_y)
         random = torch.Generator().manual_seed(self._seed)
-        order = torch.randperm(samples, generator=random).to(task.query_y.device)
+        order = torch.randperm(samples, generator=random, device="cpu").to(task.query_y.device)
         half = samples // 2
         # of an odd number of samples, one is left out
         return self._query_loss(task, order[:half]), self._query_loss(task, order[half : 2 * half])
@@ -557,7 +557,7 @@ def _objective(loss: PlainLoss) -> Objective:
 def _random_direction(like: Params, seed: int) -> Params:
     random = torch.Generator().manual_seed(seed)
     v = {
-        name: torch.randn(tensor.shape, generator=random, dtype=tensor.dtype).to(tensor.device)
-        for name, tensor in like.items()
+        name: torch.randn(p.shape, generator=random, device="cpu", dtype=p.dtype).to(p)
+        for name, p in like.items()
     }
     return scale(1 / norm(v), v)

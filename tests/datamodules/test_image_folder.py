@@ -617,13 +617,13 @@ def test_a_dead_link_is_refused_or_skipped_until_it_is_mended(split_tree: Path) 
 def test_small_classes_are_refused_or_dropped(tree: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"split 'train' \(2 \+ 6\) to be at most 6, .* species \d\d \(\d\).*; leave these "
+        match=r"split 'train' \(2 \+ 6\) to be at most 6, .* species \d\d \(\d\).*; lower .*leave these "
         "out by small",
     ):
         prepared(tree, queries=6)
     with pytest.warns(
         UserWarning,
-        match=r"Split 'train': \d of its 16 classes have fewer images: species .*; without them "
+        match=r"Split 'train': \d of its 16 classes have fewer images .*: species .*; without them "
         r"\d+ classes",
     ):
         module = prepared(tree, queries=6, ways=2, small_classes="drop")

@@ -229,7 +229,7 @@ def test_too_few_classes_or_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"split 'test' \(19 \+ 2\) to be at most 20, the images of its smallest class, but "
-        r"4 of its 4 classes have fewer images\.",
+        r"4 of its 4 classes have fewer images than the .*; lower `shots` or `queries`\.",
     ):
         lake(tmp_path, test_shots=19).setup("test")
 

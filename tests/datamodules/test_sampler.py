@@ -202,8 +202,10 @@ def test_small_classes_are_refused_or_dropped(names: tuple[str, ...]) -> None:
         "split": "val",
         "rotations": "none",
     }
-    found = "1 of its 3 classes have fewer images" + (": dog (2)" if names else "")
-    cure = "; leave these out by small_classes='drop'." if names else "."
+    found = "1 of its 3 classes have fewer images than the 3 that an episode takes"
+    found += ": dog (2)" if names else ""
+    cure = "; lower `shots` or `queries`"
+    cure += ", or leave these out by small_classes='drop'." if names else "."
     for given in ({}, {"small_classes": "raise"}):
         with pytest.raises(
             ValueError,

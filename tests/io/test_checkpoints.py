@@ -157,7 +157,7 @@ except OSError as error:
         ),
         (MAML, {"loss": nn.MSELoss()}, partial(MAML, loss=nn.MSELoss()), None),
         (ANIL, {}, MAML, "with adapt head but this one with adapt all;"),
-        (MAML, {}, IMAML, "with proximal_strength None but this one with proximal_strength 2.0;"),
+        (MAML, {}, IMAML, "with no proximal_strength but this one with proximal_strength 2.0;"),
         (MAML, {"loss": F.mse_loss}, partial(MAML, loss=F.mse_loss), None),
         (MAML, {}, FOMAML, None),
     ],

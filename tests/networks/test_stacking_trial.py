@@ -1,5 +1,6 @@
 """Stacked tasks give what each of them gives alone, or they are not stacked."""
 
+import copy
 import random
 from collections.abc import Callable
 from functools import partial
@@ -250,7 +251,7 @@ class Noisy(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Noisy":
         copied = Noisy(self.start)
-        copied.head, copied.calls = self.head, self.calls
+        copied.head, copied.calls = copy.deepcopy(self.head, memo), self.calls
         return copied.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
