@@ -166,6 +166,36 @@ def test_lightnings_options_for_optimizer_and_schedule_have_effect(project: Path
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
 
 
+def test_schedules_are_stepped_after_every_step_if_asked_for(project: Path) -> None:
+    schedule = {
+        "class_path": "torch.optim.lr_scheduler.OneCycleLR",
+        "init_args": {"max_lr": 0.1, "total_steps": 7},
+    }
+    flow = yaml.safe_dump(schedule, default_flow_style=True, width=1000)
+    given = [f"--model.lr_scheduler={flow}", "--model.lr_scheduler_interval=step"]
+    cli = run(["fit", "--config=config.yaml", "--model.optimizer=torch.optim.SGD", *given])
+    assert cli.trainer.global_step == 6
+    plain = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    torchs = torch.optim.lr_scheduler.OneCycleLR(plain, max_lr=0.1, total_steps=7)
+    for _ in range(6):
+        plain.step()
+        torchs.step()
+    (optimizer,) = cli.trainer.optimizers
+    assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+
+
+def test_metrics_are_named_in_yaml(project: Path) -> None:
+    metrics = {
+        "f1": {
+            "class_path": "torchmetrics.classification.MulticlassF1Score",
+            "init_args": {"num_classes": 2, "average": "macro"},
+        }
+    }
+    given = f"--model.metrics={yaml.safe_dump(metrics, default_flow_style=True, width=1000)}"
+    cli = run(["validate", "--config=config.yaml", given, "--model.metrics_over=queries"])
+    assert 0 < cli.trainer.callback_metrics["val/f1"] <= 1
+
+
 def test_measuring_needs_a_datamodule_that_draws_tasks(project: Path) -> None:
     with pytest.raises(
         SystemExit, match=r"Expected a datamodule of lightning_maml, .*but got MyData"

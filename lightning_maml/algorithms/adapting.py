@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_maml.algorithms.base import (
     EpisodicModule,
+    Interval,
     LossFunction,
     OptimizerFactory,
     SchedulerFactory,
@@ -19,6 +20,7 @@ from lightning_maml.algorithms.base import (
 from lightning_maml.algorithms.features import functional_head, with_features
 from lightning_maml.algorithms.losses import ModelLosses, model_losses
 from lightning_maml.algorithms.metrics import with_accuracy
+from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver
 from lightning_maml.batches.episodes import (
     AnyEpisodes,
     Episodes,
@@ -137,8 +139,20 @@ class AdaptingModule(EpisodicModule):
         head: str | None = None,
         inner_rates: InnerRatesName | None = None,
         compiled: bool = False,
+        lr_scheduler_interval: Interval = "epoch",
+        metrics: Metrics | None = None,
+        metrics_over: MetricsOver = "tasks",
     ) -> None:
-        super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
+        super().__init__(
+            network,
+            loss,
+            batch_norm,
+            optimizer,
+            lr_scheduler,
+            lr_scheduler_interval,
+            metrics,
+            metrics_over,
+        )
         inner_lr, train_steps = (
             number(inner_lr, "inner_lr"),
             whole_number(train_steps, "train_steps"),

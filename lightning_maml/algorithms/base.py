@@ -1,8 +1,8 @@
 """What few-shot algorithms share as Lightning modules: optimizer, steps, and logged figures."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_maml.algorithms.checkpointed import CheckpointedModule
-from lightning_maml.algorithms.metrics import Estimate, LoaderFigures, with_accuracy
+from lightning_maml.algorithms.loader_figures import LoaderFigures
+from lightning_maml.algorithms.metrics import Estimate, with_accuracy
+from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver, named_metrics
 from lightning_maml.batches.episodes import AnyEpisodes, check_episodes
 from lightning_maml.batches.meta_batch import UnevenEpisodes, as_meta_batch, parts_of
 from lightning_maml.batches.outputs import logits_in
@@ -37,6 +39,9 @@ LossFunction = nn.Module | Callable[[Any, Tensor], Tensor]
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+"""It may also return Lightning's dict, ``{"scheduler": ..., "interval": "step", ...}``."""
+
+Interval = Literal["epoch", "step"]
 
 
 class StepResult(NamedTuple):
@@ -73,8 +78,11 @@ class EpisodicModule(CheckpointedModule):
         loss: Maps outputs and labels to their mean loss.
         batch_norm: Which statistics batch norm uses.
         optimizer: Builds the optimizer from the parameters.
-        lr_scheduler: Builds the scheduler from the optimizer; it is stepped once per epoch; by
+        lr_scheduler: Builds the scheduler from the optimizer, or Lightning's dict of one; by
             default none.
+        lr_scheduler_interval: Whether it is stepped after every ``"epoch"`` or ``"step"``.
+        metrics: Metrics of torchmetrics on the query sets of validation and test; by default none.
+        metrics_over: See :class:`lightning_maml.algorithms.query_metrics.QueryMetrics`.
 
     Raises:
         ValueError: If the network does not fit the batch-norm policy, or there is no such policy.
@@ -87,6 +95,9 @@ class EpisodicModule(CheckpointedModule):
         batch_norm: BatchNormPolicy,
         optimizer: OptimizerFactory,
         lr_scheduler: SchedulerFactory | None,
+        lr_scheduler_interval: Interval = "epoch",
+        metrics: Metrics | None = None,
+        metrics_over: MetricsOver = "tasks",
     ) -> None:
         super().__init__()
         check_network(network, batch_norm)
@@ -101,8 +112,15 @@ class EpisodicModule(CheckpointedModule):
         self.adaptation: Estimate | None = None
         """Accuracy (for regression: loss) on the tasks of the last validation or test (its last
         loader) after 0 .. K steps, ``[K + 1]``."""
+        if lr_scheduler_interval not in get_args(Interval):
+            raise UserValueError(
+                "Expected `lr_scheduler_interval` to be 'epoch' or 'step' but got "
+                f"{lr_scheduler_interval!r}."
+            )
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._figures = LoaderFigures()
+        self._lr_scheduler_interval: Interval = lr_scheduler_interval
+        # in a dict, so no submodules: what metrics hold is not trained or saved
+        self._figures = LoaderFigures(named_metrics(metrics, metrics_over), metrics_over)
         self._findings = Findings()
         self._update_buffers = BufferUpdate()
         self._gradients_arrive = False  # whether this was checked
@@ -177,12 +195,11 @@ class EpisodicModule(CheckpointedModule):
         optimizer = self._optimizer(self.parameters())
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", "val/loss")
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "monitor": monitor},
-        }
+        made: Any = self._lr_scheduler(optimizer)
+        if not isinstance(made, Mapping):
+            made = {"scheduler": made, "interval": self._lr_scheduler_interval}
+        monitor = getattr(made["scheduler"], "monitor", "val/loss")
+        return {"optimizer": optimizer, "lr_scheduler": {"monitor": monitor, **made}}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Refuse parameters in the optimizer that have no gradient, before the first step.
@@ -285,9 +302,15 @@ class EpisodicModule(CheckpointedModule):
         """Forget what an interrupted validation left."""
         self._figures.start(len(self.trainer.num_val_batches), self.device)
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Collect loss and accuracy after 0 .. K steps."""
-        self._judge(batch, dataloader_idx)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Collect loss, accuracy and metrics after 0 .. K steps.
+
+        Returns:
+            What callbacks get in ``on_validation_batch_end``: a dict of ``"loss"``, the query
+            losses after adaptation ``[T]``, and ``"outputs"``, the query outputs after adaptation
+            as :meth:`predict_step` returns them.
+        """
+        return self._judge(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all validation tasks."""
@@ -297,9 +320,9 @@ class EpisodicModule(CheckpointedModule):
         """Forget what an interrupted test left."""
         self._figures.start(len(self.trainer.num_test_batches), self.device)
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Collect loss and accuracy after 0 .. K steps."""
-        self._judge(batch, dataloader_idx)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Collect loss, accuracy and metrics after 0 .. K steps; returns what validation does."""
+        return self._judge(batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the means over all test tasks."""
@@ -315,20 +338,21 @@ class EpisodicModule(CheckpointedModule):
 
         Of tasks that differ in size it is a list of ``[Q, ...]``, in the order of the tasks.
         """
-        batch = as_meta_batch(batch)
-        of_parts = [
-            map_tensors(lambda outputs: outputs[:, -1], self._evaluate_uncompiled(part).aux)
-            for part in parts_of(batch)
-        ]
-        if not isinstance(batch, UnevenEpisodes):
-            return of_parts[0]
-        return batch.in_order([*map(unstacked, of_parts)])
+        of_parts = [self._evaluate_uncompiled(part) for part in parts_of(batch)]
+        return _after_adaptation(batch, [curve.aux for curve in of_parts])
 
-    def _judge(self, batch: Any, loader: int) -> None:
+    def _judge(self, batch: Any, loader: int) -> dict[str, Any]:
+        of_parts = []
         for part in parts_of(batch):
             curve = self._evaluate_uncompiled(part)
             figures = with_accuracy(curve.loss, curve.aux, part, ignored_label(self.loss))
-            self._figures.update(loader, figures)
+            self._figures.update(loader, figures, curve.aux, part.query_y)
+            of_parts.append(curve)
+        losses = _after_adaptation(batch, [curve.loss for curve in of_parts])
+        return {
+            "loss": torch.stack(losses) if isinstance(losses, list) else losses,
+            "outputs": _after_adaptation(batch, [curve.aux for curve in of_parts]),
+        }
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _evaluate_uncompiled(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -355,6 +379,22 @@ class EpisodicModule(CheckpointedModule):
             return verdict
 
         return self._findings.once("stacking", kind, self.loss, find_and_say)
+
+
+def _after_adaptation(batch: Any, of_parts: list[Any]) -> Any:
+    """Return what evaluation gave after the last step, ``[T, ...]``.
+
+    Of tasks that differ in size it is a list of ``[...]``, in the order of the tasks.
+
+    Args:
+        batch: What the loader gave.
+        of_parts: For each of its parts a tree of tensors ``[T, K + 1, ...]``.
+    """
+    last = [map_tensors(lambda tensor: tensor[:, -1], of_part) for of_part in of_parts]
+    uneven = as_meta_batch(batch)
+    if not isinstance(uneven, UnevenEpisodes):
+        return last[0]
+    return uneven.in_order([*map(unstacked, last)])
 
 
 def _mean_loss(results: list[StepResult]) -> Tensor:

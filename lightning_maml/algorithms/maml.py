@@ -68,8 +68,8 @@ class MAML(AdaptingModule):
             meta-batch.
         optimizer: Builds the meta-optimizer from the parameters; by default Adam with its rate of
             1e-3.
-        lr_scheduler: Builds the scheduler from the optimizer; it is stepped once per epoch; by
-            default none.
+        lr_scheduler: Builds the scheduler from the optimizer; by default none. It may also return
+            the dict that Lightning knows, ``{"scheduler": ..., "interval": "step", ...}``.
         tasks: ``"loop"``: one task after the other; ``"threads"``: one task per CPU core;
             ``"vmap"``: all as one; ``"auto"``: on the CPU threads, with small tasks stacked (but a
             loop for the largest tasks, for up to three small ones and for networks that draw random
@@ -93,6 +93,14 @@ class MAML(AdaptingModule):
             first batch of each shape: this takes from 10 seconds to minutes, and pays off for small
             networks. Numbers and flags that the network or the loss read stay what they were then,
             and each new inner rate, unless it is learned, is compiled anew.
+        lr_scheduler_interval: Whether the scheduler is stepped after every ``"epoch"`` or every
+            ``"step"`` of the optimizer.
+        metrics: Metrics of torchmetrics (one, a ``MetricCollection`` or a dict), of query outputs
+            and labels; logged in validation and test after adaptation, and as ``_before`` for
+            before it. By default none.
+        metrics_over: ``"tasks"``: a metric is computed on the queries of each task, and the mean
+            over the tasks is logged, with ``_ci95``; ``"queries"``: it is computed once, on the
+            queries of all tasks.
 
     Raises:
         TypeError: If what should be a number is none; numpy's numbers are taken as Python's.

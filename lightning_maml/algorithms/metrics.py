@@ -1,9 +1,8 @@
-"""Means over tasks with their confidence intervals."""
+"""Figures of each task, and means over tasks with their confidence intervals."""
 
 from typing import NamedTuple
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -52,53 +51,6 @@ class TaskMean(Metric):
             else torch.full_like(mean, torch.nan)
         )
         return Estimate(mean.float(), (1.96 * error).float(), tasks)
-
-
-class LoaderFigures:
-    """Loss and accuracy on the tasks of a validation or test, for each of its loaders."""
-
-    def __init__(self) -> None:
-        self._of_loaders: list[TaskMean] = []
-
-    def start(self, loaders: int, device: torch.device) -> None:
-        """Forget what an interrupted validation left."""
-        self._of_loaders = [TaskMean().to(device) for _ in range(loaders)]
-
-    def update(self, loader: int, figures: dict[str, Tensor]) -> None:
-        """Add loss and accuracy after 0 .. K steps, each ``[T, K + 1]``."""
-        self._of_loaders[loader].update(torch.stack([*figures.values()], -1))
-
-    def log(self, module: LightningModule, stage: str) -> Estimate | None:
-        """Log means and confidence intervals; several loaders are named as Lightning does.
-
-        Returns:
-            Accuracy (for regression: loss) of the last loader after 0 .. K steps, ``[K + 1]``.
-        """
-        last: Estimate | None = None
-        for loader, figures in enumerate(self._of_loaders):
-            # none of these if the loader is empty, or a subclass has steps of its own
-            if not figures.update_called:
-                continue
-            suffix = f"/dataloader_idx_{loader}" if len(self._of_loaders) > 1 else ""
-            estimate = figures.compute()
-            names = ("loss", "accuracy")[: estimate.mean.shape[-1]]
-            for number, name in enumerate(names):
-                mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
-                last = Estimate(mean, ci95, estimate.tasks)
-                module.log(
-                    f"{stage}/{name}{suffix}",
-                    mean[-1],
-                    prog_bar=stage == "val",
-                    sync_dist=True,
-                    add_dataloader_idx=False,
-                )
-                beside = {f"{name}_ci95": ci95[-1], f"{name}_before": mean[0]}
-                if name == names[-1]:
-                    # two digits, so that loggers and tables have them in order
-                    beside |= {f"{name}_step_{step:02}": value for step, value in enumerate(mean)}
-                values = {f"{stage}/{figure}{suffix}": value for figure, value in beside.items()}
-                module.log_dict(values, sync_dist=True, add_dataloader_idx=False)
-        return last
 
 
 def with_accuracy(

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_maml.algorithms.base import (
     EpisodicModule,
+    Interval,
     LossFunction,
     OptimizerFactory,
     SchedulerFactory,
@@ -21,6 +22,7 @@ from lightning_maml.algorithms.base import (
     StepResult,
 )
 from lightning_maml.algorithms.non_finite import check_losses_are_finite
+from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.batches.trees import Inputs, cat, detached, map_tensors
 from lightning_maml.checks.loss_checks import check_broadcasting, check_labels
@@ -67,10 +69,18 @@ class ProtoNet(EpisodicModule):
         batch_norm: ``"batch"``: support and query set of a task are normalised together
             (transductive); ``"support"`` and ``"running"`` as in :class:`lightning_maml.MAML`.
         optimizer: Builds the optimizer from the parameters; by default Adam with its rate of 1e-3.
-        lr_scheduler: Builds the scheduler from the optimizer; it is stepped once per epoch; by
-            default none.
+        lr_scheduler: Builds the scheduler from the optimizer; by default none. It may also return
+            the dict that Lightning knows, ``{"scheduler": ..., "interval": "step", ...}``.
         tasks: ``"vmap"``: the tasks of a meta-batch together; ``"loop"``: one after the other, for
             networks that vmap cannot take; ``"auto"``: together where vmap takes the network.
+        lr_scheduler_interval: Whether the scheduler is stepped after every ``"epoch"`` or every
+            ``"step"`` of the optimizer.
+        metrics: Metrics of torchmetrics (one, a ``MetricCollection`` or a dict), of query outputs
+            and labels; logged in validation and test after adaptation, and as ``_before`` for
+            before it. By default none.
+        metrics_over: ``"tasks"``: a metric is computed on the queries of each task, and the mean
+            over the tasks is logged, with ``_ci95``; ``"queries"``: it is computed once, on the
+            queries of all tasks.
 
     Raises:
         ValueError: If the network does not fit the batch-norm policy; in a step, if the labels are
@@ -95,8 +105,20 @@ class ProtoNet(EpisodicModule):
         optimizer: OptimizerFactory = torch.optim.Adam,
         lr_scheduler: SchedulerFactory | None = None,
         tasks: Literal["auto", "loop", "vmap"] = "auto",
+        lr_scheduler_interval: Interval = "epoch",
+        metrics: Metrics | None = None,
+        metrics_over: MetricsOver = "tasks",
     ) -> None:
-        super().__init__(network, loss, batch_norm, optimizer, lr_scheduler)
+        super().__init__(
+            network,
+            loss,
+            batch_norm,
+            optimizer,
+            lr_scheduler,
+            lr_scheduler_interval,
+            metrics,
+            metrics_over,
+        )
         if batch_norm == "per_step":
             raise UserValueError(
                 "Expected `batch_norm` to be 'batch', 'support' or 'running', as there are no "

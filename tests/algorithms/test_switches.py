@@ -420,3 +420,22 @@ def test_switches_that_change_no_number(
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(*(flat(dict(model.named_parameters())) for model in (plain, switched)))
+
+
+def test_a_schedule_may_be_lightnings_dict(tmp_path: Path) -> None:
+    def halved_every_other_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        schedule = StepLR(optimizer, step_size=1, gamma=0.5)
+        return {"scheduler": schedule, "interval": "step", "frequency": 2, "name": "rate"}
+
+    model = MAML(
+        network(), optimizer=partial(torch.optim.SGD, lr=1.0), lr_scheduler=halved_every_other_step
+    )
+    run = trainer(tmp_path, precision="32-true")
+    run.fit(model, Noise(train_batches=5))
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.25
+    assert run.lr_scheduler_configs[0].name == "rate"
+
+
+def test_other_intervals_are_refused() -> None:
+    with pytest.raises(ValueError, match="`lr_scheduler_interval` to be 'epoch' or 'step' but got"):
+        MAML(network(), lr_scheduler_interval="batch")
