@@ -90,7 +90,7 @@ class _Trainer(Trainer):
             datamodule.independent_episodes("measure", 0, tasks), model.train(), datamodule
         )
         constants = model.probe(episodes, progress=True).constants(
-            model.inner_lr, model.train_steps
+            model.check_for_theory(), model.train_steps
         )
         if not math.isfinite(constants.L + constants.rho):
             raise UserFloatingPointError(
@@ -217,7 +217,7 @@ def _settings(
             stepsize = Adaptive(callback.rule, scale, callback.tasks * trainer.world_size)
     return Settings(
         curvature=model.curvature,
-        inner_lr=model.inner_lr,
+        inner_lr=model.check_for_theory(),
         steps=model.train_steps,
         tasks=datamodule.meta_batch_size * trainer.accumulate_grad_batches * trainer.world_size,
         query=episodes.query_y.shape[1],

@@ -184,6 +184,16 @@ def test_schedules_are_stepped_after_every_step_if_asked_for(project: Path) -> N
     assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
 
 
+def test_rates_of_layers_are_named_in_yaml(project: Path) -> None:
+    config = yaml.safe_load(Path("config.yaml").read_text())
+    config["model"]["init_args"]["inner_lr"] = {"0": 0.1, "2": 0.5}
+    Path("rates.yaml").write_text(yaml.safe_dump(config))
+    cli = run(["fit", "--config=rates.yaml"])
+    assert cli.model.inner_lr == {"0": 0.1, "2": 0.5}
+    again = run(["test", "--config=runs/version_0/config.yaml", "--ckpt_path=last"])
+    assert again.model.inner_lr == {"0": 0.1, "2": 0.5}
+
+
 def test_metrics_are_named_in_yaml(project: Path) -> None:
     metrics = {
         "f1": {

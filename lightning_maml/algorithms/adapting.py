@@ -46,6 +46,7 @@ from lightning_maml.core.inner_rates import (
     InnerRatesName,
     LearnedRates,
     check_inner_rates,
+    rates_by_name,
     rates_of_steps,
 )
 from lightning_maml.core.params import Params
@@ -77,6 +78,10 @@ from lightning_maml.networks.functional_network import (
 from lightning_maml.networks.head_body import PartName, adapting, head_of
 from lightning_maml.networks.kinks import weight_normed
 from lightning_maml.networks.stacking_trial import Verdict
+
+InnerRate = float | Mapping[str, float]
+"""alpha; or rates by the names of parameters and modules, see
+:func:`lightning_maml.core.inner_rates.rates_by_name`."""
 
 
 class TaskPath(NamedTuple):
@@ -126,7 +131,7 @@ class AdaptingModule(EpisodicModule):
     def __init__(
         self,
         network: nn.Module,
-        inner_lr: float = 0.4,
+        inner_lr: InnerRate = 0.4,
         train_steps: int = 1,
         test_steps: int | None = None,
         loss: LossFunction = F.cross_entropy,
@@ -153,10 +158,7 @@ class AdaptingModule(EpisodicModule):
             metrics,
             metrics_over,
         )
-        inner_lr, train_steps = (
-            number(inner_lr, "inner_lr"),
-            whole_number(train_steps, "train_steps"),
-        )
+        inner_lr, train_steps = _plain_rate(inner_lr), whole_number(train_steps, "train_steps")
         test_steps = None if test_steps is None else whole_number(test_steps, "test_steps")
         chunk_size = None if chunk_size is None else whole_number(chunk_size, "chunk_size")
         check_step_count(train_steps, "train_steps")
@@ -186,8 +188,9 @@ class AdaptingModule(EpisodicModule):
             )
         adapt = self.default_adapt if adapt is None else adapt
         params = adapting(network, adapt, head)
-        rates_of_steps(inner_lr, params, 1)  # refuses a rate out of range
-        self.inner_lr, self.train_steps = inner_lr, train_steps
+        rates_of_steps(rates_by_name(inner_lr, params), params, 1)  # refuses a rate out of range
+        self.inner_lr: InnerRate = inner_lr
+        self.train_steps = train_steps
         self.test_steps = train_steps if test_steps is None else test_steps
         self.adapted_part, self.head = adapt, head
         self.learned_rates = (
@@ -480,9 +483,15 @@ class AdaptingModule(EpisodicModule):
     def _rates(self) -> InnerRates:
         names = self._adapting_parameters().keys()
         if self.learned_rates is None:
-            return dict.fromkeys(names, self.inner_lr)
+            return rates_by_name(self.inner_lr, names)
         rates: InnerRates = self.learned_rates(names)
         return rates
+
+
+def _plain_rate(inner_lr: InnerRate) -> float | dict[str, float]:
+    if isinstance(inner_lr, Mapping):
+        return {name: number(rate, f"inner_lr[{name!r}]") for name, rate in inner_lr.items()}
+    return number(inner_lr, "inner_lr")
 
 
 def _shapes_besides_the_network(state: Mapping[str, Tensor]) -> dict[str, list[int]]:

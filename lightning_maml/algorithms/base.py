@@ -169,7 +169,7 @@ class EpisodicModule(CheckpointedModule):
         It is a scalar whose backward pass deposits the meta-gradient.
 
         Args:
-            episodes: A meta-batch, in any of the forms that :meth:`training_step` takes.
+            episodes: A meta-batch, in any of the forms that ``training_step`` takes.
 
         Raises:
             ValueError: If the network's outputs do not fit the episodes' labels, or if the
@@ -308,7 +308,7 @@ class EpisodicModule(CheckpointedModule):
         Returns:
             What callbacks get in ``on_validation_batch_end``: a dict of ``"loss"``, the query
             losses after adaptation ``[T]``, and ``"outputs"``, the query outputs after adaptation
-            as :meth:`predict_step` returns them.
+            as ``predict_step`` returns them.
         """
         return self._judge(batch, dataloader_idx)
 

@@ -1,6 +1,6 @@
 """MAML as a Lightning module; its variants are in variants.py."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,7 +57,9 @@ class MAML(AdaptingModule):
     Args:
         network: The network to meta-train, any module; its frozen parameters stay as they are.
         inner_lr: alpha, the rate of the inner steps. The loss is a mean over the support set, so
-            multiply a rate published for a loss summed over the classes by ``ways``.
+            multiply a rate published for a loss summed over the classes by ``ways``. Or a dict of
+            rates by the names of parameters and modules, ``{"body": 0.01, "head": 0.1}``, of which
+            the longest that fits a parameter counts; ``""`` is the whole network.
         train_steps: N, inner steps in training.
         test_steps: K, inner steps in validation, test and prediction; by default N.
         loss: Maps outputs and labels to their mean loss.
@@ -235,7 +237,7 @@ class MAML(AdaptingModule):
         It is a scalar whose backward pass deposits the meta-gradient.
 
         Args:
-            episodes: A meta-batch, in any of the forms that :meth:`training_step` takes.
+            episodes: A meta-batch, in any of the forms that ``training_step`` takes.
 
         Raises:
             ValueError: As in ``EpisodicModule.meta_loss``, and if there are trainable parameters
@@ -369,8 +371,11 @@ class MAML(AdaptingModule):
             )
         return Probe(**self._arguments(self._plan(episodes), episodes), progress=progress)
 
-    def check_for_theory(self) -> None:
+    def check_for_theory(self) -> float:
         """Check that the theory's constants and stepsizes cover such a model.
+
+        Returns:
+            alpha, its one inner rate.
 
         Raises:
             ValueError: If not all parameters adapt at one fixed rate, or the algorithm's
@@ -381,10 +386,12 @@ class MAML(AdaptingModule):
                 "Expected MAML, FOMAML or HFMAML, which the theory is about, but got "
                 f"{type(self).__name__}."
             )
-        if self.adapted_part != "all" or self.learned_rates is not None:
+        are_others = self.learned_rates is not None or self.adapted_part != "all"
+        if are_others or isinstance(self.inner_lr, Mapping):
             raise UserValueError(
                 "Expected one fixed inner rate for all parameters, of which the theory's "
                 f"constants and stepsizes are, but got adapt={self.adapted_part!r} with "
-                f"{'fixed' if self.learned_rates is None else 'learned'} rates; use adapt='all' "
-                "and inner_rates='fixed'."
+                f"{'fixed' if self.learned_rates is None else 'learned'} rates, "
+                f"inner_lr={self.inner_lr}; use adapt='all', inner_rates='fixed' and one number."
             )
+        return self.inner_lr

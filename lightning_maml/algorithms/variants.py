@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_maml.algorithms.adapting import Plan
+from lightning_maml.algorithms.adapting import InnerRate, Plan
 from lightning_maml.algorithms.losses import ModelLosses
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes
@@ -69,7 +69,7 @@ class HFMAML(MAML):
     def __init__(
         self,
         network: nn.Module,
-        inner_lr: float = 0.4,
+        inner_lr: InnerRate = 0.4,
         train_steps: int = 1,
         *,
         probe_radius: float | None = None,
@@ -189,7 +189,7 @@ class MAMLPlusPlus(LSLR):
     def __init__(
         self,
         network: nn.Module,
-        inner_lr: float = 0.1,
+        inner_lr: InnerRate = 0.1,
         train_steps: int = 5,
         *,
         multi_step_epochs: int = 15,
@@ -303,7 +303,7 @@ class IMAML(MAML):
     def __init__(
         self,
         network: nn.Module,
-        inner_lr: float = 0.1,
+        inner_lr: InnerRate = 0.1,
         train_steps: int = 16,
         *,
         proximal_strength: float = 2.0,

@@ -152,7 +152,7 @@ class AdaptiveMetaStepsize(Callback):
         smoothness = meta_smoothness(
             self.rule,
             **constants,
-            alpha=module.inner_lr,
+            alpha=module.check_for_theory(),
             steps=module.train_steps,
             gradient_norm=gradient_norm,
         )

@@ -38,7 +38,7 @@ class LearnedRates(nn.Module):
 
     Args:
         params: The parameters that adapt.
-        inner_lr: The first value.
+        inner_lr: The first value, or those by name, see :func:`rates_by_name`.
         kind: ``"per_layer"``: one for each parameter tensor; ``"per_layer_and_step"``: a separate
             set for each step (LSLR, Antoniou et al. 2019, section 4); ``"per_parameter"``: one for
             each element (Meta-SGD, Li et al. 2017, eq. 3).
@@ -56,17 +56,24 @@ class LearnedRates(nn.Module):
         4
     """
 
-    def __init__(self, params: Params, inner_lr: float, kind: LearnedRatesName, steps: int) -> None:
+    def __init__(
+        self,
+        params: Params,
+        inner_lr: float | Mapping[str, float],
+        kind: LearnedRatesName,
+        steps: int,
+    ) -> None:
         super().__init__()
         self._names = list(params)
         self._each_step = kind == "per_layer_and_step"
         of_steps = [max(steps, 1)] if self._each_step else []
 
-        def first_values(p: Tensor) -> Tensor:
+        def first_values(p: Tensor, rate: float) -> Tensor:
             shape = [*of_steps, *p.shape] if kind == "per_parameter" else of_steps
-            return torch.full(shape, inner_lr, dtype=p.dtype, device=p.device)
+            return torch.full(shape, rate, dtype=p.dtype, device=p.device)
 
-        self.values = nn.ParameterList(map(first_values, params.values()))
+        first_rates = rates_by_name(inner_lr, params).values()
+        self.values = nn.ParameterList(map(first_values, params.values(), first_rates))
 
     def forward(self, names: Collection[str]) -> Rates | list[Rates]:
         """Return the rates of these parameters, with their graph.
@@ -92,6 +99,47 @@ class LearnedRates(nn.Module):
             dict(zip(values, of_step, strict=True))
             for of_step in zip(*values.values(), strict=True)
         ]
+
+
+def rates_by_name(
+    inner_lr: float | Mapping[str, float], names: Collection[str]
+) -> dict[str, float]:
+    """Return the rate of each parameter.
+
+    Args:
+        inner_lr: One rate for all; or rates by the names of parameters and of modules, of which the
+            longest that fits counts. ``""`` is the whole network.
+        names: The parameters that adapt.
+
+    Raises:
+        ValueError: If a parameter has no rate, or a name fits none of them.
+
+    Examples:
+        >>> from lightning_maml.core.inner_rates import rates_by_name
+        >>> rates_by_name({"": 0.1, "head": 0.5}, ["body.weight", "head.weight", "head.bias"])
+        {'body.weight': 0.1, 'head.weight': 0.5, 'head.bias': 0.5}
+    """
+    if not isinstance(inner_lr, Mapping):
+        return dict.fromkeys(names, inner_lr)
+    fitting = {name: [key for key in inner_lr if _fits(key, name)] for name in names}
+    if without := [name for name, keys in fitting.items() if not keys]:
+        raise UserValueError(
+            f"Expected `inner_lr` to have a rate for every parameter that adapts but {without} "
+            "have none; name them or their module, or give the rate of all others as ''. A rate of "
+            "0 keeps a layer as it is."
+        )
+    used = {key for keys in fitting.values() for key in keys}
+    if unknown := [key for key in inner_lr if key not in used]:
+        raise UserValueError(
+            f"Expected `inner_lr` to name parameters that adapt, or their modules, but {unknown} "
+            f"are none; the parameters are {[*names]}."
+        )
+    return {name: inner_lr[max(keys, key=len)] for name, keys in fitting.items()}
+
+
+def _fits(key: str, name: str) -> bool:
+    """Return whether ``key`` is a parameter's name, or that of a module that it lies in."""
+    return key in ("", name) or name.startswith(f"{key}.")
 
 
 def rates_of_steps(inner_lr: InnerRates, params: Params, steps: int) -> list[Rates]:

@@ -1,0 +1,114 @@
+"""Inner rates by the names of layers: the gradient of each algorithm, checkpoints and refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from helpers.networks import build, leaves, make_episodes, plain_loss, relative_error, unrolled
+from helpers.trainers import trainer_in_double
+from lightning_maml import ANIL, BOIL, FOMAML, HFMAML, IMAML, LSLR, MAML, MetaSGD, Reptile
+from lightning_maml.core.inner_rates import rates_by_name
+
+# layers 1 and 3 of the mlp have parameters
+RATES = {"1": 0.5, "3.weight": 0.1, "": 0.2}
+OF_PARAMETERS = {"1.weight": 0.5, "1.bias": 0.5, "3.weight": 0.1, "3.bias": 0.2}
+STEPS = 2
+
+
+def by_autograd(rates: dict[str, float]) -> dict[str, torch.Tensor]:
+    network, episodes = build("mlp"), make_episodes()
+    w = leaves(network)
+    objective = unrolled(plain_loss(network, F.cross_entropy), w, episodes, [rates] * STEPS, STEPS)
+    return dict(zip(w, torch.autograd.grad(objective, [*w.values()]), strict=True))
+
+
+@pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
+@pytest.mark.parametrize(
+    ("algorithm", "rates", "bound"),
+    [
+        (MAML, OF_PARAMETERS, 1e-12),
+        (HFMAML, OF_PARAMETERS, 1e-7),
+        (LSLR, OF_PARAMETERS, 1e-12),
+        (MetaSGD, OF_PARAMETERS, 1e-12),
+    ],
+)
+def test_meta_gradients_are_those_of_autograd(
+    algorithm: type[MAML], rates: dict[str, float], bound: float, tasks: str
+) -> None:
+    model = algorithm(build("mlp"), RATES, STEPS, tasks=tasks)
+    assert relative_error(model.meta_gradient(make_episodes()), by_autograd(rates)) < bound
+
+
+def test_a_rate_of_zero_keeps_a_layer_as_it_is() -> None:
+    frozen = MAML(build("mlp"), {"1": 0.0, "3": 0.4}, STEPS).meta_gradient(make_episodes())
+    of_head = ANIL(build("mlp"), 0.4, STEPS).meta_gradient(make_episodes())
+    assert relative_error(frozen, of_head) < 1e-12
+    ready = MAML(build("mlp"), {"1": 0.4, "3": 0.0}, STEPS).meta_gradient(make_episodes())
+    of_body = BOIL(build("mlp"), {"1": 0.4}, STEPS).meta_gradient(make_episodes())
+    assert relative_error(ready, of_body) < 1e-12
+
+
+@pytest.mark.parametrize("algorithm", [FOMAML, IMAML, Reptile])
+def test_equal_rates_are_one_rate(algorithm: type[MAML]) -> None:
+    one = algorithm(build("mlp"), 0.1, STEPS).meta_gradient(make_episodes())
+    named = algorithm(build("mlp"), {"1": 0.1, "3": 0.1}, STEPS).meta_gradient(make_episodes())
+    assert relative_error(named, one) == 0
+
+
+def test_adaptation_takes_them_too() -> None:
+    episodes = make_episodes()
+    model = MAML(build("mlp"), RATES, test_steps=1)
+    adapted = dict(model.adapt(episodes.support_x[0], episodes.support_y[0]).named_parameters())
+    w = leaves(build("mlp"))
+    loss = plain_loss(build("mlp"), F.cross_entropy)(
+        w, episodes.support_x[0], episodes.support_y[0]
+    )
+    gradient = torch.autograd.grad(loss, [*w.values()])
+    for (name, p), g in zip(w.items(), gradient, strict=True):
+        torch.testing.assert_close(adapted[name].detach(), (p - OF_PARAMETERS[name] * g).detach())
+
+
+def test_checkpoints_hold_them(tmp_path: Path) -> None:
+    model = MAML(build("mlp"), RATES)
+    run = trainer_in_double(tmp_path)
+    run.fit(model, DataLoader([make_episodes()], batch_size=None))
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = MAML.load_from_checkpoint(tmp_path / "model.ckpt", network=build("mlp"))
+    assert loaded.inner_lr == RATES
+
+
+def test_the_longest_name_counts() -> None:
+    rates = {"": 0.1, "body": 0.2, "body.0.weight": 0.3}
+    names = ["body.0.weight", "body.0.bias", "body.10.weight", "bodywork.weight"]
+    assert [*rates_by_name(rates, names).values()] == [0.3, 0.2, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("rates", "error", "message"),
+    [
+        (
+            {"1": 0.1},
+            ValueError,
+            r"a rate for every parameter .* \['3.weight', '3.bias'\] have none",
+        ),
+        (
+            {"": 0.1, "2": 0.1},
+            ValueError,
+            r"to name parameters that adapt, .* but \['2'\] are none",
+        ),
+        ({}, ValueError, "a rate for every parameter"),
+        ({"": -0.1}, ValueError, "a finite number of at least 0 but got -0.1"),
+        ({"": "0.1"}, TypeError, r"`inner_lr\[''\]` to be a number but got '0.1'"),
+    ],
+)
+def test_other_rates_are_refused(rates: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        MAML(build("mlp"), rates)
+
+
+def test_the_theory_is_of_one_rate() -> None:
+    with pytest.raises(ValueError, match="Expected one fixed inner rate for all parameters"):
+        MAML(build("mlp"), RATES).probe(make_episodes())
