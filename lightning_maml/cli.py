@@ -279,7 +279,7 @@ class _CLI(LightningCLI):
             if differing:
                 rank_zero_warn(
                     "The checkpoint was trained with other arguments than those given now, which "
-                    f"count: {', '.join(differing)}."
+                    f"are used: {', '.join(differing)}."
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -216,7 +216,7 @@ def test_a_checkpoint_trained_with_other_arguments_is_pointed_out(in_tmp_path: P
     checkpoint = Path(cli.trainer.log_dir) / "checkpoints" / "last.ckpt"
     with pytest.warns(
         UserWarning,
-        match=r"trained with other arguments than those given now, which count: inner_lr=0.123 "
+        match=r"trained with other arguments than those given now, which are used: inner_lr=0.123 "
         r"\(0.4 now\)",
     ):
         run(["test", config("glyphs_maml"), *SMALL, f"--ckpt_path={checkpoint}"])

@@ -63,7 +63,7 @@ class NonFinitePolicy:
         config = folder / "config.yaml"
         named = config if config.is_file() else "CONFIG"
         command = f"`lightning-maml replay --config={named} --ckpt_path={path}`"
-        raise UserFloatingPointError(f"{error} Take the step again by {command}.") from None
+        raise UserFloatingPointError(f"{error} To repeat the step, run {command}.") from None
 
 
 def check_losses_are_finite(query_loss: Tensor, where: str) -> None:

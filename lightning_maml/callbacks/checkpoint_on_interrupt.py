@@ -71,7 +71,7 @@ class CheckpointOnInterrupt(Callback):
         # the next Ctrl-C does what it did before training
         signal.signal(signal.SIGINT, self._before)
         rank_zero_info(
-            "\nCtrl-C: the run ends after this step or validation; once more, and it ends now."
+            "\nCtrl-C: the run ends after this step or validation; press it again, and it ends now."
         )
 
     def _end_if_interrupted(self, trainer: Trainer) -> None:

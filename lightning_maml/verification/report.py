@@ -54,7 +54,7 @@ class CheckReport(NamedTuple):
             for verdict in ("right", "wrong", "note")
         }
         if self.ok:
-            counts = f"{count['right']} looks, none wrong; {count['note']} notes"
+            counts = f"{count['right']} checks, none wrong; {count['note']} notes"
             where = "on this network, loss and batch"
             if not any("gradient" in row.at and row.verdict == "right" for row in self.rows):
                 return (

@@ -81,6 +81,8 @@ def test_every_block_belongs_to_a_section_that_is_run() -> None:
         *(
             "learn2learn, its Lightning classes",
             "learn2learn, one's own loop",
+            "A loop written by hand",
+            "A loop with copies of the network",
             "torchmeta",
             "easyfsl",
             "higher",
@@ -104,7 +106,7 @@ def test_the_blocks_of_this_library_run(section: str) -> None:
             )
 
 
-def after_learn2learns_loop(block: str) -> dict[str, torch.Tensor]:
+def after_a_loop(block: str) -> dict[str, torch.Tensor]:
     return dict(run(block, names("learn2learn, one's own loop"))["network"].named_parameters())
 
 
@@ -115,7 +117,9 @@ def gradients_of_higher(block: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("library", "section", "figures"),
     [
-        ("learn2learn", "learn2learn, one's own loop", after_learn2learns_loop),
+        ("torch", "A loop written by hand", after_a_loop),
+        ("torch", "A loop with copies of the network", after_a_loop),
+        ("learn2learn", "learn2learn, one's own loop", after_a_loop),
         ("higher", "higher", gradients_of_higher),
     ],
 )

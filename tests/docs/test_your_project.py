@@ -57,6 +57,16 @@ def test_the_commands_of_the_page_run(project: Path) -> None:
     assert "train/gradient_norm" in metrics[0]
 
 
+def test_the_logger_that_the_config_mentions_works(project: Path) -> None:
+    pytest.importorskip("wandb")
+    config = project / "config.yaml"
+    mentioned = config.read_text().replace("    # - class_path", "    - class_path")
+    config.write_text(mentioned.replace("    #   init_args", "      init_args"))
+    assert "#   init_args" not in config.read_text()
+    call(project, "fit", "--config=config.yaml", "--trainer.max_epochs=1", "--data.train_tasks=32")
+    assert [*project.glob("runs/wandb/offline-run-*/*.wandb")]
+
+
 @pytest.mark.slow
 def test_it_learns_what_the_page_says(project: Path) -> None:
     call(project, "fit", "--config=config.yaml")

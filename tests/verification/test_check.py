@@ -191,7 +191,7 @@ def test_the_table_has_every_row_and_ends_with_the_verdict() -> None:
         lines[-1]
         == report.verdict
         == (
-            "The gradients of MAML are right on this network, loss and batch (8 looks, none "
+            "The gradients of MAML are right on this network, loss and batch (8 checks, none "
             "wrong; 8 notes)."
         )
     )
