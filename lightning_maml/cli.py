@@ -302,7 +302,8 @@ class _CLI(LightningCLI):
         """Keep the best checkpoint and, after every epoch, the last one."""
         configured = self._of_trainer("callbacks") or []
         own = configured if isinstance(configured, list) else [configured]
-        has_own = any(isinstance(callback, ModelCheckpoint) for callback in own)
+        given = [*own, *self.trainer_defaults["callbacks"]]
+        has_own = any(isinstance(callback, ModelCheckpoint) for callback in given)
         if has_own or self._of_trainer("enable_checkpointing") is False:
             return {}
         return {"callbacks": [*own, BestCheckpoint(), ModelCheckpoint(filename="last")]}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_maml.cli import main, run
 
@@ -152,6 +153,13 @@ def test_checkpoints_of_ones_own_or_none_are_kept_as_they_are(
 ) -> None:
     main(["fit", "--config=config.yaml", *arguments])
     assert checkpoints(project) == kept
+
+
+def test_checkpoint_callbacks_given_in_python_are_the_only_ones(project: Path) -> None:
+    own = ModelCheckpoint(filename="own")
+    cli = run(["fit", "--config=config.yaml"], callbacks=[own])
+    assert [*cli.trainer.checkpoint_callbacks][:1] == [own]
+    assert checkpoints(project) == {"runs/version_0/checkpoints/own.ckpt"}
 
 
 def test_lightnings_options_for_optimizer_and_schedule_have_effect(project: Path) -> None:

@@ -46,6 +46,7 @@ from lightning_maml.core.inner_rates import (
     InnerRatesName,
     LearnedRates,
     check_inner_rates,
+    check_rate_names,
     rates_by_name,
     rates_of_steps,
 )
@@ -61,7 +62,7 @@ from lightning_maml.functional.adaptation import (
 )
 from lightning_maml.functional.arguments import check_step_count
 from lightning_maml.functional.losses import LossFunctions
-from lightning_maml.io.plain import number, plain, whole_number
+from lightning_maml.io.plain import number, whole_number
 from lightning_maml.networks.batch_norm import (
     StepStatistics,
     batch_norms,
@@ -178,7 +179,7 @@ class AdaptingModule(EpisodicModule):
             "inner_rates": inner_rates,
             "compiled": compiled,
         }
-        self.save_hyperparameters(plain(settings))
+        self._save_settings(settings)
         inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
         check_inner_rates(inner_rates)
         if inner_rates != "fixed" and not self.learns_rates:
@@ -188,6 +189,7 @@ class AdaptingModule(EpisodicModule):
             )
         adapt = self.default_adapt if adapt is None else adapt
         params = adapting(network, adapt, head)
+        check_rate_names(inner_lr, [name for name, _ in network.named_parameters()])
         rates_of_steps(rates_by_name(inner_lr, params), params, 1)  # refuses a rate out of range
         self.inner_lr: InnerRate = inner_lr
         self.train_steps = train_steps

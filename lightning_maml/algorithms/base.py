@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -62,11 +63,13 @@ class Step(NamedTuple):
     """What is to be done with a meta-batch in training.
 
     Attributes:
-        run: Computes; what it returns is ``finish``'s to check.
-        finish: Makes the result of what ``run`` returned.
+        run: Computes.
+        check: Refuses what ``run`` returned, if it is not finite for instance.
+        finish: Makes the result of it, and writes to the network's buffers.
     """
 
     run: Callable[[], Any]
+    check: Callable[[Any], None]
     finish: Callable[[Any], StepResult]
 
 
@@ -177,18 +180,31 @@ class EpisodicModule(CheckpointedModule):
                 there is no trainer.
             FloatingPointError: If the query loss or the meta-gradient is not finite.
         """
-        results = []
-        for part in parts_of(episodes):
+        computed = []
+        for part in parts_of(self._as_meta_batch(episodes)):
             check_episodes(part)
-            results.append(self._step(part))
-        return _mean_loss(results)
+            computed.append(self._run_step(part))
+        return _mean_loss([finish() for finish in computed])
 
-    def _step(self, episodes: AnyEpisodes) -> StepResult:
+    def _as_meta_batch(self, batch: Any) -> Any:
+        """Return the meta-batch that a loader means.
+
+        The trainer has moved and converted tensors, but not arrays.
+        """
+        found = as_meta_batch(batch)
+        if found is not batch and self._trainer is not None:
+            found = map_tensors(lambda tensor: tensor.to(self.device), found)
+            found = self._trainer.precision_plugin.convert_input(found)
+        return found
+
+    def _run_step(self, episodes: AnyEpisodes) -> Callable[[], StepResult]:
+        """Compute a step, and return what finishes it."""
         for attempt in self._attempts(episodes):
             with attempt:
                 step = self._plan_step(episodes)
                 found = step.run()
-        return step.finish(found)
+        step.check(found)
+        return partial(step.finish, found)
 
     def configure_optimizers(self) -> Any:
         """Build the meta-optimizer and its scheduler."""
@@ -196,10 +212,12 @@ class EpisodicModule(CheckpointedModule):
         if self._lr_scheduler is None:
             return optimizer
         made: Any = self._lr_scheduler(optimizer)
-        if not isinstance(made, Mapping):
-            made = {"scheduler": made, "interval": self._lr_scheduler_interval}
-        monitor = getattr(made["scheduler"], "monitor", "val/loss")
-        return {"optimizer": optimizer, "lr_scheduler": {"monitor": monitor, **made}}
+        given = made if isinstance(made, Mapping) else {"scheduler": made}
+        defaults = {
+            "monitor": getattr(given["scheduler"], "monitor", "val/loss"),
+            "interval": self._lr_scheduler_interval,
+        }
+        return {"optimizer": optimizer, "lr_scheduler": {**defaults, **given}}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Refuse parameters in the optimizer that have no gradient, before the first step.
@@ -275,18 +293,21 @@ class EpisodicModule(CheckpointedModule):
     def _train_on(self, batch: Any) -> Tensor | None:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_logged = bool(every) and (self.global_step + 1) % every == 0
-        results, of_parts = [], []
-        for part in parts_of(batch):
+        parts = parts_of(self._as_meta_batch(batch))
+        computed = []
+        for part in parts:
             check_episodes(part)
             before_it = random_state(self.device)
             try:
-                result = self._step(part)
+                computed.append(self._run_step(part))
             except FloatingPointError as error:
                 self.non_finite.skip_or_stop(self, part, before_it, error, self.run_folder)
                 return None
+        results = [finish() for finish in computed]
+        of_parts = []
+        for part, result in zip(parts, results, strict=True):
             ignored = ignored_label(self.loss)
             figures = with_accuracy(result.query_loss, result.outputs, part, ignored)
-            results.append(result)
             of_parts.append(self._figures_before(part) | figures if is_logged else figures)
         for name in of_parts[0]:
             values = torch.cat([figures[name] for figures in of_parts])
@@ -338,10 +359,12 @@ class EpisodicModule(CheckpointedModule):
 
         Of tasks that differ in size it is a list of ``[Q, ...]``, in the order of the tasks.
         """
+        batch = self._as_meta_batch(batch)
         of_parts = [self._evaluate_uncompiled(part) for part in parts_of(batch)]
         return _after_adaptation(batch, [curve.aux for curve in of_parts])
 
     def _judge(self, batch: Any, loader: int) -> dict[str, Any]:
+        batch = self._as_meta_batch(batch)
         of_parts = []
         for part in parts_of(batch):
             curve = self._evaluate_uncompiled(part)
@@ -387,14 +410,13 @@ def _after_adaptation(batch: Any, of_parts: list[Any]) -> Any:
     Of tasks that differ in size it is a list of ``[...]``, in the order of the tasks.
 
     Args:
-        batch: What the loader gave.
+        batch: The meta-batch.
         of_parts: For each of its parts a tree of tensors ``[T, K + 1, ...]``.
     """
     last = [map_tensors(lambda tensor: tensor[:, -1], of_part) for of_part in of_parts]
-    uneven = as_meta_batch(batch)
-    if not isinstance(uneven, UnevenEpisodes):
+    if not isinstance(batch, UnevenEpisodes):
         return last[0]
-    return uneven.in_order([*map(unstacked, last)])
+    return batch.in_order([*map(unstacked, last)])
 
 
 def _mean_loss(results: list[StepResult]) -> Tensor:

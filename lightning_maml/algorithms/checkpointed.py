@@ -35,6 +35,13 @@ class CheckpointedModule(LightningModule):
         self.run_folder = Path()
         self._resume = ResumeState()
 
+    def _save_settings(self, settings: dict[str, Any]) -> None:
+        """Save the arguments that checkpoints hold."""
+        self.save_hyperparameters(plain(settings))
+        # Lightning takes an argument that equals the settings for them, and metrics of torchmetrics
+        # equal everything
+        self._hparams_name = None
+
     @classmethod
     @override
     def load_from_checkpoint(

@@ -79,4 +79,5 @@ class LoaderFigures:
                     beside[f"{name}_ci95"] = found.ci95
             values = {f"{stage}/{name}{suffix}": value for name, value in beside.items()}
             module.log_dict(values, sync_dist=True, add_dataloader_idx=False)
+        self._of_loaders = []  # metrics may hold all outputs
         return last

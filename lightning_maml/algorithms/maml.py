@@ -67,7 +67,7 @@ class MAML(AdaptingModule):
             as in the MAML papers); ``"support"``: of the support set only; ``"running"``: batch
             statistics in training, running averages in evaluation; ``"per_step"``: the same with
             averages for each inner step, as in MAML++, taken from the first task of each
-            meta-batch.
+            meta-batch (of each size, where tasks differ in size).
         optimizer: Builds the meta-optimizer from the parameters; by default Adam with its rate of
             1e-3.
         lr_scheduler: Builds the scheduler from the optimizer; by default none. It may also return
@@ -93,8 +93,8 @@ class MAML(AdaptingModule):
             :class:`LSLR` per layer and step, by :class:`MetaSGD` per parameter.
         compiled: Compile the meta-gradient as a whole, all tasks (or ``chunk_size``) as one, at the
             first batch of each shape: this takes from 10 seconds to minutes, and pays off for small
-            networks. Numbers and flags that the network or the loss read stay what they were then,
-            and each new inner rate, unless it is learned, is compiled anew.
+            networks. Numbers that the network or the loss read stay what they were then, and each
+            new inner rate, unless it is learned, is compiled anew.
         lr_scheduler_interval: Whether the scheduler is stepped after every ``"epoch"`` or every
             ``"step"`` of the optimizer.
         metrics: Metrics of torchmetrics (one, a ``MetricCollection`` or a dict), of query outputs
@@ -271,9 +271,11 @@ class MAML(AdaptingModule):
         unwritten = Unwritten(params | inputs)
         plan = self._plan(episodes)
 
-        def finish(found: MetaGradient) -> StepResult:
+        def check(found: MetaGradient) -> None:
             unwritten.check()
             self._stop_unless_finite(found)
+
+        def finish(found: MetaGradient) -> StepResult:
             self._update_buffers(self.network, episodes, self.batch_norm)
             self._update_step_statistics(episodes)
             rates = rates_of_steps(self._rates(), self._adapting_parameters(), self.train_steps)
@@ -281,7 +283,7 @@ class MAML(AdaptingModule):
             loss = loss_with_gradient(points, [found.grad, *found.inner_lr], found.query_loss)
             return StepResult(loss, found.query_loss, found.aux)
 
-        return Step(self._gradient_function(plan, episodes), finish)
+        return Step(self._gradient_function(plan, episodes), check, finish)
 
     def _gradient_function(
         self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName | None = None

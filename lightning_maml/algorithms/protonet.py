@@ -39,7 +39,6 @@ from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.execution.auto import ADAPTED_AT_ONCE
 from lightning_maml.execution.task_map import TaskExecution, cat_chunks, map_tasks
 from lightning_maml.functional.adaptation import AdaptationCurve
-from lightning_maml.io.plain import plain
 from lightning_maml.networks.adapted import AdaptedNetworks
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import facts_of
@@ -128,7 +127,7 @@ class ProtoNet(EpisodicModule):
             raise UserValueError(
                 f"Expected `tasks` to be 'auto', 'loop' or 'vmap' but got {tasks!r}."
             )
-        self.save_hyperparameters(plain({"batch_norm": batch_norm, "tasks": tasks}))
+        self._save_settings({"batch_norm": batch_norm, "tasks": tasks})
         self._tasks: Literal["auto", "loop", "vmap"] = tasks
 
     @override
@@ -202,14 +201,15 @@ class ProtoNet(EpisodicModule):
 
     @override
     def _plan_step(self, episodes: AnyEpisodes) -> Step:
+        def check(found: tuple[Tensor, Tensor]) -> None:
+            check_losses_are_finite(found[0], f"at step {self.global_step}; check the data.")
+
         def finish(found: tuple[Tensor, Tensor]) -> StepResult:
             loss, outputs = found
-            where = f"at step {self.global_step}; check the data."
-            check_losses_are_finite(loss, where)
             self._update_buffers(self.network, episodes, self.batch_norm)
             return StepResult(loss.mean(), loss.detach(), outputs.detach())
 
-        return Step(partial(self._classify, episodes), finish)
+        return Step(partial(self._classify, episodes), check, finish)
 
     def _classify(self, episodes: AnyEpisodes) -> tuple[Tensor, Tensor]:
         """Return the query losses ``[T]`` and logits ``[T, Q, ways]``."""

@@ -58,12 +58,16 @@ def named_metrics(metrics: Metrics | None, over: MetricsOver) -> dict[str, Metri
             "Expected `metrics` to be metrics of torchmetrics, one, a MetricCollection or a dict, "
             f"but got {metrics!r}; wrap a function in a torchmetrics.Metric."
         )
-    if taken := sorted({"loss", "accuracy"} & {*metrics}):
+    named = {str(name): metric for name, metric in metrics.items()}
+    suffixes = ("", "_before", "_ci95")
+    logged = [f"{name}{suffix}" for name in ("loss", "accuracy", *named) for suffix in suffixes]
+    of_steps = ("loss_step_", "accuracy_step_")
+    if taken := [name for name in named if logged.count(name) > 1 or name.startswith(of_steps)]:
         raise UserValueError(
             f"Expected names for `metrics` that are not logged anyway but got {taken}; call them "
             "otherwise, in a dict."
         )
-    return dict(metrics.items())
+    return named
 
 
 class QueryMetrics:
@@ -116,10 +120,10 @@ class QueryMetrics:
         for name, mean in self._means.items():
             metric = self._after[name]
             values = [
-                torch.stack([_of_one_task(name, metric, x, y) for x in ends])
-                for *ends, y in zip(unstacked(before), unstacked(after), labels, strict=True)
+                [_of_one_task(name, metric, outputs, y) for outputs in (first, last)]
+                for first, last, y in zip(unstacked(before), unstacked(after), labels, strict=True)
             ]
-            mean.update(torch.stack(values))
+            mean.update(torch.tensor(values, device=labels.device))
 
     def compute(self) -> dict[str, BeforeAndAfter]:
         """Return the metrics on all tasks, of all processes."""

@@ -112,7 +112,7 @@ def rates_by_name(
         names: The parameters that adapt.
 
     Raises:
-        ValueError: If a parameter has no rate, or a name fits none of them.
+        ValueError: If a parameter has no rate.
 
     Examples:
         >>> from lightning_maml.core.inner_rates import rates_by_name
@@ -128,13 +128,26 @@ def rates_by_name(
             "have none; name them or their module, or give the rate of all others as ''. A rate of "
             "0 keeps a layer as it is."
         )
-    used = {key for keys in fitting.values() for key in keys}
-    if unknown := [key for key in inner_lr if key not in used]:
-        raise UserValueError(
-            f"Expected `inner_lr` to name parameters that adapt, or their modules, but {unknown} "
-            f"are none; the parameters are {[*names]}."
-        )
     return {name: inner_lr[max(keys, key=len)] for name, keys in fitting.items()}
+
+
+def check_rate_names(inner_lr: float | Mapping[str, float], names: Collection[str]) -> None:
+    """Check that rates by name are those of parameters or modules.
+
+    Args:
+        inner_lr: As for :func:`rates_by_name`.
+        names: All parameters of the network, also those that do not adapt now.
+
+    Raises:
+        ValueError: If a name is none of these.
+    """
+    if not isinstance(inner_lr, Mapping):
+        return
+    if unknown := [key for key in inner_lr if not any(_fits(key, name) for name in names)]:
+        raise UserValueError(
+            f"Expected `inner_lr` to name parameters of the network, or modules that have some, "
+            f"but {unknown} are none; the parameters are {[*names]}."
+        )
 
 
 def _fits(key: str, name: str) -> bool:

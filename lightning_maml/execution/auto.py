@@ -210,6 +210,8 @@ class Executor:
         """
         if self.tasks != "auto" or self.chunk_size is not None or device.type != "cpu":
             return Execution("vmap", self.chunk_size or ADAPTED_AT_ONCE)
+        if facts_of(network).caches_parametrizations or _a_mode_is_active():
+            return Execution("loop", None)
         alone = support._replace(query_x=map_tensors(lambda tensor: tensor[:, :0], support.query_x))
         return for_cpu(
             alone, sum(p.numel() for p in network.parameters()), lambda: True, ADAPTED_INPUTS

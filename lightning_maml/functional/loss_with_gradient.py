@@ -39,15 +39,15 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *points: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients, *points)
+        ctx.save_for_backward(*gradients)
+        ctx.points = points  # not saved: they may be written to before the backward pass
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, points = _halves(ctx.saved_tensors)
-        found = tuple(g * gradient for gradient in gradients)
+        found = tuple(g * gradient for gradient in ctx.saved_tensors)
         if torch.is_grad_enabled():  # create_graph=True
-            found = _WithoutDerivative.apply(*found, *points)
+            found = _WithoutDerivative.apply(*found, *ctx.points)
         return None, None, *found
 
 
@@ -56,8 +56,7 @@ class _WithoutDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        gradients, _ = _halves(tensors)
-        return tuple(gradient.clone() for gradient in gradients)
+        return tuple(gradient.clone() for gradient in tensors[: len(tensors) // 2])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -66,8 +65,3 @@ class _WithoutDerivative(torch.autograd.Function):
             "backward pass, but a second was asked for; leave out what differentiates the "
             "meta-gradient (a gradient penalty), or take it by autograd through your own loop."
         )
-
-
-def _halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    middle = len(tensors) // 2
-    return tensors[:middle], tensors[middle:]

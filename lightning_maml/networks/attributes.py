@@ -156,6 +156,8 @@ class Kept:
         """Undo what a pass has changed."""
         changed = self.changed() if self._names is None else self._names
         for name, key in changed:
+            if name not in self._modules:  # another layer has taken its place
+                continue
             if (name, key) not in self._before:
                 self._modules[name].pop(key, None)
                 continue

@@ -90,6 +90,8 @@ def _empty_what_was_empty(copied: nn.Module) -> None:
         return
     modules = dict(copied.named_modules())
     for (name, key), before in written.empty.items():
+        if name not in modules:  # another layer has taken its place
+            continue
         attributes = modules[name].__dict__
         now = attributes.get(key)
         if isinstance(now, list | dict) and isinstance(before, list | dict):

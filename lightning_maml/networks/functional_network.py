@@ -469,8 +469,9 @@ class FunctionalNetwork:
         if facts.written is not None and not self._vectorised:
             self._own.unwritten = self._own.buffers.keys() - written.tensors
         self._own.numbers = []
+        modules = dict(network.named_modules()) if written.numbers else {}
         for name, key in written.numbers:
-            attributes = vars(network.get_submodule(name))
+            attributes = vars(modules[name]) if name in modules else {}
             if key in attributes:
                 self._own.numbers.append((attributes, key, attributes[key]))
         self._own.kept = Kept(network, written.kept) if written.kept else None

@@ -186,3 +186,23 @@ def test_anything_else_is_refused_as_before(batch, tmp_path: Path) -> None:
     assert as_meta_batch(batch) is batch
     with pytest.raises(TypeError, match=r"Expected a batch of `lightning_maml.Episodes` but got"):
         MAML(build("mlp"), RATE).meta_loss(batch)
+
+
+def test_arrays_in_lists_get_the_precision_of_the_trainer(tmp_path: Path) -> None:
+    arrays = [tuple(tensor.float().numpy() for tensor in one[::2]) for one in TASKS]
+    labels = [tuple(tensor.numpy() for tensor in one[1::2]) for one in TASKS]
+    tasks = [(x, y, q, z) for (x, q), (y, z) in zip(arrays, labels, strict=True)]
+    model = MAML(build("mlp"), RATE)
+    run = trainer_in_double(tmp_path)
+    run.fit(model, DataLoader(tasks, batch_size=4, collate_fn=list))
+    run.validate(model, DataLoader(tasks, batch_size=4, collate_fn=list), verbose=False)
+    assert 0 < run.callback_metrics["val/loss"] < 10
+
+
+def test_a_part_that_is_not_finite_leaves_the_running_averages_alone() -> None:
+    network = build("conv_batch_norm")
+    broken = TASKS[1]._replace(query_x=TASKS[1].query_x * float("nan"))
+    before = network[1].running_mean.clone()
+    with pytest.raises(FloatingPointError):
+        MAML(network, RATE, batch_norm="running").meta_loss([TASKS[0], broken])
+    assert torch.equal(network[1].running_mean, before)

@@ -385,3 +385,49 @@ def test_a_long_list_of_losses_is_cut_short() -> None:
     broken = episodes._replace(query_x=episodes.query_x * float("inf"))
     with pytest.raises(FloatingPointError, match=r"tasks \[0, 1, 2, 3, 4, \.\.\.\] at step 0"):
         MAML(MLP(4, 3).double()).meta_loss(broken)
+
+
+def test_losses_may_go_backward_after_the_parameters_have_moved() -> None:
+    network = build("mlp")
+    model, optimizer = MAML(network, RATE), torch.optim.SGD(network.parameters(), lr=0.1)
+    right = model.meta_gradient(make_episodes(seed=2))
+    first, second = (model.meta_loss(make_episodes(seed=seed)) for seed in (1, 2))
+    first.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    second.backward()
+    found = {name: p.grad for name, p in network.named_parameters()}
+    assert relative_error(found, right) < 1e-12
+
+
+class Keeping(nn.Module):
+    """Keeps what it returned last, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.calls = None, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last, self.calls = x, self.calls + 1
+        return x
+
+
+def test_a_layer_that_kept_something_may_be_replaced() -> None:
+    network, episodes = build("mlp"), make_episodes()
+    head = network[3]
+    network[3] = nn.Sequential(Keeping(), head)
+    model = MAML(network, RATE, STEPS)
+    model.meta_gradient(episodes)
+    network[3] = head
+    assert relative_error(model.meta_gradient(episodes), unrolled(build("mlp"), episodes)) < 1e-12
+
+
+def test_adaptation_uses_no_threads_where_torch_has_a_default_device(two_threads: Any) -> None:
+    episodes = vectors(numbers=2**15)
+    model = MAML(Gain(2**15, 3).double(), RATE)
+    model.adapt(episodes.support_x, episodes.support_y)
+    support = episodes._replace(query_x=episodes.support_x, query_y=episodes.support_y)
+    chosen = partial(model._executor.of_adaptation, model.network, torch.device("cpu"), support)
+    assert chosen().tasks == "threads"
+    with torch.device("meta"):
+        assert chosen().tasks == "loop"

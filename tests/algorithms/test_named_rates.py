@@ -97,7 +97,7 @@ def test_the_longest_name_counts() -> None:
         (
             {"": 0.1, "2": 0.1},
             ValueError,
-            r"to name parameters that adapt, .* but \['2'\] are none",
+            r"to name parameters of the network, .* but \['2'\] are none",
         ),
         ({}, ValueError, "a rate for every parameter"),
         ({"": -0.1}, ValueError, "a finite number of at least 0 but got -0.1"),
@@ -112,3 +112,11 @@ def test_other_rates_are_refused(rates: dict, error: type, message: str) -> None
 def test_the_theory_is_of_one_rate() -> None:
     with pytest.raises(ValueError, match="Expected one fixed inner rate for all parameters"):
         MAML(build("mlp"), RATES).probe(make_episodes())
+
+
+def test_layers_with_a_rate_may_be_frozen_later() -> None:
+    network = build("mlp")
+    model = MAML(network, {"1": 0.5, "3": 0.4}, STEPS)
+    network[1].requires_grad_(False)
+    found = model.meta_gradient(make_episodes())
+    assert {*found} == {"3.weight", "3.bias"}

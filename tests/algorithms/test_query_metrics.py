@@ -134,6 +134,21 @@ def test_metrics_are_not_trained_or_saved() -> None:
     assert [*measured.hparams] == [*plain.hparams]
 
 
+@pytest.mark.parametrize("algorithm", [MAML, ProtoNet])
+@pytest.mark.parametrize("metrics", [F1, MetricCollection([F1]), {"f1": F1}, None])
+def test_checkpoints_of_models_with_metrics_are_loaded(
+    algorithm: type, metrics: Any, tmp_path: Path
+) -> None:
+    model = algorithm(build("mlp"), metrics=metrics)
+    run = trainer_in_double(tmp_path)
+    run.fit(model, loader(1))
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = algorithm.load_from_checkpoint(
+        tmp_path / "model.ckpt", network=build("mlp"), metrics=metrics
+    )
+    assert loaded.hparams == model.hparams
+
+
 class Outputs(Callback):
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -161,6 +176,9 @@ def test_callbacks_get_the_losses_and_outputs_of_each_task(tmp_path: Path) -> No
         ({"metrics": F.mse_loss}, TypeError, "`metrics` to be metrics of torchmetrics"),
         ({"metrics": {"mse": F.mse_loss}}, TypeError, "`metrics` to be metrics of torchmetrics"),
         ({"metrics": {"accuracy": F1}}, ValueError, r"logged anyway but got \['accuracy'\]"),
+        ({"metrics": {"loss_ci95": F1}}, ValueError, r"logged anyway but got \['loss_ci95'\]"),
+        ({"metrics": {"f1": F1, "f1_before": F1}}, ValueError, r"but got \['f1_before'\]"),
+        ({"metrics": {"loss_step_01": F1}}, ValueError, r"but got \['loss_step_01'\]"),
         (
             {"metrics": F1, "metrics_over": "classes"},
             ValueError,

@@ -439,3 +439,13 @@ def test_a_schedule_may_be_lightnings_dict(tmp_path: Path) -> None:
 def test_other_intervals_are_refused() -> None:
     with pytest.raises(ValueError, match="`lr_scheduler_interval` to be 'epoch' or 'step' but got"):
         MAML(network(), lr_scheduler_interval="batch")
+
+
+def test_the_interval_holds_for_a_dict_that_names_none() -> None:
+    def made(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {"scheduler": StepLR(optimizer, step_size=1)}
+
+    configured = MAML(
+        network(), lr_scheduler=made, lr_scheduler_interval="step"
+    ).configure_optimizers()
+    assert configured["lr_scheduler"]["interval"] == "step"

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def call(project: Path, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "cli.py", *arguments, *FEW],
         cwd=project,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
         capture_output=True,
         text=True,
         check=False,
@@ -64,7 +65,11 @@ def test_the_logger_that_the_config_mentions_works(project: Path) -> None:
     config.write_text(mentioned.replace("    #   init_args", "      init_args"))
     assert "#   init_args" not in config.read_text()
     call(project, "fit", "--config=config.yaml", "--trainer.max_epochs=1", "--data.train_tasks=32")
-    assert [*project.glob("runs/wandb/offline-run-*/*.wandb")]
+    end = time.monotonic() + 60  # another process writes its files, some time after
+    while not (found := [*project.glob("runs/wandb/offline-run-*/*.wandb")]):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert len(found) == 1
 
 
 @pytest.mark.slow
