@@ -9,6 +9,7 @@ from torch.utils.data import default_collate, default_convert
 
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes
 from lightning_maml.batches.trees import tensors
+from lightning_maml.errors import UserValueError
 
 
 class UnevenEpisodes(NamedTuple):
@@ -67,6 +68,10 @@ def meta_batch(tasks: Sequence[Any]) -> MetaBatch:
         ``Episodes`` or ``ResampledEpisodes``, whose leading dimension T is the number of tasks; of
         tasks that differ in size, :class:`lightning_maml.UnevenEpisodes`.
 
+    Raises:
+        ValueError: If a task has a leading dimension of 1. (So one sentence with a label for each
+            word, and one to query, is refused too; give these in ``Episodes``.)
+
     Examples:
         >>> import torch
         >>> from lightning_maml.datamodules import meta_batch, task_of_examples
@@ -75,6 +80,8 @@ def meta_batch(tasks: Sequence[Any]) -> MetaBatch:
         torch.Size([2, 4, 3])
     """
     of_tensors = [_as_episodes(task) for task in tasks]
+    for task in of_tensors:
+        _refuse_leading_dimension(task)
     by_size: dict[Any, list[int]] = {}
     for place, task in enumerate(of_tensors):
         size = tuple((tensor.dtype, tensor.shape) for tensor in tensors(task))
@@ -83,6 +90,18 @@ def meta_batch(tasks: Sequence[Any]) -> MetaBatch:
         default_collate([of_tensors[place] for place in places]) for places in by_size.values()
     ]
     return parts[0] if len(parts) == 1 else UnevenEpisodes(parts, [*by_size.values()])
+
+
+def _refuse_leading_dimension(task: AnyEpisodes) -> None:
+    """Refuse meta-batches of one task: their labels ``[1, S]`` would be those of S positions."""
+    labels = (task.support_y, task.query_y)
+    if isinstance(task, Episodes) and all(
+        y.ndim == 2 and len(y) == 1 and not y.is_floating_point() for y in labels
+    ):
+        raise UserValueError(
+            "Expected the tasks of a list without a leading dimension, with labels [examples], but "
+            f"got {list(task.support_y.shape)}; give each task without it, y[0]."
+        )
 
 
 def as_meta_batch(batch: Any) -> Any:

@@ -206,3 +206,11 @@ def test_a_part_that_is_not_finite_leaves_the_running_averages_alone() -> None:
     with pytest.raises(FloatingPointError):
         MAML(network, RATE, batch_norm="running").meta_loss([TASKS[0], broken])
     assert torch.equal(network[1].running_mean, before)
+
+
+def test_a_list_of_meta_batches_is_refused() -> None:
+    # five ways and one shot: labels [1, 5] would fit logits [1, 5, 5] of a linear network
+    x, y = torch.rand(1, 5, 4), torch.arange(5)[None]
+    batches = [Episodes(x, y, x, y)] * 3
+    with pytest.raises(ValueError, match=r"tasks of a list without a leading .* but got \[1, 5\]"):
+        MAML(torch.nn.Linear(4, 5)).meta_loss(batches)
