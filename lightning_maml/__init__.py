@@ -20,6 +20,9 @@ from lightning_maml.callbacks import CheckpointOnInterrupt as CheckpointOnInterr
 from lightning_maml.callbacks import KeepBestCheckpoints as KeepBestCheckpoints
 from lightning_maml.callbacks import SkipNonFinite as SkipNonFinite
 from lightning_maml.callbacks import StationarityMonitor as StationarityMonitor
+from lightning_maml.core.inner_optimizers import InnerAdam as InnerAdam
+from lightning_maml.core.inner_optimizers import InnerOptimizer as InnerOptimizer
+from lightning_maml.core.inner_optimizers import InnerSGD as InnerSGD
 from lightning_maml.execution.allocator import keep_freed_memory as keep_freed_memory
 from lightning_maml.functional.adaptation import AdaptationCurve as AdaptationCurve
 from lightning_maml.functional.adaptation import adaptation_curve as adaptation_curve

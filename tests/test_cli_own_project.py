@@ -10,6 +10,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_maml import InnerSGD
 from lightning_maml.cli import main, run
 
 PROJECT = """
@@ -111,6 +112,14 @@ def test_own_data_and_network_are_trained_resumed_tested_and_predicted(
     assert "test/accuracy" in tested.trainer.callback_metrics
     main(["predict", *same, "--ckpt_path=last"])
     main(["check", *same])
+
+
+def test_inner_optimizers_are_configured(project: Path) -> None:
+    optimizer = ["--model.inner_optimizer=InnerSGD", "--model.inner_optimizer.momentum=0.9"]
+    for algorithm in ("MAML", "HFMAML", "Reptile"):
+        chosen = f"--model={algorithm}"
+        cli = run(["fit", "--config=config.yaml", chosen, *optimizer, "--trainer.max_epochs=1"])
+        assert cli.model.inner_optimizer == InnerSGD(momentum=0.9)
 
 
 def test_the_best_checkpoint_is_of_the_highest_accuracy(project: Path) -> None:

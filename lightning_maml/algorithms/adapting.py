@@ -38,9 +38,11 @@ from lightning_maml.checks.loss_checks import (
     ignored_label,
 )
 from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo, first_outputs
+from lightning_maml.checks.requirements import check_inner_optimizer
 from lightning_maml.checks.stacking_check import StackingCheck
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_loop import inner_loop
+from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.inner_rates import (
     InnerRates,
     InnerRatesName,
@@ -148,6 +150,7 @@ class AdaptingModule(EpisodicModule):
         lr_scheduler_interval: Interval = "epoch",
         metrics: Metrics | None = None,
         metrics_over: MetricsOver = "tasks",
+        inner_optimizer: InnerOptimizer | None = None,
     ) -> None:
         super().__init__(
             network,
@@ -162,6 +165,7 @@ class AdaptingModule(EpisodicModule):
         inner_lr, train_steps = _plain_rate(inner_lr), whole_number(train_steps, "train_steps")
         test_steps = None if test_steps is None else whole_number(test_steps, "test_steps")
         chunk_size = None if chunk_size is None else whole_number(chunk_size, "chunk_size")
+        check_inner_optimizer(inner_optimizer)
         check_step_count(train_steps, "train_steps")
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         self._executor = Executor(tasks, chunk_size, compiled)
@@ -192,6 +196,7 @@ class AdaptingModule(EpisodicModule):
         check_rate_names(inner_lr, [name for name, _ in network.named_parameters()])
         rates_of_steps(rates_by_name(inner_lr, params), params, 1)  # refuses a rate out of range
         self.inner_lr: InnerRate = inner_lr
+        self.inner_optimizer = inner_optimizer
         self.train_steps = train_steps
         self.test_steps = train_steps if test_steps is None else test_steps
         self.adapted_part, self.head = adapt, head
@@ -242,7 +247,10 @@ class AdaptingModule(EpisodicModule):
 
     @override
     def _adaptation_settings(self) -> dict[str, Any]:
-        return super()._adaptation_settings() | {"adapt": self.adapted_part}
+        settings = super()._adaptation_settings() | {"adapt": self.adapted_part}
+        if self.inner_optimizer is not None:
+            settings["inner optimizer"] = repr(self.inner_optimizer)
+        return settings
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
@@ -284,7 +292,7 @@ class AdaptingModule(EpisodicModule):
             w = {name: p.detach().clone() for name, p in functional.params.items()}
             rates = detached(rates_of_steps(self._rates(), w, self.test_steps))
             losses = LossFunctions(support, has_aux=True).of_task(of_one, self.test_steps)
-            path, w_N = inner_loop(losses, w, rates)
+            path, w_N = inner_loop(losses, w, rates, self.inner_optimizer)
             points = [*(step.w for step in path), w_N]
         return TaskPath(
             points,
@@ -425,7 +433,7 @@ class AdaptingModule(EpisodicModule):
             head = functional_head(self.network, plan.head, plan.execution)
             plan = plan._replace(functional=head)
         arguments = self._arguments(plan, episodes, steps)
-        return adaptation_curve(**arguments, inner_lr=self._rates(), steps=steps)
+        return adaptation_curve(**arguments, **self._inner_steps(steps))
 
     @override
     def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
@@ -455,6 +463,14 @@ class AdaptingModule(EpisodicModule):
             "query_loss": query_loss,
             "has_aux": True,
             **plan.execution._asdict(),
+        }
+
+    def _inner_steps(self, steps: int) -> dict[str, Any]:
+        """Return the arguments for ``steps`` inner steps."""
+        return {
+            "inner_lr": self._rates(),
+            "steps": steps,
+            "inner_optimizer": self.inner_optimizer,
         }
 
     def _losses(

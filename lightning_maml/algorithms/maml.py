@@ -103,6 +103,11 @@ class MAML(AdaptingModule):
         metrics_over: ``"tasks"``: a metric is computed on the queries of each task, and the mean
             over the tasks is logged, with ``_ci95``; ``"queries"``: it is computed once, on the
             queries of all tasks.
+        inner_optimizer: What an inner step does with the gradient: :class:`InnerSGD` (momentum,
+            weight decay), :class:`InnerAdam`, or one of your own (:class:`InnerOptimizer`), whose
+            state starts anew for each task; by default gradient descent. The meta-gradient is
+            taken through it, by :class:`FOMAML` as through copies of the network that torch's
+            optimizers move: the query gradient after adaptation.
 
     Raises:
         TypeError: If what should be a number is none; numpy's numbers are taken as Python's.
@@ -186,8 +191,7 @@ class MAML(AdaptingModule):
             functional.params,
             support_x,
             support_y,
-            inner_lr=self._rates(),
-            steps=steps,
+            **self._inner_steps(steps),
             has_aux=True,
             may_draw=execution.tasks != "threads",  # the vmap trial has ruled out random layers
             **execution._asdict(),
@@ -317,7 +321,7 @@ class MAML(AdaptingModule):
             arguments |= {"loss": loss, "query_loss": query_loss, "encode": features}
         if self._compiler is not None:
             states = map(state_of, (self.network, self.loss))
-            setting = (curvature, self.probe_radius, plan.head, *states)
+            setting = (curvature, self.probe_radius, plan.head, self.inner_optimizer, *states)
             arguments["call"] = partial(self._compiler, setting)
         if curvature == "finite_difference":
             arguments["probe_radius"] = self.probe_radius
@@ -330,7 +334,7 @@ class MAML(AdaptingModule):
         """
         arguments = self._arguments(plan, episodes, self.train_steps)
         arguments["params"] = plan.functional.params | self._loss_of_outputs().params
-        return arguments | {"inner_lr": self._rates(), "steps": self.train_steps}
+        return arguments | self._inner_steps(self.train_steps)
 
     def _update_step_statistics(self, episodes: AnyEpisodes) -> None:
         if self.step_statistics is None:
@@ -340,7 +344,7 @@ class MAML(AdaptingModule):
         arguments = self._arguments(plan, first) | {
             "query_loss": partial(statistics_in_training, self.network)
         }
-        found = adaptation_curve(**arguments, inner_lr=self._rates(), steps=self.train_steps).aux
+        found = adaptation_curve(**arguments, **self._inner_steps(self.train_steps)).aux
         self.step_statistics.update(
             {name: (mean[0], variance[0]) for name, (mean, variance) in found.items()}
         )
@@ -380,13 +384,18 @@ class MAML(AdaptingModule):
             alpha, its one inner rate.
 
         Raises:
-            ValueError: If not all parameters adapt at one fixed rate, or the algorithm's
-                meta-gradient is not the query loss's; the theory assumes both.
+            ValueError: If not all parameters adapt by gradient descent at one fixed rate, or the
+                algorithm's meta-gradient is not the query loss's; the theory assumes both.
         """
         if type(self)._gradient_function is not MAML._gradient_function:
             raise UserValueError(
                 "Expected MAML, FOMAML or HFMAML, which the theory is about, but got "
                 f"{type(self).__name__}."
+            )
+        if self.inner_optimizer is not None:
+            raise UserValueError(
+                "Expected inner steps of gradient descent, which the theory is about, but got "
+                f"{self.inner_optimizer}; leave `inner_optimizer` out."
             )
         are_others = self.learned_rates is not None or self.adapted_part != "all"
         if are_others or isinstance(self.inner_lr, Mapping):

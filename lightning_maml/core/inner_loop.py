@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.inner_rates import Rates, tensor_rates
+from lightning_maml.core.inner_update import InnerUpdate, State
 from lightning_maml.core.objective import Objective
 from lightning_maml.core.params import Params
 
@@ -32,8 +34,9 @@ class InnerStep(NamedTuple):
         w: The point before the step, w_j.
         rates: A_j.
         hessian: The loss whose Hessian the way back takes at w_j, that of D_j.
-        gradient: ``grad l(w_j; S_j)`` for the parameters whose rate is a tensor, and so may need a
-            gradient itself.
+        gradient: ``grad l(w_j; S_j)``: with an optimizer of all parameters that adapt, else of
+            those whose rate is a tensor, and so may need a gradient itself.
+        state: The optimizer's state before the step; empty in gradient descent.
     """
 
     number: int
@@ -41,12 +44,16 @@ class InnerStep(NamedTuple):
     rates: Rates
     hessian: Objective
     gradient: Params
+    state: State
 
 
 def inner_loop(
-    losses: TaskLosses, w: Params, rates: Sequence[Rates]
+    losses: TaskLosses,
+    w: Params,
+    rates: Sequence[Rates],
+    optimizer: InnerOptimizer | None = None,
 ) -> tuple[list[InnerStep], Params]:
-    """Take the steps ``w_{j+1} = w_j - A_j grad l(w_j; S_j)``.
+    """Take the steps ``w_{j+1} = w_j - A_j grad l(w_j; S_j)``, or those of an optimizer.
 
     Ji et al. 2022, eqs. 6 (fresh S_j), 9 and 11 (always the support set); Fallah et al. 2020, eq. 4
     (one step).
@@ -55,29 +62,58 @@ def inner_loop(
         losses: The losses of the task's batches.
         w: The meta-parameters ``w_0``.
         rates: A_j for each step.
+        optimizer: What a step does with the gradient; by default gradient descent.
 
     Returns:
         The steps, and the adapted parameters ``w_N``.
     """
     reserved = _reserve(w, rates)
+    update, state = _start(losses, w, rates, optimizer)
     steps = []
     for j, (objective, rates_j) in enumerate(zip(losses.support, rates, strict=True)):
         gradient = objective.gradient(w, rates_j.keys())
-        kept = {name: gradient[name] for name in tensor_rates(rates_j)}
-        steps.append(InnerStep(j, w, rates_j, losses.hessian[j], kept))
-        w = sgd_step(w, rates_j, gradient)
+        kept = gradient
+        if optimizer is None:
+            kept = {name: gradient[name] for name in tensor_rates(rates_j)}
+        steps.append(InnerStep(j, w, rates_j, losses.hessian[j], kept, state))
+        w, state = _step(update, j, w, rates_j, gradient, state)
         w |= {name: tensor.copy_(w[name]) for name, tensor in reserved[j].items()}
     return steps, w
 
 
-def adapt(losses: TaskLosses, w: Params, rates: Sequence[Rates]) -> Params:
+def adapt(
+    losses: TaskLosses,
+    w: Params,
+    rates: Sequence[Rates],
+    optimizer: InnerOptimizer | None = None,
+) -> Params:
     """Return ``w_N`` alone; no other point of the path is kept.
 
     The arguments are those of :func:`inner_loop`.
     """
-    for objective, rates_j in zip(losses.support, rates, strict=True):
-        w = sgd_step(w, rates_j, objective.gradient(w, rates_j.keys()))
+    update, state = _start(losses, w, rates, optimizer)
+    for j, (objective, rates_j) in enumerate(zip(losses.support, rates, strict=True)):
+        w, state = _step(update, j, w, rates_j, objective.gradient(w, rates_j.keys()), state)
     return w
+
+
+def _start(
+    losses: TaskLosses, w: Params, rates: Sequence[Rates], optimizer: InnerOptimizer | None
+) -> tuple[InnerUpdate | None, State]:
+    """Return the update of an optimizer and its state before the first step."""
+    if optimizer is None:
+        return None, {}
+    update = InnerUpdate(optimizer, losses.query[-1].axis)
+    return update, update.start(w, rates)
+
+
+def _step(
+    update: InnerUpdate | None, number: int, w: Params, rates: Rates, gradient: Params, state: State
+) -> tuple[Params, State]:
+    if update is None:
+        return sgd_step(w, rates, gradient), state
+    moved, state = update(number, rates, update.inputs(w, gradient, state, rates))
+    return {**w, **moved}, state
 
 
 def sgd_step(w: Params, rates: Rates, gradient: Params) -> Params:

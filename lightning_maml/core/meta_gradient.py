@@ -15,8 +15,11 @@ from torch import Tensor
 
 from lightning_maml.core.hvp import HessianVectorProduct
 from lightning_maml.core.inner_loop import InnerStep, TaskLosses, inner_loop
+from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.inner_rates import Rates, tensor_rates
-from lightning_maml.core.params import Params, add_scaled, scale, subtract
+from lightning_maml.core.inner_update import InnerUpdate, State
+from lightning_maml.core.params import Params, add, add_scaled, scale, subtract
+from lightning_maml.core.task_axis import TaskAxis
 
 StepBack = Callable[[InnerStep, Params], Params]
 """``back(step, v)`` turns the gradient with respect to w_{j+1} into that with respect to w_j."""
@@ -37,7 +40,11 @@ class TaskGradient(NamedTuple):
 
 
 def task_meta_gradient(
-    losses: TaskLosses, w: Params, rates: Sequence[Rates], back: StepBack
+    losses: TaskLosses,
+    w: Params,
+    rates: Sequence[Rates],
+    back: StepBack,
+    optimizer: InnerOptimizer | None = None,
 ) -> TaskGradient:
     """Return the gradient of ``w -> q(w_N(w))``.
 
@@ -47,8 +54,9 @@ def task_meta_gradient(
         rates: A_j for each step.
         back: Takes a gradient back through one step; :func:`through_step` with a Hessian-vector
             product, and what is wrapped around it.
+        optimizer: What a step does with the gradient; by default gradient descent.
     """
-    steps, w_N = inner_loop(losses, w, rates)
+    steps, w_N = inner_loop(losses, w, rates, optimizer)
     query_loss, aux, v = losses.query[-1].value_and_gradient(w_N)
     for step in reversed(steps):
         v = back(step, v)
@@ -63,6 +71,45 @@ def through_step(step: InnerStep, v: Params, hvp: HessianVectorProduct) -> Param
     """
     Hv = hvp(step.hessian, step.w, scale(step.rates, v))
     return subtract(v, Hv)
+
+
+class ThroughUpdate:
+    """``back(step, v)`` for the steps of an optimizer, called from the last to the first.
+
+    With ``(w_{j+1}, s_{j+1}) = U(w_j, s_j, g_j, A_j)`` and ``g_j = grad l(w_j)``, the gradient with
+    respect to w_j is that through the first argument, plus H_j times that with respect to g_j. It
+    needs the gradient with respect to s_{j+1}, which the step before has left here. Gradient
+    descent, ``U = w_j - A_j g_j``, gives :func:`through_step`.
+
+    The gradients of rates that are tensors stand among those of the parameters, see
+    :func:`rate_name`.
+
+    Args:
+        optimizer: U.
+        axis: The task axis.
+        hvp: H_j times a vector; None for FO-MAML, which takes the gradient at w_N as it is.
+    """
+
+    def __init__(
+        self, optimizer: InnerOptimizer, axis: TaskAxis, hvp: HessianVectorProduct | None
+    ) -> None:
+        self._update = InnerUpdate(optimizer, axis)
+        self._hvp = hvp
+        self._of_state: State | None = None
+
+    def __call__(self, step: InnerStep, v: Params) -> Params:
+        """Return the gradient with respect to w_j."""
+        rates = tensor_rates(step.rates)
+        if self._hvp is None and not rates:
+            return v
+        inputs = self._update.inputs(step.w, step.gradient, step.state, step.rates)
+        pulled = self._update.pull_back(step.number, step.rates, inputs, v, self._of_state)
+        of_rates = {rate_name(step.number, name): pulled.rates[name] for name in rates}
+        if self._hvp is None:
+            return {**v, **of_rates}
+        self._of_state = pulled.state
+        Hv = self._hvp(step.hessian, step.w, pulled.gradient)
+        return add({**v, **pulled.w}, Hv) | of_rates
 
 
 def with_rate_gradients(back: StepBack) -> StepBack:

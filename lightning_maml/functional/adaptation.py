@@ -15,6 +15,7 @@ from lightning_maml.batches.episodes import (
 )
 from lightning_maml.batches.trees import Inputs, detached, map_tensors
 from lightning_maml.core.inner_loop import adapt, inner_loop
+from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.inner_rates import InnerRates, rates_of_steps
 from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import TaskAxis
@@ -52,6 +53,7 @@ def adaptation_curve(
     *,
     inner_lr: InnerRates,
     steps: int,
+    inner_optimizer: InnerOptimizer | None = None,
     query_loss: QueryLoss | Sequence[QueryLoss] | None = None,
     has_aux: bool = False,
     sample: Sample | None = None,
@@ -94,7 +96,7 @@ def adaptation_curve(
 
         def of_tasks(task: AnyEpisodes, axis: TaskAxis) -> AdaptationCurve:
             losses = functions.of_task(task, steps, axis)
-            path, w_N = inner_loop(losses, axis.expand(params), rates)
+            path, w_N = inner_loop(losses, axis.expand(params), rates, inner_optimizer)
             points = [*(step.w for step in path), w_N]
             found = [query.value(w) for query, w in zip(losses.query, points, strict=True)]
             values, aux = zip(*found, strict=True)
@@ -116,6 +118,7 @@ def adapted_parameters(
     *,
     inner_lr: InnerRates,
     steps: int,
+    inner_optimizer: InnerOptimizer | None = None,
     has_aux: bool = False,
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
@@ -131,6 +134,7 @@ def adapted_parameters(
         support_y: Their labels or targets, ``[T, S, ...]``.
         inner_lr: As in :func:`lightning_maml.meta_gradient`.
         steps: N.
+        inner_optimizer: As there.
         has_aux: The losses return ``(loss, aux)``.
         tasks: How tasks are run, see :func:`lightning_maml.execution.task_map.map_tasks`.
         chunk_size: How many tasks are vectorised together, see there.
@@ -147,7 +151,7 @@ def adapted_parameters(
 
         def of_tasks(task: Episodes, axis: TaskAxis) -> Params:
             losses = functions.of_task(task, steps, axis)
-            w = adapt(losses, axis.expand(params), rates[:steps])
+            w = adapt(losses, axis.expand(params), rates[:steps], inner_optimizer)
             return {name: w[name] for name in names}
 
         no_queries = map_tensors(lambda tensor: tensor[:, :0], (support_x, support_y))

@@ -11,6 +11,7 @@ from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episode
 from lightning_maml.batches.trees import detached
 from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
 from lightning_maml.core.inner_loop import adapt
+from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.inner_rates import InnerRates, rates_of_steps
 from lightning_maml.core.meta_gradient import TaskGradient
 from lightning_maml.core.objective import twice_differentiable
@@ -46,6 +47,7 @@ def implicit_gradient(
     *,
     inner_lr: InnerRates,
     steps: int,
+    inner_optimizer: InnerOptimizer | None = None,
     strength: float,
     cg_steps: int,
     curvature: CurvatureName = "exact",
@@ -68,6 +70,7 @@ def implicit_gradient(
         episodes: Of the finite-sum case.
         inner_lr: alpha, or rates by parameter.
         steps: N, at least 1.
+        inner_optimizer: How they are taken; the minimum does not depend on it.
         strength: lambda of the proximal term.
         cg_steps: Iterations of the conjugate gradient method, one Hessian-vector product each; 0
             gives the first-order gradient.
@@ -102,7 +105,7 @@ def implicit_gradient(
 
         def of_tasks(task: AnyEpisodes, axis: TaskAxis) -> TaskGradient:
             losses = functions.of_task(task, steps, axis)
-            w_N = adapt(losses, axis.expand(params), rates)
+            w_N = adapt(losses, axis.expand(params), rates, inner_optimizer)
             value, aux, v = losses.query[-1].value_and_gradient(w_N)
             # another objective: that of the last step would draw that step's random numbers again
             support = functions.of_task(task, steps, axis).support[-1]

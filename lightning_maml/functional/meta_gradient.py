@@ -12,10 +12,12 @@ from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, chec
 from lightning_maml.batches.trees import detached
 from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
 from lightning_maml.core.inner_loop import TaskLosses
+from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.inner_rates import InnerRates, Rates, rates_of_steps, tensor_rates
 from lightning_maml.core.meta_gradient import (
     StepBack,
     TaskGradient,
+    ThroughUpdate,
     rate_name,
     task_meta_gradient,
     through_step,
@@ -82,6 +84,7 @@ def meta_gradient(
     *,
     inner_lr: InnerRates,
     steps: int,
+    inner_optimizer: InnerOptimizer | None = None,
     curvature: CurvatureName = "exact",
     probe_radius: float | None = None,
     query_loss: QueryLoss | Sequence[QueryLoss] | None = None,
@@ -111,6 +114,8 @@ def meta_gradient(
             gradient.
         steps: N >= 0, the number of inner steps; 0 gives the ordinary gradient of the query loss.
             ``ResampledEpisodes`` must hold batches for N steps.
+        inner_optimizer: What an inner step does with the gradient, :class:`lightning_maml.InnerSGD`
+            or :class:`lightning_maml.InnerAdam` for instance; by default gradient descent.
         curvature: ``"exact"`` (MAML), ``"none"`` (FO-MAML) or ``"finite_difference"`` (HF-MAML).
         probe_radius: See :func:`lightning_maml.core.hvp.finite_difference`; only with that
             curvature.
@@ -175,9 +180,12 @@ def meta_gradient(
     # time
     keep_graphs = steps == 1 and curvature == "exact" and sample is None
 
-    def step_back(losses: TaskLosses) -> StepBack:
+    def step_back(losses: TaskLosses, axis: TaskAxis) -> StepBack:
         back: StepBack = partial(through_step, hvp=hvp)
-        if any(map(tensor_rates, rates)):
+        if inner_optimizer is not None:
+            curved = None if curvature == "none" else hvp
+            back = ThroughUpdate(inner_optimizer, axis, curved)
+        elif any(map(tensor_rates, rates)):
             back = with_rate_gradients(back)
         if step_weights:
             back = with_query_losses(back, losses, step_weights)
@@ -188,7 +196,8 @@ def meta_gradient(
     ) -> TaskGradient:
         def at(w: Params, functions: LossFunctions) -> TaskGradient:
             losses = functions.of_task(task, steps, axis, keep_graphs=keep_graphs)
-            return task_meta_gradient(losses, w, rates, step_back(losses))
+            back = step_back(losses, axis)
+            return task_meta_gradient(losses, w, rates, back, inner_optimizer)
 
         w = axis.expand(params)
         if encode is None:

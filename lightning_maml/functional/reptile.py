@@ -7,6 +7,7 @@ import torch
 from lightning_maml.batches.episodes import AnyEpisodes, check_episodes
 from lightning_maml.batches.trees import detached
 from lightning_maml.core.inner_loop import adapt
+from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.inner_rates import InnerRates, rates_of_steps
 from lightning_maml.core.meta_gradient import TaskGradient
 from lightning_maml.core.params import Params, subtract
@@ -24,6 +25,7 @@ def reptile_gradient(
     *,
     inner_lr: InnerRates,
     steps: int,
+    inner_optimizer: InnerOptimizer | None = None,
     query_loss: QueryLoss | Sequence[QueryLoss] | None = None,
     has_aux: bool = False,
     tasks: TaskExecution = "loop",
@@ -48,7 +50,7 @@ def reptile_gradient(
         def of_tasks(task: AnyEpisodes, axis: TaskAxis) -> TaskGradient:
             losses = functions.of_task(task, steps, axis)
             w = axis.expand(params)
-            w_N = adapt(losses, w, rates)
+            w_N = adapt(losses, w, rates, inner_optimizer)
             value, aux = losses.query[-1].value(w_N)
             return TaskGradient(axis.sum(subtract(w, w_N)), value, aux)
 

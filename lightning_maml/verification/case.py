@@ -166,6 +166,7 @@ class Case:
                 self.plain_loss,
                 self.episodes,
                 rates,
+                optimizer=model.inner_optimizer,
                 batch_norm=model.batch_norm,
             )
         own = {name for name, _ in model.network.named_parameters()}

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.batches.outputs import map_outputs
 from lightning_maml.batches.trees import Inputs, call, cat, count, map_tensors
+from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.networks.copies import deep_copy
 
 Params = dict[str, Tensor]
@@ -29,6 +30,7 @@ def unrolled_gradient(
     episodes: Episodes,
     rates: Sequence[Rates],
     *,
+    optimizer: InnerOptimizer | None = None,
     batch_norm: str = "batch",
     curved: bool = True,
     besides: Params | None = None,
@@ -45,6 +47,7 @@ def unrolled_gradient(
         loss: Maps outputs and labels to their mean loss.
         episodes: The tasks.
         rates: For each inner step the rates of the parameters that adapt.
+        optimizer: What an inner step does with the gradient; by default gradient descent.
         batch_norm: ``"batch"``, ``"support"`` or ``"running"``, see :class:`lightning_maml.MAML`.
         curved: Differentiate through the inner steps too; if not, the gradient is first-order.
         besides: Other tensors, on which the loss and the rates depend, by name: their gradients are
@@ -61,7 +64,7 @@ def unrolled_gradient(
         task = map_tensors(lambda tensor, number=number: tensor[number], episodes)
         # the only attention with a second derivative
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            adapted = _adapted(network, loss, task, w, rates, curved)
+            adapted = _adapted(network, loss, task, w, rates, optimizer, curved)
             value = loss(_query_outputs(network, adapted, task, batch_norm), task.query_y)
             gradient = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
         total = {name: total[name] + _dense(g) for name, g in zip(leaves, gradient, strict=True)}
@@ -74,6 +77,7 @@ def unrolled_way_back(
     episodes: Episodes,
     rates: Sequence[Rates],
     *,
+    optimizer: InnerOptimizer | None = None,
     batch_norm: str = "batch",
 ) -> Params:
     """Return the mean over tasks of ``w_0 - w_N``, which is Reptile's gradient.
@@ -85,7 +89,7 @@ def unrolled_way_back(
     for number in range(len(episodes.query_y)):
         task = map_tensors(lambda tensor, number=number: tensor[number], episodes)
         with torch.enable_grad():
-            adapted = _adapted(network, loss, task, w, rates, curved=False)
+            adapted = _adapted(network, loss, task, w, rates, optimizer, curved=False)
         with torch.no_grad():
             # for the random numbers that it draws
             _query_outputs(network, adapted, task, batch_norm)
@@ -99,17 +103,27 @@ def _adapted(
     task: Episodes,
     w: Params,
     rates: Sequence[Rates],
+    optimizer: InnerOptimizer | None,
     curved: bool,
 ) -> Params:
-    """Return ``w_N``: gradient descent on the support loss."""
-    for rates_of_step in rates:
+    """Return ``w_N``: the inner steps on the support loss."""
+    state: dict[str, tuple[Tensor, ...]] = {}
+    for number, rates_of_step in enumerate(rates):
         value = loss(_outputs(network, w, task.support_x), task.support_y)
         at = [w[name] for name in rates_of_step]
         gradient = torch.autograd.grad(value, at, create_graph=curved, materialize_grads=True)
-        w = w | {
-            name: w[name] - rates_of_step[name] * _dense(g)
-            for name, g in zip(rates_of_step, gradient, strict=True)
-        }
+        before, w = w, dict(w)
+        for name, g in zip(rates_of_step, gradient, strict=True):
+            rate, p = rates_of_step[name], before[name]
+            if optimizer is None:
+                w[name] = p - rate * _dense(g)
+                continue
+            here = p if curved else p.detach()
+            slots = state[name] if number else optimizer.start(here.detach())
+            moved, slots = optimizer.step(here, _dense(g), rate, slots, number)
+            # first order takes the gradient at w_N for that at w_0, whatever a step does
+            w[name] = moved if curved else p + (moved - here)
+            state[name] = slots if curved else tuple(slot.detach() for slot in slots)
     return w
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.networks import RATE, autograd_meta_gradient, build, make_episodes, relative_error
-from lightning_maml import ANIL, FOMAML, HFMAML, LSLR, MAML, Episodes, Reptile
+from lightning_maml import ANIL, FOMAML, HFMAML, LSLR, MAML, Episodes, InnerAdam, Reptile
 
 
 def test_a_compiled_gradient_is_autograds() -> None:
@@ -44,6 +44,14 @@ def test_every_algorithm_compiles(algorithm: type[MAML], bound: float) -> None:
         {name: p.grad for name, p in model.named_parameters()} for model in (plain, compiled)
     ]
     assert relative_error(*gradients) < bound
+
+
+def test_inner_optimizers_compile() -> None:
+    network, episodes = build("mlp"), make_episodes()
+    settings = {"train_steps": 2, "inner_optimizer": InnerAdam(eps=1e-3)}
+    compiled = MAML(network, RATE, compiled=True, **settings).meta_gradient(episodes)
+    plain = MAML(network, RATE, **settings).meta_gradient(episodes)
+    assert relative_error(compiled, plain) < 1e-12
 
 
 def test_a_program_is_made_once_for_each_kind_of_batch(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,8 @@
 PUBLIC = {
     "lightning_maml": """
         ANIL AdaptationCurve AdaptedNetworks AdaptiveMetaStepsize BOIL CheckReport
-        CheckpointOnInterrupt Conv4 Episodes FOMAML HFMAML IMAML KeepBestCheckpoints LSLR MAML
+        CheckpointOnInterrupt Conv4 Episodes FOMAML HFMAML IMAML InnerAdam InnerOptimizer InnerSGD
+        KeepBestCheckpoints LSLR MAML
         MAMLPlusPlus MLP MetaGradient MetaSGD ProtoNet Reptile ResNet12 ResampledEpisodes
         SkipNonFinite StationarityMonitor UnevenEpisodes adaptation_curve check keep_freed_memory
         meta_gradient one_hot_mse
