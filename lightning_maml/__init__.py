@@ -15,6 +15,7 @@ from lightning_maml.batches.episodes import Episodes as Episodes
 from lightning_maml.batches.episodes import ResampledEpisodes as ResampledEpisodes
 from lightning_maml.batches.losses import one_hot_mse as one_hot_mse
 from lightning_maml.batches.meta_batch import UnevenEpisodes as UnevenEpisodes
+from lightning_maml.batches.mini_batches import mini_batches as mini_batches
 from lightning_maml.callbacks import AdaptiveMetaStepsize as AdaptiveMetaStepsize
 from lightning_maml.callbacks import CheckpointOnInterrupt as CheckpointOnInterrupt
 from lightning_maml.callbacks import KeepBestCheckpoints as KeepBestCheckpoints

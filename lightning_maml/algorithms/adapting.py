@@ -18,14 +18,16 @@ from lightning_maml.algorithms.base import (
     SchedulerFactory,
 )
 from lightning_maml.algorithms.features import functional_head, with_features
-from lightning_maml.algorithms.losses import ModelLosses, model_losses
+from lightning_maml.algorithms.losses import ModelLosses, OutputLosses, model_losses
 from lightning_maml.algorithms.metrics import with_accuracy
 from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver
+from lightning_maml.algorithms.resume import described
 from lightning_maml.batches.episodes import (
     AnyEpisodes,
     Episodes,
     check_episodes,
     first_task,
+    queries_to_adapt_on,
     support_set,
 )
 from lightning_maml.batches.trees import detached
@@ -38,7 +40,7 @@ from lightning_maml.checks.loss_checks import (
     ignored_label,
 )
 from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo, first_outputs
-from lightning_maml.checks.requirements import check_inner_optimizer
+from lightning_maml.checks.requirements import check_inner_optimizer, check_loss_is_callable
 from lightning_maml.checks.stacking_check import StackingCheck
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_loop import inner_loop
@@ -69,9 +71,14 @@ from lightning_maml.networks.batch_norm import (
     StepStatistics,
     batch_norms,
 )
+from lightning_maml.networks.buffers import BufferUpdate
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import writes
-from lightning_maml.networks.functional_loss import FunctionalLoss
+from lightning_maml.networks.functional_loss import (
+    LOSS_PREFIX,
+    SUPPORT_LOSS_PREFIX,
+    FunctionalLoss,
+)
 from lightning_maml.networks.functional_network import (
     BatchNormPolicy,
     FunctionalHead,
@@ -151,6 +158,8 @@ class AdaptingModule(EpisodicModule):
         metrics: Metrics | None = None,
         metrics_over: MetricsOver = "tasks",
         inner_optimizer: InnerOptimizer | None = None,
+        support_loss: LossFunction | None = None,
+        query_in_eval: bool = False,
     ) -> None:
         super().__init__(
             network,
@@ -166,6 +175,8 @@ class AdaptingModule(EpisodicModule):
         test_steps = None if test_steps is None else whole_number(test_steps, "test_steps")
         chunk_size = None if chunk_size is None else whole_number(chunk_size, "chunk_size")
         check_inner_optimizer(inner_optimizer)
+        if support_loss is not None:
+            check_loss_is_callable(support_loss, "support_loss")
         check_step_count(train_steps, "train_steps")
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         self._executor = Executor(tasks, chunk_size, compiled)
@@ -182,6 +193,7 @@ class AdaptingModule(EpisodicModule):
             "head": head,
             "inner_rates": inner_rates,
             "compiled": compiled,
+            "query_in_eval": query_in_eval,
         }
         self._save_settings(settings)
         inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
@@ -197,6 +209,15 @@ class AdaptingModule(EpisodicModule):
         rates_of_steps(rates_by_name(inner_lr, params), params, 1)  # refuses a rate out of range
         self.inner_lr: InnerRate = inner_lr
         self.inner_optimizer = inner_optimizer
+        self.support_loss = support_loss
+        self._query_in_eval = query_in_eval
+        if query_in_eval:
+            if batch_norm == "per_step":
+                raise UserValueError(
+                    "Expected `batch_norm` to be 'batch', 'support' or 'running' with "
+                    "`query_in_eval=True` but got 'per_step', which is for networks in one mode."
+                )
+            self._update_buffers = BufferUpdate(queries=False)
         self.train_steps = train_steps
         self.test_steps = train_steps if test_steps is None else test_steps
         self.adapted_part, self.head = adapt, head
@@ -250,6 +271,8 @@ class AdaptingModule(EpisodicModule):
         settings = super()._adaptation_settings() | {"adapt": self.adapted_part}
         if self.inner_optimizer is not None:
             settings["inner optimizer"] = repr(self.inner_optimizer)
+        if self.support_loss is not None:
+            settings["support loss"] = described(self.support_loss)
         return settings
 
     @override
@@ -315,17 +338,40 @@ class AdaptingModule(EpisodicModule):
             ValueError: If its labels do not fit the network's outputs, or network and loss are none
                 that can be trained in this way.
         """
-        network = self.network
-        functional, kind = (
-            FunctionalNetwork(network, self.batch_norm),
-            self._kind(network, episodes),
-        )
+        functional = self._functional(episodes)
+        network = functional.network
+        kind = self._kind(network, episodes)
         info = self._check(functional, episodes, kind)
         stacking = partial(self._verdict, episodes, network, kind)
         execution = self._executor(network, self.device, episodes, info.draws, stacking)
         if are_stacked(*execution):
             functional = functional.stacked()
         return Plan(functional, execution, self._head_that_ends(info, episodes))
+
+    def _functional(self, episodes: AnyEpisodes) -> FunctionalNetwork:
+        """Return the network as it adapts.
+
+        With ``query_in_eval`` it is a copy in training mode, and its evaluation mode was checked.
+
+        Raises:
+            ValueError: If parts of it are trained in evaluation mode, which ``train()`` would end.
+        """
+        given = FunctionalNetwork(self.network, self.batch_norm)
+        if not self._query_in_eval:
+            return given
+        adapts, answers = (given.in_mode(training=training) for training in (True, False))
+        in_training, as_given = (
+            [module.training for module in network.modules()]
+            for network in (adapts.network, self.network)
+        )
+        if self.network.training and in_training != as_given:
+            raise UserValueError(
+                "Expected a network in training mode with `query_in_eval=True`, which calls its "
+                "train() before the inner steps, but parts of it are in evaluation mode; let a "
+                "train() of its own keep them there."
+            )
+        self._check(answers, episodes, self._kind(answers.network, episodes))
+        return adapts
 
     def _execution(self, episodes: AnyEpisodes) -> Execution:
         """Return how the tasks of a meta-batch are run."""
@@ -336,7 +382,7 @@ class AdaptingModule(EpisodicModule):
 
         The features before it then need computing only once.
         """
-        if not self._features_once or not isinstance(episodes, Episodes):
+        if not self._features_once or not isinstance(episodes, Episodes) or self._query_in_eval:
             return None
         if self.step_statistics is not None or not info.ends_with_head:
             return None
@@ -350,33 +396,51 @@ class AdaptingModule(EpisodicModule):
 
         Labels are checked in every batch; network and loss once for each kind of batch.
         """
+        kind = (*kind, id(self.support_loss))
         once = partial(self._findings.once, kind=kind, loss=self.loss)
         of_outputs = self._loss_of_outputs()
 
         def check_network() -> NetworkInfo:
             return self._network_checks(
-                self.network, functional, episodes, of_outputs, self._inspect
+                self.network, functional, episodes, of_outputs.each, self._inspect
             )
 
-        def check_loss() -> None:
-            def outputs(number: int) -> Any:
-                of_queries = number == 1
-                return of_outputs.given(first_outputs(functional, episodes, of_queries=of_queries))
-
-            targets = (support_set(first_task(episodes))[1], first_task(episodes).query_y)
-            check_broadcasting(self.loss, outputs, targets)
-            check_loss_value(of_outputs, functional, episodes, self.parameters())
+        def check_losses() -> None:
+            first = first_task(episodes)
+            support_y, query_y = support_set(first)[1], first.query_y
+            if of_outputs.support is of_outputs.query:
+                self._check_loss(functional, episodes, of_outputs.query, support_y, query_y)
+                return
+            self._check_loss(functional, episodes, of_outputs.support, support_y)
+            queries = queries_to_adapt_on(episodes)
+            self._check_loss(functional, queries, of_outputs.query, query_y)
 
         unseen = writes(functional.network) is None
         info: NetworkInfo = once("network", find=check_network, again=unseen)
         self._check_labels(episodes, info)
-        once("loss", find=check_loss)
+        once("loss", find=check_losses)
         return info
+
+    def _check_loss(
+        self,
+        functional: FunctionalNetwork,
+        episodes: AnyEpisodes,
+        of_outputs: FunctionalLoss,
+        *targets: Tensor,
+    ) -> None:
+        """Check a loss on the first task's support set or, with two targets, on both its sets."""
+
+        def outputs(number: int) -> Any:
+            of_queries = number == 1
+            return of_outputs.given(first_outputs(functional, episodes, of_queries=of_queries))
+
+        check_broadcasting(of_outputs.loss, outputs, targets)
+        check_loss_value(of_outputs, functional, episodes, self.parameters())
 
     def _check_labels(self, episodes: AnyEpisodes, info: NetworkInfo) -> None:
         _, support_y = support_set(first_task(episodes))
         if support_y.is_floating_point():
-            check_targets(support_y, self.loss)
+            check_targets(support_y, self.loss if self.support_loss is None else self.support_loss)
             return
         assert info.outputs is not None, "with labels there are logits"
         ways = self._ways_of_datamodule()
@@ -412,15 +476,20 @@ class AdaptingModule(EpisodicModule):
 
     def _verdict(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> Verdict:
         """Return whether tasks of a checked batch can be stacked, for the network or a copy."""
+        adapts_only = self.network.training and not network.training
 
         def compare() -> Verdict:
             stacked = StackingCheck(
-                network, self.loss, self.logits, self.batch_norm, self._averages(0)
+                network,
+                self.loss,
+                self.logits,
+                self.batch_norm,
+                self._averages(0),
+                support_loss=self.support_loss,
+                query_in_eval=self._query_in_eval,
             )
             return stacked.compare(
-                episodes,
-                adapts_only=network is not self.network,
-                exact=self.curvature == "exact",
+                episodes, adapts_only=adapts_only, exact=self.curvature == "exact"
             )
 
         return self._stacking_verdict(kind, compare)
@@ -478,13 +547,21 @@ class AdaptingModule(EpisodicModule):
     ) -> ModelLosses:
         """Return the support and the query loss of a network, the model's own or a copy."""
         of_outputs = self._loss_of_outputs(training=not self._only_evaluates(functional))
-        return model_losses(functional, of_outputs, self.logits, averages)
+        support = query = functional
+        if self._query_in_eval:
+            support, query = (functional.in_mode(training=mode) for mode in (True, False))
+        return model_losses(support, query, of_outputs, self.logits, averages)
 
-    def _loss_of_outputs(self, *, training: bool = True) -> FunctionalLoss:
-        loss = self.loss
-        if isinstance(loss, nn.Module) and not training:
-            loss = structural_copy(loss).eval()
-        return FunctionalLoss(loss, self.logits)
+    def _loss_of_outputs(self, *, training: bool = True) -> OutputLosses:
+        def functional(loss: LossFunction, prefix: str) -> FunctionalLoss:
+            if isinstance(loss, nn.Module) and not training:
+                loss = structural_copy(loss).eval()
+            return FunctionalLoss(loss, self.logits, prefix)
+
+        query = functional(self.loss, LOSS_PREFIX)
+        if self.support_loss is None:
+            return OutputLosses(query, query)
+        return OutputLosses(functional(self.support_loss, SUPPORT_LOSS_PREFIX), query)
 
     def _only_evaluates(self, functional: FunctionalNetwork) -> bool:
         """Return whether this is a copy in evaluation mode of a network in training mode."""

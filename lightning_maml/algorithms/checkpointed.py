@@ -119,7 +119,7 @@ class CheckpointedModule(LightningModule):
                 model's has not, or the reverse.
         """
         theirs, ours = (
-            {name for name in names if name.startswith("loss.")}
+            {name for name in names if name.startswith(("loss.", "support_loss."))}
             for names in (state_dict, self.state_dict())
         )
         if strict and theirs != ours:
@@ -127,8 +127,8 @@ class CheckpointedModule(LightningModule):
             where = "the checkpoint" if found[0] in theirs else "this model"
             raise UserValueError(
                 f"Expected the loss that the checkpoint's model had but {found} are in {where} "
-                "alone; make the model with the same `loss=`, because a checkpoint does not hold "
-                "it."
+                "alone; make the model with the same `loss=` and `support_loss=`, because a "
+                "checkpoint does not hold them."
             )
         return super().load_state_dict(state_dict, strict, assign)
 

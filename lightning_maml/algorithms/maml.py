@@ -108,6 +108,13 @@ class MAML(AdaptingModule):
             state starts anew for each task; by default gradient descent. The meta-gradient is
             taken through it, by :class:`FOMAML` as through copies of the network that torch's
             optimizers move: the query gradient after adaptation.
+        support_loss: The loss of the inner steps, if it is not that of the query sets.
+        query_in_eval: Run the network in training mode in the inner steps and in evaluation mode
+            on the query sets, in training and in evaluation alike, as loops do that call
+            ``train()`` before the inner steps and ``eval()`` after them. So dropout acts on the
+            support set alone; and with ``batch_norm="running"`` the support set is normalised by
+            its own statistics and the query set by the running averages, which only support sets
+            move.
 
     Raises:
         TypeError: If what should be a number is none; numpy's numbers are taken as Python's.
@@ -137,7 +144,8 @@ class MAML(AdaptingModule):
     ) -> nn.Module:
         """Return the network adapted to a task, or the networks adapted to many, for new queries.
 
-        The network is in evaluation mode, both while it adapts and in what is returned.
+        The network is in evaluation mode, both while it adapts (but with ``query_in_eval``) and in
+        what is returned.
 
         Args:
             support_x: Inputs of the support set, ``[S, ...]``; of many tasks ``[T, S, ...]``.
@@ -178,7 +186,7 @@ class MAML(AdaptingModule):
             support_x, support_y = map_tensors(lambda tensor: tensor[None], (support_x, support_y))
         support = Episodes(support_x, support_y, support_x, support_y)
         check_episodes(support)
-        network = structural_copy(self.network).eval()
+        network = structural_copy(self.network).train(self._query_in_eval)
         kind = self._kind(network, support)
         self._check(FunctionalNetwork(network, self.batch_norm), support, kind)
         as_one = not of_one and self._adapts_as_one(support, network, kind)
@@ -320,7 +328,7 @@ class MAML(AdaptingModule):
             features = partial(encode, plan.functional, plan.head)
             arguments |= {"loss": loss, "query_loss": query_loss, "encode": features}
         if self._compiler is not None:
-            states = map(state_of, (self.network, self.loss))
+            states = map(state_of, (self.network, self.loss, self.support_loss))
             setting = (curvature, self.probe_radius, plan.head, self.inner_optimizer, *states)
             arguments["call"] = partial(self._compiler, setting)
         if curvature == "finite_difference":

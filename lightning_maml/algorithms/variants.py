@@ -18,7 +18,6 @@ from lightning_maml.functional.implicit import implicit_gradient, proximal
 from lightning_maml.functional.meta_gradient import MetaGradient
 from lightning_maml.functional.reptile import reptile_gradient
 from lightning_maml.io.plain import number, whole_number
-from lightning_maml.networks.functional_loss import LOSS_PREFIX
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import kinked_operations, kinks
 
@@ -263,7 +262,11 @@ class Reptile(MAML):
     ) -> Callable[[], MetaGradient]:
         if curvature is not None:
             return super()._gradient_function(plan, episodes, curvature)
-        if trained := [name.removeprefix(LOSS_PREFIX) for name in self._loss_of_outputs().params]:
+        if trained := [
+            name.removeprefix(loss.prefix)
+            for loss in self._loss_of_outputs().each
+            for name in loss.params
+        ]:
             raise UserValueError(
                 "Expected a loss without trainable parameters with Reptile, which trains only "
                 f"what adapts, but got {trained}; freeze them by requires_grad_(False), or train "

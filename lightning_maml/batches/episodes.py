@@ -94,6 +94,12 @@ def first_task(episodes: AnyEpisodes) -> AnyEpisodes:
     return first
 
 
+def queries_to_adapt_on(episodes: AnyEpisodes) -> Episodes:
+    """Return a meta-batch with the query sets in place of the support sets too."""
+    queries = episodes.query_x, episodes.query_y
+    return Episodes(*queries, *queries)
+
+
 def support_set(task: AnyEpisodes) -> tuple[Any, Tensor]:
     """Return inputs and labels of one task's support set, or of its first step's support batch."""
     if isinstance(task, Episodes):

@@ -28,7 +28,7 @@ from lightning_maml.checks.network_checks import first_support
 from lightning_maml.core.rng import generator_states, set_generator_states
 from lightning_maml.core.tensors import is_out_of_memory, leaves_of, memory
 from lightning_maml.errors import UserValueError
-from lightning_maml.networks.functional_loss import LOSS_PREFIX, FunctionalLoss
+from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.watching import reading
 
@@ -215,7 +215,7 @@ def check_loss_value(
         )
     leaf_ids = leaves_of(value)
     # the call was given copies, so a loss with a leaf of its own has read it past its modules
-    own = {id(p): name.removeprefix(LOSS_PREFIX) for name, p in of_outputs.params.items()}
+    own = {id(p): name.removeprefix(of_outputs.prefix) for name, p in of_outputs.params.items()}
     if past_modules := sorted(own[leaf] for leaf in leaf_ids & own.keys()):
         raise UserValueError(
             "Expected a loss that reaches its parameters through its modules but it reads "

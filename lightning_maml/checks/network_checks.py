@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -70,7 +70,8 @@ class NetworkChecks:
         >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
         >>> network, loss = MLP(4, 3), FunctionalLoss(F.cross_entropy, logits_in)
         >>> check = NetworkChecks("head", None, logits_in)
-        >>> check(network, FunctionalNetwork(network), Episodes(x, y, x, y), loss, lambda run: None)
+        >>> functional, episodes = FunctionalNetwork(network), Episodes(x, y, x, y)
+        >>> check(network, functional, episodes, [loss], lambda run: None)
         NetworkInfo(outputs=torch.Size([3]), ends_with_head=True, draws=())
     """
 
@@ -84,7 +85,7 @@ class NetworkChecks:
         network: nn.Module,
         functional: FunctionalNetwork,
         episodes: AnyEpisodes,
-        loss: FunctionalLoss,
+        losses: Sequence[FunctionalLoss],
         inspect: Callable[[Callable[[], Tensor]], None],
     ) -> NetworkInfo:
         """Check the network on a meta-batch, and return what was found.
@@ -93,21 +94,24 @@ class NetworkChecks:
             network: The model's network.
             functional: The network, or a copy of it, as a function.
             episodes: The meta-batch; its first task is used.
-            loss: The model's loss.
+            losses: The model's losses.
             inspect: Called with a function that runs the network, to watch it.
 
         Raises:
             ValueError: If layers that adapt run again in the backward pass, the batch-norm policy
                 cannot govern the network, or there are labels but no logits.
         """
-        info = self._inspected(functional, episodes, loss)
+        info = self._inspected(functional, episodes, losses)
         check_modes(network, functional, episodes)
         with first_support(functional, episodes) as x:
             inspect(partial(functional, functional.params, x))
         return info
 
     def _inspected(
-        self, functional: FunctionalNetwork, episodes: AnyEpisodes, loss: FunctionalLoss
+        self,
+        functional: FunctionalNetwork,
+        episodes: AnyEpisodes,
+        losses: Sequence[FunctionalLoss],
     ) -> NetworkInfo:
         # first, so that no other check changes the network
         check_writes(functional, episodes)
@@ -129,7 +133,7 @@ class NetworkChecks:
         if query_y.shape[1:] != support_y.shape[1:] or query_y.dtype != support_y.dtype:
             of_queries = self._logits(first_outputs(functional, episodes, of_queries=True))
             check_logits(of_queries, None if query_y.is_floating_point() else query_y)
-        draws = generators_of(functional, episodes, loss)
+        draws = generators_of(functional, episodes, losses)
         ends = self._part != "all" and self._ends_with_head(functional, episodes)
         # with random numbers, features computed once would have one dropout mask for all steps
         if logits is not outputs or draws:
@@ -465,12 +469,12 @@ def _cure_of_positions(outputs: Any, labels: Tensor) -> str:
 
 
 def generators_of(
-    functional: FunctionalNetwork, episodes: AnyEpisodes, loss: FunctionalLoss
+    functional: FunctionalNetwork, episodes: AnyEpisodes, losses: Sequence[FunctionalLoss]
 ) -> tuple[str, ...]:
-    """Return the names of the random generators that the network and the loss draw from.
+    """Return the names of the random generators that the network and the losses draw from.
 
     Raises:
-        ValueError: If the loss writes to its tensors, or if an evaluation from the same random
+        ValueError: If a loss writes to its tensors, or if an evaluation from the same random
             state gives another result after one with other parameters: derivatives need
             evaluations that can be repeated.
     """
@@ -483,13 +487,15 @@ def generators_of(
     def evaluated(functional: FunctionalNetwork, x: Inputs) -> list[dict[str, Tensor]]:
         set_generator_states(before, device)
         outputs = functional(functional.params, x)
-        try:
-            value = loss({}, outputs, y)
-        except Exception:  # noqa: BLE001 # the checks of the loss will say what is wrong
-            value = None
-        return [_floats(outputs), _floats(value)]
+        values = []
+        for loss in losses:
+            try:
+                values.append(loss({}, outputs, y))
+            except Exception:  # noqa: BLE001 # the checks of the loss will say what is wrong
+                values.append(None)
+        return [_floats(outputs), _floats(values)]
 
-    held = held_tensors(loss.loss)
+    held = [held for loss in losses for held in held_tensors(loss.loss)]
     with first_support(functional, episodes) as x, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first step will give the same warnings
         once = evaluated(fresh, x)

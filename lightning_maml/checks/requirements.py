@@ -58,8 +58,12 @@ def check_network(network: nn.Module, batch_norm: BatchNormPolicy) -> None:
         )
 
 
-def check_loss_is_callable(loss: Any) -> None:
-    """Check that a model's argument ``loss`` is a function or a module.
+def check_loss_is_callable(loss: Any, name: str = "loss") -> None:
+    """Check that a model's argument is a loss, a function or a module.
+
+    Args:
+        loss: The argument.
+        name: What it is called.
 
     Raises:
         TypeError: If it is neither, or a class of modules.
@@ -68,7 +72,7 @@ def check_loss_is_callable(loss: Any) -> None:
         return
     got = f"the class {loss.__name__}" if isinstance(loss, type) else repr(loss)
     raise UserTypeError(
-        f"Expected `loss` to be a function or a module but got {got}; give "
+        f"Expected `{name}` to be a function or a module but got {got}; give "
         "torch.nn.functional.cross_entropy, or a made module, nn.MSELoss()."
     )
 

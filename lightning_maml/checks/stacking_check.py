@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,16 @@ from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.params import Params
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import facts_of
-from lightning_maml.networks.functional_loss import FunctionalLoss
+from lightning_maml.networks.functional_loss import SUPPORT_LOSS_PREFIX, FunctionalLoss
 from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
 from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare_losses
+
+
+class _Functions(NamedTuple):
+    """The network as it adapts, and as it answers queries."""
+
+    support: FunctionalNetwork
+    query: FunctionalNetwork
 
 
 class StackingCheck:
@@ -28,6 +35,8 @@ class StackingCheck:
         batch_norm: The batch-norm policy.
         averages: With ``batch_norm="per_step"``, the running averages at the parameters before
             adaptation; else empty.
+        support_loss: The loss of the support set, if it is another.
+        query_in_eval: Whether the network is in evaluation mode for queries.
 
     Examples:
         >>> import torch
@@ -48,12 +57,16 @@ class StackingCheck:
         logits: Callable[[Any], Any],
         batch_norm: BatchNormPolicy,
         averages: Params,
+        *,
+        support_loss: Any = None,
+        query_in_eval: bool = False,
     ) -> None:
         self._network = network
-        self._loss = loss
+        self._losses = [loss if support_loss is None else support_loss, loss]
         self._logits = logits
         self._batch_norm: BatchNormPolicy = batch_norm
         self._averages = averages
+        self._query_in_eval = query_in_eval
 
     def compare(self, episodes: AnyEpisodes, *, adapts_only: bool, exact: bool) -> Verdict:
         """Compare the first and the last task of a meta-batch.
@@ -99,26 +112,30 @@ class StackingCheck:
         def converted(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-        network, loss = structural_copy(self._network, dtype), self._loss
+        network, losses = structural_copy(self._network, dtype), self._losses
         episodes, averages = detached(episodes), self._averages
         if dtype is not None:
-            loss = structural_copy(loss, dtype) if isinstance(loss, nn.Module) else loss
+            losses = [
+                structural_copy(loss, dtype) if isinstance(loss, nn.Module) else loss
+                for loss in losses
+            ]
             episodes, averages = map_tensors(converted, (episodes, averages))
-        of_outputs = FunctionalLoss(loss, self._logits)
+        of_support = FunctionalLoss(losses[0], self._logits, SUPPORT_LOSS_PREFIX)
+        of_queries = FunctionalLoss(losses[1], self._logits)
 
         # support and query loss together, as the network may treat the sets differently
-        def both_losses(functional: FunctionalNetwork, params: Params, task: AnyEpisodes) -> Tensor:
+        def both_losses(functions: _Functions, params: Params, task: AnyEpisodes) -> Tensor:
             x, y = support_set(task)
-            support = of_outputs(params, functional(params, x, averages=averages), y)
-            statistics_of = x if functional.uses_support_statistics else None
-            outputs = functional(
+            support = of_support(params, functions.support(params, x, averages=averages), y)
+            statistics_of = x if functions.query.uses_support_statistics else None
+            outputs = functions.query(
                 params, task.query_x, statistics_of=statistics_of, averages=averages
             )
-            value: Tensor = support + of_outputs(params, outputs, task.query_y)
+            value: Tensor = support + of_queries(params, outputs, task.query_y)
             return value
 
-        single = FunctionalNetwork(network, self._batch_norm)
-        stacked = FunctionalNetwork(network, self._batch_norm, vectorised=True)
+        single = self._functions(network, vectorised=False)
+        stacked = self._functions(network, vectorised=True)
         device = episodes.support_y.device.type
         # autocast would undo float64
         autocast = dtype is None and torch.is_autocast_enabled(device)
@@ -126,7 +143,12 @@ class StackingCheck:
             return compare_losses(
                 partial(both_losses, single),
                 partial(both_losses, stacked),
-                single.params | of_outputs.params,
+                single.support.params | of_support.params | of_queries.params,
                 episodes,
                 curved=curved,
             )
+
+    def _functions(self, network: nn.Module, *, vectorised: bool) -> _Functions:
+        functional = FunctionalNetwork(network, self._batch_norm, vectorised=vectorised)
+        query = functional.in_mode(training=False) if self._query_in_eval else functional
+        return _Functions(functional, query)

@@ -28,6 +28,9 @@ class BufferUpdate:
     The buffers are batch norm's running averages, if the policy uses them, and whatever other
     layers write. The inner loop itself leaves them alone.
 
+    Args:
+        queries: Whether the query sets are part of it.
+
     Examples:
         >>> import torch
         >>> from torch import nn
@@ -40,7 +43,8 @@ class BufferUpdate:
         tensor([0.5000])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, queries: bool = True) -> None:
+        self._queries = queries
         self._takes_all_at_once: bool | None = None
 
     def __call__(
@@ -60,7 +64,9 @@ class BufferUpdate:
         """Return the inputs of all tasks as one batch, or as sets if the network needs that."""
         # 1 in the resampling case, where each inner step has a batch of its own
         step_dimensions = episodes.support_y.ndim - episodes.query_y.ndim
-        sets = [*_sets(episodes.support_x, step_dimensions), *_sets(episodes.query_x)]
+        sets = _sets(episodes.support_x, step_dimensions)
+        if self._queries:
+            sets += _sets(episodes.query_x)
         if len({shapes(x) for x in sets}) > 1:
             return sets
         whole = cat(sets)

@@ -13,9 +13,10 @@ from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.places import holding, places
 
 LOSS_PREFIX = "(loss)."
-"""Prefix of the names of a loss's parameters among those of the network.
+SUPPORT_LOSS_PREFIX = "(support loss)."
+"""Prefixes of the names of a loss's parameters among those of the network.
 
-No module can have this name.
+No module can have these names.
 """
 
 
@@ -28,6 +29,7 @@ class FunctionalLoss:
         loss: Maps outputs and labels to a scalar, their mean loss. Torch's own losses get the
             logits alone, others the outputs as the network returned them.
         logits: Takes the logits from what the network returned.
+        prefix: What the names of its parameters start with.
 
     Examples:
         >>> import torch
@@ -45,15 +47,21 @@ class FunctionalLoss:
         tensor(3.)
     """
 
-    def __init__(self, loss: Callable[..., Any], logits: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        logits: Callable[[Any], Any],
+        prefix: str = LOSS_PREFIX,
+    ) -> None:
         self.loss = loss
+        self.prefix = prefix
         self.given: Callable[[Any], Any] = logits if takes_logits(loss) else _as_they_are
         """Takes from the network's outputs what the loss is called with."""
         self.params: Params = {}
-        """The loss's trainable parameters, by names that start with :data:`LOSS_PREFIX`."""
+        """The loss's trainable parameters, by names that start with ``prefix``."""
         if isinstance(loss, nn.Module):
             self.params = {
-                f"{LOSS_PREFIX}{name}": p for name, p in loss.named_parameters() if p.requires_grad
+                f"{prefix}{name}": p for name, p in loss.named_parameters() if p.requires_grad
             }
         self._own = threading.local()
 
@@ -84,7 +92,7 @@ class FunctionalLoss:
         if not hasattr(self._own, "loss"):
             self._own.loss = structural_copy(cast("nn.Module", self.loss))
             self._own.places = {
-                f"{LOSS_PREFIX}{name}": where for name, where in places(self._own.loss).items()
+                f"{self.prefix}{name}": where for name, where in places(self._own.loss).items()
             }
         given = {name: params[name] for name in self.params if name in params}
         with holding(self._own.places, given):

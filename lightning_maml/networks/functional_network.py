@@ -105,6 +105,11 @@ class FunctionalNetwork:
         other._own = threading.local()
         return other
 
+    def in_mode(self, *, training: bool) -> "FunctionalNetwork":
+        """Return the same function of a copy of the network in training or in evaluation mode."""
+        copied = structural_copy(self.network).train(training)
+        return FunctionalNetwork(copied, self.batch_norm, vectorised=self._vectorised)
+
     def __call__(
         self,
         params: Params,

@@ -31,9 +31,11 @@ def tolerated_error(case: Case) -> float:
 
 def _rounds(case: Case) -> bool:
     """Return whether the network or the loss rounds to less than float64 on its way."""
-    x, y = support_set(first_task(case.episodes))
+    first = first_task(case.episodes)
+    sets = [support_set(first), (first.query_x, first.query_y)]
     with torch.no_grad(), case.precision(), _Types() as seen:
-        case.plain_loss(call(case.plain_network(), x), y)
+        for loss, (x, y) in zip(case.plain_losses(), sets, strict=True):
+            loss(call(case.plain_network(), x), y)
     return bool(seen.found - {torch.float64})
 
 

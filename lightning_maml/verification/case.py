@@ -25,7 +25,7 @@ from lightning_maml.execution.auto import (
     Executor,
 )
 from lightning_maml.networks.copies import deep_copy
-from lightning_maml.networks.functional_network import FunctionalNetwork
+from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.stacking_trial import Verdict as StackingVerdict
 from lightning_maml.verification.unrolled import unrolled_gradient, unrolled_way_back
 
@@ -90,16 +90,15 @@ class Case:
     def network_info(self) -> NetworkInfo:
         """Return what the model's checks of such a batch find; they may refuse it."""
         model = self.model
+        functional = model._functional(self.episodes)
         return model._check(
-            FunctionalNetwork(model.network, model.batch_norm),
-            self.episodes,
-            model._kind(model.network, self.episodes),
+            functional, self.episodes, model._kind(functional.network, self.episodes)
         )
 
     def stacking(self) -> StackingVerdict:
         """Return whether the tasks can be stacked."""
         self.network_info()
-        network = self.model.network
+        network = self.model._functional(self.episodes).network
         return self.model._verdict(self.episodes, network, self.model._kind(network, self.episodes))
 
     def gradient(
@@ -150,7 +149,10 @@ class Case:
             for name, p in self.model.named_parameters()
             if p.requires_grad and not name.startswith("network.")
         }
-        return self._by_autograd(partial(unrolled_gradient, curved=curved, besides=besides))
+        _, query_loss = self.plain_losses()
+        return self._by_autograd(
+            partial(unrolled_gradient, curved=curved, query_loss=query_loss, besides=besides)
+        )
 
     def way_back(self) -> Params:
         """Return the inner path from its end to its start."""
@@ -163,19 +165,24 @@ class Case:
         with self.precision():
             found = function(
                 self.plain_network(),
-                self.plain_loss,
+                self.plain_losses()[0],
                 self.episodes,
                 rates,
                 optimizer=model.inner_optimizer,
                 batch_norm=model.batch_norm,
+                query_in_eval=model._query_in_eval,
             )
         own = {name for name, _ in model.network.named_parameters()}
         return {f"network.{name}" if name in own else name: g for name, g in found.items()}
 
-    def plain_loss(self, outputs: Any, y: Tensor) -> Tensor:
-        """Return the loss of what the network returned."""
-        loss: Tensor = self.model.loss(self.model._loss_of_outputs().given(outputs), y)
-        return loss
+    def plain_losses(self) -> list[Callable[[Any, Tensor], Tensor]]:
+        """Return the support and the query loss of what the network returned."""
+
+        def of_returned(loss: FunctionalLoss, outputs: Any, y: Tensor) -> Tensor:
+            value: Tensor = loss.loss(loss.given(outputs), y)
+            return value
+
+        return [partial(of_returned, loss) for loss in self.model._loss_of_outputs()]
 
     def plain_network(self) -> nn.Module:
         """Return a copy of the network, to be called as it is."""

@@ -20,19 +20,22 @@ from lightning_maml.batches.trees import Inputs, call, cat, count, map_tensors
 from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.networks.copies import deep_copy
 
+Loss = Callable[[Any, Any], Tensor]
 Params = dict[str, Tensor]
 Rates = Mapping[str, Tensor | float]
 
 
 def unrolled_gradient(
     network: nn.Module,
-    loss: Callable[[Any, Any], Tensor],
+    loss: Loss,
     episodes: Episodes,
     rates: Sequence[Rates],
     *,
     optimizer: InnerOptimizer | None = None,
     batch_norm: str = "batch",
+    query_in_eval: bool = False,
     curved: bool = True,
+    query_loss: Loss | None = None,
     besides: Params | None = None,
 ) -> Params:
     """Return the mean over tasks of the gradient of the query loss after adaptation.
@@ -49,7 +52,9 @@ def unrolled_gradient(
         rates: For each inner step the rates of the parameters that adapt.
         optimizer: What an inner step does with the gradient; by default gradient descent.
         batch_norm: ``"batch"``, ``"support"`` or ``"running"``, see :class:`lightning_maml.MAML`.
+        query_in_eval: See there.
         curved: Differentiate through the inner steps too; if not, the gradient is first-order.
+        query_loss: The loss of the query sets, if it is another.
         besides: Other tensors, on which the loss and the rates depend, by name: their gradients are
             returned too.
 
@@ -59,13 +64,18 @@ def unrolled_gradient(
     """
     network, w = _emptied(network, batch_norm)
     leaves = w | (besides or {})
+    of_queries = loss if query_loss is None else query_loss
     total = {name: torch.zeros_like(p) for name, p in leaves.items()}
     for number in range(len(episodes.query_y)):
         task = map_tensors(lambda tensor, number=number: tensor[number], episodes)
         # the only attention with a second derivative
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            if query_in_eval:
+                network.train()
             adapted = _adapted(network, loss, task, w, rates, optimizer, curved)
-            value = loss(_query_outputs(network, adapted, task, batch_norm), task.query_y)
+            if query_in_eval:
+                network.eval()
+            value = of_queries(_query_outputs(network, adapted, task, batch_norm), task.query_y)
             gradient = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
         total = {name: total[name] + _dense(g) for name, g in zip(leaves, gradient, strict=True)}
     return {name: g / len(episodes.query_y) for name, g in total.items()}
@@ -73,12 +83,13 @@ def unrolled_gradient(
 
 def unrolled_way_back(
     network: nn.Module,
-    loss: Callable[[Any, Any], Tensor],
+    loss: Loss,
     episodes: Episodes,
     rates: Sequence[Rates],
     *,
     optimizer: InnerOptimizer | None = None,
     batch_norm: str = "batch",
+    query_in_eval: bool = False,
 ) -> Params:
     """Return the mean over tasks of ``w_0 - w_N``, which is Reptile's gradient.
 
@@ -89,9 +100,13 @@ def unrolled_way_back(
     for number in range(len(episodes.query_y)):
         task = map_tensors(lambda tensor, number=number: tensor[number], episodes)
         with torch.enable_grad():
+            if query_in_eval:
+                network.train()
             adapted = _adapted(network, loss, task, w, rates, optimizer, curved=False)
         with torch.no_grad():
             # for the random numbers that it draws
+            if query_in_eval:
+                network.eval()
             _query_outputs(network, adapted, task, batch_norm)
         total = {name: total[name] + (w[name] - adapted[name]).detach() for name in w}
     return {name: g / len(episodes.query_y) for name, g in total.items()}
@@ -99,7 +114,7 @@ def unrolled_way_back(
 
 def _adapted(
     network: nn.Module,
-    loss: Callable[[Any, Any], Tensor],
+    loss: Loss,
     task: Episodes,
     w: Params,
     rates: Sequence[Rates],

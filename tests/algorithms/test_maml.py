@@ -701,6 +701,7 @@ def test_a_checkpoint_holds_plain_arguments_and_loads_safely(
         "head": None,
         "inner_rates": None,
         "compiled": False,
+        "query_in_eval": False,
         **extra,
     }
     loaded = algorithm.load_from_checkpoint(

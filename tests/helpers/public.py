@@ -7,7 +7,7 @@ PUBLIC = {
         KeepBestCheckpoints LSLR MAML
         MAMLPlusPlus MLP MetaGradient MetaSGD ProtoNet Reptile ResNet12 ResampledEpisodes
         SkipNonFinite StationarityMonitor UnevenEpisodes adaptation_curve check keep_freed_memory
-        meta_gradient one_hot_mse
+        meta_gradient mini_batches one_hot_mse
     """,
     "lightning_maml.callbacks": """
         AdaptiveMetaStepsize BestCheckpoint CheckpointOnInterrupt EpisodePictures Fidelity

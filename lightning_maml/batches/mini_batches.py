@@ -1,0 +1,76 @@
+"""Mini-batches of the support set, a fresh one for each inner step."""
+
+import torch
+from torch import Tensor
+
+from lightning_maml.batches.episodes import Episodes, ResampledEpisodes, check_episodes
+from lightning_maml.batches.trees import map_tensors
+from lightning_maml.errors import UserTypeError, UserValueError
+
+
+def mini_batches(
+    episodes: Episodes, size: int, steps: int, generator: torch.Generator | None = None
+) -> ResampledEpisodes:
+    """Draw a mini-batch of the support set for each inner step.
+
+    Each task goes through its support set in random order, in a new one when fewer than ``size``
+    examples are left, like a ``DataLoader`` with ``shuffle=True`` and ``drop_last=True``. The
+    Hessian of a step is taken on its own batch, so that the exact meta-gradient is that of autograd
+    through such a loop. (In the papers' resampling case it is on another, independent batch.)
+
+    Args:
+        episodes: A meta-batch with support sets ``[T, S, ...]``.
+        size: Examples of a mini-batch, at most S.
+        steps: N, inner steps; the model's ``train_steps`` or, in evaluation, ``test_steps``.
+        generator: Draws the order; by default torch's global one.
+
+    Returns:
+        A meta-batch with support and Hessian batches ``[T, N, size, ...]``.
+
+    Raises:
+        TypeError: If ``episodes`` are of another type.
+        ValueError: If there are fewer than ``size`` examples, or a number is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import FOMAML, MLP, Episodes, mini_batches
+        >>> class OnMiniBatches(FOMAML):
+        ...     def on_after_batch_transfer(self, batch, dataloader_idx):
+        ...         steps = self.train_steps if self.training else self.test_steps
+        ...         return mini_batches(batch, size=2, steps=steps)
+        >>> x, y = torch.rand(3, 6, 4), torch.tensor([[0, 1, 2] * 2] * 3)  # three tasks
+        >>> mini_batches(Episodes(x, y, x, y), size=2, steps=5).support_x.shape
+        torch.Size([3, 5, 2, 4])
+    """
+    if not isinstance(episodes, Episodes):
+        raise UserTypeError(
+            f"Expected `episodes` to be Episodes but got {type(episodes).__name__}; draw "
+            "mini-batches of tasks that have one support set."
+        )
+    check_episodes(episodes)
+    tasks, examples = episodes.support_y.shape[:2]
+    if not 0 < size <= examples or steps < 1:
+        raise UserValueError(
+            f"Expected `size` to be 1 .. {examples}, the examples of a support set, and `steps` to "
+            f"be at least 1, but got {size} and {steps}."
+        )
+    orders = torch.stack([_order(examples, size, steps, generator) for _ in range(tasks)])
+
+    def drawn(tensor: Tensor) -> Tensor:
+        each = zip(tensor, orders.to(tensor.device), strict=True)
+        return torch.stack([of_task[order] for of_task, order in each])
+
+    x, y = map_tensors(drawn, (episodes.support_x, episodes.support_y))
+    return ResampledEpisodes(x, y, x, y, episodes.query_x, episodes.query_y)
+
+
+def _order(examples: int, size: int, steps: int, generator: torch.Generator | None) -> Tensor:
+    """Return the examples of each step's batch, ``[N, size]``."""
+    in_a_pass = examples // size
+    passes = -(-steps // in_a_pass)
+    device = "cpu" if generator is None else generator.device
+    orders = [
+        torch.randperm(examples, generator=generator, device=device)[: in_a_pass * size]
+        for _ in range(passes)
+    ]
+    return torch.cat(orders).view(-1, size)[:steps]

@@ -1,0 +1,83 @@
+"""Mini-batches of the support set: what is drawn, and the gradient of an own loop over them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from helpers.networks import build, leaves, make_episodes, plain_loss, relative_error
+from helpers.trainers import trainer_in_double
+from lightning_maml import MAML, Episodes, InnerSGD, mini_batches
+
+STEPS, RATE = 5, 0.2
+
+
+def numbered(tasks: int, examples: int) -> Episodes:
+    """Inputs and labels that say where they come from."""
+    x = torch.arange(tasks * examples).view(tasks, examples)
+    return Episodes({"a": x[..., None], "b": x}, x, {"a": x[..., None], "b": x}, x)
+
+
+def test_each_pass_goes_through_the_support_set_in_another_order() -> None:
+    drawn = mini_batches(numbered(3, 7), size=3, steps=5)
+    assert drawn.support_x["a"].shape == (3, 5, 3, 1)
+    assert torch.equal(drawn.support_x["a"][..., 0], drawn.support_y)
+    assert torch.equal(drawn.support_x["b"], drawn.support_y)
+    assert drawn.hessian_y is drawn.support_y
+    orders = []
+    for task, batches in enumerate(drawn.support_y - 7 * torch.arange(3)[:, None, None]):
+        for of_pass in (batches[:2].flatten(), batches[2:4].flatten(), batches[4]):
+            assert of_pass.unique().numel() == len(of_pass), task
+            assert set(of_pass.tolist()) <= set(range(7))
+            orders.append(tuple(of_pass.tolist()))
+    assert len(set(orders)) == len(orders)
+
+
+def test_a_generator_repeats_them() -> None:
+    one, other, third = (
+        mini_batches(numbered(2, 6), 2, 4, torch.Generator().manual_seed(seed)).support_y
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, other)
+    assert not torch.equal(one, third)
+
+
+@pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
+def test_the_exact_meta_gradient_is_autograd_through_the_loop(tasks: str) -> None:
+    batches = mini_batches(make_episodes(shots=3), size=4, steps=STEPS)
+    w, loss = leaves(build("mlp")), plain_loss(build("mlp"), F.cross_entropy)
+    total = torch.zeros((), dtype=torch.float64)
+    for t in range(3):
+        now = w
+        for x, y in zip(batches.support_x[t], batches.support_y[t], strict=True):
+            gradient = torch.autograd.grad(loss(now, x, y), [*now.values()], create_graph=True)
+            now = {name: p - RATE * g for (name, p), g in zip(now.items(), gradient, strict=True)}
+        total = total + loss(now, batches.query_x[t], batches.query_y[t]) / 3
+    expected = dict(zip(w, torch.autograd.grad(total, [*w.values()]), strict=True))
+    model = MAML(build("mlp"), RATE, STEPS, tasks=tasks)
+    assert relative_error(model.meta_gradient(batches), expected) < 1e-12
+
+
+class OnMiniBatches(MAML):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return mini_batches(batch, 2, self.train_steps if self.training else self.test_steps)
+
+
+def test_a_model_draws_them_in_training_and_in_evaluation(tmp_path: Path) -> None:
+    model = OnMiniBatches(build("mlp"), RATE, 3, 5, inner_optimizer=InnerSGD(momentum=0.5))
+    run = trainer_in_double(tmp_path)
+    loader = DataLoader([make_episodes()], batch_size=None)
+    run.fit(model, loader, loader)
+    assert len(model.adaptation.mean) == 6
+    assert run.predict(model, loader)[0].shape[:2] == (3, 9)
+
+
+@pytest.mark.parametrize(("size", "steps"), [(0, 1), (7, 1), (1, 0)])
+def test_other_sizes_are_refused(size: int, steps: int) -> None:
+    with pytest.raises(ValueError, match=f"but got {size} and {steps}"):
+        mini_batches(numbered(2, 6), size, steps)
+    with pytest.raises(TypeError, match="to be Episodes but got tuple"):
+        mini_batches((1, 2), 1, 1)
