@@ -217,7 +217,7 @@ class AdaptingModule(EpisodicModule):
                     "Expected `batch_norm` to be 'batch', 'support' or 'running' with "
                     "`query_in_eval=True` but got 'per_step', which is for networks in one mode."
                 )
-            self._update_buffers = BufferUpdate(queries=False)
+            self._update_buffers = BufferUpdate(in_two_modes=True)
         self.train_steps = train_steps
         self.test_steps = train_steps if test_steps is None else test_steps
         self.adapted_part, self.head = adapt, head
@@ -360,11 +360,9 @@ class AdaptingModule(EpisodicModule):
         if not self._query_in_eval:
             return given
         adapts, answers = (given.in_mode(training=training) for training in (True, False))
-        in_training, as_given = (
-            [module.training for module in network.modules()]
-            for network in (adapts.network, self.network)
-        )
-        if self.network.training and in_training != as_given:
+        pairs = zip(adapts.network.modules(), self.network.modules(), strict=True)
+        ended = any(there.training and not here.training for there, here in pairs)
+        if self.network.training and ended:
             raise UserValueError(
                 "Expected a network in training mode with `query_in_eval=True`, which calls its "
                 "train() before the inner steps, but parts of it are in evaluation mode; let a "

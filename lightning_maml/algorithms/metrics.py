@@ -42,7 +42,8 @@ class TaskMean(Metric):
 
     def compute(self) -> Estimate:
         """Return the estimate over all tasks seen, shaped ``[...]``."""
-        values = dim_zero_cat(self.per_task).cpu().double()  # not every device has float64
+        given = dim_zero_cat(self.per_task)
+        values = given.cpu().double()  # not every device has float64
         tasks = len(values)
         mean = values.mean(0)
         error = (
@@ -50,7 +51,7 @@ class TaskMean(Metric):
             if tasks > 1
             else torch.full_like(mean, torch.nan)
         )
-        return Estimate(mean.float(), (1.96 * error).float(), tasks)
+        return Estimate(mean.to(given.dtype), (1.96 * error).to(given.dtype), tasks)
 
 
 def with_accuracy(
@@ -75,8 +76,8 @@ def with_accuracy(
     positions = labels.ndim - 2
     predicted = outputs.argmax(-1 - positions).flatten(-1 - positions)  # [T, ..., Q positions]
     labels = labels.reshape(len(labels), *[1] * (predicted.ndim - 2), -1)
-    correct = (predicted == labels).float()
+    correct = (predicted == labels).to(loss.dtype)
     if ignored is None:
         return {"loss": loss, "accuracy": correct.mean(-1)}
-    counts = (labels != ignored).float()
+    counts = (labels != ignored).to(loss.dtype)
     return {"loss": loss, "accuracy": (correct * counts).sum(-1) / counts.sum(-1)}

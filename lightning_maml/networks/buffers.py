@@ -29,7 +29,7 @@ class BufferUpdate:
     layers write. The inner loop itself leaves them alone.
 
     Args:
-        queries: Whether the query sets are part of it.
+        in_two_modes: Whether the network is put into training mode for the support sets alone.
 
     Examples:
         >>> import torch
@@ -43,29 +43,32 @@ class BufferUpdate:
         tensor([0.5000])
     """
 
-    def __init__(self, *, queries: bool = True) -> None:
-        self._queries = queries
+    def __init__(self, *, in_two_modes: bool = False) -> None:
+        self._in_two_modes = in_two_modes
         self._takes_all_at_once: bool | None = None
 
     def __call__(
         self, network: nn.Module, episodes: AnyEpisodes, batch_norm: BatchNormPolicy
     ) -> None:
         """Run ``network`` on all tasks of a meta-batch, unless it writes no buffers."""
-        uses_averages = batch_norm == "running"
-        if not writes(network) and not (uses_averages and batch_norms(network)):
-            return
-        unused_averages = nullcontext() if uses_averages else averages_kept(network)
-        # some layers write only where gradients are taken
-        with torch.enable_grad(), unused_averages, _same_buffers(network):
-            for x in self._batches(network, episodes):
-                call(network, x)
+        with _training(network) if self._in_two_modes else nullcontext():
+            moves_averages = batch_norm == "running" and any(
+                norm.training for norm in batch_norms(network).values()
+            )
+            if not writes(network) and not moves_averages:
+                return
+            unused_averages = nullcontext() if batch_norm == "running" else averages_kept(network)
+            # some layers write only where gradients are taken
+            with torch.enable_grad(), unused_averages, _same_buffers(network):
+                for x in self._batches(network, episodes):
+                    call(network, x)
 
     def _batches(self, network: nn.Module, episodes: AnyEpisodes) -> list[Any]:
         """Return the inputs of all tasks as one batch, or as sets if the network needs that."""
         # 1 in the resampling case, where each inner step has a batch of its own
         step_dimensions = episodes.support_y.ndim - episodes.query_y.ndim
         sets = _sets(episodes.support_x, step_dimensions)
-        if self._queries:
+        if not self._in_two_modes:
             sets += _sets(episodes.query_x)
         if len({shapes(x) for x in sets}) > 1:
             return sets
@@ -120,6 +123,18 @@ def _accepts(network: nn.Module, x: Inputs) -> bool:
     finally:
         set_torch_random_state(before, device)
     return True
+
+
+@contextmanager
+def _training(network: nn.Module) -> Iterator[None]:
+    """Call the network's ``train()``, and put all modes back at the end."""
+    before = [(module, module.training) for module in network.modules()]
+    network.train()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
 
 
 @contextmanager

@@ -271,7 +271,15 @@ class Pretrained(nn.Sequential):
 
 
 def test_batch_norm_that_is_always_in_evaluation_mode() -> None:
-    episodes, network = make_episodes(), Pretrained(*with_modes())
+    """Also where nobody has called train() on it yet."""
+    network = Pretrained(*with_modes())
+    assert network[2].training
+    mean = network[2].running_mean.clone()
+    MAML(network, RATE, batch_norm="running", query_in_eval=True).meta_loss(make_episodes())
+    assert torch.equal(network[2].running_mean, mean)
+    assert network[2].training
+
+    episodes = make_episodes()
     losses, w = own_loop(network, episodes, two_modes=True)
     expected = torch.autograd.grad(losses.mean(), [*w.values()])
     model = MAML(Pretrained(*with_modes()), RATE, STEPS, batch_norm="running", query_in_eval=True)
