@@ -39,8 +39,10 @@ LossFunction = nn.Module | Callable[[Any, Tensor], Tensor]
 ``[B, ...]``, to their mean loss.  Modules are listed so that YAML may have ``init_args``. """
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-"""It may also return Lightning's dict, ``{"scheduler": ..., "interval": "step", ...}``."""
+SchedulerFactory = (
+    Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | Callable[[Optimizer], dict[str, Any]]
+)
+"""It may return Lightning's dict, ``{"scheduler": ..., "interval": "step", ...}``."""
 
 Interval = Literal["epoch", "step"]
 

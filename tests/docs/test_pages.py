@@ -97,9 +97,10 @@ def test_every_block_is_run_by_a_test() -> None:
         "migration": r"(before \w+|after)",
         "own_data": "own",
         "start": "shapes.py",
+        "schedules": "schedules.py",
         "deployment": "photos",
         "many_processes": "on eight GPUs",
-    }  # test_migration.py, below, below, below, none
+    }  # test_migration.py, below, below, below, below, none
     for page in PAGES:
         kinds = set(re.findall(r"^```python(.*)$", page.read_text(), re.MULTILINE))
         for kind in kinds - {""}:
@@ -270,3 +271,37 @@ def test_the_project_of_ones_own_is_trained_tested_and_resumed(tmp_path: Path) -
             check=False,
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("cosine", [0.05]),
+        ("one_cycle", [0.00506]),
+        ("plateau", [0.001]),
+        ("warm_up", [0.00011]),
+        ("two_rates", [0.001, 0.01]),
+    ],
+)
+def test_every_schedule_has_a_config(
+    name: str, rates: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After two epochs of five steps."""
+    page = (ROOT / "docs" / "schedules.md").read_text()
+    (tmp_path / "schedules.py").write_text(blocks(page, "python schedules.py")[0])
+    (tmp_path / f"{name}.yaml").write_text(blocks(page, f"yaml {name}.yaml")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-maml"])
+    size = ["--data.train_batches=5", "--data.meta_batch_size=2", "--data.val_tasks=2"]
+    cli = run(
+        [
+            "fit",
+            f"--config={ROOT}/configs/glyphs_maml.yaml",
+            f"--config={name}.yaml",
+            *size,
+            "--trainer.max_epochs=2",
+            "--trainer.accelerator=cpu",
+        ]
+    )
+    groups = cli.trainer.optimizers[0].param_groups
+    assert [group["lr"] for group in groups] == pytest.approx(rates, rel=0.02)
