@@ -51,7 +51,8 @@ class TaskMean(Metric):
             if tasks > 1
             else torch.full_like(mean, torch.nan)
         )
-        return Estimate(mean.to(given.dtype), (1.96 * error).to(given.dtype), tasks)
+        dtype = torch.promote_types(given.dtype, torch.float32)
+        return Estimate(mean.to(dtype), (1.96 * error).to(dtype), tasks)
 
 
 def with_accuracy(
@@ -76,8 +77,9 @@ def with_accuracy(
     positions = labels.ndim - 2
     predicted = outputs.argmax(-1 - positions).flatten(-1 - positions)  # [T, ..., Q positions]
     labels = labels.reshape(len(labels), *[1] * (predicted.ndim - 2), -1)
-    correct = (predicted == labels).to(loss.dtype)
+    dtype = torch.promote_types(loss.dtype, torch.float32)
+    correct = (predicted == labels).to(dtype)
     if ignored is None:
         return {"loss": loss, "accuracy": correct.mean(-1)}
-    counts = (labels != ignored).to(loss.dtype)
+    counts = (labels != ignored).to(dtype)
     return {"loss": loss, "accuracy": (correct * counts).sum(-1) / counts.sum(-1)}
