@@ -114,12 +114,16 @@ def test_own_data_and_network_are_trained_resumed_tested_and_predicted(
     main(["check", *same])
 
 
-def test_inner_optimizers_are_configured(project: Path) -> None:
-    optimizer = ["--model.inner_optimizer=InnerSGD", "--model.inner_optimizer.momentum=0.9"]
+def test_inner_loops_are_configured(project: Path) -> None:
+    inner = ["--model.inner_optimizer=InnerSGD", "--model.inner_optimizer.momentum=0.9"]
+    inner += ["--model.support_loss=torch.nn.CrossEntropyLoss", "--model.query_in_eval=true"]
+    inner += ["--model.support_loss.label_smoothing=0.1"]
     for algorithm in ("MAML", "HFMAML", "Reptile"):
         chosen = f"--model={algorithm}"
-        cli = run(["fit", "--config=config.yaml", chosen, *optimizer, "--trainer.max_epochs=1"])
+        cli = run(["fit", "--config=config.yaml", chosen, *inner, "--trainer.max_epochs=1"])
         assert cli.model.inner_optimizer == InnerSGD(momentum=0.9)
+        assert cli.model.support_loss.label_smoothing == 0.1
+        assert cli.model.hparams["query_in_eval"]
 
 
 def test_the_best_checkpoint_is_of_the_highest_accuracy(project: Path) -> None:

@@ -319,6 +319,12 @@ class IMAML(MAML):
                 "Expected `train_steps` to be at least 1, because iMAML needs at least one inner "
                 f"step, but got {train_steps}."
             )
+        if getattr(self.inner_optimizer, "weight_decay", 0):
+            raise UserValueError(
+                "Expected an `inner_optimizer` without weight decay with IMAML, whose gradient is "
+                "that at the minimum of support loss and proximal term, but got "
+                f"{self.inner_optimizer}; the proximal term takes its place."
+            )
         proximal_strength = number(proximal_strength, "proximal_strength")
         cg_steps = whole_number(cg_steps, "cg_steps")
         if not 0 < proximal_strength < float("inf"):

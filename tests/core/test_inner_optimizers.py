@@ -194,6 +194,11 @@ def test_the_minimum_of_imaml_is_the_same() -> None:
     assert relative_error(moved, plain) < 1e-10
 
 
+def test_weight_decay_would_move_the_minimum_of_imaml() -> None:
+    with pytest.raises(ValueError, match="without weight decay with IMAML"):
+        IMAML(build("mlp"), inner_optimizer=InnerSGD(weight_decay=0.1))
+
+
 def test_an_element_without_gradient_gets_the_limit() -> None:
     """Adam's first step of a parameter with a gradient of 0 is ``rate / eps`` times it."""
     w, eps = torch.tensor([0.7, 0.3], dtype=torch.float64), 0.5
