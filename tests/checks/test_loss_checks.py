@@ -319,7 +319,7 @@ def test_accuracy_is_of_the_queries_that_count(loss, ignored: int) -> None:
     logged = model.trainer.callback_metrics["test/accuracy"]
     correct = model.evaluate(episodes).aux[:, -1].argmax(-1) == episodes.query_y
     torch.testing.assert_close(
-        logged, (correct[0, :2].float().mean() + correct[1].float().mean()) / 2
+        logged, (correct[0, :2].double().mean() + correct[1].double().mean()) / 2
     )
 
 
