@@ -1,6 +1,6 @@
 """Models that adapt to a task by gradient steps: what they share in training and evaluation."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,6 +25,7 @@ from lightning_maml.algorithms.resume import described
 from lightning_maml.batches.episodes import (
     AnyEpisodes,
     Episodes,
+    ResampledEpisodes,
     check_episodes,
     first_task,
     queries_to_adapt_on,
@@ -32,6 +33,7 @@ from lightning_maml.batches.episodes import (
 )
 from lightning_maml.batches.trees import detached
 from lightning_maml.checks.findings import Kind
+from lightning_maml.checks.inner_steps import check_inner_steps, fails_stacked
 from lightning_maml.checks.loss_checks import (
     check_broadcasting,
     check_labels,
@@ -40,11 +42,11 @@ from lightning_maml.checks.loss_checks import (
     ignored_label,
 )
 from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo, first_outputs
-from lightning_maml.checks.requirements import check_inner_optimizer, check_loss_is_callable
+from lightning_maml.checks.requirements import check_loss_is_callable
 from lightning_maml.checks.stacking_check import StackingCheck
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_loop import inner_loop
-from lightning_maml.core.inner_optimizers import InnerOptimizer
+from lightning_maml.core.inner_optimizers import InnerOptimizer, check_inner_optimizer
 from lightning_maml.core.inner_rates import (
     InnerRates,
     InnerRatesName,
@@ -273,6 +275,8 @@ class AdaptingModule(EpisodicModule):
             settings["inner optimizer"] = repr(self.inner_optimizer)
         if self.support_loss is not None:
             settings["support loss"] = described(self.support_loss)
+        if self._query_in_eval:
+            settings["query_in_eval"] = True
         return settings
 
     @override
@@ -395,7 +399,7 @@ class AdaptingModule(EpisodicModule):
         Labels are checked in every batch; network and loss once for each kind of batch.
         """
         kind = (*kind, id(self.support_loss))
-        once = partial(self._findings.once, kind=kind, loss=self.loss)
+        once = partial(self._findings.once, loss=self.loss)
         of_outputs = self._loss_of_outputs()
 
         def check_network() -> NetworkInfo:
@@ -413,11 +417,22 @@ class AdaptingModule(EpisodicModule):
             queries = queries_to_adapt_on(episodes)
             self._check_loss(functional, queries, of_outputs.query, query_y)
 
+        if self.inner_optimizer is not None:
+            once("inner steps", kind=(*kind, self.inner_optimizer), find=self._check_inner_steps)
         unseen = writes(functional.network) is None
-        info: NetworkInfo = once("network", find=check_network, again=unseen)
+        info: NetworkInfo = once("network", kind, find=check_network, again=unseen)
         self._check_labels(episodes, info)
-        once("loss", find=check_losses)
+        once("loss", kind, find=check_losses)
         return info
+
+    def _check_inner_steps(self) -> None:
+        check_inner_optimizer(self.inner_optimizer)
+        optimizer: Any = self.inner_optimizer
+        params = self._adapting_parameters().values()
+        curved = self.curvature != "none" or self.learned_rates is not None
+        smallest = min(params, key=Tensor.numel, default=None)
+        if smallest is not None:
+            check_inner_steps(optimizer, smallest, 0.1, curved=curved)
 
     def _check_loss(
         self,
@@ -436,9 +451,21 @@ class AdaptingModule(EpisodicModule):
         check_loss_value(of_outputs, functional, episodes, self.parameters())
 
     def _check_labels(self, episodes: AnyEpisodes, info: NetworkInfo) -> None:
-        _, support_y = support_set(first_task(episodes))
-        if support_y.is_floating_point():
-            check_targets(support_y, self.loss if self.support_loss is None else self.support_loss)
+        """Check labels and targets of each set for the loss that it has."""
+        sets = episodes._fields[1::2]
+        if self.support_loss is None:
+            self._check_labels_of(episodes, info, self.loss, sets)
+        else:
+            self._check_labels_of(episodes, info, self.support_loss, sets[:-1])
+            self._check_labels_of(episodes, info, self.loss, sets[-1:])
+
+    def _check_labels_of(
+        self, episodes: AnyEpisodes, info: NetworkInfo, loss: Any, sets: Sequence[str]
+    ) -> None:
+        y = getattr(episodes, sets[0])
+        if y.is_floating_point():
+            of_steps = isinstance(episodes, ResampledEpisodes) and sets[0] == "support_y"
+            check_targets(y.flatten(0, 2 if of_steps else 1), loss)
             return
         assert info.outputs is not None, "with labels there are logits"
         ways = self._ways_of_datamodule()
@@ -448,7 +475,7 @@ class AdaptingModule(EpisodicModule):
                 f"{info.outputs[0]}; give its head as many outputs as the datamodule has `ways`, "
                 "and leave `test_ways` the same, because a head has one width."
             )
-        check_labels(episodes, info.outputs[0], ignored_label(self.loss))
+        check_labels(episodes, info.outputs[0], ignored_label(loss), sets)
 
     def _ways_of_datamodule(self) -> int | None:
         """Return the ways of a running trainer's datamodule, if it has any."""
@@ -486,9 +513,13 @@ class AdaptingModule(EpisodicModule):
                 support_loss=self.support_loss,
                 query_in_eval=self._query_in_eval,
             )
-            return stacked.compare(
+            verdict = stacked.compare(
                 episodes, adapts_only=adapts_only, exact=self.curvature == "exact"
             )
+            if verdict.wrong or self.inner_optimizer is None:
+                return verdict
+            w = next(iter(self._adapting_parameters().values()))
+            return verdict._replace(wrong=fails_stacked(self.inner_optimizer, w, 0.1))
 
         return self._stacking_verdict(kind, compare)
 

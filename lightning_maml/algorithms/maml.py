@@ -274,9 +274,22 @@ class MAML(AdaptingModule):
                 "their gradient from inner steps, but got 0; use inner_rates='fixed'."
             )
 
+    def _check_that_the_support_loss_is_trained(self) -> None:
+        learned = isinstance(self.support_loss, nn.Module) and any(
+            p.requires_grad for p in self.support_loss.parameters()
+        )
+        if learned and (self.curvature == "none" or self.train_steps == 0):
+            raise UserValueError(
+                "Expected a `support_loss` without trainable parameters, which get their gradient "
+                "from second derivatives of inner steps, but got some with "
+                f"{type(self).__name__} and train_steps={self.train_steps}; freeze them by "
+                "requires_grad_(False), or train with MAML or HFMAML."
+            )
+
     @override
     def _plan_step(self, episodes: AnyEpisodes) -> Step:
         self._check_that_rates_are_used()
+        self._check_that_the_support_loss_is_trained()
         refuse_differentiable(episodes)
         params = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         inputs = {f"inputs {number}": x for number, x in enumerate(tensors(episodes))}

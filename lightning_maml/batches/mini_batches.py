@@ -1,16 +1,24 @@
 """Mini-batches of the support set, a fresh one for each inner step."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_maml.batches.episodes import Episodes, ResampledEpisodes, check_episodes
+from lightning_maml.batches.episodes import (
+    AnyEpisodes,
+    Episodes,
+    ResampledEpisodes,
+    check_episodes,
+)
+from lightning_maml.batches.meta_batch import MetaBatch, UnevenEpisodes, as_meta_batch
 from lightning_maml.batches.trees import map_tensors
 from lightning_maml.errors import UserTypeError, UserValueError
 
 
 def mini_batches(
-    episodes: Episodes, size: int, steps: int, generator: torch.Generator | None = None
-) -> ResampledEpisodes:
+    batch: Any, size: int, steps: int, generator: torch.Generator | None = None
+) -> MetaBatch:
     """Draw a mini-batch of the support set for each inner step.
 
     Each task goes through its support set in random order, in a new one when fewer than ``size``
@@ -19,17 +27,19 @@ def mini_batches(
     through such a loop. (In the papers' resampling case it is on another, independent batch.)
 
     Args:
-        episodes: A meta-batch with support sets ``[T, S, ...]``.
+        batch: A meta-batch with support sets ``[T, S, ...]``, in any form that a model takes:
+            ``Episodes``, four parts, or a list of tasks, which may differ in size.
         size: Examples of a mini-batch, at most S.
         steps: N, inner steps; the model's ``train_steps`` or, in evaluation, ``test_steps``.
         generator: Draws the order; by default torch's global one.
 
     Returns:
-        A meta-batch with support and Hessian batches ``[T, N, size, ...]``.
+        A meta-batch with support and Hessian batches ``[T, N, size, ...]``; without inner steps the
+        batch as it was.
 
     Raises:
-        TypeError: If ``episodes`` are of another type.
-        ValueError: If there are fewer than ``size`` examples, or a number is not positive.
+        TypeError: If ``batch`` is no meta-batch, or its tasks have batches for each step already.
+        ValueError: If there are fewer than ``size`` examples, or a number is out of range.
 
     Examples:
         >>> import torch
@@ -42,18 +52,31 @@ def mini_batches(
         >>> mini_batches(Episodes(x, y, x, y), size=2, steps=5).support_x.shape
         torch.Size([3, 5, 2, 4])
     """
+    found = as_meta_batch(batch)
+    if isinstance(found, UnevenEpisodes):
+        parts = [_of_one_size(part, size, steps, generator) for part in found.parts]
+        return found._replace(parts=parts)
+    return _of_one_size(found, size, steps, generator)
+
+
+def _of_one_size(
+    episodes: Any, size: int, steps: int, generator: torch.Generator | None
+) -> AnyEpisodes:
     if not isinstance(episodes, Episodes):
         raise UserTypeError(
-            f"Expected `episodes` to be Episodes but got {type(episodes).__name__}; draw "
-            "mini-batches of tasks that have one support set."
+            f"Expected `batch` to be Episodes or a list of tasks but got {type(episodes).__name__}"
+            "; draw mini-batches of tasks that have one support set."
         )
     check_episodes(episodes)
     tasks, examples = episodes.support_y.shape[:2]
-    if not 0 < size <= examples or steps < 1:
+    whole = isinstance(size, int) and isinstance(steps, int)
+    if not whole or not 0 < size <= examples or steps < 0:
         raise UserValueError(
             f"Expected `size` to be 1 .. {examples}, the examples of a support set, and `steps` to "
-            f"be at least 1, but got {size} and {steps}."
+            f"be a whole number of at least 0, but got {size} and {steps}."
         )
+    if steps == 0:
+        return episodes
     orders = torch.stack([_order(examples, size, steps, generator) for _ in range(tasks)])
 
     def drawn(tensor: Tensor) -> Tensor:

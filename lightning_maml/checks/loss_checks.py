@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -61,21 +61,28 @@ def ignored_label(loss: Any) -> int | None:
     return index if isinstance(index, int) else None
 
 
-def check_labels(episodes: AnyEpisodes, ways: int, ignored: int | None = None) -> None:
+def check_labels(
+    episodes: AnyEpisodes,
+    ways: int,
+    ignored: int | None = None,
+    names: Collection[str] = ("support_y", "hessian_y", "query_y"),
+) -> None:
     """Check that labels are from 0 to ``ways - 1``, but for those that the loss ignores.
 
     Args:
         episodes: The meta-batch.
         ways: Number of outputs of the network.
         ignored: The label of the examples that the loss leaves out; None if there is none.
+        names: The sets whose labels are checked; by default all.
 
     Raises:
         ValueError: If a label is out of range, or if all labels of a set are ignored.
     """
-    labels = torch.cat([y.flatten() for y in episodes[1::2]])
+    of_sets = {name: y for name, y in episodes._asdict().items() if name in names}
+    labels = torch.cat([y.flatten() for y in of_sets.values()])
     low, high = int(labels.min()), int(labels.max())
     if ignored is not None and low <= ignored <= high:
-        _check_that_some_count(episodes, ignored)
+        _check_that_some_count(of_sets, isinstance(episodes, ResampledEpisodes), ignored)
         counted = labels[labels != ignored]
         low, high = int(counted.min()), int(counted.max())
     if low < 0 or high >= ways:
@@ -96,10 +103,9 @@ def check_labels(episodes: AnyEpisodes, ways: int, ignored: int | None = None) -
         )
 
 
-def _check_that_some_count(episodes: AnyEpisodes, ignored: int) -> None:
+def _check_that_some_count(of_sets: Mapping[str, Tensor], steps: bool, ignored: int) -> None:
     """Refuse sets whose labels are all ignored, as the mean of no losses is nan."""
-    steps = isinstance(episodes, ResampledEpisodes)
-    for name, y in zip(episodes._fields[1::2], episodes[1::2], strict=True):
+    for name, y in of_sets.items():
         # in the resampling case, each batch of each inner step
         of_batches = y.flatten(2 if steps and not name.startswith("query") else 1)
         empty = (of_batches == ignored).all(-1).reshape(len(y), -1).any(-1)

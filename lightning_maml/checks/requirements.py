@@ -11,7 +11,6 @@ from torch.nn.parameter import is_lazy
 
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.batches.trees import tensors
-from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.networks.attributes import trainable_besides_parameters
 from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
@@ -94,21 +93,6 @@ def check_factory(make: Any, name: str, example: str) -> None:
             f"Expected `{name}` to be a function that makes one but got {got}; give the class, or "
             f"{example}."
         )
-
-
-def check_inner_optimizer(optimizer: Any) -> None:
-    """Check a model's argument ``inner_optimizer``.
-
-    Raises:
-        TypeError: If it is none, one of torch's for instance.
-    """
-    if optimizer is None or isinstance(optimizer, InnerOptimizer):
-        return
-    got = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
-    raise UserTypeError(
-        "Expected `inner_optimizer` to be an InnerOptimizer, whose steps can be differentiated, "
-        f"but got {got}; give InnerSGD(momentum=0.9), InnerAdam(), or one of your own."
-    )
 
 
 def refuse_without_gradient(without_gradient: list[str]) -> None:

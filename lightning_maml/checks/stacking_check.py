@@ -96,7 +96,7 @@ class StackingCheck:
         reason = ""
         for dtype in (torch.float64, None):
             try:
-                return self._in_type(episodes, dtype, curved)
+                return self._in_mixed(episodes, self._in_type(episodes, dtype, curved), curved)
             except NoSecondDerivativeError:
                 raise
             except Exception as error:
@@ -106,7 +106,21 @@ class StackingCheck:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
         return Verdict(f"even single ones fail at parameters a little away from these ({reason})")
 
-    def _in_type(self, episodes: AnyEpisodes, dtype: torch.dtype | None, curved: bool) -> Verdict:
+    def _in_mixed(self, episodes: AnyEpisodes, verdict: Verdict, curved: bool) -> Verdict:
+        """Return the verdict, unless stacked tasks do not even run in a mixed precision."""
+        if verdict.wrong or not torch.is_autocast_enabled(episodes.support_y.device.type):
+            return verdict
+        mixed = self._in_type(episodes, None, curved, only_runs=True)
+        return mixed if mixed.wrong else verdict
+
+    def _in_type(
+        self,
+        episodes: AnyEpisodes,
+        dtype: torch.dtype | None,
+        curved: bool,
+        *,
+        only_runs: bool = False,
+    ) -> Verdict:
         """Compare in ``dtype``; None is the network's own type."""
 
         def converted(tensor: Tensor) -> Tensor:
@@ -146,6 +160,7 @@ class StackingCheck:
                 single.support.params | of_support.params | of_queries.params,
                 episodes,
                 curved=curved,
+                only_runs=only_runs,
             )
 
     def _functions(self, network: nn.Module, *, vectorised: bool) -> _Functions:

@@ -6,12 +6,13 @@ the optimizer's state s, which starts anew for each task.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_maml.errors import UserValueError
+from lightning_maml.errors import UserTypeError, UserValueError
 
 Slots = tuple[Tensor, ...]
 """The optimizer's state of one parameter: momentum, for instance."""
@@ -20,8 +21,10 @@ Slots = tuple[Tensor, ...]
 class InnerOptimizer(ABC):
     """What an inner step does with a gradient; subclasses define it for one parameter tensor.
 
-    Meta-gradients are taken through :meth:`step` by autograd, so it must not write to its
-    arguments, and should be differentiable wherever the inner steps come.
+    Meta-gradients are taken through :meth:`step` by autograd, so it must not write to its arguments
+    or draw random numbers, and should be differentiable wherever the inner steps come. It sees one
+    parameter at a time, without its name: what needs several at once (the norm of all gradients) or
+    some alone (no decay of biases) cannot be written as one.
 
     Examples:
         >>> import torch
@@ -31,6 +34,11 @@ class InnerOptimizer(ABC):
         ...         return w - rate * gradient.sign(), slots
         >>> model = FOMAML(MLP(4, 3), inner_lr=0.01, inner_optimizer=SignDescent())
     """
+
+    def __repr__(self) -> str:
+        """Return the class and its settings, which checkpoints record."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
 
     def start(self, w: Tensor) -> Slots:
         """Return the state before the first step, constants; by default there is none.
@@ -59,6 +67,8 @@ class InnerOptimizer(ABC):
 class InnerSGD(InnerOptimizer):
     """Gradient descent with momentum and weight decay, as ``torch.optim.SGD`` takes it.
 
+    There is no ``dampening``.
+
     Args:
         momentum: Factor of the previous steps' gradients; by default 0.
         weight_decay: Adds this multiple of the parameter to its gradient; by default 0.
@@ -78,7 +88,7 @@ class InnerSGD(InnerOptimizer):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        _check_not_negative(momentum=self.momentum, weight_decay=self.weight_decay)
+        _check_numbers(momentum=self.momentum, weight_decay=self.weight_decay)
         if self.nesterov and not self.momentum:
             raise UserValueError(
                 "Expected a `momentum` above 0 with `nesterov=True` but got 0; give one, or leave "
@@ -106,13 +116,15 @@ class InnerSGD(InnerOptimizer):
 class InnerAdam(InnerOptimizer):
     """Adam, as ``torch.optim.Adam`` takes it; with decoupled weight decay ``AdamW``.
 
+    There is no ``amsgrad``, and the decay is 0 unless it is given (0.01 in ``torch.optim.AdamW``).
+
     Where all gradients of an element were 0 so far, its derivative is that of the limit: the step
     is then linear in the gradient, with a slope of about ``inner_lr / eps``. The exact
     meta-gradient is as steep there, so that an ``eps`` of 1e-3 or more is advisable with it.
 
     Args:
         betas: Factors of the averages of gradients and of their squares.
-        eps: Added to the root of the mean square.
+        eps: Added to the root of the mean square; above 0.
         weight_decay: Adds this multiple of the parameter to its gradient; by default 0.
         decoupled_weight_decay: Subtract this multiple of the parameter, times the rate, from the
             parameter instead (Loshchilov and Hutter 2019).
@@ -132,9 +144,18 @@ class InnerAdam(InnerOptimizer):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserValueError(f"Expected `betas` to be in [0, 1) but got {self.betas}.")
-        _check_not_negative(eps=self.eps, weight_decay=self.weight_decay)
+        pair = self.betas if isinstance(self.betas, tuple | list) else ()
+        if len(pair) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in pair):
+            raise UserValueError(
+                f"Expected `betas` to be two numbers in [0, 1) but got {self.betas}."
+            )
+        object.__setattr__(self, "betas", tuple(pair))  # a list has no hash
+        _check_numbers(eps=self.eps, weight_decay=self.weight_decay)
+        if not self.eps:
+            raise UserValueError(
+                "Expected `eps` to be above 0, because an element without gradient is divided by "
+                "it, but got 0."
+            )
 
     @override
     def start(self, w: Tensor) -> Slots:
@@ -166,9 +187,28 @@ def _root(square: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
 
-def _check_not_negative(**numbers: float) -> None:
+def check_inner_optimizer(optimizer: Any) -> None:
+    """Check an argument called ``inner_optimizer``.
+
+    Raises:
+        TypeError: If it is none, one of torch's for instance.
+    """
+    if optimizer is None or isinstance(optimizer, InnerOptimizer):
+        return
+    got = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+    raise UserTypeError(
+        "Expected `inner_optimizer` to be an InnerOptimizer, whose steps can be differentiated, "
+        f"but got {got}; give InnerSGD(momentum=0.9), InnerAdam(), or one of your own."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_numbers(**numbers: float) -> None:
     for name, value in numbers.items():
-        if not 0 <= value < float("inf"):
+        if not _is_number(value) or not 0 <= value < float("inf"):
             raise UserValueError(
                 f"Expected `{name}` to be a finite number of at least 0 but got {value}."
             )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only, tree_unflatten
 from torch.utils._pytree import tree_structure as structure_of
 
-from lightning_maml.core.inner_optimizers import InnerOptimizer, Slots
+from lightning_maml.core.inner_optimizers import InnerOptimizer, Slots, check_inner_optimizer
 from lightning_maml.core.inner_rates import Rates, tensor_rates
 from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import TaskAxis
@@ -43,6 +43,7 @@ class InnerUpdate:
     """
 
     def __init__(self, optimizer: InnerOptimizer, axis: TaskAxis) -> None:
+        check_inner_optimizer(optimizer)
         self._optimizer, self._axis = optimizer, axis
 
     def start(self, w: Params, rates: Sequence[Rates]) -> State:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_maml.core.hvp import HessianVectorProduct
-from lightning_maml.core.inner_loop import InnerStep, TaskLosses, inner_loop
+from lightning_maml.core.inner_loop import InnerStep, TaskLosses, adapt, inner_loop
 from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.inner_rates import Rates, tensor_rates
 from lightning_maml.core.inner_update import InnerUpdate, State
@@ -43,7 +43,7 @@ def task_meta_gradient(
     losses: TaskLosses,
     w: Params,
     rates: Sequence[Rates],
-    back: StepBack,
+    back: StepBack | None,
     optimizer: InnerOptimizer | None = None,
 ) -> TaskGradient:
     """Return the gradient of ``w -> q(w_N(w))``.
@@ -53,9 +53,14 @@ def task_meta_gradient(
         w: The meta-parameters ``w_0``.
         rates: A_j for each step.
         back: Takes a gradient back through one step; :func:`through_step` with a Hessian-vector
-            product, and what is wrapped around it.
+            product, and what is wrapped around it. None if the gradient at w_N is that at w_0, so
+            that no other point of the path is needed.
         optimizer: What a step does with the gradient; by default gradient descent.
     """
+    if back is None:
+        w_N = adapt(losses, w, rates, optimizer)
+        query_loss, aux, v = losses.query[-1].value_and_gradient(w_N)
+        return TaskGradient(v, query_loss, aux)
     steps, w_N = inner_loop(losses, w, rates, optimizer)
     query_loss, aux, v = losses.query[-1].value_and_gradient(w_N)
     for step in reversed(steps):

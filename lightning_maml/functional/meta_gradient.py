@@ -180,12 +180,16 @@ def meta_gradient(
     # time
     keep_graphs = steps == 1 and curvature == "exact" and sample is None
 
-    def step_back(losses: TaskLosses, axis: TaskAxis) -> StepBack:
+    learns_rates = any(map(tensor_rates, rates))
+
+    def step_back(losses: TaskLosses, axis: TaskAxis) -> StepBack | None:
+        if curvature == "none" and not learns_rates and not step_weights:
+            return None
         back: StepBack = partial(through_step, hvp=hvp)
         if inner_optimizer is not None:
             curved = None if curvature == "none" else hvp
             back = ThroughUpdate(inner_optimizer, axis, curved)
-        elif any(map(tensor_rates, rates)):
+        elif learns_rates:
             back = with_rate_gradients(back)
         if step_weights:
             back = with_query_losses(back, losses, step_weights)

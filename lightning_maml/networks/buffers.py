@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_maml.batches.episodes import AnyEpisodes, support_set
+from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, support_set
 from lightning_maml.batches.trees import Inputs, call, cat, count, map_tensors, shapes, tensors
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import set_torch_random_state, torch_random_state
@@ -65,8 +65,8 @@ class BufferUpdate:
 
     def _batches(self, network: nn.Module, episodes: AnyEpisodes) -> list[Any]:
         """Return the inputs of all tasks as one batch, or as sets if the network needs that."""
-        # 1 in the resampling case, where each inner step has a batch of its own
-        step_dimensions = episodes.support_y.ndim - episodes.query_y.ndim
+        # in the resampling case each inner step has a batch of its own
+        step_dimensions = int(isinstance(episodes, ResampledEpisodes))
         sets = _sets(episodes.support_x, step_dimensions)
         if not self._in_two_modes:
             sets += _sets(episodes.query_x)

@@ -57,6 +57,8 @@ def compare(
     alone: Callable[[int], Evaluations],
     together: Callable[[int, Randomness], Evaluations],
     device: torch.device,
+    *,
+    only_runs: bool = False,
 ) -> Verdict:
     """Compare two tasks alone with the same tasks under ``vmap``.
 
@@ -66,6 +68,7 @@ def compare(
         together: Evaluates both under ``vmap`` with this ``randomness``, ``"same"`` or
             ``"different"`` random numbers for the tasks.
         device: The network's device.
+        only_runs: Only find out whether they run, in a precision that rounds too much to compare.
 
     Returns:
         The verdict. The state of the random generators is restored.
@@ -96,7 +99,7 @@ def compare(
                         together(attempt, "different")
                 except Exception as error:  # noqa: BLE001 # vmap may make it raise anything
                     return _failed(error)
-                difference = first_difference(right, found)
+                difference = None if only_runs else first_difference(right, found)
                 if difference is None:
                     break
                 set_generator_states(before, device)
@@ -161,7 +164,13 @@ def first_difference(right: Evaluations, found: Evaluations, relative: float = 1
 
 
 def compare_losses(
-    single: TaskLoss, stacked: TaskLoss, params: Params, episodes: AnyEpisodes, *, curved: bool
+    single: TaskLoss,
+    stacked: TaskLoss,
+    params: Params,
+    episodes: AnyEpisodes,
+    *,
+    curved: bool,
+    only_runs: bool = False,
 ) -> Verdict:
     """Compare a loss and its derivatives for two tasks, each at parameters of its own.
 
@@ -171,6 +180,7 @@ def compare_losses(
         params: Parameters near which both are evaluated.
         episodes: A meta-batch; its first and last task are compared.
         curved: Whether to compare Hessian-vector products too.
+        only_runs: See :func:`compare`.
     """
     device = next(iter(params.values())).device
     tasks = two_tasks(episodes)
@@ -195,7 +205,7 @@ def compare_losses(
     def without_aux(loss: TaskLoss, task: Any, w: Params) -> tuple[Tensor, tuple[()]]:
         return loss(w, task), ()
 
-    return compare(alone, together, device)
+    return compare(alone, together, device, only_runs=only_runs)
 
 
 def two_tasks(episodes: AnyEpisodes) -> list[Any]:

@@ -105,7 +105,7 @@ def test_the_support_loss_may_be_another(tasks: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "algorithm", [MAML, FOMAML, HFMAML, ANIL, BOIL, LSLR, MetaSGD, IMAML, MAMLPlusPlus]
+    "algorithm", [MAML, HFMAML, ANIL, BOIL, LSLR, MetaSGD, IMAML, MAMLPlusPlus]
 )
 def test_every_algorithm_takes_another_support_loss(algorithm: type[MAML]) -> None:
     settings: dict[str, Any] = {"train_steps": STEPS, "support_loss": Smoothed()}
@@ -119,8 +119,45 @@ def test_reptile_takes_another_support_loss_without_parameters() -> None:
 
     report = check(Reptile(build("mlp"), 0.1, STEPS, support_loss=smoothed), make_episodes())
     assert report.ok, str(report)
-    with pytest.raises(ValueError, match=r"a loss without trainable parameters .*temperature"):
+    with pytest.raises(ValueError, match="a `support_loss` without trainable parameters"):
         Reptile(build("mlp"), support_loss=Smoothed()).meta_loss(make_episodes())
+
+
+@pytest.mark.parametrize(("algorithm", "steps"), [(FOMAML, 2), (MAML, 0)])
+def test_a_support_loss_that_would_not_be_trained_is_refused(
+    algorithm: type[MAML], steps: int
+) -> None:
+    model = algorithm(build("mlp"), RATE, steps, support_loss=Smoothed())
+    with pytest.raises(ValueError, match="a `support_loss` without trainable parameters"):
+        model.meta_loss(make_episodes())
+    model.support_loss.requires_grad_(False)
+    model.meta_loss(make_episodes())
+
+
+def test_each_set_has_the_labels_of_its_own_loss() -> None:
+    episodes = make_episodes()
+    padded = episodes.support_y.clone()
+    padded[:, 0] = 255
+    ignoring = nn.CrossEntropyLoss(ignore_index=255)
+    model = MAML(build("mlp"), RATE, STEPS, support_loss=ignoring)
+    losses, w = own_loop(build("mlp"), episodes._replace(support_y=padded), ignoring)
+    expected = torch.autograd.grad(losses.mean(), [*w.values()])
+    found = model.meta_gradient(episodes._replace(support_y=padded))
+    assert relative_error(found, dict(zip(w, expected, strict=True))) < 1e-12
+    with pytest.raises(ValueError, match=r"labels from 0 to 2.* but got 0 to 255"):
+        MAML(build("mlp"), RATE, loss=ignoring, support_loss=F.cross_entropy).meta_loss(
+            episodes._replace(support_y=padded)
+        )
+    targets = torch.eye(3, dtype=torch.float64)[episodes.support_y]
+    with pytest.raises(ValueError, match=r"labels from 0 to 2.* but got 1 to 3"):
+        MAML(build("mlp"), RATE, support_loss=F.mse_loss).meta_loss(
+            episodes._replace(support_y=targets, query_y=episodes.query_y + 1)
+        )
+    classes = episodes._replace(query_y=torch.randn(3, 9, 3, dtype=torch.float64))
+    losses, w = own_loop(build("mlp"), classes, query_loss=F.mse_loss)
+    expected = torch.autograd.grad(losses.mean(), [*w.values()])
+    model = MAML(build("mlp"), RATE, STEPS, support_loss=F.cross_entropy, loss=F.mse_loss)
+    assert relative_error(model.meta_gradient(classes), dict(zip(w, expected, strict=True))) < 1e-12
 
 
 def test_targets_to_adapt_on_may_be_of_another_kind() -> None:
@@ -158,6 +195,17 @@ def test_a_checkpoint_names_the_support_loss(tmp_path: Path) -> None:
         MAML.load_from_checkpoint(path, network=build("mlp"))
     loaded = MAML.load_from_checkpoint(path, network=build("mlp"), support_loss=Smoothed())
     assert torch.equal(loaded.support_loss.temperature, model.support_loss.temperature)
+
+
+def test_a_resumed_run_says_that_the_modes_differ(tmp_path: Path) -> None:
+    loader = DataLoader([make_episodes()], batch_size=None)
+    run = trainer_in_double(tmp_path)
+    run.fit(MAML(build("mlp"), RATE, query_in_eval=True), loader)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    with pytest.warns(UserWarning, match="query_in_eval True but this one with no query_in_eval"):
+        trainer_in_double(tmp_path).fit(
+            MAML(build("mlp"), RATE), loader, ckpt_path=tmp_path / "model.ckpt"
+        )
 
 
 @WAYS_TO_RUN

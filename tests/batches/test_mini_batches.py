@@ -75,9 +75,20 @@ def test_a_model_draws_them_in_training_and_in_evaluation(tmp_path: Path) -> Non
     assert run.predict(model, loader)[0].shape[:2] == (3, 9)
 
 
-@pytest.mark.parametrize(("size", "steps"), [(0, 1), (7, 1), (1, 0)])
+@pytest.mark.parametrize(("size", "steps"), [(0, 1), (7, 1), (1, -1), (2.5, 1)])
 def test_other_sizes_are_refused(size: int, steps: int) -> None:
     with pytest.raises(ValueError, match=f"but got {size} and {steps}"):
         mini_batches(numbered(2, 6), size, steps)
-    with pytest.raises(TypeError, match="to be Episodes but got tuple"):
+    with pytest.raises(TypeError, match="to be Episodes or a list of tasks but got tuple"):
         mini_batches((1, 2), 1, 1)
+
+
+def test_they_are_drawn_from_every_form_of_a_meta_batch() -> None:
+    episodes = make_episodes()
+    for batch in (list(episodes), [tuple(x[t] for x in episodes) for t in range(3)]):
+        assert mini_batches(batch, 2, 4).support_x.shape[:3] == (3, 4, 2)
+    tasks = [tuple(x[0] for x in make_episodes(1, shots)) for shots in (1, 2, 1)]
+    drawn = mini_batches(tasks, 2, 4)
+    assert [part.support_y.shape for part in drawn.parts] == [(2, 4, 2), (1, 4, 2)]
+    OnMiniBatches(build("mlp"), RATE, 4).meta_loss(drawn)
+    assert mini_batches(episodes, 2, 0) is episodes

@@ -289,13 +289,108 @@ def test_torchs_optimizers_are_refused(given: Any) -> None:
     [
         (lambda: InnerSGD(momentum=-1.0), "`momentum` to be a finite number of at least 0"),
         (lambda: InnerSGD(nesterov=True), "a `momentum` above 0 with `nesterov=True`"),
-        (lambda: InnerAdam(betas=(0.9, 1.0)), r"`betas` to be in \[0, 1\)"),
+        (lambda: InnerAdam(betas=(0.9, 1.0)), r"`betas` to be two numbers in \[0, 1\)"),
+        (lambda: InnerAdam(betas=(0.9,)), r"`betas` to be two numbers in \[0, 1\)"),
+        (lambda: InnerAdam(betas=0.9), r"`betas` to be two numbers in \[0, 1\)"),
         (lambda: InnerAdam(eps=-1.0), "`eps` to be a finite number"),
+        (lambda: InnerAdam(eps=0.0), "`eps` to be above 0"),
+        (lambda: InnerSGD(momentum="0.9"), "`momentum` to be a finite number of at least 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Dropping(InnerOptimizer):
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        return w - rate * gradient * (torch.rand_like(gradient) > 0.5), slots
+
+
+class FromTheStart(InnerOptimizer):
+    def start(self, w: Tensor) -> tuple[Tensor, ...]:
+        return (w,)
+
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        return w - rate * (gradient + w - slots[0]), slots
+
+
+class WithoutGraph(InnerOptimizer):
+    @torch.no_grad()
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        return w - rate * gradient, slots
+
+
+class Counting(InnerOptimizer):
+    def start(self, w: Tensor) -> tuple[Tensor, ...]:
+        return (torch.zeros((), dtype=torch.long),)
+
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        return w - rate * gradient, (slots[0] + 1,)
+
+
+class InPlace(InnerOptimizer):
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        return w.sub_(rate * gradient), slots
+
+
+class ParameterAlone(InnerOptimizer):
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        return w - rate * gradient
+
+
+class OneNumber(InnerOptimizer):
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        return (w - rate * gradient).sum(), slots
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML])
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (Dropping, "without random numbers but Dropping draws from torch"),
+        (FromTheStart, "`start` of FromTheStart to return constants"),
+        (WithoutGraph, "that autograd can follow"),
+        (Counting, "a tuple of tensors of floats"),
+        (InPlace, "to leave its arguments as they are"),
+        (ParameterAlone, r"without state return \(w, \(\)\)"),
+        (OneNumber, r"a parameter of shape \[3\]"),
+    ],
+)
+def test_steps_that_cannot_be_taken_back_are_refused(
+    optimizer: type[InnerOptimizer], message: str, algorithm: type[MAML]
+) -> None:
+    network = build("mlp")
+    before = [p.detach().clone() for p in network.parameters()]
+    model = algorithm(network, RATE, STEPS, inner_optimizer=optimizer())
+    if optimizer is WithoutGraph and algorithm is FOMAML:
+        model.meta_loss(make_episodes())
+    else:
+        with pytest.raises((TypeError, ValueError), match=message):
+            model.meta_loss(make_episodes())
+    assert all(map(torch.equal, before, network.parameters()))
+
+
+class Deciding(InnerOptimizer):
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        size = gradient.norm()
+        return w - rate * (gradient / size if size > 1e-3 else gradient), slots
+
+
+def test_steps_that_decide_by_numbers_are_not_stacked() -> None:
+    model = MAML(build("mlp"), RATE, inner_optimizer=Deciding(), tasks="vmap")
+    with pytest.raises(ValueError, match="Deciding fails there"):
+        model.meta_loss(make_episodes())
+    MAML(build("mlp"), RATE, inner_optimizer=Deciding()).meta_loss(make_episodes(tasks=8))
+
+
+def test_an_optimizer_set_later_is_looked_at_too() -> None:
+    model: Any = MAML(build("mlp"), RATE)
+    model.inner_optimizer = torch.optim.Adam
+    with pytest.raises(TypeError, match="Expected `inner_optimizer` to be an InnerOptimizer"):
+        model.meta_loss(make_episodes())
+    assert repr(Clipped()) == "Clipped()"
+    assert hash(InnerAdam(betas=[0.9, 0.99])) == hash(InnerAdam(betas=(0.9, 0.99)))
 
 
 def test_the_theory_is_of_gradient_descent() -> None:

@@ -207,6 +207,21 @@ def test_dropout_keeps_its_loop() -> None:
     assert MAML(network, 0.1)._execution(make_episodes(tasks=6)) == Execution("loop", None)
 
 
+@pytest.mark.parametrize("in_training", [True, False])
+def test_what_fails_stacked_in_mixed_precision_is_not_stacked(in_training: bool) -> None:
+    """Torch's batch norm by running averages in bf16 is such a thing."""
+    episodes = Episodes(
+        *(x.float() if x.is_floating_point() else x for x in make_episodes(tasks=8))
+    )
+    network = build("conv_batch_norm").float()
+    model = MAML(network, 0.1, batch_norm="running", query_in_eval=in_training)
+    model.train(in_training)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.evaluate(episodes).loss.isfinite().all()
+        if in_training:
+            model.meta_loss(episodes).backward()
+
+
 def test_stacked_tasks_are_halved_until_memory_suffices(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
