@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lightning_maml.algorithms.base import EpisodicModule
@@ -87,7 +88,7 @@ class _Trainer(Trainer):
             )
         self._prepare(model, datamodule, ckpt_path)
         episodes = _transferred(
-            datamodule.independent_episodes("measure", 0, tasks), model.train(), datamodule
+            self, datamodule.independent_episodes("measure", 0, tasks), model.train(), datamodule
         )
         constants = model.probe(episodes, progress=True).constants(
             model.check_for_theory(), model.train_steps
@@ -128,7 +129,7 @@ class _Trainer(Trainer):
         model.trainer, self.datamodule = self, datamodule  # which knows its ways
         datamodule.setup("fit")
         batch = next(iter(datamodule.train_dataloader()))
-        episodes = parts_of(_transferred(batch, model, datamodule))[0]
+        episodes = parts_of(_transferred(self, batch, model, datamodule))[0]
         with self.precision_plugin.train_step_context():
             # it refuses models without an inner loop
             report = check(model, episodes)  # type: ignore[arg-type]
@@ -185,12 +186,20 @@ class _Trainer(Trainer):
         )
 
 
-def _transferred(batch: Any, model: EpisodicModule, datamodule: LightningDataModule) -> Any:
+def _transferred(
+    trainer: Trainer, batch: Any, model: EpisodicModule, datamodule: LightningDataModule
+) -> Any:
     """Return a batch as a trainer gives it to the model."""
-    before = datamodule.on_before_batch_transfer(batch, 0)
-    return datamodule.on_after_batch_transfer(
-        map_tensors(lambda tensor: tensor.to(model.device), before), 0
-    )
+
+    def hook(name: str) -> Callable[[Any, int], Any]:
+        owner = datamodule if is_overridden(name, datamodule) else model
+        found: Callable[[Any, int], Any] = getattr(owner, name)
+        return found
+
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = hook("on_before_batch_transfer")(batch, 0)
+    batch = map_tensors(lambda tensor: tensor.to(model.device), batch)
+    return hook("on_after_batch_transfer")(batch, 0)
 
 
 def _weights(ckpt_path: str | None) -> str:

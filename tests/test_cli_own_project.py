@@ -114,6 +114,23 @@ def test_own_data_and_network_are_trained_resumed_tested_and_predicted(
     main(["check", *same])
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_the_check_gives_batches_as_the_trainer_does(project: Path, precision: str) -> None:
+    main(["check", "--config=config.yaml", f"--trainer.precision={precision}"])
+
+
+def test_the_check_asks_the_models_hooks(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "drawing.py").write_text(
+        "from lightning_maml import MAML, mini_batches\n"
+        "class OnMiniBatches(MAML):\n"
+        "    def on_after_batch_transfer(self, batch, dataloader_idx):\n"
+        "        return mini_batches(batch, size=2, steps=self.train_steps)\n"
+    )
+    main(["check", "--config=config.yaml", "--model=drawing.OnMiniBatches"])
+    assert "ResampledEpisodes" in capsys.readouterr().out
+    sys.modules.pop("drawing", None)
+
+
 def test_inner_loops_are_configured(project: Path) -> None:
     inner = ["--model.inner_optimizer=InnerSGD", "--model.inner_optimizer.momentum=0.9"]
     inner += ["--model.support_loss=torch.nn.CrossEntropyLoss", "--model.query_in_eval=true"]
