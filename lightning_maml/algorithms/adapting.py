@@ -499,9 +499,10 @@ class AdaptingModule(EpisodicModule):
             )
             self._warned_of_weight_norm = True
 
-    def _verdict(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> Verdict:
+    def _verdict(
+        self, episodes: AnyEpisodes, network: nn.Module, kind: Kind, *, adapts_only: bool = False
+    ) -> Verdict:
         """Return whether tasks of a checked batch can be stacked, for the network or a copy."""
-        adapts_only = self.network.training and not network.training
 
         def compare() -> Verdict:
             stacked = StackingCheck(
@@ -521,7 +522,7 @@ class AdaptingModule(EpisodicModule):
             w = next(iter(self._adapting_parameters().values()))
             return verdict._replace(wrong=fails_stacked(self.inner_optimizer, w, 0.1))
 
-        return self._stacking_verdict(kind, compare)
+        return self._stacking_verdict((*kind, adapts_only), compare)
 
     def _curve(self, plan: Plan, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
         if plan.head is not None:

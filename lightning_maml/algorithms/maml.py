@@ -218,7 +218,7 @@ class MAML(AdaptingModule):
         """Return whether the tasks are adapted to, and their networks called, as one."""
         if self._executor.tasks == "loop":
             return False
-        verdict = self._verdict(support, network, kind)
+        verdict = self._verdict(support, network, kind, adapts_only=True)
         if self._executor.tasks == "vmap":
             self._executor.check_stacking(verdict)
             return True

@@ -12,6 +12,7 @@ from lightning_maml.algorithms.adapting import InnerRate, Plan
 from lightning_maml.algorithms.losses import ModelLosses
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.checks.inner_steps import moves_by_itself
 from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
 from lightning_maml.errors import UserValueError
 from lightning_maml.functional.implicit import implicit_gradient, proximal
@@ -319,12 +320,6 @@ class IMAML(MAML):
                 "Expected `train_steps` to be at least 1, because iMAML needs at least one inner "
                 f"step, but got {train_steps}."
             )
-        if getattr(self.inner_optimizer, "weight_decay", 0):
-            raise UserValueError(
-                "Expected an `inner_optimizer` without weight decay with IMAML, whose gradient is "
-                "that at the minimum of support loss and proximal term, but got "
-                f"{self.inner_optimizer}; the proximal term takes its place."
-            )
         proximal_strength = number(proximal_strength, "proximal_strength")
         cg_steps = whole_number(cg_steps, "cg_steps")
         if not 0 < proximal_strength < float("inf"):
@@ -336,6 +331,17 @@ class IMAML(MAML):
             raise UserValueError(f"Expected `cg_steps` to be at least 0 but got {cg_steps}.")
         self.save_hyperparameters("proximal_strength", "cg_steps")
         self.proximal_strength, self.cg_steps = proximal_strength, cg_steps
+
+    @override
+    def _check_inner_steps(self) -> None:
+        super()._check_inner_steps()
+        if self.inner_optimizer is not None and moves_by_itself(self.inner_optimizer):
+            raise UserValueError(
+                "Expected an `inner_optimizer` without weight decay with IMAML, whose gradient is "
+                "that at the minimum of support loss and proximal term, but "
+                f"{self.inner_optimizer} moves parameters without gradient; the proximal term "
+                "takes its place."
+            )
 
     @override
     def _adaptation_settings(self) -> dict[str, Any]:

@@ -118,6 +118,13 @@ def _slots(optimizer: InnerOptimizer, slots: Any, where: str) -> tuple[Tensor, .
     return found
 
 
+def moves_by_itself(optimizer: InnerOptimizer) -> bool:
+    """Return whether the first step moves a parameter that has no gradient, by weight decay say."""
+    w = torch.ones(2)
+    moved, _ = optimizer.step(w, torch.zeros(2), 0.1, optimizer.start(w), 0)
+    return not torch.equal(moved, w)
+
+
 def fails_stacked(optimizer: InnerOptimizer, w: Tensor, rate: float) -> str:
     """Return why a step of several tasks as one fails, or nothing if it runs.
 

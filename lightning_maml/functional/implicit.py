@@ -70,7 +70,8 @@ def implicit_gradient(
         episodes: Of the finite-sum case.
         inner_lr: alpha, or rates by parameter.
         steps: N, at least 1.
-        inner_optimizer: How they are taken; the minimum does not depend on it.
+        inner_optimizer: How they are taken. The minimum does not depend on it, unless it moves
+            parameters without gradient (weight decay), for which the result is wrong.
         strength: lambda of the proximal term.
         cg_steps: Iterations of the conjugate gradient method, one Hessian-vector product each; 0
             gives the first-order gradient.

@@ -194,9 +194,24 @@ def test_the_minimum_of_imaml_is_the_same() -> None:
     assert relative_error(moved, plain) < 1e-10
 
 
-def test_weight_decay_would_move_the_minimum_of_imaml() -> None:
+class Decaying(InnerOptimizer):
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        return w - rate * (gradient + 0.1 * w), slots
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        InnerSGD(weight_decay=0.1),
+        InnerAdam(weight_decay=0.1),
+        InnerAdam(weight_decay=0.1, decoupled_weight_decay=True),
+        Decaying(),
+    ],
+)
+def test_weight_decay_would_move_the_minimum_of_imaml(optimizer: InnerOptimizer) -> None:
     with pytest.raises(ValueError, match="without weight decay with IMAML"):
-        IMAML(build("mlp"), inner_optimizer=InnerSGD(weight_decay=0.1))
+        IMAML(build("mlp"), inner_optimizer=optimizer).meta_loss(make_episodes())
+    IMAML(build("mlp"), inner_optimizer=InnerAdam()).meta_loss(make_episodes())
 
 
 def test_an_element_without_gradient_gets_the_limit() -> None:

@@ -401,12 +401,14 @@ def test_networks_that_vmap_cannot_take_are_not_stacked_by_auto() -> None:
     assert MAML(network, inner_lr=0.1, chunk_size=2).meta_loss(episodes).isfinite()
 
 
-def test_adapting_needs_no_second_derivative() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_adapting_needs_no_second_derivative(training: bool) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 6), nn.Hardsigmoid(), nn.Linear(6, WAYS)
     ).double()
     model, episodes = MAML(network, inner_lr=0.3), make_episodes(tasks=4)
+    model.train(training)
     together = model.adapt(episodes.support_x, episodes.support_y)(episodes.query_x)
     w = {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
     for task in range(4):
