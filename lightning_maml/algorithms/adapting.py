@@ -61,6 +61,7 @@ from lightning_maml.core.rng import is_random
 from lightning_maml.errors import UserValueError
 from lightning_maml.execution.auto import Attempt, Cures, Execution, Executor, TasksName
 from lightning_maml.execution.compilation import Compiler
+from lightning_maml.execution.graphs import Graphs, KeepGraphs
 from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.functional.adaptation import (
     AdaptationCurve,
@@ -162,6 +163,7 @@ class AdaptingModule(EpisodicModule):
         inner_optimizer: InnerOptimizer | None = None,
         support_loss: LossFunction | None = None,
         query_in_eval: bool = False,
+        keep_graphs: KeepGraphs = "auto",
     ) -> None:
         super().__init__(
             network,
@@ -182,6 +184,7 @@ class AdaptingModule(EpisodicModule):
         check_step_count(train_steps, "train_steps")
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         self._executor = Executor(tasks, chunk_size, compiled)
+        self._graphs = Graphs(keep_graphs)
         settings: dict[str, Any] = {
             "inner_lr": inner_lr,
             "train_steps": train_steps,
@@ -196,6 +199,7 @@ class AdaptingModule(EpisodicModule):
             "inner_rates": inner_rates,
             "compiled": compiled,
             "query_in_eval": query_in_eval,
+            "keep_graphs": keep_graphs,
         }
         self._save_settings(settings)
         inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
@@ -330,7 +334,13 @@ class AdaptingModule(EpisodicModule):
     @override
     def _attempts(self, episodes: AnyEpisodes) -> Iterator[Attempt]:
         cures: Cures = {HeadDoesNotEndError: self._compute_features_in_every_step}
+        if self._graphs.may_be_dropped and self.train_steps > 1 and self.device.type != "cpu":
+            cures = {**cures, torch.OutOfMemoryError: self._drop_graphs}
         return self._executor.attempts(len(episodes.query_y), self.device, cures)
+
+    def _drop_graphs(self) -> None:
+        self._graphs.drop()
+        self._findings.forget("graphs")
 
     def _compute_features_in_every_step(self) -> None:
         self._features_once = False

@@ -31,6 +31,7 @@ from lightning_maml.execution.auto import Execution
 from lightning_maml.execution.compilation import state_of
 from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.functional.adaptation import adaptation_curve, adapted_parameters
+from lightning_maml.functional.graph_size import graph_bytes
 from lightning_maml.functional.loss_with_gradient import loss_with_gradient
 from lightning_maml.functional.meta_gradient import MetaGradient, meta_gradient
 from lightning_maml.io.plain import whole_number
@@ -115,6 +116,10 @@ class MAML(AdaptingModule):
             support set alone; and with ``batch_norm="running"`` the support set is normalised by
             its own statistics and the query set by the running averages, which only support sets
             move.
+        keep_graphs: Whether the graphs of all inner steps are kept for the exact meta-gradient:
+            ``"always"``; ``"never"``, so that memory holds one at a time, and each is built twice;
+            or ``"auto"``, if they fit into half of the memory that is free at the first batch. The
+            numbers are the same.
 
     Raises:
         TypeError: If what should be a number is none; numpy's numbers are taken as Python's.
@@ -346,7 +351,24 @@ class MAML(AdaptingModule):
             arguments["call"] = partial(self._compiler, setting)
         if curvature == "finite_difference":
             arguments["probe_radius"] = self.probe_radius
+        if curvature == "exact" and isinstance(episodes, Episodes):
+            arguments["keep_graphs"] = self._keeps_graphs(plan, arguments)
         return partial(meta_gradient, **arguments, curvature=curvature, step_weights=step_weights)
+
+    def _keeps_graphs(self, plan: Plan, arguments: Mapping[str, Any]) -> bool:
+        """Return whether the graphs of all inner steps are kept, decided once for each batch."""
+        if plan.head is not None:  # those of the head alone are small
+            return self._graphs.fit(1, self.device, int)
+        kind = self._kind(plan.functional.network, arguments["episodes"])
+        names = ("loss", "params", "episodes", "tasks", "chunk_size", "has_aux")
+        measure = partial(graph_bytes, **{name: arguments[name] for name in names})
+
+        def find() -> bool:
+            return self._graphs.fit(self.train_steps, self.device, measure)
+
+        key = (*kind, plan.execution, self.train_steps)
+        kept: bool = self._findings.once("graphs", key, self.loss, find)
+        return kept
 
     def _training_arguments(self, plan: Plan, episodes: AnyEpisodes) -> dict[str, Any]:
         """Return the arguments for a meta-gradient.

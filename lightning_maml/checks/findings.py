@@ -50,6 +50,10 @@ class Findings:
         """Return how many findings are remembered."""
         return len(self._found)
 
+    def forget(self, check: str) -> None:
+        """Forget what a check found."""
+        self._found = {key: found for key, found in self._found.items() if key[0] != check}
+
     def once(
         self,
         check: str,

@@ -67,7 +67,7 @@ def inner_loop(
     Returns:
         The steps, and the adapted parameters ``w_N``.
     """
-    reserved = _reserve(w, rates)
+    points = _reserve(w, rates)
     update, state = _start(losses, w, rates, optimizer)
     steps = []
     for j, (objective, rates_j) in enumerate(zip(losses.support, rates, strict=True)):
@@ -76,8 +76,7 @@ def inner_loop(
         if optimizer is None:
             kept = {name: gradient[name] for name in tensor_rates(rates_j)}
         steps.append(InnerStep(j, w, rates_j, losses.hessian[j], kept, state))
-        w, state = _step(update, j, w, rates_j, gradient, state)
-        w |= {name: tensor.copy_(w[name]) for name, tensor in reserved[j].items()}
+        w, state = _step(update, j, w, rates_j, gradient, state, points[j])
     return steps, w
 
 
@@ -108,20 +107,37 @@ def _start(
 
 
 def _step(
-    update: InnerUpdate | None, number: int, w: Params, rates: Rates, gradient: Params, state: State
+    update: InnerUpdate | None,
+    number: int,
+    w: Params,
+    rates: Rates,
+    gradient: Params,
+    state: State,
+    point: Params | None = None,
 ) -> tuple[Params, State]:
+    """Return w_{j+1}, in the memory of ``point`` if that is given, and the state after the step."""
     if update is None:
-        return sgd_step(w, rates, gradient), state
+        return {**w, **sgd_step(w, rates, gradient, point)}, state
     moved, state = update(number, rates, update.inputs(w, gradient, state, rates))
+    if point is not None:
+        moved = {name: tensor.copy_(moved[name]) for name, tensor in point.items()}
     return {**w, **moved}, state
 
 
-def sgd_step(w: Params, rates: Rates, gradient: Params) -> Params:
-    """Return ``w - A gradient``."""
-    return {
-        name: tensor - rates[name] * gradient[name] if name in rates else tensor
-        for name, tensor in w.items()
-    }
+def sgd_step(w: Params, rates: Rates, gradient: Params, point: Params | None = None) -> Params:
+    """Return ``w - A gradient`` for the parameters that adapt.
+
+    Args:
+        w: The parameters.
+        rates: A.
+        gradient: Their gradient.
+        point: Tensors to write it to.
+    """
+    moved: Params = {}
+    for name, rate in rates.items():
+        out = None if point is None else point[name]
+        moved[name] = torch.sub(w[name], rate * gradient[name], out=out)
+    return moved
 
 
 def _reserve(w: Params, rates: Sequence[Rates]) -> list[Params]:

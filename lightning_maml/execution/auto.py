@@ -248,16 +248,17 @@ class Executor:
             error = attempt.error
             if error is None:
                 return
-            cure = next((cures[kind] for kind in cures if isinstance(error, kind)), None)
-            if cure is not None:
+            out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
+            cured = next((kind for kind in cures if isinstance(error, kind)), None)
+            if cured is not None:
                 torch.set_rng_state(before)
-                cure()
+                cures.pop(cured)()  # each works once
             else:
                 self._stack_fewer(count, device, error)
             # the error's traceback holds the attempt's tensors, and the attempt is still a variable
             # of whoever made it
             attempt.error = error = None
-            if cure is None:
+            if out_of_memory and device.type != "cpu":
                 torch.get_device_module(device).empty_cache()
 
     def _stay_out_of_threads(self) -> None:

@@ -93,6 +93,7 @@ def meta_gradient(
     tasks: TaskExecution = "loop",
     chunk_size: int | None = None,
     step_weights: Sequence[float] | None = None,
+    keep_graphs: bool | None = None,
     encode: Encode | None = None,
     call: Call | None = None,
 ) -> MetaGradient:
@@ -134,6 +135,10 @@ def meta_gradient(
         step_weights: Weights of the query losses after steps 1 .. N in what is differentiated (the
             multi-step loss of Antoniou et al. 2019, section 4); by default 0 .. 0, 1. The query
             losses returned are those after step N in any case.
+        keep_graphs: Keep the graphs of all inner steps for the way back, which then need not be
+            built again: faster, but they are all in memory at once. The numbers are the same. Only
+            with exact curvature of the support sets themselves, and without ``sample``; elsewhere
+            nothing is kept. By default only the graph of a single step.
         encode: ``encode(params, task)`` returns the features of a task's support and query inputs,
             which take the place of these inputs. For ``Episodes`` only, and only if what precedes
             the features does not adapt: they are computed once per task.
@@ -176,10 +181,9 @@ def meta_gradient(
             "got other data or losses."
         )
     functions = LossFunctions(loss, query_loss, has_aux, sample)
-    # with one step its graph lies beside the query loss's anyway: kept, it saves a seventh of the
-    # time
-    keep_graphs = steps == 1 and curvature == "exact" and sample is None
-
+    if keep_graphs is None:
+        keep_graphs = steps == 1  # it lies beside that of the query loss anyway
+    keep_graphs = keep_graphs and curvature == "exact" and sample is None
     learns_rates = any(map(tensor_rates, rates))
 
     def step_back(losses: TaskLosses, axis: TaskAxis) -> StepBack | None:

@@ -702,6 +702,7 @@ def test_a_checkpoint_holds_plain_arguments_and_loads_safely(
         "inner_rates": None,
         "compiled": False,
         "query_in_eval": False,
+        "keep_graphs": "auto",
         **extra,
     }
     loaded = algorithm.load_from_checkpoint(

@@ -84,16 +84,17 @@ def test_losses_on_the_way_and_learned_rates_are_the_same() -> None:
     assert relative_error(*gradients) < 1e-12
 
 
-def test_the_body_is_called_once_for_each_set() -> None:
+@pytest.mark.parametrize(("keep_graphs", "evaluations"), [("never", 2 * STEPS), ("auto", STEPS)])
+def test_the_body_is_called_once_for_each_set(keep_graphs: str, evaluations: int) -> None:
     network, tasks = build("conv_batch_norm"), 3
     calls = counted(network)
-    model = ANIL(network, RATE, STEPS, tasks="loop")
+    model = ANIL(network, RATE, STEPS, tasks="loop", keep_graphs=keep_graphs)
     model.meta_loss(make_episodes(tasks))
     # written, policy, backward pass, outputs; twice loss and modes; thrice random numbers and end
     looks = 14
     assert calls["body"] == looks + 2 * tasks
-    assert calls["head"] == calls["body"] + 1 + tasks * (STEPS + STEPS + 1), (
-        "one look, N gradients, N products and the query loss"
+    assert calls["head"] == calls["body"] + 1 + tasks * (evaluations + 1), (
+        "one look, N gradients, N products where no graph is kept, and the query loss"
     )
     calls.clear()
     model.evaluate(make_episodes(tasks))

@@ -1,0 +1,147 @@
+"""Graphs of inner steps that are kept: the same numbers, and kept only where memory allows."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.networks import build, make_episodes
+from lightning_maml import ANIL, FOMAML, LSLR, MAML, InnerSGD, MAMLPlusPlus
+from lightning_maml.execution import graphs
+from lightning_maml.execution.graphs import bytes_of_graph, free_bytes
+
+RATE, STEPS = 0.2, 4
+
+
+def gradients(algorithm: type[MAML], keep: str, tasks: str, **options: Any) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    network = nn.Sequential(build("conv_batch_norm"), nn.Dropout(0.2 if tasks == "loop" else 0.0))
+    settings = {"head": "0.5"} if algorithm is ANIL else {}
+    model = algorithm(network, RATE, STEPS, tasks=tasks, keep_graphs=keep, **settings, **options)
+    torch.manual_seed(1)
+    model.meta_loss(make_episodes()).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("tasks", ["loop", "threads", "vmap"])
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        (MAML, {}),
+        (MAML, {"inner_optimizer": InnerSGD(momentum=0.9)}),
+        (ANIL, {}),
+        (LSLR, {}),
+        (FOMAML, {}),
+    ],
+)
+def test_the_numbers_are_the_same_to_the_last_bit(
+    algorithm: type[MAML], options: dict, tasks: str
+) -> None:
+    kept, built_again = (
+        gradients(algorithm, keep, tasks, **options) for keep in ("always", "never")
+    )
+    for one, other in zip(kept, built_again, strict=True):
+        assert torch.equal(one, other)
+
+
+def counted(model: MAML) -> int:
+    """Return how often a step calls the network."""
+    calls = []
+    model.meta_loss(make_episodes())
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: calls.append(1) if isinstance(module, nn.Flatten) else None
+    )
+    model.meta_loss(make_episodes())
+    handle.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(2.1, True), (1.9, False)])
+def test_they_are_kept_if_they_take_half_of_the_free_memory(
+    share: float, kept: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = MAML(build("mlp"), RATE, STEPS, tasks="loop")
+    # by hand: inputs to the first layer are known, what follows is 6 x 6 hidden and 6 x 3 outputs
+    sizes: list[int] = []
+    measured = graphs.bytes_of_graph
+
+    def noted(*arguments: Any) -> int:
+        sizes.append(measured(*arguments))
+        return sizes[-1]
+
+    monkeypatch.setattr("lightning_maml.functional.graph_size.bytes_of_graph", noted)
+    monkeypatch.setattr(graphs, "free_bytes", lambda device: share * STEPS * sizes[-1])
+    with caplog.at_level(logging.INFO):
+        assert counted(model) == 3 * (STEPS + 1 if kept else 2 * STEPS + 1)
+    assert caplog.text.count("kept (keep" if kept else "built again on the way back") == 1
+    assert len(sizes) == 1
+    outputs = 6 * (6 + 3) * 8
+    assert outputs < sizes[0] < 50 * outputs
+
+
+def test_the_user_decides() -> None:
+    for keep, evaluations in (("always", STEPS + 1), ("never", 2 * STEPS + 1)):
+        model = MAML(build("mlp"), RATE, STEPS, tasks="loop", keep_graphs=keep)
+        assert counted(model) == 3 * evaluations
+    with pytest.raises(ValueError, match="'auto', 'always' or 'never' but got 'yes'"):
+        MAML(build("mlp"), keep_graphs="yes")
+
+
+def test_losses_on_the_way_are_the_same() -> None:
+    found = []
+    for keep in ("always", "never"):
+        model = MAMLPlusPlus(build("mlp"), RATE, 3, multi_step_epochs=0, keep_graphs=keep)
+        model.step_weights = lambda epoch: [0.2, 0.3, 0.5]
+        model.meta_loss(make_episodes()).backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_what_a_graph_keeps_is_counted_once() -> None:
+    x = torch.ones(1000, requires_grad=True)
+    known = torch.ones(1000)
+    # sin keeps x, which is known; the product keeps both its factors, 4 kB each
+    assert bytes_of_graph(lambda: x.sin() * x.cos(), [x]) == 8000
+    assert bytes_of_graph(lambda: (x * known).sum(), [x, known]) == 0
+    assert bytes_of_graph(lambda: (x * known).sum(), [x]) == 4000
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(graphs, "_LIMITS", ((limit, used),))
+    device = torch.device("cpu")
+    without = free_bytes(device)
+    assert without is None or without > 0
+    used.write_text("600\n")
+    for text in ("max", "1000\n"):
+        limit.write_text(text)
+        assert free_bytes(device) == (400 if text != "max" else pytest.approx(without, rel=0.5))
+    assert free_bytes(torch.device("mps")) is None
+
+
+def test_out_of_memory_they_are_dropped_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Accelerated(MAML):
+        """Runs as on an accelerator whose memory is full with graphs, no test machine has one."""
+
+        device = torch.device("cuda")
+
+        def _gradient_function(self, plan, episodes, curvature=None):
+            function = super()._gradient_function(plan, episodes, curvature)
+            if function.keywords["keep_graphs"]:
+                raise torch.OutOfMemoryError("full")
+            return function
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
+    monkeypatch.setattr(graphs, "free_bytes", lambda device: 2**40)
+    episodes = make_episodes(tasks=9)
+    model = Accelerated(build("mlp"), RATE, STEPS)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            model.meta_loss(episodes)
+    assert caplog.text.count("no memory for the graphs") == 1
+    assert "tasks at once" not in caplog.text
