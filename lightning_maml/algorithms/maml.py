@@ -301,6 +301,15 @@ class MAML(AdaptingModule):
         unwritten = Unwritten(params | inputs)
         plan = self._plan(episodes)
 
+        gradient = self._gradient_function(plan, episodes)
+
+        def run() -> MetaGradient:
+            try:
+                return gradient()
+            except Exception:  # perhaps of a graph whose tensors were written to
+                unwritten.check()
+                raise
+
         def check(found: MetaGradient) -> None:
             unwritten.check()
             self._stop_unless_finite(found)
@@ -313,7 +322,7 @@ class MAML(AdaptingModule):
             loss = loss_with_gradient(points, [found.grad, *found.inner_lr], found.query_loss)
             return StepResult(loss, found.query_loss, found.aux)
 
-        return Step(self._gradient_function(plan, episodes), check, finish)
+        return Step(run, check, finish)
 
     def _gradient_function(
         self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName | None = None

@@ -47,6 +47,7 @@ class Graphs:
                 f"Expected `keep_graphs` to be 'auto', 'always' or 'never' but got {keep!r}."
             )
         self._keep = keep
+        self._said: bool | None = None
 
     @property
     def may_be_dropped(self) -> bool:
@@ -59,7 +60,7 @@ class Graphs:
         self._keep = "never"
 
     def fit(self, steps: int, device: torch.device, size: Callable[[], int]) -> bool:
-        """Return whether the graphs are kept, and log it where their size decides.
+        """Return whether the graphs are kept; what their size decides is logged when it changes.
 
         Args:
             steps: N. The graph of a single step lies beside that of the query loss anyway.
@@ -70,10 +71,12 @@ class Graphs:
             return self._keep != "never"
         needed, free = steps * size(), free_bytes(device)
         kept = free is not None and needed <= _SHARE * free
-        rank_zero_info(
-            f"The graphs of {steps} inner steps take {needed / 2**30:.2g} GB: they are "
-            f"{'kept' if kept else 'built again on the way back'} (keep_graphs='auto')."
-        )
+        if kept != self._said:  # tasks of many sizes are measured many times
+            rank_zero_info(
+                f"The graphs of {steps} inner steps take {needed / 2**30:.2g} GB: they are "
+                f"{'kept' if kept else 'built again on the way back'} (keep_graphs='auto')."
+            )
+            self._said = kept
         return kept
 
 

@@ -34,7 +34,8 @@ def graph_bytes(
         chunks = split(detached(episodes), tasks, chunk_size)
         task, axis = chunks.tasks[0], chunks.axes[0]
         w = axis.expand(detached(params))
-        objective = LossFunctions(loss, has_aux=has_aux).of_task(task, 1, axis).support[0]
+        first = loss if callable(loss) else loss[0]
+        objective = LossFunctions(first, has_aux=has_aux).of_task(task, 1, axis).support[0]
         known = [*w.values(), *tensors(task)]
         size = bytes_of_graph(lambda: objective.hessian(w), known)
     set_generator_states(states, device)

@@ -533,7 +533,7 @@ def test_known_kinds_of_batch_are_not_looked_at_again() -> None:
     Counting.calls = 0
     for episodes in (one, other, one):
         model.meta_loss(episodes)
-    assert Counting.calls == 3 * 4 * (2 * STEPS + 1)
+    assert Counting.calls == 3 * 4 * (STEPS + 1)
 
 
 class Words(nn.Module):
@@ -1373,7 +1373,7 @@ def test_words_that_change_in_every_step_are_forgotten() -> None:
     for step in range(70):
         network.phase = f"step {step}"
         model.meta_loss(points())
-    assert len(model._findings) < 3 * 70
+    assert len(model._findings) < 4 * 70
 
 
 @pytest.mark.parametrize("adapts", [False, True])

@@ -51,7 +51,9 @@ def test_training_resumes_with_learned_rates_and_per_step_batch_norm_of_version_
         nn.Flatten(),
         nn.Linear(4 * 13 * 13, 5),
     )
-    model = MAMLPlusPlus.load_from_checkpoint(checkpoint, network=network)
+    # graphs as version 0.1 had them: the first bias has no gradient but rounding, of which Adam makes
+    # steps
+    model = MAMLPlusPlus.load_from_checkpoint(checkpoint, network=network, keep_graphs="never")
     data = GlyphsDataModule(train_batches=2, meta_batch_size=2, val_tasks=4)
     going_on: Trainer = trainer(tmp_path, max_epochs=2)
     going_on.fit(model, data, ckpt_path=checkpoint)
