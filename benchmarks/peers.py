@@ -86,6 +86,40 @@ def torchopt(network: nn.Module, loss: Loss, episodes: Episodes, rate: float, st
     return {name: p.grad for name, p in params.items()}
 
 
+def autograd(
+    network: nn.Module,
+    loss: Loss,
+    episodes: Episodes,
+    rate: float,
+    steps: int,
+    first_order: bool = False,
+) -> Params:
+    """Use ``torch.autograd.grad`` through an inner loop of itself: the plainest loop."""
+    params = dict(network.named_parameters())
+
+    def query_loss(task: Task) -> Tensor:
+        w = params
+        for _ in range(steps):
+            value = loss(functional_call(network, w, (task[0],)), task[1])
+            gradient = torch.autograd.grad(value, list(w.values()), create_graph=not first_order)
+            w = {
+                name: tensor - rate * g
+                for (name, tensor), g in zip(w.items(), gradient, strict=True)
+            }
+        return loss(functional_call(network, w, (task[2],)), task[3])
+
+    return _accumulated(
+        network, map(query_loss, zip(*episodes, strict=True)), len(episodes.support_x)
+    )
+
+
+def autograd_fo(
+    network: nn.Module, loss: Loss, episodes: Episodes, rate: float, steps: int
+) -> Params:
+    """Do the same without second derivatives."""
+    return autograd(network, loss, episodes, rate, steps, first_order=True)
+
+
 def torch_func(
     network: nn.Module,
     loss: Loss,
@@ -130,4 +164,6 @@ PEERS = {
     "higher": higher,
     "torchopt": torchopt,
     "torch-func": torch_func,
+    "autograd": autograd,
+    "autograd-fo": autograd_fo,
 }

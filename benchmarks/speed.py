@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet18
 from tqdm import tqdm
 
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12, keep_freed_memory
@@ -42,7 +43,7 @@ OURS = {
     "ours-exact-bf16": MAML,
     "ours-fo-bf16": FOMAML,
 }
-FIRST_ORDER = ("ours-fo", "ours-fo-bf16", "learn2learn-fo")
+FIRST_ORDER = ("ours-fo", "ours-fo-bf16", "learn2learn-fo", "autograd-fo")
 TURN = 0.1
 """Shortest turn of a method, in seconds; in a turn, short calls follow each other as they do in
 training."""
@@ -115,6 +116,16 @@ WORKLOADS = {
     ),
     "sinusoid": Workload(lambda: MLP(1, 1), (1,), 10, 1, 1, 25, 1, 0.01),
 }
+LARGE = {
+    "wide_n3": Workload(lambda: MLP(784, 5, (3500, 3500)), (1, 28, 28), 5, 1, 15, 1, 3, 0.01),
+    "wide_n5": Workload(lambda: MLP(784, 5, (3500, 3500)), (1, 28, 28), 5, 1, 15, 1, 5, 0.01),
+    "resnet12_n5": Workload(
+        lambda: ResNet12(3, 5), (3, 84, 84), 5, 1, 15, 1, 5, 0.01, checked_shape=(3, 32, 32)
+    ),
+    "resnet18_n5": Workload(lambda: resnet18(num_classes=5), (3, 84, 84), 5, 1, 15, 1, 5, 0.01),
+}
+"""Large networks with few tasks; with one task, and with four."""
+WORKLOADS |= LARGE | {f"{name}_t4": of._replace(tasks=4) for name, of in LARGE.items()}
 
 
 class Row(NamedTuple):
@@ -360,6 +371,14 @@ def main() -> None:
         for key, limit in limits(name, arguments.device).items():
             if key in medians:
                 print(f"| {name} | {key} | {limit:.3g} | {medians[key] / limit:.2g} |")
+    print("\n| workload | method | fastest of the others | its time over ours |\n|---|---|---|---|")
+    for name in arguments.workload:
+        medians = {row.method: row.median_ms for row in rows if row.workload == name}
+        for key in {"ours-exact", "ours-fo"} & medians.keys():
+            others = [peer for peer in PEERS if (peer in FIRST_ORDER) == (key in FIRST_ORDER)]
+            fastest = min(medians.keys() & others, key=medians.__getitem__, default=None)
+            if fastest is not None:
+                print(f"| {name} | {key} | {fastest} | {medians[fastest] / medians[key]:.2f} |")
 
 
 if __name__ == "__main__":

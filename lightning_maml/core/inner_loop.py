@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.inner_rates import Rates, tensor_rates
 from lightning_maml.core.inner_update import InnerUpdate, State
 from lightning_maml.core.objective import Objective
-from lightning_maml.core.params import Params
+from lightning_maml.core.params import Params, add_scaled, number_on
 
 
 class TaskLosses(NamedTuple):
@@ -133,10 +134,17 @@ def sgd_step(w: Params, rates: Rates, gradient: Params, point: Params | None = N
         gradient: Their gradient.
         point: Tensors to write it to.
     """
+    alpha = number_on(rates)
+    if alpha is not None and point is None:
+        adapting = {name: w[name] for name in rates}
+        return add_scaled(adapting, -alpha, gradient)
     moved: Params = {}
     for name, rate in rates.items():
         out = None if point is None else point[name]
-        moved[name] = torch.sub(w[name], rate * gradient[name], out=out)
+        if isinstance(rate, Tensor):
+            moved[name] = torch.sub(w[name], rate * gradient[name], out=out)
+        else:
+            moved[name] = torch.sub(w[name], gradient[name], alpha=rate, out=out)
     return moved
 
 

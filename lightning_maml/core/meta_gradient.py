@@ -18,7 +18,7 @@ from lightning_maml.core.inner_loop import InnerStep, TaskLosses, adapt, inner_l
 from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.inner_rates import Rates, tensor_rates
 from lightning_maml.core.inner_update import InnerUpdate, State
-from lightning_maml.core.params import Params, add, add_scaled, scale, subtract
+from lightning_maml.core.params import Params, add, add_scaled, number_on, scale, subtract
 from lightning_maml.core.task_axis import TaskAxis
 
 StepBack = Callable[[InnerStep, Params], Params]
@@ -74,6 +74,9 @@ def through_step(step: InnerStep, v: Params, hvp: HessianVectorProduct) -> Param
     The papers' A_j is alpha times the identity. With other rates A_j comes before H_j, so that a
     parameter that does not adapt still gets the mixed terms of those that do.
     """
+    alpha = number_on(step.rates)
+    if alpha is not None and step.rates.keys() == v.keys():
+        return add_scaled(v, -alpha, hvp(step.hessian, step.w, v))
     Hv = hvp(step.hessian, step.w, scale(step.rates, v))
     return subtract(v, Hv)
 

@@ -6,12 +6,13 @@ gradient of the sum of the losses holds the gradients of all tasks, and one Hess
 holds the products of all.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
@@ -67,7 +68,7 @@ class Objective:
         self.axis = axis
         self._loss = loss
         self._keep_graph = keep_graph
-        self._kept: tuple[Params, Params, Params] | None = None
+        self._kept: tuple[Params, Params, dict[str, GradientEdge]] | None = None
         self._random_state: dict[str, Any] | None = None
 
     def draw(self, w: Params) -> None:
@@ -101,17 +102,18 @@ class Objective:
         if not self._keep_graph:
             return self.value_and_gradient(w, names)[2]
         leaves, gradient = self._differentiable_gradient(w, w if names is None else names)
-        self._kept = (w, leaves, gradient)
+        # the place of the gradient in its graph, without its numbers
+        edges = {name: get_gradient_edge(g) for name, g in gradient.items() if g.requires_grad}
+        self._kept = (w, leaves, edges)
         return {name: tensor.detach() for name, tensor in gradient.items()}
 
     def hessian_vector_product(self, w: Params, v: Params) -> Params:
         """Return the Hessian at ``w`` times ``v``, which counts as zero where it has no entry."""
         if self._kept is not None and self._kept[0] is w:
-            _, leaves, gradient = self._kept
+            _, leaves, edges = self._kept
             self._kept = None
-        else:
-            leaves, gradient = self._differentiable_gradient(w, v)
-        return self._pull_back_gradient(w, leaves, gradient, v)
+            return self._pull_back_gradient(w, leaves, edges, v)
+        return self._pull_back_gradient(w, *self._differentiable_gradient(w, v), v)
 
     def hessian(self, w: Params) -> Callable[[Params], Params]:
         """Return the product with the Hessian at ``w`` as a function, for many products."""
@@ -128,9 +130,19 @@ class Objective:
         return leaves, _by_name(names, gradient)
 
     def _pull_back_gradient(
-        self, w: Params, leaves: Params, gradient: Params, v: Params, *, retain_graph: bool = False
+        self,
+        w: Params,
+        leaves: Params,
+        gradient: Mapping[str, Tensor | GradientEdge],
+        v: Params,
+        *,
+        retain_graph: bool = False,
     ) -> Params:
-        curved = [(g, v[name]) for name, g in gradient.items() if g.requires_grad]
+        curved = [
+            (g, v[name])
+            for name, g in gradient.items()
+            if isinstance(g, GradientEdge) or g.requires_grad
+        ]
         if not curved:  # the loss is linear in the parameters
             return {name: torch.zeros_like(tensor) for name, tensor in leaves.items()}
         outputs, cotangents = zip(*curved, strict=True)

@@ -25,7 +25,7 @@ from lightning_maml.core.meta_gradient import (
     with_rate_gradients,
 )
 from lightning_maml.core.objective import twice_differentiable
-from lightning_maml.core.params import Params, add
+from lightning_maml.core.params import Params, add, scale
 from lightning_maml.core.task_axis import TaskAxis
 from lightning_maml.errors import UserValueError
 from lightning_maml.execution.task_map import (
@@ -254,8 +254,9 @@ def mean_over_tasks(
         each.append(with_task_dimension((found.query_loss, found.aux), axis))
     assert total is not None, "there is at least one task"
     query_losses, aux = cat_chunks(each)
-    grad = {name: tensor / len(query_losses) for name, tensor in total.items()}
-    return TaskGradient(grad, query_losses, aux)
+    if len(query_losses) > 1:
+        total = scale(1 / len(query_losses), total)
+    return TaskGradient(total, query_losses, aux)
 
 
 def _called(

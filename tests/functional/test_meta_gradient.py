@@ -142,14 +142,11 @@ def test_no_curvature_is_the_gradient_at_the_adapted_parameters_to_the_last_bit(
     episodes = make_episodes(tasks=1)
     loss = plain_loss(network)
     w = leaves(network)
+    optimizer = torch.optim.SGD(w.values(), RATE)
     for _ in range(steps):
-        gradient = torch.autograd.grad(
-            loss(w, episodes.support_x[0], episodes.support_y[0]), list(w.values())
-        )
-        w = {
-            k: (p - RATE * g).detach().requires_grad_()
-            for (k, p), g in zip(w.items(), gradient, strict=True)
-        }
+        optimizer.zero_grad()
+        loss(w, episodes.support_x[0], episodes.support_y[0]).backward()
+        optimizer.step()
     expected = torch.autograd.grad(
         loss(w, episodes.query_x[0], episodes.query_y[0]), list(w.values())
     )

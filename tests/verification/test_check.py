@@ -525,7 +525,7 @@ def negative(params: dict[str, Tensor]) -> dict[str, Tensor]:
     ("algorithm", "module", "function", "at"),
     [
         # the curvature's sign
-        (MAML, "core.meta_gradient", "scale", "exact meta-gradient, float64"),
+        (MAML, "core.hvp", "exact", "exact meta-gradient, float64"),
         (
             FOMAML,
             "core.inner_loop",
@@ -555,7 +555,7 @@ def test_a_wrong_gradient_in_the_own_precision_is_found(monkeypatch: pytest.Monk
             for name, tensor in params.items()
         }
 
-    patched(monkeypatch, "core.meta_gradient", "scale", rough)
+    patched(monkeypatch, "core.hvp", "exact", rough)
     report = check(MAML(network(), inner_lr=1.0), tasks())
     assert [found.at for found in report.rows if found.verdict == "wrong"] == [
         "exact meta-gradient, float32"
