@@ -61,6 +61,7 @@ from lightning_maml.core.rng import is_random
 from lightning_maml.errors import UserValueError
 from lightning_maml.execution.auto import Attempt, Cures, Execution, Executor, TasksName
 from lightning_maml.execution.compilation import Compiler
+from lightning_maml.execution.cuda_graphs import CudaGraphs, state_read_by, works_on
 from lightning_maml.execution.graphs import Graphs, KeepGraphs
 from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.functional.adaptation import (
@@ -164,6 +165,7 @@ class AdaptingModule(EpisodicModule):
         support_loss: LossFunction | None = None,
         query_in_eval: bool = False,
         keep_graphs: KeepGraphs = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         super().__init__(
             network,
@@ -185,6 +187,7 @@ class AdaptingModule(EpisodicModule):
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         self._executor = Executor(tasks, chunk_size, compiled)
         self._graphs = Graphs(keep_graphs)
+        self._cuda_graphs = CudaGraphs() if cuda_graphs and not compiled else None
         settings: dict[str, Any] = {
             "inner_lr": inner_lr,
             "train_steps": train_steps,
@@ -200,6 +203,7 @@ class AdaptingModule(EpisodicModule):
             "compiled": compiled,
             "query_in_eval": query_in_eval,
             "keep_graphs": keep_graphs,
+            "cuda_graphs": cuda_graphs,
         }
         self._save_settings(settings)
         inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
@@ -334,12 +338,16 @@ class AdaptingModule(EpisodicModule):
     @override
     def _attempts(self, episodes: AnyEpisodes) -> Iterator[Attempt]:
         cures: Cures = {HeadDoesNotEndError: self._compute_features_in_every_step}
-        if self._graphs.may_be_dropped and self.train_steps > 1 and self.device.type != "cpu":
+        may_free = self._graphs.may_be_dropped or self._cuda_graphs is not None
+        if may_free and self.device.type != "cpu":
             cures = {**cures, torch.OutOfMemoryError: self._drop_graphs}
         return self._executor.attempts(len(episodes.query_y), self.device, cures)
 
     def _drop_graphs(self) -> None:
-        self._graphs.drop()
+        if self._cuda_graphs is not None:
+            self._cuda_graphs.drop()
+        if self._graphs.may_be_dropped and self.train_steps > 1:
+            self._graphs.drop()
         self._findings.forget("graphs")
 
     def _compute_features_in_every_step(self) -> None:
@@ -361,6 +369,22 @@ class AdaptingModule(EpisodicModule):
         if are_stacked(*execution):
             functional = functional.stacked()
         return Plan(functional, execution, self._head_that_ends(info, episodes))
+
+    def _captured(
+        self, function: Callable[[], Any], plan: Plan, episodes: AnyEpisodes
+    ) -> Callable[[], Any]:
+        """Return a function of a meta-batch, on a GPU as a CUDA graph where that is possible."""
+        graphs = self._cuda_graphs
+        if graphs is None or not works_on(self.device) or not isinstance(function, partial):
+            return function
+        if writes(plan.functional.network) is None:  # what a pass changes is not known
+            return function
+        state = state_read_by(plan.functional.network, self.loss, self.support_loss)
+        if state is None:
+            graphs.give_up("the loss may read what changes from step to step; make it a module")
+            return function
+        kind = self._kind(plan.functional.network, episodes)
+        return partial(graphs, function, (kind, plan.execution, plan.head, state))
 
     def _functional(self, episodes: AnyEpisodes) -> FunctionalNetwork:
         """Return the network as it adapts.
@@ -485,7 +509,8 @@ class AdaptingModule(EpisodicModule):
                 f"{info.outputs[0]}; give its head as many outputs as the datamodule has `ways`, "
                 "and leave `test_ways` the same, because a head has one width."
             )
-        check_labels(episodes, info.outputs[0], ignored_label(loss), sets)
+        labels = self._known_labels.of(episodes, sets)
+        check_labels(labels, info.outputs[0], ignored_label(loss), sets)
 
     def _ways_of_datamodule(self) -> int | None:
         """Return the ways of a running trainer's datamodule, if it has any."""

@@ -16,6 +16,7 @@ from lightning_maml.algorithms.loader_figures import LoaderFigures
 from lightning_maml.algorithms.metrics import Estimate, with_accuracy
 from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver, named_metrics
 from lightning_maml.batches.episodes import AnyEpisodes, check_episodes
+from lightning_maml.batches.known_labels import KnownLabels
 from lightning_maml.batches.meta_batch import UnevenEpisodes, as_meta_batch, parts_of
 from lightning_maml.batches.outputs import logits_in
 from lightning_maml.batches.trees import map_tensors, unstacked
@@ -127,6 +128,7 @@ class EpisodicModule(CheckpointedModule):
         # in a dict, so no submodules: what metrics hold is not trained or saved
         self._figures = LoaderFigures(named_metrics(metrics, metrics_over), metrics_over)
         self._findings = Findings()
+        self._known_labels = KnownLabels()
         self._update_buffers = BufferUpdate()
         self._gradients_arrive = False  # whether this was checked
 
@@ -187,6 +189,14 @@ class EpisodicModule(CheckpointedModule):
             check_episodes(part)
             computed.append(self._run_step(part))
         return _mean_loss([finish() for finish in computed])
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move a batch, and remember its labels, which are checked on the CPU."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        self._known_labels.note(batch, moved)
+        return moved
 
     def _as_meta_batch(self, batch: Any) -> Any:
         """Return the meta-batch that a loader means.

@@ -11,10 +11,7 @@ from typing_extensions import override
 from lightning_maml.algorithms.adapting import AdaptingModule, Plan
 from lightning_maml.algorithms.base import Step, StepResult
 from lightning_maml.algorithms.features import encode, functional_head
-from lightning_maml.algorithms.non_finite import (
-    check_gradients_are_finite,
-    check_losses_are_finite,
-)
+from lightning_maml.algorithms.non_finite import check_is_finite
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episodes
 from lightning_maml.batches.trees import Inputs, detached, map_tensors, tensors
 from lightning_maml.checks.findings import Kind
@@ -120,6 +117,11 @@ class MAML(AdaptingModule):
             ``"always"``; ``"never"``, so that memory holds one at a time, and each is built twice;
             or ``"auto"``, if they fit into half of the memory that is free at the first batch. The
             numbers are the same.
+
+        cuda_graphs: Whether training steps on a GPU run as CUDA graphs: after two batches of the
+            same shapes the next one is captured, and further ones only replay its kernels, which
+            takes the host a fraction of the time. What cannot be captured runs as usual, and is
+            named in the log: networks that draw random numbers, or fetch numbers from the GPU.
 
     Raises:
         TypeError: If what should be a number is none; numpy's numbers are taken as Python's.
@@ -301,11 +303,12 @@ class MAML(AdaptingModule):
         unwritten = Unwritten(params | inputs)
         plan = self._plan(episodes)
 
-        gradient = self._gradient_function(plan, episodes)
+        gradient = self._captured(self._gradient_function(plan, episodes), plan, episodes)
 
         def run() -> MetaGradient:
             try:
-                return gradient()
+                found: MetaGradient = gradient()
+                return found
             except Exception:  # perhaps of a graph whose tensors were written to
                 unwritten.check()
                 raise
@@ -406,11 +409,10 @@ class MAML(AdaptingModule):
             f"at step {self.global_step} (inner_lr={self.inner_lr}, "
             f"train_steps={self.train_steps}); lower inner_lr or check the data."
         )
-        check_losses_are_finite(found.query_loss, where)
         gradients = dict(found.grad)
         for step, rates in enumerate(found.inner_lr):
             gradients |= {f"inner rate {step} of {name}": rate for name, rate in rates.items()}
-        check_gradients_are_finite(gradients, where)
+        check_is_finite(found.query_loss, gradients, where)
 
     def probe(self, episodes: AnyEpisodes, *, progress: bool = False) -> Probe:
         """Return a probe that measures the theory's constants at the current parameters.

@@ -1,5 +1,6 @@
 """What becomes of a training step whose loss or meta-gradient is not finite."""
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ class NonFinitePolicy:
         raise UserFloatingPointError(f"{error} To repeat the step, run {command}.") from None
 
 
+def check_is_finite(query_loss: Tensor, gradients: Params, where: str) -> None:
+    """Check query losses and gradients, at the cost of waiting for a GPU once.
+
+    Args:
+        query_loss: Query losses ``[T]``.
+        gradients: Gradients by name.
+        where: Ends the sentence.
+
+    Raises:
+        FloatingPointError: If something is not finite.
+    """
+    sized = [query_loss, *(gradient for gradient in gradients.values() if gradient.numel())]
+    largest = torch._foreach_norm([tensor.detach() for tensor in sized], float("inf"))
+    dtype = reduce(torch.promote_types, [size.dtype for size in largest])
+    if not torch.stack([size.to(dtype) for size in largest]).isfinite().all():
+        check_losses_are_finite(query_loss, where)
+        check_gradients_are_finite(gradients, where)
+
+
 def check_losses_are_finite(query_loss: Tensor, where: str) -> None:
     """Check query losses ``[T]``.
 
@@ -89,14 +109,8 @@ def check_gradients_are_finite(gradients: Params, where: str) -> None:
     Raises:
         FloatingPointError: If one is not finite.
     """
-    largest = {
-        name: torch.linalg.vector_norm(gradient, float("inf"))
-        for name, gradient in gradients.items()
-        if gradient.numel()
-    }
-    if torch.stack([*largest.values()]).max().isfinite():  # so that a GPU is waited for only once
-        return
-    broken = [name for name, size in largest.items() if not size.isfinite()]
-    raise UserFloatingPointError(
-        f"Expected a finite meta-gradient but it is not finite in {broken} {where}"
-    )
+    broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    if broken:
+        raise UserFloatingPointError(
+            f"Expected a finite meta-gradient but it is not finite in {broken} {where}"
+        )

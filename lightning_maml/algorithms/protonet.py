@@ -242,7 +242,7 @@ class ProtoNet(EpisodicModule):
         """Refuse episodes without prototypes; return network, ways, and how tasks are run."""
         tasks: TaskExecution = "vmap" if self._tasks == "auto" else self._tasks
         functional = FunctionalNetwork(network, self.batch_norm, vectorised=tasks == "vmap")
-        ways = ways_of(episodes)
+        ways = ways_of(self._known_labels.of(episodes, ("support_y", "query_y")))
 
         def look() -> Verdict:
             check_writes(functional, episodes)
@@ -359,7 +359,8 @@ def ways_of(episodes: AnyEpisodes) -> int:
         )
     ways = int(episodes.support_y.max()) + 1
     check_labels(episodes, ways)
-    if any(len(labels.unique()) < ways for labels in episodes.support_y):
+    each = episodes.support_y[..., None] == torch.arange(ways, device=episodes.support_y.device)
+    if not each.any(1).all():
         raise UserValueError(
             f"Expected every support set to hold examples of all {ways} classes, but one lacks "
             "some."

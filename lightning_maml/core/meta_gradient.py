@@ -63,8 +63,8 @@ def task_meta_gradient(
         return TaskGradient(v, query_loss, aux)
     steps, w_N = inner_loop(losses, w, rates, optimizer)
     query_loss, aux, v = losses.query[-1].value_and_gradient(w_N)
-    for step in reversed(steps):
-        v = back(step, v)
+    while steps:  # a point that was passed is freed
+        v = back(steps.pop(), v)
     return TaskGradient(v, query_loss, aux)
 
 

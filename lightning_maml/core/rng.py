@@ -1,6 +1,9 @@
 """Which networks draw random numbers, and the states of the generators that they draw from."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,27 @@ def _draws(module: nn.Module) -> bool:
     return (
         inside or (isinstance(module, _DropoutNd) and module.p > 0) or isinstance(module, nn.RReLU)
     )
+
+
+_DRAWS_NOTHING: ContextVar[bool] = ContextVar("draws nothing", default=False)
+
+
+@contextmanager
+def drawing_nothing() -> Iterator[None]:
+    """State that nothing that runs meanwhile draws random numbers.
+
+    Their generators are then left alone, which a CUDA graph's capture demands.
+    """
+    token = _DRAWS_NOTHING.set(True)
+    try:
+        yield
+    finally:
+        _DRAWS_NOTHING.reset(token)
+
+
+def draws_nothing() -> bool:
+    """Return whether that was stated."""
+    return _DRAWS_NOTHING.get()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -16,7 +16,11 @@ from typing_extensions import override
 
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes
 from lightning_maml.batches.trees import map_tensors, tensors
-from lightning_maml.core.rng import drops_blocks
+from lightning_maml.core.rng import (
+    drops_blocks,
+    set_torch_random_state,
+    torch_random_state,
+)
 from lightning_maml.core.tensors import is_out_of_memory
 from lightning_maml.errors import UserOutOfMemoryError, UserValueError
 from lightning_maml.execution.task_map import (
@@ -242,7 +246,7 @@ class Executor:
         if self.tasks == "auto":
             cures[RandomInThreadsError] = self._stay_out_of_threads
         while True:
-            before = torch.get_rng_state()
+            before = torch_random_state(device)
             attempt = Attempt((*cures,))
             yield attempt
             error = attempt.error
@@ -250,8 +254,8 @@ class Executor:
                 return
             out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
             cured = next((kind for kind in cures if isinstance(error, kind)), None)
+            set_torch_random_state(before, device)
             if cured is not None:
-                torch.set_rng_state(before)
                 cures.pop(cured)()  # each works once
             else:
                 self._stack_fewer(count, device, error)

@@ -1,6 +1,7 @@
 """iMAML: the meta-gradient at the inner problem's solution (Rajeswaran et al. 2019)."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_maml.core.inner_rates import InnerRates, rates_of_steps
 from lightning_maml.core.meta_gradient import TaskGradient
 from lightning_maml.core.objective import twice_differentiable
 from lightning_maml.core.params import Params, add_scaled, dot
+from lightning_maml.core.precision import full_precision
 from lightning_maml.core.task_axis import SINGLE_TASK, TaskAxis
 from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.execution.task_map import TaskExecution
@@ -101,7 +103,8 @@ def implicit_gradient(
     hvp = hessian_vector_product(curvature, probe_radius)
     functions = LossFunctions(loss, query_loss, has_aux)
 
-    with torch.inference_mode(False), twice_differentiable():
+    digits = full_precision() if curvature == "finite_difference" else nullcontext()
+    with torch.inference_mode(False), twice_differentiable(), digits:
         episodes, params, rates = detached((episodes, params, rates))
 
         def of_tasks(task: AnyEpisodes, axis: TaskAxis) -> TaskGradient:

@@ -45,7 +45,7 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        found = tuple(g * gradient for gradient in ctx.saved_tensors)
+        found = torch._foreach_mul(ctx.saved_tensors, g)
         if torch.is_grad_enabled():  # create_graph=True
             found = _WithoutDerivative.apply(*found, *ctx.points)
         return None, None, *found

@@ -26,6 +26,7 @@ from lightning_maml.core.meta_gradient import (
 )
 from lightning_maml.core.objective import twice_differentiable
 from lightning_maml.core.params import Params, add, scale
+from lightning_maml.core.precision import full_precision
 from lightning_maml.core.task_axis import TaskAxis
 from lightning_maml.errors import UserValueError
 from lightning_maml.execution.task_map import (
@@ -215,7 +216,8 @@ def meta_gradient(
         return found._replace(grad=axis.sum(found.grad))
 
     attention = twice_differentiable() if curvature == "exact" else nullcontext()
-    with torch.inference_mode(False), attention:
+    digits = full_precision() if curvature == "finite_difference" else nullcontext()
+    with torch.inference_mode(False), attention, digits:
         episodes, params, rates = detached((episodes, params, rates))
         of_tasks = partial(of_chunk, params=params, rates=rates)
         if call is not None:

@@ -3,7 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Collection
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
 import torch
@@ -36,6 +36,34 @@ def modes(network: nn.Module) -> tuple[Any, ...]:
                 found.append(key)
                 # a copy's hooks are other functions with the same code
                 found += [getattr(hook, "__code__", hook.__class__) for hook in value.values()]
+    return tuple(found)
+
+
+_PLAIN = (int, float, str, bool, NoneType)
+
+
+def plain_state(network: nn.Module) -> tuple[Any, ...]:
+    """Return what else a forward pass may read: numbers, and where tensors lie.
+
+    With :func:`modes` this is what a recorded pass may not outlive.
+
+    Returns:
+        The plain numbers and strings among the attributes of the modules, also in lists, tuples and
+        dicts, and the addresses of their parameters, buffers and tensor attributes.
+    """
+    found: list[Any] = []
+    for module in network.modules():
+        held: dict[str, Any] = {**module._parameters, **module._buffers, **vars(module)}
+        for key, value in held.items():
+            kind = value.__class__
+            if isinstance(value, Tensor):
+                found.append((key, id(value), value.data_ptr()))
+            elif kind in _PLAIN:
+                found.append((key, value))
+            elif kind in (list, tuple) and all(part.__class__ in _PLAIN for part in value):
+                found.append((key, *value))
+            elif kind is dict and all(part.__class__ in _PLAIN for part in value.values()):
+                found.append((key, *value.items()))
     return tuple(found)
 
 

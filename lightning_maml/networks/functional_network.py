@@ -391,8 +391,11 @@ class FunctionalNetwork:
             averages: Running averages to use in place of the network's.
         """
         self._copy_of_this_thread()
+        on_cpu = tensors_in(inputs)[0].device.type == "cpu"
         converting = [
-            convolution for convolution in self._own.convolutions if convolution.channels == "last"
+            convolution
+            for convolution in self._own.convolutions
+            if on_cpu and convolution.channels == "last"
         ]
         random_state = torch.get_rng_state() if converting else None
         try:
@@ -497,6 +500,10 @@ class FunctionalNetwork:
                 self._own.convolutions.append(module.forward)
             elif self._vectorised and is_padded_embedding(module):
                 module.forward = TaskEmbedding(module)  # type: ignore[method-assign, assignment]
+            elif self._vectorised and getattr(module, "inplace", None) is True:
+                # on a GPU, what is written in place in a stack has no second derivative; where a
+                # network needs the writing, the trial of stacking finds it out
+                module.inplace = False  # type: ignore[assignment]
 
     def _take_statistics_of_the_batch(self, norm: _BatchNorm) -> None:
         has_own_forward = _has_own_forward(norm)

@@ -21,6 +21,7 @@ from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.batches.trees import detached
 from lightning_maml.core.objective import Objective, twice_differentiable
 from lightning_maml.core.params import Params
+from lightning_maml.core.precision import full_precision
 from lightning_maml.core.rng import generator_states, generators_drawn_from, set_generator_states
 from lightning_maml.core.task_axis import SINGLE_TASK, Randomness, TaskAxis
 from lightning_maml.core.tensors import is_out_of_memory
@@ -84,6 +85,7 @@ def compare(
         torch.inference_mode(False),
         warnings.catch_warnings(record=True) as caught,
         twice_differentiable(),
+        full_precision(),
     ):
         warnings.simplefilter("always")
         try:

@@ -22,6 +22,7 @@ from lightning_maml.core.inner_loop import inner_loop
 from lightning_maml.core.inner_rates import rates_of_steps
 from lightning_maml.core.objective import Objective, twice_differentiable
 from lightning_maml.core.params import Params, add_scaled, dot, norm, scale, subtract
+from lightning_maml.core.precision import full_precision
 from lightning_maml.core.task_axis import TaskAxis
 from lightning_maml.errors import UserValueError
 from lightning_maml.execution.task_map import TaskExecution, map_tasks
@@ -205,7 +206,7 @@ def _third_derivative(objective: Objective, w: Params, u: Params, h: float) -> P
 
 @contextmanager
 def _differentiating() -> Iterator[None]:
-    with torch.inference_mode(False), twice_differentiable():
+    with torch.inference_mode(False), twice_differentiable(), full_precision():
         yield
 
 

@@ -1,0 +1,251 @@
+"""The meta-gradient of batches of one shape as a CUDA graph, whose kernels the host starts at once.
+
+Launched one by one from Python, the small kernels of few-shot tasks take the host longer than the
+GPU.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+
+from lightning_maml.core.precision import precision
+from lightning_maml.core.rng import drawing_nothing, generator_states, generators_drawn_from
+from lightning_maml.core.tensors import is_out_of_memory
+from lightning_maml.errors import UserRuntimeError
+from lightning_maml.execution.compilation import state_of
+from lightning_maml.networks.attributes import plain_state
+
+CALLS_BEFORE = 2
+"""Calls of a kind that run as usual before the next one is captured."""
+
+MOST_GRAPHS = 8
+"""Graphs kept at a time, each with memory of its own; further kinds of batches run as usual."""
+
+MOST_KINDS = 1024
+"""Kinds of calls that are counted; then counting starts anew."""
+
+
+def state_read_by(network: nn.Module, *losses: Any) -> tuple[Any, ...] | None:
+    """Return all that network and losses may read besides their arguments, to compare.
+
+    Args:
+        network: The network.
+        losses: Modules or functions.
+
+    Returns:
+        None if a loss is a function that may read what cannot be compared: one with a closure, a
+        method, or one that reads global data.
+    """
+    states: list[Any] = [state_of(network), plain_state(network)]
+    for loss in losses:
+        if isinstance(loss, nn.Module):
+            states += [state_of(loss), plain_state(loss)]
+        elif loss is None or _reads_its_arguments_alone(loss):
+            states.append(loss)
+        else:
+            return None
+    return tuple(states)
+
+
+def _reads_its_arguments_alone(function: Any) -> bool:
+    if isinstance(function, partial):
+        plain = all(isinstance(value, int | float | str) for value in function.keywords.values())
+        return plain and not function.args and _reads_its_arguments_alone(function.func)
+    if isinstance(function, BuiltinFunctionType):
+        return True
+    if not isinstance(function, FunctionType) or function.__closure__:
+        return False
+    if function.__module__.startswith(("torch.", "lightning_maml.")):
+        return True
+    read = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return all(value is None or callable(value) or isinstance(value, ModuleType) for value in read)
+
+
+class Captured(NamedTuple):
+    """A captured call.
+
+    Attributes:
+        graph: The CUDA graph.
+        inputs: The tensors that it reads, besides those that stay where they are.
+        outputs: What it writes.
+        arguments: What the call was made of; held, so that the memory that the graph reads stays.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: Any
+    arguments: Any
+
+
+class CudaGraphs:
+    """Runs functions of a meta-batch on a GPU as CUDA graphs, captured after a few calls.
+
+    There is one graph for each kind of call: its numbers, the shapes of its tensors, and where its
+    parameters lie. What cannot be captured runs as usual, which is said once: functions that draw
+    random numbers, as a graph would draw the same ones at each point; those that fetch a number
+    from the GPU, on which their course depends; and those that fail. Copies start without graphs.
+
+    Examples:
+        >>> from functools import partial
+        >>> import torch
+        >>> from lightning_maml.execution.cuda_graphs import CudaGraphs
+        >>> graphs = CudaGraphs()
+        >>> graphs(partial(torch.add, torch.ones(()), torch.ones(())), setting=())  # on a CPU
+        tensor(2.)
+    """
+
+    def __init__(self) -> None:
+        self._calls: Counter[Hashable] = Counter()
+        self._captured: dict[Hashable, Captured] = {}
+        self._given_up = False
+
+    def __reduce__(self) -> tuple[type["CudaGraphs"], tuple[()]]:
+        return CudaGraphs, ()
+
+    def drop(self) -> None:
+        """Free the graphs, and their memory."""
+        self._captured.clear()
+        self._calls.clear()
+
+    def give_up(self, reason: str) -> None:
+        """Run everything as usual from here on."""
+        if not self._given_up:
+            rank_zero_info(f"The meta-gradient is not run as a CUDA graph: {reason}.")
+        self._given_up = True
+        self.drop()
+
+    def __call__(self, function: partial[Any], setting: Hashable) -> Any:
+        """Return ``function()``, by a graph where there is one.
+
+        Args:
+            function: A function and all of its arguments by name: ``episodes`` and ``inner_lr``,
+                whose tensors may be other ones in each call; ``params``, which are read where they
+                lie; functions; and whatever else can be hashed.
+            setting: Stands for everything that the functions among the arguments depend on.
+        """
+        arguments = function.keywords
+        if self._given_up or not _may_be_captured(arguments):
+            return function()
+        changing, structure = tree_flatten({name: arguments[name] for name in _CHANGING})
+        kind = (setting, function.func, repr(structure), *_kinds(changing), *_fixed(arguments))
+        if kind in self._captured:
+            return _replayed(self._captured[kind], _tensors_among(changing))
+        self._calls[kind] += 1
+        if self._calls[kind] <= CALLS_BEFORE or len(self._captured) >= MOST_GRAPHS:
+            if len(self._calls) > MOST_KINDS:
+                self._calls.clear()
+            return function()
+        captured = self._capture(function, changing, structure)
+        if captured is None:
+            return function()
+        self._captured[kind] = captured
+        return _replayed(captured, _tensors_among(changing))
+
+    def _capture(
+        self, function: partial[Any], changing: list[Any], structure: TreeSpec
+    ) -> Captured | None:
+        try:
+            return _captured(function, changing, structure)
+        except (RuntimeError, UserRuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            self.give_up(str(error).splitlines()[0].rstrip("."))
+        return None
+
+
+_CHANGING = ("episodes", "inner_lr")
+"""Arguments whose tensors are copied to where a graph reads them."""
+
+
+def works_on(device: torch.device) -> bool:
+    """Return whether there are such graphs on a device."""
+    return device.type == "cuda"
+
+
+def _may_be_captured(arguments: Mapping[str, Any]) -> bool:
+    if not all(name in arguments for name in (*_CHANGING, "params")):
+        return False
+    leaves, _ = tree_flatten([arguments[name] for name in (*_CHANGING, "params")])
+    devices = {tensor.device for tensor in _tensors_among(leaves)}
+    return len(devices) == 1 and works_on(devices.pop())
+
+
+def _tensors_among(leaves: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _kinds(leaves: list[Any]) -> list[Hashable]:
+    """Return all of numbers, and all but the values of tensors."""
+    return [
+        (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+        for leaf in leaves
+    ]
+
+
+def _fixed(arguments: Mapping[str, Any]) -> list[Hashable]:
+    """Return where the parameters lie, and the values of the other arguments but functions."""
+    places = [(name, p.data_ptr(), p.dtype, p.shape) for name, p in arguments["params"].items()]
+    others = [
+        (name, repr(value), repr(getattr(value, "__dict__", None)))
+        for name, value in arguments.items()
+        if name not in (*_CHANGING, "params") and not _holds_functions(value)
+    ]
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return [*places, *others, autocast, precision()]
+
+
+def _holds_functions(value: Any) -> bool:
+    return callable(value) or (isinstance(value, list | tuple) and any(map(callable, value)))
+
+
+def _captured(function: partial[Any], changing: list[Any], structure: TreeSpec) -> Captured:
+    """Run a function once aside, and capture its second run.
+
+    Raises:
+        RuntimeError: If it cannot be captured.
+    """
+    fixed = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in changing]
+    arguments = {**function.keywords, **tree_unflatten(fixed, structure)}
+    inputs = _tensors_among(fixed)
+    device = inputs[0].device
+    run = partial(function.func, **arguments)
+    before = generator_states(device)
+    _run_aside(run, device)
+    if drawn := generators_drawn_from(before, device):
+        raise UserRuntimeError(f"network or loss draw random numbers ({', '.join(drawn)})")
+    with drawing_nothing():
+        graph, outputs = _record(run)
+    return Captured(graph, inputs, outputs, arguments)
+
+
+def _run_aside(run: partial[Any], device: torch.device) -> None:
+    """Run on another stream, as is recommended before a capture."""
+    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        run()
+    torch.cuda.current_stream(device).wait_stream(aside)
+
+
+def _record(run: partial[Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Capture a run; return the graph, and what it returned and each replay overwrites."""
+    graph = torch.cuda.CUDAGraph()
+    # other threads, which pin memory for the next batch, must not spoil the capture
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = run()
+    return graph, outputs
+
+
+def _replayed(captured: Captured, inputs: list[Tensor]) -> Any:
+    """Run a graph on other inputs; the next run leaves what is returned as it is."""
+    with torch.no_grad():
+        torch._foreach_copy_(captured.inputs, [tensor.detach() for tensor in inputs])
+        captured.graph.replay()
+        return tree_map_only(Tensor, torch.clone, captured.outputs)

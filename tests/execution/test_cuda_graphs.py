@@ -1,0 +1,314 @@
+"""Training steps as CUDA graphs.
+
+Without a GPU a recorded program takes the graph's place: as in a graph, numbers are what they were
+when it was recorded, and tensors are read where they lay.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from helpers.trainers import trainer
+from lightning_maml import (
+    ANIL,
+    FOMAML,
+    HFMAML,
+    IMAML,
+    LSLR,
+    MAML,
+    Episodes,
+    MAMLPlusPlus,
+    MetaSGD,
+    Reptile,
+)
+from lightning_maml.core.precision import full_precision
+from lightning_maml.core.rng import draws_nothing
+from lightning_maml.execution import cuda_graphs
+
+WAYS, FEATURES, STEPS = 3, 4, 2
+GRAPHS: list["Program"] = []
+
+
+class Program:
+    """A recorded run, which writes its results to where the first ones lay."""
+
+    def __init__(self, run: partial[Any]) -> None:
+        leaves, structure = tree_flatten(run.keywords)
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.replays = 0
+
+        def of_tensors(*tensors: Tensor) -> list[Any]:
+            given = iter(tensors)
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            found, self.structure = tree_flatten(run.func(**tree_unflatten(filled, structure)))
+            return found
+
+        assert draws_nothing(), "a capture may not touch the generators"
+        with torch.no_grad():
+            self.program = make_fx(of_tensors)(*self.tensors)
+            self.outputs = [output.clone() for output in self.program(*self.tensors)]
+        GRAPHS.append(self)
+
+    def replay(self) -> None:
+        self.replays += 1
+        for output, now in zip(self.outputs, self.program(*self.tensors), strict=True):
+            output.copy_(now)
+
+
+def record(run: partial[Any]) -> tuple[Program, Any]:
+    program = Program(run)
+    return program, tree_unflatten(program.outputs, program.structure)
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
+    """Let programs take the place of graphs, and return those that were recorded."""
+    GRAPHS.clear()
+    monkeypatch.setattr(cuda_graphs, "works_on", lambda device: True)
+    monkeypatch.setattr("lightning_maml.algorithms.adapting.works_on", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "_run_aside", lambda run, device: run())
+    monkeypatch.setattr(cuda_graphs, "_record", record)
+    return GRAPHS
+
+
+def episodes(seed: int, tasks: int = 3) -> Episodes:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.rand(tasks, 2, 2 * WAYS, FEATURES, generator=random, dtype=torch.float64)
+    y = torch.stack([torch.randperm(WAYS, generator=random).repeat(2) for _ in range(tasks)])
+    return Episodes(x[:, 0], y, x[:, 1], y)
+
+
+class Network(nn.Module):
+    """A network that reads a number, a flag, a list and a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(FEATURES, 5), nn.Linear(5, WAYS)
+        self.scale, self.squares, self.shifts = 1.0, False, [0.0, 0.0]
+        self.mask = torch.ones(5, dtype=torch.float64)
+        self.register_buffer("shift", torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x) * self.scale) * self.mask + self.shift + self.shifts[0]
+        return self.head(hidden.square() if self.squares else hidden)
+
+
+def model_of(algorithm: Callable[..., MAML], captures: bool, **options: Any) -> MAML:
+    torch.manual_seed(0)
+    options = {"inner_lr": 0.1, "train_steps": STEPS, "tasks": "vmap"} | options
+    return algorithm(Network().double(), **options, cuda_graphs=captures).double()
+
+
+def trained(
+    model: MAML, change: Callable[[MAML, int], None] | None = None, steps: int = 8
+) -> dict[str, Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5)
+    for step in range(steps):
+        if change is not None:
+            change(model, step)
+        optimizer.zero_grad()
+        model.meta_loss(episodes(step)).backward()
+        optimizer.step()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in other)
+
+
+@pytest.mark.parametrize("tasks", ["vmap", "loop"])
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML, ANIL, LSLR, MetaSGD, IMAML, Reptile])
+def test_steps_are_the_same_by_graphs(
+    algorithm: type[MAML], tasks: str, recorded: list[Program]
+) -> None:
+    by_graphs, usual = (
+        trained(model_of(algorithm, captures, tasks=tasks)) for captures in (True, False)
+    )
+    assert largest_difference(by_graphs, usual) < 1e-12
+    assert [program.replays for program in recorded] == [8 - cuda_graphs.CALLS_BEFORE]
+
+
+CHANGES: dict[str, Callable[[MAML, int], None]] = {
+    "inner rate": lambda model, step: setattr(model, "inner_lr", 0.1 if step < 5 else 0.3),
+    "inner steps": lambda model, step: setattr(model, "train_steps", 2 if step < 5 else 1),
+    "number": lambda model, step: setattr(model.network, "scale", 1.0 if step < 5 else 2.0),
+    "flag": lambda model, step: setattr(model.network, "squares", step >= 5),
+    "list": lambda model, step: model.network.shifts.__setitem__(0, float(step >= 5)),
+    "mode": lambda model, step: model.train(step < 5),
+    "replaced tensor": lambda model, step: setattr(
+        model.network, "mask", torch.full((5,), 1.0 + (step >= 5), dtype=torch.float64)
+    ),
+    "replaced buffer": lambda model, step: setattr(
+        model.network, "shift", torch.full((5,), 1.0 * (step >= 5), dtype=torch.float64)
+    ),
+    "written buffer": lambda model, step: model.network.shift.fill_(0.1 * step),
+    "replaced data": lambda model, step: setattr(
+        model.network.head.bias, "data", model.network.head.bias.data.clone()
+    ),
+    "written weight": lambda model, step: model.network.head.weight.data.mul_(0.9),
+    "frozen": lambda model, step: model.network.body.requires_grad_(step < 5) and None,
+    "smoothing": lambda model, step: setattr(model.loss, "label_smoothing", 0.1 * (step >= 5)),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_what_changes_between_steps_counts(changed: str, recorded: list[Program]) -> None:
+    by_graphs, usual = (
+        trained(model_of(MAML, captures, loss=nn.CrossEntropyLoss()), CHANGES[changed], steps=10)
+        for captures in (True, False)
+    )
+    assert largest_difference(by_graphs, usual) < 1e-12
+    assert recorded or changed.startswith("replaced"), "what has moved in each step is not captured"
+
+
+def test_changes_matter() -> None:
+    usual = trained(model_of(MAML, False, loss=nn.CrossEntropyLoss()), steps=10)
+    for name, change in CHANGES.items():
+        changed = trained(model_of(MAML, False, loss=nn.CrossEntropyLoss()), change, steps=10)
+        assert (largest_difference(changed, usual) > 1e-6) == (
+            name not in ("mode", "replaced data")
+        ), name
+
+
+def test_annealing_over_epochs_is_followed(tmp_path: Any, recorded: list[Program]) -> None:
+    def weights(captures: bool) -> dict[str, Tensor]:
+        model = model_of(
+            MAMLPlusPlus, captures, multi_step_epochs=3, batch_norm="batch", inner_rates="fixed"
+        )
+        loader = [episodes(number) for number in range(4)]
+        trainer(tmp_path, max_epochs=4, precision="64-true").fit(model, train_dataloaders=loader)
+        return model.state_dict()
+
+    assert largest_difference(weights(True), weights(False)) < 1e-12
+    assert len(recorded) > 1, "each epoch has weights of its own"
+
+
+def test_a_later_replay_leaves_what_was_returned(recorded: list[Program]) -> None:
+    model = model_of(MAML, True)
+    for step in range(4):
+        model.meta_loss(episodes(step))
+    assert recorded
+    found = model.meta_gradient(episodes(5))
+    together = model.meta_loss(episodes(5)) + model.meta_loss(episodes(6))
+    together.backward()
+    expected = model.meta_gradient(episodes(6))
+    for name, p in model.network.named_parameters():
+        assert torch.allclose(p.grad, found[name] + expected[name], rtol=1e-12, atol=1e-14), name
+
+
+def test_a_graph_is_of_one_shape(recorded: list[Program]) -> None:
+    by_graphs, usual = (model_of(MAML, captures) for captures in (True, False))
+    for step in range(12):
+        batch = episodes(step, tasks=2 + step % 2)
+        losses = [model.meta_loss(batch) for model in (by_graphs, usual)]
+        assert float((losses[0] - losses[1]).abs()) < 1e-14
+    assert [program.replays for program in recorded] == [4, 4]
+
+
+@pytest.mark.parametrize("tasks", ["vmap", "loop"])
+def test_networks_that_draw_are_not_captured(
+    tasks: str, recorded: list[Program], caplog: pytest.LogCaptureFixture
+) -> None:
+    network = nn.Sequential(nn.Linear(FEATURES, 5), nn.Dropout(0.5), nn.Linear(5, WAYS)).double()
+    model = MAML(network, 0.1, STEPS, tasks=tasks)
+    with caplog.at_level("INFO"):
+        for step in range(5):
+            model.meta_loss(episodes(step))
+    assert not recorded
+    assert caplog.text.count("is not run as a CUDA graph: network or loss draw random numbers") == 1
+
+
+def test_functions_that_may_read_anything_are_not_captured(
+    recorded: list[Program], caplog: pytest.LogCaptureFixture
+) -> None:
+    strength = [1.0]
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return strength[0] * F.cross_entropy(outputs, y)
+
+    model = model_of(MAML, True, loss=loss)
+    with caplog.at_level("INFO"):
+        for step in range(5):
+            model.meta_loss(episodes(step))
+    assert not recorded
+    assert "the loss may read what changes from step to step" in caplog.text
+
+
+def smoothed(outputs: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, y, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("loss", [smoothed, partial(F.cross_entropy, label_smoothing=0.1)])
+def test_functions_of_their_arguments_are_captured(loss: Any, recorded: list[Program]) -> None:
+    by_graphs, usual = (trained(model_of(MAML, captures, loss=loss)) for captures in (True, False))
+    assert largest_difference(by_graphs, usual) < 1e-12
+    assert recorded
+
+
+def test_a_capture_that_fails_is_said_and_the_step_is_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(run: partial[Any]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(cuda_graphs, "_record", fails)
+    with caplog.at_level("INFO"):
+        found = trained(model_of(MAML, True))
+    assert largest_difference(found, trained(model_of(MAML, False))) < 1e-12
+    assert caplog.text.count("CUDA graph: operation not permitted when stream is capturing.") == 1
+
+
+def test_graphs_are_dropped_if_memory_runs_out_at_a_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(run: partial[Any]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(cuda_graphs, "_record", fails)
+    graphs = cuda_graphs.CudaGraphs()
+    call = partial(plain, episodes=episodes(0), inner_lr=0.1, params={"w": torch.ones(1)})
+    for _ in range(cuda_graphs.CALLS_BEFORE):
+        graphs(call, ())
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs(call, ())
+
+
+def plain(episodes: Episodes, inner_lr: float, params: dict[str, Tensor]) -> Tensor:
+    return episodes.support_x.sum()
+
+
+def test_only_so_many_graphs_are_kept(recorded: list[Program]) -> None:
+    graphs = cuda_graphs.CudaGraphs()
+    for number in range(2 * cuda_graphs.MOST_GRAPHS):
+        call = partial(plain, episodes=episodes(0), inner_lr=number, params={"w": torch.ones(1)})
+        for _ in range(cuda_graphs.CALLS_BEFORE + 1):
+            graphs(call, ("w",))
+    assert len(recorded) == cuda_graphs.MOST_GRAPHS
+
+
+def test_finite_differences_have_graphs_of_their_precision() -> None:
+    seen = []
+
+    class Watching(Network):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(precision())
+            return super().forward(x)
+
+    def precision() -> Any:
+        return cuda_graphs.precision()
+
+    model = HFMAML(Watching().double(), 0.1, STEPS)
+    model.meta_gradient(episodes(0))
+    seen.clear()
+    model.meta_gradient(episodes(0))
+    with full_precision():
+        full = precision()
+    assert {*seen} == {full}
+    assert precision() != full, "which is put back"
