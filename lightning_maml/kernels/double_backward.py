@@ -182,20 +182,19 @@ class _BatchNormBackward(torch.autograd.Function):
         _, vy, sum_v = _aten.native_batch_norm_backward(
             v, x, w, None, None, m, r, True, eps, (False, True, True)
         )
-        s, t, mean_g, mean_v = gy / n, vy / n, sum_g / n, sum_v / n
-        k = (v * g).sum([0, *range(2, x.ndim)]) / n - mean_v * mean_g - t * s
+        vg = (v * g).sum([0, *range(2, x.ndim)])
+        s, t, mean_g, mean_v, mean_vg = torch._foreach_div([gy, vy, sum_g, sum_v, vg], n)
+        k = mean_vg.addcmul(mean_v, mean_g, value=-1).addcmul_(t, s, value=-1)
         p = w * r
-        q = u - p * t
-        e = s * (q - p * t) + p * k
+        q = torch.addcmul(u, p, t, value=-1)
+        e = torch.addcmul(q, p, t, value=-1).mul_(s).addcmul_(p, k)
         # y = r (x - m) is not computed: its terms are written in x and a constant per channel
-        by_g = _weighted_sum(c - p * mean_v - q * r * m, (q * r, x), (p, v))
-        by_x = _weighted_sum(
-            r * (p * s * mean_v - q * mean_g + e * r * m),
-            (-e * r * r, x),
-            (r * q, g),
-            (-r * p * s, v),
-        )
-        return by_g, by_x, r * n * k
+        rq, rps, rre = r * q, r * p * s, r * r * e
+        of_g = torch.addcmul(c, p, mean_v, value=-1).addcmul_(rq, m, value=-1)
+        of_x = (rps * mean_v).addcmul_(rq, mean_g, value=-1).addcmul_(rre, m)
+        by_g = _weighted_sum(of_g, (1, rq, x), (1, p, v))
+        by_x = _weighted_sum(of_x, (-1, rre, x), (1, rq, g), (-1, rps, v))
+        return by_g, by_x, r * k * n
 
 
 class _NotDifferentiable(torch.autograd.Function):
@@ -216,15 +215,15 @@ class _NotDifferentiable(torch.autograd.Function):
         )
 
 
-def _weighted_sum(
-    constant: Tensor, first: tuple[Tensor, Tensor], *others: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Return ``constant + sum(a x)`` over pairs (a, x).
+Term = tuple[int, Tensor, Tensor]
+"""A sign, a number for each channel ``[C]``, and a tensor ``[B, C, ...]``."""
 
-    The constant and each a are ``[C]``, each x is ``[B, C, ...]``.
-    """
-    per_channel = (-1, *[1] * (first[1].ndim - 2))
-    total = torch.addcmul(constant.view(per_channel), first[0].view(per_channel), first[1])
-    for a, x in others:
-        total.addcmul_(a.view(per_channel), x)
+
+def _weighted_sum(constant: Tensor, first: Term, *others: Term) -> Tensor:
+    """Return ``constant + sum(sign a x)`` over the terms, with a constant ``[C]``."""
+    sign, a, x = first
+    per_channel = (-1, *[1] * (x.ndim - 2))
+    total = torch.addcmul(constant.view(per_channel), a.view(per_channel), x, value=sign)
+    for sign, a, x in others:
+        total.addcmul_(a.view(per_channel), x, value=sign)
     return total

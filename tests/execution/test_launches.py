@@ -1,0 +1,82 @@
+"""How many kernels a training step starts, and how often it waits for a GPU.
+
+They are counted on the CPU, as calls of torch's operators that are not views: on a GPU each starts
+about one kernel. Counts do not depend on sizes, so the networks are small.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_maml import FOMAML, HFMAML, MAML, Conv4, Episodes
+
+
+class Counting(TorchDispatchMode):
+    """Counts operators, and numbers that are fetched from tensors of other than integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.fetched = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.fetched += args[0].dtype != torch.long  # labels are read on the CPU
+        elif not any(result.alias_info for result in func._schema.returns):
+            self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
+def episodes(ways: int, shape: tuple[int, int, int]) -> Episodes:
+    random = torch.Generator().manual_seed(0)
+    y = torch.arange(ways).repeat(4, 1)
+    x = torch.rand(2, 4, ways, *shape, generator=random)
+    return Episodes(x[0], y, x[1], y)
+
+
+def strided(ways: int) -> Conv4:
+    return Conv4(1, ways, 28, channels=4)
+
+
+def pooled(ways: int) -> Conv4:
+    return Conv4(3, ways, 32, channels=4, downsample="max")
+
+
+MOST = {
+    ("omniglot_5w1s", MAML): 412,
+    ("omniglot_5w1s", FOMAML): 222,
+    ("omniglot_20w1s", MAML): 1452,
+    ("omniglot_20w1s", FOMAML): 526,
+    ("mini_5w1s", MAML): 1821,
+    ("mini_5w1s", FOMAML): 717,
+    ("omniglot_5w1s", HFMAML): 456,
+}
+"""Operators of a training step of each workload; fewer are better, and then go here."""
+
+WORKLOADS = {
+    "omniglot_5w1s": (strided, 5, (1, 28, 28), 1),
+    "omniglot_20w1s": (strided, 20, (1, 28, 28), 5),
+    "mini_5w1s": (pooled, 5, (3, 32, 32), 5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:HFMAML needs a twice differentiable network")
+@pytest.mark.parametrize(("workload", "algorithm"), MOST)
+def test_a_step_starts_no_more_kernels_than_it_did(workload: str, algorithm: type[MAML]) -> None:
+    network, ways, shape, steps = WORKLOADS[workload]
+    model = algorithm(network(ways), inner_lr=0.01, train_steps=steps, tasks="vmap")
+    batch = episodes(ways, shape)
+    model.meta_loss(batch).backward()
+    with Counting() as counted:
+        model.meta_loss(batch).backward()
+    assert counted.fetched == 1
+    assert counted.operators <= MOST[workload, algorithm]
+
+
+def test_the_count_sees_what_is_fetched() -> None:
+    with Counting() as counted:
+        tensor: Tensor = torch.ones(3) + 1
+        tensor.view(3, 1).sum().item()
+    assert (counted.operators, counted.fetched) == (3, 1)
