@@ -1,0 +1,89 @@
+"""Labels are read on the CPU, where they were before a batch was moved."""
+
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_maml import MAML, MLP, Episodes, ProtoNet
+from lightning_maml.batches.known_labels import KnownLabels
+
+
+def batch() -> Episodes:
+    x, y = torch.rand(2, 3, 4), torch.tensor([[0, 1, 2]] * 2)
+    return Episodes(x, y, x.clone(), y.clone())
+
+
+def test_what_was_moved_is_known() -> None:
+    known, here = KnownLabels(), batch()
+    there = Episodes(*(tensor.to("meta") for tensor in here))
+    known.note(here, there)
+    assert known.on_cpu(there.support_y) is here.support_y
+    assert known.of(there, ("query_y",)).query_y is here.query_y
+    assert known.of(there, ("query_y",)).support_y is there.support_y
+
+
+@pytest.mark.parametrize("form", [tuple, list, dict])
+def test_batches_of_every_form(form: Any) -> None:
+    known, here = KnownLabels(), batch()
+    there = [tensor.to("meta") for tensor in here]
+    names = Episodes._fields
+    pack = (lambda of: dict(zip(names, of, strict=True))) if form is dict else form
+    known.note(pack(here), pack(there))
+    assert known.on_cpu(there[1]) is here.support_y
+
+
+def test_what_is_not_known_or_has_changed_is_fetched() -> None:
+    known, here = KnownLabels(), batch()
+    there = here.support_y.to("meta")
+    with pytest.raises(NotImplementedError, match="meta"):  # there is nothing to fetch from
+        known.on_cpu(there)
+    known.note(here.support_y, there)
+    there.add_(1)
+    with pytest.raises(NotImplementedError, match="meta"):
+        known.on_cpu(there)
+
+
+def test_labels_are_forgotten_with_their_batch() -> None:
+    known, here = KnownLabels(), batch()
+    there = here.support_y.to("meta")
+    known.note(here.support_y, there)
+    del there
+    gc.collect()
+    assert len(known._known) == 0
+
+
+def test_models_with_known_labels_can_be_copied() -> None:
+    model = MAML(MLP(4, 3))
+    model._known_labels.note(torch.tensor([0]), torch.tensor([0], device="meta"))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(other._known_labels._known) == 0
+
+
+@pytest.mark.parametrize("algorithm", [MAML, ProtoNet])
+def test_a_model_notes_what_the_trainer_moves(algorithm: Any) -> None:
+    model, here = algorithm(MLP(4, 3)), batch()
+    there = model.transfer_batch_to_device(here, torch.device("meta"), 0)
+    assert there.support_y.device.type == "meta"
+    assert model._known_labels.on_cpu(there.query_y) is here.query_y
+
+
+@pytest.mark.parametrize("algorithm", [MAML, ProtoNet])
+@pytest.mark.parametrize("name", ["support_y", "query_y"])
+def test_labels_are_checked_as_they_were_on_the_cpu(
+    algorithm: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = torch.tensor([[0, 1, 7]] * 2)
+    right = KnownLabels.on_cpu
+
+    def on_cpu(self: KnownLabels, labels: Tensor) -> Tensor:
+        return wrong if labels is getattr(episodes, name) else right(self, labels)
+
+    model, episodes = algorithm(nn.Sequential(MLP(4, 3))), batch()
+    monkeypatch.setattr(KnownLabels, "on_cpu", on_cpu)
+    with pytest.raises(ValueError, match=r"0 to 7|all 8 classes"):
+        model.meta_loss(episodes)
