@@ -12,6 +12,7 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
@@ -29,10 +30,9 @@ from torchvision.transforms import Compose, Resize, ToTensor
 from tqdm import tqdm
 
 from lightning_maml import MAML, keep_freed_memory
-from lightning_maml.algorithms.maml import Plan
+from lightning_maml.algorithms.base import StepResult
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.datamodules import OmniglotDataModule
-from lightning_maml.functional.meta_gradient import MetaGradient
 
 WAYS, TASKS, RATE, META_RATE = 5, 32, 0.4, 0.003
 WARM = 5
@@ -40,17 +40,17 @@ WARM = 5
 
 
 class Timed(MAML):
-    """MAML that adds up the seconds of its meta-gradients."""
+    """MAML that adds up the seconds of its meta-gradients and their checks."""
 
     seconds = 0.0
 
-    def _training_gradient(self, plan: Plan, episodes: AnyEpisodes) -> MetaGradient:
+    def _run_step(self, episodes: AnyEpisodes) -> Callable[[], StepResult]:
         start = time.perf_counter()
-        result = super()._training_gradient(plan, episodes)
-        if result.query_loss.is_cuda:
+        finish = super()._run_step(episodes)
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - start
-        return result
+        return finish
 
 
 class Clock(Callback):

@@ -23,7 +23,7 @@ STEPS = (1, 2, 5, 10, 20)
 ALLOCATORS = {"as it is": {}, "returning": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
 """glibc keeps freed memory, in pieces that may fit later requests; with the threshold it returns it
 at once: only memory in use counts."""
-METHODS = ("ours-exact", "ours-hf", "ours-fo", "learn2learn", "learn2learn-fo")
+METHODS = ("ours-exact", "ours-never", "ours-hf", "ours-fo", "learn2learn", "learn2learn-fo")
 
 
 def measure(name: str, workload: str, steps: int, device: str) -> float:

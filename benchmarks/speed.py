@@ -37,6 +37,8 @@ from peers import PEERS
 
 OURS = {
     "ours-exact": MAML,
+    "ours-never": partial(MAML, keep_graphs="never"),
+    "ours-eager": partial(MAML, cuda_graphs=False),
     "ours-fo": FOMAML,
     "ours-hf": HFMAML,
     "ours-compiled": partial(MAML, compiled=True),
@@ -47,6 +49,8 @@ FIRST_ORDER = ("ours-fo", "ours-fo-bf16", "learn2learn-fo", "autograd-fo")
 TURN = 0.1
 """Shortest turn of a method, in seconds; in a turn, short calls follow each other as they do in
 training."""
+WARM = 3
+"""Calls before the clock starts: the first one compiles, and a GPU captures the third."""
 INEXACT = ("ours-hf", "ours-compiled", "ours-exact-bf16", "ours-fo-bf16")
 """Methods not checked in float64: finite differences, which kinks disturb; bf16; and a program that
 would have to be compiled again."""
@@ -319,7 +323,8 @@ def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row
         key: method(key, copy.deepcopy(network), loss, workload, episodes) for key in methods
     }
     for function in functions.values():
-        function()  # the first call compiles
+        for _ in range(WARM):
+            function()
     calls = {
         key: max(1, int(TURN / seconds(function, device, 1))) for key, function in functions.items()
     }
@@ -349,6 +354,8 @@ def main() -> None:
     rows: list[Row] = []
     for name in arguments.workload:
         methods = [key for key in arguments.method if key != "ours-compiled" or name in COMPILED]
+        if arguments.device == "cpu":  # where there are no CUDA graphs
+            methods = [key for key in methods if key != "ours-eager"]
         rows += measure(name, methods, arguments.device, arguments.rounds)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))

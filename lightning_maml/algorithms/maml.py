@@ -246,7 +246,8 @@ class MAML(AdaptingModule):
         for attempt in self._attempts(episodes):
             with attempt:
                 plan = self._plan(episodes)
-                found = self._gradient_function(plan, episodes, curvature)()
+                function = self._gradient_function(plan, episodes, curvature)
+                found = self._captured(function, plan, episodes)()
         return {name: found.grad[name] for name in plan.functional.params}
 
     @override
