@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import NoneType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -379,6 +380,10 @@ class AdaptingModule(EpisodicModule):
             return function
         if writes(plan.functional.network) is None:  # what a pass changes is not known
             return function
+        own = (self.inner_optimizer.__class__, type(self)._losses, function.func)
+        if not all(_is_of_the_library(part) for part in own if part is not NoneType):
+            graphs.give_up("inner optimizer, losses or gradient are defined outside the library")
+            return function
         state = state_read_by(plan.functional.network, self.loss, self.support_loss)
         if state is None:
             graphs.give_up("the loss may read what changes from step to step; make it a module")
@@ -646,6 +651,11 @@ class AdaptingModule(EpisodicModule):
             return rates_by_name(self.inner_lr, names)
         rates: InnerRates = self.learned_rates(names)
         return rates
+
+
+def _is_of_the_library(part: Any) -> bool:
+    """Return whether a class or function reads nothing but its arguments and its attributes."""
+    return bool(part.__module__.startswith("lightning_maml."))
 
 
 def _plain_rate(inner_lr: InnerRate) -> float | dict[str, float]:

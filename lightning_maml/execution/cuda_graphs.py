@@ -193,7 +193,7 @@ def _fixed(arguments: Mapping[str, Any]) -> list[Hashable]:
     """Return where the parameters lie, and the values of the other arguments but functions."""
     places = [(name, p.data_ptr(), p.dtype, p.shape) for name, p in arguments["params"].items()]
     others = [
-        (name, repr(value), repr(getattr(value, "__dict__", None)))
+        (name, repr(value))
         for name, value in arguments.items()
         if name not in (*_CHANGING, "params") and not _holds_functions(value)
     ]

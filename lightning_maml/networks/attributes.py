@@ -2,10 +2,12 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Collection
-from types import BuiltinFunctionType, FunctionType, NoneType
+from collections.abc import Collection, Mapping
+from numbers import Number
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,32 +41,35 @@ def modes(network: nn.Module) -> tuple[Any, ...]:
     return tuple(found)
 
 
-_PLAIN = (int, float, str, bool, NoneType)
-
-
 def plain_state(network: nn.Module) -> tuple[Any, ...]:
     """Return what else a forward pass may read: numbers, and where tensors lie.
 
     With :func:`modes` this is what a recorded pass may not outlive.
 
     Returns:
-        The plain numbers and strings among the attributes of the modules, also in lists, tuples and
-        dicts, and the addresses of their parameters, buffers and tensor attributes.
+        Of the parameters, buffers and attributes of each module, also in lists, tuples and dicts:
+        numbers and strings as they are, and the addresses of tensors.
     """
-    found: list[Any] = []
-    for module in network.modules():
-        held: dict[str, Any] = {**module._parameters, **module._buffers, **vars(module)}
-        for key, value in held.items():
-            kind = value.__class__
-            if isinstance(value, Tensor):
-                found.append((key, id(value), value.data_ptr()))
-            elif kind in _PLAIN:
-                found.append((key, value))
-            elif kind in (list, tuple) and all(part.__class__ in _PLAIN for part in value):
-                found.append((key, *value))
-            elif kind is dict and all(part.__class__ in _PLAIN for part in value.values()):
-                found.append((key, *value.items()))
-    return tuple(found)
+    return tuple(
+        (key, _plain(value))
+        for module in network.modules()
+        for holder in (module._parameters, module._buffers, vars(module))
+        for key, value in holder.items()
+        if key not in _OF_EVERY_MODULE
+    )
+
+
+def _plain(value: Any, depth: int = 3) -> Any:
+    """Return a number or string, or what tells a tensor or container of such from another one."""
+    if isinstance(value, Tensor):
+        return id(value), value.data_ptr() if value.layout is torch.strided else None
+    if value is None or isinstance(value, str | Number | np.generic):
+        return value
+    if isinstance(value, Mapping) and depth:
+        return tuple((key, _plain(part, depth - 1)) for key, part in value.items())
+    if isinstance(value, list | tuple) and depth:
+        return tuple(_plain(part, depth - 1) for part in value)
+    return id(value)
 
 
 def trainable_besides_parameters(network: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from lightning_maml import (
     LSLR,
     MAML,
     Episodes,
+    InnerAdam,
+    InnerSGD,
     MAMLPlusPlus,
     MetaSGD,
     Reptile,
@@ -92,11 +95,13 @@ class Network(nn.Module):
         super().__init__()
         self.body, self.head = nn.Linear(FEATURES, 5), nn.Linear(5, WAYS)
         self.scale, self.squares, self.shifts = 1.0, False, [0.0, 0.0]
+        self.factors = {"all": np.float64(1.0), "each": [torch.ones(5, dtype=torch.float64)]}
         self.mask = torch.ones(5, dtype=torch.float64)
         self.register_buffer("shift", torch.zeros(5, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.body(x) * self.scale) * self.mask + self.shift + self.shifts[0]
+        hidden = hidden * float(self.factors["all"]) * self.factors["each"][0]
         return self.head(hidden.square() if self.squares else hidden)
 
 
@@ -141,6 +146,12 @@ CHANGES: dict[str, Callable[[MAML, int], None]] = {
     "number": lambda model, step: setattr(model.network, "scale", 1.0 if step < 5 else 2.0),
     "flag": lambda model, step: setattr(model.network, "squares", step >= 5),
     "list": lambda model, step: model.network.shifts.__setitem__(0, float(step >= 5)),
+    "number of numpy in a dict": lambda model, step: model.network.factors.update(
+        all=np.float64(1.0 + (step >= 5))
+    ),
+    "tensor in a list": lambda model, step: model.network.factors.update(
+        each=[torch.full((5,), 1.0 + (step >= 5), dtype=torch.float64)]
+    ),
     "mode": lambda model, step: model.train(step < 5),
     "replaced tensor": lambda model, step: setattr(
         model.network, "mask", torch.full((5,), 1.0 + (step >= 5), dtype=torch.float64)
@@ -165,7 +176,9 @@ def test_what_changes_between_steps_counts(changed: str, recorded: list[Program]
         for captures in (True, False)
     )
     assert largest_difference(by_graphs, usual) < 1e-12
-    assert recorded or changed.startswith("replaced"), "what has moved in each step is not captured"
+    assert recorded or changed.startswith(("replaced", "tensor")), (
+        "what has moved in each step is not captured"
+    )
 
 
 def test_changes_matter() -> None:
@@ -239,6 +252,58 @@ def test_functions_that_may_read_anything_are_not_captured(
             model.meta_loss(episodes(step))
     assert not recorded
     assert "the loss may read what changes from step to step" in caplog.text
+
+
+class Weighted(MAML):
+    """Has a loss of its own, which depends on a number that callbacks change."""
+
+    weight = 1.0
+
+    def _losses(self, *arguments: Any, **options: Any) -> Any:
+        losses = super()._losses(*arguments, **options)
+
+        def query(*given: Any) -> Any:
+            value, outputs = losses.query(*given)
+            return self.weight * value, outputs
+
+        return losses._replace(query=query)
+
+
+class Halved(InnerSGD):
+    """Takes half the step."""
+
+    def step(self, w: Any, gradient: Any, rate: Any, state: Any, number: int) -> Any:
+        return super().step(w, gradient / 2, rate, state, number)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"), [(Weighted, {}), (MAML, {"inner_optimizer": Halved()})]
+)
+def test_what_users_define_anew_is_not_captured(
+    algorithm: type[MAML],
+    options: dict[str, Any],
+    recorded: list[Program],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def change(model: Any, step: int) -> None:
+        model.weight = 1.0 + step
+
+    with caplog.at_level("INFO"):
+        by_graphs, usual = (
+            trained(model_of(algorithm, captures, **options), change) for captures in (True, False)
+        )
+    assert largest_difference(by_graphs, usual) < 1e-12
+    assert not recorded
+    assert caplog.text.count("are defined outside the library") == 1
+
+
+@pytest.mark.parametrize("optimizer", [InnerSGD(momentum=0.5), InnerAdam()])
+def test_inner_optimizers_are_captured(optimizer: Any, recorded: list[Program]) -> None:
+    by_graphs, usual = (
+        trained(model_of(MAML, captures, inner_optimizer=optimizer)) for captures in (True, False)
+    )
+    assert largest_difference(by_graphs, usual) < 1e-12
+    assert recorded
 
 
 def smoothed(outputs: Tensor, y: Tensor) -> Tensor:
