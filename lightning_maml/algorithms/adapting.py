@@ -514,7 +514,7 @@ class AdaptingModule(EpisodicModule):
                 f"{info.outputs[0]}; give its head as many outputs as the datamodule has `ways`, "
                 "and leave `test_ways` the same, because a head has one width."
             )
-        labels = self._known_labels.of(episodes, sets)
+        labels = self.known_labels.of(episodes, sets)
         check_labels(labels, info.outputs[0], ignored_label(loss), sets)
 
     def _ways_of_datamodule(self) -> int | None:

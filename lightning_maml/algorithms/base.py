@@ -23,6 +23,7 @@ from lightning_maml.batches.trees import map_tensors, unstacked
 from lightning_maml.checks.findings import Findings, Kind, kind_of_batch
 from lightning_maml.checks.loss_checks import ignored_label
 from lightning_maml.checks.requirements import (
+    Unwritten,
     check_factory,
     check_loss_is_callable,
     check_network,
@@ -69,11 +70,13 @@ class Step(NamedTuple):
         run: Computes.
         check: Refuses what ``run`` returned, if it is not finite for instance.
         finish: Makes the result of it, and writes to the network's buffers.
+        unwritten: What ``run`` must leave as it is.
     """
 
     run: Callable[[], Any]
     check: Callable[[Any], None]
     finish: Callable[[Any], StepResult]
+    unwritten: Unwritten = Unwritten({})
 
 
 class EpisodicModule(CheckpointedModule):
@@ -128,7 +131,7 @@ class EpisodicModule(CheckpointedModule):
         # in a dict, so no submodules: what metrics hold is not trained or saved
         self._figures = LoaderFigures(named_metrics(metrics, metrics_over), metrics_over)
         self._findings = Findings()
-        self._known_labels = KnownLabels()
+        self.known_labels = KnownLabels()
         self._update_buffers = BufferUpdate()
         self._gradients_arrive = False  # whether this was checked
 
@@ -190,14 +193,6 @@ class EpisodicModule(CheckpointedModule):
             computed.append(self._run_step(part))
         return _mean_loss([finish() for finish in computed])
 
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """Move a batch, and remember its labels, which are checked on the CPU."""
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        self._known_labels.note(batch, moved)
-        return moved
-
     def _as_meta_batch(self, batch: Any) -> Any:
         """Return the meta-batch that a loader means.
 
@@ -214,7 +209,12 @@ class EpisodicModule(CheckpointedModule):
         for attempt in self._attempts(episodes):
             with attempt:
                 step = self._plan_step(episodes)
-                found = step.run()
+                try:
+                    found = step.run()
+                except Exception:  # perhaps of a graph whose tensors were written to
+                    step.unwritten.check()
+                    raise
+        step.unwritten.check()
         step.check(found)
         return partial(step.finish, found)
 

@@ -303,20 +303,7 @@ class MAML(AdaptingModule):
         inputs = {f"inputs {number}": x for number, x in enumerate(tensors(episodes))}
         unwritten = Unwritten(params | inputs)
         plan = self._plan(episodes)
-
-        gradient = self._captured(self._gradient_function(plan, episodes), plan, episodes)
-
-        def run() -> MetaGradient:
-            try:
-                found: MetaGradient = gradient()
-                return found
-            except Exception:  # perhaps of a graph whose tensors were written to
-                unwritten.check()
-                raise
-
-        def check(found: MetaGradient) -> None:
-            unwritten.check()
-            self._stop_unless_finite(found)
+        run = self._captured(self._gradient_function(plan, episodes), plan, episodes)
 
         def finish(found: MetaGradient) -> StepResult:
             self._update_buffers(self.network, episodes, self.batch_norm)
@@ -326,7 +313,7 @@ class MAML(AdaptingModule):
             loss = loss_with_gradient(points, [found.grad, *found.inner_lr], found.query_loss)
             return StepResult(loss, found.query_loss, found.aux)
 
-        return Step(run, check, finish)
+        return Step(run, self._stop_unless_finite, finish, unwritten)
 
     def _gradient_function(
         self, plan: Plan, episodes: AnyEpisodes, curvature: CurvatureName | None = None

@@ -242,7 +242,7 @@ class ProtoNet(EpisodicModule):
         """Refuse episodes without prototypes; return network, ways, and how tasks are run."""
         tasks: TaskExecution = "vmap" if self._tasks == "auto" else self._tasks
         functional = FunctionalNetwork(network, self.batch_norm, vectorised=tasks == "vmap")
-        ways = ways_of(self._known_labels.of(episodes, ("support_y", "query_y")))
+        ways = ways_of(self.known_labels.of(episodes, ("support_y", "query_y")))
 
         def look() -> Verdict:
             check_writes(functional, episodes)

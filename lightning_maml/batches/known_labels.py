@@ -52,8 +52,7 @@ class KnownLabels:
 
     def of(self, episodes: AnyEpisodes, names: Collection[str]) -> AnyEpisodes:
         """Return episodes with the labels ``names`` on the CPU."""
-        on_cpu = {name: self.on_cpu(getattr(episodes, name)) for name in names}
-        return episodes._replace(**on_cpu)
+        return episodes._replace(**{name: self.on_cpu(getattr(episodes, name)) for name in names})
 
 
 def _holds_labels(tensor: Tensor) -> bool:

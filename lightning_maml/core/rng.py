@@ -100,11 +100,8 @@ def set_generator_states(states: dict[str, Any], device: torch.device) -> None:
 
 def torch_random_state(device: torch.device) -> dict[str, Any]:
     """Return the states of the random generators of torch and of the device."""
-    own = (
-        None
-        if device.type == "cpu"
-        else torch.get_device_module(device).get_rng_state(*_numbered(device))
-    )
+    module = _generators_of(device)
+    own = None if module is None else module.get_rng_state(*_numbered(device))
     return {"torch": torch.get_rng_state(), device.type: own}
 
 
@@ -115,7 +112,14 @@ def set_torch_random_state(state: dict[str, Any], device: torch.device) -> None:
     """
     torch.set_rng_state(state["torch"])
     if state.get(device.type) is not None:
-        torch.get_device_module(device).set_rng_state(state[device.type], *_numbered(device))
+        _generators_of(device).set_rng_state(state[device.type], *_numbered(device))
+
+
+def _generators_of(device: torch.device) -> Any:
+    """Return the module of torch that has an accelerator's generators, once it was used."""
+    module = getattr(torch, device.type, None)
+    in_use = getattr(module, "is_initialized", lambda: True)()
+    return module if hasattr(module, "get_rng_state") and in_use else None
 
 
 def _numbered(device: torch.device) -> list[torch.device]:

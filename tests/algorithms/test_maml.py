@@ -703,6 +703,7 @@ def test_a_checkpoint_holds_plain_arguments_and_loads_safely(
         "compiled": False,
         "query_in_eval": False,
         "keep_graphs": "auto",
+        "cuda_graphs": True,
         **extra,
     }
     loaded = algorithm.load_from_checkpoint(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,26 @@ NORMS = json.loads((WRITTEN / "goes_on.json").read_text())
 """Norms of the weights after a second epoch, trained by the version that wrote the checkpoints."""
 
 
+WITHOUT_GRADIENT = (
+    "network.0.bias",
+    "step_statistics.running_mean_0",
+    *(f"network.features.{block}.0.bias" for block in range(4)),
+)
+"""Biases that batch norm takes out again, and the mean that holds one: their gradient is rounding, of
+which Adam makes steps."""
+
+
 def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: float(tensor.double().norm()) for name, tensor in weights.items()}
+    return {
+        name: float(tensor.double().norm())
+        for name, tensor in weights.items()
+        if name not in WITHOUT_GRADIENT
+    }
+
+
+def expected(name: str) -> Any:
+    then = {key: value for key, value in NORMS[name].items() if key not in WITHOUT_GRADIENT}
+    return pytest.approx(then, rel=1e-4)
 
 
 def test_training_resumes_from_a_config_and_checkpoint_of_version_0_1(tmp_path: Path) -> None:
@@ -35,9 +54,7 @@ def test_training_resumes_from_a_config_and_checkpoint_of_version_0_1(tmp_path: 
     ]
     run(["fit", *arguments, *folders])
     last = next(tmp_path.rglob("last.ckpt"))
-    assert norms(torch.load(last, weights_only=True)["state_dict"]) == pytest.approx(
-        NORMS["hfmaml"], rel=1e-4
-    )
+    assert norms(torch.load(last, weights_only=True)["state_dict"]) == expected("hfmaml")
 
 
 def test_training_resumes_with_learned_rates_and_per_step_batch_norm_of_version_0_1(
@@ -51,11 +68,9 @@ def test_training_resumes_with_learned_rates_and_per_step_batch_norm_of_version_
         nn.Flatten(),
         nn.Linear(4 * 13 * 13, 5),
     )
-    # graphs as version 0.1 had them: the first bias has no gradient but rounding, of which Adam makes
-    # steps
-    model = MAMLPlusPlus.load_from_checkpoint(checkpoint, network=network, keep_graphs="never")
+    model = MAMLPlusPlus.load_from_checkpoint(checkpoint, network=network)
     data = GlyphsDataModule(train_batches=2, meta_batch_size=2, val_tasks=4)
     going_on: Trainer = trainer(tmp_path, max_epochs=2)
     going_on.fit(model, data, ckpt_path=checkpoint)
     assert going_on.global_step == 4
-    assert norms(model.state_dict()) == pytest.approx(NORMS["mamlplusplus"], rel=1e-4)
+    assert norms(model.state_dict()) == expected("mamlplusplus")
