@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from lightning_maml.batches.episodes import AnyEpisodes
-from lightning_maml.datamodules.prefetch import PrefetchingLoader
+from lightning_maml.datamodules.prefetch import PrefetchingLoader, as_it_is
 from lightning_maml.datamodules.sampler import (
     ClassImages,
     EpisodeDataset,
@@ -26,7 +26,7 @@ Purpose = Literal["stepsize", "stationarity", "measure", "fidelity"]
 
 # Part of the seed of each split's episodes, so that splits draw independently of each other.
 _STREAMS = {"train": 0, "val": 1, "test": 2}
-# Part of the seed of training tasks that are drawn for another purpose than training.
+# Part of the key of training tasks that are drawn for another purpose than training.
 _PURPOSES: dict[Purpose, int] = {"stepsize": 1, "stationarity": 2, "measure": 3, "fidelity": 4}
 
 _LEAST = {
@@ -230,9 +230,7 @@ class EpisodicDataModule(LightningDataModule):
         processes, rank = self._replicas()
         dataset = self._dataset("train")
         numbers = range(rank, tasks * processes, processes)
-        drawn = [dataset[draw, number, _PURPOSES[purpose]] for number in numbers]
-        episodes: AnyEpisodes = default_collate(drawn)
-        return episodes
+        return dataset.__getitems__([(draw, number, _PURPOSES[purpose]) for number in numbers])
 
     def on_after_batch_transfer(self, batch: AnyEpisodes, dataloader_idx: int) -> AnyEpisodes:
         """Prepare a batch on the device: floats in 0 .. 1, transforms, the trainer's precision."""
@@ -278,6 +276,7 @@ class EpisodicDataModule(LightningDataModule):
             self._dataset(split),
             batch_size=self.meta_batch_size,
             sampler=sampler,
+            collate_fn=as_it_is,
             # Each iterator draws a number from the loader's generator, and a resumed run makes more
             # iterators: with torch's own generator, it would go on with other random numbers.
             generator=torch.Generator(),

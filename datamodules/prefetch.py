@@ -61,6 +61,11 @@ class PrefetchingLoader(DataLoader[Any]):
         return batches
 
 
+def as_it_is(batch: Any) -> Any:
+    """Pass on a batch that needs no collating, as its dataset gave it whole."""
+    return batch
+
+
 def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
     """Yield the batches, and draw one ahead in a thread."""
     end = object()  # not None, which may be a batch

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
-from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes
+from lightning_maml.batches.episodes import AnyEpisodes, first_task
+from lightning_maml.datamodules.drawing import TaskKey, below, distinct, task_words
+from lightning_maml.datamodules.gathering import Drawn, as_episodes, gathered
 from lightning_maml.datamodules.messages import first_five
 from lightning_maml.errors import UserValueError
-
-TaskKey = tuple[int, ...]
-"""What an episode depends on besides the seed: the epoch, the number of the task, and for tasks
-that are not trained on a third number, which says what they are for."""
 
 Rotations = Literal["none", "classes", "augment"]
 SmallClasses = Literal["raise", "drop"]
@@ -89,7 +87,8 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         rotations: ``"none"``; ``"classes"``: each class becomes four classes, turned by 0, 90, 180
             and 270 degrees; ``"augment"``: each class of an episode is turned at random by one of
             these angles.
-        seed: Numbers that distinguish these episodes from those of other seeds and splits.
+        seed: One or two numbers below 2**64 that distinguish these episodes from those of other
+            seeds and splits.
         split: Name of the split, for messages.
         small_classes: What to do about classes with too few images for an episode: ``"raise"`` an
             error, or ``"drop"`` them with a warning.
@@ -124,11 +123,12 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         if resampling is not None:
             support = resampling.steps * (shots + resampling.hessian_shots)
         self._images_per_class = support + queries
-        self._pixels = data.images
-        self._members = self._large_enough(data, small_classes, split)
+        members = self._large_enough(data, small_classes, split)
+        self._sizes = np.array([len(of_class) for of_class in members])
+        self._first_rows = np.cumsum(self._sizes) - self._sizes
         self._rotations = rotations
         self._seed = seed
-        self._classes = len(self._members) * (4 if rotations == "classes" else 1)
+        self._classes = len(members) * (4 if rotations == "classes" else 1)
         if ways > self._classes:
             raise UserValueError(
                 f"Expected the ways of split {split!r} to be at most {self._classes}, its "
@@ -140,63 +140,102 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
                 f"Expected square images [M, C, H, W] in split {split!r} for "
                 f"rotations={rotations!r} but got shape {list(shape)}; set rotations='none'."
             )
+        self._images = data.images
+        self._rows = torch.from_numpy(np.concatenate(members))  # of all classes in turn
+        self._labels = self._labels_of_a_task()
 
     def __getitem__(self, key: TaskKey) -> AnyEpisodes:
         """Return one task, without the leading dimension of a meta-batch.
 
-        Its images are as stored, in the order of their labels.
+        It is the same as in a meta-batch. Its images are as stored, in the order of their labels.
         """
-        # RandomState's stream is frozen: the same episodes whatever numpy's version
-        random = np.random.RandomState([*self._seed, *key])
-        classes = random.choice(self._classes, self._ways, replace=False)
-        drawn = [self._draw_rows(random, number) for number in classes]
-        turns = [turn for _, turn in drawn]
-        rows = torch.from_numpy(np.stack([rows for rows, _ in drawn]))  # [ways, images]
-        support_size = self._images_per_class - self._queries
-        support, query = torch.split(rows, [support_size, self._queries], 1)
-        if self._resampling is None:
-            return Episodes(*self._labelled(support, turns), *self._labelled(query, turns))
-        steps, hessian_shots = self._resampling
-        by_step = torch.unflatten(support, 1, (steps, self._shots + hessian_shots))
-        by_step = by_step.transpose(0, 1)  # [N, ways, images]
-        descent, hessian = torch.split(by_step, [self._shots, hessian_shots], 2)
-        return ResampledEpisodes(
-            *self._labelled(descent, turns),
-            *self._labelled(hessian, turns),
-            *self._labelled(query, turns),
-        )
+        return first_task(self.__getitems__([key]))
 
-    def _draw_rows(self, random: np.random.RandomState, number: int) -> tuple[np.ndarray, int]:
-        """Draw the images of a class, and its rotation in quarter turns."""
-        # with rotations="classes", the numbers beyond the members are those of turned classes
-        members, turns = self._members[number % len(self._members)], number // len(self._members)
-        if self._rotations == "augment":
-            turns = random.randint(4)
-        return random.permutation(members)[: self._images_per_class], int(turns)
-
-    def _labelled(self, rows: Tensor, turns: list[int]) -> tuple[Tensor, Tensor]:
-        """Return images with the classes turned, and their labels.
+    def __getitems__(self, keys: list[TaskKey]) -> AnyEpisodes:
+        """Return the meta-batch of some tasks, for a loader that does not collate it again.
 
         Args:
-            rows: Rows of the images, ``[..., ways, per class]``.
-            turns: Quarter turns of each class.
+            keys: Keys of the T tasks.
 
         Returns:
-            The images, ``[..., ways * per class, C, H, W]``, and labels,
-            ``[..., ways * per class]``.
+            The meta-batch, with images ``[T, ..., C, H, W]`` as stored.
         """
-        *leading, ways, per_class = rows.shape
-        class_axis = len(leading)
-        images = torch.index_select(self._pixels, 0, rows.flatten())
-        images = torch.unflatten(images, 0, tuple(rows.shape))
-        if any(turns):
-            turned = [
-                torch.rot90(of_class, turn, (-2, -1))
-                for of_class, turn in zip(images.unbind(class_axis), turns, strict=True)
-            ]
-            images = torch.stack(turned, class_axis)
-        labels = torch.arange(ways).repeat_interleave(per_class).expand(*leading, -1)
-        return images.flatten(class_axis, class_axis + 1), labels
+        return self.gather(self.draw(keys))
+
+    def draw(self, keys: list[TaskKey]) -> Drawn:
+        """Draw the images of some tasks, and how they are turned.
+
+        Args:
+            keys: Keys of the T tasks.
+
+        Returns:
+            The images by their numbers among those of the split, class after class.
+        """
+        ways, per_class = self._ways, self._images_per_class
+        words = task_words(self._seed, keys, ways * (3 + 2 * per_class))
+        of_class, class_order, of_turn, of_images = np.split(words, [ways, 2 * ways, 3 * ways], 1)
+        classes = distinct(of_class, class_order, self._classes)  # [T, ways]
+        # with rotations="classes", the numbers beyond the members are those of turned classes
+        turns, classes = np.divmod(classes, len(self._sizes))
+        if self._rotations == "augment":
+            turns = below(of_turn, 4)
+        of_image, image_order = of_images.reshape(len(keys), 2, ways, per_class).swapaxes(0, 1)
+        places = distinct(of_image, image_order, self._sizes[classes])  # [T, ways, per_class]
+        rows = self._first_rows[classes][..., None] + places
+        turns = np.broadcast_to(turns[..., None], rows.shape)
+        return Drawn(*(torch.from_numpy(self._in_parts(each)) for each in (rows, turns)))
+
+    def gather(self, drawn: Drawn) -> AnyEpisodes:
+        """Return the meta-batch that was drawn.
+
+        Args:
+            drawn: What :meth:`draw` returned.
+        """
+        images = gathered(self._images, drawn._replace(rows=self._rows[drawn.rows]))
+        return as_episodes(
+            images, self.labels(len(images) // (self._ways * self._images_per_class))
+        )
+
+    def labels(self, tasks: int) -> list[Tensor]:
+        """Return the labels of support, Hessian (if there are any) and query images.
+
+        Args:
+            tasks: T, the number of tasks.
+
+        Returns:
+            Of each part, ``[T, examples]`` or ``[T, N, examples]``.
+        """
+        # repeated, not expanded: whoever writes to the labels of a task changes no others
+        return [of_part.repeat(tasks, *[1] * of_part.ndim) for of_part in self._labels]
+
+    def _in_parts(self, of_images: np.ndarray) -> np.ndarray:
+        """Put what belongs to the images of each class in the order of :class:`Drawn`.
+
+        Args:
+            of_images: ``[T, ways, images per class]``.
+
+        Returns:
+            ``[n]``.
+        """
+        support, query = np.split(of_images, [self._images_per_class - self._queries], 2)
+        parts = [support, query]
+        if self._resampling is not None:
+            steps, hessian_shots = self._resampling
+            tasks, ways, _ = support.shape
+            by_step = support.reshape(tasks, ways, steps, self._shots + hessian_shots)
+            by_step = by_step.swapaxes(1, 2)  # [T, N, ways, images]
+            parts = [by_step[..., : self._shots], by_step[..., self._shots :], query]
+        return np.concatenate([part.ravel() for part in parts])
+
+    def _labels_of_a_task(self) -> list[Tensor]:
+        def labels(per_class: int) -> Tensor:
+            return torch.arange(self._ways).repeat_interleave(per_class)
+
+        if self._resampling is None:
+            return [labels(self._shots), labels(self._queries)]
+        steps, hessian_shots = self._resampling
+        of_steps = [labels(number).repeat(steps, 1) for number in (self._shots, hessian_shots)]
+        return [*of_steps, labels(self._queries)]
 
     def _large_enough(
         self, data: ClassImages, small_classes: SmallClasses, split: str

@@ -316,13 +316,13 @@ class Killed(Noise):
 
     def train_dataloader(self) -> Any:
         loader = super().train_dataloader()
-        draw = type(loader.dataset).__getitem__
+        draw = type(loader.dataset).__getitems__
 
         class Dying(type(loader.dataset)):  # type: ignore[misc]
-            def __getitem__(self, key: Any) -> Any:
-                if key[1] == 6:
+            def __getitems__(self, keys: Any) -> Any:
+                if any(number == 6 for _, number in keys):
                     os.kill(os.getpid(), signal.SIGKILL)
-                return draw(self, key)
+                return draw(self, keys)
 
         loader.dataset.__class__ = Dying
         return loader

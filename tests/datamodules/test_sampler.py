@@ -8,6 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from helpers.images import numbered_images
+from lightning_maml.datamodules.gathering import Drawn, gathered
+from lightning_maml.datamodules.prefetch import as_it_is
 from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resampling, TaskSampler
 
 
@@ -65,6 +67,68 @@ def test_a_task_is_a_function_of_seed_epoch_and_number() -> None:
         assert not torch.equal(other.support_x, dataset()[3, 7].support_x)
 
 
+@pytest.mark.parametrize("rotations", ["none", "classes", "augment"])
+@pytest.mark.parametrize("resampling", [None, Resampling(2, 1), Resampling(2, 0)])
+def test_a_task_is_the_same_alone_and_in_any_batch(
+    rotations: str, resampling: Resampling | None
+) -> None:
+    episodes = dataset(rotations=rotations, shots=1, queries=2, resampling=resampling)
+    keys = [(3, 5), (0, 1), (3, 4), (0, 0, 2), (0, 0)]
+    together, backwards = episodes.__getitems__(keys), episodes.__getitems__(keys[::-1])
+    for place, key in enumerate(keys):
+        alone = episodes[key]
+        for name in alone._fields:
+            assert torch.equal(getattr(together, name)[place], getattr(alone, name))
+            assert torch.equal(getattr(backwards, name)[-1 - place], getattr(alone, name))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
+def test_images_of_any_type_are_turned_each_by_its_angle(dtype: torch.dtype) -> None:
+    images = torch.arange(2 * 3 * 25).remainder(251).reshape(6, 1, 5, 5).to(dtype)
+    rows, turns = torch.tensor([4, 0, 0, 5, 1]), torch.tensor([3, 0, 1, 2, 1])
+    found = gathered(images, Drawn(rows, turns))
+    assert found.dtype == dtype
+    for place, (row, turn) in enumerate(zip(rows, turns.tolist(), strict=True)):
+        assert torch.equal(found[place], torch.rot90(images[row], turn, (-2, -1)))
+
+
+def test_labels_of_a_task_can_be_changed_alone() -> None:
+    episodes = dataset()
+    batch = episodes.__getitems__([(0, 0), (0, 1)])
+    batch.support_y[0] += 1
+    assert batch.support_y[1].tolist() == episodes[0, 0].support_y.tolist()
+
+
+def test_classes_of_all_sizes_give_each_image_equally_often() -> None:
+    """Chi-squared at a level of 1e-6, fixed seed; classes of 2, 3 and 6 images in mixed order."""
+    order = np.random.RandomState(0).permutation(11)
+    members = [order[:2], order[2:5], order[5:]]
+    images = torch.arange(11, dtype=torch.uint8)[:, None, None, None]
+    shape = {"ways": 3, "shots": 1, "queries": 1, "rotations": "none", "seed": (0,)}
+    episodes = EpisodeDataset(ClassImages(images, members), **shape, split="train")
+    batch = episodes.__getitems__([(0, number) for number in range(6000)])
+    for x in (batch.support_x, batch.query_x):
+        for of_class in members:
+            counts = x.flatten().bincount(minlength=11)[torch.from_numpy(of_class)]
+            assert counts.sum() == 6000
+            expected = 6000 / len(of_class)
+            assert ((counts - expected) ** 2 / expected).sum() < 40, "5 degrees of freedom at most"
+    assert (batch.support_x != batch.query_x).all(), "the other image, where a class has two"
+
+
+def test_purposes_and_splits_draw_other_tasks() -> None:
+    images = numbered_images()
+    shape = {"ways": 5, "shots": 1, "queries": 1, "rotations": "none"}
+    drawn = [
+        EpisodeDataset(images, **shape, seed=seed, split="train")[key].support_x
+        for seed in [(0, 0), (0, 1), (1, 0)]
+        for key in [(0, 0), (0, 0, 1), (0, 0, 2)]
+    ]
+    assert len({tuple(x.flatten().tolist()) for x in drawn}) == 9
+
+
 def batches(
     workers: int, epoch: int = 0, replicas: int = 1, rank: int = 0, batch_size: int = 4
 ) -> list[torch.Tensor]:
@@ -73,7 +137,11 @@ def batches(
     return [
         batch.support_x
         for batch in DataLoader(
-            dataset(), batch_size=batch_size, sampler=sampler, num_workers=workers
+            dataset(),
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=as_it_is,
         )
     ]
 

@@ -9,10 +9,12 @@ import torch
 from lightning import Trainer
 from torch import nn
 
+from helpers import earlier_episodes
 from helpers.trainers import trainer
 from lightning_maml import MAMLPlusPlus
 from lightning_maml.cli import run
 from lightning_maml.datamodules import GlyphsDataModule
+from lightning_maml.datamodules.sampler import EpisodeDataset
 
 WRITTEN = Path(__file__).parent / "format_0_1"
 NORMS = json.loads((WRITTEN / "goes_on.json").read_text())
@@ -26,6 +28,11 @@ WITHOUT_GRADIENT = (
 )
 """Biases that batch norm takes out again, and the mean that holds one: their gradient is rounding, of
 which Adam makes steps."""
+
+
+@pytest.fixture(autouse=True)
+def _episodes_of_version_0_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpisodeDataset, "draw", earlier_episodes.draw)
 
 
 def norms(weights: dict[str, torch.Tensor]) -> dict[str, float]:
