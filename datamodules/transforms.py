@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Normalize
 from torchvision.transforms.v2.functional import resize
 
 from lightning_maml.batches.episodes import AnyEpisodes
@@ -104,36 +104,57 @@ class EpisodeTransforms:
         if self.resize is None and not transforms and self.normalize == "none":
             return episodes
         names = episodes._fields[::2]  # images and labels take turns
-        by_task = []
-        for t in range(len(episodes.query_x)):
-            parts = [getattr(episodes, name)[t] for name in names]
-            by_task.append(self._task(parts, transforms, training))
-        stacked = [torch.stack(part) for part in zip(*by_task, strict=True)]
-        return episodes._replace(**dict(zip(names, stacked, strict=True)))
+        parts = [self._resized(getattr(episodes, name)) for name in names]
+        if transforms:
+            of_tasks = [self._task(task, transforms, training) for task in zip(*parts, strict=True)]
+            parts = [torch.stack(part) for part in zip(*of_tasks, strict=True)]
+        parts = [self._normalized(part) for part in parts]
+        return episodes._replace(**dict(zip(names, parts, strict=True)))
+
+    def _resized(self, images: Tensor) -> Tensor:
+        """Resize images ``[..., C, H, W]``."""
+        if self.resize is None:
+            return images
+        resized: Tensor = resize(images, [self.resize, self.resize], antialias=True)
+        return resized
 
     def _task(
-        self, parts: list[Tensor], transforms: list[nn.Module], training: bool
+        self, parts: Sequence[Tensor], transforms: list[nn.Module], training: bool
     ) -> list[Tensor]:
         """Transform the support, query and Hessian images of one task together."""
         images = torch.cat([part.flatten(0, -4) for part in parts])
-        if self.resize is not None:
-            images = resize(images, [self.resize, self.resize], antialias=True)
-        if training and transforms and self.vary == "image":
+        if training and self.vary == "image":
             images = torch.cat([_apply(transforms, image) for image in torch.split(images, 1)])
         else:
             images = _apply(transforms, images)
-        if self.normalize != "none":
-            if images.shape[1] != 3:
-                raise UserValueError(
-                    f"Expected images of 3 channels for normalize={self.normalize!r} but got "
-                    f"{images.shape[1]}; use v2.Normalize instead."
-                )
-            images = Normalize(*STATISTICS[self.normalize])(images)
         pieces = torch.split(images, [part[..., 0, 0, 0].numel() for part in parts])
         return [
             torch.unflatten(piece, 0, part.shape[:-3])
             for piece, part in zip(pieces, parts, strict=True)
         ]
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        """Normalise images ``[..., C, H, W]``."""
+        if self.normalize == "none":
+            return images
+        if images.shape[-3] != 3:
+            raise UserValueError(
+                f"Expected images of 3 channels for normalize={self.normalize!r} but got "
+                f"{images.shape[-3]}; use v2.Normalize instead."
+            )
+        mean, std = _statistics(self.normalize, images.device, images.dtype)
+        return images.sub(mean).div_(std)
+
+
+@cache
+def _statistics(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return means and standard deviations ``[3, 1, 1]``, which are sent to a device only once."""
+    # made in a test, they are used in training too
+    with torch.inference_mode(False):
+        mean, std = (
+            torch.tensor(values, dtype=dtype)[:, None, None] for values in STATISTICS[name]
+        )
+        return mean.to(device), std.to(device)
 
 
 def _apply(transforms: list[nn.Module], images: Tensor) -> Tensor:

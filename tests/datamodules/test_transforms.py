@@ -7,11 +7,13 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import resize
 
 from helpers.folders import CONFIGS
 from lightning_maml import FOMAML, Conv4, Episodes, ResampledEpisodes
 from lightning_maml.cli import main, run
 from lightning_maml.datamodules import EpisodeTransforms, GlyphsDataModule
+from lightning_maml.datamodules.transforms import STATISTICS
 
 
 def places(*leading: int, size: int = 12) -> Tensor:
@@ -69,6 +71,50 @@ def test_named_statistics_normalise_images(
     normalised = EpisodeTransforms(normalize=name)(episodes(), training)
     expected = (places(6, 4) - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     assert (normalised.support_x - expected).abs().max() < 1e-4
+
+
+def noise(tasks: int = 3, dtype: torch.dtype = torch.float32) -> ResampledEpisodes:
+    """Images of noise, in two steps, with empty Hessian batches."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.zeros(tasks, 2, 4, dtype=torch.long)
+    support = torch.rand(tasks, 2, 4, 3, 12, 10, generator=random).to(dtype)
+    query = torch.rand(tasks, 5, 3, 12, 10, generator=random).to(dtype)
+    return ResampledEpisodes(
+        support, labels, support[:, :, :0], labels[:, :, :0], query, labels.flatten(1)[:, :5]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["imagenet", "metaoptnet"])
+def test_normalising_is_torchvisions_to_the_last_bit(name: str, dtype: torch.dtype) -> None:
+    batch = noise(dtype=dtype)
+    normalised = EpisodeTransforms(normalize=name)(batch, training=True)
+    for part, stored in zip(normalised[::2], batch[::2], strict=True):
+        assert part.dtype == dtype
+        assert torch.equal(part, v2.Normalize(*STATISTICS[name])(stored))
+
+
+@pytest.mark.parametrize("size", [5, 12, 17])
+def test_images_of_all_tasks_are_resized_as_each_of_them_alone(size: int) -> None:
+    batch = noise()
+    resized = EpisodeTransforms(resize=size)(batch, training=False)
+    assert resized.hessian_x.shape == (3, 2, 0, 3, size, size)
+    for part, stored in ((resized.support_x, batch.support_x), (resized.query_x, batch.query_x)):
+        alone = [resize(image[None], [size, size]) for image in stored.flatten(0, -4)]
+        assert torch.equal(part.flatten(0, -4), torch.cat(alone))
+
+
+def test_statistics_of_a_test_can_be_trained_with() -> None:
+    """Tensors that are made in a test cannot be saved for a derivative; these can."""
+    batch = noise(dtype=torch.float64)
+    batch = Episodes(batch.support_x, batch.support_y, batch.query_x, batch.query_y)
+    transforms = EpisodeTransforms(normalize="metaoptnet")
+    with torch.inference_mode():
+        transforms(batch, training=False)
+    images = batch.query_x.requires_grad_()
+    (gradient,) = torch.autograd.grad(transforms(batch, training=True).query_x.sum(), images)
+    std = torch.tensor(STATISTICS["metaoptnet"][1], dtype=torch.float64)
+    assert torch.allclose(gradient, (1 / std)[:, None, None].expand_as(gradient))
 
 
 @pytest.mark.parametrize("vary", ["image", "task"])
