@@ -5,9 +5,13 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.datamodules.on_device import ImagesOnDevice
 from lightning_maml.datamodules.prefetch import PrefetchingLoader, as_it_is
 from lightning_maml.datamodules.sampler import (
     ClassImages,
@@ -20,6 +24,7 @@ from lightning_maml.datamodules.sampler import (
 )
 from lightning_maml.datamodules.transforms import EpisodeTransforms
 from lightning_maml.errors import UserValueError
+from lightning_maml.execution.graphs import free_bytes
 
 Regime = Literal["finite_sum", "resampling"]
 Purpose = Literal["stepsize", "stationarity", "measure", "fidelity"]
@@ -70,6 +75,11 @@ class EpisodicDataModule(LightningDataModule):
     ``regime="resampling"``, batches are :class:`lightning_maml.ResampledEpisodes`, with images
     ``[T, N, S, C, H, W]``. Episodes depend only on the seed, the epoch and their number, not on the
     number of workers or processes.
+
+    While a trainer runs on CUDA, the images of a split are kept on the device if they take at most
+    a quarter of its free memory (with rotations, all four of them), so that only the numbers of the
+    images and the labels are sent there for each batch. Batches come from the CPU, as they do
+    without a trainer, if there are loader processes or ``on_before_batch_transfer`` is overridden.
 
     Args:
         ways: Classes per training episode.
@@ -161,6 +171,7 @@ class EpisodicDataModule(LightningDataModule):
         self.num_workers = num_workers
         self._check_arguments()
         self._datasets: dict[str, EpisodeDataset] = {}
+        self._on_device: dict[tuple[str, torch.device], ImagesOnDevice] = {}
 
     def class_images(self, split: str) -> ClassImages:
         """Return the images of a split, class by class.
@@ -244,6 +255,45 @@ class EpisodicDataModule(LightningDataModule):
             batch = self.trainer.precision_plugin.convert_input(batch)
         return batch
 
+    def teardown(self, stage: str) -> None:
+        """Free the memory of images that were kept on the device.
+
+        Args:
+            stage: Stage of the trainer that ended.
+        """
+        for images in self._on_device.values():
+            images.release()
+        self._on_device.clear()
+
+    def _source(self, split: str) -> EpisodeDataset | ImagesOnDevice:
+        """Return what a loader takes the episodes of a split from."""
+        episodes = self._dataset(split)
+        # after a run, models are on the CPU again, and so are batches
+        if self.trainer is None or self.trainer.state.status != TrainerStatus.RUNNING:
+            return episodes
+        device = self.trainer.strategy.root_device
+        if (split, device) not in self._on_device:
+            if not self._fits_on_device(episodes, device):
+                return episodes
+            size = f"{episodes.bytes_on_device / 2**20:.3g} MB"
+            rank_zero_info(f"The images of split {split!r} are kept on {device} ({size}).")
+            self._on_device[split, device] = ImagesOnDevice(episodes, device)
+        return self._on_device[split, device]
+
+    def _fits_on_device(self, episodes: EpisodeDataset, device: torch.device) -> bool:
+        """Return whether the images of a split are to be kept on the device.
+
+        They are on CUDA if they take at most a quarter of the free memory there. Loader processes
+        cannot gather there, and a hook before the transfer is to get batches on the CPU.
+        """
+        if device.type != "cuda" or self.num_workers > 0:
+            return False
+        owners = self, self.trainer and self.trainer.lightning_module
+        if any(is_overridden("on_before_batch_transfer", owner) for owner in owners):
+            return False
+        free = free_bytes(device)
+        return free is not None and episodes.bytes_on_device <= free / 4
+
     def _dataset(self, split: str) -> EpisodeDataset:
         if split not in self._datasets:
             train = split == "train"
@@ -273,7 +323,7 @@ class EpisodicDataModule(LightningDataModule):
         sampler: Any = TaskSampler(tasks, fresh=fresh, num_replicas=processes, rank=rank)
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return PrefetchingLoader(
-            self._dataset(split),
+            self._source(split),
             batch_size=self.meta_batch_size,
             sampler=sampler,
             collate_fn=as_it_is,

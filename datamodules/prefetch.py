@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lightning_maml.datamodules.on_device import ImagesOnDevice
 from lightning_maml.datamodules.sampler import TaskSampler
 
 
@@ -16,6 +17,9 @@ class PrefetchingLoader(DataLoader[Any]):
     when Lightning makes the iterator, because Lightning sets the epoch only after that. With a
     :class:`~lightning_maml.datamodules.sampler.TaskSampler`, checkpoints record how many batches of
     the epoch were given out, and a resumed run continues after them.
+
+    Batches of :class:`~lightning_maml.datamodules.on_device.ImagesOnDevice` are gathered on the
+    device when they are asked for.
 
     Examples:
         >>> import torch
@@ -34,9 +38,11 @@ class PrefetchingLoader(DataLoader[Any]):
         batches: Iterator[Any] = super().__iter__()
         if self.num_workers == 0:
             batches = _one_ahead(batches)
+        source = self.dataset
         for batch in batches:
             self._given += 1
-            yield batch
+            # not in the thread, whose work on the device would not wait for that of this one
+            yield source.gather(batch) if isinstance(source, ImagesOnDevice) else batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, and how many of its batches were given out."""

@@ -142,6 +142,9 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
             )
         self._images = data.images
         self._rows = torch.from_numpy(np.concatenate(members))  # of all classes in turn
+        self._angles = 1 if rotations == "none" else 4
+        self.number_of_images = len(self._rows)
+        """M, the number of images of the split."""
         self._labels = self._labels_of_a_task()
 
     def __getitem__(self, key: TaskKey) -> AnyEpisodes:
@@ -192,9 +195,8 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
             drawn: What :meth:`draw` returned.
         """
         images = gathered(self._images, drawn._replace(rows=self._rows[drawn.rows]))
-        return as_episodes(
-            images, self.labels(len(images) // (self._ways * self._images_per_class))
-        )
+        tasks = len(images) // (self._ways * self._images_per_class)
+        return as_episodes(images, self.labels(tasks))
 
     def labels(self, tasks: int) -> list[Tensor]:
         """Return the labels of support, Hessian (if there are any) and query images.
@@ -207,6 +209,31 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         """
         # repeated, not expanded: whoever writes to the labels of a task changes no others
         return [of_part.repeat(tasks, *[1] * of_part.ndim) for of_part in self._labels]
+
+    def images_on(self, device: torch.device) -> Tensor:
+        """Copy the images of the split to a device, class after class.
+
+        Args:
+            device: The device.
+
+        Returns:
+            The images ``[M, ...]``; if images may be turned, ``[4 M, ...]``: first as they are,
+            then turned by one, two and three quarter turns.
+        """
+        shape = self._angles, self.number_of_images, *self._images.shape[1:]
+        images = torch.empty(shape, dtype=self._images.dtype, device=device)
+        first = 0
+        for rows in torch.split(self._rows, self._sizes.tolist()):
+            images[0, first : first + len(rows)] = self._images[rows]
+            first += len(rows)
+        for quarters in range(1, self._angles):
+            images[quarters] = torch.rot90(images[0], quarters, (-2, -1))
+        return images.flatten(0, 1)
+
+    @property
+    def bytes_on_device(self) -> int:
+        """The memory that :meth:`images_on` takes."""
+        return self._angles * self.number_of_images * self._images[:1].nbytes
 
     def _in_parts(self, of_images: np.ndarray) -> np.ndarray:
         """Put what belongs to the images of each class in the order of :class:`Drawn`.
