@@ -243,6 +243,16 @@ class EpisodicDataModule(LightningDataModule):
         numbers = range(rank, tasks * processes, processes)
         return dataset.__getitems__([(draw, number, _PURPOSES[purpose]) for number in numbers])
 
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move a batch, and let the model remember its labels, which it reads on the CPU."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        known_labels = getattr(self.trainer and self.trainer.lightning_module, "known_labels", None)
+        if known_labels is not None:
+            known_labels.note(batch, moved)
+        return moved
+
     def on_after_batch_transfer(self, batch: AnyEpisodes, dataloader_idx: int) -> AnyEpisodes:
         """Prepare a batch on the device: floats in 0 .. 1, transforms, the trainer's precision."""
         images = {}

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_maml import MAML, MLP, Episodes, ProtoNet
 from lightning_maml.batches.known_labels import KnownLabels
+from lightning_maml.datamodules import GlyphsDataModule
 
 
 def batch() -> Episodes:
@@ -79,3 +81,12 @@ def test_labels_are_checked_as_they_were_on_the_cpu(
     monkeypatch.setattr(KnownLabels, "on_cpu", on_cpu)
     with pytest.raises(ValueError, match=r"0 to 7|all 8 classes"):
         model.meta_loss(episodes)
+
+
+def test_a_datamodule_lets_the_model_note_what_it_moves() -> None:
+    data, model = GlyphsDataModule(ways=3, meta_batch_size=2), MAML(MLP(4, 3))
+    data.trainer = SimpleNamespace(lightning_module=model)
+    here = batch()
+    there = data.transfer_batch_to_device(here, torch.device("meta"), 0)
+    assert there.support_y.device.type == "meta"
+    assert model.known_labels.on_cpu(there.query_y) is here.query_y
