@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from types import NoneType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -72,6 +71,7 @@ from lightning_maml.functional.adaptation import (
 from lightning_maml.functional.arguments import check_step_count
 from lightning_maml.functional.losses import LossFunctions
 from lightning_maml.io.plain import number, whole_number
+from lightning_maml.networks.attributes import NotComparableError
 from lightning_maml.networks.batch_norm import (
     StepStatistics,
     batch_norms,
@@ -188,7 +188,7 @@ class AdaptingModule(EpisodicModule):
         check_step_count(train_steps if test_steps is None else test_steps, "test_steps")
         self._executor = Executor(tasks, chunk_size, compiled)
         self._graphs = Graphs(keep_graphs)
-        self._cuda_graphs = CudaGraphs() if cuda_graphs and not compiled else None
+        self._cuda_graphs = CudaGraphs() if cuda_graphs else None
         settings: dict[str, Any] = {
             "inner_lr": inner_lr,
             "train_steps": train_steps,
@@ -371,6 +371,11 @@ class AdaptingModule(EpisodicModule):
             functional = functional.stacked()
         return Plan(functional, execution, self._head_that_ends(info, episodes))
 
+    def on_fit_end(self) -> None:
+        """Free the CUDA graphs, and their memory."""
+        if self._cuda_graphs is not None:
+            self._cuda_graphs.drop()
+
     def _captured(
         self, function: Callable[[], Any], plan: Plan, episodes: AnyEpisodes
     ) -> Callable[[], Any]:
@@ -380,13 +385,18 @@ class AdaptingModule(EpisodicModule):
             return function
         if writes(plan.functional.network) is None:  # what a pass changes is not known
             return function
-        own = (self.inner_optimizer.__class__, type(self)._losses, function.func)
-        if not all(_is_of_the_library(part) for part in own if part is not NoneType):
+        if plan.execution.tasks == "threads":  # which do not take part in a capture
+            return function
+        own = [getattr(self, name) for name in _READ_BY_A_STEP]
+        if self.inner_optimizer is not None:
+            own.append(type(self.inner_optimizer))
+        if not all(map(_is_of_the_library, [*own, function.func])):
             graphs.give_up("inner optimizer, losses or gradient are defined outside the library")
             return function
-        state = state_read_by(plan.functional.network, self.loss, self.support_loss)
-        if state is None:
-            graphs.give_up("the loss may read what changes from step to step; make it a module")
+        try:
+            state = state_read_by(self.network, (self.loss, self.support_loss), self.device)
+        except NotComparableError as error:
+            graphs.give_up(str(error))
             return function
         kind = self._kind(plan.functional.network, episodes)
         return partial(graphs, function, (kind, plan.execution, plan.head, state))
@@ -653,9 +663,22 @@ class AdaptingModule(EpisodicModule):
         return rates
 
 
+_READ_BY_A_STEP = (
+    "logits",
+    "_losses",
+    "_loss_of_outputs",
+    "_arguments",
+    "_training_arguments",
+    "_inner_steps",
+    "_rates",
+    "_averages",
+    "_gradient_function",
+)
+"""What a subclass may define anew, and let depend on what changes from step to step."""
+
+
 def _is_of_the_library(part: Any) -> bool:
-    """Return whether a class or function reads nothing but its arguments and its attributes."""
-    return bool(part.__module__.startswith("lightning_maml."))
+    return (part.__module__ or "").startswith("lightning_maml.")
 
 
 def _plain_rate(inner_lr: InnerRate) -> float | dict[str, float]:

@@ -36,8 +36,10 @@ class KnownLabels:
         """
         for there, here in zip(tree_leaves(moved), tree_leaves(before), strict=False):
             both = isinstance(there, Tensor) and isinstance(here, Tensor)
-            if both and there is not here and _holds_labels(here) and here.shape == there.shape:
-                self._known[there] = here, there._version
+            if not both or there is here or there.is_inference():  # those count no versions
+                continue
+            if _holds_labels(here) and here.shape == there.shape:
+                self._known[there] = here.clone(), there._version  # a loader may use it again
 
     def on_cpu(self, labels: Tensor) -> Tensor:
         """Return labels on the CPU, which waits for a device only if they are not known."""

@@ -144,7 +144,7 @@ def sgd_step(w: Params, rates: Rates, gradient: Params, point: Params | None = N
         if isinstance(rate, Tensor):
             moved[name] = torch.sub(w[name], rate * gradient[name], out=out)
         else:
-            moved[name] = torch.sub(w[name], gradient[name], alpha=rate, out=out)
+            moved[name] = torch.sub(w[name], gradient[name], alpha=float(rate), out=out)
     return moved
 
 

@@ -46,7 +46,7 @@ def number_on(diagonal: Diagonal) -> float | None:
         isinstance(other, Tensor) or other != first for other in others
     ):
         return None
-    return first
+    return float(first)
 
 
 def scale(a: float | Tensor | Diagonal, x: Params) -> Params:

@@ -5,9 +5,9 @@ GPU.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
-from functools import partial
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cache, partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,56 +16,65 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_maml.core.precision import precision
-from lightning_maml.core.rng import drawing_nothing, generator_states, generators_drawn_from
+from lightning_maml.core.rng import (
+    drawing_nothing,
+    generator_states,
+    generators_drawn_from,
+    set_generator_states,
+)
 from lightning_maml.core.tensors import is_out_of_memory
 from lightning_maml.errors import UserRuntimeError
 from lightning_maml.execution.compilation import state_of
-from lightning_maml.networks.attributes import plain_state
+from lightning_maml.networks.attributes import NotComparableError, plain_state
 
 CALLS_BEFORE = 2
 """Calls of a kind that run as usual before the next one is captured."""
 
 MOST_GRAPHS = 8
-"""Graphs kept at a time, each with memory of its own; further kinds of batches run as usual."""
+"""Graphs kept at a time, each with memory of its own; then that which was not used longest goes."""
+
+MOST_CAPTURES = 100
+"""After so many captures, batches of other kinds run as usual: there is no end of them."""
 
 MOST_KINDS = 1024
 """Kinds of calls that are counted; then counting starts anew."""
 
 
-def state_read_by(network: nn.Module, *losses: Any) -> tuple[Any, ...] | None:
+def state_read_by(
+    network: nn.Module, losses: Sequence[Any], device: torch.device
+) -> tuple[Any, ...]:
     """Return all that network and losses may read besides their arguments, to compare.
 
     Args:
         network: The network.
-        losses: Modules or functions.
+        losses: Modules, functions or None.
+        device: Where they are.
 
-    Returns:
-        None if a loss is a function that may read what cannot be compared: one with a closure, a
-        method, or one that reads global data.
+    Raises:
+        NotComparableError: If they may read what cannot be compared, such as functions of users.
     """
-    states: list[Any] = [state_of(network), plain_state(network)]
-    for loss in losses:
-        if isinstance(loss, nn.Module):
-            states += [state_of(loss), plain_state(loss)]
-        elif loss is None or _reads_its_arguments_alone(loss):
-            states.append(loss)
+    states: list[Any] = []
+    for part in (network, *losses):
+        if isinstance(part, nn.Module):
+            states += [state_of(part), plain_state(part, device)]
+        elif part is None or _reads_its_arguments_alone(part):
+            states.append(part)
         else:
-            return None
+            raise NotComparableError(
+                "the loss is a function that may read what changes; make it a module"
+            )
     return tuple(states)
 
 
 def _reads_its_arguments_alone(function: Any) -> bool:
+    """Return whether this is a function of torch or of this library, or a partial of one."""
     if isinstance(function, partial):
         plain = all(isinstance(value, int | float | str) for value in function.keywords.values())
         return plain and not function.args and _reads_its_arguments_alone(function.func)
     if isinstance(function, BuiltinFunctionType):
         return True
-    if not isinstance(function, FunctionType) or function.__closure__:
-        return False
-    if function.__module__.startswith(("torch.", "lightning_maml.")):
-        return True
-    read = [function.__globals__.get(name) for name in function.__code__.co_names]
-    return all(value is None or callable(value) or isinstance(value, ModuleType) for value in read)
+    is_plain = isinstance(function, FunctionType) and not function.__closure__
+    return is_plain and (function.__module__ or "").startswith(("torch.", "lightning_maml."))
 
 
 class Captured(NamedTuple):
@@ -93,7 +102,7 @@ class CudaGraphs:
     from the GPU, on which their course depends; and those that fail. Copies start without graphs.
 
     Examples:
-        >>> from functools import partial
+        >>> from functools import cache, partial
         >>> import torch
         >>> from lightning_maml.execution.cuda_graphs import CudaGraphs
         >>> graphs = CudaGraphs()
@@ -104,6 +113,7 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._calls: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, Captured] = {}
+        self._captures = 0
         self._given_up = False
 
     def __reduce__(self) -> tuple[type["CudaGraphs"], tuple[()]]:
@@ -130,23 +140,35 @@ class CudaGraphs:
                 lie; functions; and whatever else can be hashed.
             setting: Stands for everything that the functions among the arguments depend on.
         """
-        arguments = function.keywords
-        if self._given_up or not _may_be_captured(arguments):
+        if self._given_up or not _may_be_captured(function.keywords):
             return function()
+        with torch.inference_mode(False):
+            return self._by_a_graph(function, setting)
+
+    def _by_a_graph(self, function: partial[Any], setting: Hashable) -> Any:
+        arguments = function.keywords
         changing, structure = tree_flatten({name: arguments[name] for name in _CHANGING})
         kind = (setting, function.func, repr(structure), *_kinds(changing), *_fixed(arguments))
-        if kind in self._captured:
-            return _replayed(self._captured[kind], _tensors_among(changing))
-        self._calls[kind] += 1
-        if self._calls[kind] <= CALLS_BEFORE or len(self._captured) >= MOST_GRAPHS:
-            if len(self._calls) > MOST_KINDS:
-                self._calls.clear()
-            return function()
-        captured = self._capture(function, changing, structure)
+        captured = self._captured.pop(kind, None)
+        if captured is None and self._is_due(kind):
+            captured = self._capture(function, changing, structure)
         if captured is None:
             return function()
-        self._captured[kind] = captured
+        self._captured[kind] = captured  # the last one used
         return _replayed(captured, _tensors_among(changing))
+
+    def _is_due(self, kind: Hashable) -> bool:
+        """Count a call; return whether it is to be captured, for which the oldest graph goes."""
+        if len(self._calls) > MOST_KINDS:
+            self._calls.clear()
+        self._calls[kind] += 1
+        if self._calls[kind] <= CALLS_BEFORE or self._captures >= MOST_CAPTURES:
+            return False
+        self._captures += 1
+        if len(self._captured) >= MOST_GRAPHS:
+            oldest = next(iter(self._captured))
+            del self._captured[oldest], self._calls[oldest]
+        return True
 
     def _capture(
         self, function: partial[Any], changing: list[Any], structure: TreeSpec
@@ -155,13 +177,22 @@ class CudaGraphs:
             return _captured(function, changing, structure)
         except (RuntimeError, UserRuntimeError) as error:
             if is_out_of_memory(error):
+                self.give_up("there is no memory for it")
                 raise
-            self.give_up(str(error).splitlines()[0].rstrip("."))
+            self.give_up(_reason(error))
         return None
 
 
 _CHANGING = ("episodes", "inner_lr")
 """Arguments whose tensors are copied to where a graph reads them."""
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong first, in a line: the end of a failed capture fails too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 def works_on(device: torch.device) -> bool:
@@ -219,26 +250,34 @@ def _captured(function: partial[Any], changing: list[Any], structure: TreeSpec) 
     before = generator_states(device)
     _run_aside(run, device)
     if drawn := generators_drawn_from(before, device):
+        set_generator_states(before, device)
         raise UserRuntimeError(f"network or loss draw random numbers ({', '.join(drawn)})")
     with drawing_nothing():
-        graph, outputs = _record(run)
+        graph, outputs = _record(run, device)
     return Captured(graph, inputs, outputs, arguments)
 
 
 def _run_aside(run: partial[Any], device: torch.device) -> None:
     """Run on another stream, as is recommended before a capture."""
-    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    aside = _side_stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
         run()
     torch.cuda.current_stream(device).wait_stream(aside)
 
 
-def _record(run: partial[Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # one for all: each has a workspace of cuBLAS
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _record(run: partial[Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Capture a run; return the graph, and what it returned and each replay overwrites."""
     graph = torch.cuda.CUDAGraph()
     # other threads, which pin memory for the next batch, must not spoil the capture
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    aside = _side_stream(device)
+    with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
         outputs = run()
     return graph, outputs
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
-from lightning_maml.batches.trees import detached
+from lightning_maml.batches.trees import detached, tensors
 from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
 from lightning_maml.core.inner_loop import TaskLosses
 from lightning_maml.core.inner_optimizers import InnerOptimizer
@@ -28,6 +28,7 @@ from lightning_maml.core.objective import twice_differentiable
 from lightning_maml.core.params import Params, add, scale
 from lightning_maml.core.precision import full_precision
 from lightning_maml.core.task_axis import TaskAxis
+from lightning_maml.core.tensors import memory
 from lightning_maml.errors import UserValueError
 from lightning_maml.execution.task_map import (
     TaskExecution,
@@ -258,7 +259,21 @@ def mean_over_tasks(
     query_losses, aux = cat_chunks(each)
     if len(query_losses) > 1:
         total = scale(1 / len(query_losses), total)
+    else:
+        total = _of_their_own(total, tensors(episodes))
     return TaskGradient(total, query_losses, aux)
+
+
+def _of_their_own(gradients: Params, others: Sequence[Tensor]) -> Params:
+    """Return gradients that may be written to: copies of those that share memory with another."""
+    taken = {memory(tensor) for tensor in others}
+    own: Params = {}
+    for name, gradient in gradients.items():
+        where = memory(gradient)
+        fills_its_memory = gradient.untyped_storage().nbytes() == gradient.nbytes
+        own[name] = gradient if fills_its_memory and where not in taken else gradient.clone()
+        taken.add(where)
+    return own
 
 
 def _called(

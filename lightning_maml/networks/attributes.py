@@ -41,35 +41,71 @@ def modes(network: nn.Module) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def plain_state(network: nn.Module) -> tuple[Any, ...]:
+class NotComparableError(Exception):
+    """An attribute of which it cannot be told whether it is what it was."""
+
+
+def plain_state(network: nn.Module, device: torch.device) -> tuple[Any, ...]:
     """Return what else a forward pass may read: numbers, and where tensors lie.
 
     With :func:`modes` this is what a recorded pass may not outlive.
 
+    Args:
+        network: Any module.
+        device: Where tensors are read in their place; of those elsewhere, the values count.
+
     Returns:
-        Of the parameters, buffers and attributes of each module, also in lists, tuples and dicts:
-        numbers and strings as they are, and the addresses of tensors.
+        Of the parameters, buffers and attributes of each module, also in lists, tuples, dicts and
+        plain objects: numbers and strings as they are, and the addresses of tensors.
+
+    Raises:
+        NotComparableError: If there are attributes of other kinds, or hooks.
     """
-    return tuple(
-        (key, _plain(value))
-        for module in network.modules()
-        for holder in (module._parameters, module._buffers, vars(module))
-        for key, value in holder.items()
-        if key not in _OF_EVERY_MODULE
-    )
+    found = []
+    for name, module in network.named_modules():
+        if any(key.endswith("_hooks") and value for key, value in vars(module).items()):
+            raise NotComparableError(f"{name or type(module).__name__} has hooks")
+        for holder in (module._parameters, module._buffers, vars(module)):
+            for key, value in holder.items():
+                if key not in _OF_EVERY_MODULE:
+                    path = f"{name}.{key}".lstrip(".")
+                    found.append((key, _plain(value, device, path)))
+    return tuple(found)
 
 
-def _plain(value: Any, depth: int = 3) -> Any:
+_COMPARED_BY_IDENTITY = (type, torch.dtype, torch.device, BuiltinFunctionType, nn.Module)
+
+
+def _plain(value: Any, device: torch.device, path: str, depth: int = 6) -> Any:
     """Return a number or string, or what tells a tensor or container of such from another one."""
     if isinstance(value, Tensor):
-        return id(value), value.data_ptr() if value.layout is torch.strided else None
-    if value is None or isinstance(value, str | Number | np.generic):
+        return _place_of(value, device, path)
+    if value is None or isinstance(value, str | bytes | Number):
         return value
-    if isinstance(value, Mapping) and depth:
-        return tuple((key, _plain(part, depth - 1)) for key, part in value.items())
-    if isinstance(value, list | tuple) and depth:
-        return tuple(_plain(part, depth - 1) for part in value)
-    return id(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    is_closed = isinstance(value, FunctionType) and not value.__closure__
+    if is_closed or isinstance(value, _COMPARED_BY_IDENTITY):
+        return value  # held, so that no other has its id
+    parts: Any = value
+    if not isinstance(value, Mapping | list | tuple) and type(value).__module__ != "builtins":
+        parts = getattr(value, "__dict__", None)  # such as a configuration
+    if isinstance(parts, Mapping) and depth:
+        each = ((key, _plain(part, device, path, depth - 1)) for key, part in parts.items())
+        return type(value), tuple(each)
+    if isinstance(parts, list | tuple) and depth:
+        return tuple(_plain(part, device, path, depth - 1) for part in parts)
+    raise NotComparableError(f"{path} is a {type(value).__name__}, which may change unseen")
+
+
+def _place_of(tensor: Tensor, device: torch.device, path: str) -> Any:
+    if tensor.layout is not torch.strided:
+        raise NotComparableError(f"{path} is a sparse tensor")
+    if tensor.device == device:
+        return id(tensor), tensor.data_ptr()
+    if tensor.device.type == "cpu" and tensor.numel() <= 64:
+        return tuple(tensor.flatten().tolist())
+    raise NotComparableError(f"{path} is a tensor on another device")
 
 
 def trainable_besides_parameters(network: nn.Module) -> list[str]:

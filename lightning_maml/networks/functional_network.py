@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
@@ -503,7 +503,8 @@ class FunctionalNetwork:
             elif self._vectorised and getattr(module, "inplace", None) is True:
                 # on a GPU, what is written in place in a stack has no second derivative; where a
                 # network needs the writing, the trial of stacking finds it out
-                module.inplace = False  # type: ignore[assignment]
+                with suppress(AttributeError, RuntimeError):  # read-only, or of TorchScript
+                    module.inplace = False  # type: ignore[assignment]
 
     def _take_statistics_of_the_batch(self, norm: _BatchNorm) -> None:
         has_own_forward = _has_own_forward(norm)

@@ -24,8 +24,8 @@ def test_what_was_moved_is_known() -> None:
     known, here = KnownLabels(), batch()
     there = Episodes(*(tensor.to("meta") for tensor in here))
     known.note(here, there)
-    assert known.on_cpu(there.support_y) is here.support_y
-    assert known.of(there, ("query_y",)).query_y is here.query_y
+    assert torch.equal(known.on_cpu(there.support_y), here.support_y)
+    assert torch.equal(known.of(there, ("query_y",)).query_y, here.query_y)
     assert known.of(there, ("query_y",)).support_y is there.support_y
 
 
@@ -36,7 +36,7 @@ def test_batches_of_every_form(form: Any) -> None:
     names = Episodes._fields
     pack = (lambda of: dict(zip(names, of, strict=True))) if form is dict else form
     known.note(pack(here), pack(there))
-    assert known.on_cpu(there[1]) is here.support_y
+    assert torch.equal(known.on_cpu(there[1]), here.support_y)
 
 
 def test_what_is_not_known_or_has_changed_is_fetched() -> None:
@@ -89,4 +89,18 @@ def test_a_datamodule_lets_the_model_note_what_it_moves() -> None:
     here = batch()
     there = data.transfer_batch_to_device(here, torch.device("meta"), 0)
     assert there.support_y.device.type == "meta"
-    assert model.known_labels.on_cpu(there.query_y) is here.query_y
+    assert torch.equal(model.known_labels.on_cpu(there.query_y), here.query_y)
+
+
+def test_batches_of_inference_mode_are_not_noted() -> None:
+    with torch.inference_mode():
+        labels = torch.tensor([0, 1])
+        KnownLabels().note(labels, labels.to("meta"))
+
+
+def test_a_loader_may_use_its_memory_again() -> None:
+    known, labels = KnownLabels(), torch.tensor([0, 1])
+    there = labels.to("meta")
+    known.note(labels, there)
+    labels.add_(5)
+    assert known.on_cpu(there).tolist() == [0, 1]

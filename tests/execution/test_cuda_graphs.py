@@ -30,10 +30,12 @@ from lightning_maml import (
     MAMLPlusPlus,
     MetaSGD,
     Reptile,
+    one_hot_mse,
 )
 from lightning_maml.core.precision import full_precision
 from lightning_maml.core.rng import draws_nothing
 from lightning_maml.execution import cuda_graphs
+from lightning_maml.networks import attributes
 
 WAYS, FEATURES, STEPS = 3, 4, 2
 GRAPHS: list["Program"] = []
@@ -65,7 +67,7 @@ class Program:
             output.copy_(now)
 
 
-def record(run: partial[Any]) -> tuple[Program, Any]:
+def record(run: partial[Any], device: torch.device) -> tuple[Program, Any]:
     program = Program(run)
     return program, tree_unflatten(program.outputs, program.structure)
 
@@ -238,20 +240,98 @@ def test_networks_that_draw_are_not_captured(
     assert caplog.text.count("is not run as a CUDA graph: network or loss draw random numbers") == 1
 
 
-def test_functions_that_may_read_anything_are_not_captured(
-    recorded: list[Program], caplog: pytest.LogCaptureFixture
+def smoothed(outputs: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, y, label_smoothing=0.1)
+
+
+STRENGTH = [1.0]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [smoothed, lambda outputs, y: STRENGTH[0] * F.cross_entropy(outputs, y), partial(smoothed)],
+)
+def test_functions_of_users_are_not_captured(
+    loss: Any, recorded: list[Program], caplog: pytest.LogCaptureFixture
 ) -> None:
-    strength = [1.0]
-
-    def loss(outputs: Tensor, y: Tensor) -> Tensor:
-        return strength[0] * F.cross_entropy(outputs, y)
-
     model = model_of(MAML, True, loss=loss)
     with caplog.at_level("INFO"):
         for step in range(5):
             model.meta_loss(episodes(step))
     assert not recorded
-    assert "the loss may read what changes from step to step" in caplog.text
+    assert caplog.text.count("the loss is a function that may read what changes") == 1
+
+
+class Settings:
+    """What many networks keep their numbers in."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+def test_settings_in_an_object_count(recorded: list[Program]) -> None:
+    class Configured(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.settings: Any = Settings(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.settings.scale
+
+    def trained_with(captures: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = MAML(Configured().double(), 0.1, STEPS, tasks="vmap", cuda_graphs=captures)
+
+        def change(model: Any, step: int) -> None:
+            model.network.settings.scale = 1.0 + (step >= 5)
+            if step == 8:
+                model.network.settings = Settings(3.0)
+
+        return trained(model, change, steps=12)
+
+    assert largest_difference(trained_with(True), trained_with(False)) < 1e-12
+    assert len(recorded) == 2
+
+
+@pytest.mark.parametrize("value", [np.ones(3), {1, 2}, iter([1]), lambda: STRENGTH])
+def test_networks_with_what_cannot_be_compared_are_not_captured(
+    value: Any, recorded: list[Program], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of(MAML, True)
+    if callable(value):
+        model.network.register_forward_hook(lambda *_: None)
+    else:
+        model.network.value = value
+    with caplog.at_level("INFO"):
+        by_graphs = trained(model)
+    assert largest_difference(by_graphs, trained(model_of(MAML, False))) < 1e-12
+    assert not recorded
+    assert "value is a" in caplog.text or "Network has hooks" in caplog.text
+
+
+def test_values_of_tensors_on_the_cpu_count() -> None:
+    network = Network()
+    network.register_buffer("temperature", torch.tensor(1.0))
+    elsewhere = torch.device("meta")
+    before = attributes.plain_state(nn.Sequential(nn.ReLU()), elsewhere)
+    assert before == attributes.plain_state(nn.Sequential(nn.ReLU()), elsewhere)
+    layer = nn.Module()
+    layer.temperature = torch.tensor(1.0)
+    before = attributes.plain_state(layer, elsewhere)
+    layer.temperature.fill_(2.0)
+    assert attributes.plain_state(layer, elsewhere) != before
+    layer.temperature = torch.ones(100)
+    with pytest.raises(attributes.NotComparableError, match="temperature is a tensor on another"):
+        attributes.plain_state(layer, elsewhere)
+
+
+class Tempered(MAML):
+    """Has logits of its own, which depend on a number that callbacks change."""
+
+    weight = 1.0
+
+    def logits(self, outputs: Any) -> Any:
+        return outputs * self.weight
 
 
 class Weighted(MAML):
@@ -277,7 +357,8 @@ class Halved(InnerSGD):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "options"), [(Weighted, {}), (MAML, {"inner_optimizer": Halved()})]
+    ("algorithm", "options"),
+    [(Weighted, {}), (Tempered, {}), (MAML, {"inner_optimizer": Halved()})],
 )
 def test_what_users_define_anew_is_not_captured(
     algorithm: type[MAML],
@@ -306,12 +387,12 @@ def test_inner_optimizers_are_captured(optimizer: Any, recorded: list[Program]) 
     assert recorded
 
 
-def smoothed(outputs: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, y, label_smoothing=0.1)
-
-
-@pytest.mark.parametrize("loss", [smoothed, partial(F.cross_entropy, label_smoothing=0.1)])
-def test_functions_of_their_arguments_are_captured(loss: Any, recorded: list[Program]) -> None:
+@pytest.mark.parametrize(
+    "loss", [one_hot_mse, F.cross_entropy, partial(F.cross_entropy, label_smoothing=0.1)]
+)
+def test_functions_of_torch_and_this_library_are_captured(
+    loss: Any, recorded: list[Program]
+) -> None:
     by_graphs, usual = (trained(model_of(MAML, captures, loss=loss)) for captures in (True, False))
     assert largest_difference(by_graphs, usual) < 1e-12
     assert recorded
@@ -320,7 +401,7 @@ def test_functions_of_their_arguments_are_captured(loss: Any, recorded: list[Pro
 def test_a_capture_that_fails_is_said_and_the_step_is_taken(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(run: partial[Any]) -> Any:
+    def fails(run: partial[Any], device: torch.device) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(cuda_graphs, "_record", fails)
@@ -333,7 +414,7 @@ def test_a_capture_that_fails_is_said_and_the_step_is_taken(
 def test_graphs_are_dropped_if_memory_runs_out_at_a_capture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(run: partial[Any]) -> Any:
+    def fails(run: partial[Any], device: torch.device) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(cuda_graphs, "_record", fails)
@@ -349,13 +430,55 @@ def plain(episodes: Episodes, inner_lr: float, params: dict[str, Tensor]) -> Ten
     return episodes.support_x.sum()
 
 
-def test_only_so_many_graphs_are_kept(recorded: list[Program]) -> None:
+def test_the_graph_that_was_not_used_longest_goes(recorded: list[Program]) -> None:
     graphs = cuda_graphs.CudaGraphs()
-    for number in range(2 * cuda_graphs.MOST_GRAPHS):
+
+    def calls(number: int, times: int) -> None:
         call = partial(plain, episodes=episodes(0), inner_lr=number, params={"w": torch.ones(1)})
-        for _ in range(cuda_graphs.CALLS_BEFORE + 1):
+        for _ in range(times):
             graphs(call, ("w",))
-    assert len(recorded) == cuda_graphs.MOST_GRAPHS
+
+    for number in range(cuda_graphs.MOST_GRAPHS):
+        calls(number, cuda_graphs.CALLS_BEFORE + 1)
+    calls(0, 1)  # used again, so that 1 is the oldest
+    calls(100, cuda_graphs.CALLS_BEFORE + 1)
+    assert len(graphs._captured) == cuda_graphs.MOST_GRAPHS
+    before = len(recorded)
+    calls(0, 1)
+    assert len(recorded) == before
+    calls(1, cuda_graphs.CALLS_BEFORE + 1)
+    assert len(recorded) == before + 1
+
+
+def test_random_numbers_are_those_of_a_run_without_graphs(recorded: list[Program]) -> None:
+    def weights(captures: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        layers = nn.Linear(FEATURES, 5), nn.Dropout(0.5), nn.Linear(5, WAYS)
+        network = nn.Sequential(*layers).double()
+        model = MAML(network, 0.1, STEPS, tasks="vmap", cuda_graphs=captures)
+        return trained(model)
+
+    assert largest_difference(weights(True), weights(False)) < 1e-12
+    assert not recorded
+
+
+def test_graphs_of_inference_mode_serve_training(recorded: list[Program]) -> None:
+    model = model_of(MAML, True)
+    batches = [episodes(step) for step in range(4)]
+    with torch.inference_mode():
+        for batch in batches:
+            assert not model.meta_gradient(batch)["head.bias"].is_inference()
+    found = model.meta_loss(episodes(7))
+    assert len(recorded) == 1
+    assert float(found) == pytest.approx(float(model_of(MAML, False).meta_loss(episodes(7))))
+
+
+def test_graphs_are_freed_after_training(tmp_path: Any, recorded: list[Program]) -> None:
+    model = model_of(MAML, True)
+    loader = [episodes(number) for number in range(5)]
+    trainer(tmp_path, max_epochs=1, precision="64-true").fit(model, train_dataloaders=loader)
+    assert recorded
+    assert not model._cuda_graphs._captured
 
 
 def test_finite_differences_have_graphs_of_their_precision() -> None:
