@@ -170,7 +170,9 @@ class Objective:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, UserError) or is_out_of_memory(error):
+            # torch raises the death of a loader's process wherever the main thread is
+            of_a_loader = str(error).startswith("DataLoader worker")
+            if isinstance(error, UserError) or is_out_of_memory(error) or of_a_loader:
                 raise
             try:
                 self.value_and_gradient(w)

@@ -96,3 +96,21 @@ def test_finite_differences_of_stacked_tasks_probe_at_the_same_radius() -> None:
     product = finite_difference(Objective(loss, TaskAxis(2)), w, v, probe_radius=1e-3)["w"]
     torch.testing.assert_close(product, 6 * w["w"] * v["w"], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(torch.cat(probed), torch.full((4,), 1e-3).double())
+
+
+def test_the_death_of_a_loader_is_not_taken_for_a_missing_derivative() -> None:
+    class Dying(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            if torch.is_grad_enabled():  # where a second derivative is prepared
+                raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+            return g
+
+    objective = Objective(lambda w: ((Dying.apply(w["x"]) ** 3).sum(), ()))
+    w = {"x": torch.ones(2)}
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid 1\) is killed"):
+        objective.hessian_vector_product(w, w)
