@@ -28,9 +28,11 @@ def check_inner_steps(optimizer: InnerOptimizer, w: Tensor, rate: float, *, curv
     before = generator_states(w.device)
     noise = torch.Generator().manual_seed(0)  # so that the run's random numbers stay what they are
     with torch.inference_mode(False), torch.enable_grad():
+        # on the CPU as its generator is, whatever the default device
+        draws = [torch.randn(w.shape, generator=noise, device="cpu").to(w) for _ in range(3)]
         leaves = [
-            (w.detach().clone() + scale * torch.randn(w.shape, generator=noise).to(w)).detach()
-            for scale in (0.0, 1.0, 1.0)
+            (w.detach().clone() + scale * draw).detach()
+            for scale, draw in zip((0.0, 1.0, 1.0), draws, strict=True)
         ]
         point, *gradients = [leaf.requires_grad_() * 1 for leaf in leaves]  # may be written to
         slots = _started(optimizer, point)

@@ -34,6 +34,7 @@ from lightning_maml import (
     ResampledEpisodes,
     check,
 )
+from lightning_maml.checks.inner_steps import check_inner_steps
 
 STEPS = 3
 RATE = 0.05
@@ -411,3 +412,8 @@ def test_an_optimizer_set_later_is_looked_at_too() -> None:
 def test_the_theory_is_of_gradient_descent() -> None:
     with pytest.raises(ValueError, match="Expected inner steps of gradient descent"):
         MAML(build("mlp"), inner_optimizer=InnerAdam()).check_for_theory()
+
+
+def test_steps_are_looked_at_under_another_default_device() -> None:
+    with torch.device("meta"):  # whose generators are none of the CPU's
+        check_inner_steps(InnerSGD(momentum=0.9), torch.rand(3, device="cpu"), 0.1, curved=True)
