@@ -74,10 +74,12 @@ def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list
     if set(found) == set(range(ways)):
         classes = sorted(found)
     else:
-        classes = [found[number] for number in torch.randperm(ways).tolist()]
+        classes = [found[number] for number in torch.randperm(ways, device="cpu").tolist()]
     numbers = {label: number for number, label in enumerate(classes)}
-    support_numbers = torch.tensor([numbers[label] for label in support], dtype=torch.long)
-    query_numbers = torch.tensor([numbers[label] for label in query], dtype=torch.long)
+    # as a loader makes them, whatever torch's default device
+    labels: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
+    support_numbers = torch.tensor([numbers[label] for label in support], **labels)
+    query_numbers = torch.tensor([numbers[label] for label in query], **labels)
     return support_numbers, query_numbers, classes
 
 
@@ -158,7 +160,7 @@ def task_of_easyfsl(batch: Sequence[Any]) -> Episodes:
         )
     support_x, support_y, query_x, query_y, _ = batch
     support_y, query_y, classes = relabelled(support_y, query_y)
-    numbers = torch.randperm(len(classes))
+    numbers = torch.randperm(len(classes), device="cpu")
     return Episodes(support_x, numbers[support_y], query_x, numbers[query_y])
 
 

@@ -310,17 +310,19 @@ class EpisodicDataModule(LightningDataModule):
             resampling = None
             if train and self.regime == "resampling":
                 resampling = Resampling(self.train_steps, self.hessian_shots)
-            self._datasets[split] = EpisodeDataset(
-                self.class_images(split),
-                ways=self.ways if train else self.test_ways,
-                shots=self.shots if train else self.test_shots,
-                queries=self.queries if train else self.test_queries,
-                resampling=resampling,
-                rotations=self.rotations,
-                seed=(self.seed, _STREAMS[split]),
-                split=split,
-                small_classes=self.small_classes,
-            )
+            # images are read and drawn on the CPU, whatever torch's default device
+            with torch.device("cpu"):
+                self._datasets[split] = EpisodeDataset(
+                    self.class_images(split),
+                    ways=self.ways if train else self.test_ways,
+                    shots=self.shots if train else self.test_shots,
+                    queries=self.queries if train else self.test_queries,
+                    resampling=resampling,
+                    rotations=self.rotations,
+                    seed=(self.seed, _STREAMS[split]),
+                    split=split,
+                    small_classes=self.small_classes,
+                )
         return self._datasets[split]
 
     def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[AnyEpisodes]:

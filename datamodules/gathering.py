@@ -37,7 +37,7 @@ def gathered(images: Tensor, drawn: Drawn) -> Tensor:
     """
     if not drawn.turns.any():
         return torch.index_select(images, 0, drawn.rows)
-    found = torch.empty((len(drawn.rows), *images.shape[1:]), dtype=images.dtype)
+    found = torch.empty((len(drawn.rows), *images.shape[1:]), dtype=images.dtype, device="cpu")
     # numpy turns and copies bytes in less time, and in less memory, than torch
     there, here = _array(images), _array(found)
     rows, turns = drawn.rows.numpy(), drawn.turns.numpy()

@@ -1,0 +1,36 @@
+"""Episodes are made on the CPU, as loaders make them, whatever torch's default device."""
+
+import pytest
+import torch
+
+from lightning_maml.datamodules import GlyphsDataModule, relabelled
+from lightning_maml.datamodules.adapters import task_of_easyfsl
+
+pytestmark = pytest.mark.cpu_only
+
+
+@pytest.mark.parametrize("rotations", ["none", "augment"])
+def test_datamodules_draw_the_same_images(rotations: str) -> None:
+    def drawn() -> list[torch.Tensor]:
+        data = GlyphsDataModule(ways=3, queries=2, rotations=rotations)
+        return list(data._dataset("train")[0, 0])
+
+    expected = drawn()
+    with torch.device("meta"):
+        found = drawn()
+    assert all(map(torch.equal, found, expected))
+
+
+def test_labels_are_numbered_alike() -> None:
+    with torch.device("meta"):
+        torch.manual_seed(0)
+        numbers, _, classes = relabelled(["cat", "dog"], ["dog"])
+    assert [classes[number] for number in numbers] == ["cat", "dog"]
+
+
+def test_easyfsls_tasks_stay_on_the_cpu() -> None:
+    x, y = torch.rand(3, 2), torch.tensor([0, 1, 2])
+    with torch.device("meta"):
+        task = task_of_easyfsl((x, y, x, y, [4, 7, 1]))
+    assert task.support_y.sort().values.tolist() == [0, 1, 2]
+    assert torch.equal(task.support_y, task.query_y)
