@@ -1,9 +1,52 @@
 """What several files of tests share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+ON_EVERY_DEVICE = {
+    "algorithms",
+    "batches",
+    "callbacks",
+    "core",
+    "datamodules",
+    "functional",
+    "kernels",
+    "networks",
+}
+"""The folders whose tests run on CUDA too where there is a GPU, unless marked ``cpu_only``."""
+
+
+@pytest.hookimpl(trylast=True)  # so that the device comes last in names
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of these folders once per device; those on the CPU keep their names."""
+    folder = Path(metafunc.module.__file__).parent.name
+    if folder not in ON_EVERY_DEVICE or metafunc.definition.get_closest_marker("cpu_only"):
+        return
+    if torch.cuda.is_available():
+        devices = [pytest.param("cpu", id=pytest.HIDDEN_PARAM), "cuda"]
+        metafunc.parametrize("device", devices, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Let the tensors and networks that a test makes lie on its device; return the device."""
+    device = torch.device(getattr(request, "param", "cpu"))
+    if device.type == "cpu":  # torch's own default
+        yield device
+        return
+    if _runs_in_threads(request):
+        pytest.skip("threads do not inherit torch's default device")
+    with device:
+        yield device
+
+
+def _runs_in_threads(request: pytest.FixtureRequest) -> bool:
+    """Return whether ``tasks="threads"`` is among the parameters of a test."""
+    of_test = getattr(request.node, "callspec", None)
+    return of_test is not None and "'threads'" in repr(of_test.params)
 
 
 @pytest.fixture
@@ -18,8 +61,7 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def threads_for_tasks(request: pytest.FixtureRequest) -> None:
     """Give those two that have ``tasks="threads"`` among their parameters."""
-    of_test = getattr(request.node, "callspec", None)
-    if of_test is not None and "'threads'" in repr(of_test.params):
+    if _runs_in_threads(request):
         request.getfixturevalue("two_threads")
 
 

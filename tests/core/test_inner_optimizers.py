@@ -73,7 +73,8 @@ def through_torch(
     for support_x, support_y, query_x, query_y in zip(*episodes, strict=True):
         moving = {name: p.clone() for name, p in w.items()}
         groups = [{"params": [p]} for p in moving.values()]
-        optimizer = make(groups, lr=RATE, differentiable=True)
+        # foreach, the default on CUDA, writes to what the graph has kept
+        optimizer = make(groups, lr=RATE, differentiable=True, foreach=False)
         if isinstance(optimizer, torch.optim.SGD):
             for p in moving.values():  # or torch detaches the first gradient
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -18,6 +18,7 @@ from helpers.networks import (
     relative_error,
     unrolled,
 )
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml import (
     Episodes,
     MetaGradient,
@@ -50,7 +51,8 @@ def random_rates(w: Params, shape_of: str, seed: int) -> Rates:
         "parameter": lambda p: p.shape,
     }
     return {
-        name: 0.1 + 0.4 * torch.rand(shapes[shape_of](p), dtype=p.dtype, generator=random)
+        name: 0.1
+        + 0.4 * drawn_on_cpu(torch.rand, shapes[shape_of](p), dtype=p.dtype, generator=random)
         for name, p in w.items()
     }
 

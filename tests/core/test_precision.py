@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml import FOMAML, HFMAML, IMAML, MAML, Episodes
 from lightning_maml.core import precision as settings
 from lightning_maml.core.precision import full_precision, precision
@@ -35,7 +36,7 @@ def forget() -> None:
 
 def batch() -> Episodes:
     random = torch.Generator().manual_seed(0)
-    x, y = torch.rand(2, 8, 6, 4, generator=random), torch.tensor([[0, 1, 2] * 2] * 8)
+    x, y = drawn_on_cpu(torch.rand, 2, 8, 6, 4, generator=random), torch.tensor([[0, 1, 2] * 2] * 8)
     return Episodes(x[0], y, x[1], y)
 
 

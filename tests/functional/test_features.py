@@ -126,9 +126,9 @@ def test_what_ends_a_network() -> None:
         nn.Sequential(nn.Linear(6, 3), nn.Softplus()),
     ],
 )
-def test_heads_of_several_layers(head: nn.Module) -> None:
+def test_heads_of_several_layers(head: nn.Module, device: torch.device) -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), head).double()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh(), head).double().to(device)
     episodes = make_episodes()
     quick, plain = (
         ANIL(network, RATE, STEPS, head="3"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from helpers.networks import build, leaves, make_episodes, plain_loss, relative_error
+from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer_in_double as trainer
 from lightning_maml import IMAML, ResampledEpisodes
 from lightning_maml.core.params import Params
@@ -98,7 +99,9 @@ def test_few_steps_of_conjugate_gradients_near_the_dense_solve() -> None:
     vector = torch.cat([p.detach().flatten() for p in w.values()])
     H = torch.func.hessian(of_vector)(vector)
     v = {
-        name: torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        name: drawn_on_cpu(
+            torch.randn, p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+        )
         for name, p in w.items()
     }
     as_vector = torch.cat([tensor.flatten() for tensor in v.values()])

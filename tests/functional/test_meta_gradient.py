@@ -24,6 +24,7 @@ from helpers.networks import (
     relative_error,
     unrolled,
 )
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml import Episodes, ResampledEpisodes, meta_gradient
 from lightning_maml.core.params import Params
 from lightning_maml.execution.task_map import are_stacked
@@ -62,7 +63,10 @@ def test_exact_equals_central_differences_of_the_meta_objective(name: str, steps
     gradient = meta_gradient(loss, w, episodes, inner_lr=RATE, steps=steps).grad
     random = torch.Generator().manual_seed(2)
     for _ in range(3):
-        direction = {k: torch.randn(v.shape, dtype=v.dtype, generator=random) for k, v in w.items()}
+        direction = {
+            k: drawn_on_cpu(torch.randn, v.shape, dtype=v.dtype, generator=random)
+            for k, v in w.items()
+        }
         length = flat(direction).norm()
         direction = {k: v / length for k, v in direction.items()}
         h = 1e-6

@@ -24,6 +24,8 @@ from helpers.networks import (
     relative_error,
     unrolled,
 )
+from helpers.random_numbers import drawn_on_cpu
+from helpers.trainers import on_device
 from lightning_maml import (
     FOMAML,
     HFMAML,
@@ -47,8 +49,10 @@ def resampled(
     random = torch.Generator().manual_seed(3)
 
     def batch(*sizes: int) -> tuple[Tensor, Tensor]:
-        x = torch.rand(tasks, *sizes, 1, IMAGE, IMAGE, dtype=torch.float64, generator=random)
-        return x, torch.randint(WAYS, (tasks, *sizes), generator=random)
+        x = drawn_on_cpu(
+            torch.rand, tasks, *sizes, 1, IMAGE, IMAGE, dtype=torch.float64, generator=random
+        )
+        return x, drawn_on_cpu(torch.randint, WAYS, (tasks, *sizes), generator=random)
 
     return ResampledEpisodes(*batch(steps, support), *batch(steps, hessian), *batch(query))
 
@@ -336,7 +340,7 @@ def test_one_sgd_step_under_a_trainer_is_the_meta_gradient(
         "log_every_n_steps": 1,
     }
     trainer = Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, precision="64-true", **quiet
+        default_root_dir=tmp_path, **on_device(), max_epochs=1, precision="64-true", **quiet
     )
     trainer.fit(module, torch.utils.data.DataLoader([episodes], batch_size=None))
     moved = {name: before[name] - p.detach() for name, p in network.named_parameters()}

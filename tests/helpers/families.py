@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml import Episodes
 from lightning_maml.core.params import Params
 from lightning_maml.functional.losses import Loss
@@ -20,6 +21,11 @@ def finite_sum(x: Tensor, y: Tensor | None = None) -> Episodes:
     ...]``."""
     y = torch.zeros(len(x), 1, dtype=DOUBLE) if y is None else y
     return Episodes(x, y, x, y)
+
+
+def here(constant: Tensor) -> Tensor:
+    """Return a constant of this file, which was made on the CPU, on the device of the test."""
+    return constant.to(torch.get_default_device())
 
 
 def meta_objective(w: Tensor, loss: Loss, tasks: Episodes, alpha: float, steps: int) -> Tensor:
@@ -46,7 +52,9 @@ QUADRATIC_CENTRES = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=DOUBLE)
 
 def quadratic_tasks(spread: float = 1.0) -> Episodes:
     """Return two tasks whose centres lie ``spread`` times as far apart."""
-    return finite_sum(spread * QUADRATIC_CENTRES[:, None], QUADRATIC_CURVATURES[:, None])
+    return finite_sum(
+        here(spread * QUADRATIC_CENTRES[:, None]), here(QUADRATIC_CURVATURES[:, None])
+    )
 
 
 def quadratic_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
@@ -56,13 +64,13 @@ def quadratic_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
 
 def quadratic_meta_gradient(w: Tensor, alpha: float, steps: int, spread: float = 1.0) -> Tensor:
     """Return grad F in closed form: F = mean_i sum_d A (1 - alpha A)^(2N) (w - c)^2 / 2."""
-    a = QUADRATIC_CURVATURES
-    return (a * (1 - alpha * a) ** (2 * steps) * (w - spread * QUADRATIC_CENTRES)).mean(0)
+    a, centres = here(QUADRATIC_CURVATURES), here(QUADRATIC_CENTRES)
+    return (a * (1 - alpha * a) ** (2 * steps) * (w - spread * centres)).mean(0)
 
 
 def quadratic_sigma(w: Tensor, spread: float = 1.0) -> float:
     """Return the standard deviation of the task gradients at ``w``."""
-    gradients = QUADRATIC_CURVATURES * (w - spread * QUADRATIC_CENTRES)
+    gradients = here(QUADRATIC_CURVATURES) * (w - spread * here(QUADRATIC_CENTRES))
     return float((gradients - gradients.mean(0)).square().sum(-1).mean().sqrt())
 
 
@@ -76,7 +84,7 @@ _PHASES = torch.tensor([0.3, 1.3, -1.2], dtype=DOUBLE)
 
 def nonconvex_tasks(which: Tensor | None = None) -> Episodes:
     """Return the three tasks, or those whose numbers are given."""
-    both = torch.stack([_SLOPES, _PHASES], -1)[:, None]
+    both = here(torch.stack([_SLOPES, _PHASES], -1)[:, None])
     return finite_sum(both if which is None else both[which])
 
 
@@ -88,7 +96,7 @@ def nonconvex_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
 
 def nonconvex_sigma(w: Tensor) -> float:
     """Return the standard deviation of the task gradients at ``w``."""
-    gradients = w / 2 - _SLOPES - torch.sin(w + _PHASES)
+    gradients = w / 2 - here(_SLOPES) - torch.sin(w + here(_PHASES))
     return float(gradients.var(correction=0).sqrt())
 
 
@@ -120,7 +128,9 @@ class Quartic(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        start = torch.randn(4, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+        start = drawn_on_cpu(
+            torch.randn, 4, dtype=DOUBLE, generator=torch.Generator().manual_seed(1)
+        )
         self.w = nn.Parameter(QUARTIC_RADIUS * start / start.norm())
 
     def forward(self, centre: Tensor) -> Tensor:
@@ -141,7 +151,7 @@ def quartic_loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
 
 def quartic_tasks() -> Episodes:
     """Return three tasks whose centres lie on the unit sphere."""
-    return finite_sum(QUARTIC_CENTRES)
+    return finite_sum(here(QUARTIC_CENTRES))
 
 
 def quartic_inner_lr(steps: int) -> float:
@@ -151,7 +161,7 @@ def quartic_inner_lr(steps: int) -> float:
 
 def quartic_curvature(w: Tensor) -> tuple[float, float]:
     """Return the largest L and rho of the tasks at ``w``, in closed form."""
-    distance = float((w - QUARTIC_CENTRES[:, 0]).norm(dim=-1).max())
+    distance = float((w - here(QUARTIC_CENTRES)[:, 0]).norm(dim=-1).max())
     return 0.1 + 3 * distance**2, 6 * distance
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.core.inner_rates import Rates
 from lightning_maml.core.params import Params
@@ -63,12 +64,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def one_hot_mse(outputs: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(outputs, torch.eye(WAYS, dtype=outputs.dtype)[y])
+    return F.mse_loss(outputs, torch.eye(WAYS, dtype=outputs.dtype, device=y.device)[y])
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return NETWORKS[name]().double()
+    return drawn_on_cpu(NETWORKS[name]).double()
 
 
 def make_episodes(tasks: int = 3, shots: int = 2, queries: int = 3, seed: int = 1) -> Episodes:
@@ -77,9 +78,8 @@ def make_episodes(tasks: int = 3, shots: int = 2, queries: int = 3, seed: int = 
     labels = torch.arange(WAYS)
 
     def images(per_class: int) -> Tensor:
-        return torch.rand(
-            tasks, WAYS * per_class, 1, IMAGE, IMAGE, dtype=torch.float64, generator=random
-        )
+        size = (tasks, WAYS * per_class, 1, IMAGE, IMAGE)
+        return drawn_on_cpu(torch.rand, size, dtype=torch.float64, generator=random)
 
     def repeated(per_class: int) -> Tensor:
         return labels.repeat_interleave(per_class).repeat(tasks, 1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from helpers.networks import IMAGE
+from helpers.random_numbers import drawn_on_cpu
 
 WAYS, SHOTS, QUERIES = 3, 2, 4
 
@@ -56,6 +57,6 @@ class NoiseTaskset:
 
     def sample(self) -> tuple[Tensor, Tensor]:
         y = torch.arange(WAYS).repeat_interleave(self.per_class)
-        return torch.rand(
-            len(y), 1, IMAGE, IMAGE, generator=self.random, dtype=self.dtype
+        return drawn_on_cpu(
+            torch.rand, len(y), 1, IMAGE, IMAGE, generator=self.random, dtype=self.dtype
         ) + y.view(-1, 1, 1, 1), y

@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml import FOMAML, HFMAML, LSLR, MAML, MAMLPlusPlus, ProtoNet, Reptile
 from lightning_maml.datamodules import ClassImages, EpisodicDataModule
 
@@ -33,7 +34,8 @@ class Noise(EpisodicDataModule):
 
     def class_images(self, split: str) -> ClassImages:
         """Return the same noise for all splits."""
-        images = torch.rand(12 * 6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        random = torch.Generator().manual_seed(0)
+        images = torch.rand(12 * 6, 1, 8, 8, generator=random, device="cpu")
         return ClassImages(
             images, [torch.arange(6 * number, 6 * number + 6).numpy() for number in range(12)]
         )
@@ -48,6 +50,10 @@ class Noise(EpisodicDataModule):
 
 def network(outputs: int | None = WAYS, dropout: float = 0.0) -> nn.Module:
     """Return a small network."""
+    return drawn_on_cpu(_network, outputs, dropout)
+
+
+def _network(outputs: int | None, dropout: float) -> nn.Module:
     head = [] if outputs is None else [nn.Linear(64, outputs)]
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, 2, 1),

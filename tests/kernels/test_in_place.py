@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml import MAML, Episodes, ResNet12
 
 
@@ -60,7 +61,7 @@ def network(*layers: nn.Module) -> nn.Module:
 
 def episodes() -> Episodes:
     random = torch.Generator().manual_seed(0)
-    x = torch.rand(2, 3, 10, 1, 20, 20, generator=random, dtype=torch.float64)
+    x = drawn_on_cpu(torch.rand, 2, 3, 10, 1, 20, 20, generator=random, dtype=torch.float64)
     y = torch.arange(5).repeat(3, 2)
     return Episodes(x[0], y, x[1], y)
 
