@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from lightning_maml.datamodules.on_device import ImagesOnDevice
@@ -35,7 +36,10 @@ class PrefetchingLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # not torch's own iterator
         """Yield the batches."""
         self._given = self._skip_what_was_given()
-        batches: Iterator[Any] = super().__iter__()
+        # torch's iterator draws from the loader's generator, which is the CPU's whatever torch's
+        # default device
+        with torch.device("cpu"):
+            batches: Iterator[Any] = super().__iter__()
         if self.num_workers == 0:
             batches = _one_ahead(batches)
         source = self.dataset
