@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import torchvision
 
 from lightning_maml.datamodules.base import EpisodicDataModule
@@ -118,7 +119,8 @@ class OmniglotDataModule(EpisodicDataModule):
             self._download_tree()
             tree = find_tree(self.root)
         files = list_files(tree, self.root)
-        decoded = decode(files, self.image_size, "L", "raise", "Decoding Omniglot once")
+        with torch.device("cpu"):
+            decoded = decode(files, self.image_size, "L", "raise", "Decoding Omniglot once")
         # the files have white paper; networks see ink = 1 on paper = 0
         write_cache(self.cache_file, _SOURCE, decoded._replace(images=255 - decoded.images))
 

@@ -105,7 +105,10 @@ class CachedImageFiles:
             OSError: If an image cannot be read, or the cache cannot be written.
         """
         if self._read() is None:
-            images = decode(self._classes, self._size, "RGB", self._on_corrupt, self._description)
+            with torch.device("cpu"):
+                images = decode(
+                    self._classes, self._size, "RGB", self._on_corrupt, self._description
+                )
             write_cache(self._cache, self._source, images)
 
     def read(self, classes: Sequence[str]) -> ClassImages:

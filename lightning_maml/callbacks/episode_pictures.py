@@ -158,7 +158,7 @@ def draw_adaptation(adaptation: Estimate, figure_name: str) -> Figure:
 
 
 def _show(axes: Axes, image: Tensor, title: str, color: str = "black") -> None:
-    image = image.float()
+    image = image.float().cpu()
     if len(image) != 3:
         # one channel is ink on paper; other numbers of channels have no colours of their own
         image = 1 - image.mean(0).expand(3, -1, -1)

@@ -134,9 +134,9 @@ def loss_map(module: MAML, task: Episodes, resolution: int) -> LossMap:
     # the query gradient may lie along the first axis; then there is no second
     second = scale(1 / max(float(norm(second)), 1e-12), second)
 
-    along = torch.linspace(-0.5, 1.5, resolution)
-    across = torch.linspace(-1.0, 1.0, resolution)
-    losses = torch.zeros(2, resolution, resolution)
+    along = torch.linspace(-0.5, 1.5, resolution, device="cpu")
+    across = torch.linspace(-1.0, 1.0, resolution, device="cpu")
+    losses = torch.zeros(2, resolution, resolution, device="cpu")
     with torch.no_grad():
         for row, y in enumerate(across.tolist()):
             start = add_scaled(path[0], y * length, second)
@@ -145,7 +145,8 @@ def loss_map(module: MAML, task: Episodes, resolution: int) -> LossMap:
                 losses[0, row, column] = support(point)
                 losses[1, row, column] = query(point)
 
-    projected = torch.tensor([_coordinates(point, path[0], first, second) for point in path])
+    coordinates = [_coordinates(point, path[0], first, second) for point in path]
+    projected = torch.tensor(coordinates, device="cpu")
     projected /= length
     steps = [float(norm(subtract(after, before))) / length for before, after in pairwise(path)]
     seen = torch.linalg.vector_norm(projected.diff(dim=0), dim=1)

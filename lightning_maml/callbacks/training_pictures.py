@@ -180,7 +180,7 @@ def draw_learning(history: Sequence[Validation], figure_name: str) -> Figure:
     """
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    steps, mean, ci95, before, train = torch.tensor(history, dtype=torch.float64).T
+    steps, mean, ci95, before, train = torch.tensor(history, dtype=torch.float64, device="cpu").T
     # with one task there is no interval
     half_width = ci95.nan_to_num()
     axes.plot(steps, mean, marker="o", label="validation tasks, after K steps")

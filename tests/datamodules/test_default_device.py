@@ -1,9 +1,12 @@
 """Episodes are made on the CPU, as loaders make them, whatever torch's default device."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
-from lightning_maml.datamodules import GlyphsDataModule, relabelled
+from lightning_maml.datamodules import GlyphsDataModule, ImageFolderDataModule, relabelled
 from lightning_maml.datamodules.adapters import task_of_easyfsl
 
 pytestmark = pytest.mark.cpu_only
@@ -19,6 +22,16 @@ def test_datamodules_draw_the_same_batches(rotations: str) -> None:
     with torch.device("meta"):
         found = drawn()
     assert all(map(torch.equal, found, expected))
+
+
+def test_images_are_decoded(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"class {number}").mkdir()
+        Image.new("L", (9, 9), 20 * number).save(tmp_path / f"class {number}" / "image.png")
+    data = ImageFolderDataModule(str(tmp_path), ways=2, shots=1, image_size=8)
+    with torch.device("meta"):
+        data.prepare_data()
+    assert len(data.class_images("train").members) > 0
 
 
 def test_labels_are_numbered_alike() -> None:
