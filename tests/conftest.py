@@ -22,10 +22,9 @@ ON_EVERY_DEVICE = {
 @pytest.hookimpl(trylast=True)  # so that the device comes last in names
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run the tests of these folders once per device; those on the CPU keep their names."""
-    folder = Path(metafunc.module.__file__).parent.name
-    if folder not in ON_EVERY_DEVICE or metafunc.definition.get_closest_marker("cpu_only"):
-        return
-    if torch.cuda.is_available():
+    folder, marked = Path(metafunc.module.__file__).parent.name, metafunc.definition
+    on_cpu_only = marked.get_closest_marker("cpu_only") and not marked.get_closest_marker("fits")
+    if folder in ON_EVERY_DEVICE and not on_cpu_only and torch.cuda.is_available():
         devices = [pytest.param("cpu", id=pytest.HIDDEN_PARAM), "cuda"]
         metafunc.parametrize("device", devices, indirect=True)
 

@@ -36,7 +36,8 @@ def task(number: int) -> Episodes:
     return map_tensors(lambda tensor: tensor[0], of_one)
 
 
-TASKS = [task(number) for number in range(len(SIZES))]
+def four_tasks() -> list[Episodes]:
+    return [task(number) for number in range(len(SIZES))]
 
 
 def with_task_dimension(of_one: Episodes) -> Episodes:
@@ -52,22 +53,24 @@ def gradients(model: MAML) -> dict[str, torch.Tensor]:
 
 
 def test_tasks_of_one_size_are_stacked_and_others_kept_apart() -> None:
-    uneven = meta_batch(TASKS)
+    uneven = meta_batch(four_tasks())
     assert uneven.places == [[0, 2], [1], [3]]
     assert [len(part.support_y) for part in uneven.parts] == [2, 1, 1]
-    assert torch.equal(uneven.parts[0].support_x[1], TASKS[2].support_x)
+    assert torch.equal(uneven.parts[0].support_x[1], four_tasks()[2].support_x)
     assert uneven.in_order(["ac", "b", "d"]) == [*"abcd"]
-    even = meta_batch([TASKS[0], TASKS[2]])
+    even = meta_batch([four_tasks()[0], four_tasks()[2]])
     assert isinstance(even, Episodes)
-    assert torch.equal(even.query_x[1], TASKS[2].query_x)
+    assert torch.equal(even.query_x[1], four_tasks()[2].query_x)
 
 
 @pytest.mark.parametrize("tasks", ["auto", "loop", "vmap"])
 def test_the_meta_gradient_of_uneven_tasks_is_the_mean_of_theirs(tasks: str) -> None:
     network = build("conv_batch_norm")
     model = MAML(network, RATE, 2, tasks=tasks)
-    model.meta_loss(meta_batch(TASKS)).backward()
-    alone = [by_autograd(network, with_task_dimension(one), 2, F.cross_entropy) for one in TASKS]
+    model.meta_loss(meta_batch(four_tasks())).backward()
+    alone = [
+        by_autograd(network, with_task_dimension(one), 2, F.cross_entropy) for one in four_tasks()
+    ]
     mean = {f"network.{name}": sum(each[name] for each in alone) / len(alone) for name in alone[0]}
     assert relative_error(gradients(model), mean) < 1e-12
 
@@ -79,12 +82,12 @@ def test_the_meta_gradient_of_uneven_tasks_is_the_mean_of_theirs(tasks: str) -> 
 def test_every_algorithm_takes_them(algorithm: Callable[..., MAML]) -> None:
     model = algorithm(build("mlp"), RATE, 2)
     alone = []
-    for one in TASKS:
+    for one in four_tasks():
         model.zero_grad()
         model.meta_loss(with_task_dimension(one)).backward()
         alone.append({name: g.clone() for name, g in gradients(model).items()})
     model.zero_grad()
-    model.meta_loss(meta_batch(TASKS)).backward()
+    model.meta_loss(meta_batch(four_tasks())).backward()
     mean = {name: sum(each[name] for each in alone) / len(alone) for name in alone[0]}
     assert relative_error(gradients(model), mean) < 1e-9
 
@@ -97,22 +100,24 @@ def test_every_algorithm_takes_them(algorithm: Callable[..., MAML]) -> None:
 def test_trainers_take_lists_of_uneven_tasks(collate: Callable, tmp_path: Path) -> None:
     network = build("mlp")
     before = parameters(network)
-    alone = [by_autograd(network, with_task_dimension(one), 1, F.cross_entropy) for one in TASKS]
+    alone = [
+        by_autograd(network, with_task_dimension(one), 1, F.cross_entropy) for one in four_tasks()
+    ]
     model = MAML(network, RATE, optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
-    loader = DataLoader(TASKS, batch_size=4, collate_fn=collate)
+    loader = DataLoader(four_tasks(), batch_size=4, collate_fn=collate)
     run = trainer_in_double(tmp_path, log_every_n_steps=1)
     run.fit(model, loader)
     moved = {name: before[name] - p for name, p in parameters(network).items()}
     mean = {name: sum(each[name] for each in alone) / len(alone) for name in alone[0]}
     assert relative_error(moved, mean) < 1e-12
 
-    curves = [model.evaluate(with_task_dimension(one)) for one in TASKS]
+    curves = [model.evaluate(with_task_dimension(one)) for one in four_tasks()]
     logged = run.validate(model, loader, verbose=False)[0]
     loss = torch.stack([curve.loss[0, -1] for curve in curves]).mean()
     torch.testing.assert_close(logged["val/loss"], loss.item(), rtol=1e-6, atol=0)
     shares = [
         (curve.aux[0, -1].argmax(-1) == one.query_y).double().mean()
-        for curve, one in zip(curves, TASKS, strict=True)
+        for curve, one in zip(curves, four_tasks(), strict=True)
     ]
     torch.testing.assert_close(logged["val/accuracy"], (sum(shares) / 4).item(), rtol=1e-6, atol=0)
     (predicted,) = run.predict(model, loader)
@@ -123,8 +128,8 @@ def test_trainers_take_lists_of_uneven_tasks(collate: Callable, tmp_path: Path) 
 def test_training_logs_means_over_all_tasks(tmp_path: Path) -> None:
     model = MAML(build("mlp"), RATE, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
     run = trainer_in_double(tmp_path, log_every_n_steps=1)
-    run.fit(model, DataLoader(TASKS, batch_size=4, collate_fn=list))
-    losses = [model.evaluate(with_task_dimension(one)).loss[0] for one in TASKS]
+    run.fit(model, DataLoader(four_tasks(), batch_size=4, collate_fn=list))
+    losses = [model.evaluate(with_task_dimension(one)).loss[0] for one in four_tasks()]
     before, after = torch.stack(losses).mean(0)
     logged = run.callback_metrics
     torch.testing.assert_close(logged["train/loss"].double(), after, rtol=1e-6, atol=0)
@@ -132,10 +137,10 @@ def test_training_logs_means_over_all_tasks(tmp_path: Path) -> None:
 
 
 def test_one_part_that_is_not_finite_skips_the_step(tmp_path: Path) -> None:
-    broken = TASKS[1]._replace(query_x=TASKS[1].query_x * float("nan"))
+    broken = four_tasks()[1]._replace(query_x=four_tasks()[1].query_x * float("nan"))
     model = MAML(build("mlp"), RATE)
     before = parameters(model.network)
-    tasks = [TASKS[0], broken]
+    tasks = [four_tasks()[0], broken]
     run = trainer_in_double(tmp_path, callbacks=[SkipNonFinite()])
     run.fit(model, DataLoader(tasks, batch_size=2, collate_fn=list))
     assert model.skipped == 1
@@ -154,23 +159,23 @@ def test_four_tensors_are_episodes(tmp_path: Path) -> None:
 
 
 def test_what_a_default_loader_makes_of_tuples_are_episodes() -> None:
-    of_one = TASKS[0]
-    dataset = [(x.numpy(), y, query_x, query_y) for x, y, query_x, query_y in [of_one] * 4]
+    of_one = four_tasks()[0]
+    dataset = [(x.cpu().numpy(), y, query_x, query_y) for x, y, query_x, query_y in [of_one] * 4]
     (batch,) = DataLoader(dataset, batch_size=4)
     assert not isinstance(batch, Episodes)
     assert as_meta_batch(batch).support_x.shape == (4, *of_one.support_x.shape)
 
 
 def test_arrays_become_tensors() -> None:
-    arrays = tuple(tensor.numpy() for tensor in make_episodes())
+    arrays = tuple(tensor.cpu().numpy() for tensor in make_episodes())
     assert all(map(torch.equal, as_meta_batch(arrays), make_episodes()))
-    (of_one,) = parts_of(as_meta_batch([tuple(tensor.numpy() for tensor in TASKS[0])]))
-    assert torch.equal(of_one.support_x[0], TASKS[0].support_x)
+    (of_one,) = parts_of(as_meta_batch([tuple(tensor.cpu().numpy() for tensor in four_tasks()[0])]))
+    assert torch.equal(of_one.support_x[0], four_tasks()[0].support_x)
 
 
 def test_pictures_are_drawn_of_lists_of_tasks(tmp_path: Path) -> None:
     run = trainer_in_double(tmp_path, callbacks=[EpisodePictures()])
-    run.test(MAML(build("mlp"), RATE), DataLoader(TASKS, batch_size=4, collate_fn=list))
+    run.test(MAML(build("mlp"), RATE), DataLoader(four_tasks(), batch_size=4, collate_fn=list))
     assert {path.name for path in tmp_path.rglob("*.png")} == {"adaptation.png", "episode.png"}
 
 
@@ -189,8 +194,8 @@ def test_anything_else_is_refused_as_before(batch, tmp_path: Path) -> None:
 
 
 def test_arrays_in_lists_get_the_precision_of_the_trainer(tmp_path: Path) -> None:
-    arrays = [tuple(tensor.float().numpy() for tensor in one[::2]) for one in TASKS]
-    labels = [tuple(tensor.numpy() for tensor in one[1::2]) for one in TASKS]
+    arrays = [tuple(tensor.cpu().float().numpy() for tensor in one[::2]) for one in four_tasks()]
+    labels = [tuple(tensor.cpu().numpy() for tensor in one[1::2]) for one in four_tasks()]
     tasks = [(x, y, q, z) for (x, q), (y, z) in zip(arrays, labels, strict=True)]
     model = MAML(build("mlp"), RATE)
     run = trainer_in_double(tmp_path)
@@ -201,10 +206,10 @@ def test_arrays_in_lists_get_the_precision_of_the_trainer(tmp_path: Path) -> Non
 
 def test_a_part_that_is_not_finite_leaves_the_running_averages_alone() -> None:
     network = build("conv_batch_norm")
-    broken = TASKS[1]._replace(query_x=TASKS[1].query_x * float("nan"))
+    broken = four_tasks()[1]._replace(query_x=four_tasks()[1].query_x * float("nan"))
     before = network[1].running_mean.clone()
     with pytest.raises(FloatingPointError):
-        MAML(network, RATE, batch_norm="running").meta_loss([TASKS[0], broken])
+        MAML(network, RATE, batch_norm="running").meta_loss([four_tasks()[0], broken])
     assert torch.equal(network[1].running_mean, before)
 
 

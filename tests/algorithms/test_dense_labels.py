@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from helpers.networks import relative_error
+from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer_in_double
 from lightning_maml import FOMAML, HFMAML, MAML, Episodes, ProtoNet, ResampledEpisodes, one_hot_mse
 from lightning_maml.callbacks import EpisodePictures
@@ -50,7 +51,9 @@ def images(tasks: int = 4) -> Episodes:
     random = torch.Generator().manual_seed(1)
 
     def of(examples: int) -> tuple[Tensor, Tensor]:
-        x = torch.rand(tasks, examples, 1, 6, 5, dtype=torch.float64, generator=random)
+        x = drawn_on_cpu(
+            torch.rand, tasks, examples, 1, 6, 5, dtype=torch.float64, generator=random
+        )
         y = (x[:, :, 0] * WAYS).long()
         y[..., 0] = IGNORED
         return x, y
@@ -62,7 +65,7 @@ def images(tasks: int = 4) -> Episodes:
 
 def words(tasks: int = 4) -> Episodes:
     random = torch.Generator().manual_seed(2)
-    x = torch.randint(11, (tasks, 5, 7), generator=random)
+    x = drawn_on_cpu(torch.randint, 11, (tasks, 5, 7), generator=random)
     y = x % WAYS
     return Episodes(x[:, :2], y[:, :2], x[:, 2:], y[:, 2:])
 

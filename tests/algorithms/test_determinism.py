@@ -58,18 +58,23 @@ def trained(
     Trainer(
         max_epochs=2,
         precision=precision,
-        **QUIET | {"accelerator": device, "deterministic": device != "cpu"},
+        **QUIET | {"accelerator": device, "devices": 1, "deterministic": device != "cpu"},
     ).fit(model, Noise(**data))
     return flat(dict(model.named_parameters())).cpu()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_workers_change_no_weight(algorithm: type[MAML]) -> None:
-    alone = trained(algorithm)
-    assert torch.equal(trained(algorithm), alone)
-    assert torch.equal(trained(algorithm, num_workers=2), alone)
+def test_workers_change_no_weight(algorithm: type[MAML], device: torch.device) -> None:
+    try:
+        alone, again = (trained(algorithm, device=device.type) for _ in range(2))
+        with_workers = trained(algorithm, device=device.type, num_workers=2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(again, alone)
+    assert torch.equal(with_workers, alone)
 
 
+@pytest.mark.cpu_only
 def test_another_process_ends_with_the_same_weights(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", ALONE, __file__, tmp_path / "w.pt"], env=ENVIRONMENT, check=True
@@ -82,6 +87,7 @@ def test_another_process_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("two_threads")
 # differences magnify rounding
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(("algorithm", "bound"), [(MAML, 1e-11), (FOMAML, 1e-11), (HFMAML, 1e-6)])
 def test_ways_of_running_tasks_change_weights_by_rounding(
     algorithm: type[MAML], bound: float
@@ -92,6 +98,7 @@ def test_ways_of_running_tasks_change_weights_by_rounding(
         assert (other - loop).norm() < bound * loop.norm()
 
 
+@pytest.mark.cpu_only
 def test_tasks_are_the_same_on_every_python() -> None:
     """The digest was taken on Python 3.11; CI and users have others, and other numpys."""
     episodes = EpisodeDataset(
@@ -110,6 +117,7 @@ def test_tasks_are_the_same_on_every_python() -> None:
     assert digest.hexdigest() == "2f8193f09a6a73474e1e55db454edb69fb0f17a551d645e9be2e9c5434c67fe9"
 
 
+@pytest.mark.cpu_only  # names its device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_deterministic_training_on_a_gpu(algorithm: type[MAML]) -> None:

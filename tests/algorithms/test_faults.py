@@ -268,6 +268,7 @@ Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=5, **quiet).fit
 """
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_step_that_breaks_in_one_process_ends_all(tmp_path: Path, rank: int) -> None:
     script = tmp_path / "script.py"
@@ -293,6 +294,7 @@ model.meta_loss(Episodes(x, y, x, y))
 """
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("tasks", "cure"),
     [
@@ -340,7 +342,7 @@ def photographs(folder: Path) -> Path:
     for number in range(30):
         (folder / f"class_{number:02d}").mkdir(parents=True)
         for image in range(4):
-            pixels = torch.randint(256, (8, 8), generator=random, dtype=torch.uint8)
+            pixels = torch.randint(256, (8, 8), generator=random, dtype=torch.uint8, device="cpu")
             Image.fromarray(pixels.numpy()).save(folder / f"class_{number:02d}" / f"{image}.png")
     return folder
 
@@ -392,6 +394,7 @@ torch.save(model.state_dict(), folder / "end.pt")
 """
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "at",
     ["step 3", "validation after 6", "validation after 12"],

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from helpers.networks import RATE, autograd_meta_gradient, build, make_episodes, relative_error
+from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer_in_double
 from lightning_maml import MAML, MLP, Episodes, ProtoNet
 
@@ -22,7 +23,7 @@ STEPS = 2
 
 def vectors(tasks: int = 4, numbers: int = 4) -> Episodes:
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(tasks, 6, numbers, dtype=torch.float64, generator=random)
+    x = drawn_on_cpu(torch.randn, tasks, 6, numbers, dtype=torch.float64, generator=random)
     y = (torch.arange(6) % 3).repeat(tasks, 1)
     return Episodes(x, y, x.flip(1), y.flip(1))
 

@@ -28,6 +28,7 @@ from helpers.networks import (
     make_episodes,
     relative_error,
 )
+from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer
 from lightning_maml import ANIL, FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ProtoNet, meta_gradient
 from lightning_maml.callbacks import EpisodePictures
@@ -206,10 +207,10 @@ def test_regression_by_mean_squared_error_learns_a_sinusoid(
 
     def sinusoids() -> Episodes:
         amplitude, phase = (
-            torch.rand(2, 25, 1, 1, generator=random)
+            drawn_on_cpu(torch.rand, 2, 25, 1, 1, generator=random)
             * torch.tensor([4.9, math.pi])[:, None, None, None]
         )
-        x = torch.rand(2, 25, 10, 1, generator=random) * 10 - 5
+        x = drawn_on_cpu(torch.rand, 2, 25, 10, 1, generator=random) * 10 - 5
         y = (amplitude + 0.1) * torch.sin(x - phase)
         return Episodes(x[0], y[0], x[1], y[1])
 
@@ -556,6 +557,7 @@ def judged(folder: Path, **arguments) -> None:
     )
 
 
+@pytest.mark.cpu_only
 @pytest.mark.usefixtures("two_threads")
 def test_two_processes_test_every_task_once(tmp_path: Path) -> None:
     of_one, of_two = (tmp_path / name for name in ("one", "two"))

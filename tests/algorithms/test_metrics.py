@@ -5,22 +5,23 @@ import math
 import pytest
 import torch
 
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml.algorithms.metrics import TaskMean
 
 
 def test_the_interval_is_1_96_standard_errors_over_all_updates() -> None:
-    values = torch.rand(37, 3, generator=torch.Generator().manual_seed(0))
+    values = drawn_on_cpu(torch.rand, 37, 3, generator=torch.Generator().manual_seed(0))
     metric = TaskMean()
     for part in values.split((10, 1, 26)):
         metric.update(part)
     estimate = metric.compute()
-    torch.testing.assert_close(estimate.mean, values.mean(0))
-    torch.testing.assert_close(estimate.ci95, 1.96 * values.std(0) / math.sqrt(37))
+    torch.testing.assert_close(estimate.mean, values.mean(0).cpu())
+    torch.testing.assert_close(estimate.ci95, 1.96 * values.std(0).cpu() / math.sqrt(37))
     assert estimate.tasks == 37
 
 
 def test_about_95_percent_of_the_intervals_hold_the_mean() -> None:
-    values = torch.rand(2000, 50, generator=torch.Generator().manual_seed(1))
+    values = drawn_on_cpu(torch.rand, 2000, 50, generator=torch.Generator().manual_seed(1))
     held = 0
     for sample in values:
         metric = TaskMean()

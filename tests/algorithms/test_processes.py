@@ -25,6 +25,8 @@ from lightning_maml.callbacks import (
     TrainingPictures,
 )
 
+pytestmark = pytest.mark.cpu_only  # processes that Lightning starts on the CPU
+
 DYING = """
 import os, signal, sys
 from lightning import Callback, Trainer

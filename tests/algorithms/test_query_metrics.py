@@ -212,6 +212,7 @@ def of_processes(folder: Path, devices: int = 1, **_: Any) -> None:
         torch.save(found, folder / "found.pt")
 
 
+@pytest.mark.cpu_only
 def test_two_processes_compute_metrics_of_all_tasks(tmp_path: Path) -> None:
     folders = tmp_path / "one", tmp_path / "two"
     of_processes(folders[0])

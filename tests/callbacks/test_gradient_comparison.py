@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers.networks import build, flat, leaves, make_episodes, plain_loss, unrolled
+from helpers.trainers import on_device
 from lightning_maml import FOMAML, HFMAML, IMAML, MAML, Conv4, MAMLPlusPlus, ProtoNet, Reptile
 from lightning_maml.callbacks import MetaGradientMonitor, StationarityMonitor, compare
 from lightning_maml.datamodules import GlyphsDataModule
@@ -34,7 +35,7 @@ def fit(
 ) -> Trainer:
     run = Trainer(
         default_root_dir=folder,
-        accelerator="cpu",
+        **on_device(),
         callbacks=[*callbacks],
         **(QUIET | {"max_epochs": 1} | arguments),
     )
@@ -108,7 +109,7 @@ def test_hessian_free_error_is_large_on_a_network_with_kinks(tmp_path: Path) -> 
         monitor = MetaGradientMonitor(every_n_steps=1, tasks=4)
         run = Trainer(
             default_root_dir=tmp_path,
-            accelerator="cpu",
+            **on_device(),
             max_epochs=1,
             callbacks=[monitor],
             limit_val_batches=0,
@@ -154,7 +155,7 @@ def test_monitor_works_with_resampled_tasks(tmp_path: Path) -> None:
         "limit_val_batches": 0,
         "precision": "64-true",
     }
-    Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **watched, **QUIET).fit(
+    Trainer(default_root_dir=tmp_path, **on_device(), max_epochs=1, **watched, **QUIET).fit(
         module, data
     )
     assert monitor.history[2]["hessian_free"].error < 1e-6

@@ -26,6 +26,7 @@ from helpers.families import (
 )
 from helpers.folders import CONFIGS
 from helpers.networks import build, make_episodes
+from helpers.trainers import on_device
 from lightning_maml import FOMAML, HFMAML, MAML, AdaptiveMetaStepsize, Conv4, Episodes, theory
 from lightning_maml.cli import run
 from lightning_maml.datamodules import GlyphsDataModule
@@ -57,7 +58,7 @@ def trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
         **(
             {
                 "default_root_dir": folder,
-                "accelerator": "cpu",
+                **on_device(),
                 "max_epochs": 1,
                 "callbacks": list(callbacks),
             }
@@ -308,6 +309,7 @@ def rated(folder: Path, tasks: int, **arguments: Any) -> None:
     )
 
 
+@pytest.mark.cpu_only
 def test_every_process_sets_the_same_rate(tmp_path: Path) -> None:
     of_one, of_two = (tmp_path / name for name in ("one", "two"))
     of_one.mkdir()

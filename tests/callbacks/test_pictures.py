@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers.networks import build, make_episodes
+from helpers.trainers import on_device
 from lightning_maml import MAML, MLP, Episodes, ResampledEpisodes
 from lightning_maml.algorithms.metrics import Estimate
 from lightning_maml.callbacks import (
@@ -59,7 +60,7 @@ def run_test(module: MAML, episodes: Episodes, folder: Path) -> list[str]:
     episodes = episodes._replace(
         support_x=episodes.support_x.float(), query_x=episodes.query_x.float()
     )
-    quiet = {"enable_progress_bar": False, "logger": False, "accelerator": "cpu"}
+    quiet = {"enable_progress_bar": False, "logger": False, **on_device()}
     Trainer(default_root_dir=folder, callbacks=[EpisodePictures()], **quiet).test(
         module, DataLoader([episodes], batch_size=None), verbose=False
     )
@@ -93,7 +94,7 @@ def test_no_picture_is_drawn_of_resampled_tasks(tmp_path: Path) -> None:
     quiet = {
         "enable_progress_bar": False,
         "logger": False,
-        "accelerator": "cpu",
+        **on_device(),
         "default_root_dir": tmp_path,
         "precision": "64-true",
     }
@@ -164,7 +165,7 @@ def test_a_map_that_cannot_be_drawn_does_not_end_the_test(tmp_path: Path) -> Non
     quiet = {
         "enable_progress_bar": False,
         "logger": False,
-        "accelerator": "cpu",
+        **on_device(),
         "default_root_dir": tmp_path,
         "precision": "64-true",
     }
@@ -182,7 +183,7 @@ def test_the_loss_map_of_a_test_is_drawn(tmp_path: Path) -> None:
     quiet = {
         "enable_progress_bar": False,
         "logger": False,
-        "accelerator": "cpu",
+        **on_device(),
         "default_root_dir": tmp_path,
         "precision": "64-true",
     }

@@ -20,6 +20,8 @@ from helpers.families import (
 )
 from helpers.folders import CONFIGS
 from helpers.networks import build, flat, make_episodes
+from helpers.random_numbers import drawn_on_cpu
+from helpers.trainers import on_device
 from lightning_maml import FOMAML, MAML, Conv4, Episodes, meta_gradient
 from lightning_maml.callbacks import MetaGradientMonitor, StationarityMonitor, TrainingPictures
 from lightning_maml.callbacks.stationarity_monitor import norm_of_mean
@@ -38,7 +40,7 @@ def trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
     }
     settings = {
         "default_root_dir": folder,
-        "accelerator": "cpu",
+        **on_device(),
         "max_epochs": 1,
         "precision": "64-true",
         "callbacks": list(callbacks),
@@ -47,7 +49,10 @@ def trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
 
 
 def samples(mean: torch.Tensor, random: torch.Generator) -> list[dict[str, torch.Tensor]]:
-    return [{"w": mean + torch.randn(50, dtype=torch.float64, generator=random)} for _ in range(8)]
+    return [
+        {"w": mean + drawn_on_cpu(torch.randn, 50, dtype=torch.float64, generator=random)}
+        for _ in range(8)
+    ]
 
 
 @pytest.mark.parametrize("size", [0.0, 2.0, 20.0])
@@ -56,7 +61,7 @@ def test_the_norm_of_a_mean_is_estimated_without_what_sampling_adds(size: float)
     mean = torch.zeros(50, dtype=torch.float64)
     mean[0] = size
     estimates = [norm_of_mean(samples(mean, random)) for _ in range(300)]
-    norms, errors = torch.tensor(estimates, dtype=torch.float64).T
+    norms, errors = torch.tensor(estimates, dtype=torch.float64, device="cpu").T
     if size:
         assert norms.mean() == pytest.approx(size, rel=0.06)
         assert errors.mean() == pytest.approx(float(norms.std()), rel=0.3)
@@ -203,6 +208,7 @@ def watched(folder: Path, tasks: int, **arguments: Any) -> None:
     assert (folder / "fidelity.png").is_file()
 
 
+@pytest.mark.cpu_only
 def test_processes_share_the_tasks_and_agree_on_the_norm(tmp_path: Path) -> None:
     of_one, of_two = (tmp_path / name for name in ("one", "two"))
     watched(of_one, 4)

@@ -13,6 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
 from helpers.networks import build, make_episodes
+from helpers.trainers import on_device
 from lightning_maml import MAML, MLP, Conv4, Episodes, ProtoNet, SkipNonFinite
 from lightning_maml.callbacks import MetaGradientMonitor, TrainingPictures, draw_learning
 from lightning_maml.callbacks.training_pictures import Validation
@@ -37,6 +38,12 @@ QUIET: dict[str, Any] = {
 TRAIN, VAL = [in_float32(seed) for seed in range(4)], [in_float32(seed) for seed in range(10, 13)]
 
 
+def there(batches: list[Episodes]) -> list[Episodes]:
+    """Return batches on the device of the test, where a trainer moves them to."""
+    device = torch.get_default_device()
+    return [Episodes(*(tensor.to(device) for tensor in batch)) for batch in batches]
+
+
 def fit(
     folder: Path,
     module: LightningModule,
@@ -47,7 +54,7 @@ def fit(
 ) -> Trainer:
     run = Trainer(
         default_root_dir=folder,
-        accelerator="cpu",
+        **on_device(),
         max_epochs=epochs,
         callbacks=[*callbacks],
         **QUIET,
@@ -68,14 +75,14 @@ def test_history_has_the_figures_of_validation_and_training(tmp_path: Path) -> N
     fit(tmp_path, still, pictures)
     right = [
         (still.evaluate(batch).aux.argmax(-1) == batch.query_y[:, None]).double().mean(-1)
-        for batch in VAL
+        for batch in there(VAL)
     ]
     per_task = torch.cat(right)  # after 0, 1, 2 steps
     in_training = MAML(build("mlp").float(), 0.3)
     train = torch.cat(
         [
             (in_training.evaluate(batch).aux[:, -1].argmax(-1) == batch.query_y).double().mean(-1)
-            for batch in TRAIN
+            for batch in there(TRAIN)
         ]
     )
     ci95 = 1.96 * float(per_task[:, -1].std()) / len(per_task) ** 0.5
@@ -125,7 +132,7 @@ def test_a_run_resumed_between_two_validations_has_the_same_history(tmp_path: Pa
         )
         run = Trainer(
             default_root_dir=tmp_path,
-            accelerator="cpu",
+            **on_device(),
             max_epochs=1,
             callbacks=[found, *others],
             **(QUIET | {"enable_checkpointing": True}),
@@ -156,7 +163,7 @@ def test_skipped_steps_do_not_count_in_the_training_mean(tmp_path: Path) -> None
     for pictures, batches in ((some, [broken, TRAIN[1], broken, TRAIN[2]]), (without, TRAIN[1:3])):
         run = Trainer(
             default_root_dir=tmp_path,
-            accelerator="cpu",
+            **on_device(),
             max_epochs=1,
             callbacks=[SkipNonFinite(), pictures],
             **QUIET,
@@ -205,7 +212,7 @@ def test_pictures_of_several_loaders_baselines_and_regression(tmp_path: Path) ->
     pictures = TrainingPictures()
     run = Trainer(
         default_root_dir=tmp_path / "targets",
-        accelerator="cpu",
+        **on_device(),
         max_epochs=1,
         callbacks=[pictures],
         **QUIET,
@@ -217,3 +224,9 @@ def test_pictures_of_several_loaders_baselines_and_regression(tmp_path: Path) ->
         loader([regression(batch) for batch in VAL]),
     )
     assert pictures.history[0].mean == pytest.approx(float(run.callback_metrics["val/loss"]))
+
+
+def test_curves_are_drawn_under_any_default_device() -> None:
+    with torch.device("meta"):
+        figure = draw_learning([Validation(100, 0.5, 0.25, 0.25, 0.75)], "accuracy")
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [0.5]

@@ -20,9 +20,12 @@ from torch.utils.data import (
 )
 
 from helpers.pipelines import QUERIES, SHOTS, WAYS, EasyFSLLoader, example, torchmeta_loader
+from helpers.trainers import on_device
 from lightning_maml import MAML, Episodes
 from lightning_maml.datamodules import EasyFSLDataModule, Learn2LearnDataModule, TorchmetaDataModule
 from lightning_maml.datamodules.adapters import relabelled, task_of_easyfsl, task_of_examples
+
+pytestmark = pytest.mark.cpu_only  # other loaders give batches on the CPU
 
 
 class Taskset:
@@ -104,12 +107,13 @@ def test_adapters_keep_the_examples_and_classes_of_each_task(name: str) -> None:
                 assert set(support[:, 1].tolist()) == {0.0, 1.0}
 
 
+@pytest.mark.fits
 @pytest.mark.parametrize("name", datamodules())
 def test_a_pipeline_trains_and_tests(name: str, tmp_path: Path) -> None:
     run = Trainer(
         default_root_dir=tmp_path,
         max_epochs=2,
-        accelerator="cpu",
+        **on_device(),
         logger=False,
         enable_checkpointing=False,
     )
@@ -293,6 +297,7 @@ def test_testing_without_test_tasks_is_refused() -> None:
         Learn2LearnDataModule(Taskset()).test_dataloader()
 
 
+@pytest.mark.fits
 def test_a_loader_without_a_length_can_be_trained_on(tmp_path: Path) -> None:
     class Endless(IterableDataset):
         def __iter__(self) -> Iterator[OrderedDict]:
@@ -302,7 +307,7 @@ def test_a_loader_without_a_length_can_be_trained_on(tmp_path: Path) -> None:
     run = Trainer(
         default_root_dir=tmp_path,
         max_epochs=1,
-        accelerator="cpu",
+        **on_device(),
         logger=False,
         enable_checkpointing=False,
         limit_train_batches=2,

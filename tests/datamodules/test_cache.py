@@ -11,6 +11,8 @@ import torch
 from helpers import another_process
 from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
 
+pytestmark = pytest.mark.cpu_only  # files
+
 SHAPE = (50, 9, 9, 3)
 
 

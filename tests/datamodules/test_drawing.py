@@ -8,6 +8,8 @@ import pytest
 
 from lightning_maml.datamodules.drawing import below, distinct, task_words
 
+pytestmark = pytest.mark.cpu_only  # numpy's numbers
+
 MASK = 2**64 - 1
 
 

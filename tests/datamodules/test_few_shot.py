@@ -9,8 +9,11 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, rand
 from torchvision.datasets import FakeData
 from torchvision.transforms.v2 import Compose, Grayscale, PILToTensor, ToDtype, ToImage
 
+from helpers.trainers import on_device
 from lightning_maml import MAML, MLP
 from lightning_maml.datamodules import FewShotDataModule
+
+pytestmark = pytest.mark.cpu_only  # datasets are read
 
 SPLITS = ("train", "val", "test")
 
@@ -179,18 +182,24 @@ def test_floats_of_any_precision_become_single() -> None:
         )
 
 
-def test_feature_vectors_can_be_trained_on() -> None:
+@torch.device("cpu")
+def vectors() -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(30, 16, generator=generator)
     labels = torch.arange(30).repeat(12)
-    data = TensorDataset(
+    return TensorDataset(
         centres[labels] + 0.3 * torch.randn(len(labels), 16, generator=generator), labels
     )
+
+
+@pytest.mark.fits
+def test_feature_vectors_can_be_trained_on() -> None:
+    data = vectors()
     module = datamodule(data, ways=5, queries=5, train_batches=100, val_tasks=4, test_tasks=40)
     model = MAML(MLP(16, 5, activation="gelu"), inner_lr=0.5, train_steps=2)
     trainer = Trainer(
         max_epochs=1,
-        accelerator="cpu",
+        **on_device(),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -6,6 +6,8 @@ from lightning import Trainer
 
 from lightning_maml.datamodules import GlyphsDataModule
 
+pytestmark = pytest.mark.cpu_only  # images are drawn on the CPU
+
 
 def test_the_same_seed_draws_the_same_characters_and_another_seed_others() -> None:
     one = GlyphsDataModule().class_images("val")

@@ -18,6 +18,8 @@ from lightning_maml.datamodules.images import files as image_files
 from lightning_maml.datamodules.images.files import pixels, read_image
 from lightning_maml.datamodules.images.folders import IMAGE_EXTENSIONS
 
+pytestmark = pytest.mark.cpu_only  # files
+
 
 def write_class(place: Path, count: int, color: int, suffix: str = ".png") -> None:
     place.mkdir(parents=True)

@@ -28,6 +28,8 @@ from lightning_maml.datamodules import MiniImageNetDataModule
 from lightning_maml.datamodules.images import files as image_files
 from lightning_maml.datamodules.images.files import decode
 
+pytestmark = pytest.mark.cpu_only  # files
+
 PER_CLASS = 21
 
 

@@ -12,6 +12,8 @@ from helpers.folders import ROOT
 from lightning_maml.datamodules import OmniglotDataModule, omniglot
 from lightning_maml.datamodules.images.cache import DecodedImages, write_cache
 
+pytestmark = pytest.mark.cpu_only  # files
+
 SPLITS = ROOT.parent / "shared" / "data" / "splits"
 COUNTS = {"images_background": 6, "images_evaluation": 4}
 

@@ -1,6 +1,6 @@
 """Images that are kept on the device give the same batches, bit for bit.
 
-The device of most tests is the CPU, as if it were another one.
+Where there is no GPU, the device is the CPU, as if it were another one.
 """
 
 import logging
@@ -21,6 +21,7 @@ from helpers.runs import Noise, is_same
 from helpers.trainers import trainer
 from lightning_maml import MAML, MLP
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes
+from lightning_maml.batches.trees import map_tensors
 from lightning_maml.datamodules import (
     ClassImages,
     EpisodeTransforms,
@@ -78,8 +79,8 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_on_device(monkeypatch)
 
 
-def keep_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EpisodicDataModule, "_fits_on_device", lambda *_: True)
+def keep_on_device(monkeypatch: pytest.MonkeyPatch, kept: bool = True) -> None:
+    monkeypatch.setattr(EpisodicDataModule, "_fits_on_device", lambda *_: kept)
 
 
 def seen(folder: Path, data: EpisodicDataModule, **options: Any) -> list[tuple[str, AnyEpisodes]]:
@@ -96,6 +97,7 @@ def is_same_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch, make: Any, **options: Any
 ) -> list[tuple[str, AnyEpisodes]]:
     """Check that a datamodule gives the same batches if images are kept on the device."""
+    keep_on_device(monkeypatch, kept=False)
     usual = seen(folder, make(), **options)
     sources: list[Any] = []
     keep_on_device(monkeypatch)
@@ -147,22 +149,28 @@ def test_batches_are_the_same_under_each_trainer_option(
 
 @pytest.mark.parametrize("rotations", ["none", "classes", "augment"])
 @pytest.mark.parametrize("resampling", [None, Resampling(3, 2), Resampling(3, 0)])
-def test_episodes_of_every_shape_are_the_same(rotations: Any, resampling: Any) -> None:
+def test_episodes_of_every_shape_are_the_same(
+    rotations: Any, resampling: Any, device: torch.device
+) -> None:
     shape = {"ways": 5, "shots": 1, "queries": 1, "resampling": resampling}
     episodes = EpisodeDataset(
         numbered_images(), **shape, rotations=rotations, seed=(0,), split="train"
     )
-    there = ImagesOnDevice(episodes, torch.device("cpu"))
+    there = ImagesOnDevice(episodes, device)
     keys = [(0, 3), (1, 0), (0, 0, 2)]
     numbers = there.__getitems__(keys)
-    assert is_same(there.gather(numbers), episodes.__getitems__(keys))
+    found = there.gather(numbers)
+    assert {found.support_x.device.type, found.query_x.device.type} == {device.type}
+    assert is_same([tensor.cpu() for tensor in found], episodes.__getitems__(keys))
     there.release()
     assert is_same(there.gather(numbers), episodes.__getitems__(keys))
 
 
 def few_shot() -> FewShotDataModule:
-    images = torch.rand(120, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    return FewShotDataModule(TensorDataset(images, torch.arange(120) % 12), **SMALL, queries=2)
+    with torch.device("cpu"):
+        images = torch.rand(120, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+        data = TensorDataset(images, torch.arange(120) % 12)
+    return FewShotDataModule(data, **SMALL, queries=2)
 
 
 def write_images(root: Path) -> Path:
@@ -220,7 +228,8 @@ def test_images_are_kept_once_and_freed_at_the_end(
     said = sorted(text for text in caplog.messages if "are kept on" in text)
     assert len(said) == 2, "train and val, however often loaders are made"
     # 20 images of 4 bytes, in four turns
-    assert said[0] == "The images of split 'train' are kept on cpu (0.000305 MB)."
+    on = run.strategy.root_device
+    assert said[0] == f"The images of split 'train' are kept on {on} (0.000305 MB)."
     source = run.train_dataloader.dataset
     assert isinstance(source, ImagesOnDevice)
     assert source._images is None
@@ -236,7 +245,8 @@ def test_a_loader_can_still_be_used_when_images_are_freed(tmp_path: Path, rotati
     loader = run.train_dataloader
     assert isinstance(loader.dataset, ImagesOnDevice)
     again = [data.on_after_batch_transfer(batch, 0) for batch in loader]
-    assert is_same(again, [batch for _, batch in model.batches])
+    first = [map_tensors(lambda tensor: tensor.cpu(), batch) for _, batch in model.batches]
+    assert is_same(again, first)
 
 
 @pytest.mark.usefixtures("kept")
@@ -268,6 +278,7 @@ def cuda(data: EpisodicDataModule, model: LightningModule | None = None) -> torc
     return device
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(("rotations", "size"), [("none", 80), ("augment", 320)])
 def test_a_quarter_of_the_free_memory_may_be_taken(
     monkeypatch: pytest.MonkeyPatch, rotations: Any, size: int
@@ -280,6 +291,7 @@ def test_a_quarter_of_the_free_memory_may_be_taken(
     assert not data._fits_on_device(episodes, torch.device("cpu"))
 
 
+@pytest.mark.cpu_only
 def test_loader_processes_and_hooks_before_the_transfer_get_batches_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -304,6 +316,7 @@ def test_loader_processes_and_hooks_before_the_transfer_get_batches_on_the_cpu(
     assert not fits(Mixed(**SMALL), LooksToo())
 
 
+@pytest.mark.cpu_only  # names its devices
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rotations", ["none", "classes"])
 def test_batches_on_a_gpu_are_those_of_the_cpu(tmp_path: Path, rotations: Any) -> None:

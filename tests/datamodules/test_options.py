@@ -15,6 +15,8 @@ from lightning_maml import MAML, datamodules
 from lightning_maml.cli import main
 from lightning_maml.datamodules import EpisodicDataModule, FewShotDataModule, GlyphsDataModule
 
+pytestmark = pytest.mark.cpu_only  # arguments
+
 SHARED = {
     "ways": 5,
     "shots": 1,

@@ -14,6 +14,8 @@ from helpers import another_process
 from helpers.mini_imagenet_files import write_python2_pickle
 from lightning_maml.datamodules.mini_imagenet.pickles import read_pickle
 
+pytestmark = pytest.mark.cpu_only  # files
+
 IMAGES = np.random.RandomState(0).randint(0, 256, (40, 84, 84, 3)).astype(np.uint8)
 
 

@@ -12,10 +12,13 @@ from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from helpers.networks import build
+from helpers.trainers import on_device
 from lightning_maml import MAML
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.prefetch import PrefetchingLoader
 from lightning_maml.datamodules.sampler import ClassImages
+
+pytestmark = pytest.mark.cpu_only  # loaders work on the CPU
 
 
 class Numbers(Dataset):
@@ -98,11 +101,12 @@ class Noise(EpisodicDataModule):
         return ClassImages(torch.rand(12, 1, 8, 8), [range(4 * k, 4 * k + 4) for k in range(3)])
 
 
+@pytest.mark.fits
 @pytest.mark.usefixtures("no_thread_is_left")
 @pytest.mark.parametrize("arguments", [{"limit_train_batches": 3}, {"fast_dev_run": True}])
 def test_the_trainer_keeps_the_loader_when_it_limits_batches(arguments: dict) -> None:
     trainer = Trainer(
-        accelerator="cpu",
+        **on_device(),
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,

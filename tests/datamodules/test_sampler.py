@@ -12,6 +12,8 @@ from lightning_maml.datamodules.gathering import Drawn, gathered
 from lightning_maml.datamodules.prefetch import as_it_is
 from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resampling, TaskSampler
 
+pytestmark = pytest.mark.cpu_only  # episodes are drawn on the CPU
+
 
 def dataset(seed: int = 0, rotations: str = "none", **shape) -> EpisodeDataset:
     shape = {"ways": 5, "shots": 2, "queries": 3} | shape

@@ -10,6 +10,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resize
 
 from helpers.folders import CONFIGS
+from helpers.random_numbers import drawn_on_cpu
+from helpers.trainers import on_device
 from lightning_maml import FOMAML, Conv4, Episodes, ResampledEpisodes
 from lightning_maml.cli import main, run
 from lightning_maml.datamodules import EpisodeTransforms, GlyphsDataModule
@@ -77,8 +79,8 @@ def noise(tasks: int = 3, dtype: torch.dtype = torch.float32) -> ResampledEpisod
     """Images of noise, in two steps, with empty Hessian batches."""
     random = torch.Generator().manual_seed(0)
     labels = torch.zeros(tasks, 2, 4, dtype=torch.long)
-    support = torch.rand(tasks, 2, 4, 3, 12, 10, generator=random).to(dtype)
-    query = torch.rand(tasks, 5, 3, 12, 10, generator=random).to(dtype)
+    support = drawn_on_cpu(torch.rand, tasks, 2, 4, 3, 12, 10, generator=random).to(dtype)
+    query = drawn_on_cpu(torch.rand, tasks, 5, 3, 12, 10, generator=random).to(dtype)
     return ResampledEpisodes(
         support, labels, support[:, :, :0], labels[:, :, :0], query, labels.flatten(1)[:, :5]
     )
@@ -156,6 +158,7 @@ def test_images_are_resized_in_training_and_testing(training: bool) -> None:
         EpisodeTransforms(resize=0)
 
 
+@pytest.mark.cpu_only
 def test_normalising_gray_images_is_refused() -> None:
     grey = Episodes(*(x[:, :, :1] if x.ndim == 5 else x for x in episodes()))
     with pytest.raises(
@@ -165,6 +168,7 @@ def test_normalising_gray_images_is_refused() -> None:
         EpisodeTransforms(normalize="imagenet")(grey, training=True)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("argument", "message"),
     [("vary", "'image' or 'task'"), ("normalize", "'none', 'imagenet' or 'metaoptnet'")],
@@ -174,6 +178,7 @@ def test_unknown_words_are_refused(argument: str, message: str) -> None:
         EpisodeTransforms(**{argument: "both"})
 
 
+@pytest.mark.cpu_only
 def test_a_transform_that_is_not_in_a_list_is_refused() -> None:
     with pytest.raises(
         TypeError, match="`train` to be a list of transforms but got Compose; put it in a list"
@@ -217,7 +222,7 @@ def test_the_trainer_decides_which_transforms_are_used() -> None:
     means = Means()
     trainer = Trainer(
         max_epochs=2,
-        accelerator="cpu",
+        **on_device(),
         callbacks=[means],
         logger=False,
         enable_checkpointing=False,
@@ -242,6 +247,7 @@ data:
 """
 
 
+@pytest.mark.cpu_only
 def test_transforms_can_be_given_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("transforms.yaml").write_text(YAML)

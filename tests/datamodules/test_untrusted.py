@@ -36,6 +36,8 @@ from lightning_maml.io.checkpoints import read_checkpoint
 from lightning_maml.io.replay import load_step
 from lightning_maml.io.safe_files import check_archive
 
+pytestmark = pytest.mark.cpu_only  # files
+
 SIZE = 8
 IMAGES = np.zeros((6, SIZE, SIZE, 3), np.uint8)
 

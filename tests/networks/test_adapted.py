@@ -336,6 +336,7 @@ def test_labels_that_do_not_fit_are_refused() -> None:
         model.adapt(episodes.support_x[0], episodes.support_y[0, :-1])
 
 
+@pytest.mark.cpu_only
 def test_adapted_networks_are_exported_and_run_without_this_package(tmp_path: Path) -> None:
     policies = ["batch", "support", "running"]
     for batch_norm in policies:

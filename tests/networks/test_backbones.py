@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.ops import DropBlock2d
 
 from helpers.networks import leaves, plain_loss, relative_error, unrolled
+from helpers.trainers import on_device
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12, meta_gradient
 from lightning_maml.datamodules import EpisodeTransforms, GlyphsDataModule
 from lightning_maml.networks.functional_network import FunctionalNetwork
@@ -180,7 +181,7 @@ def test_resnet12_with_drop_block_trains(tmp_path: Path, algorithm: type[MAML]) 
     trainer = Trainer(
         default_root_dir=tmp_path,
         max_epochs=1,
-        accelerator="cpu",
+        **on_device(),
         logger=False,
         enable_progress_bar=False,
     )

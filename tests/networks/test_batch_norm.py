@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from helpers.networks import build, leaves, make_episodes, plain_loss, relative_error
+from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer_in_double as trainer
 from lightning_maml import IMAML, MAML, MAMLPlusPlus, ProtoNet
 from lightning_maml.core.params import Params
@@ -63,7 +64,7 @@ def evaluated(
 def different_averages(model: MAML) -> list[dict[str, Tensor]]:
     random = torch.Generator().manual_seed(0)
     for average in model.step_statistics.buffers():
-        average.copy_(torch.rand(average.shape, generator=random) + 0.5)
+        average.copy_(drawn_on_cpu(torch.rand, average.shape, generator=random) + 0.5)
     return [model.step_statistics(j) for j in range(STEPS + 1)]
 
 

@@ -312,6 +312,7 @@ def trained(folder: Path, **arguments) -> None:
     run.fit(model, DataLoader(episodes, batch_size=1, collate_fn=lambda items: items[0]))
 
 
+@pytest.mark.cpu_only
 def test_two_processes_start_each_step_from_the_same_buffers(tmp_path: Path) -> None:
     another_process.in_two(trained, tmp_path)
     one, two = (torch.load(tmp_path / f"rank_{rank}.pt") for rank in range(2))

@@ -17,6 +17,7 @@ from helpers.networks import (
     make_episodes,
     relative_error,
 )
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml.core.context import evaluating
 from lightning_maml.functional.meta_gradient import meta_gradient
 from lightning_maml.kernels.grouped_conv import channels_last
@@ -24,8 +25,8 @@ from lightning_maml.networks.functional_network import FunctionalHead, Functiona
 
 
 def image_batch(seed: int) -> torch.Tensor:
-    return torch.rand(
-        7, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    return drawn_on_cpu(
+        torch.rand, 7, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
 
 
@@ -148,7 +149,9 @@ def test_batch_norm_that_sees_folded_rows_still_uses_the_support_part() -> None:
             return self.norm(x.flatten(0, 1)).unflatten(0, (-1, 3)).flatten(1)
 
     support, query = (
-        torch.rand(n, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+        drawn_on_cpu(
+            torch.rand, n, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)
+        )
         for n in (5, 7)
     )
     functional = FunctionalNetwork(Folded(), "support")
@@ -368,6 +371,7 @@ for _ in range(5):
 """
 
 
+@pytest.mark.cpu_only
 def test_strided_convolutions_of_single_pixels_leave_the_memory_of_others_alone() -> None:
     another_process.output(SHORTCUTS)
 

@@ -16,6 +16,8 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from helpers.networks import relative_error
+from helpers.random_numbers import drawn_on_cpu
+from helpers.trainers import on_device
 from lightning_maml import ANIL, FOMAML, HFMAML, MAML, Episodes, ProtoNet, ResampledEpisodes
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import random_state
@@ -82,9 +84,11 @@ def reader(returned: str = "object") -> Reader:
 def sentences(*sizes: int, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Return word ids and masks ``[*sizes, LENGTH]``; sentences have different lengths."""
     random = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, LENGTH + 1, (*sizes, 1), generator=random)
+    lengths = drawn_on_cpu(torch.randint, 1, LENGTH + 1, (*sizes, 1), generator=random)
     mask = torch.arange(LENGTH) < lengths
-    return torch.randint(1, WORDS, (*sizes, LENGTH), generator=random) * mask, mask.long()
+    return drawn_on_cpu(
+        torch.randint, 1, WORDS, (*sizes, LENGTH), generator=random
+    ) * mask, mask.long()
 
 
 def labels(tasks: int, per_class: int) -> Tensor:
@@ -278,7 +282,7 @@ def loader(found: Episodes) -> DataLoader:
 
 def trainer(folder: Path, **arguments: Any) -> Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    return Trainer(default_root_dir=folder, accelerator="cpu", max_epochs=1, **(quiet | arguments))
+    return Trainer(default_root_dir=folder, **on_device(), max_epochs=1, **(quiet | arguments))
 
 
 def test_a_run_trains_validates_tests_and_predicts(tmp_path: Path) -> None:
@@ -329,7 +333,7 @@ class OfOneTensor(WithMetadata):
 @pytest.mark.parametrize("policy", ["batch", "support", "running", "per_step"])
 def test_batch_norm_policies_hold_for_several_inputs(policy: str) -> None:
     random = torch.Generator().manual_seed(0)
-    x = torch.rand(2, 2, 2 * WAYS, 1, 7, 6, dtype=torch.float64, generator=random)
+    x = drawn_on_cpu(torch.rand, 2, 2, 2 * WAYS, 1, 7, 6, dtype=torch.float64, generator=random)
     whole = Episodes(x[0], labels(2, 2), x[1], labels(2, 2))
     parts = [{"image": part[..., :-1, :], "numbers": part[:, :, 0, -1, :2]} for part in x]
     split = Episodes(parts[0], labels(2, 2), parts[1], labels(2, 2))
@@ -422,8 +426,8 @@ def test_compiled_program_takes_dicts() -> None:
     random = torch.Generator().manual_seed(0)
     x = [
         {
-            "first": torch.rand(2, WAYS, 2, generator=random),
-            "second": torch.rand(2, WAYS, 3, generator=random),
+            "first": drawn_on_cpu(torch.rand, 2, WAYS, 2, generator=random),
+            "second": drawn_on_cpu(torch.rand, 2, WAYS, 3, generator=random),
         }
         for _ in range(2)
     ]

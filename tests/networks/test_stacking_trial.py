@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from helpers.networks import build, make_episodes
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml import FOMAML, HFMAML, MAML, Episodes, ProtoNet
 from lightning_maml.core.params import Params, norm, subtract
 from lightning_maml.execution.auto import Execution
@@ -63,7 +64,7 @@ class Words(nn.Module):
 
 def sentences(tasks: int = 5, padded: tuple[int, ...] = (0, 1, 2, 3, 4)) -> Episodes:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(1, 9, (tasks, 6, 7), generator=generator)
+    x = drawn_on_cpu(torch.randint, 1, 9, (tasks, 6, 7), generator=generator)
     for task in padded:
         x[task, :, 4:] = 0
     y = torch.arange(3).repeat(tasks, 2)
