@@ -22,11 +22,16 @@ ON_EVERY_DEVICE = {
 @pytest.hookimpl(trylast=True)  # so that the device comes last in names
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run the tests of these folders once per device; those on the CPU keep their names."""
-    folder, marked = Path(metafunc.module.__file__).parent.name, metafunc.definition
-    on_cpu_only = marked.get_closest_marker("cpu_only") and not marked.get_closest_marker("fits")
-    if folder in ON_EVERY_DEVICE and not on_cpu_only and torch.cuda.is_available():
+    if _can_use_a_gpu(metafunc) and torch.cuda.is_available():
         devices = [pytest.param("cpu", id=pytest.HIDDEN_PARAM), "cuda"]
         metafunc.parametrize("device", devices, indirect=True)
+
+
+def _can_use_a_gpu(test: pytest.Metafunc) -> bool:
+    folder, marked = Path(test.module.__file__).parent.name, test.definition.get_closest_marker
+    # a GPU's tasks are not run in threads
+    on_cpu = "two_threads" in test.fixturenames or (marked("cpu_only") and not marked("fits"))
+    return folder in ON_EVERY_DEVICE and not on_cpu
 
 
 @pytest.fixture(autouse=True)

@@ -130,7 +130,7 @@ def test_training_logs_means_over_all_tasks(tmp_path: Path) -> None:
     run = trainer_in_double(tmp_path, log_every_n_steps=1)
     run.fit(model, DataLoader(four_tasks(), batch_size=4, collate_fn=list))
     losses = [model.evaluate(with_task_dimension(one)).loss[0] for one in four_tasks()]
-    before, after = torch.stack(losses).mean(0)
+    before, after = torch.stack(losses).mean(0).cpu()
     logged = run.callback_metrics
     torch.testing.assert_close(logged["train/loss"].double(), after, rtol=1e-6, atol=0)
     torch.testing.assert_close(logged["train/loss_before"].double(), before, rtol=1e-6, atol=0)

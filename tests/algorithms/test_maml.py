@@ -805,6 +805,7 @@ def test_lazy_layers_are_refused_until_they_have_run() -> None:
     MAML(network.double(), 0.1).meta_loss(make_episodes())
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("tasks", ["loop", "vmap"])
 def test_a_training_step_is_few_calls_away_from_the_recursion(
     tasks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
