@@ -123,7 +123,7 @@ def test_accuracy_is_the_share_of_correct_positions_that_count(tmp_path) -> None
             (of_task == y)[y != IGNORED].double().mean()
             for of_task, y in zip(predicted, episodes.query_y, strict=True)
         ]
-        torch.testing.assert_close(logged[name].double(), sum(shares) / 4, rtol=1e-6, atol=0)
+        torch.testing.assert_close(logged[name].double(), sum(shares).cpu() / 4, rtol=1e-6, atol=0)
 
 
 def test_networks_adapted_to_many_tasks_are_those_of_each() -> None:

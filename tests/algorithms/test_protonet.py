@@ -51,7 +51,8 @@ def test_an_sgd_step_follows_the_papers_loss(tmp_path: Path, network_name: str) 
         DataLoader([episodes], batch_size=None),
     )
     assert relative_error(dict(network.named_parameters()), expected) < 1e-12
-    torch.testing.assert_close(run.callback_metrics["train/loss"].double(), losses.mean().detach())
+    loss = losses.mean().detach().cpu()
+    torch.testing.assert_close(run.callback_metrics["train/loss"].double(), loss)
 
 
 @pytest.mark.parametrize("batch_norm", ["support", "running"])

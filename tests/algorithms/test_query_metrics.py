@@ -50,7 +50,7 @@ def of_each_task(model: Any, tasks: Any, step: int) -> list[tuple[Tensor, Tensor
 
 
 def fresh(metric: Metric, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    metric = metric.clone()
+    metric = metric.clone().to(torch.get_default_device())
     for outputs, labels in pairs:
         metric.update(outputs, labels)
     return metric.compute()

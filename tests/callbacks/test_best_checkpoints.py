@@ -139,7 +139,7 @@ def test_of_a_regression_the_lowest_loss_is_the_best(tmp_path: Path) -> None:
     run = best_of(tmp_path, [loader, loader], **model)
     best = run.checkpoint_callback
     assert best.monitor == "val/loss"
-    torch.testing.assert_close(best.best_model_score, run.callback_metrics["val/loss"])
+    torch.testing.assert_close(best.best_model_score.cpu(), run.callback_metrics["val/loss"])
     saved = torch.load(best.best_model_path, weights_only=True)
     assert saved["epoch"] == 2
 
