@@ -182,14 +182,13 @@ def test_floats_of_any_precision_become_single() -> None:
         )
 
 
-@torch.device("cpu")
 def vectors() -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(30, 16, generator=generator)
-    labels = torch.arange(30).repeat(12)
-    return TensorDataset(
-        centres[labels] + 0.3 * torch.randn(len(labels), 16, generator=generator), labels
-    )
+    with torch.device("cpu"):
+        centres = torch.randn(30, 16, generator=generator)
+        labels = torch.arange(30).repeat(12)
+        noise = torch.randn(len(labels), 16, generator=generator)
+    return TensorDataset(centres[labels] + 0.3 * noise, labels)
 
 
 @pytest.mark.fits
