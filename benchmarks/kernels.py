@@ -50,9 +50,8 @@ class TorchBatchNorm:
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
 
-def no(*_: Any) -> bool:
-    """Return that it is not so."""
-    return False
+def no(*_: Any) -> None:
+    """Stand for a function that answers no, or that finds nothing."""
 
 
 WITHOUT: dict[str, tuple[Any, str, Any]] = {
@@ -62,7 +61,7 @@ WITHOUT: dict[str, tuple[Any, str, Any]] = {
         TorchConvolution,
     ),
     "batch norm twice differentiated (`double_backward.py`)": (layers, "BatchNorm", TorchBatchNorm),
-    "one weight for all tasks (`grouped_conv.py`)": (grouped_conv, "_is_shared", no),
+    "one weight for all tasks (`grouped_conv.py`)": (grouped_conv, "_without_groups", no),
     "tasks side by side in a layer (`layers.py`)": (layers, "_is_side_by_side", no),
     "channels last (`layers.py`)": (layers.TaskConvolution, "_wants_channels_last", no),
 }

@@ -4,11 +4,15 @@ The images of T tasks side by side are ``[B, T C, ...]``; weight and bias have t
 first dimension. The tasks are the groups of one convolution.
 
 Before the first inner step all tasks share one weight, which is expanded over the tasks with stride
-0. The tasks are then taken for the depth of a volume, and each of its planes is convolved alone.
-This is up to five times as fast as groups. Each task still gets a gradient of its own.
+0. No groups are needed then, and no copy either: if a row of the image is contiguous in memory, all
+images of all tasks are one batch; if channels are last, the tasks are taken for the depth of a
+volume, and each of its planes is convolved alone. This is up to five times as fast as groups. Each
+task still gets a gradient of its own.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,12 +30,11 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
         bias: b, ``[O]``, or ``[T, O]``.
         geometry: Stride, padding, dilation and groups.
     """
-    if _is_shared(weight, x) and (bias is None or bias.stride(0) == 0):
-        volumes = _as_volumes(x, len(weight))
+    shared = _without_groups(weight, x, geometry)
+    if shared is not None and (bias is None or bias.stride(0) == 0):
         shared_bias = None if bias is None else bias[0]
-        options = _options_of_volumes(geometry)
-        return _from_volumes(
-            torch.convolution(volumes, _shared_kernels(weight), shared_bias, *options)
+        return shared.apart(
+            torch.convolution(shared.together(x), shared.kernels, shared_bias, *shared.options)
         )
     kernels = in_one_format(as_groups(weight, x))
     flat_bias = None if bias is None else bias.flatten()
@@ -49,13 +52,12 @@ def gradient_of_images(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry)
         geometry: Stride, padding, dilation and groups.
     """
     wanted = (True, False, False)
-    if _is_shared(weight, x):
-        tasks = len(weight)
-        options = _options_of_volumes(geometry)
-        of_volumes, *_ = _backward(
-            _as_volumes(g, tasks), _as_volumes(x, tasks), _shared_kernels(weight), options, wanted
+    shared = _without_groups(weight, x, geometry)
+    if shared is not None:
+        gradient, *_ = _backward(
+            shared.together(g), shared.together(x), shared.kernels, shared.options, wanted
         )
-        return _from_volumes(of_volumes)
+        return shared.apart(gradient)
     kernels = in_one_format(as_groups(weight, x))
     options = _options_of_groups(geometry, weight, x)
     return _backward(in_one_format(g), in_one_format(x), kernels, options, wanted)[0]
@@ -129,28 +131,41 @@ def _options_of_groups(geometry: Geometry, weight: Tensor, x: Tensor) -> tuple[A
     return stride, padding, dilation, False, [0] * len(padding), tasks * groups
 
 
-def _options_of_volumes(geometry: Geometry) -> tuple[Any, ...]:
-    """Return the same for volumes, where kernels are one plane deep."""
-    stride, padding, dilation, groups = geometry
-    return (*stride, 1), (*padding, 0), (*dilation, 1), False, [0] * 3, groups
+class _WithoutGroups(NamedTuple):
+    """How tasks that share a weight are computed in one convolution without groups for each."""
+
+    together: Callable[[Tensor], Tensor]
+    """Turns images ``[B, T C, ...]`` into what is convolved."""
+    apart: Callable[[Tensor], Tensor]
+    """Turns a result back into ``[B, T O, ...]``."""
+    kernels: Tensor
+    options: tuple[Any, ...]
+    """The arguments of ``torch.convolution`` that follow the bias."""
 
 
-def _is_shared(weight: Tensor, x: Tensor) -> bool:
-    """Return whether the tasks share one weight, and their images can be seen as volumes.
+def _without_groups(weight: Tensor, x: Tensor, geometry: Geometry) -> _WithoutGroups | None:
+    """Return how to do without groups.
 
-    Without a copy they can only if their channels are last in memory.
+    None if tasks have weights of their own, or if their images would have to be copied.
     """
-    return weight.ndim == 5 and weight.stride(0) == 0 and _is_channels_last(x)
+    if weight.ndim == x.ndim or weight.stride(0) > 0:
+        return None
+    tasks = len(weight)
+    stride, padding, dilation, groups = geometry
+    if _is_channels_last(x):
+        # a clone with exactly this format's strides: torch gives wrong results with others
+        planes = weight[0].unsqueeze(-1).clone(memory_format=torch.channels_last_3d)
+        options = (*stride, 1), (*padding, 0), (*dilation, 1), False, [0] * 3, groups
+        return _WithoutGroups(partial(_as_volumes, tasks=tasks), _from_volumes, planes, options)
+    if x.is_contiguous():
+        options = stride, padding, dilation, False, [0] * len(padding), groups
+        as_batch, from_batch = partial(_as_batch, tasks=tasks), partial(_from_batch, tasks=tasks)
+        return _WithoutGroups(as_batch, from_batch, weight[0], options)
+    return None
 
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _shared_kernels(weight: Tensor) -> Tensor:
-    """Return the shared weight as kernels that are one plane deep."""
-    # a clone with exactly this format's strides: torch gives wrong results with others
-    return weight[0].unsqueeze(-1).clone(memory_format=torch.channels_last_3d)
 
 
 def _as_volumes(x: Tensor, tasks: int) -> Tensor:
@@ -161,3 +176,13 @@ def _as_volumes(x: Tensor, tasks: int) -> Tensor:
 def _from_volumes(x: Tensor) -> Tensor:
     """Return volumes ``[B, C, H, W, T]`` as images ``[B, T C, H, W]``."""
     return channels_last(x.permute(0, 4, 1, 2, 3).flatten(1, 2))
+
+
+def _as_batch(x: Tensor, tasks: int) -> Tensor:
+    """Return images ``[B, T C, ...]`` of T tasks as one batch ``[B T, C, ...]``."""
+    return x.reshape(len(x) * tasks, -1, *x.shape[2:])
+
+
+def _from_batch(x: Tensor, tasks: int) -> Tensor:
+    """Return a batch ``[B T, C, ...]`` as images ``[B, T C, ...]`` of T tasks."""
+    return x.reshape(len(x) // tasks, -1, *x.shape[2:])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.networks import build, make_episodes
 from lightning_maml.core.context import evaluating, evaluation
@@ -94,13 +95,20 @@ def test_a_convolution_without_bias() -> None:
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_one_weight_for_all_tasks_has_the_gradients_of_each(
-    has_bias: bool, groups: int, channels: int, size: int, images: int, dtype: torch.dtype
+    has_bias: bool,
+    groups: int,
+    channels: int,
+    size: int,
+    images: int,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
 ) -> None:
     torch.manual_seed(0)
     tasks, geometry = 3, ((2, 1), (1, 1), (1, 1), groups)
     x = torch.randn(images, tasks * groups * channels, size, size, dtype=dtype).contiguous(
-        memory_format=torch.channels_last
+        memory_format=memory_format
     )
     weight, bias = (
         torch.randn(4, channels, 3, 2, dtype=dtype),
@@ -135,6 +143,45 @@ def test_one_weight_for_all_tasks_has_the_gradients_of_each(
     )
     of_task = F.conv2d(x.unflatten(1, (tasks, -1))[:, 1], weight, bias, *geometry)
     torch.testing.assert_close(shared[0].unflatten(1, (tasks, -1))[:, 1], of_task)
+
+
+class Groups(TorchDispatchMode):
+    """Notes the groups of the convolutions, and of their gradients with respect to images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if operator is torch.ops.aten.convolution.default:
+            self.found.append(args[8])
+        if operator is torch.ops.aten.convolution_backward.default and args[10][0]:
+            self.found.append(args[9])
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("size", "memory_format"),
+    [
+        ((9,), torch.contiguous_format),
+        ((9, 9), torch.contiguous_format),
+        ((9, 9), torch.channels_last),
+        ((5, 5, 5), torch.contiguous_format),
+    ],
+)
+def test_one_weight_for_all_tasks_needs_no_groups(
+    size: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
+    tasks, dimensions = 3, len(size)
+    x = torch.randn(2, tasks * 4, *size).contiguous(memory_format=memory_format).requires_grad_()
+    shared = torch.randn(6, 4, *[3] * dimensions).expand(tasks, *[-1] * (dimensions + 2))
+    ones = (1,) * dimensions
+    with Groups() as groups:
+        y = Convolution.apply(x, shared, None, (ones, ones, ones, 1))
+        torch.autograd.grad(y.sum(), x)
+    assert groups.found == [1, 1]
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3, 5), (3, 3, 2, 4), (2, 3, 2, 2, 2)])
