@@ -32,8 +32,16 @@ def memory(tensor: Tensor) -> int:
         return id(tensor)
 
 
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    # cuDNN's way to say that no algorithm is left whose workspace fits
+    "unable to find an engine to execute this computation",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a device ran out of memory; for CPUs torch has no exception type for this."""
-    return isinstance(
-        error, torch.OutOfMemoryError
-    ) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Return whether a device ran out of memory, for which torch has a type only in part."""
+    is_said = any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError) or is_said

@@ -253,7 +253,8 @@ class Executor:
             if error is None:
                 return
             out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
-            cured = next((kind for kind in cures if isinstance(error, kind)), None)
+            found = torch.OutOfMemoryError if out_of_memory else type(error)
+            cured = next((kind for kind in cures if issubclass(found, kind)), None)
             set_torch_random_state(before, device)
             if cured is not None:
                 cures.pop(cured)()  # each works once

@@ -222,8 +222,17 @@ def test_what_fails_stacked_in_mixed_precision_is_not_stacked(in_training: bool)
             model.meta_loss(episodes).backward()
 
 
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_stacked_tasks_are_halved_until_memory_suffices(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    full: RuntimeError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Accelerated(MAML):
         """Runs as on an accelerator whose memory is full with more than two tasks.
@@ -235,7 +244,7 @@ def test_stacked_tasks_are_halved_until_memory_suffices(
 
         def _gradient_function(self, plan, episodes, curvature=None):
             if (plan.execution.chunk_size or len(episodes.support_x)) > 2:
-                raise torch.OutOfMemoryError("full")
+                raise full
             return super()._gradient_function(plan, episodes, curvature)
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)

@@ -122,8 +122,15 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
     assert free_bytes(torch.device("mps")) is None
 
 
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.OutOfMemoryError("full"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+    ],
+)
 def test_out_of_memory_they_are_dropped_first(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    full: RuntimeError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Accelerated(MAML):
         """Runs as on an accelerator whose memory is full with graphs, no test machine has one."""
@@ -133,7 +140,7 @@ def test_out_of_memory_they_are_dropped_first(
         def _gradient_function(self, plan, episodes, curvature=None):
             function = super()._gradient_function(plan, episodes, curvature)
             if function.keywords["keep_graphs"]:
-                raise torch.OutOfMemoryError("full")
+                raise full
             return function
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
