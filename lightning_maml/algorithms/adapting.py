@@ -121,11 +121,13 @@ class Plan(NamedTuple):
         execution: How the tasks are run.
         head: Name of the head, if it alone adapts and ends the network, so that the features before
             it are computed only once.
+        kind: What tells it from meta-batches of other kinds, see :class:`Findings`.
     """
 
     functional: FunctionalNetwork
     execution: Execution
-    head: str | None
+    head: str | None = None
+    kind: Kind = ()
 
 
 class AdaptingModule(EpisodicModule):
@@ -369,16 +371,14 @@ class AdaptingModule(EpisodicModule):
         execution = self._executor(network, self.device, episodes, info.draws, stacking)
         if are_stacked(*execution):
             functional = functional.stacked()
-        return Plan(functional, execution, self._head_that_ends(info, episodes))
+        return Plan(functional, execution, self._head_that_ends(info, episodes), kind)
 
     def on_fit_end(self) -> None:
         """Free the CUDA graphs, and their memory."""
         if self._cuda_graphs is not None:
             self._cuda_graphs.drop()
 
-    def _captured(
-        self, function: Callable[[], Any], plan: Plan, episodes: AnyEpisodes
-    ) -> Callable[[], Any]:
+    def _captured(self, function: Callable[[], Any], plan: Plan) -> Callable[[], Any]:
         """Return a function of a meta-batch, on a GPU as a CUDA graph where that is possible."""
         graphs = self._cuda_graphs
         if graphs is None or not works_on(self.device) or not isinstance(function, partial):
@@ -398,8 +398,7 @@ class AdaptingModule(EpisodicModule):
         except NotComparableError as error:
             graphs.give_up(str(error))
             return function
-        kind = self._kind(plan.functional.network, episodes)
-        return partial(graphs, function, (kind, plan.execution, plan.head, state))
+        return partial(graphs, function, (plan.kind, plan.execution, plan.head, state))
 
     def _functional(self, episodes: AnyEpisodes) -> FunctionalNetwork:
         """Return the network as it adapts.

@@ -247,7 +247,7 @@ class MAML(AdaptingModule):
             with attempt:
                 plan = self._plan(episodes)
                 function = self._gradient_function(plan, episodes, curvature)
-                found = self._captured(function, plan, episodes)()
+                found = self._captured(function, plan)()
         return {name: found.grad[name] for name in plan.functional.params}
 
     @override
@@ -303,7 +303,7 @@ class MAML(AdaptingModule):
         inputs = {f"inputs {number}": x for number, x in enumerate(tensors(episodes))}
         unwritten = Unwritten(params | inputs)
         plan = self._plan(episodes)
-        run = self._captured(self._gradient_function(plan, episodes), plan, episodes)
+        run = self._captured(self._gradient_function(plan, episodes), plan)
 
         def finish(found: MetaGradient) -> StepResult:
             self._update_buffers(self.network, episodes, self.batch_norm)
@@ -359,14 +359,13 @@ class MAML(AdaptingModule):
         """Return whether the graphs of all inner steps are kept, decided once for each batch."""
         if plan.head is not None:  # those of the head alone are small
             return self._graphs.fit(1, self.device, int)
-        kind = self._kind(plan.functional.network, arguments["episodes"])
         names = ("loss", "params", "episodes", "tasks", "chunk_size", "has_aux")
         measure = partial(graph_bytes, **{name: arguments[name] for name in names})
 
         def find() -> bool:
             return self._graphs.fit(self.train_steps, self.device, measure)
 
-        key = (*kind, plan.execution, self.train_steps)
+        key = (*plan.kind, plan.execution, self.train_steps)
         kept: bool = self._findings.once("graphs", key, self.loss, find)
         return kept
 
@@ -383,7 +382,7 @@ class MAML(AdaptingModule):
         if self.step_statistics is None:
             return
         first = map_tensors(lambda tensor: tensor[:1], episodes)
-        plan = Plan(FunctionalNetwork(self.network, self.batch_norm), Execution("loop", None), None)
+        plan = Plan(FunctionalNetwork(self.network, self.batch_norm), Execution("loop", None))
         arguments = self._arguments(plan, first) | {
             "query_loss": partial(statistics_in_training, self.network)
         }

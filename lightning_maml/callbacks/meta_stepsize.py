@@ -166,7 +166,11 @@ class AdaptiveMetaStepsize(Callback):
             "task_gradient_norm": gradient_norm,
             **constants,
         }
-        module.log_dict({f"train/{name}": value for name, value in figures.items()})
+        # one copy to the device, for which nothing waits; of numbers Lightning would make one each
+        on_device = torch.tensor([*figures.values()]).to(module.device, non_blocking=True)
+        module.log_dict(
+            {f"train/{name}": value for name, value in zip(figures, on_device, strict=True)}
+        )
 
     def _warn_of_other_tasks(self, episodes: AnyEpisodes) -> None:
         other_rule = "finite_sum" if isinstance(episodes, ResampledEpisodes) else "resampling"

@@ -92,8 +92,8 @@ def smoothness(
     for k in range(1, iterations + 1):
         evaluations = 1 + k * _HESSIAN_PRODUCT
         rest, along_last = _orthogonalized(hessian(basis[-1]), basis)
-        matrix[k - 1, k - 1] = along_last
-        rest_norm = float(norm(rest))
+        # fetched together, as each fetch waits for an accelerator
+        matrix[k - 1, k - 1], rest_norm = torch.stack([along_last, norm(rest)]).tolist()
         if not math.isfinite(rest_norm):
             return Measured(math.nan, evaluations, basis[0])
         values, vectors = torch.linalg.eigh(matrix[:k, :k])
@@ -110,16 +110,14 @@ def smoothness(
     return Measured(value, evaluations, scale(1 / norm(direction), direction))
 
 
-def _orthogonalized(v: Params, basis: list[Params]) -> tuple[Params, float]:
+def _orthogonalized(v: Params, basis: list[Params]) -> tuple[Params, Tensor]:
     """Return ``v`` without its components in ``basis``, and the component along the last."""
-    along_last = 0.0
+    overlaps = []
     # a second pass removes what rounding left in the first
     for q in [*basis, *basis]:
-        overlap = float(dot(q, v))
-        v = add_scaled(v, -overlap, q)
-        if q is basis[-1]:
-            along_last += overlap
-    return v, along_last
+        overlaps.append(dot(q, v))
+        v = add_scaled(v, -overlaps[-1], q)
+    return v, overlaps[len(basis) - 1] + overlaps[-1]
 
 
 def hessian_lipschitz(
@@ -181,7 +179,8 @@ def hessian_lipschitz(
         for _ in range(iterations):
             t = _third_derivative(objective, w, u, h)
             evaluations += 2 * _HESSIAN_PRODUCT
-            before, value = value, float(norm(t))
+            before = value
+            value, along = torch.stack([norm(t), dot(t, u)]).tolist()
             if not math.isfinite(value):
                 return Measured(math.nan, evaluations, u)
             if value > best.value:
@@ -191,7 +190,7 @@ def hessian_lipschitz(
             # below this lower limit, w + h u would hardly differ from w
             h = max(leading.value / value * fraction, torch.finfo(dtype).eps ** (1 / 2))
             # the shift makes every step climb; without it the power method may alternate
-            shift = value if dot(t, u) >= 0 else -value
+            shift = value if along >= 0 else -value
             climbed = add_scaled(t, shift, u)
             u = scale(1 / norm(climbed), climbed)
     return best._replace(gradient_evaluations=evaluations)
@@ -451,12 +450,11 @@ class Probe:
 
         def measure_task(task: AnyEpisodes) -> tuple[Params, Tensor]:
             support, query = (objective.gradient(self._params) for objective in self._losses(task))
-            between = math.nan
+            distances = [norm(query), norm(subtract(query, support))]
             if half:
                 first, second = (part.gradient(self._params) for part in self._halves(task))
-                between = float(norm(subtract(second, first)))
-            distances = [float(norm(query)), float(norm(subtract(query, support))), between]
-            return query, torch.tensor(distances, dtype=torch.float64)
+                distances.append(norm(subtract(second, first)))
+            return query, torch.stack(distances)
 
         total = {name: torch.zeros_like(tensor) for name, tensor in self._params.items()}
         rows = []
@@ -464,10 +462,10 @@ class Probe:
             # each task's results have a leading dimension of 1
             total = {name: tensor + gradient[name][0] for name, tensor in total.items()}
             rows.append(distances)
-        norms, gaps, between = torch.cat(rows).T
+        norms, gaps, *between = torch.cat(rows).cpu().double().T  # fetched together
         count = len(norms)
 
-        sample_variance = float(between.square().mean()) * half / 2 if half else math.nan
+        sample_variance = float(between[0].square().mean()) * half / 2 if half else math.nan
         variance = math.nan
         if count > 1:
             sum_of_squares = float(norms.square().sum())
@@ -504,9 +502,9 @@ class Probe:
             leading = smoothness(query_loss, self._params, tolerance=1e-2, seed=self._seed)
             first, second = (part.hessian(self._params) for part in self._halves(task))
             directions = (leading.direction, _random_direction(self._params, self._seed))
-            along = [float(norm(subtract(first(v), second(v)))) for v in directions]
+            along = torch.stack([norm(subtract(first(v), second(v))) for v in directions])
             evaluations = leading.gradient_evaluations + 2 * (1 + 2 * _HESSIAN_PRODUCT)
-            return torch.tensor([*along, evaluations], dtype=torch.float64)
+            return torch.tensor([*along.tolist(), evaluations], dtype=torch.float64)
 
         rows = torch.cat(list(self._for_each_task("sigma_H", measure_task)))
         mean_squares = rows[:, :2].square().mean(0)

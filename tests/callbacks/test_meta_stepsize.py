@@ -189,6 +189,19 @@ def test_given_constants_are_not_measured(tmp_path: Path, monkeypatch: pytest.Mo
     )
 
 
+def test_what_it_logs_reaches_the_device_in_one_copy(tmp_path: Path) -> None:
+    class Logged(MAML):
+        def log_dict(self, dictionary: Any, **arguments: Any) -> None:
+            places.append({value.untyped_storage().data_ptr() for value in dictionary.values()})
+            super().log_dict(dictionary, **arguments)
+
+    places: list[set[int]] = []
+    adaptive = AdaptiveMetaStepsize(L=2.0, rho=0.0, b=0.0, episodes=[make_episodes()])
+    model = Logged(build("mlp"), 0.1, optimizer=SGD)
+    trainer(tmp_path, adaptive).fit(model, repeated(make_episodes(), 2))
+    assert [len(of_step) for of_step in places] == [1, 1]
+
+
 def test_constants_are_measured_again_every_n_steps(tmp_path: Path) -> None:
     measured: list[float] = []
 

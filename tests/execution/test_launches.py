@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_maml import FOMAML, HFMAML, MAML, Conv4, Episodes
+from lightning_maml.theory.measure import smoothness
 
 
 class Counting(TorchDispatchMode):
@@ -73,6 +76,20 @@ def test_a_step_starts_no_more_kernels_than_it_did(workload: str, algorithm: typ
         model.meta_loss(batch).backward()
     assert counted.fetched == 1
     assert counted.operators <= MOST[workload, algorithm]
+
+
+def test_measuring_curvature_fetches_no_number_for_each_product_it_remembers() -> None:
+    network = strided(5)
+    x, y = torch.rand(5, 1, 28, 28), torch.arange(5)
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(functional_call(network, params, (x,)), y)
+
+    w = {name: p.detach() for name, p in network.named_parameters()}
+    with Counting() as counted:
+        found = smoothness(loss, w)
+    products = (found.gradient_evaluations - 1) / 2
+    assert counted.fetched == 2 * products  # of a small matrix, which lies on the CPU
 
 
 def test_the_count_sees_what_is_fetched() -> None:
