@@ -18,8 +18,9 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 from lightning_maml import FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ResNet12, keep_freed_memory
 from lightning_maml.core.params import Params, norm, subtract
+from lightning_maml.core.precision import full_precision
 from peers import PEERS
 
 OURS = {
@@ -42,18 +44,30 @@ OURS = {
     "ours-fo": FOMAML,
     "ours-hf": HFMAML,
     "ours-compiled": partial(MAML, compiled=True),
+    "ours-exact-tf32": MAML,
+    "ours-fo-tf32": FOMAML,
     "ours-exact-bf16": MAML,
     "ours-fo-bf16": FOMAML,
 }
-FIRST_ORDER = ("ours-fo", "ours-fo-bf16", "learn2learn-fo", "autograd-fo")
+FIRST_ORDER = ("ours-fo", "ours-fo-tf32", "ours-fo-bf16", "learn2learn-fo", "autograd-fo")
+ON_GPUS = ("ours-eager", "ours-exact-tf32", "ours-fo-tf32")
+"""Without CUDA graphs, and with products and convolutions in TF32. All others compute float32 in
+full precision on a GPU too."""
 TURN = 0.1
 """Shortest turn of a method, in seconds; in a turn, short calls follow each other as they do in
 training."""
 WARM = 3
 """Calls before the clock starts: the first one compiles, and a GPU captures the third."""
-INEXACT = ("ours-hf", "ours-compiled", "ours-exact-bf16", "ours-fo-bf16")
-"""Methods not checked in float64: finite differences, which kinks disturb; bf16; and a program that
-would have to be compiled again."""
+INEXACT = (
+    "ours-hf",
+    "ours-compiled",
+    "ours-exact-tf32",
+    "ours-fo-tf32",
+    "ours-exact-bf16",
+    "ours-fo-bf16",
+)
+"""Methods not checked in float64: finite differences, which kinks disturb; fewer digits; and a
+program that would have to be compiled again."""
 # for the others, compiling takes minutes on the CPU and gains nothing
 COMPILED = ("omniglot_5w1s_q1", "sinusoid")
 
@@ -174,7 +188,8 @@ def method(
 ) -> Any:
     """Return a function that computes the meta-gradient once, as tensors by parameter name."""
     if name in PEERS:
-        return lambda: PEERS[name](network, loss, episodes, workload.rate, workload.steps)
+        peer = partial(PEERS[name], network, loss, episodes, workload.rate, workload.steps)
+        return full_precision()(peer)
     device = episodes.support_x.device
     model = OURS[name](network, workload.rate, workload.steps, loss=loss).to(device)
 
@@ -182,7 +197,19 @@ def method(
         with torch.autocast(device.type, torch.bfloat16, enabled=name.endswith("bf16")):
             return model.meta_gradient(episodes)
 
-    return gradient
+    arithmetic = tf32 if name.endswith("tf32") else full_precision
+    return arithmetic()(gradient)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Let GPUs compute products in TF32 too, as they do convolutions by default."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def limits(name: str, device: str) -> dict[str, float]:
@@ -354,8 +381,8 @@ def main() -> None:
     rows: list[Row] = []
     for name in arguments.workload:
         methods = [key for key in arguments.method if key != "ours-compiled" or name in COMPILED]
-        if arguments.device == "cpu":  # where there are no CUDA graphs
-            methods = [key for key in methods if key != "ours-eager"]
+        if arguments.device == "cpu":
+            methods = [key for key in methods if key not in ON_GPUS]
         rows += measure(name, methods, arguments.device, arguments.rounds)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
