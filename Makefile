@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-quick test-all check docs reproduce release minimum learn2learn clean
+.PHONY: demo test test-quick test-all check docs reproduce gpu release minimum learn2learn clean
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py
@@ -55,6 +55,20 @@ SEEDS ?= 0 1 2
 reproduce: .venv/installed
 	@test -n "$(ROW)" || (echo "Expected ROW to be a row of the tables but got none: $(BIN)/python benchmarks/reproduce.py --list has them."; exit 1)
 	$(BIN)/python benchmarks/reproduce.py $(ROW) --root $(ROOT) --seeds $(SEEDS) $(ITERATIONS:%=--iterations %)
+
+# All that is to be measured on a GPU, quickest first; figures go to the screen and to build/gpu. make gpu ROOT=data
+# The tests go on after a failure, so that there are timings too; tests with a device run on the GPU as well.
+gpu: .venv/dev-installed learn2learn
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('Expected a GPU that torch can use but got none; see nvidia-smi.')"
+	mkdir -p build/gpu
+	-$(BIN)/python -m pytest -m "not slow and not cpu_only" -k cuda 2>&1 | tee build/gpu/tests.txt
+	$(BIN)/python benchmarks/convolutions.py --device cuda | tee build/gpu/convolutions.md
+	$(BIN)/python benchmarks/convolutions.py --device cuda --dtype bfloat16 --channels last | tee build/gpu/convolutions-bf16.md
+	$(BIN)/python benchmarks/end_to_end.py --device cuda --root $(ROOT) --iterations 2000 | tee build/gpu/end_to_end.md
+	$(BIN)/python benchmarks/speed.py --device cuda --json build/gpu/speed.json | tee build/gpu/speed.md
+	$(BIN)/python benchmarks/memory.py --device cuda | tee build/gpu/memory.md
+	$(BIN)/python benchmarks/scaling.py --device cuda | tee build/gpu/scaling.md
+	for row in omniglot_20w1s_maml omniglot_5w1s_maml; do $(MAKE) reproduce ROW=$$row SEEDS=0 ITERATIONS=60000; done
 
 # learn2learn 0.2.0, which tests compare with. Its C files were generated for Pythons before 3.11, so they are generated anew from their
 # sources. Of its dependencies qpth, which its MAML and ANIL do not use, is left out: it would bring back numpy 1.
