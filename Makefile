@@ -61,7 +61,7 @@ reproduce: .venv/installed
 gpu: .venv/dev-installed learn2learn
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('Expected a GPU that torch can use but got none; see nvidia-smi.')"
 	mkdir -p build/gpu
-	-$(BIN)/python -m pytest -m "not slow and not cpu_only" -k cuda 2>&1 | tee build/gpu/tests.txt
+	-$(BIN)/python -m pytest -m "not slow" -k cuda 2>&1 | tee build/gpu/tests.txt
 	$(BIN)/python benchmarks/convolutions.py --device cuda | tee build/gpu/convolutions.md
 	$(BIN)/python benchmarks/convolutions.py --device cuda --dtype bfloat16 --channels last | tee build/gpu/convolutions-bf16.md
 	$(BIN)/python benchmarks/end_to_end.py --device cuda --root $(ROOT) --iterations 2000 | tee build/gpu/end_to_end.md
