@@ -224,7 +224,7 @@ def _read_items(
         image, label = _item(dataset[number], which, image_key, label_key)
         tensor = _tensor(image, image_size, which)
         if number == 0:
-            images = torch.empty(len(dataset), *tensor.shape, dtype=tensor.dtype)
+            images = torch.empty(len(dataset), *tensor.shape, dtype=tensor.dtype, device="cpu")
             _say_if_gray(image, name)
         if (tensor.shape, tensor.dtype) != (images.shape[1:], images.dtype):
             cure = "resize them by the dataset's own transform"

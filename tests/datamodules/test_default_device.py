@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
-from lightning_maml.datamodules import GlyphsDataModule, ImageFolderDataModule, relabelled
+from lightning_maml.datamodules import (
+    FewShotDataModule,
+    GlyphsDataModule,
+    ImageFolderDataModule,
+    relabelled,
+)
 from lightning_maml.datamodules.adapters import task_of_easyfsl
 
 pytestmark = pytest.mark.cpu_only
@@ -32,6 +38,15 @@ def test_images_are_decoded(tmp_path: Path) -> None:
     with torch.device("meta"):
         data.prepare_data()
     assert len(data.class_images("train").members) > 0
+
+
+def test_datasets_are_read() -> None:
+    images = torch.rand(60, 1, 4, 4)
+    data = FewShotDataModule(TensorDataset(images, torch.arange(60) % 12), ways=2, queries=2)
+    with torch.device("meta"):
+        data.setup()
+        (batch, *_) = data.train_dataloader()
+    assert batch.support_x.device.type == "cpu"
 
 
 def test_labels_are_numbered_alike() -> None:
