@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from lightning_maml.core.precision import full_precision
 from lightning_maml.kernels.grouped_conv import convolution, gradient_of_images, gradient_of_weight
 
 FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last}
@@ -168,6 +169,7 @@ def agree(ways: dict[str, Callable[[], Tensor]], tolerance: float) -> None:
         )
 
 
+@full_precision()  # products would be in float32 and convolutions in TF32 otherwise
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

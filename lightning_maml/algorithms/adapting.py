@@ -126,8 +126,8 @@ class Plan(NamedTuple):
 
     functional: FunctionalNetwork
     execution: Execution
-    head: str | None = None
-    kind: Kind = ()
+    head: str | None
+    kind: Kind
 
 
 class AdaptingModule(EpisodicModule):

@@ -382,7 +382,8 @@ class MAML(AdaptingModule):
         if self.step_statistics is None:
             return
         first = map_tensors(lambda tensor: tensor[:1], episodes)
-        plan = Plan(FunctionalNetwork(self.network, self.batch_norm), Execution("loop", None))
+        functional = FunctionalNetwork(self.network, self.batch_norm)
+        plan = Plan(functional, Execution("loop", None), head=None, kind=())
         arguments = self._arguments(plan, first) | {
             "query_loss": partial(statistics_in_training, self.network)
         }

@@ -166,8 +166,10 @@ class AdaptiveMetaStepsize(Callback):
             "task_gradient_norm": gradient_norm,
             **constants,
         }
-        # one copy to the device, for which nothing waits; of numbers Lightning would make one each
-        on_device = torch.tensor([*figures.values()]).to(module.device, non_blocking=True)
+        # one copy to the device, for which torch does not wait on CUDA (on MPS it would have to);
+        # of numbers Lightning would make one each
+        may_go_on = module.device.type == "cuda"
+        on_device = torch.tensor([*figures.values()]).to(module.device, non_blocking=may_go_on)
         module.log_dict(
             {f"train/{name}": value for name, value in zip(figures, on_device, strict=True)}
         )

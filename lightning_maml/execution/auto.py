@@ -273,19 +273,20 @@ class Executor:
         stacked = min(self._fitting or count, count)
         is_left_open = self.tasks == "auto" and self.chunk_size is None
         if not is_left_open or stacked == 1 or device.type == "cpu":
-            raise self._out_of_memory(count) from error
+            raise self._out_of_memory(count, error) from error
         self._fitting = stacked // 2
         rank_zero_info(
             f"There is no memory for {stacked} tasks at once; from here on {self._fitting} are "
             "stacked."
         )
 
-    def _out_of_memory(self, count: int) -> UserOutOfMemoryError:
+    def _out_of_memory(self, count: int, error: BaseException) -> UserOutOfMemoryError:
         fewer = "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "
         return UserOutOfMemoryError(
             f"Expected memory for {count} tasks but there is not enough (tasks={self.tasks!r}, "
             f"chunk_size={self.chunk_size}); {'' if self.tasks == 'loop' else fewer}smaller are "
-            "tasks with fewer `queries`, of FO-MAML, and of precision bf16-mixed."
+            "tasks with fewer `queries`, of FO-MAML, and of precision bf16-mixed. "
+            f"Torch said: {str(error).partition('.')[0]}."
         )
 
 

@@ -4,7 +4,7 @@ The images of T tasks side by side are ``[B, T C, ...]``; weight and bias have t
 first dimension. The tasks are the groups of one convolution.
 
 Before the first inner step all tasks share one weight, which is expanded over the tasks with stride
-0. No groups are needed then, and no copy either: if a row of the image is contiguous in memory, all
+0. No groups are needed then, and no copies of the images: if they are contiguous in memory, all
 images of all tasks are one batch; if channels are last, the tasks are taken for the depth of a
 volume, and each of its planes is convolved alone. This is up to five times as fast as groups. Each
 task still gets a gradient of its own.
@@ -180,9 +180,9 @@ def _from_volumes(x: Tensor) -> Tensor:
 
 def _as_batch(x: Tensor, tasks: int) -> Tensor:
     """Return images ``[B, T C, ...]`` of T tasks as one batch ``[B T, C, ...]``."""
-    return x.reshape(len(x) * tasks, -1, *x.shape[2:])
+    return x.reshape(len(x) * tasks, x.shape[1] // tasks, *x.shape[2:])
 
 
 def _from_batch(x: Tensor, tasks: int) -> Tensor:
     """Return a batch ``[B T, C, ...]`` as images ``[B, T C, ...]`` of T tasks."""
-    return x.reshape(len(x) // tasks, -1, *x.shape[2:])
+    return x.reshape(len(x) // tasks, x.shape[1] * tasks, *x.shape[2:])

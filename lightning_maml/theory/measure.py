@@ -88,7 +88,7 @@ def smoothness(
     hessian = _objective(loss).hessian(w)
     basis = [_random_direction(w, seed)]
     # the Hessian in this basis, which is tridiagonal
-    matrix = torch.zeros(iterations + 1, iterations + 1, dtype=torch.float64)
+    matrix = torch.zeros(iterations + 1, iterations + 1, dtype=torch.float64, device="cpu")
     for k in range(1, iterations + 1):
         evaluations = 1 + k * _HESSIAN_PRODUCT
         rest, along_last = _orthogonalized(hessian(basis[-1]), basis)
@@ -504,7 +504,7 @@ class Probe:
             directions = (leading.direction, _random_direction(self._params, self._seed))
             along = torch.stack([norm(subtract(first(v), second(v))) for v in directions])
             evaluations = leading.gradient_evaluations + 2 * (1 + 2 * _HESSIAN_PRODUCT)
-            return torch.tensor([*along.tolist(), evaluations], dtype=torch.float64)
+            return torch.tensor([*along.tolist(), evaluations], dtype=torch.float64, device="cpu")
 
         rows = torch.cat(list(self._for_each_task("sigma_H", measure_task)))
         mean_squares = rows[:, :2].square().mean(0)

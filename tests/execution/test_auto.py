@@ -6,6 +6,7 @@ loop.
 
 import gc
 import logging
+import re
 import weakref
 from functools import partial
 
@@ -256,7 +257,8 @@ def test_stacked_tasks_are_halved_until_memory_suffices(
     assert model._execution(episodes) == Execution("vmap", 2)
     assert caplog.text.count("memory") == 2  # 9 tasks, 4, 2
     for given in ({"chunk_size": 4}, {"tasks": "vmap"}):
-        with pytest.raises(torch.OutOfMemoryError, match="Expected memory for 9 tasks but"):
+        said = re.escape(str(full).split(".")[0])  # which may have another cause, such as a version
+        with pytest.raises(torch.OutOfMemoryError, match=f"Expected memory for 9 tasks.*{said}"):
             Accelerated(network, 0.1, **given).meta_loss(episodes)
 
 
