@@ -57,7 +57,7 @@ reproduce: .venv/installed
 	$(BIN)/python benchmarks/reproduce.py $(ROW) --root $(ROOT) --seeds $(SEEDS) $(ITERATIONS:%=--iterations %)
 
 # All that is to be measured on a GPU, quickest first; figures go to the screen and to build/gpu. make gpu ROOT=data
-# What fails does not stop the rest: look through build/gpu. The trainings write to benchmarks/accuracy.
+# What fails does not stop the rest: look through build/gpu. ROOT has Omniglot. The trainings write to benchmarks/accuracy.
 gpu: .venv/dev-installed learn2learn
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('Expected a GPU that torch can use but got none; see nvidia-smi.')"
 	mkdir -p build/gpu

@@ -211,7 +211,7 @@ class EpisodicModule(CheckpointedModule):
                 step = self._plan_step(episodes)
                 try:
                     found = step.run()
-                except Exception:  # perhaps of a graph whose tensors were written to
+                except Exception:  # raised again, unless tensors that it read were written to
                     step.unwritten.check()
                     raise
         step.unwritten.check()

@@ -282,11 +282,13 @@ class Executor:
 
     def _out_of_memory(self, count: int, error: BaseException) -> UserOutOfMemoryError:
         fewer = "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "
+        # another kind of error may have another cause, such as a wrong version of cuDNN
+        is_sure = isinstance(error, torch.OutOfMemoryError)
+        said = "" if is_sure else f" Torch said: {str(error).partition(chr(10))[0]}"
         return UserOutOfMemoryError(
             f"Expected memory for {count} tasks but there is not enough (tasks={self.tasks!r}, "
             f"chunk_size={self.chunk_size}); {'' if self.tasks == 'loop' else fewer}smaller are "
-            "tasks with fewer `queries`, of FO-MAML, and of precision bf16-mixed. "
-            f"Torch said: {str(error).partition('.')[0]}."
+            f"tasks with fewer `queries`, of FO-MAML, and of precision bf16-mixed.{said}"
         )
 
 

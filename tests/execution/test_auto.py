@@ -6,7 +6,6 @@ loop.
 
 import gc
 import logging
-import re
 import weakref
 from functools import partial
 
@@ -229,6 +228,9 @@ def test_what_fails_stacked_in_mixed_precision_is_not_stacked(in_training: bool)
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("FIND was unable to find an engine to execute this computation"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory"
+        ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
@@ -257,9 +259,10 @@ def test_stacked_tasks_are_halved_until_memory_suffices(
     assert model._execution(episodes) == Execution("vmap", 2)
     assert caplog.text.count("memory") == 2  # 9 tasks, 4, 2
     for given in ({"chunk_size": 4}, {"tasks": "vmap"}):
-        said = re.escape(str(full).split(".")[0])  # which may have another cause, such as a version
-        with pytest.raises(torch.OutOfMemoryError, match=f"Expected memory for 9 tasks.*{said}"):
+        with pytest.raises(torch.OutOfMemoryError, match="Expected memory for 9 tasks") as raised:
             Accelerated(network, 0.1, **given).meta_loss(episodes)
+        # what has no type of its own may have another cause, such as a wrong version
+        assert (str(full) in str(raised.value)) == (type(full) is RuntimeError)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -145,6 +145,13 @@ def test_one_weight_for_all_tasks_has_the_gradients_of_each(
     torch.testing.assert_close(shared[0].unflatten(1, (tasks, -1))[:, 1], of_task)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_no_images_are_convolved_to_none(memory_format: torch.memory_format) -> None:
+    shared = torch.randn(4, 2, 3, 3).expand(3, -1, -1, -1, -1)
+    x = torch.randn(0, 6, 8, 8).contiguous(memory_format=memory_format)
+    assert Convolution.apply(x, shared, None, ((1, 1), (1, 1), (1, 1), 1)).shape == (0, 12, 8, 8)
+
+
 class Groups(TorchDispatchMode):
     """Notes the groups of the convolutions, and of their gradients with respect to images."""
 
