@@ -47,6 +47,7 @@ from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import kinked_operations, kinks
 from lightning_maml.theory import paper_scale
 from lightning_maml.theory.report import Adaptive, Settings, report
+from lightning_maml.theory.sizes_report import check_accuracy, sizes_report
 from lightning_maml.verification.check import check
 
 
@@ -59,6 +60,7 @@ class _Trainer(Trainer):
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         tasks: int = 16,
+        epsilon: float | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Measure the theory's constants, and say which conditions of the theorems hold.
@@ -68,6 +70,8 @@ class _Trainer(Trainer):
             datamodule: Gives the training tasks.
             ckpt_path: A checkpoint at whose weights to measure instead.
             tasks: Training tasks to measure on.
+            epsilon: Say also how many iterations, tasks and samples the theorems ask for to
+                guarantee that the expected norm of the meta-gradient is at most this.
             weights_only: Has no effect: nothing else is ever read. It is here so that the config
                 saved by a fit can be used.
         """
@@ -86,19 +90,29 @@ class _Trainer(Trainer):
             raise UserValueError(
                 f"Expected `tasks` to be at least 2, for a deviation between them, but got {tasks}."
             )
+        if epsilon is not None:
+            check_accuracy(epsilon)
         self._prepare(model, datamodule, ckpt_path)
         episodes = _transferred(
             self, datamodule.independent_episodes("measure", 0, tasks), model.train(), datamodule
         )
-        constants = model.probe(episodes, progress=True).constants(
-            model.check_for_theory(), model.train_steps
-        )
+        probe, alpha = model.probe(episodes, progress=True), model.check_for_theory()
+        constants = probe.constants(alpha, model.train_steps)
         if not math.isfinite(constants.L + constants.rho):
             raise UserFloatingPointError(
                 "Expected finite curvature along the inner path but it is not; lower inner_lr."
             )
+        if constants.L == 0:
+            raise UserValueError(
+                "Expected task losses that bend, which the theorems are about, but they are linear "
+                "along the inner path; give the network or the loss some curvature."
+            )
         print(f"\n{type(model).__name__} at {_weights(ckpt_path)}, {tasks} training tasks\n")
-        print(report(constants, _settings(self, model, datamodule, episodes)))
+        settings = _settings(self, model, datamodule, episodes)
+        print(report(constants, settings))
+        if epsilon is not None:
+            objective = probe.objective(alpha, model.train_steps)
+            print(f"\n{sizes_report(epsilon, constants, settings, objective)}")
         if model.curvature != "exact" and not (
             isinstance(episodes, ResampledEpisodes) and episodes.hessian_y.shape[2] == 0
         ):

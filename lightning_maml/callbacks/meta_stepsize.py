@@ -2,12 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
@@ -17,7 +17,16 @@ from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
 from lightning_maml.errors import UserFloatingPointError, UserValueError
 from lightning_maml.io.plain import number, whole_number
 from lightning_maml.networks.kinks import kinks
-from lightning_maml.theory import Rule, meta_smoothness, meta_stepsize, paper_scale
+from lightning_maml.theory import (
+    Rule,
+    largest_inner_lr,
+    largest_one_step_inner_lr,
+    meta_smoothness,
+    meta_stepsize,
+    paper_scale,
+    recommended_inner_lr,
+)
+from lightning_maml.theory.coverage import ALGORITHMS, Data, known_instead, theorems
 from lightning_maml.theory.measure import Probe
 
 
@@ -33,7 +42,13 @@ class AdaptiveMetaStepsize(Callback):
     The rate is set once per optimizer step, also with gradient accumulation, for all parameter
     groups alike, and is the same in every process. The theory is that of plain SGD; with another
     optimizer, and with gradient clipping, beta becomes the rate of that optimizer and a warning
-    says so.
+    says so. Another says where no theorem covers the algorithm, its number of steps and its kind
+    of tasks with this rule (:mod:`lightning_maml.theory.coverage`), and a third where alpha L is
+    too large for the theorem.
+
+    The L and rho of the papers' equations hold for all parameters. What is measured at the current
+    ones is smaller, and so beta may be larger than the papers', and its step go past a near
+    minimum: give ``L`` and ``rho`` where they are known, or set ``keep_largest``.
 
     Args:
         rule: ``"one_step"`` (Fallah et al. 2020, eq. 17, for N = 1), ``"resampling"`` (Ji et al.
@@ -50,6 +65,7 @@ class AdaptiveMetaStepsize(Callback):
         tasks: B', tasks drawn per step and process.
         every_n_steps: How often L, rho and b are measured, at the parameters of that step, on B'
             tasks.
+        keep_largest: Use the largest L and rho measured so far, not the last.
         episodes: Meta-batches like those trained on, drawn independently of them; by default the
             datamodule's, if it is one of this package.
 
@@ -58,7 +74,8 @@ class AdaptiveMetaStepsize(Callback):
             several optimizers, a learning-rate scheduler, ``"one_step"`` with several inner steps,
             or nothing to draw tasks from.
         TypeError: If the module is not a :class:`lightning_maml.MAML`.
-        FloatingPointError: If a measured constant or the gradient norm is not finite.
+        FloatingPointError: If a measured constant or the gradient norm is not finite, or L-hat is
+            0.
 
     Examples:
         >>> from functools import partial
@@ -90,6 +107,7 @@ class AdaptiveMetaStepsize(Callback):
         tasks: int = 4,
         every_n_steps: int = 100,
         episodes: Iterable[AnyEpisodes] | None = None,
+        keep_largest: bool = False,
     ) -> None:
         tasks = whole_number(tasks, "tasks")
         every_n_steps = whole_number(every_n_steps, "every_n_steps")
@@ -109,10 +127,12 @@ class AdaptiveMetaStepsize(Callback):
         self.scale = scale
         self.tasks = tasks
         self.every_n_steps = every_n_steps
+        self.keep_largest = keep_largest
         # the other rules have no b, so it need not be measured for them
         self._given = {"L": L, "rho": rho, "b": b if rule == "finite_sum" else 0.0}
         self._measured: dict[str, float] = {}
         self._tasks = IndependentTasks("stepsize", tasks, episodes)
+        self._said: set[str] = set()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,12 +146,8 @@ class AdaptiveMetaStepsize(Callback):
                 "'resampling' or 'finite_sum'."
             )
         self._tasks.check(trainer)
+        self._said.clear()
         outside = _outside_the_theory(trainer, module, self._given["rho"] is None)
-        if self.rule != "one_step" and module.curvature == "none":
-            outside.append(
-                "FO-MAML with several steps or a fixed support set (Ji et al. treat the exact "
-                "product only)"
-            )
         if outside:
             warnings.warn(
                 f"AdaptiveMetaStepsize: the theorems do not cover {'; nor '.join(outside)}.",
@@ -145,9 +161,10 @@ class AdaptiveMetaStepsize(Callback):
         """Set the learning rate."""
         module = as_maml(self, pl_module)
         episodes = self._tasks.draw(trainer)
-        self._warn_of_other_tasks(episodes)
+        self._once("coverage", rank_zero_warn, _not_covered(self.rule, module, episodes))
         probe = module.probe(episodes)
         constants = self._constants(probe, trainer)
+        self._once("alpha", rank_zero_warn, _too_large_alpha(self.rule, module, constants["L"]))
         gradient_norm = _over_processes(trainer, float(probe.gradient_norms().mean()), "mean")
         smoothness = meta_smoothness(
             self.rule,
@@ -156,6 +173,12 @@ class AdaptiveMetaStepsize(Callback):
             steps=module.train_steps,
             gradient_norm=gradient_norm,
         )
+        if smoothness == 0:
+            raise UserFloatingPointError(
+                "Expected the task losses to bend but L-hat is 0 at step "
+                f"{trainer.global_step}, so that no meta-stepsize follows from it; remove "
+                "AdaptiveMetaStepsize and set the rate."
+            )
         scale = paper_scale(self.rule, module.curvature) if self.scale is None else self.scale
         beta = meta_stepsize(smoothness, scale)
         for group in optimizer.param_groups:
@@ -174,13 +197,11 @@ class AdaptiveMetaStepsize(Callback):
             {f"train/{name}": value for name, value in zip(figures, on_device, strict=True)}
         )
 
-    def _warn_of_other_tasks(self, episodes: AnyEpisodes) -> None:
-        other_rule = "finite_sum" if isinstance(episodes, ResampledEpisodes) else "resampling"
-        if self.rule == other_rule:
-            rank_zero_warn(
-                f"AdaptiveMetaStepsize: rule {self.rule!r} is made for the other kind of tasks "
-                f"than {type(episodes).__name__}."
-            )
+    def _once(self, what: str, say: Callable[[str], object], sentence: str) -> None:
+        """Say a sentence, if there is one, once in a fit."""
+        if sentence and what not in self._said:
+            self._said.add(what)
+            say(f"AdaptiveMetaStepsize: {sentence}.")
 
     def _constants(self, probe: Probe, trainer: Trainer) -> dict[str, float]:
         """Return L, rho and b, as given or as last measured, and measure them if it is time."""
@@ -188,11 +209,24 @@ class AdaptiveMetaStepsize(Callback):
         # a resumed run may lack constants that were given before
         never_measured = missing - self._measured.keys()
         if never_measured or (missing and trainer.global_step % self.every_n_steps == 0):
-            self._measured = _measure(probe, trainer, missing)
+            self._measure(probe, trainer, missing)
         return {
             name: self._measured[name] if value is None else value
             for name, value in self._given.items()
         }
+
+    def _measure(self, probe: Probe, trainer: Trainer, missing: set[str]) -> None:
+        before, self._measured = self._measured, _measure(probe, trainer, missing)
+        if self.keep_largest:
+            for name in {"L", "rho"} & self._measured.keys() & before.keys():
+                self._measured[name] = max(self._measured[name], before[name])
+        found = [f"{name} = {self._measured[name]:.3g}" for name in ("L", "rho") if name in missing]
+        if found:
+            sentence = (
+                f"{' and '.join(found)}, measured where training is now on some tasks: lower "
+                "bounds on the suprema that the theorems take"
+            )
+            self._once("measured", rank_zero_info, sentence)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -257,6 +291,35 @@ def _over_processes(trainer: Trainer, number: float, operation: str) -> float:
             f"step {trainer.global_step}; lower the rates or check the data."
         )
     return number
+
+
+def _not_covered(rule: Rule, module: MAML, episodes: AnyEpisodes) -> str:
+    """Return that no theorem with this rule covers the algorithm and tasks; empty if one does."""
+    data: Data = "resampling" if isinstance(episodes, ResampledEpisodes) else "finite_sum"
+    case = (module.curvature, module.train_steps, data)
+    found = theorems(*case)
+    if rule in [theorem.rule for theorem in found]:
+        return ""
+    name = f"{ALGORITHMS[module.curvature]}, N = {module.train_steps}, on {type(episodes).__name__}"
+    why = known_instead(*case)
+    if found:
+        why = f"{found[-1].name}, which covers it, is about rule {found[-1].rule!r}"
+    return f"no theorem covers {name} with rule {rule!r}: {why}"
+
+
+def _too_large_alpha(rule: Rule, module: MAML, L: float) -> str:
+    """Return that alpha L is too large for the theorems with this rule; empty if it is not."""
+    alpha, steps = module.check_for_theory(), module.train_steps
+    largest = largest_inner_lr(L, steps)
+    if rule == "one_step":
+        largest = largest_one_step_inner_lr(L, module.curvature)
+    if alpha < largest:
+        return ""
+    return (
+        f"alpha L = {alpha * L:.3g} with N = {steps}, but the theorem needs less than "
+        f"{largest * L:.3g}, and beyond it beta means little; lower inner_lr, to 1 / (8 N L) = "
+        f"{recommended_inner_lr(L, steps):.2g} or less, or tune `scale`"
+    )
 
 
 def is_plain_sgd(optimizer: Optimizer) -> bool:

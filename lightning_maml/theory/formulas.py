@@ -61,11 +61,12 @@ def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> Smoo
     """Return the constants of Ji, Propositions 1 and 7.
 
     With ``a = 1 + alpha L``: ``C_L = (rho / L) a^(2N-1) (a^N - 1)``, what eq. 13 simplifies to, and
-    ``C_b = (rho / L) a^(N-1) (a^N - 1)^2``. The printed eq. 21 is illegible; these follow from eqs.
-    49-53 and give the figures of Corollary 10. There are losses for which each is attained.
+    ``C_b = (rho / L) a^(N-1) (a^N - 1)^2``. They follow from eqs. 49-53 and give the figures of
+    Corollary 10, and there are losses for which each is attained. Eq. 21 prints larger ones, see
+    :func:`printed_smoothness_constants`. As L goes to 0 they go to ``N alpha rho`` and 0.
 
     Args:
-        L: Smoothness of the task losses.
+        L: Smoothness of the task losses; may be 0.
         rho: Lipschitz constant of their Hessians.
         alpha: Inner learning rate.
         steps: N, the number of inner steps.
@@ -78,17 +79,55 @@ def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> Smoo
         >>> smoothness_constants(L=1.0, rho=1.0, alpha=1.0, steps=2).growth
         16.0
     """
+    _check(rho=rho, alpha=alpha, steps=steps)
+    a, growth = _growth(L, alpha, steps)
+    grown = math.expm1(steps * math.log1p(alpha * L))  # a^N - 1, to all digits where L is small
+    grown_per_L = grown / L if L else alpha * steps
+    spread = rho * a ** (steps - 1) * grown_per_L
+    return SmoothnessConstants(growth, c_l=spread * a**steps, c_b=spread * grown)
+
+
+def printed_smoothness_constants(
+    L: float, rho: float, alpha: float, steps: int
+) -> SmoothnessConstants:
+    """Return the constants as Ji, eq. 21, prints them, as far as it can be read.
+
+    ``C_L = C_b = (alpha rho + (rho / L) (1 + alpha L)^(N-1)) (1 + alpha L)^(2N)``. They are valid
+    bounds too, larger than those of :func:`smoothness_constants` and not attained: at alpha = 1 /
+    (8 N L) C_L is 8 to 10 times, and C_b 76 to 91 times as large. Corollary 10 does not follow from
+    them.
+
+    Args:
+        L: Smoothness of the task losses.
+        rho: Lipschitz constant of their Hessians.
+        alpha: Inner learning rate.
+        steps: N.
+
+    Raises:
+        ValueError: If an argument is out of range, or ``(1 + alpha L)^(2 N)`` overflows.
+
+    Examples:
+        >>> from lightning_maml.theory import printed_smoothness_constants
+        >>> printed_smoothness_constants(L=1.0, rho=1.0, alpha=1.0, steps=1)
+        SmoothnessConstants(growth=4.0, c_l=8.0, c_b=8.0)
+    """
     _check(L=L, rho=rho, alpha=alpha, steps=steps)
+    a, growth = _growth(L, alpha, steps)
+    both = (alpha * rho + rho / L * a ** (steps - 1)) * growth
+    return SmoothnessConstants(growth, c_l=both, c_b=both)
+
+
+def _growth(L: float, alpha: float, steps: int) -> tuple[float, float]:
+    """Return ``a`` and ``a^(2N)``."""
+    _check_number("L", L, may_be_zero=True)
     a = 1 + alpha * L
     try:
-        growth = a ** (2 * steps)
+        return a, a ** (2 * steps)
     except OverflowError:
         raise UserValueError(
             f"Expected (1 + alpha L)^(2N) to be a number but alpha L = {alpha * L:.3g}, N = "
             f"{steps} is too much; lower alpha."
         ) from None
-    spread = rho / L * a ** (steps - 1) * (a**steps - 1)
-    return SmoothnessConstants(growth, c_l=spread * a**steps, c_b=spread * (a**steps - 1))
 
 
 def meta_smoothness(
@@ -105,7 +144,8 @@ def meta_smoothness(
 
     Args:
         rule: Which of the three.
-        L: Smoothness of the task losses.
+        L: Smoothness of the task losses; may be 0, where L-hat is ``N alpha rho g``, or ``2 rho
+            alpha g`` with ``"one_step"``.
         rho: Lipschitz constant of their Hessians.
         alpha: Inner learning rate.
         steps: N; 1 with ``"one_step"``.
@@ -173,7 +213,7 @@ def meta_stepsize(smoothness: float, scale: float) -> float:
 def largest_inner_lr(L: float, steps: int) -> float:
     """Return ``(2^(1/2N) - 1) / L``, the alpha below which Ji, Theorems 5 and 9, hold.
 
-    Below it, ``(1 + alpha L)^(2N) < 2``. Infinite without inner steps.
+    Below it, ``(1 + alpha L)^(2N) < 2``. Infinite without inner steps, and where L is 0.
 
     Args:
         L: Smoothness of the task losses.
@@ -184,15 +224,16 @@ def largest_inner_lr(L: float, steps: int) -> float:
         >>> round(largest_inner_lr(L=1.0, steps=1), 4)
         0.4142
     """
-    _check(L=L, steps=steps)
-    return (2 ** (1 / (2 * steps)) - 1) / L if steps else math.inf
+    _check(steps=steps)
+    _check_number("L", L, may_be_zero=True)
+    return (2 ** (1 / (2 * steps)) - 1) / L if steps and L else math.inf
 
 
 def recommended_inner_lr(L: float, steps: int) -> float:
     """Return ``1 / (8 N L)``, the alpha of Ji, Corollaries 6 and 10.
 
     Without the 1/N, the growth ``(1 + alpha L)^(2N)`` would be exponential in N. Infinite without
-    inner steps.
+    inner steps, and where L is 0.
 
     Args:
         L: Smoothness of the task losses.
@@ -203,12 +244,15 @@ def recommended_inner_lr(L: float, steps: int) -> float:
         >>> recommended_inner_lr(L=1.0, steps=5)
         0.025
     """
-    _check(L=L, steps=steps)
-    return 1 / (8 * steps * L) if steps else math.inf
+    _check(steps=steps)
+    _check_number("L", L, may_be_zero=True)
+    return 1 / (8 * steps * L) if steps and L else math.inf
 
 
 def largest_one_step_inner_lr(L: float, curvature: CurvatureName) -> float:
     """Return ``1 / (6 L)``, for FO-MAML ``1 / (10 L)`` (Fallah, Theorems 4.12, 4.15, 4.17).
+
+    Infinite where L is 0.
 
     Args:
         L: Smoothness of the task losses.
@@ -219,7 +263,9 @@ def largest_one_step_inner_lr(L: float, curvature: CurvatureName) -> float:
         >>> largest_one_step_inner_lr(L=1.0, curvature="none")
         0.1
     """
-    _check(L=L)
+    _check_number("L", L, may_be_zero=True)
+    if L == 0:
+        return math.inf
     return 1 / (10 * L) if curvature == "none" else 1 / (6 * L)
 
 
@@ -273,7 +319,7 @@ def stepsize_batches(
         >>> stepsize_batches("one_step", **arguments)
         StepsizeBatches(tasks=2, samples=9)
     """
-    _check(sigma=sigma, sample_sigma=sample_sigma, b=b)
+    _check(L=L, sigma=sigma, sample_sigma=sample_sigma, b=b)
     _check_rule(rule, steps)
     growth, c_l, c_b = smoothness_constants(L, rho, alpha, steps)
     if rule == "one_step":
@@ -428,28 +474,83 @@ def hessian_free_error(
     return steps * (1 + alpha * L) ** (steps - 1) * alpha * rho * radius / 2 * query_gradient_norm
 
 
-def first_order_floor(L: float, alpha: float, steps: int, sigma: float) -> float:
+def first_order_floor(L: float, alpha: float, steps: int, sigma: float, b: float = 0.0) -> float:
     """Return a bound on ``|grad F|`` where FO-MAML comes to rest [loss / parameter].
 
-    It is ``c sigma / (1 - c)`` with ``c = a^N (a^N - 1) / (2 - a^(2N))``, of the order ``N alpha L
-    sigma``, from Ji, Lemmas 12-15. Fallah, Corollary 4.16, gives the order at N = 1 (its abstract
-    and Table 1 leave out L). Infinite where c >= 1.
+    With full batches. It is ``c sigma / (1 - c)`` with ``c = a^N (a^N - 1) / (2 - a^(2N))``, of the
+    order ``N alpha L sigma``; where support and query sets differ, a multiple of b is added.
+    Neither paper states it: it follows from Ji, Lemmas 12-15, 18 and 19, as the mean query gradient
+    at the adapted parameters is 0 there and ``|grad F| <= (a^N - 1) E|v_N|``. Fallah, Corollary
+    4.16, gives the order at N = 1 (its abstract and Table 1 leave out L). Infinite where c >= 1.
 
     Args:
         L: Smoothness of the task losses.
         alpha: Inner learning rate.
         steps: N.
-        sigma: Standard deviation of the task gradients over tasks.
+        sigma: Standard deviation of the task gradients over tasks, in the finite-sum case those of
+            the query losses.
+        b: In the finite-sum case the mean distance between support and query gradients.
 
     Examples:
         >>> from lightning_maml.theory import first_order_floor
         >>> round(first_order_floor(L=1.0, alpha=0.1, steps=1, sigma=1.0), 4)
         0.1618
     """
-    _check(L=L, alpha=alpha, steps=steps, sigma=sigma)
+    _check(L=L, alpha=alpha, steps=steps, sigma=sigma, b=b)
     grown = (1 + alpha * L) ** steps
-    c = grown * (grown - 1) / (2 - grown**2) if grown**2 < 2 else math.inf
-    return c * sigma / (1 - c) if c < 1 else math.inf
+    gap = 2 - grown**2
+    c = grown * (grown - 1) / gap if gap > 0 else math.inf
+    if c >= 1:
+        return math.inf
+    from_sets = (grown - 1) * (grown**2 / gap + 1) * b
+    return (c * sigma + (grown - 1) * from_sets) / (1 - c)
+
+
+def one_step_noise(
+    curvature: CurvatureName,
+    L: float,
+    alpha: float,
+    *,
+    sigma: float,
+    sample_sigma: float,
+    tasks: int,
+    support: int,
+    query: int,
+) -> float:
+    """Return what sampling adds to ``|grad F|`` with N = 1, up to a constant [loss / parameter].
+
+    It is ``sqrt(sigma^2 / B + sample_sigma^2 / (B D_o) + sample_sigma^2 / D_in)`` for MAML (Fallah,
+    eq. 23), and for FO-MAML with ``sigma^2 (alpha^2 L^2 + 1 / B)`` in place of the first term (eq.
+    26). The constant in front is not in the paper.
+
+    Args:
+        curvature: Tells which algorithm it is: ``"none"`` for FO-MAML.
+        L: Smoothness of the task losses; only used for FO-MAML.
+        alpha: Inner learning rate; only used for FO-MAML.
+        sigma: Standard deviation of the task gradients over tasks.
+        sample_sigma: Standard deviation of single samples' gradients.
+        tasks: B, tasks per meta-batch.
+        support: D_in, samples of the inner step.
+        query: D_o, samples of the query batch.
+
+    Examples:
+        >>> from lightning_maml.theory import one_step_noise
+        >>> sizes = dict(tasks=4, support=4, query=1)
+        >>> round(one_step_noise("exact", 1.0, 0.1, sigma=0.0, sample_sigma=2.0, **sizes), 4)
+        1.4142
+    """
+    _check(
+        L=L,
+        alpha=alpha,
+        sigma=sigma,
+        sample_sigma=sample_sigma,
+        tasks=tasks,
+        support=support,
+        query=query,
+    )
+    over_tasks = 1 / tasks + ((alpha * L) ** 2 if curvature == "none" else 0.0)
+    over_samples = 1 / (tasks * query) + 1 / support
+    return math.sqrt(sigma**2 * over_tasks + sample_sigma**2 * over_samples)
 
 
 def one_step_bias(L: float, alpha: float, sample_sigma: float, support: int) -> float:
@@ -727,6 +828,57 @@ def resampling_bound(
     return _root(theta, chi, gap / iterations + xi / support + phi / tasks)
 
 
+class FiniteSumMoments(NamedTuple):
+    """Second moment of the meta-gradient of a sampled task in the finite-sum case.
+
+    Source: Ji, Proposition 8. ``E|G|^2 <= squ1 |grad F|^2 + squ2``.
+
+    Attributes:
+        squ1: A_1, without a unit.
+        squ2: A_2 [loss^2 / parameter^2].
+
+    Examples:
+        >>> from lightning_maml.theory import FiniteSumMoments
+        >>> FiniteSumMoments(squ1=4.0, squ2=1.0).squ1
+        4.0
+    """
+
+    squ1: float
+    squ2: float
+
+
+def finite_sum_moments(
+    L: float, alpha: float, steps: int, *, sigma: float, b: float, mean_square_b: float
+) -> FiniteSumMoments:
+    """Return the constants of Ji, Proposition 8.
+
+    ``A_2`` is that of the proof, which Corollary 10 uses, not the larger eq. 23 (whose ``(1 +
+    alpha)^(4N)`` lacks an L).
+
+    Args:
+        L: Smoothness of the task losses.
+        alpha: Inner learning rate, below :func:`largest_inner_lr`.
+        steps: N.
+        sigma: Standard deviation of the query gradients over tasks.
+        b: Mean of ``|grad l_S - grad l_T|`` over tasks.
+        mean_square_b: Mean of its square (b-tilde).
+
+    Raises:
+        ValueError: If an argument is out of range, or alpha is not below :func:`largest_inner_lr`.
+
+    Examples:
+        >>> from lightning_maml.theory import finite_sum_moments
+        >>> spread = dict(sigma=2.0, b=0.0, mean_square_b=0.0)
+        >>> finite_sum_moments(1.0, 0.0, 1, **spread)  # without adaptation
+        FiniteSumMoments(squ1=4.0, squ2=8.0)
+    """
+    _check(sigma=sigma, b=b, mean_square_b=mean_square_b)
+    a, gap = _gap(L, alpha, steps)
+    squ1 = 4 * a ** (4 * steps) / gap**2
+    over_tasks = squ1 * (a ** (2 * steps) - 1) ** 2 * (sigma + b) ** 2
+    return FiniteSumMoments(squ1, over_tasks + 2 * a ** (4 * steps) * (sigma**2 + mean_square_b))
+
+
 def finite_sum_convergence(
     L: float,
     rho: float,
@@ -741,8 +893,8 @@ def finite_sum_convergence(
 ) -> Convergence:
     """Return theta, phi and xi of Ji, Theorem 9 (eqs. 24, 25, 57-62), for B tasks.
 
-    ``A_2`` is that of the proof of Proposition 8, which Corollary 10 uses, not the larger eq. 23
-    (whose ``(1 + alpha)^(4N)`` lacks an L); xi has the sigma that the printed theorem leaves out.
+    A_1 and A_2 are those of :func:`finite_sum_moments`; xi has the sigma that the printed theorem
+    leaves out.
 
     Args:
         L: Smoothness of the task losses.
@@ -765,13 +917,11 @@ def finite_sum_convergence(
         >>> finite_sum_convergence(1.0, 1.0, 0.125, 1, **spread, tasks=20).theta > 0
         True
     """
-    _check(sigma=sigma, b=b, mean_square_b=mean_square_b, tasks=tasks, c_beta=c_beta)
+    _check(tasks=tasks, c_beta=c_beta)
+    a_1, a_2 = finite_sum_moments(L, alpha, steps, sigma=sigma, b=b, mean_square_b=mean_square_b)
     a, gap = _gap(L, alpha, steps)
     growth, c_l, c_b = smoothness_constants(L, rho, alpha, steps)
     _check_curved(c_l)
-    a_1 = 4 * a ** (4 * steps) / gap**2
-    over_tasks = a_1 * (growth - 1) ** 2 * (sigma + b) ** 2
-    a_2 = over_tasks + 2 * a ** (4 * steps) * (sigma**2 + mean_square_b)
     return Convergence(
         theta=gap / c_l * (1 / c_beta - (a_1 / tasks + 1) / c_beta**2),
         phi=a_2 / (L * c_beta**2),
@@ -986,14 +1136,17 @@ _POSITIVE = (
 
 def _check(**numbers: float) -> None:
     for name, number in numbers.items():
-        positive = name in _POSITIVE
-        if not (math.isfinite(number) and (number > 0 if positive else number >= 0)):
-            raise UserValueError(
-                f"Expected `{name}` to be a finite number "
-                f"{'above' if positive else 'of at least'} 0 but got {number}."
-            )
+        _check_number(name, number, may_be_zero=name not in _POSITIVE)
         if name in ("steps", "step") and number != int(number):
             raise UserValueError(f"Expected `{name}` to be a whole number but got {number}.")
+
+
+def _check_number(name: str, number: float, *, may_be_zero: bool) -> None:
+    if not (math.isfinite(number) and (number >= 0 if may_be_zero else number > 0)):
+        raise UserValueError(
+            f"Expected `{name}` to be a finite number "
+            f"{'of at least' if may_be_zero else 'above'} 0 but got {number}."
+        )
 
 
 def _check_rule(rule: Rule, steps: int = 1) -> None:

@@ -427,6 +427,23 @@ class Probe:
         L, rho, evaluations = rows.T
         return Curvature(float(L.max()), float(rho.max()), int(evaluations.sum()))
 
+    @_differentiating()
+    def objective(self, inner_lr: float, steps: int) -> float:
+        """Return F(w), the mean over tasks of the query loss after N inner steps [loss].
+
+        Args:
+            inner_lr: alpha.
+            steps: N.
+        """
+        rates = rates_of_steps(inner_lr, self._params, steps)
+
+        def of_task(task: AnyEpisodes) -> Tensor:
+            losses = self._functions.of_task(task, steps)
+            _, w_N = inner_loop(losses, self._params, rates)
+            return _value(losses.query[-1])(w_N)[None].detach()
+
+        return float(torch.cat(list(self._for_each_task("F", of_task))).mean())
+
     def _curvature_at(
         self, w: Params, objective: Objective, restarts: int, tolerance: float
     ) -> Curvature:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from lightning_maml import theory
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.theory import Rule
+from lightning_maml.theory.coverage import ALGORITHMS, Data, Theorem, known_instead, theorems
 from lightning_maml.theory.measure import Constants
 
 
@@ -46,9 +47,9 @@ class Settings(NamedTuple):
 
     Examples:
         >>> from lightning_maml.theory.report import Settings, rules
-        >>> settings = Settings("exact", 0.1, 1, 32, 15, None, 1e-3, stepsize=None, kinks=[])
+        >>> settings = Settings("exact", 0.1, 1, 32, 15, (5, 5), 1e-3, stepsize=None, kinks=[])
         >>> rules(settings)
-        ['one_step', 'finite_sum']
+        ['one_step', 'resampling']
     """
 
     curvature: CurvatureName
@@ -60,6 +61,11 @@ class Settings(NamedTuple):
     probe_radius: float
     stepsize: Adaptive | float | None
     kinks: list[str]
+
+    @property
+    def data(self) -> Data:
+        """The kind of tasks."""
+        return "finite_sum" if self.resampling is None else "resampling"
 
 
 class Condition(NamedTuple):
@@ -81,7 +87,6 @@ class Condition(NamedTuple):
     holds: bool | None
 
 
-_THEOREM: dict[CurvatureName, str] = {"exact": "4.12", "none": "4.15", "finite_difference": "4.17"}
 _EQUATION: dict[Rule, str] = {
     "one_step": "Fallah eq. 17",
     "resampling": "Ji eq. 14",
@@ -91,16 +96,23 @@ _WORDS = {True: "holds", False: "does not hold", None: "not decided"}
 
 
 def rules(settings: Settings) -> list[Rule]:
-    """Return the stepsize rules that apply: Fallah's with one inner step, Ji's except for FO-MAML.
+    """Return the stepsize rules of the theorems that cover the run, for HF-MAML those of MAML's."""
+    return [theorem.rule for theorem in judged_by(settings)]
 
-    Ji does not treat FO-MAML.
+
+def judged_by(settings: Settings) -> list[Theorem]:
+    """Return the theorems whose conditions are judged, for HF-MAML those of MAML.
+
+    HF-MAML is MAML but for an error, and none is about it.
     """
-    found: list[Rule] = []
-    if settings.steps == 1:
-        found.append("one_step")
-    if settings.curvature != "none":
-        found.append("finite_sum" if settings.resampling is None else "resampling")
-    return found
+    curvature: CurvatureName = "none" if settings.curvature == "none" else "exact"
+    found = theorems(curvature, settings.steps, settings.data)
+    if settings.curvature != "finite_difference":
+        return found
+    return [
+        theorem._replace(name=f"{theorem.name}, on MAML", corollary=f"{theorem.corollary}, on MAML")
+        for theorem in found
+    ]
 
 
 def stepsize(rule: Rule, scale: float, constants: Constants, settings: Settings) -> float:
@@ -128,42 +140,71 @@ def conditions(constants: Constants, settings: Settings) -> list[Condition]:
         >>> from lightning_maml.theory.measure import Constants
         >>> from lightning_maml.theory.report import Settings, conditions
         >>> constants = Constants(2.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 1.0, 100)
-        >>> settings = Settings("exact", 0.05, 1, 16, 15, None, 1e-3, stepsize=1e-6, kinks=[])
+        >>> settings = Settings("exact", 0.05, 1, 16, 15, (50, 10), 1e-3, stepsize=1e-6, kinks=[])
         >>> for source, text, holds in conditions(constants, settings):
-        ...     if not holds:
+        ...     if holds is False:
         ...         print(source, "|", text)
         Fallah, Theorem 4.12 | B = 16 tasks per step, at least 20 needed
     """
     kinks = f"; it has kinks in {', '.join(settings.kinks)}" if settings.kinks else ""
     smooth = f"the network is twice differentiable{kinks}"
-    found = [Condition("both papers", smooth, not settings.kinks)]
-    if settings.steps == 1:
-        found += _fallah_conditions(constants, settings)
-    if settings.curvature == "none":
-        found.append(_first_order_condition(constants, settings))
-    else:
-        found += _ji_conditions(constants, settings)
+    everywhere = (
+        "one L and one rho for all parameters; a measurement cannot tell, and networks of several "
+        "layers usually have none"
+    )
+    found = [
+        Condition("both papers", smooth, not settings.kinks),
+        Condition("both papers", everywhere, None),
+        *_coverage_conditions(constants, settings),
+    ]
+    for theorem in judged_by(settings):
+        judge = _fallah_conditions if theorem.rule == "one_step" else _ji_conditions
+        found += judge(theorem, constants, settings)
     return [*found, *_stepsize_conditions(constants, settings)]
 
 
-def _fallah_conditions(constants: Constants, settings: Settings) -> list[Condition]:
-    theorem = f"Fallah, Theorem {_THEOREM[settings.curvature]}"
+def _coverage_conditions(constants: Constants, settings: Settings) -> list[Condition]:
+    """Return that no theorem covers the run, where none does, and what is known instead."""
+    sentence = known_instead(settings.curvature, settings.steps, settings.data)
+    if not sentence:
+        return []
+    found = [Condition(f"no theorem covers {_algorithm(settings)}", sentence, False)]
+    if settings.steps == 0:
+        return found
+    L, alpha, steps = constants.L, settings.inner_lr, settings.steps
+    # in the resampling case the sets differ by chance alone
+    b = constants.b if settings.resampling is None else 0.0
+    if settings.curvature == "none":
+        floor = theory.first_order_floor(L, alpha, steps, constants.sigma, b)
+        text = f"|grad F| may come to rest anywhere below {floor:.3g}"
+        return [*found, Condition("first_order_floor", text, None)]
+    grown = (1 + alpha * L) ** steps
+    at_adapted = grown * constants.gradient_norm + (grown - 1) * b
+    error = theory.hessian_free_error(
+        L, constants.rho, alpha, steps, settings.probe_radius, at_adapted
+    )
+    text = f"the meta-gradient is within {error:.3g} of MAML's; mean |grad l| is "
+    text += f"{constants.gradient_norm:.3g}"
+    return [*found, Condition("hessian_free_error", text, None)]
+
+
+def _algorithm(settings: Settings) -> str:
+    kind = "Episodes" if settings.resampling is None else "ResampledEpisodes"
+    return f"{ALGORITHMS[settings.curvature]}, N = {settings.steps}, on {kind}"
+
+
+def _fallah_conditions(
+    theorem: Theorem, constants: Constants, settings: Settings
+) -> list[Condition]:
     largest = theory.largest_one_step_inner_lr(constants.L, settings.curvature)
     formula = "1 / (10 L)" if settings.curvature == "none" else "1 / (6 L)"
     found = [
-        _at_most(theorem, "alpha", settings.inner_lr, largest, formula),
-        _at_least(theorem, "B", settings.tasks, 20, "20", "tasks per step"),
+        _at_most(theorem.name, "alpha", settings.inner_lr, largest, formula),
+        _at_least(theorem.name, "B", settings.tasks, 20, "20", "tasks per step"),
     ]
     if settings.resampling is not None and settings.curvature != "none":
         hessian = settings.resampling[1]
-        found.append(_hessian_batch_condition(theorem, constants, settings.inner_lr, hessian))
-    if settings.curvature == "finite_difference":
-        printed = theory.printed_probe_radius(constants.rho, settings.inner_lr)
-        text = (
-            f"probing radius h = {settings.probe_radius:.3g}; the 1 / (6 rho alpha) = "
-            f"{printed:.3g} printed there guarantees nothing"
-        )
-        found.append(Condition(theorem, text, None))
+        found.append(_hessian_batch_condition(theorem.name, constants, settings.inner_lr, hessian))
     return found
 
 
@@ -177,20 +218,8 @@ def _hessian_batch_condition(
     return _at_least(theorem, "D_h", hessian, needed, "2 alpha^2 sigma_H^2", "Hessian samples")
 
 
-def _first_order_condition(constants: Constants, settings: Settings) -> Condition:
-    floor = theory.first_order_floor(
-        constants.L, settings.inner_lr, settings.steps, constants.sigma
-    )
-    text = (
-        f"FO-MAML is not among its algorithms; |grad F| may come to rest anywhere below {floor:.3g}"
-    )
-    return Condition("Ji", text, False)
-
-
-def _ji_conditions(constants: Constants, settings: Settings) -> list[Condition]:
-    theorem, corollary = "Ji, Theorem 9", "Ji, Corollary 10"
-    if settings.resampling:
-        theorem, corollary = "Ji, Theorem 5", "Ji, Corollary 6"
+def _ji_conditions(judged_by: Theorem, constants: Constants, settings: Settings) -> list[Condition]:
+    theorem, corollary, _ = judged_by
     alpha, L, steps = settings.inner_lr, constants.L, settings.steps
     found = [
         _at_most(theorem, "alpha", alpha, theory.largest_inner_lr(L, steps), "(2^(1/2N) - 1) / L"),
@@ -334,12 +363,13 @@ def _at_most(source: str, name: str, value: float, bound: float, formula: str) -
 
 
 def _at_least(source: str, name: str, value: int, bound: int, formula: str, unit: str) -> Condition:
-    needed = formula if formula == str(bound) else f"{formula} = {_count(bound)}"
+    needed = formula if formula == str(bound) else f"{formula} = {count(bound)}"
     text = f"{name} = {value} {unit}, at least {needed} needed"
     return Condition(source, text, value >= bound)
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """Return a whole number, in three digits where it is long."""
     return str(number) if number < 10**6 else f"{number:.3g}"
 
 
@@ -369,11 +399,11 @@ def report(constants: Constants, settings: Settings) -> str:
     judged = [(_WORDS[c.holds], c.source, c.text) for c in conditions(constants, settings)]
     parts = [
         opening,
-        _aligned(_measured(constants)),
+        aligned(_measured(constants)),
         "Implied",
-        _aligned(_implied(constants, settings)),
+        aligned(_implied(constants, settings)),
         "Conditions of the theorems",
-        _aligned(judged),
+        aligned(judged),
         closing,
     ]
     return "\n\n".join(parts)
@@ -423,7 +453,7 @@ def _implied(constants: Constants, settings: Settings) -> list[tuple[str, str, s
         meaning = (
             "samples for a Hessian-vector product, 2 alpha^2 sigma_H^2, where they are drawn for it"
         )
-        rows.append(("D_h", _count(needed), meaning))
+        rows.append(("D_h", count(needed), meaning))
     if settings.curvature == "finite_difference":
         # with a query gradient of norm 1, so as a fraction of it
         bound = theory.hessian_free_error(L, rho, alpha, steps, settings.probe_radius, 1.0)
@@ -443,14 +473,15 @@ def _implied_by(rule: Rule, constants: Constants, settings: Settings) -> list[tu
     samples = ""
     if rule != "finite_sum":  # whose stepsize takes the whole query set
         is_known = not math.isnan(constants.sample_sigma)
-        samples = f" of {_count(needed.samples) if is_known else 'not known'} samples"
+        samples = f" of {count(needed.samples) if is_known else 'not known'} samples"
     return [
         (f"beta, {source}", f"{beta:.3g}", "meta-stepsize with the papers' constant"),
-        (f"B', {source}", _count(needed.tasks), f"tasks{samples}, for its estimate"),
+        (f"B', {source}", count(needed.tasks), f"tasks{samples}, for its estimate"),
     ]
 
 
-def _aligned(rows: list[tuple[str, str, str]]) -> str:
+def aligned(rows: list[tuple[str, str, str]]) -> str:
+    """Return rows as lines, with their columns below each other."""
     first = max(len(row[0]) for row in rows)
     second = max(len(row[1]) for row in rows)
     return "\n".join(f"  {row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows)

@@ -1,5 +1,6 @@
 """The adaptive meta-stepsize under real trainers: its rules, and what it refuses."""
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -27,7 +28,15 @@ from helpers.families import (
 from helpers.folders import CONFIGS
 from helpers.networks import build, make_episodes
 from helpers.trainers import on_device
-from lightning_maml import FOMAML, HFMAML, MAML, AdaptiveMetaStepsize, Conv4, Episodes, theory
+from lightning_maml import (
+    FOMAML,
+    HFMAML,
+    MAML,
+    AdaptiveMetaStepsize,
+    Conv4,
+    Episodes,
+    theory,
+)
 from lightning_maml.cli import run
 from lightning_maml.datamodules import GlyphsDataModule
 
@@ -493,16 +502,107 @@ def test_a_warning_names_kinks_if_rho_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "rule", "message"),
-    [(FOMAML, "finite_sum", "FO-MAML"), (MAML, "resampling", "the other kind of tasks")],
+    ("rule", "steps", "inner_lr", "warns"),
+    [
+        ("finite_sum", 5, 3.5, True),
+        ("finite_sum", 5, 0.0719, True),
+        ("finite_sum", 5, 0.0717, False),
+        ("one_step", 1, 0.17, True),
+        ("one_step", 1, 0.16, False),
+    ],
 )
-def test_a_warning_names_rules_outside_their_case(
-    tmp_path: Path, algorithm: type[MAML], rule: theory.Rule, message: str
+def test_an_inner_rate_beyond_the_theorems_is_said_once(
+    tmp_path: Path, rule: theory.Rule, steps: int, inner_lr: float, warns: bool
 ) -> None:
     stepsize = AdaptiveMetaStepsize(rule, L=1.0, rho=1.0, b=0.0, episodes=[make_episodes()])
-    with pytest.warns(UserWarning, match=message):
+    model = MAML(build("mlp"), inner_lr, train_steps=steps, optimizer=SGD)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, stepsize, precision="64-true").fit(model, repeated(make_episodes(), 3))
+    said = [str(w.message) for w in caught if "alpha L =" in str(w.message)]
+    assert len(said) == warns
+    for sentence in said:
+        assert f"alpha L = {inner_lr:.3g} with N = {steps}, but the theorem needs less" in sentence
+
+
+def cosine_module(w: float, bend: float = 1.0) -> MAML:
+    """Tasks ``bend cos(w) + 0.1 w``, with ``L = bend |cos w|`` and ``rho = bend |sin w|`` at w."""
+
+    class Point(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([w], dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (bend * torch.cos(self.w) + 0.1 * self.w).expand(len(x), 1)
+
+    def mean(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (outputs + 0 * y).mean()
+
+    return MAML(Point(), 0.01, loss=mean, optimizer=SGD)
+
+
+POINTS = torch.zeros(1, 2, 1, dtype=torch.float64)
+ONE_POINT = Episodes(POINTS, POINTS, POINTS, POINTS)
+
+
+@pytest.mark.parametrize("keep_largest", [False, True])
+def test_the_largest_constants_so_far_are_kept_if_asked(tmp_path: Path, keep_largest: bool) -> None:
+    class Walk(Callback):
+        """Moves w on, and notes L and rho."""
+
+        def __init__(self) -> None:
+            self.seen: list[tuple[float, float]] = []
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            logged = trainer.callback_metrics
+            self.seen.append((float(logged["train/L"]), float(logged["train/rho"])))
+            with torch.no_grad():
+                pl_module.network.w += 0.5
+
+    walk = Walk()
+    stepsize = AdaptiveMetaStepsize(
+        scale=1e-9, every_n_steps=1, episodes=[ONE_POINT], keep_largest=keep_largest
+    )
+    trainer(tmp_path, stepsize, walk, precision="64-true").fit(
+        cosine_module(0.2), repeated(ONE_POINT, 4)
+    )
+    at = torch.tensor([0.2, 0.7, 1.2, 1.7], dtype=torch.float64)
+    L, rho = at.cos().abs(), at.sin().abs()
+    if keep_largest:
+        L, rho = L.cummax(0).values, rho.cummax(0).values
+    expected = torch.stack([L, rho], 1)
+    assert torch.tensor(walk.seen, dtype=torch.float64) == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_is_measured_is_said_to_be_a_lower_bound(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stepsize = AdaptiveMetaStepsize(every_n_steps=1, scale=1e-9, episodes=[ONE_POINT])
+    with caplog.at_level("INFO"):
         trainer(tmp_path, stepsize, precision="64-true").fit(
-            algorithm(build("mlp"), optimizer=SGD), repeated(make_episodes(), 1)
+            cosine_module(0.7), repeated(ONE_POINT, 3)
+        )
+    said = [record.message for record in caplog.records if "lower bounds" in record.message]
+    assert len(said) == 1
+    assert "L = 0.765 and rho = 0.644, measured where training is now" in said[0]
+
+
+def test_without_curvature_beta_follows_from_rho_alone(tmp_path: Path) -> None:
+    """With L = 0, L-hat is N alpha rho g."""
+    watch = Watch()
+    stepsize = AdaptiveMetaStepsize(L=0.0, rho=2.0, b=0.0, scale=1.0, episodes=[make_episodes(9)])
+    model = MAML(build("mlp"), 0.1, train_steps=3, optimizer=SGD)
+    norm = float(model.probe(make_episodes(9)).gradient_norms().mean())
+    trainer(tmp_path, stepsize, watch, precision="64-true").fit(model, repeated(make_episodes(), 1))
+    assert watch.rates == [pytest.approx(1 / (3 * 0.1 * 2 * norm), rel=1e-9)]
+
+
+def test_linear_losses_have_no_such_stepsize(tmp_path: Path) -> None:
+    stepsize = AdaptiveMetaStepsize(episodes=[ONE_POINT])
+    with pytest.raises(FloatingPointError, match="losses to bend but L-hat is 0 at step 0"):
+        trainer(tmp_path, stepsize, precision="64-true").fit(
+            cosine_module(0.2, bend=0.0), repeated(ONE_POINT, 1)
         )
 
 
@@ -544,7 +644,7 @@ def test_curvature_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         ({"every_n_steps": 0}, "`every_n_steps` to be at least 1 but got 0"),
         ({"scale": 0.0}, "`scale` to be positive but got 0.0"),
         ({"tasks": 0}, "`tasks` to be at least 1 but got 0"),
-        ({"L": -1.0}, "`L` to be a finite number above 0 but got -1.0"),
+        ({"L": -1.0}, "`L` to be a finite number of at least 0 but got -1.0"),
         ({"rho": -1.0}, "`rho` to be a finite number of at least 0 but got -1.0"),
         ({"rule": "none"}, "`rule` to be .* but got 'none'"),
     ],

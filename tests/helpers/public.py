@@ -21,13 +21,14 @@ PUBLIC = {
         OmniglotDataModule TorchmetaDataModule load_images meta_batch relabelled task_of_examples
     """,
     "lightning_maml.theory": """
-        Convergence MomentConstants PathError ResamplingBatches Rule Sizes SmoothnessConstants
-        StepsizeBatches adaptation_gap finite_sum_bound finite_sum_convergence finite_sum_sizes
-        first_order_floor hessian_batch hessian_free_error largest_inner_lr
-        largest_one_step_inner_lr meta_smoothness meta_stepsize moment_constants one_step_bias
-        paper_scale path_error printed_probe_radius probe_radius recommended_inner_lr
+        Convergence FiniteSumMoments MomentConstants PathError ResamplingBatches Rule Sizes
+        SmoothnessConstants StepsizeBatches Theorem adaptation_gap finite_sum_bound
+        finite_sum_convergence finite_sum_moments finite_sum_sizes first_order_floor hessian_batch
+        hessian_free_error known_instead largest_inner_lr largest_one_step_inner_lr meta_smoothness
+        meta_stepsize moment_constants one_step_bias one_step_noise paper_scale path_error
+        printed_probe_radius printed_smoothness_constants probe_radius recommended_inner_lr
         resampling_batches resampling_bound resampling_convergence resampling_sizes
-        smoothness_constants stepsize_batches
+        smoothness_constants stepsize_batches theorems
     """,
     "lightning_maml.compat.learn2learn": """
         EpisodicBatcher LightningANIL LightningEpisodicModule LightningMAML

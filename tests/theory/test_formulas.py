@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
+import torch
 
 from lightning_maml import theory
 from lightning_maml.theory import Rule, SmoothnessConstants
@@ -52,6 +54,80 @@ def test_smoothness_constants_follow_from_the_recursion_of_the_proof(
         a ** (steps - 1) * alpha * rho + rho / L * a**steps * (a ** (steps - 1) - 1)
     ) * a**steps
     assert c_l == close(printed), "Ji, eq. 13"
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_smoothness_constants_have_a_limit_where_L_is_zero(steps: int) -> None:
+    at_zero = theory.smoothness_constants(0.0, 3.0, 0.1, steps)
+    assert at_zero == (1.0, close(steps * 0.1 * 3), 0.0)
+    for L in (1e-6, 1e-12, 1e-18, 1e-300):
+        near = theory.smoothness_constants(L, 3.0, 0.1, steps)
+        assert near.c_l == pytest.approx(at_zero.c_l, rel=1e-5)
+        assert near.c_b == pytest.approx(0, abs=1e-5)
+    for rule in ("resampling", "finite_sum"):
+        smoothness = theory.meta_smoothness(rule, 0.0, 3.0, 0.1, steps, gradient_norm=2.0, b=9.0)
+        assert smoothness == close(steps * 0.1 * 3 * 2)
+    one_step = theory.meta_smoothness("one_step", 0.0, 3.0, 0.1, 1, gradient_norm=2.0)
+    assert one_step == close(2 * 3 * 0.1 * 2)
+    assert theory.largest_inner_lr(0.0, steps) == theory.recommended_inner_lr(0.0, steps)
+    assert theory.largest_one_step_inner_lr(0.0, "exact") == math.inf
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 1000])
+def test_the_printed_constants_of_eq_21_are_larger(steps: int) -> None:
+    L, rho = 2.0, 3.0
+    alpha = theory.recommended_inner_lr(L, steps)
+    ours = theory.smoothness_constants(L, rho, alpha, steps)
+    printed = theory.printed_smoothness_constants(L, rho, alpha, steps)
+    a = 1 + alpha * L
+    assert (
+        printed.c_l
+        == printed.c_b
+        == close((alpha * rho + 1.5 * a ** (steps - 1)) * a ** (2 * steps))
+    )
+    assert printed.growth == ours.growth
+    assert 8 < printed.c_l / ours.c_l < 10.2
+    assert 64 < printed.c_b / ours.c_b < 92
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("alpha", [0.02, 0.05])
+def test_first_order_floor_holds_where_support_and_query_differ(steps: int, alpha: float) -> None:
+    """Quadratic tasks with other centres and curvatures in the query: FO-MAML's rest is linear."""
+    random = torch.Generator().manual_seed(steps)
+    draw = partial(torch.rand, 40, 6, dtype=torch.float64, generator=random)
+    (a, p), (c, d) = (draw(), draw()), (draw() - 0.5, draw() - 0.5)
+    # FO-MAML rests where mean_i p (w_N - d) = 0, with w_N - c = (1 - alpha a)^N (w - c)
+    shrunk = (1 - alpha * a) ** steps
+    w = (p * (d - c + shrunk * c)).sum(0) / (p * shrunk).sum(0)
+    at_end = p * (c + shrunk * (w - c) - d)
+    assert at_end.mean(0).norm() < 1e-12
+    gradient = (shrunk * at_end).mean(0)
+    of_support, of_query = a * (w - c), p * (w - d)
+    sigma = float((of_query - of_query.mean(0)).square().sum(1).mean().sqrt())
+    b = float((of_support - of_query).norm(dim=1).mean())
+    floor = theory.first_order_floor(1.0, alpha, steps, sigma, b)
+    assert float(gradient.norm()) <= floor < math.inf
+    assert floor > theory.first_order_floor(1.0, alpha, steps, sigma)
+
+
+def test_one_step_noise_has_the_terms_of_eqs_23_and_26() -> None:
+    sizes = {"tasks": 10, "support": 5, "query": 2}
+    noise = partial(theory.one_step_noise, L=2.0, alpha=0.1, **sizes)
+    assert noise("exact", sigma=3.0, sample_sigma=0.0) == close(3 / math.sqrt(10))
+    assert noise("exact", sigma=0.0, sample_sigma=3.0) == close(3 * math.sqrt(1 / 20 + 1 / 5))
+    assert noise("none", sigma=3.0, sample_sigma=0.0) == close(3 * math.sqrt(0.04 + 0.1))
+
+
+def test_finite_sum_moments_are_those_of_the_convergence_constants() -> None:
+    """With alpha = 0 nothing adapts: E|G|^2 <= 2 |grad F|^2 + 2 sigma^2, and less than printed."""
+    assert theory.finite_sum_moments(1.0, 0.0, 3, sigma=2.0, b=1.0, mean_square_b=1.5) == (4, 11)
+    alpha = theory.recommended_inner_lr(1.0, 5)
+    moments = theory.finite_sum_moments(1.0, alpha, 5, sigma=2.0, b=1.0, mean_square_b=1.5)
+    convergence = theory.finite_sum_convergence(
+        1.0, 1.0, alpha, 5, sigma=2.0, b=1.0, mean_square_b=1.5, tasks=20
+    )
+    assert convergence.phi == close(moments.squ2 / 80**2)
 
 
 def test_meta_smoothness_and_scale_of_each_rule() -> None:
@@ -283,7 +359,11 @@ def test_no_result_depends_on_the_units(rule: Rule) -> None:
     ("call", "message"),
     [
         (
-            lambda: theory.smoothness_constants(0.0, 1.0, 0.1, 1),
+            lambda: theory.smoothness_constants(-1.0, 1.0, 0.1, 1),
+            "`L` to be a finite number of at least 0 but got -1.0",
+        ),
+        (
+            lambda: theory.stepsize_batches("finite_sum", 0.0, 1.0, 0.1, 1, 1.0),
             "`L` to be a finite number above 0 but got 0.0",
         ),
         (

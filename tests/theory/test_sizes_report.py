@@ -1,0 +1,99 @@
+"""Sizes for an accuracy: they are those of the formulas, and the command prints them."""
+
+import math
+
+import pytest
+import torch
+
+from helpers.folders import CONFIGS
+from lightning_maml import Episodes, theory
+from lightning_maml.cli import main
+from lightning_maml.theory.measure import Constants, Probe
+from lightning_maml.theory.report import Settings
+from lightning_maml.theory.sizes_report import sizes_report
+
+CONSTANTS = Constants(2.0, 3.0, 1.5, 1.2, 1.0, 0.5, 0.3, 1.0, gradient_evaluations=9)
+SETTINGS = Settings("exact", 0.05, 1, 32, 50, (40, 10), 1e-3, stepsize=1e-6, kinks=[])
+
+
+def values(text: str) -> dict[str, str]:
+    return {line.split()[0]: line.split()[1] for line in text.splitlines() if line[:2] == "  "}
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("curvature", ["exact", "finite_difference"])
+def test_sizes_of_a_finite_sum_are_those_of_corollary_10(steps: int, curvature: str) -> None:
+    settings = SETTINGS._replace(curvature=curvature, steps=steps, resampling=None)
+    text = sizes_report(2.0, CONSTANTS, settings, objective=0.7)
+    sizes = theory.finite_sum_sizes(
+        2.0, 2.0, 3.0, steps, sigma=1.5, b=0.5, mean_square_b=0.3, gap=0.7
+    )
+    shown = values(text)
+    assert "Ji, Corollary 10" in text
+    assert ("on MAML" in text) is (curvature == "finite_difference")
+    assert float(shown["K"]) == pytest.approx(sizes.iterations, rel=5e-3)
+    assert float(shown["B"]) == pytest.approx(sizes.tasks, rel=5e-3)
+    assert float(shown["alpha"]) == pytest.approx(1 / (16 * steps), rel=5e-3)
+    assert set(shown) == {"K", "B", "alpha"}
+
+
+def test_sizes_of_fresh_batches_are_those_of_corollaries_6_and_4_13() -> None:
+    text = sizes_report(2.0, CONSTANTS, SETTINGS, objective=0.7)
+    one_step, several = text.split("Sizes for")[1:]
+    sizes = theory.resampling_sizes(
+        2.0, 2.0, 3.0, 1, sigma=1.5, sample_sigma=1.2, hessian_sigma=1.0, gap=0.7
+    )
+    shown = values(several)
+    assert "Ji, Corollary 6" in several
+    expected = (sizes.iterations, sizes.tasks, sizes.support, sizes.query, sizes.hessian)
+    assert [float(shown[name]) for name in "KBSTD"] == pytest.approx(expected, rel=5e-3)
+    assert "Fallah, Corollary 4.13" in one_step
+    shown = values(one_step)
+    assert (shown["K"], shown["B"], shown["D_in"]) == ("1", "1", "1")
+    noise = math.sqrt(1.5**2 / 32 + 1.2**2 / (32 * 50) + 1.2**2 / 40)
+    assert float(shown["noise"]) == pytest.approx(noise, rel=5e-3)
+
+
+def test_first_order_maml_has_an_accuracy_of_its_own() -> None:
+    text = sizes_report(0.1, CONSTANTS, SETTINGS._replace(curvature="none"), objective=0.7)
+    floor = 0.05 * 2.0 * 1.5
+    shown = values(text)
+    assert float(shown["accuracy"]) == pytest.approx(floor)
+    assert "above the 0.1" in text
+    assert int(shown["B"]) == math.ceil(1 / (0.05 * 2) ** 2)
+    assert int(shown["D_in"]) == math.ceil(1.2**2 / floor**2)
+    noise = math.sqrt(1.5**2 * (0.1**2 + 1 / 32) + 1.2**2 / (32 * 50) + 1.2**2 / 40)
+    assert float(shown["noise"]) == pytest.approx(noise, rel=5e-3)
+
+
+def test_what_gives_no_sizes_is_said() -> None:
+    uncovered = SETTINGS._replace(curvature="none", steps=2)
+    assert "No theorem gives sizes" in sizes_report(0.1, CONSTANTS, uncovered, 0.7)
+    alike = sizes_report(0.1, CONSTANTS._replace(sigma=0.0), SETTINGS._replace(curvature="none"), 1)
+    assert values(alike)["accuracy"] == "0"
+    assert values(alike)["K"] == "unbounded"
+    flat = CONSTANTS._replace(rho=0.0)
+    assert "rho = 0" in sizes_report(0.1, flat, SETTINGS._replace(steps=2), 0.7)
+    unknown = CONSTANTS._replace(sample_sigma=math.nan, hessian_sigma=math.nan)
+    text = sizes_report(0.1, unknown, SETTINGS, 0.7)
+    assert text.count("at least two query samples") == 2
+    assert "nan" not in text
+
+
+def test_the_objective_is_the_query_loss_after_the_inner_steps() -> None:
+    """On l(w) = (w - c)^2 / 2 the distance to c shrinks by 1 - alpha in each step."""
+
+    def loss(params: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (params["w"] - x).square().sum() / 2
+
+    x = torch.tensor([[[1.0]], [[3.0]]], dtype=torch.float64)
+    probe = Probe(loss, {"w": torch.zeros(1, dtype=torch.float64)}, Episodes(x, x, x, x))
+    for steps in (0, 1, 3):
+        shrunk = 0.9 ** (2 * steps)
+        assert probe.objective(0.1, steps) == pytest.approx(shrunk * (1 + 9) / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("epsilon", ["0", "-1"])
+def test_an_accuracy_that_is_none_is_refused_before_measuring(epsilon: str) -> None:
+    with pytest.raises(SystemExit, match="Expected `epsilon` to be a positive number but got"):
+        main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", f"--epsilon={epsilon}"])
