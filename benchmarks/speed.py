@@ -85,7 +85,7 @@ class Workload(NamedTuple):
     rate: float
     checked_shape: tuple[int, ...] | None = None
     """Shape of the images in the check, and so for error and peak, if with ``shape`` the check
-    would take more than 24 GB."""
+    would take more than 24 GB or, on two cores, more than a quarter of an hour."""
 
     def episodes(self, device: str) -> Episodes:
         """Return the tasks; if inputs are single numbers, regression of sinusoids."""
@@ -140,7 +140,17 @@ LARGE = {
     "resnet12_n5": Workload(
         lambda: ResNet12(3, 5), (3, 84, 84), 5, 1, 15, 1, 5, 0.01, checked_shape=(3, 32, 32)
     ),
-    "resnet18_n5": Workload(lambda: resnet18(num_classes=5), (3, 84, 84), 5, 1, 15, 1, 5, 0.01),
+    "resnet18_n5": Workload(
+        lambda: resnet18(num_classes=5),
+        (3, 84, 84),
+        5,
+        1,
+        15,
+        1,
+        5,
+        0.01,
+        checked_shape=(3, 32, 32),
+    ),
 }
 """Large networks with few tasks; with one task, and with four."""
 WORKLOADS |= LARGE | {f"{name}_t4": of._replace(tasks=4) for name, of in LARGE.items()}
