@@ -148,10 +148,13 @@ def sgd_step(w: Params, rates: Rates, gradient: Params, point: Params | None = N
     return moved
 
 
-def _reserve(w: Params, rates: Sequence[Rates]) -> list[Params]:
-    """Allocate the points of the path at once.
+def _reserve(w: Params, rates: Sequence[Rates]) -> Sequence[Params | None]:
+    """Allocate the points of the path at once, on a CPU.
 
     Allocated one by one they would lie between the graphs of the steps, and leave holes when these
-    are freed.
+    are freed. On a GPU, whose memory torch keeps in blocks, all parameters move in one kernel if
+    nothing is reserved.
     """
+    if any(tensor.device.type != "cpu" for tensor in w.values()):
+        return [None] * len(rates)
     return [{name: torch.empty_like(w[name]) for name in rates_j} for rates_j in rates]

@@ -32,11 +32,15 @@ def add_scaled(x: Params, a: float | Tensor, y: Params) -> Params:
     """
     if isinstance(a, Tensor):
         return {name: tensor + a * y[name] if name in y else tensor for name, tensor in x.items()}
-    names = [name for name in x if name in y]
-    if not names:
-        return x
-    both = [x[name] for name in names], [y[name] for name in names]
-    return {**x, **dict(zip(names, torch._foreach_add(*both, alpha=a), strict=True))}
+    # one kernel takes all that lie in memory alike; a single pair that does not would end that
+    alike = {name: x[name].stride() == y[name].stride() for name in x if name in y}
+    result = dict(x)
+    for wanted in (True, False):
+        names = [name for name, is_alike in alike.items() if is_alike is wanted]
+        if names:
+            both = [x[name] for name in names], [y[name] for name in names]
+            result |= zip(names, torch._foreach_add(*both, alpha=a), strict=True)
+    return result
 
 
 def number_on(diagonal: Diagonal) -> float | None:

@@ -53,7 +53,32 @@ class TaskAxis:
         """
         if self._tasks is None:
             return params
-        return {name: tensor.sum(0, keepdim=True) for name, tensor in params.items()}
+        sums = {
+            name: tensor.sum(0, keepdim=True)
+            for name, tensor in params.items()
+            if tensor[0].numel() > _SMALL
+        }
+        return sums | _sums_of_small({name: p for name, p in params.items() if name not in sums})
+
+
+_SMALL = 2**12
+"""Most numbers in a parameter that is summed together with others, in one kernel."""
+
+
+def _sums_of_small(params: Params) -> Params:
+    """Return the sums over the tasks, taken together, with a task dimension of one."""
+    by_type: dict[tuple[torch.dtype, torch.device], Params] = {}
+    for name, tensor in params.items():
+        by_type.setdefault((tensor.dtype, tensor.device), {})[name] = tensor
+    sums: Params = {}
+    for alike in by_type.values():
+        flat = [tensor.reshape(len(tensor), -1) for tensor in alike.values()]
+        parts = torch.cat(flat, 1).sum(0, keepdim=True).split([x.shape[1] for x in flat], 1)
+        sums |= {
+            name: part.view(1, *tensor.shape[1:])
+            for (name, tensor), part in zip(alike.items(), parts, strict=True)
+        }
+    return sums
 
 
 SINGLE_TASK = TaskAxis()

@@ -184,14 +184,16 @@ class _BatchNormBackward(torch.autograd.Function):
         )
         vg = (v * g).sum([0, *range(2, x.ndim)])
         s, t, mean_g, mean_v, mean_vg = torch._foreach_div([gy, vy, sum_g, sum_v, vg], n)
-        k = mean_vg.addcmul(mean_v, mean_g, value=-1).addcmul_(t, s, value=-1)
+        # several products in one kernel each, as they are short
         p = w * r
-        q = torch.addcmul(u, p, t, value=-1)
-        e = torch.addcmul(q, p, t, value=-1).mul_(s).addcmul_(p, k)
+        k, q = torch._foreach_addcmul([mean_vg, u], [mean_v, p], [mean_g, t], value=-1)
+        k, e = torch._foreach_addcmul([k, q], [t, p], [s, t], value=-1)
+        e = e.mul_(s).addcmul_(p, k)
+        ps, rr = torch._foreach_mul([p, r], [s, r])
+        rq, rps, rre = torch._foreach_mul([q, ps, e], [r, r, rr])
         # y = r (x - m) is not computed: its terms are written in x and a constant per channel
-        rq, rps, rre = r * q, r * p * s, r * r * e
-        of_g = torch.addcmul(c, p, mean_v, value=-1).addcmul_(rq, m, value=-1)
-        of_x = (rps * mean_v).addcmul_(rq, mean_g, value=-1).addcmul_(rre, m)
+        constants = torch._foreach_addcmul([c, rps * mean_v], [p, rq], [mean_v, mean_g], value=-1)
+        of_g, of_x = torch._foreach_addcmul(constants, [rq, rre], [m, m], [-1.0, 1.0])
         by_g = _weighted_sum(of_g, (1, rq, x), (1, p, v))
         by_x = _weighted_sum(of_x, (-1, rre, x), (1, rq, g), (-1, rps, v))
         return by_g, by_x, r * k * n
