@@ -56,7 +56,7 @@ full precision on a GPU too."""
 TURN = 0.1
 """Shortest turn of a method, in seconds; in a turn, short calls follow each other as they do in
 training."""
-WARM = 3
+WARM = {"cpu": 1, "cuda": 3}
 """Calls before the clock starts: the first one compiles, and a GPU captures the third."""
 INEXACT = (
     "ours-hf",
@@ -360,7 +360,7 @@ def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row
         key: method(key, copy.deepcopy(network), loss, workload, episodes) for key in methods
     }
     for function in functions.values():
-        for _ in range(WARM):
+        for _ in range(WARM["cpu" if device == "cpu" else "cuda"]):
             function()
     calls = {
         key: max(1, int(TURN / seconds(function, device, 1))) for key, function in functions.items()

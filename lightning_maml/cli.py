@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ class _Trainer(Trainer):
             datamodule: Gives the training tasks.
             ckpt_path: A checkpoint at whose weights to measure instead.
             tasks: Training tasks to measure on.
-            epsilon: Say also how many iterations, tasks and samples the theorems ask for to
-                guarantee that the expected norm of the meta-gradient is at most this.
+            epsilon: Say also how many iterations, tasks and samples the theorems ask for if the
+                expected norm of the gradient of F is to be at most this.
             weights_only: Has no effect: nothing else is ever read. It is here so that the config
                 saved by a fit can be used.
         """
@@ -111,7 +112,7 @@ class _Trainer(Trainer):
         settings = _settings(self, model, datamodule, episodes)
         print(report(constants, settings))
         if epsilon is not None:
-            objective = probe.objective(alpha, model.train_steps)
+            objective = partial(probe.objective, steps=model.train_steps)
             print(f"\n{sizes_report(epsilon, constants, settings, objective)}")
         if model.curvature != "exact" and not (
             isinstance(episodes, ResampledEpisodes) and episodes.hessian_y.shape[2] == 0

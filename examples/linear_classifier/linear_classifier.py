@@ -1,4 +1,4 @@
-"""A network whose losses meet every assumption of both papers, with L and rho known.
+"""A network whose losses have the L and rho of both papers, for all parameters, and known.
 
 cd examples/linear_classifier
 lightning-maml fit --config given.yaml       # L and rho given to AdaptiveMetaStepsize

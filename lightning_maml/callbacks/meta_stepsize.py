@@ -26,7 +26,7 @@ from lightning_maml.theory import (
     paper_scale,
     recommended_inner_lr,
 )
-from lightning_maml.theory.coverage import ALGORITHMS, Data, known_instead, theorems
+from lightning_maml.theory.coverage import Data, described, known_instead, theorems
 from lightning_maml.theory.measure import Probe
 
 
@@ -47,7 +47,7 @@ class AdaptiveMetaStepsize(Callback):
     too large for the theorem.
 
     The L and rho of the papers' equations hold for all parameters. What is measured at the current
-    ones is smaller, and so beta may be larger than the papers', and its step go past a near
+    ones is at most that, so beta may be larger than the papers', and its step go past a near
     minimum: give ``L`` and ``rho`` where they are known, or set ``keep_largest``.
 
     Args:
@@ -147,7 +147,7 @@ class AdaptiveMetaStepsize(Callback):
             )
         self._tasks.check(trainer)
         self._said.clear()
-        outside = _outside_the_theory(trainer, module, self._given["rho"] is None)
+        outside = _outside_the_theory(trainer, module)
         if outside:
             warnings.warn(
                 f"AdaptiveMetaStepsize: the theorems do not cover {'; nor '.join(outside)}.",
@@ -175,9 +175,9 @@ class AdaptiveMetaStepsize(Callback):
         )
         if smoothness == 0:
             raise UserFloatingPointError(
-                "Expected the task losses to bend but L-hat is 0 at step "
-                f"{trainer.global_step}, so that no meta-stepsize follows from it; remove "
-                "AdaptiveMetaStepsize and set the rate."
+                f"Expected L-hat to be positive but it is 0 at step {trainer.global_step}, as the "
+                "losses are linear or their gradients 0; remove AdaptiveMetaStepsize and set the "
+                "rate."
             )
         scale = paper_scale(self.rule, module.curvature) if self.scale is None else self.scale
         beta = meta_stepsize(smoothness, scale)
@@ -300,11 +300,10 @@ def _not_covered(rule: Rule, module: MAML, episodes: AnyEpisodes) -> str:
     found = theorems(*case)
     if rule in [theorem.rule for theorem in found]:
         return ""
-    name = f"{ALGORITHMS[module.curvature]}, N = {module.train_steps}, on {type(episodes).__name__}"
     why = known_instead(*case)
     if found:
         why = f"{found[-1].name}, which covers it, is about rule {found[-1].rule!r}"
-    return f"no theorem covers {name} with rule {rule!r}: {why}"
+    return f"no theorem covers {described(*case)} with rule {rule!r}: {why}"
 
 
 def _too_large_alpha(rule: Rule, module: MAML, L: float) -> str:
@@ -313,7 +312,7 @@ def _too_large_alpha(rule: Rule, module: MAML, L: float) -> str:
     largest = largest_inner_lr(L, steps)
     if rule == "one_step":
         largest = largest_one_step_inner_lr(L, module.curvature)
-    if alpha < largest:
+    if alpha < largest or (rule == "one_step" and alpha == largest):
         return ""
     return (
         f"alpha L = {alpha * L:.3g} with N = {steps}, but the theorem needs less than "
@@ -343,7 +342,7 @@ def is_plain_sgd(optimizer: Optimizer) -> bool:
     return not any(group[name] for group in optimizer.param_groups for name in extras)
 
 
-def _outside_the_theory(trainer: Trainer, module: MAML, rho_is_measured: bool) -> list[str]:
+def _outside_the_theory(trainer: Trainer, module: MAML) -> list[str]:
     """Return in words what of this run the theorems do not cover."""
     outside = []
     optimizer = trainer.optimizers[0]
@@ -354,6 +353,6 @@ def _outside_the_theory(trainer: Trainer, module: MAML, rho_is_measured: bool) -
         )
     if trainer.gradient_clip_val:
         outside.append("gradient clipping")
-    if rho_is_measured and (found := kinks(module.network)):
+    if found := kinks(module.network):
         outside.append(f"a network with kinks in {', '.join(found)}, whose rho does not exist")
     return outside

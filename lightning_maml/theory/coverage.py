@@ -3,7 +3,9 @@
 Fallah et al. 2020 treat one inner step, and batches for the inner step, the curvature and the query
 that are drawn independently of each other from one distribution per task. Ji et al. 2022 treat
 exact MAML alone, with any number of steps, for batches drawn like that (resampling) and for support
-and query sets that a task keeps (finite-sum).
+and query sets that a task keeps (finite-sum). (``regime="resampling"`` of the datamodules draws the
+batches of a task without common images, so they are independent only nearly, where classes are
+large.)
 """
 
 from typing import Literal, NamedTuple
@@ -77,6 +79,18 @@ def theorems(curvature: CurvatureName, steps: int, data: Data) -> list[Theorem]:
     return found
 
 
+def described(curvature: CurvatureName, steps: int, data: Data) -> str:
+    """Return an algorithm and its kind of tasks in words.
+
+    Examples:
+        >>> from lightning_maml.theory.coverage import described
+        >>> described("none", 5, "finite_sum")
+        'FO-MAML, N = 5, on Episodes'
+    """
+    kind = "Episodes" if data == "finite_sum" else "ResampledEpisodes"
+    return f"{ALGORITHMS[curvature]}, N = {steps}, on {kind}"
+
+
 def known_instead(curvature: CurvatureName, steps: int, data: Data) -> str:
     """Return why no theorem covers an algorithm, and what is known instead, as a sentence.
 
@@ -99,10 +113,15 @@ def known_instead(curvature: CurvatureName, steps: int, data: Data) -> str:
     if steps == 0:
         return "without inner steps F is the mean query loss, to which the theory of SGD applies"
     if curvature == "finite_difference":
+        why = "Ji et al. treat exact MAML alone"
+        if steps == 1 and data == "resampling":
+            why = (
+                "Fallah's Theorem 4.17 is about another delta, with which it does not hold as "
+                f"printed, and {why}"
+            )
         return (
-            "Fallah's Theorem 4.17 is about another delta, with which it does not hold as printed, "
-            "and Ji et al. treat exact MAML alone; known instead: the meta-gradient is within "
-            "hessian_free_error of MAML's, so that what covers MAML holds up to that error"
+            f"{why}; known instead: besides rounding, its meta-gradient is expected to be within "
+            "hessian_free_error of MAML's"
         )
     why = (
         "Fallah et al. treat one step"
@@ -111,6 +130,6 @@ def known_instead(curvature: CurvatureName, steps: int, data: Data) -> str:
         "distribution per task (ResampledEpisodes)"
     )
     return (
-        f"{why}, and Ji et al. exact MAML alone; known instead: |grad F| may come to rest anywhere "
-        "below first_order_floor"
+        f"{why}, and Ji et al. exact MAML alone; known instead: with full batches it comes to rest "
+        "where |grad F| is at most first_order_floor"
     )

@@ -94,7 +94,7 @@ def printed_smoothness_constants(
 
     ``C_L = C_b = (alpha rho + (rho / L) (1 + alpha L)^(N-1)) (1 + alpha L)^(2N)``. They are valid
     bounds too, larger than those of :func:`smoothness_constants` and not attained: at alpha = 1 /
-    (8 N L) C_L is 8 to 10 times, and C_b 76 to 91 times as large. Corollary 10 does not follow from
+    (8 N L) C_L is 8 to 10 times, and C_b 72 to 91 times as large. Corollary 10 does not follow from
     them.
 
     Args:

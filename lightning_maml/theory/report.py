@@ -6,7 +6,13 @@ from typing import NamedTuple
 from lightning_maml import theory
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.theory import Rule
-from lightning_maml.theory.coverage import ALGORITHMS, Data, Theorem, known_instead, theorems
+from lightning_maml.theory.coverage import (
+    Data,
+    Theorem,
+    described,
+    known_instead,
+    theorems,
+)
 from lightning_maml.theory.measure import Constants
 
 
@@ -100,13 +106,17 @@ def rules(settings: Settings) -> list[Rule]:
     return [theorem.rule for theorem in judged_by(settings)]
 
 
+def judged_as(settings: Settings) -> CurvatureName:
+    """Return the algorithm whose theorems are looked at: for HF-MAML it is MAML."""
+    return "none" if settings.curvature == "none" else "exact"
+
+
 def judged_by(settings: Settings) -> list[Theorem]:
     """Return the theorems whose conditions are judged, for HF-MAML those of MAML.
 
     HF-MAML is MAML but for an error, and none is about it.
     """
-    curvature: CurvatureName = "none" if settings.curvature == "none" else "exact"
-    found = theorems(curvature, settings.steps, settings.data)
+    found = theorems(judged_as(settings), settings.steps, settings.data)
     if settings.curvature != "finite_difference":
         return found
     return [
@@ -149,48 +159,48 @@ def conditions(constants: Constants, settings: Settings) -> list[Condition]:
     kinks = f"; it has kinks in {', '.join(settings.kinks)}" if settings.kinks else ""
     smooth = f"the network is twice differentiable{kinks}"
     everywhere = (
-        "one L and one rho for all parameters; a measurement cannot tell, and networks of several "
-        "layers usually have none"
+        "one L, rho, sigma and so on for all parameters, and losses bounded below; a measurement "
+        "cannot tell, and networks of several layers usually have no such L"
     )
     found = [
         Condition("both papers", smooth, not settings.kinks),
         Condition("both papers", everywhere, None),
-        *_coverage_conditions(constants, settings),
     ]
+    if settings.resampling is not None:
+        independent = (
+            "batches independent of each other; the datamodules draw a task's batches without "
+            "common images, so nearly, where classes are large"
+        )
+        found.append(Condition("both papers", independent, None))
     for theorem in judged_by(settings):
         judge = _fallah_conditions if theorem.rule == "one_step" else _ji_conditions
         found += judge(theorem, constants, settings)
     return [*found, *_stepsize_conditions(constants, settings)]
 
 
-def _coverage_conditions(constants: Constants, settings: Settings) -> list[Condition]:
-    """Return that no theorem covers the run, where none does, and what is known instead."""
-    sentence = known_instead(settings.curvature, settings.steps, settings.data)
-    if not sentence:
-        return []
-    found = [Condition(f"no theorem covers {_algorithm(settings)}", sentence, False)]
+def coverage(constants: Constants, settings: Settings) -> str:
+    """Return which theorems cover the run, or that none does and what is known instead."""
+    case = (settings.curvature, settings.steps, settings.data)
+    name = described(*case)
+    if found := theorems(*case):
+        return f"{name}, is covered by {' and '.join(theorem.name for theorem in found)}"
+    sentence = f"No theorem covers {name}: {known_instead(*case)}"
     if settings.steps == 0:
-        return found
+        return sentence
     L, alpha, steps = constants.L, settings.inner_lr, settings.steps
-    # in the resampling case the sets differ by chance alone
-    b = constants.b if settings.resampling is None else 0.0
     if settings.curvature == "none":
+        b = constants.b if settings.resampling is None else 0.0  # there the losses are the same
         floor = theory.first_order_floor(L, alpha, steps, constants.sigma, b)
-        text = f"|grad F| may come to rest anywhere below {floor:.3g}"
-        return [*found, Condition("first_order_floor", text, None)]
+        return f"{sentence} = {floor:.3g}, with sigma as it is here"
     grown = (1 + alpha * L) ** steps
-    at_adapted = grown * constants.gradient_norm + (grown - 1) * b
+    at_adapted = grown * constants.gradient_norm + (grown - 1) * constants.b
     error = theory.hessian_free_error(
         L, constants.rho, alpha, steps, settings.probe_radius, at_adapted
     )
-    text = f"the meta-gradient is within {error:.3g} of MAML's; mean |grad l| is "
-    text += f"{constants.gradient_norm:.3g}"
-    return [*found, Condition("hessian_free_error", text, None)]
-
-
-def _algorithm(settings: Settings) -> str:
-    kind = "Episodes" if settings.resampling is None else "ResampledEpisodes"
-    return f"{ALGORITHMS[settings.curvature]}, N = {settings.steps}, on {kind}"
+    return (
+        f"{sentence}, here {error:.3g} (the query gradient is {constants.gradient_norm:.3g}). The "
+        "conditions below are those of the theorems on MAML"
+    )
 
 
 def _fallah_conditions(
@@ -202,7 +212,8 @@ def _fallah_conditions(
         _at_most(theorem.name, "alpha", settings.inner_lr, largest, formula),
         _at_least(theorem.name, "B", settings.tasks, 20, "20", "tasks per step"),
     ]
-    if settings.resampling is not None and settings.curvature != "none":
+    assert settings.resampling is not None, "no theorem of Fallah's is about Episodes"
+    if settings.curvature != "none":
         hessian = settings.resampling[1]
         found.append(_hessian_batch_condition(theorem.name, constants, settings.inner_lr, hessian))
     return found
@@ -222,7 +233,7 @@ def _ji_conditions(judged_by: Theorem, constants: Constants, settings: Settings)
     theorem, corollary, _ = judged_by
     alpha, L, steps = settings.inner_lr, constants.L, settings.steps
     found = [
-        _at_most(theorem, "alpha", alpha, theory.largest_inner_lr(L, steps), "(2^(1/2N) - 1) / L"),
+        _below(theorem, "alpha", alpha, theory.largest_inner_lr(L, steps), "(2^(1/2N) - 1) / L"),
         _at_most(corollary, "alpha", alpha, theory.recommended_inner_lr(L, steps), "1 / (8 N L)"),
         _theta_condition(theorem, constants, settings),
     ]
@@ -300,7 +311,7 @@ def _stepsize_conditions(constants: Constants, settings: Settings) -> list[Condi
         return _adaptive_conditions(settings.stepsize, constants, settings)
     found = []
     for rule in rules(settings):
-        scale = theory.paper_scale(rule, settings.curvature)
+        scale = theory.paper_scale(rule, judged_as(settings))
         beta = stepsize(rule, scale, constants, settings)
         source = _EQUATION[rule]
         found.append(_at_most(source, "fixed beta", settings.stepsize, beta, "beta here"))
@@ -318,7 +329,7 @@ def _adaptive_conditions(
             "of tasks"
         )
         return [Condition(source, text, False)]
-    paper_scale = theory.paper_scale(rule, settings.curvature)
+    paper_scale = theory.paper_scale(rule, judged_as(settings))
     needed = _stepsize_batches(rule, constants, settings)
     found = [
         _at_most(source, "scale", scale, paper_scale, "the papers' constant"),
@@ -362,6 +373,11 @@ def _at_most(source: str, name: str, value: float, bound: float, formula: str) -
     return Condition(source, text, value <= bound)
 
 
+def _below(source: str, name: str, value: float, bound: float, formula: str) -> Condition:
+    text = f"{name} = {value:.3g}, less than {formula} = {bound:.3g} needed"
+    return Condition(source, text, value < bound)
+
+
 def _at_least(source: str, name: str, value: int, bound: int, formula: str, unit: str) -> Condition:
     needed = formula if formula == str(bound) else f"{formula} = {count(bound)}"
     text = f"{name} = {value} {unit}, at least {needed} needed"
@@ -385,12 +401,12 @@ def report(constants: Constants, settings: Settings) -> str:
         >>> from lightning_maml.theory.report import Settings, report
         >>> constants = Constants(2.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 1.0, 100)
         >>> settings = Settings("exact", 0.05, 1, 16, 15, None, 1e-3, stepsize=1e-6, kinks=[])
-        >>> report(constants, settings).splitlines()[0]
-        'Measured with 100 gradient evaluations; L, rho and sigma_H are lower bounds'
+        >>> report(constants, settings).splitlines()[0].split(";")[0]
+        'Measured with 100 gradient evaluations'
     """
     opening = (
-        f"Measured with {constants.gradient_evaluations} gradient evaluations; L, rho and sigma_H "
-        "are lower bounds"
+        f"Measured with {constants.gradient_evaluations} gradient evaluations; the theorems take "
+        "suprema, of which these are lower bounds"
     )
     closing = (
         "The conditions are sufficient in the worst case, and not necessary: L and rho as measured "
@@ -402,6 +418,7 @@ def report(constants: Constants, settings: Settings) -> str:
         aligned(_measured(constants)),
         "Implied",
         aligned(_implied(constants, settings)),
+        coverage(constants, settings),
         "Conditions of the theorems",
         aligned(judged),
         closing,
@@ -468,7 +485,7 @@ def _implied(constants: Constants, settings: Settings) -> list[tuple[str, str, s
 def _implied_by(rule: Rule, constants: Constants, settings: Settings) -> list[tuple[str, str, str]]:
     """Return the meta-stepsize of ``rule``, and the batches that estimate it."""
     source = _EQUATION[rule]
-    beta = stepsize(rule, theory.paper_scale(rule, settings.curvature), constants, settings)
+    beta = stepsize(rule, theory.paper_scale(rule, judged_as(settings)), constants, settings)
     needed = _stepsize_batches(rule, constants, settings)
     samples = ""
     if rule != "finite_sum":  # whose stepsize takes the whole query set

@@ -1,6 +1,7 @@
 """How many iterations, tasks and samples the theorems ask for to reach an accuracy, in words."""
 
 import math
+from collections.abc import Callable
 
 from lightning_maml import theory
 from lightning_maml.errors import UserValueError
@@ -11,19 +12,25 @@ Row = tuple[str, str, str]
 """A name, its value and its meaning."""
 
 
-def sizes_report(epsilon: float, constants: Constants, settings: Settings, objective: float) -> str:
-    """Return the sizes with which ``E|grad F| <= epsilon`` is guaranteed, a table for each theorem.
+def sizes_report(
+    epsilon: float,
+    constants: Constants,
+    settings: Settings,
+    objective: Callable[[float], float],
+) -> str:
+    """Return the sizes that the theorems ask for if ``E|grad F| <= epsilon``, a table for each.
 
     Ji's are of Corollaries 6 and 10, with their alpha and C_beta. Fallah's, of Corollaries 4.13 and
     4.16, are up to constants that the paper leaves open, and are given with 1 for each; beside them
-    is what the configured batches leave of noise (eqs. 23 and 26).
+    is what the configured batches leave of noise (eqs. 23 and 26). They are a guarantee only if the
+    constants are the theorems' suprema.
 
     Args:
         epsilon: The accuracy wanted [loss / parameter].
         constants: As measured, or as known.
         settings: The run's settings.
-        objective: F(w), from which the distance to its infimum is at most this, if the loss is
-            never negative.
+        objective: Returns F(w) for an inner rate alpha. The distance of F(w) from its infimum is
+            taken for this number, the most that it can be if the loss is never negative.
 
     Raises:
         ValueError: If ``epsilon`` is not positive.
@@ -34,21 +41,22 @@ def sizes_report(epsilon: float, constants: Constants, settings: Settings, objec
         >>> from lightning_maml.theory.sizes_report import sizes_report
         >>> constants = Constants(2.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 1.0, 100)
         >>> settings = Settings("exact", 0.05, 1, 16, 15, None, 1e-3, stepsize=1e-6, kinks=[])
-        >>> print(sizes_report(0.5, constants, settings, objective=1.1).splitlines()[0])
-        Sizes for E|grad F| <= 0.5 by Ji, Corollary 10, from F(w) - inf F <= F(w) = 1.1
+        >>> text = sizes_report(0.5, constants, settings, objective=lambda alpha: 1.1)
+        >>> text.splitlines()[0]
+        'Sizes for E|grad F| <= 0.5 by Ji, Corollary 10, with F(w) = 1.1 for F(w) - inf F'
     """
     check_accuracy(epsilon)
     parts = []
     for theorem in judged_by(settings):
-        rows = (
-            _one_step_rows(epsilon, constants, settings, objective)
-            if theorem.rule == "one_step"
-            else _several_steps_rows(epsilon, constants, settings, objective)
-        )
+        is_one_step = theorem.rule == "one_step"
+        recommended = theory.recommended_inner_lr(constants.L, settings.steps)
+        gap = objective(settings.inner_lr if is_one_step else recommended)
+        rows_of = _one_step_rows if is_one_step else _several_steps_rows
         opening = (
-            f"Sizes for E|grad F| <= {epsilon:g} by {theorem.corollary}, from F(w) - inf F <= F(w) "
-            f"= {objective:.3g}"
+            f"Sizes for E|grad F| <= {epsilon:g} by {theorem.corollary}, with F(w) = {gap:.3g} for "
+            "F(w) - inf F"
         )
+        rows = [_NEGATIVE] if gap < 0 else rows_of(epsilon, constants, settings, gap)
         parts.append(f"{opening}\n\n{aligned(rows)}")
     if not parts:
         return (
@@ -65,7 +73,7 @@ def check_accuracy(epsilon: float) -> None:
 
 
 def _one_step_rows(
-    epsilon: float, constants: Constants, settings: Settings, objective: float
+    epsilon: float, constants: Constants, settings: Settings, gap: float
 ) -> list[Row]:
     L, alpha, sigma, sample_sigma = (
         constants.L,
@@ -73,6 +81,8 @@ def _one_step_rows(
         constants.sigma,
         constants.sample_sigma,
     )
+    assert settings.resampling is not None, "no theorem of Fallah's is about Episodes"
+    support, hessian = settings.resampling
     if math.isnan(sample_sigma):
         return [_UNKNOWN]
     floor = alpha * L * sigma
@@ -83,7 +93,6 @@ def _one_step_rows(
         verdict = "at most" if floor <= epsilon else "above"
         text = f"alpha L sigma, what FO-MAML reaches up to a constant, {verdict} the {epsilon:g}"
         rows.append(("accuracy", f"{floor:.3g}", text))
-    support, _ = settings.resampling or (0, 0)
     noise = theory.one_step_noise(
         settings.curvature,
         L,
@@ -91,21 +100,24 @@ def _one_step_rows(
         sigma=sigma,
         sample_sigma=sample_sigma,
         tasks=settings.tasks,
-        support=max(support, 1),
+        support=support,
         query=settings.query,
     )
-    equation = "26" if is_first_order else "23"
-    return [
-        *rows,
-        ("K", _over_square(objective * L, reached), "meta-iterations, up to a constant"),
-        ("B", _over_square(sigma**2, reached), "tasks per step, up to a constant"),
+    rows += [
+        ("K", _over_square(gap * L, reached), "meta-iterations, up to a constant"),
+        ("B", _over_square(sigma**2, reached, 20), "tasks per step, up to a constant; at least 20"),
         ("D_in", _over_square(sample_sigma**2, reached), "support samples; and as many B D_o"),
-        ("noise", f"{noise:.3g}", f"of the configured sizes, eq. {equation}, up to a constant"),
     ]
+    if not is_first_order:
+        needed = theory.hessian_batch(alpha, constants.hessian_sigma)
+        rows.append(("D_h", count(needed), f"Hessian samples; configured: {hessian}"))
+    equation = "26" if is_first_order else "23"
+    meaning = f"of the configured sizes, eq. {equation}, up to a constant"
+    return [*rows, ("noise", f"{noise:.3g}", meaning)]
 
 
 def _several_steps_rows(
-    epsilon: float, constants: Constants, settings: Settings, objective: float
+    epsilon: float, constants: Constants, settings: Settings, gap: float
 ) -> list[Row]:
     L, rho, steps = constants.L, constants.rho, settings.steps
     if rho == 0:
@@ -119,7 +131,7 @@ def _several_steps_rows(
             sigma=constants.sigma,
             b=constants.b,
             mean_square_b=constants.mean_square_b,
-            gap=objective,
+            gap=gap,
         )
     elif math.isnan(constants.sample_sigma):
         return [_UNKNOWN]
@@ -132,7 +144,7 @@ def _several_steps_rows(
             sigma=constants.sigma,
             sample_sigma=constants.sample_sigma,
             hessian_sigma=constants.hessian_sigma,
-            gap=objective,
+            gap=gap,
         )
     rows = [
         ("alpha", f"{theory.recommended_inner_lr(L, steps):.3g}", "inner rate, 1 / (8 N L)"),
@@ -149,11 +161,12 @@ def _several_steps_rows(
     return rows
 
 
+_NEGATIVE: Row = ("not known", "", "the loss can be negative, so F(w) does not bound the distance")
 _UNKNOWN: Row = ("not known", "", "sigma-tilde needs at least two query samples per task")
 
 
-def _over_square(number: float, accuracy: float) -> str:
+def _over_square(number: float, accuracy: float, least: int = 1) -> str:
     """Return ``number / accuracy^2`` rounded up."""
     if accuracy == 0:  # which FO-MAML reaches in the limit, where all tasks are alike
         return "unbounded"
-    return count(max(1, math.ceil(number / accuracy**2)))
+    return count(max(least, math.ceil(number / accuracy**2)))

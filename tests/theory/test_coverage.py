@@ -97,17 +97,21 @@ def test_measure_judges_by_the_theorems_of_the_table(
             *data,
         ]
     )
-    judged = capsys.readouterr().out.split("Conditions of the theorems")[1]
+    covered, judged = capsys.readouterr().out.split("Conditions of the theorems")
     named = set(re.findall(r"(?:Fallah|Ji), Theorem [\d.]+(?:, on MAML)?(?=  )", judged))
-    uncovered = f"no theorem covers {row.algorithm}, N = {row.steps}, on {row.tasks}" in judged
-    assert uncovered is not bool(row.theorems)
+    name = f"{row.algorithm}, N = {row.steps}, on {row.tasks}"
+    if row.theorems:
+        assert f"{name}, is covered by {' and '.join(row.theorems)}\n" in covered
+    else:
+        assert f"No theorem covers {name}: " in covered
     if row.algorithm == "HF-MAML":
         of_maml = next(r for r in rows() if r[:3] == ("MAML", row.steps, row.tasks))
-        assert named == {f"{name}, on MAML" for name in of_maml.theorems}
-        assert "hessian_free_error" in judged
+        assert named == {f"{theorem}, on MAML" for theorem in of_maml.theorems}
+        assert "hessian_free_error" in covered
     else:
         assert named == set(row.theorems)
-        assert ("first_order_floor" in judged) is (uncovered and row.algorithm == "FO-MAML")
+        has_floor = row.algorithm == "FO-MAML" and not row.theorems
+        assert ("first_order_floor" in covered) is has_floor
     if named:
         assert "Sizes for E|grad F| <= 0.1 by" in judged
     else:

@@ -10,7 +10,7 @@ from helpers.folders import CONFIGS
 from lightning_maml import MAML, Conv4, theory
 from lightning_maml.cli import main
 from lightning_maml.theory.measure import Constants
-from lightning_maml.theory.report import Adaptive, Settings, conditions, report
+from lightning_maml.theory.report import Adaptive, Settings, conditions, coverage, report
 
 CONSTANTS = Constants(
     L=2.0,
@@ -47,42 +47,52 @@ def test_good_settings_satisfy_every_condition(
 ) -> None:
     settings = GOOD._replace(steps=steps, resampling=resampling, inner_lr=0.03)
     assert failing(settings) == set()
-    of_hf = conditions(CONSTANTS, settings._replace(curvature="finite_difference"))
+    of_hf = settings._replace(curvature="finite_difference")
+    assert failing(of_hf) == set()
     kind = "Episodes" if resampling is None else "ResampledEpisodes"
-    assert [c.source for c in of_hf if c.holds is False] == [
-        f"no theorem covers HF-MAML, N = {steps}, on {kind}"
-    ]
+    assert coverage(CONSTANTS, settings).startswith(f"MAML, N = {steps}, on {kind}, is covered by")
+    assert f"No theorem covers HF-MAML, N = {steps}, on {kind}" in coverage(CONSTANTS, of_hf)
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_first_order_has_one_theorem_for_one_step_and_none_for_several(steps: int) -> None:
-    found = conditions(CONSTANTS, GOOD._replace(curvature="none", steps=steps, inner_lr=0.03))
-    failed = [c.source for c in found if c.holds is False]
-    floors = [c.text for c in found if c.source == "first_order_floor"]
-    if steps == 1:
-        assert (failed, floors) == ([], [])
-    else:
-        assert failed == ["no theorem covers FO-MAML, N = 2, on ResampledEpisodes"]
-        assert f"below {theory.first_order_floor(2.0, 0.03, 2, 1.0):.3g}" in floors[0]
+    settings = GOOD._replace(curvature="none", steps=steps, inner_lr=0.03)
+    assert failing(settings) == set()
+    found = conditions(CONSTANTS, settings)
     assert any(c.source == "Fallah, Theorem 4.15" for c in found) is (steps == 1)
+    text = coverage(CONSTANTS, settings)
+    if steps == 1:
+        assert text.endswith("is covered by Fallah, Theorem 4.15")
+    else:
+        floor = theory.first_order_floor(2.0, 0.03, 2, 1.0)
+        assert f"at most first_order_floor = {floor:.3g}" in text
 
 
 def test_the_floor_of_a_finite_sum_counts_how_far_its_sets_are_apart() -> None:
     settings = GOOD._replace(curvature="none", resampling=None, inner_lr=0.03)
-    found = conditions(CONSTANTS, settings)
     floor = theory.first_order_floor(2.0, 0.03, 1, 1.0, b=0.5)
-    assert any(c.text.endswith(f"below {floor:.3g}") for c in found)
+    assert f"at most first_order_floor = {floor:.3g}" in coverage(CONSTANTS, settings)
 
 
-@pytest.mark.parametrize(("resampling", "b"), [(None, 0.5), ((50, 10), 0.0)])
+@pytest.mark.parametrize("resampling", [None, (50, 10)])
 def test_the_error_of_hf_maml_is_bounded_at_the_adapted_parameters(
-    resampling: tuple[int, int] | None, b: float
+    resampling: tuple[int, int] | None,
 ) -> None:
     settings = GOOD._replace(curvature="finite_difference", steps=2, resampling=resampling)
-    found = {c.source: c.text for c in conditions(CONSTANTS, settings)}
     grown = (1 + 0.05 * 2) ** 2
-    error = theory.hessian_free_error(2.0, 1.0, 0.05, 2, 1e-3, grown * 1.0 + (grown - 1) * b)
-    assert f"within {error:.3g} of MAML's" in found["hessian_free_error"]
+    at_adapted = grown * 1.0 + (grown - 1) * 0.5
+    error = theory.hessian_free_error(2.0, 1.0, 0.05, 2, 1e-3, at_adapted)
+    assert f"here {error:.3g} (the query gradient is 1)" in coverage(CONSTANTS, settings)
+
+
+def test_alpha_at_its_bound_is_allowed_by_one_paper_only() -> None:
+    for alpha, source in (
+        (1 / 12, "Fallah, Theorem 4.12"),
+        (math.sqrt(2) / 2 - 0.5, "Ji, Theorem 5"),
+    ):
+        found = conditions(CONSTANTS, GOOD._replace(inner_lr=alpha))
+        (judged,) = [c for c in found if c.source == source and c.text.startswith("alpha = ")]
+        assert judged.holds is (source == "Fallah, Theorem 4.12")
 
 
 ADAPTIVE = Adaptive("one_step", 1 / 12, 4)
@@ -135,7 +145,7 @@ def test_an_inner_lr_beyond_the_theorems_is_reported() -> None:
     for settings in (GOOD._replace(inner_lr=0.3), GOOD._replace(inner_lr=0.3, resampling=None)):
         failed = failing(settings)
         assert any(
-            "alpha = 0.3, at most (2^(1/2N) - 1) / L = 0.207 needed" in text for text in failed
+            "alpha = 0.3, less than (2^(1/2N) - 1) / L = 0.207 needed" in text for text in failed
         )
         assert any("theta > 0 needed; there is none while" in text for text in failed)
 
@@ -179,7 +189,7 @@ def test_the_report_shows_constants_implications_and_conditions() -> None:
         for line in lines
     )
     assert any(line.split()[:3] == ["alpha", "to", "use"] and "0.0625" in line for line in lines)
-    assert sum(line.startswith("  holds") for line in lines) == len(conditions(CONSTANTS, GOOD)) - 1
+    assert sum(line.startswith("  holds") for line in lines) == len(conditions(CONSTANTS, GOOD)) - 2
     assert any(line.startswith("  not decided") for line in lines)
 
 

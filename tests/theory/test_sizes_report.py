@@ -24,7 +24,7 @@ def values(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("curvature", ["exact", "finite_difference"])
 def test_sizes_of_a_finite_sum_are_those_of_corollary_10(steps: int, curvature: str) -> None:
     settings = SETTINGS._replace(curvature=curvature, steps=steps, resampling=None)
-    text = sizes_report(2.0, CONSTANTS, settings, objective=0.7)
+    text = sizes_report(2.0, CONSTANTS, settings, lambda alpha: 0.7)
     sizes = theory.finite_sum_sizes(
         2.0, 2.0, 3.0, steps, sigma=1.5, b=0.5, mean_square_b=0.3, gap=0.7
     )
@@ -38,7 +38,7 @@ def test_sizes_of_a_finite_sum_are_those_of_corollary_10(steps: int, curvature: 
 
 
 def test_sizes_of_fresh_batches_are_those_of_corollaries_6_and_4_13() -> None:
-    text = sizes_report(2.0, CONSTANTS, SETTINGS, objective=0.7)
+    text = sizes_report(2.0, CONSTANTS, SETTINGS, lambda alpha: 0.7)
     one_step, several = text.split("Sizes for")[1:]
     sizes = theory.resampling_sizes(
         2.0, 2.0, 3.0, 1, sigma=1.5, sample_sigma=1.2, hessian_sigma=1.0, gap=0.7
@@ -49,13 +49,13 @@ def test_sizes_of_fresh_batches_are_those_of_corollaries_6_and_4_13() -> None:
     assert [float(shown[name]) for name in "KBSTD"] == pytest.approx(expected, rel=5e-3)
     assert "Fallah, Corollary 4.13" in one_step
     shown = values(one_step)
-    assert (shown["K"], shown["B"], shown["D_in"]) == ("1", "1", "1")
+    assert [shown[name] for name in ("K", "B", "D_in", "D_h")] == ["1", "20", "1", "1"]
     noise = math.sqrt(1.5**2 / 32 + 1.2**2 / (32 * 50) + 1.2**2 / 40)
     assert float(shown["noise"]) == pytest.approx(noise, rel=5e-3)
 
 
 def test_first_order_maml_has_an_accuracy_of_its_own() -> None:
-    text = sizes_report(0.1, CONSTANTS, SETTINGS._replace(curvature="none"), objective=0.7)
+    text = sizes_report(0.1, CONSTANTS, SETTINGS._replace(curvature="none"), lambda alpha: 0.7)
     floor = 0.05 * 2.0 * 1.5
     shown = values(text)
     assert float(shown["accuracy"]) == pytest.approx(floor)
@@ -66,16 +66,28 @@ def test_first_order_maml_has_an_accuracy_of_its_own() -> None:
     assert float(shown["noise"]) == pytest.approx(noise, rel=5e-3)
 
 
+def test_the_distance_is_that_of_the_objective_with_the_rate_of_each_theorem() -> None:
+    """Ji's corollaries have alpha = 1 / (8 N L), and F depends on it."""
+    text = sizes_report(2.0, CONSTANTS, SETTINGS, objective=lambda alpha: alpha)
+    one_step, several = text.split("Sizes for")[1:]
+    assert "with F(w) = 0.05 for F(w) - inf F" in one_step
+    assert "with F(w) = 0.0625 for F(w) - inf F" in several
+    negative = sizes_report(2.0, CONSTANTS, SETTINGS, objective=lambda alpha: -1.0)
+    assert negative.count("the loss can be negative") == 2
+
+
 def test_what_gives_no_sizes_is_said() -> None:
     uncovered = SETTINGS._replace(curvature="none", steps=2)
-    assert "No theorem gives sizes" in sizes_report(0.1, CONSTANTS, uncovered, 0.7)
-    alike = sizes_report(0.1, CONSTANTS._replace(sigma=0.0), SETTINGS._replace(curvature="none"), 1)
+    assert "No theorem gives sizes" in sizes_report(0.1, CONSTANTS, uncovered, lambda alpha: 0.7)
+    alike = sizes_report(
+        0.1, CONSTANTS._replace(sigma=0.0), SETTINGS._replace(curvature="none"), lambda _: 1.0
+    )
     assert values(alike)["accuracy"] == "0"
     assert values(alike)["K"] == "unbounded"
     flat = CONSTANTS._replace(rho=0.0)
-    assert "rho = 0" in sizes_report(0.1, flat, SETTINGS._replace(steps=2), 0.7)
+    assert "rho = 0" in sizes_report(0.1, flat, SETTINGS._replace(steps=2), lambda alpha: 0.7)
     unknown = CONSTANTS._replace(sample_sigma=math.nan, hessian_sigma=math.nan)
-    text = sizes_report(0.1, unknown, SETTINGS, 0.7)
+    text = sizes_report(0.1, unknown, SETTINGS, lambda alpha: 0.7)
     assert text.count("at least two query samples") == 2
     assert "nan" not in text
 
