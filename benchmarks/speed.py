@@ -7,7 +7,7 @@ All have the same weights and tasks, and take turns in one process.
     .venv/bin/python benchmarks/speed.py
     .venv/bin/python benchmarks/speed.py --workload omniglot_5w1s_q1 --json out.json
 
-Every workload takes an hour or so on 2 cores.
+All workloads together take an hour or so on 2 cores, and several hours on older ones.
 """
 
 import argparse

@@ -127,7 +127,10 @@ def test_commands_parse(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    folder = ROOT
     for words in commands(page.read_text()):
+        if words[:1] == ["cd"]:
+            folder = ROOT / words[1]
         if words[:1] == ["make"]:
             assert words[1] in targets, words
         for word in words:
@@ -142,7 +145,7 @@ def test_commands_parse(
                 or "replay" in arguments
             ):
                 continue  # the config of a run that is not there
-            monkeypatch.chdir(ROOT)
+            monkeypatch.chdir(folder)
             with pytest.raises(SystemExit) as ended:
                 run(
                     [
