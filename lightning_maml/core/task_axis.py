@@ -73,7 +73,8 @@ def _sums_of_small(params: Params) -> Params:
     sums: Params = {}
     for alike in by_type.values():
         flat = [tensor.reshape(len(tensor), -1) for tensor in alike.values()]
-        parts = torch.cat(flat, 1).sum(0, keepdim=True).split([x.shape[1] for x in flat], 1)
+        total = torch.cat(flat, 1).sum(0, keepdim=True)
+        parts = torch.split(total, [x.shape[1] for x in flat], 1)
         sums |= {
             name: part.view(1, *tensor.shape[1:])
             for (name, tensor), part in zip(alike.items(), parts, strict=True)

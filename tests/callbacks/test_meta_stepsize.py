@@ -600,7 +600,7 @@ def test_without_curvature_beta_follows_from_rho_alone(tmp_path: Path) -> None:
 
 def test_linear_losses_have_no_such_stepsize(tmp_path: Path) -> None:
     stepsize = AdaptiveMetaStepsize(episodes=[ONE_POINT])
-    with pytest.raises(FloatingPointError, match="losses to bend but L-hat is 0 at step 0"):
+    with pytest.raises(FloatingPointError, match="L-hat to be positive but it is 0 at step 0"):
         trainer(tmp_path, stepsize, precision="64-true").fit(
             cosine_module(0.2, bend=0.0), repeated(ONE_POINT, 1)
         )
