@@ -43,7 +43,7 @@ class AdaptiveMetaStepsize(Callback):
     groups alike, and is the same in every process. The theory is that of plain SGD; with another
     optimizer, and with gradient clipping, beta becomes the rate of that optimizer and a warning
     says so. Another says where no theorem covers the algorithm, its number of steps and its kind
-    of tasks with this rule (:mod:`lightning_maml.theory.coverage`), and a third where alpha L is
+    of tasks with this rule (:func:`lightning_maml.theory.theorems`), and a third where alpha L is
     too large for the theorem.
 
     The L and rho of the papers' equations hold for all parameters. What is measured at the current
