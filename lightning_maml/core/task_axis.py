@@ -53,12 +53,12 @@ class TaskAxis:
         """
         if self._tasks is None:
             return params
-        sums = {
-            name: tensor.sum(0, keepdim=True)
+        small = {name: p for name, p in params.items() if p[0].numel() <= _SMALL}
+        together = _sums_of_small(small)
+        return {
+            name: together[name] if name in together else tensor.sum(0, keepdim=True)
             for name, tensor in params.items()
-            if tensor[0].numel() > _SMALL
         }
-        return sums | _sums_of_small({name: p for name, p in params.items() if name not in sums})
 
 
 _SMALL = 2**12
