@@ -209,13 +209,13 @@ class AdaptiveMetaStepsize(Callback):
         # a resumed run may lack constants that were given before
         never_measured = missing - self._measured.keys()
         if never_measured or (missing and trainer.global_step % self.every_n_steps == 0):
-            self._measure(probe, trainer, missing)
+            self._measure_again(probe, trainer, missing)
         return {
             name: self._measured[name] if value is None else value
             for name, value in self._given.items()
         }
 
-    def _measure(self, probe: Probe, trainer: Trainer, missing: set[str]) -> None:
+    def _measure_again(self, probe: Probe, trainer: Trainer, missing: set[str]) -> None:
         before, self._measured = self._measured, _measure(probe, trainer, missing)
         if self.keep_largest:
             for name in {"L", "rho"} & self._measured.keys() & before.keys():
