@@ -17,7 +17,7 @@ from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import TaskAxis
 from lightning_maml.datamodules import GlyphsDataModule
 from lightning_maml.functional.losses import LossFunctions
-from predictions import DOUBLE, Finding, Panel, Series, slope, vector
+from predictions import AT_ONCE, DOUBLE, Finding, Panel, Series, slope, vector
 
 # Waves on the line: l_i(w; theta, zeta) = w^2 / 4 - (s_i + theta) w + (1 + zeta) cos(w + phi_i),
 # with noise theta and zeta, so that L = 1.5 and rho = 1 in the mean, everywhere. In the finite-sum
@@ -392,7 +392,8 @@ def iterations_for_an_accuracy() -> Finding:
     smooth = POWER  # the largest second derivative, at the centre
     alpha, w, reached, k = 1 / (8 * smooth), vector(3), [], 0
     while len(reached) < len(accuracies):
-        gradient = meta_gradient(slow_loss, {"w": w}, tasks, inner_lr=alpha, steps=1).grad["w"]
+        found = meta_gradient(slow_loss, {"w": w}, tasks, inner_lr=alpha, steps=1, **AT_ONCE)
+        gradient = found.grad["w"]
         if float(gradient.norm()) <= accuracies[len(reached)]:
             reached.append(k)
             continue
@@ -492,4 +493,3 @@ BOUNDS = (
     iterations_for_an_accuracy,
     inner_rates_in_practice,
 )
-"""The longest-running first."""

@@ -104,6 +104,10 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float((log_x * log_y).sum() / (log_x * log_x).sum())
 
 
+AT_ONCE: dict[str, Any] = {"tasks": "vmap", "keep_graphs": True}
+"""All tasks in one call, and each graph built once: a quarter of the time for losses this small."""
+
+
 def descend(
     loss: Loss,
     tasks: Episodes,
@@ -119,7 +123,7 @@ def descend(
     for k in range(iterations):
         if norm_of is not None and norm_of(w) < until:
             return w, k
-        w = w - beta * meta_gradient(loss, {"w": w}, tasks, **algorithm).grad["w"]
+        w = w - beta * meta_gradient(loss, {"w": w}, tasks, **algorithm, **AT_ONCE).grad["w"]
     return w, iterations
 
 
@@ -725,7 +729,7 @@ def quartic_run(
     alpha, w, norms = quartic_inner_lr(steps), Quartic().w.detach(), []
     for _ in range(iterations):
         gradient = meta_gradient(
-            quartic_loss, {"w": w}, quartic_tasks(), inner_lr=alpha, steps=steps
+            quartic_loss, {"w": w}, quartic_tasks(), inner_lr=alpha, steps=steps, **AT_ONCE
         ).grad["w"]
         norms.append(float(gradient.norm()))
         if norms[-1] < 1e-6 or not norms[-1] < 1e30:
@@ -817,4 +821,4 @@ PREDICTIONS = (
     stepsize_moments,
     cost,
 )
-"""The longest-running first."""
+"""Those that run long first."""
