@@ -90,7 +90,7 @@ from lightning_maml.networks.functional_network import (
     FunctionalNetwork,
     HeadDoesNotEndError,
 )
-from lightning_maml.networks.head_body import PartName, adapting, head_of
+from lightning_maml.networks.head_body import Part, PartName, adapting, head_of
 from lightning_maml.networks.kinks import weight_normed
 from lightning_maml.networks.stacking_trial import Verdict
 
@@ -157,7 +157,7 @@ class AdaptingModule(EpisodicModule):
         lr_scheduler: SchedulerFactory | None = None,
         tasks: TasksName = "auto",
         chunk_size: int | None = None,
-        adapt: PartName | None = None,
+        adapt: Part | None = None,
         head: str | None = None,
         inner_rates: InnerRatesName | None = None,
         compiled: bool = False,

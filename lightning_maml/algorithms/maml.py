@@ -80,9 +80,10 @@ class MAML(AdaptingModule):
         chunk_size: How many tasks are vectorised together: in each step of the loop or of a thread,
             by default one; with ``"vmap"``, by default all; with ``"auto"``, by default as many as
             suit their size.
-        adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``; the
-            meta-optimizer trains all. By default what the class is named for: the head in
-            :class:`ANIL`, the body in :class:`BOIL`, all in the others.
+        adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``, or a list
+            of names of parameters and modules, in which ``*`` stands for anything:
+            ``["head", "*.bias"]``. The meta-optimizer trains all. By default what the class is
+            named for: the head in :class:`ANIL`, the body in :class:`BOIL`, all in the others.
         head: Name of the submodule that is the head; by default the last one that has trainable
             parameters of its own.
         inner_rates: ``"fixed"``: all are ``inner_lr``; or learned with the network, starting from

@@ -30,7 +30,7 @@ from lightning_maml.networks.functional_network import (
     FunctionalNetwork,
     norms_with_own_forward,
 )
-from lightning_maml.networks.head_body import PartName, adapting, head_of
+from lightning_maml.networks.head_body import Part, adapting, head_of
 from lightning_maml.networks.stacking_trial import first_difference
 
 
@@ -75,8 +75,8 @@ class NetworkChecks:
         NetworkInfo(outputs=torch.Size([3]), ends_with_head=True, draws=())
     """
 
-    def __init__(self, part: PartName, head: str | None, logits: Callable[[Any], Any]) -> None:
-        self._part: PartName = part
+    def __init__(self, part: Part, head: str | None, logits: Callable[[Any], Any]) -> None:
+        self._part = part
         self._head = head
         self._logits = logits
 
@@ -134,7 +134,7 @@ class NetworkChecks:
             of_queries = self._logits(first_outputs(functional, episodes, of_queries=True))
             check_logits(of_queries, None if query_y.is_floating_point() else query_y)
         draws = generators_of(functional, episodes, losses)
-        ends = self._part != "all" and self._ends_with_head(functional, episodes)
+        ends = self._part in ("head", "body") and self._ends_with_head(functional, episodes)
         # with random numbers, features computed once would have one dropout mask for all steps
         if logits is not outputs or draws:
             ends = False

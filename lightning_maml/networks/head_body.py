@@ -1,5 +1,7 @@
-"""The parameters that adapt in the inner loop: all, the head (ANIL), or the body (BOIL)."""
+"""The parameters that adapt in the inner loop: all, head (ANIL), body (BOIL), or those named."""
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import nn
@@ -9,24 +11,37 @@ from lightning_maml.core.params import Params
 from lightning_maml.errors import UserValueError
 
 PartName = Literal["all", "head", "body"]
+Part = PartName | Sequence[str]
+"""A part of the network, or names of parameters and modules, in which ``*`` may stand for
+anything."""
 
 
-def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Params:
+def adapting(network: nn.Module, part: Part, head: str | None = None) -> Params:
     """Return the trainable parameters of ``network`` that adapt in the inner loop, by name.
 
     Args:
         network: Any module.
         part: ``"all"``; ``"head"``, as in ANIL (Raghu et al. 2020); ``"body"``, all but the head,
-            as in BOIL (Oh et al. 2021).
+            as in BOIL (Oh et al. 2021); or a list of names of parameters and modules, such as
+            ``["layer4", "*.bias"]``.
         head: Name of the submodule that is the head; by default the last one that has trainable
             parameters of its own. Those of its parametrisations (weight norm) belong to it.
 
     Raises:
-        ValueError: If ``part`` is none of the three, if the network or the part that adapts has no
-            trainable parameters, or if head and body share some.
+        ValueError: If ``part`` is none of these, if the network, the part that adapts or one of the
+            names has no trainable parameters, or if head and body share some.
+
+    Examples:
+        >>> from lightning_maml import MLP
+        >>> from lightning_maml.networks.head_body import adapting
+        >>> list(adapting(MLP(4, 3, hidden=[8]), ["*.bias"]))
+        ['layers.1.bias', 'layers.3.bias']
     """
-    if part not in ("all", "head", "body"):
-        raise UserValueError(f"Expected `adapt` to be 'all', 'head' or 'body' but got {part!r}.")
+    if isinstance(part, str) and part not in ("all", "head", "body"):
+        raise UserValueError(
+            "Expected `adapt` to be 'all', 'head', 'body' or a list of names of parameters and "
+            f"modules but got {part!r}; if it is a name, put it in a list."
+        )
     params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
     if not params:
         raise UserValueError(
@@ -36,6 +51,8 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
         )
     if part == "all":
         return params
+    if not isinstance(part, str):
+        return _named(network, part)
     if head is None:
         _check_that_last_layer_trains(network)
     name_of_head = head_of(network, head)
@@ -59,6 +76,38 @@ def adapting(network: nn.Module, part: PartName, head: str | None = None) -> Par
             f"{name_of_head!r} too; use adapt='all'."
         )
     return {name: p for name, p in params.items() if (name in in_head) == (part == "head")}
+
+
+def _named(network: nn.Module, patterns: Sequence[str]) -> Params:
+    """Return the trainable parameters that fit one of the patterns by any of their names.
+
+    Raises:
+        ValueError: If there is no pattern, or no trainable parameter fits one of them.
+    """
+    if not patterns:
+        raise UserValueError(
+            "Expected `adapt` to name at least one parameter or module but got none; say 'all' for "
+            "all of them."
+        )
+    every = dict(network.named_parameters(remove_duplicate=False))
+    adapting_ids: set[int] = set()
+    for pattern in patterns:
+        fitting = [p for name, p in every.items() if _fits(name, pattern)]
+        trainable = {id(p) for p in fitting if p.requires_grad}
+        if not trainable:
+            found = "frozen ones only" if fitting else "none"
+            raise UserValueError(
+                "Expected each name in `adapt` to fit trainable parameters, such as "
+                f"{next(name for name, p in every.items() if p.requires_grad)!r}, but got "
+                f"{pattern!r}, which fits {found}; network.named_parameters() lists them."
+            )
+        adapting_ids |= trainable
+    return {name: p for name, p in network.named_parameters() if id(p) in adapting_ids}
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Return whether a parameter, or a module that it is in, is called so."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def head_of(network: nn.Module, head: str | None = None) -> str:
