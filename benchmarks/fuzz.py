@@ -47,14 +47,14 @@ with atheris.instrument_imports(include=["lightning_maml", "pickle", "csv", "zip
 
     from lightning_maml import MAML, MLP, cli
     from lightning_maml.core.rng import random_state
-    from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
-    from lightning_maml.datamodules.images.files import _Chunks, rows_of_classes
-    from lightning_maml.datamodules.mini_imagenet.array_files import (
+    from lightning_maml.datamodules.imagenet.array_files import (
         open_cache_pickle,
         open_category_pickle,
         open_hdf5,
     )
-    from lightning_maml.datamodules.mini_imagenet.layouts import _list_files
+    from lightning_maml.datamodules.imagenet.csv_lists import list_files
+    from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
+    from lightning_maml.datamodules.images.files import _Chunks, rows_of_classes
     from lightning_maml.io.checkpoints import read_checkpoint
     from lightning_maml.io.replay import load_step
 
@@ -154,7 +154,7 @@ def lists(folder: Path) -> Reader:
         )
         seeds += [text.getvalue().encode(), text.getvalue().encode("utf-16")]
     return Reader(
-        "train.csv", seeds, partial(_list_files, split="train"), (ValueError, FileNotFoundError)
+        "train.csv", seeds, partial(list_files, split="train"), (ValueError, FileNotFoundError)
     )
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from helpers.mini_imagenet_files import CLASSES, SIZE, draw_images, write_python2_pickle, write_ravi
+from helpers.mini_imagenet_files import CLASSES, SIZE, draw_images, write_ravi
+from helpers.python2_pickles import write_python2_pickle
 
 PER_CLASS = 600
 
@@ -101,7 +102,8 @@ def write_category_pickles(root: Path) -> None:
         phase = "train_phase_train" if split == "train" else split
         labels = np.arange(first, first + len(CLASSES[split])).repeat(PER_CLASS).tolist()
         first += len(CLASSES[split])
-        write_python2_pickle(root / f"miniImageNet_category_split_{phase}.pickle", images, labels)
+        content = {"data": images, "labels": labels}
+        write_python2_pickle(root / f"miniImageNet_category_split_{phase}.pickle", content)
 
 
 def loaded(numbers: list[float]) -> str:

@@ -19,7 +19,9 @@ from lightning_maml.datamodules.sampler import (
     Resampling,
     Rotations,
     SmallClasses,
+    TaskDataset,
     TaskSampler,
+    TaskSizes,
     check_seed,
 )
 from lightning_maml.datamodules.transforms import EpisodeTransforms
@@ -170,7 +172,7 @@ class EpisodicDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self._check_arguments()
-        self._datasets: dict[str, EpisodeDataset] = {}
+        self._datasets: dict[str, TaskDataset] = {}
         self._on_device: dict[tuple[str, torch.device], ImagesOnDevice] = {}
 
     def class_images(self, split: str) -> ClassImages:
@@ -275,7 +277,7 @@ class EpisodicDataModule(LightningDataModule):
             images.release()
         self._on_device.clear()
 
-    def _source(self, split: str) -> EpisodeDataset | ImagesOnDevice:
+    def _source(self, split: str) -> TaskDataset | ImagesOnDevice:
         """Return what a loader takes the episodes of a split from."""
         episodes = self._dataset(split)
         # after a run, models are on the CPU again, and so are batches
@@ -283,6 +285,8 @@ class EpisodicDataModule(LightningDataModule):
             return episodes
         device = self.trainer.strategy.root_device
         if (split, device) not in self._on_device:
+            if not isinstance(episodes, EpisodeDataset):
+                return episodes
             if not self._fits_on_device(episodes, device):
                 return episodes
             size = f"{episodes.bytes_on_device / 2**20:.3g} MB"
@@ -304,26 +308,34 @@ class EpisodicDataModule(LightningDataModule):
         free = free_bytes(device)
         return free is not None and episodes.bytes_on_device <= free / 4
 
-    def _dataset(self, split: str) -> EpisodeDataset:
+    def _dataset(self, split: str) -> TaskDataset:
         if split not in self._datasets:
-            train = split == "train"
-            resampling = None
-            if train and self.regime == "resampling":
-                resampling = Resampling(self.train_steps, self.hessian_shots)
             # images are read and drawn on the CPU, whatever torch's default device
             with torch.device("cpu"):
-                self._datasets[split] = EpisodeDataset(
-                    self.class_images(split),
-                    ways=self.ways if train else self.test_ways,
-                    shots=self.shots if train else self.test_shots,
-                    queries=self.queries if train else self.test_queries,
-                    resampling=resampling,
-                    rotations=self.rotations,
-                    seed=(self.seed, _STREAMS[split]),
-                    split=split,
-                    small_classes=self.small_classes,
-                )
+                self._datasets[split] = self._tasks(split, self._sizes(split))
         return self._datasets[split]
+
+    def _sizes(self, split: str) -> TaskSizes:
+        if split != "train":
+            return TaskSizes(self.test_ways, self.test_shots, self.test_queries, None)
+        resampling = None
+        if self.regime == "resampling":
+            resampling = Resampling(self.train_steps, self.hessian_shots)
+        return TaskSizes(self.ways, self.shots, self.queries, resampling)
+
+    def _tasks(self, split: str, sizes: TaskSizes) -> TaskDataset:
+        """Return the tasks of a split, each as a function of its number."""
+        return EpisodeDataset(
+            self.class_images(split),
+            **sizes._asdict(),
+            rotations=self.rotations,
+            seed=self._seed(split),
+            split=split,
+            small_classes=self.small_classes,
+        )
+
+    def _seed(self, split: str) -> tuple[int, ...]:
+        return self.seed, _STREAMS[split]
 
     def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[AnyEpisodes]:
         processes, rank = self._replicas()

@@ -60,6 +60,21 @@ def below(words: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
     return (scaled >> np.uint64(32)).astype(np.int64)
 
 
+def uniform(words: np.ndarray, least: float, most: float) -> np.ndarray:
+    """Return numbers that are spread evenly over an interval.
+
+    Args:
+        words: Random words, uint64.
+        least: Lower end of the interval.
+        most: Upper end.
+
+    Returns:
+        The numbers, float64.
+    """
+    # as many bits as a double holds
+    return least + (most - least) * (words >> np.uint64(11)) * 2.0**-53
+
+
 def distinct(words: np.ndarray, order: np.ndarray, limits: np.ndarray | int) -> np.ndarray:
     """Draw k different whole numbers below a limit, in random order, for each of many limits.
 

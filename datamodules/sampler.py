@@ -69,7 +69,46 @@ class ClassImages(NamedTuple):
     names: Sequence[str] = ()
 
 
-class EpisodeDataset(Dataset[AnyEpisodes]):
+class TaskSizes(NamedTuple):
+    """How many of everything a task has.
+
+    Attributes:
+        ways: Classes.
+        shots: Support examples per class.
+        queries: Query examples per class.
+        resampling: For ``ResampledEpisodes``, the number of inner steps and the Hessian examples
+            per class and step; None for ``Episodes``.
+    """
+
+    ways: int
+    shots: int
+    queries: int
+    resampling: Resampling | None
+
+
+class TaskDataset(Dataset[AnyEpisodes]):
+    """Tasks as a function of their epoch and number, for any number of workers and processes."""
+
+    def __getitem__(self, key: TaskKey) -> AnyEpisodes:
+        """Return one task, without the leading dimension of a meta-batch.
+
+        It is the same as in a meta-batch, as stored, in the order of its labels.
+        """
+        return first_task(self.__getitems__([key]))
+
+    def __getitems__(self, keys: list[TaskKey]) -> AnyEpisodes:
+        """Return the meta-batch of some tasks, for a loader that does not collate it again.
+
+        Args:
+            keys: Keys of the T tasks.
+
+        Returns:
+            The meta-batch, ``[T, ...]``, as stored.
+        """
+        raise NotImplementedError
+
+
+class EpisodeDataset(TaskDataset):
     """Episodes as a function of their epoch and number, for any number of workers and processes.
 
     A task's classes are drawn without replacement and labelled ``0 .. ways - 1`` in the order they
@@ -147,22 +186,8 @@ class EpisodeDataset(Dataset[AnyEpisodes]):
         """M, the number of images of the split."""
         self._labels = self._labels_of_a_task()
 
-    def __getitem__(self, key: TaskKey) -> AnyEpisodes:
-        """Return one task, without the leading dimension of a meta-batch.
-
-        It is the same as in a meta-batch. Its images are as stored, in the order of their labels.
-        """
-        return first_task(self.__getitems__([key]))
-
     def __getitems__(self, keys: list[TaskKey]) -> AnyEpisodes:
-        """Return the meta-batch of some tasks, for a loader that does not collate it again.
-
-        Args:
-            keys: Keys of the T tasks.
-
-        Returns:
-            The meta-batch, with images ``[T, ..., C, H, W]`` as stored.
-        """
+        """Return the meta-batch of some tasks, with images ``[T, ..., C, H, W]`` as stored."""
         return self.gather(self.draw(keys))
 
     def draw(self, keys: list[TaskKey]) -> Drawn:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from helpers import another_process
-from helpers.mini_imagenet_files import write_python2_pickle
-from lightning_maml.datamodules.mini_imagenet.pickles import read_pickle
+from helpers.python2_pickles import write_python2_pickle
+from lightning_maml.datamodules.images.pickles import read_pickle
 
 pytestmark = pytest.mark.cpu_only  # files
 
@@ -26,7 +26,7 @@ def write(file: Path, content: bytes) -> Path:
 
 def python2_pickle(array: np.ndarray, labels: list[int]) -> bytes:
     with TemporaryDirectory() as folder:
-        write_python2_pickle(Path(folder) / "a.pickle", array, labels)
+        write_python2_pickle(Path(folder) / "a.pickle", {"data": array, "labels": labels})
         return (Path(folder) / "a.pickle").read_bytes()
 
 
@@ -198,7 +198,7 @@ def test_arrays_are_mapped_into_memory_and_not_read(tmp_path: Path, form: str) -
         file = write(tmp_path / f"{count}.pkl", content)
     script = (
         "import resource; from pathlib import Path; from "
-        "lightning_maml.datamodules.mini_imagenet.pickles import read_pickle\nfor count in (100, "
+        "lightning_maml.datamodules.images.pickles import read_pickle\nfor count in (100, "
         "4000):\n    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n    data = "
         "read_pickle(Path(f'{count}.pkl'))['data']\n    assert data[count // 2].sum() == 84 * 84 "
         "* 3; data[0] = 2\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

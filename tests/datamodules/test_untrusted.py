@@ -24,14 +24,14 @@ from PIL import Image
 
 from lightning_maml import MAML, MLP
 from lightning_maml.cli import main
-from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
-from lightning_maml.datamodules.images.files import decode, read_image
-from lightning_maml.datamodules.mini_imagenet.array_files import (
+from lightning_maml.datamodules.imagenet.array_files import (
     open_cache_pickle,
     open_category_pickle,
     open_hdf5,
 )
-from lightning_maml.datamodules.mini_imagenet.pickles import read_pickle
+from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
+from lightning_maml.datamodules.images.files import decode, read_image
+from lightning_maml.datamodules.images.pickles import read_pickle
 from lightning_maml.io.checkpoints import read_checkpoint
 from lightning_maml.io.replay import load_step
 from lightning_maml.io.safe_files import check_archive

@@ -3,7 +3,6 @@
 import csv
 import json
 import pickle
-import struct
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 from PIL import Image
+
+from helpers.python2_pickles import write_python2_pickle
 
 SIZE = 84
 CLASSES = {
@@ -134,68 +135,10 @@ def write_category_pickles(root: Path, images: Encoded) -> None:
         pixels, labels = _decoded(of_split)
         phase = "train_phase_train" if split == "train" else split
         write_python2_pickle(
-            root / f"miniImageNet_category_split_{phase}.pickle", pixels, (first + labels).tolist()
+            root / f"miniImageNet_category_split_{phase}.pickle",
+            {"data": pixels, "labels": (first + labels).tolist()},
         )
         first += len(of_split)
-
-
-def write_python2_pickle(file: Path, array: np.ndarray, labels: list[int]) -> None:
-    """Write ``{"data": array, "labels": labels}`` as Python 2's cPickle does in protocol 2.
-
-    That is, with byte strings and numpy's names of that time.
-    """
-
-    def string(text: bytes) -> bytes:
-        return pickle.SHORT_BINSTRING + bytes([len(text)]) + text
-
-    def number(value: int) -> bytes:
-        return pickle.BININT + struct.pack("<i", value)
-
-    def call(module: str, name: str, *arguments: bytes) -> bytes:
-        return (
-            f"c{module}\n{name}\n".encode()
-            + pickle.MARK
-            + b"".join(arguments)
-            + pickle.TUPLE
-            + pickle.REDUCE
-        )
-
-    dtype = call("numpy", "dtype", string(b"u1"), number(0), number(1))
-    dtype += (
-        pickle.MARK
-        + number(3)
-        + string(b"|")
-        + pickle.NONE * 3
-        + number(-1) * 2
-        + number(0)
-        + pickle.TUPLE
-        + pickle.BUILD
-    )
-    empty = call(
-        "numpy.core.multiarray",
-        "_reconstruct",
-        b"cnumpy\nndarray\n",
-        pickle.MARK + number(0) + pickle.TUPLE,
-        string(b"b"),
-    )
-    shape = pickle.MARK + b"".join(map(number, array.shape)) + pickle.TUPLE
-    items = pickle.EMPTY_LIST + pickle.MARK + b"".join(map(number, labels)) + pickle.APPENDS
-    with file.open("wb") as stream:
-        stream.write(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK + string(b"data"))
-        stream.write(
-            empty
-            + pickle.MARK
-            + number(1)
-            + shape
-            + dtype
-            + pickle.NEWFALSE
-            + pickle.BINSTRING
-            + struct.pack("<i", array.nbytes)
-        )
-        array.tofile(stream)
-        stream.write(
-            pickle.TUPLE + pickle.BUILD + string(b"labels") + items + pickle.SETITEMS + pickle.STOP
-        )
 
 
 def write_hdf5(root: Path, images: Encoded) -> None:

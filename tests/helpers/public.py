@@ -16,9 +16,11 @@ PUBLIC = {
         draw_loss_map loss_map
     """,
     "lightning_maml.datamodules": """
-        ClassImages EasyFSLDataModule EpisodeTransforms EpisodicDataModule FewShotDataModule
-        GlyphsDataModule ImageFolderDataModule Learn2LearnDataModule MiniImageNetDataModule
-        OmniglotDataModule TorchmetaDataModule load_images meta_batch relabelled task_of_examples
+        CIFARFSDataModule CUBDataModule ClassImages EasyFSLDataModule EpisodeTransforms
+        EpisodicDataModule FC100DataModule FewShotDataModule GlyphsDataModule
+        ImageFolderDataModule Learn2LearnDataModule MiniImageNetDataModule OmniglotDataModule
+        SinusoidDataModule TieredImageNetDataModule TorchmetaDataModule load_images meta_batch
+        relabelled task_of_examples
     """,
     "lightning_maml.theory": """
         Convergence FiniteSumMoments MomentConstants PathError ResamplingBatches Rule Sizes

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lightning_maml.datamodules.messages import first_five
-from lightning_maml.datamodules.mini_imagenet.pickles import read_pickle
+from lightning_maml.datamodules.images.pickles import check_is_dictionary, read_entries
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.errors import UserModuleNotFoundError, UserValueError
 
@@ -44,9 +43,9 @@ def open_cache_pickle(file: Path, size: int) -> Split:
     Raises:
         ValueError: If it holds anything else.
     """
-    images, class_dict = _entries(file, read_pickle(file), "image_data", "class_dict")
+    images, class_dict = read_entries(file, "image_data", "class_dict")
     _check_images(file, images, size)
-    _check_dictionary(f"'class_dict' of {file}", class_dict)
+    check_is_dictionary(f"'class_dict' of {file}", class_dict)
     # first of all: a small pickle may hold one list of numbers very often
     lengths = [len(numbers) for numbers in class_dict.values() if isinstance(numbers, Sized)]
     if sum(lengths) > len(images):
@@ -70,7 +69,7 @@ def open_category_pickle(file: Path, size: int) -> Split:
     Raises:
         ValueError: If it holds anything else.
     """
-    images, labels = _entries(file, read_pickle(file), "data", "labels")
+    images, labels = read_entries(file, "data", "labels")
     _check_images(file, images, size)
     labels = _whole_numbers(f"'labels' of {file}", labels)
     if len(labels) != len(images):
@@ -80,23 +79,6 @@ def open_category_pickle(file: Path, size: int) -> Split:
         )
     rows = {str(number): np.flatnonzero(labels == number) for number in np.unique(labels)}
     return _split(file, images, rows)
-
-
-def _entries(file: Path, content: Any, *names: str) -> list[Any]:
-    _check_dictionary(str(file), content)
-    if not set(names) <= set(content):
-        raise UserValueError(
-            f"Expected {file} to hold {' and '.join(map(repr, names))} but it holds "
-            f"{first_five([*map(repr, content)]) or 'nothing'}."
-        )
-    return [content[name] for name in names]
-
-
-def _check_dictionary(what: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        got = type(value).__name__
-        # no TypeError, as it is the file that is wrong
-        raise UserValueError(f"Expected {what} to be a dictionary but got {got}.")
 
 
 def _check_images(what: object, images: Any, size: int) -> None:

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from lightning_maml.datamodules.messages import first_five
 from lightning_maml.errors import UserValueError
 
-_LARGE = 1 << 16  # bytes; a string of this size or larger is left in the file
+_LARGE = 1 << 12  # bytes; a string of this size or larger is left in the file
 
 
 def read_pickle(file: Path) -> Any:
@@ -44,6 +45,34 @@ def read_pickle(file: Path) -> Any:
                 f"Expected {file} to be a whole pickle but it is cut short or damaged "
                 f"({type(error).__name__}: {error}); download it again."
             ) from error
+
+
+def read_entries(file: Path, *names: str) -> list[Any]:
+    """Read a pickled dictionary, as :func:`read_pickle` does, and return some of its entries.
+
+    Raises:
+        ValueError: If the file is damaged, or holds no dictionary with these entries.
+    """
+    content = read_pickle(file)
+    check_is_dictionary(str(file), content)
+    if not set(names) <= set(content):
+        raise UserValueError(
+            f"Expected {file} to hold {' and '.join(map(repr, names))} but it holds "
+            f"{first_five([*map(repr, content)]) or 'nothing'}."
+        )
+    return [content[name] for name in names]
+
+
+def check_is_dictionary(what: str, value: Any) -> None:
+    """Check that what was read is a dictionary.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, dict):
+        got = type(value).__name__
+        # no TypeError, as it is the file that is wrong
+        raise UserValueError(f"Expected {what} to be a dictionary but got {got}.")
 
 
 def _unpickle(mapped: mmap.mmap) -> Any:

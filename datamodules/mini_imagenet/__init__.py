@@ -1,1 +1,0 @@
-"""mini-ImageNet, in the forms in which it is passed around."""

@@ -1,0 +1,210 @@
+"""tiered-ImageNet: every form gives the same episodes and colours, and wrong files are refused."""
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.python2_pickles import write_python2_pickle
+from helpers.tiered_imagenet_files import CLASSES, LAYOUTS, Images, draw_images, png
+from lightning_maml.datamodules import TieredImageNetDataModule
+
+pytestmark = pytest.mark.cpu_only  # files
+
+PER_CLASS = 3
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    return draw_images(PER_CLASS)
+
+
+@pytest.fixture(scope="module")
+def layouts(images: Images, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each form in a folder of its own; not to be changed."""
+    roots = {name: tmp_path_factory.mktemp("form") for name in LAYOUTS}
+    for name, write in LAYOUTS.items():
+        write(roots[name], images)
+    return roots
+
+
+@pytest.fixture
+def copy_of(layouts: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    def copy(name: str) -> Path:
+        ignored = shutil.ignore_patterns("*.pt")
+        return Path(shutil.copytree(layouts[name], tmp_path / "copy", ignore=ignored))
+
+    return copy
+
+
+def prepared(root: Path, **arguments) -> TieredImageNetDataModule:
+    settings = {"shots": 1, "queries": 2, "meta_batch_size": 2, "seed": 3} | arguments
+    module = TieredImageNetDataModule(str(root), **settings)
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def first_batches(module: TieredImageNetDataModule) -> list[torch.Tensor]:
+    loaders = (module.train_dataloader(), module.val_dataloader(), module.test_dataloader())
+    return [tensor for loader in loaders for tensor in next(iter(loader))]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_form_gives_the_same_episodes(
+    name: str, layouts: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = first_batches(prepared(layouts["pickles of PNGs"]))
+    assert expected[0].shape == (2, 5, 3, 84, 84)
+    assert expected[0].dtype == torch.uint8
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        found = first_batches(prepared(layouts[name]))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (
+        f"tiered-ImageNet from the {name.partition(',')[0]} in {layouts[name]}: train 351 classes, "
+        "1053 images; val 97 classes, 291 images; test 160 classes, 480 images" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_form_gives_the_colours_of_each_class(
+    name: str, layouts: dict[str, Path], images: Images
+) -> None:
+    module = prepared(layouts[name])
+    for split, (pixels, labels) in images.items():
+        read = module.class_images(split)
+        assert len(read.members) == CLASSES[split]
+        for label, rows in [*enumerate(read.members)][::9]:
+            expected = pixels[labels == label]
+            assert np.array_equal(read.images[rows].permute(0, 2, 3, 1), expected)
+
+
+def test_a_second_run_reads_the_cache_and_changed_files_are_decoded_anew(
+    copy_of: Callable[[str], Path],
+) -> None:
+    root = copy_of("npz archives")
+    prepared(root)
+    caches = sorted(root.glob("*.pt"))
+    assert [cache.name for cache in caches] == [
+        f"tiered_imagenet_{split}_84.pt" for split in ("test", "train", "val")
+    ]
+    times = [cache.stat().st_mtime_ns for cache in caches]
+    prepared(root)
+    assert [cache.stat().st_mtime_ns for cache in caches] == times
+    os.utime(root / "val_labels.pkl", ns=(1, 1))
+    with pytest.warns(UserWarning, match="out of date"):
+        prepared(root)
+    changed = [cache.stat().st_mtime_ns for cache in caches]
+    assert [a == b for a, b in zip(changed, times, strict=True)] == [True, True, False]
+
+
+def test_pickles_are_read_by_their_own_mapped_bytes(layouts: dict[str, Path]) -> None:
+    """PNGs of over 4 kB stay in the file until they are decoded."""
+    from lightning_maml.datamodules.images.pickles import read_pickle
+
+    noise = np.random.RandomState(0).randint(0, 256, (84, 84, 3), np.uint8)
+    file = layouts["pickles of PNGs"] / "noise.pkl"
+    write_python2_pickle(file, [np.frombuffer(png(noise), np.uint8)])
+    [read] = read_pickle(file)
+    assert len(read) > 1 << 12
+    assert not read.flags.owndata
+    base = read.base
+    while isinstance(base, np.ndarray):
+        base = base.base
+    assert isinstance(base, memoryview)
+
+
+def test_missing_files_are_named(tmp_path: Path, copy_of: Callable[[str], Path]) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        prepared(tmp_path)
+    for text in (
+        "Expected tiered-ImageNet",
+        "train_images_png.pkl",
+        "train_images.npz",
+        "few-shot",
+    ):
+        assert text in str(error.value)
+    root = copy_of("pickles of PNGs")
+    (root / "val_labels.pkl").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"labels of val_images_png.pkl in .*val_labels.pkl"
+    ):
+        prepared(root)
+    (root / "test_images_png.pkl").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"train_images_png.pkl without test_images_png.pkl"
+    ):
+        prepared(root)
+
+
+WRONG_LABELS = {
+    r"'label_specific' but it holds 'labels'": {"labels": np.arange(3)},
+    r"to be an array of whole numbers but got list": {"label_specific": [1, 2]},
+    r"to be an array of whole numbers but got ndarray": {"label_specific": np.zeros(3)},
+    r"but got 351 train, 1 val, 160 test classes": {"label_specific": np.zeros(291, np.int32)},
+    r"hold 292 images, one for each of its labels, but got 291": {
+        "label_specific": np.arange(292, dtype=np.int32) % 97
+    },
+    r"hold 290 images, one for each of its labels, but got more": {
+        "label_specific": np.arange(290, dtype=np.int32) % 97
+    },
+}
+
+
+@pytest.mark.parametrize("message", WRONG_LABELS)
+@pytest.mark.parametrize("form", ["pickles of PNGs", "npz archives"])
+def test_wrong_labels_are_refused(message: str, form: str, copy_of: Callable[[str], Path]) -> None:
+    root = copy_of(form)
+    write_python2_pickle(root / "val_labels.pkl", WRONG_LABELS[message])
+    with pytest.raises(ValueError, match=message):
+        prepared(root)
+    assert not (root / "tiered_imagenet_val_84.pt").exists()
+
+
+def test_damaged_png_pickles_are_refused(copy_of: Callable[[str], Path], images: Images) -> None:
+    root = copy_of("pickles of PNGs")
+    file = root / "val_images_png.pkl"
+    encoded = [np.frombuffer(png(image), np.uint8) for image in images["val"][0]]
+
+    def refused(content: object, message: str) -> None:
+        write_python2_pickle(file, content)
+        with pytest.raises(ValueError, match=message):
+            prepared(root)
+
+    small = np.frombuffer(png(np.zeros((9, 9, 3), np.uint8)), np.uint8)
+    refused([*encoded[:-1], small], "image 290 of .* of 84 x 84 pixels but it has 9 x 9 pixels")
+    refused([*encoded[:-1], encoded[-1][:60]], "image 290 of .* download it again")
+    refused([*encoded[:-1], np.zeros(60, np.uint8)], "image 290 of .*cannot identify")
+    refused({"images": encoded}, "to be a list of PNG files as arrays but it is not")
+    refused(["a", "b"], "to be a list of PNG files as arrays but it is not")
+    file.write_bytes(pickle.dumps(os.system))
+    with pytest.raises(ValueError, match="nothing ran"):
+        prepared(root)
+
+
+def test_damaged_npz_archives_are_refused(copy_of: Callable[[str], Path]) -> None:
+    root = copy_of("npz archives, compressed")
+    file = root / "val_images.npz"
+    whole = file.read_bytes()
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            prepared(root)
+
+    np.savez(file, images=np.zeros((291, 32, 32, 3), np.uint8))
+    refused(r"uint8 \[N, 84, 84, 3\] but got uint8 \[291, 32, 32, 3\]")
+    np.savez(file, images=np.array([print] * 291))
+    refused(r"but got object \[291\]")
+    np.savez(file, pictures=np.zeros(3))
+    refused("npz archive with 'images' but it cannot be read")
+    file.write_bytes(whole[:2000])
+    refused("npz archive with 'images' but it cannot be read")
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])
+    refused("npz archive with 'images' but it cannot be read")
+    assert not (root / "tiered_imagenet_val_84.pt").exists()
