@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from PIL import Image
 from torch import nn
 
 import lightning_maml
+from helpers.cifar100_files import write_cifar100
+from helpers.cub_files import write_cub
 from helpers.folders import CONFIGS
 from helpers.mini_imagenet_files import CLASSES
+from helpers.tiered_imagenet_files import draw_images, write_npz
 from lightning_maml import FOMAML, HFMAML, MAML, Conv4, ProtoNet
 from lightning_maml.cli import last_checkpoint, main, run
 from lightning_maml.datamodules import omniglot
@@ -27,6 +31,16 @@ from lightning_maml.datamodules.images.cache import DecodedImages, write_cache
 from lightning_maml.networks.kinks import kinks
 
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+SMOOTH_AND_NOT = [
+    *(
+        f"{name}_5w{shots}s"
+        for name in ("cifar_fs", "fc100", "tiered_imagenet", "cub")
+        for shots in (1, 5)
+    ),
+    *("sinusoid_5shot", "sinusoid_10shot"),
+]
+"""Settings with a smooth network for HF-MAML, and one with kinks for the others."""
+
 SMALL = [
     *("--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
     *("--data.train_batches=3", "--data.val_tasks=4", "--data.test_tasks=20"),
@@ -62,6 +76,16 @@ def mini_imagenet_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def other_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-100, tiered-ImageNet and CUB-200-2011, with enough images for every config."""
+    root = tmp_path_factory.mktemp("others")
+    write_cifar100(root / "cifar-100-python", train=15, test=5)
+    write_cub(root, per_class=21)
+    write_npz(root / "tiered-imagenet", draw_images(per_class=20))
+    return root
+
+
 @pytest.fixture(autouse=True)
 def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-maml"])
@@ -91,25 +115,33 @@ def test_all_promised_configs_are_there() -> None:
         for setting in settings
         for algorithm in ("maml", "fomaml", "hfmaml")
     ]
-    assert (
-        sorted(
-            [
-                *names,
-                "glyphs_protonet",
-                "glyphs_maml_mse",
-                "mini_imagenet_5w1s_hfmaml_smooth",
-                "mini_imagenet_5w5s_hfmaml_smooth",
-            ]
-        )
-        == NAMES
-    )
+    smooth = [
+        f"{setting}_{algorithm}"
+        for setting in SMOOTH_AND_NOT
+        for algorithm in ("maml", "fomaml", "hfmaml_smooth")
+    ]
+    others = [f"mini_imagenet_5w{shots}s_hfmaml_smooth" for shots in (1, 5)]
+    assert sorted([*names, *smooth, *others, "glyphs_protonet", "glyphs_maml_mse"]) == NAMES
+
+
+@pytest.fixture
+def root_of(
+    omniglot_root: Path, mini_imagenet_root: Path, other_root: Path
+) -> Callable[[str], Path | None]:
+    def find(name: str) -> Path | None:
+        dataset = name.split("_")[0]
+        if dataset in ("glyphs", "sinusoid"):
+            return None
+        return {"omniglot": omniglot_root, "mini": mini_imagenet_root}.get(dataset, other_root)
+
+    return find
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_config_runs(
-    name: str, in_tmp_path: Path, omniglot_root: Path, mini_imagenet_root: Path
+    name: str, in_tmp_path: Path, root_of: Callable[[str], Path | None]
 ) -> None:
-    root = {"omniglot": omniglot_root, "mini": mini_imagenet_root}.get(name.split("_")[0])
+    root = root_of(name)
     few = [f"--data.root={root}", "--data.meta_batch_size=1"] if root else []
     on_the_papers_network = name.startswith("mini_imagenet_5w") and name.endswith("_hfmaml")
     with (
@@ -131,9 +163,8 @@ def test_every_shipped_config_runs(
         type(cli.model)
         is {"maml": MAML, "fomaml": FOMAML, "hfmaml": HFMAML, "protonet": ProtoNet}[algorithm]
     )
-    assert bool(kinks(cli.model.network)) == (
-        name.startswith("mini_imagenet_5w") and not name.endswith("_smooth")
-    )
+    with_kinks = name.startswith(("mini_imagenet_5w", *SMOOTH_AND_NOT))
+    assert bool(kinks(cli.model.network)) == (with_kinks and not name.endswith("_smooth"))
     assert cli.trainer.global_step == 1
 
 
