@@ -25,6 +25,7 @@ from lightning_maml import MAML, Episodes, ProtoNet
 from speed import peak_mb
 
 WAYS, QUERIES, STEPS, REPEATS = 5, 15, 5, 3
+RATE = 1e-3  # random weights do not bear more
 
 
 class LowRank(nn.Module):
@@ -74,13 +75,13 @@ def prototypes(network: nn.Module) -> ProtoNet:
 
 def head(network: nn.Module) -> MAML:
     """ANIL on a frozen body."""
-    return MAML(frozen(network), 0.1, STEPS, adapt="head", batch_norm="running")
+    return MAML(frozen(network), RATE, STEPS, adapt="head", batch_norm="running")
 
 
 def biases(network: nn.Module) -> MAML:
     """The biases and the head adapt, and they alone are trained."""
     names = [head_of(network), "*.bias"]
-    return MAML(frozen(network, ".bias"), 0.1, STEPS, adapt=names, batch_norm="running")
+    return MAML(frozen(network, ".bias"), RATE, STEPS, adapt=names, batch_norm="running")
 
 
 def low_rank(network: nn.Module) -> MAML:
@@ -89,12 +90,12 @@ def low_rank(network: nn.Module) -> MAML:
         if isinstance(layer, nn.Linear) and name != head_of(network):
             register_parametrization(layer, "weight", LowRank(layer.weight))
     names = [head_of(network), "*.down", "*.up"]
-    return MAML(frozen(network, ".down", ".up"), 0.1, STEPS, adapt=names, batch_norm="running")
+    return MAML(frozen(network, ".down", ".up"), RATE, STEPS, adapt=names, batch_norm="running")
 
 
 def everything(network: nn.Module) -> MAML:
     """All parameters adapt and are trained."""
-    return MAML(network.eval(), 0.1, STEPS, batch_norm="running")
+    return MAML(network.eval(), RATE, STEPS, batch_norm="running")
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {"resnet18": resnet, "vit_tiny": vit}

@@ -1,22 +1,24 @@
 """CIFAR-100 in its two few-shot splits: CIFAR-FS and FC100, 100 classes of 600 images each."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import download_and_extract_archive
 
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.images.pickles import read_entries
-from lightning_maml.datamodules.messages import first_five
+from lightning_maml.datamodules.messages import first_five, say_what_was_found
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.errors import UserFileNotFoundError, UserValueError
 
-CLASSES = 100
+CLASSES, IMAGES = 100, 600
+"""How many classes, and images of each."""
+
 _FOLDER = CIFAR100.base_folder  # as its archive unpacks
 _FILES = ("train", "test", "meta")
 
@@ -44,7 +46,8 @@ class _CIFAR100DataModule(EpisodicDataModule):
 
     def prepare_data(self) -> None:
         """Download or unpack the archive, unless the files are there."""
-        if _find_files(self.root) is None and self._download:
+        archive_is_there = (self.root / CIFAR100.filename).is_file()
+        if _find_files(self.root) is None and (self._download or archive_is_there):
             try:
                 download_and_extract_archive(
                     CIFAR100.url, str(self.root), filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
@@ -55,21 +58,24 @@ class _CIFAR100DataModule(EpisodicDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Say what was found, and read the splits that ``stage`` needs."""
         images = self._images()
-        sizes = (
-            f"{split} {len(names)} classes, {sum(len(images.rows[name]) for name in names)} images"
-            for split, names in split_names(images.rows, self.held_out).items()
+        sizes = {
+            split: [len(images.rows[name]) for name in names]
+            for split, names in divided(images.rows, self.held_out).items()
+        }
+        say_what_was_found(
+            "CIFAR-100",
+            str(images.folder),
+            sizes,
+            {split: IMAGES * len(of_split) for split, of_split in sizes.items()},
         )
-        rank_zero_info(f"CIFAR-100 from {images.folder}: {'; '.join(sizes)}")
         super().setup(stage)
 
     def class_images(self, split: str) -> ClassImages:
         """Return the images of a split."""
         images = self._images()
         rows = images.rows
-        names = split_names(rows, self.held_out)[split]
-        ends = np.cumsum([len(rows[name]) for name in names])
-        of_split = torch.from_numpy(np.concatenate([rows[name] for name in names]))
-        return ClassImages(images.pixels[of_split], np.split(np.arange(ends[-1]), ends[:-1]), names)
+        names = divided(rows, self.held_out)[split]
+        return ClassImages(images.pixels, [rows[name] for name in names], names)
 
     def _images(self) -> "CIFAR100Images":
         if self._read is None:
@@ -89,8 +95,8 @@ class CIFARFSDataModule(_CIFAR100DataModule):
             they contain.
         queries: Query images per class.
         meta_batch_size: Tasks per optimizer step and process.
-        download: Whether to download the archive (169 MB) into ``root``, or unpack it if it is
-            there, where the files are missing.
+        download: Whether to download the archive (169 MB) into ``root`` where the files are
+            missing. If it is there, it is unpacked in any case.
         **options: Arguments of :class:`EpisodicDataModule`, such as ``ways``, ``shots``,
             ``test_tasks``, ``regime``, ``transforms`` and ``seed``.
 
@@ -127,8 +133,8 @@ class FC100DataModule(_CIFAR100DataModule):
             they contain.
         queries: Query images per class.
         meta_batch_size: Tasks per optimizer step and process.
-        download: Whether to download the archive (169 MB) into ``root``, or unpack it if it is
-            there, where the files are missing.
+        download: Whether to download the archive (169 MB) into ``root`` where the files are
+            missing. If it is there, it is unpacked in any case.
         **options: Arguments of :class:`EpisodicDataModule`, such as ``ways``, ``shots``,
             ``test_tasks``, ``regime``, ``transforms`` and ``seed``.
 
@@ -175,7 +181,7 @@ class CIFAR100Images(NamedTuple):
     rows: dict[str, np.ndarray]
 
 
-def split_names(names: Any, held_out: dict[str, str]) -> dict[str, list[str]]:
+def divided(names: Iterable[str], held_out: dict[str, str]) -> dict[str, list[str]]:
     """Return the class names of each split, in the order of ``names``.
 
     Args:
@@ -185,6 +191,7 @@ def split_names(names: Any, held_out: dict[str, str]) -> dict[str, list[str]]:
     Raises:
         ValueError: If a name of a class that is held out is not there.
     """
+    names = [*names]
     of_split = {split: set(words.split()) for split, words in held_out.items()}
     missing = sorted(set().union(*of_split.values()) - set(names))
     if missing:

@@ -1,19 +1,21 @@
 """CUB-200-2011: 11,788 photographs of 200 species of birds (Wah et al. 2011)."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.images.files import CachedImageFiles, OnCorrupt, check_on_corrupt
 from lightning_maml.datamodules.images.folders import list_class_folders
-from lightning_maml.datamodules.messages import first_five
+from lightning_maml.datamodules.messages import first_five, say_what_was_found
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.errors import UserFileNotFoundError, UserValueError
 
 SPECIES = 200
+IMAGES = {"train": 5885, "val": 2950, "test": 2953}
+"""Photographs in each split, 11,788 in all."""
+
 _FOLDER = "CUB_200_2011"  # as its archive unpacks
 
 
@@ -74,11 +76,11 @@ class CUBDataModule(EpisodicDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Say what was found, and read the splits that ``stage`` needs."""
         _, species = self._find()
-        sizes = (
-            f"{split} {len(names)} classes, {sum(len(species[name]) for name in names)} images"
+        sizes = {
+            split: [len(species[name]) for name in names]
             for split, names in split_species(species).items()
-        )
-        rank_zero_info(f"CUB-200-2011 from {find_birds(self.root)}: {'; '.join(sizes)}")
+        }
+        say_what_was_found("CUB-200-2011", str(find_birds(self.root)), sizes, IMAGES)
         super().setup(stage)
 
     def class_images(self, split: str) -> ClassImages:
@@ -101,12 +103,13 @@ class CUBDataModule(EpisodicDataModule):
         return self._found
 
 
-def split_species(names: Any) -> dict[str, list[str]]:
+def split_species(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the species of each split (Chen et al. 2019).
 
     Args:
         names: The names of all species, ``002.Laysan_Albatross``.
     """
+    names = [*names]
     turns = {"train": (1, 3), "val": (2,), "test": (0,)}  # of the species' number, by fours
     return {
         split: [name for name in names if int(name[:3]) % 4 in of_split]
@@ -120,7 +123,7 @@ def find_birds(root: Path) -> Path:
     Raises:
         FileNotFoundError: If it is not there.
     """
-    for folder in (root / _FOLDER, root):
+    for folder in (root / _FOLDER, root / _FOLDER / _FOLDER, root):
         if (folder / "images").is_dir():
             return folder
     raise UserFileNotFoundError(
@@ -149,7 +152,8 @@ def list_species(folder: Path) -> dict[str, list[Path]]:
         )
     listed = folder / "images.txt"
     if listed.is_file():
-        names = {line.split()[1] for line in listed.read_text().splitlines() if line.strip()}
+        lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
+        names = {line.partition(" ")[2].strip() for line in lines} - {""}
         found = {f"{name}/{file.name}" for name, files in species.items() for file in files}
         missing = sorted(names - found)
         if missing:

@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes
 from lightning_maml.datamodules.base import EpisodicDataModule, Regime
 from lightning_maml.datamodules.drawing import TaskKey, task_words, uniform
-from lightning_maml.datamodules.sampler import TaskDataset, TaskSizes
+from lightning_maml.datamodules.sampler import ClassImages, TaskDataset, TaskSizes
+from lightning_maml.errors import UserTypeError
 
 AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
 """The least and the largest of each, which are drawn uniformly."""
@@ -83,6 +84,13 @@ class SinusoidDataModule(EpisodicDataModule):
             hessian_shots=hessian_shots,
             seed=seed,
             num_workers=num_workers,
+        )
+
+    def class_images(self, split: str) -> ClassImages:
+        """Refuse: sinusoids are no images."""
+        raise UserTypeError(
+            f"Expected a datamodule of images but got {type(self).__name__}, which has none; take "
+            "its loaders, or `independent_episodes`."
         )
 
     def _tasks(self, split: str, sizes: TaskSizes) -> "SinusoidTasks":

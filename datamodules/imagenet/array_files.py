@@ -52,7 +52,7 @@ def open_cache_pickle(file: Path, size: int) -> Split:
         raise _not_shared_out(file, images)
     rows = {}
     for name in sorted(class_dict, key=str):
-        rows[str(name)] = _whole_numbers(f"'class_dict' of {file}", class_dict[name])
+        rows[str(name)] = whole_numbers(f"'class_dict' of {file}", class_dict[name])
     return _split(file, images, rows)
 
 
@@ -71,7 +71,7 @@ def open_category_pickle(file: Path, size: int) -> Split:
     """
     images, labels = read_entries(file, "data", "labels")
     _check_images(file, images, size)
-    labels = _whole_numbers(f"'labels' of {file}", labels)
+    labels = whole_numbers(f"'labels' of {file}", labels)
     if len(labels) != len(images):
         raise UserValueError(
             f"Expected 'labels' of {file} to be as many as its {len(images)} images but got "
@@ -92,7 +92,16 @@ def _check_images(what: object, images: Any, size: int) -> None:
     )
 
 
-def _whole_numbers(what: str, value: Any) -> np.ndarray:
+def whole_numbers(what: str, value: Any) -> np.ndarray:
+    """Return a list or array of whole numbers as an array.
+
+    Args:
+        what: What it is, for the message.
+        value: What was read.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
     # nested lists are refused before numpy reads them: they may hold one item 2^30 times
     is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)
     numbers = np.asarray(value) if is_list or isinstance(value, np.ndarray) else np.empty((0, 0))

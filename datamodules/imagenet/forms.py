@@ -102,6 +102,8 @@ def _matches_below(
 ) -> list[tuple[str, Places]]:
     """Return the forms that are complete in the only folder of ``root`` that has any.
 
+    Folders with files of the dataset go before those that only have class folders.
+
     Raises:
         ValueError: If there are several such folders.
     """
@@ -112,6 +114,8 @@ def _matches_below(
             matches = _matches(forms, folder, incomplete)
             if matches:
                 found.append(matches)
+    # any few-shot dataset may have class folders, files have names of their own
+    found = [matches for matches in found if not forms[matches[0][0]].in_folders] or found
     if len(found) > 1:
         names = first_five([places["train"].parent for (_, places), *_ in found])
         raise UserValueError(

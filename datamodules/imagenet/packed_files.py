@@ -1,7 +1,7 @@
 """Files that hold the images of a split of tiered-ImageNet: pickles of PNGs, and npz archives."""
 
+import shutil
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,21 +12,26 @@ from typing import IO
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from lightning_maml.datamodules.imagenet.array_files import Split
+from lightning_maml.datamodules.imagenet.array_files import Split, whole_numbers
 from lightning_maml.datamodules.imagenet.forms import Opened, Places, cache_name
 from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
 from lightning_maml.datamodules.images.files import OnCorrupt, rows_of_classes
-from lightning_maml.datamodules.images.pickles import read_entries, read_pickle
+from lightning_maml.datamodules.images.pickles import check_is_dictionary, read_pickle
+from lightning_maml.datamodules.messages import first_five
 from lightning_maml.datamodules.sampler import ClassImages
-from lightning_maml.errors import UserFileNotFoundError, UserValueError
+from lightning_maml.errors import UserFileNotFoundError, UserOSError, UserValueError
 
 Unpack = Callable[[Path, int], Iterator[np.ndarray]]
 """Yields the images of a file, uint8 ``[n, size, size, 3]``, RGB, some at a time."""
 
 _CHUNK = 1024  # images
+_RULES = "1: RGB, whatever the order of channels in the file"
+"""Version of how files become pixels. Caches of another version are made anew."""
 
 
 def open_packed(
@@ -85,7 +90,8 @@ class PackedSplit:
         # the classes of each split are numbered from 0
         self._names = [f"{name} {number}" for number in numbers]
         stats = [file.stat() for file in (images, labels)]
-        self._source = str([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+        states = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        self._source = f"{_RULES}\n{images.name} {states}"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -102,6 +108,7 @@ class PackedSplit:
         if self._read() is not None:
             return
         count, done = len(self._labels), 0
+        self._check_room(count * self._size**2 * 3)
         images = torch.empty(count, self._size, self._size, 3, dtype=torch.uint8, device="cpu")
         with tqdm(total=count, desc=f"Decoding {self._name} once", unit="image") as bar:
             for part in self._unpack(self._images, self._size):
@@ -112,6 +119,7 @@ class PackedSplit:
                 bar.update(len(part))
         if done < count:
             raise self._other_count(str(done))
+        self._warn_of_other_colours(images)
         decoded = DecodedImages(images, torch.from_numpy(self._labels), self._names, [])
         write_cache(self._cache, self._source, decoded)
 
@@ -133,6 +141,24 @@ class PackedSplit:
         shape = (len(self._labels), self._size, self._size, 3)
         return read_cache(self._cache, self._source, shape)
 
+    def _check_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self._cache.parent).free
+        if free < needed:
+            raise UserOSError(
+                f"Expected {needed / 1e6:.0f} MB of free disk in {self._cache.parent} for the "
+                f"decoded images but got {free / 1e6:.0f} MB; make room, or choose another `root`, "
+                "with links to the data."
+            )
+
+    def _warn_of_other_colours(self, images: Tensor) -> None:
+        red, _, blue = images[:: max(1, len(images) // 1000)].double().mean((0, 1, 2)).tolist()
+        if blue > red:
+            rank_zero_warn(
+                f"The images of {self._images} are more blue than red in the mean, unlike "
+                "ImageNet's: their channels may lie in another order. Look at an episode, "
+                "EpisodePictures draws one."
+            )
+
     def _other_count(self, got: str) -> ValueError:
         return UserValueError(
             f"Expected {self._images} to hold {len(self._labels)} images, one for each of its "
@@ -141,14 +167,16 @@ class PackedSplit:
 
 
 def _read_labels(file: Path) -> np.ndarray:
-    """Return the class number of each image."""
-    [labels] = read_entries(file, "label_specific")
-    if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
+    """Return the class number of each image: of Ren et al. 2018, or as MetaOptNet has them."""
+    content = read_pickle(file)
+    check_is_dictionary(str(file), content)
+    key = next((key for key in ("label_specific", "labels") if key in content), None)
+    if key is None:
         raise UserValueError(
-            f"Expected 'label_specific' of {file} to be an array of whole numbers but got "
-            f"{type(labels).__name__} of another kind."
+            f"Expected {file} to hold 'label_specific' or 'labels' but it holds "
+            f"{first_five([*map(repr, content)]) or 'nothing'}."
         )
-    return labels
+    return whole_numbers(f"{key!r} of {file}", content[key])
 
 
 def unpack_pngs(file: Path, size: int) -> Iterator[np.ndarray]:
@@ -208,21 +236,20 @@ def _images_in(file: Path) -> Iterator[IO[bytes]]:
     try:
         with zipfile.ZipFile(file) as archive, archive.open("images.npy") as stream:
             yield stream
-    except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as error:
+    except UserValueError:
+        raise
+    except Exception as error:  # zipfile and numpy raise many kinds on damaged files
         raise _damaged(file, str(error)) from error
 
 
 def _count_of_images(file: Path, stream: IO[bytes], size: int) -> int:
     """Read the header of an array, check it, and return how many images follow."""
-    try:
-        version = np.lib.format.read_magic(stream)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, in_fortran_order, dtype = read_header(stream)
-    except (ValueError, KeyError) as error:
-        raise _damaged(file, str(error)) from error
+    version = np.lib.format.read_magic(stream)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, in_fortran_order, dtype = read_header(stream)
     if shape[1:] != (size, size, 3) or dtype != np.uint8 or in_fortran_order:
         raise UserValueError(
             f"Expected 'images' of {file} to be uint8 [N, {size}, {size}, 3] but got {dtype} "

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.class_splits import check_disjoint
 from lightning_maml.datamodules.imagenet.forms import Form, Layout, find_layout
 from lightning_maml.datamodules.images.files import OnCorrupt, check_on_corrupt
+from lightning_maml.datamodules.messages import say_what_was_found
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.errors import UserValueError
 
@@ -32,6 +31,8 @@ class ImageNetSubset(EpisodicDataModule):
     """Name of the dataset, for messages and caches."""
     classes: ClassVar[dict[str, int]]
     """Number of classes in each split."""
+    images: ClassVar[dict[str, int] | None] = None
+    """Number of images in each split, if they are to be checked."""
     authors: ClassVar[str]
     """Whose split it is."""
     forms: ClassVar[Mapping[str, Form]]
@@ -59,13 +60,10 @@ class ImageNetSubset(EpisodicDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Say what was found, and read the splits that ``stage`` needs."""
         layout = self._found()
-        sizes = (
-            f"{split} {len(part.sizes)} classes, {sum(part.sizes.values())} images"
-            for split, part in layout.opened.splits.items()
-        )
-        rank_zero_info(
-            f"{self.dataset} from the {layout.name} in {layout.folder}: {'; '.join(sizes)}"
-        )
+        splits = layout.opened.splits
+        sizes = {split: [*part.sizes.values()] for split, part in splits.items()}
+        where = f"the {layout.name} in {layout.folder}"
+        say_what_was_found(self.dataset, where, sizes, self.images)
         super().setup(stage)
 
     def class_images(self, split: str) -> ClassImages:

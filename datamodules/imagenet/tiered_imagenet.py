@@ -71,11 +71,15 @@ class TieredImageNetDataModule(ImageNetSubset):
 
     dataset: ClassVar[str] = NAME
     classes: ClassVar[dict[str, int]] = {"train": 351, "val": 97, "test": 160}
+    images: ClassVar[dict[str, int] | None] = {"train": 448_695, "val": 124_261, "test": 206_209}
     authors: ClassVar[str] = "Ren et al. 2018"
     forms: ClassVar[Mapping[str, Form]] = {
         "pickles of PNGs": Form(
-            split_names("{}_images_png.pkl"),
-            "of Ren et al. 2018, with train_labels.pkl, ...: "
+            {
+                split: (f"{split}_images_png.pkl", f"tiered-imagenet-{split}_images_png.pkl")
+                for split in ("train", "val", "test")
+            },
+            "of Ren et al. 2018, with train_labels.pkl, ...: zenodo.org/record/7978538, "
             "github.com/renmengye/few-shot-ssl-public, or Google Drive "
             "1g1aIDy2Ar_MViF2gDXFYDBTR-HYecV07",
             partial(open_packed, unpack_pngs, NAME),

@@ -90,7 +90,7 @@ from lightning_maml.networks.functional_network import (
     FunctionalNetwork,
     HeadDoesNotEndError,
 )
-from lightning_maml.networks.head_body import Part, PartName, adapting, head_of
+from lightning_maml.networks.head_body import Part, PartName, adapting, head_of, plain_part
 from lightning_maml.networks.kinks import weight_normed
 from lightning_maml.networks.stacking_trial import Verdict
 
@@ -180,6 +180,7 @@ class AdaptingModule(EpisodicModule):
             metrics,
             metrics_over,
         )
+        adapt = None if adapt is None else plain_part(adapt)
         inner_lr, train_steps = _plain_rate(inner_lr), whole_number(train_steps, "train_steps")
         test_steps = None if test_steps is None else whole_number(test_steps, "test_steps")
         chunk_size = None if chunk_size is None else whole_number(chunk_size, "chunk_size")

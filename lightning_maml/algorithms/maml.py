@@ -81,7 +81,7 @@ class MAML(AdaptingModule):
             by default one; with ``"vmap"``, by default all; with ``"auto"``, by default as many as
             suit their size.
         adapt: Which parameters take the inner steps, ``"all"``, ``"head"`` or ``"body"``, or a list
-            of names of parameters and modules, in which ``*`` stands for anything:
+            of names of parameters and modules, in which ``*`` stands for anything, dots included:
             ``["head", "*.bias"]``. The meta-optimizer trains all. By default what the class is
             named for: the head in :class:`ANIL`, the body in :class:`BOIL`, all in the others.
         head: Name of the submodule that is the head; by default the last one that has trainable

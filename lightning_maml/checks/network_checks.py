@@ -55,7 +55,7 @@ class NetworkChecks:
     """Checks whether a network can be trained with its loss on batches like a given one.
 
     Args:
-        part: Which parameters adapt: ``"all"``, ``"head"`` or ``"body"``.
+        part: Which parameters adapt: ``"all"``, ``"head"`` or ``"body"``, or names of them.
         head: Name of the head; None for the last layer.
         logits: Takes the logits from what the network returns.
 

@@ -1,8 +1,8 @@
 """The parameters that adapt in the inner loop: all, head (ANIL), body (BOIL), or those named."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -12,8 +12,25 @@ from lightning_maml.errors import UserValueError
 
 PartName = Literal["all", "head", "body"]
 Part = PartName | Sequence[str]
-"""A part of the network, or names of parameters and modules, in which ``*`` may stand for
-anything."""
+"""A part of the network, or names of parameters and modules, which may be patterns of the shell:
+``*`` stands for anything, dots included, ``?`` for one character, ``[01]`` for one of these."""
+
+
+def plain_part(part: Part) -> PartName | list[str]:
+    """Return ``"all"``, ``"head"``, ``"body"`` or a list of names.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if isinstance(part, str) and part in ("all", "head", "body"):
+        return cast(PartName, part)
+    names = [*part] if isinstance(part, Iterable) and not isinstance(part, str) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise UserValueError(
+            "Expected `adapt` to be 'all', 'head', 'body' or a list of names of parameters and "
+            f"modules but got {part!r}; if it is a name, put it in a list."
+        )
+    return names
 
 
 def adapting(network: nn.Module, part: Part, head: str | None = None) -> Params:
@@ -37,11 +54,7 @@ def adapting(network: nn.Module, part: Part, head: str | None = None) -> Params:
         >>> list(adapting(MLP(4, 3, hidden=[8]), ["*.bias"]))
         ['layers.1.bias', 'layers.3.bias']
     """
-    if isinstance(part, str) and part not in ("all", "head", "body"):
-        raise UserValueError(
-            "Expected `adapt` to be 'all', 'head', 'body' or a list of names of parameters and "
-            f"modules but got {part!r}; if it is a name, put it in a list."
-        )
+    part = plain_part(part)
     params: Params = {name: p for name, p in network.named_parameters() if p.requires_grad}
     if not params:
         raise UserValueError(
@@ -52,6 +65,11 @@ def adapting(network: nn.Module, part: Part, head: str | None = None) -> Params:
     if part == "all":
         return params
     if not isinstance(part, str):
+        if head is not None:
+            raise UserValueError(
+                f"Expected no `head` where `adapt` names what adapts but got {head!r}; leave it "
+                "out, or say adapt='head'."
+            )
         return _named(network, part)
     if head is None:
         _check_that_last_layer_trains(network)

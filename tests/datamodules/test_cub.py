@@ -61,12 +61,16 @@ def test_every_species_has_its_photographs(root: Path, caplog: pytest.LogCapture
 def test_equal_seeds_give_equal_episodes_wherever_the_tree_lies(root: Path, tmp_path: Path) -> None:
     tree = shutil.copytree(root / "CUB_200_2011", tmp_path / "birds")
     (tree / "images.txt").unlink()  # only the images were copied
+    nested = tmp_path / "nested" / "CUB_200_2011" / "CUB_200_2011"
+    shutil.copytree(tree, nested)
     for split in ("train", "val", "test"):
-        one, other = (
-            next(iter(getattr(prepared(place), f"{split}_dataloader")())) for place in (root, tree)
+        one, *others = (
+            next(iter(getattr(prepared(place), f"{split}_dataloader")()))
+            for place in (root, tree, tmp_path / "nested")
         )
         assert one.support_x.shape == (2, 5, 3, 32, 32)
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -88,3 +88,5 @@ def test_a_model_learns_them(tmp_path: Path, regime: str) -> None:
 def test_arguments_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="Expected `shots` to be at least 1 but got 0"):
         SinusoidDataModule(shots=0)
+    with pytest.raises(TypeError, match="Expected a datamodule of images but got Sinusoid"):
+        SinusoidDataModule().class_images("train")

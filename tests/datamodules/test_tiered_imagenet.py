@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from helpers.python2_pickles import write_python2_pickle
 from helpers.tiered_imagenet_files import CLASSES, LAYOUTS, Images, draw_images, png
 from lightning_maml.datamodules import TieredImageNetDataModule
+from lightning_maml.datamodules.images.pickles import read_pickle
 
 pytestmark = pytest.mark.cpu_only  # files
 
@@ -103,12 +105,9 @@ def test_a_second_run_reads_the_cache_and_changed_files_are_decoded_anew(
     assert [a == b for a, b in zip(changed, times, strict=True)] == [True, True, False]
 
 
-def test_pickles_are_read_by_their_own_mapped_bytes(layouts: dict[str, Path]) -> None:
-    """PNGs of over 4 kB stay in the file until they are decoded."""
-    from lightning_maml.datamodules.images.pickles import read_pickle
-
+def test_pngs_of_over_4_kb_stay_in_the_file_until_they_are_decoded(tmp_path: Path) -> None:
     noise = np.random.RandomState(0).randint(0, 256, (84, 84, 3), np.uint8)
-    file = layouts["pickles of PNGs"] / "noise.pkl"
+    file = tmp_path / "noise.pkl"
     write_python2_pickle(file, [np.frombuffer(png(noise), np.uint8)])
     [read] = read_pickle(file)
     assert len(read) > 1 << 12
@@ -117,6 +116,54 @@ def test_pickles_are_read_by_their_own_mapped_bytes(layouts: dict[str, Path]) ->
     while isinstance(base, np.ndarray):
         base = base.base
     assert isinstance(base, memoryview)
+
+
+def test_metaoptnets_labels_and_zenodos_names_are_read(
+    layouts: dict[str, Path], copy_of: Callable[[str], Path]
+) -> None:
+    """MetaOptNet numbers the classes of all splits together, in a list."""
+    expected = first_batches(prepared(layouts["pickles of PNGs"]))
+    root, first = copy_of("npz archives"), 0
+    for split, classes in CLASSES.items():
+        labels = (first + np.arange(classes).repeat(PER_CLASS)).tolist()
+        write_python2_pickle(root / f"{split}_labels.pkl", {"labels": labels})
+        first += classes
+    found = first_batches(prepared(root))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for file in layouts["pickles of PNGs"].glob("*.pkl"):
+        shutil.copy(file, root / f"tiered-imagenet-{file.name}")
+    for split in CLASSES:
+        (root / f"{split}_images.npz").unlink()
+        (root / f"{split}_labels.pkl").unlink()
+    found = first_batches(prepared(root))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_swapped_colours_full_disks_and_missing_images_are_said(
+    copy_of: Callable[[str], Path], images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copy_of("npz archives")
+    blue = images["val"][0].copy()
+    blue[..., 0] //= 2
+    np.savez(root / "val_images.npz", images=blue[..., ::-1])
+    with pytest.warns(UserWarning, match="val_images.npz are more blue than red"):
+        prepared(root)
+    with pytest.warns(UserWarning, match="other numbers of images than published .448695 train"):
+        prepared(root)
+    for cache in root.glob("*.pt"):
+        cache.unlink()
+    usage = shutil.disk_usage(root)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"MB of free disk in .* but got 1 MB; make room"):
+        prepared(root)
+
+
+def test_class_folders_of_another_dataset_are_no_obstacle(
+    layouts: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(layouts["class folders"], tmp_path / "another")
+    shutil.copytree(layouts["npz archives"], tmp_path / "tiered")
+    assert prepared(tmp_path)._found().folder == tmp_path / "tiered"
 
 
 def test_missing_files_are_named(tmp_path: Path, copy_of: Callable[[str], Path]) -> None:
@@ -143,9 +190,9 @@ def test_missing_files_are_named(tmp_path: Path, copy_of: Callable[[str], Path])
 
 
 WRONG_LABELS = {
-    r"'label_specific' but it holds 'labels'": {"labels": np.arange(3)},
-    r"to be an array of whole numbers but got list": {"label_specific": [1, 2]},
-    r"to be an array of whole numbers but got ndarray": {"label_specific": np.zeros(3)},
+    r"'label_specific' or 'labels' but it holds 'label_general'": {"label_general": np.arange(3)},
+    r"to hold lists of whole numbers but got list of another": {"labels": ["a", "b"]},
+    r"to hold lists of whole numbers but got ndarray of another": {"label_specific": np.zeros(3)},
     r"but got 351 train, 1 val, 160 test classes": {"label_specific": np.zeros(291, np.int32)},
     r"hold 292 images, one for each of its labels, but got 291": {
         "label_specific": np.arange(292, dtype=np.int32) % 97
@@ -201,6 +248,9 @@ def test_damaged_npz_archives_are_refused(copy_of: Callable[[str], Path]) -> Non
     np.savez(file, images=np.array([print] * 291))
     refused(r"but got object \[291\]")
     np.savez(file, pictures=np.zeros(3))
+    refused("npz archive with 'images' but it cannot be read")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("images.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((")
     refused("npz archive with 'images' but it cannot be read")
     file.write_bytes(whole[:2000])
     refused("npz archive with 'images' but it cannot be read")

@@ -76,7 +76,7 @@ def test_the_head_may_be_named_and_frozen_parameters_adapt_in_no_part() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adapt": "tail"}, "Expected `adapt` to be 'all', 'head' or 'body' but got 'tail'"),
+        ({"adapt": "tail"}, "Expected `adapt` to be 'all', 'head', 'body' or a list .* 'tail'"),
         (
             {"adapt": "head", "head": "fc"},
             "has some of the trainable parameters, but not all, but got 'fc'",
@@ -221,6 +221,8 @@ def of_rates(model: MAML) -> list[torch.Tensor]:
         (LSLR, {}),
         (MetaSGD, {}),
         (LSLR, {"adapt": "head"}),
+        (LSLR, {"adapt": ["0", "*.bias"]}),
+        (MetaSGD, {"adapt": ["*.weight"]}),
         (ANIL, {"inner_rates": "per_parameter"}),
     ],
 )

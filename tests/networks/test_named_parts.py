@@ -1,10 +1,12 @@
 """Parts of a network that are named, as ``adapt=["head", "*.bias"]``."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import register_parametrization
@@ -22,6 +24,7 @@ from helpers.networks import (
 )
 from helpers.trainers import trainer_in_double as trainer
 from lightning_maml import FOMAML, HFMAML, LSLR, MAML, Conv4, Episodes
+from lightning_maml.cli import main
 from lightning_maml.core.params import Params
 from lightning_maml.functional.losses import Loss
 from lightning_maml.networks.head_body import adapting
@@ -69,6 +72,8 @@ def test_a_parameter_that_layers_share_adapts_by_any_of_its_names() -> None:
         (["*.bias", "tail"], "such as '1.weight', but got 'tail', which fits none"),
         (["1", "3"], "such as '3.weight', but got '1', which fits frozen ones only"),
         (["hea"], "but got 'hea', which fits none"),
+        ([1], r"or a list of names of parameters and modules but got \[1\]"),
+        (3, "or a list of names of parameters and modules but got 3"),
     ],
 )
 def test_names_that_fit_nothing_are_refused(adapt, message: str) -> None:
@@ -216,14 +221,49 @@ def test_low_rank_additions_train_and_the_rest_stays(tmp_path: Path) -> None:
         assert torch.equal(before[name], p) != p.requires_grad, name
     run.test(model, data, verbose=False)
     run.save_checkpoint(tmp_path / "last.ckpt")
-    again = MAML.load_from_checkpoint(
-        tmp_path / "last.ckpt", network=low_rank_vit(), weights_only=True
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one that adapts otherwise would warn
+        again = MAML.load_from_checkpoint(
+            tmp_path / "last.ckpt",
+            network=low_rank_vit(),
+            adapt=("*.down", "*.up", "heads"),
+            weights_only=True,
+        )
     assert again.adapted_part == ["*.down", "*.up", "heads"]
 
 
+def test_names_in_a_config_and_on_the_command_line(tmp_path: Path, capsys) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        """
+model:
+  class_path: MAML
+  init_args:
+    network: {class_path: Conv4, init_args: {in_channels: 1, ways: 5, image_size: 28}}
+    adapt: [head, "*.bias"]
+data: {class_path: GlyphsDataModule}
+"""
+    )
+
+    def adapt_of(*arguments: str) -> list[str]:
+        with pytest.raises(SystemExit):
+            main(["fit", f"--config={config}", *arguments, "--print_config"])
+        return yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["adapt"]
+
+    assert adapt_of() == ["head", "*.bias"]
+    assert adapt_of("--model.adapt=body") == "body"
+    assert adapt_of("""--model.adapt=["features.0", "*.weight"]""") == ["features.0", "*.weight"]
+
+
+def test_a_head_beside_names_is_refused() -> None:
+    with pytest.raises(ValueError, match="Expected no `head` where `adapt` names what adapts"):
+        MAML(build("mlp"), adapt=["3"], head="1")
+
+
 def test_rates_of_named_parameters_are_learned() -> None:
-    model = LSLR(build("conv_batch_norm"), RATE, STEPS, adapt=("*.bias",)).double()
+    names = (name for name in ["*.bias"])
+    model = LSLR(build("conv_batch_norm"), RATE, STEPS, adapt=names).double()
+    assert model.adapted_part == ["*.bias"]
     assert len(model.learned_rates.values) == 3
     model.meta_loss(make_episodes()).backward()
     assert all((rate.grad != 0).all() for rate in model.learned_rates.values)
