@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR100
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.utils import (
+    check_integrity,
+    download_and_extract_archive,
+    extract_archive,
+)
 
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.images.pickles import read_entries
@@ -46,14 +50,11 @@ class _CIFAR100DataModule(EpisodicDataModule):
 
     def prepare_data(self) -> None:
         """Download or unpack the archive, unless the files are there."""
-        archive_is_there = (self.root / CIFAR100.filename).is_file()
-        if _find_files(self.root) is None and (self._download or archive_is_there):
-            try:
-                download_and_extract_archive(
-                    CIFAR100.url, str(self.root), filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
-                )
-            except Exception as error:  # torchvision passes on any error of network or archive
-                raise _not_found(self.root, f" The download failed: {error}") from error
+        if _find_files(self.root) is None:
+            if self._download:
+                _download(self.root)
+            elif (self.root / CIFAR100.filename).is_file():
+                _unpack(self.root / CIFAR100.filename)
 
     def setup(self, stage: str | None = None) -> None:
         """Say what was found, and read the splits that ``stage`` needs."""
@@ -73,9 +74,8 @@ class _CIFAR100DataModule(EpisodicDataModule):
     def class_images(self, split: str) -> ClassImages:
         """Return the images of a split."""
         images = self._images()
-        rows = images.rows
-        names = divided(rows, self.held_out)[split]
-        return ClassImages(images.pixels, [rows[name] for name in names], names)
+        names = divided(images.rows, self.held_out)[split]
+        return ClassImages(images.pixels, [images.rows[name] for name in names], names)
 
     def _images(self) -> "CIFAR100Images":
         if self._read is None:
@@ -228,6 +228,24 @@ def read_cifar100(root: Path) -> CIFAR100Images:
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     rows = {name: np.flatnonzero(labels == number) for number, name in enumerate(names)}
     return CIFAR100Images(folder, torch.from_numpy(pixels), rows)
+
+
+def _download(root: Path) -> None:
+    try:
+        download_and_extract_archive(
+            CIFAR100.url, str(root), filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
+        )
+    except Exception as error:  # torchvision passes on any error of network or archive
+        raise _not_found(root, f" The download failed: {error}") from error
+
+
+def _unpack(archive: Path) -> None:
+    if not check_integrity(str(archive), CIFAR100.tgz_md5):
+        raise UserValueError(
+            f"Expected {archive} to be the archive of CIFAR-100 for Python but its checksum is "
+            "another; download it again."
+        )
+    extract_archive(str(archive), str(archive.parent))
 
 
 def _find_files(root: Path) -> Path | None:

@@ -141,6 +141,12 @@ def test_missing_files_are_named_with_where_to_get_them(
     assert str(tmp_path / "cifar-100-python") in str(error.value)
 
 
+def test_a_damaged_archive_is_neither_unpacked_nor_downloaded_unasked(tmp_path: Path) -> None:
+    (tmp_path / CIFAR100.filename).write_bytes(b"a web page")
+    with pytest.raises(ValueError, match="archive of CIFAR-100 for Python but its checksum"):
+        CIFARFSDataModule(str(tmp_path), download=False).prepare_data()
+
+
 def test_files_that_are_not_cifar_100s_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-100-python"
 
