@@ -56,14 +56,16 @@ def train_and_test(row: str, iterations: int, seed: int) -> dict[str, Any]:
 def draw(found: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draw the error after each inner step, a plot for each number of shots."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for axes, shots in zip(figure.subplots(1, 2, sharey=True), (5, 10), strict=True):
+    every = [shots for shots in (5, 10) if any(f"sinusoid_{shots}shot" in row for row in found)]
+    panels = figure.subplots(1, len(every), sharey=True, squeeze=False)[0]
+    for axes, shots in zip(panels, every, strict=True):
         for row, runs in found.items():
             if not row.startswith(f"sinusoid_{shots}shot"):
                 continue
             for number, each in enumerate(runs):
                 label = row.partition("shot_")[2] if number == 0 else None
                 axes.errorbar(range(11), each["mse"], each["interval"], label=label, capsize=2)
-        axes.set(title=f"{shots} points", xlabel="inner steps", ylim=0)
+        axes.set(title=f"{shots} points", xlabel="inner steps", ylim=(0, 4))
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("mean squared error")
     return figure
