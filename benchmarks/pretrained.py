@@ -99,7 +99,7 @@ def everything(network: nn.Module) -> MAML:
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {"resnet18": resnet, "vit_tiny": vit}
-WAYS_TO_ADAPT = {
+PARTS = {
     "prototypes": prototypes,
     "head": head,
     "biases": biases,
@@ -110,7 +110,7 @@ ROWS = [
     (network, size, part)
     for network in NETWORKS
     for size in (84, 224)
-    for part in WAYS_TO_ADAPT
+    for part in PARTS
     if (network, part) != ("resnet18", "low_rank")  # it has no linear layers but the head
 ]
 
@@ -118,7 +118,7 @@ ROWS = [
 def measure(network: str, size: int, part: str) -> tuple[float, float]:
     """Return the seconds of a task, and the memory in MB that it adds at its peak."""
     torch.manual_seed(0)
-    model = WAYS_TO_ADAPT[part](NETWORKS[network](size))
+    model = PARTS[part](NETWORKS[network](size))
     labels = torch.arange(WAYS)[None]
     queries = labels.repeat(1, QUERIES)
     tasks = Episodes(

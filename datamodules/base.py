@@ -312,10 +312,10 @@ class EpisodicDataModule(LightningDataModule):
         if split not in self._datasets:
             # images are read and drawn on the CPU, whatever torch's default device
             with torch.device("cpu"):
-                self._datasets[split] = self._tasks(split, self._sizes(split))
+                self._datasets[split] = self._task_dataset(split, self._task_sizes(split))
         return self._datasets[split]
 
-    def _sizes(self, split: str) -> TaskSizes:
+    def _task_sizes(self, split: str) -> TaskSizes:
         if split != "train":
             return TaskSizes(self.test_ways, self.test_shots, self.test_queries, None)
         resampling = None
@@ -323,18 +323,18 @@ class EpisodicDataModule(LightningDataModule):
             resampling = Resampling(self.train_steps, self.hessian_shots)
         return TaskSizes(self.ways, self.shots, self.queries, resampling)
 
-    def _tasks(self, split: str, sizes: TaskSizes) -> TaskDataset:
+    def _task_dataset(self, split: str, sizes: TaskSizes) -> TaskDataset:
         """Return the tasks of a split, each as a function of its number."""
         return EpisodeDataset(
             self.class_images(split),
             **sizes._asdict(),
             rotations=self.rotations,
-            seed=self._seed(split),
+            seed=self._task_seed(split),
             split=split,
             small_classes=self.small_classes,
         )
 
-    def _seed(self, split: str) -> tuple[int, ...]:
+    def _task_seed(self, split: str) -> tuple[int, ...]:
         return self.seed, _STREAMS[split]
 
     def _loader(self, split: str, tasks: int, fresh: bool = False) -> DataLoader[AnyEpisodes]:

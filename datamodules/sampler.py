@@ -310,7 +310,10 @@ class EpisodeDataset(TaskDataset):
                 stacklevel=5,  # the caller of `setup`
             )
             return [data.members[number] for number in large]
-        cure = "; lower `shots` or `queries`"
+        names = "`shots` or `queries`"
+        if self._resampling is not None:
+            names = "`shots`, `hessian_shots`, `queries` or `train_steps`"
+        cure = f"; lower {names}"
         if data.names and large:
             cure += ", or leave these out by small_classes='drop'"
         raise UserValueError(

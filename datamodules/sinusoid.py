@@ -93,8 +93,8 @@ class SinusoidDataModule(EpisodicDataModule):
             "its loaders, or `independent_episodes`."
         )
 
-    def _tasks(self, split: str, sizes: TaskSizes) -> "SinusoidTasks":
-        return SinusoidTasks(sizes, self._seed(split))
+    def _task_dataset(self, split: str, sizes: TaskSizes) -> "SinusoidTasks":
+        return SinusoidTasks(sizes, self._task_seed(split))
 
 
 class SinusoidTasks(TaskDataset):

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_maml.algorithms.base import EpisodicModule
 from lightning_maml.algorithms.maml import MAML
-from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, first_task, support_set
+from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.batches.meta_batch import parts_of
 from lightning_maml.batches.trees import map_tensors
 
@@ -31,6 +31,7 @@ from lightning_maml.callbacks import (
     KeepBestCheckpoints,
 )
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
+from lightning_maml.checks.network_checks import find_kinks
 from lightning_maml.core.hvp import default_probe_radius
 from lightning_maml.core.params import norm, subtract
 from lightning_maml.datamodules import EpisodicDataModule
@@ -45,7 +46,6 @@ from lightning_maml.execution.allocator import keep_freed_memory
 from lightning_maml.io.checkpoints import read_checkpoint, read_trained
 from lightning_maml.io.replay import load_step
 from lightning_maml.networks.functional_network import FunctionalNetwork
-from lightning_maml.networks.kinks import kinked_operations, kinks
 from lightning_maml.theory import paper_scale
 from lightning_maml.theory.report import Adaptive, Settings, report
 from lightning_maml.theory.sizes_report import check_accuracy, sizes_report
@@ -251,15 +251,8 @@ def _settings(
         probe_radius=model.probe_radius
         or default_probe_radius(next(model.network.parameters()).dtype),
         stepsize=stepsize,
-        kinks=kinks(model.network) or _kinked_operations(model, episodes),
+        kinks=find_kinks(FunctionalNetwork(model.network, model.batch_norm), episodes),
     )
-
-
-def _kinked_operations(model: MAML, episodes: AnyEpisodes) -> list[str]:
-    functional = FunctionalNetwork(model.network, model.batch_norm)
-    x = support_set(first_task(episodes))[0]
-    found: list[str] = kinked_operations(lambda: functional(functional.params, x))
-    return found
 
 
 class _CLI(LightningCLI):

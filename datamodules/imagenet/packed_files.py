@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lightning_maml.datamodules.imagenet.array_files import Split, whole_numbers
 from lightning_maml.datamodules.imagenet.forms import Opened, Places, cache_name
 from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
-from lightning_maml.datamodules.images.files import OnCorrupt, rows_of_classes
+from lightning_maml.datamodules.images.files import OnCorrupt, pixels, rows_of_classes
 from lightning_maml.datamodules.images.pickles import check_is_dictionary, read_pickle
 from lightning_maml.datamodules.messages import first_five
 from lightning_maml.datamodules.sampler import ClassImages
@@ -201,7 +201,7 @@ def _decode_png(number: int, encoded: np.ndarray, file: Path, size: int) -> np.n
     try:
         with Image.open(BytesIO(encoded.tobytes()), formats=("PNG",)) as image:
             if image.size == (size, size):  # before it is decoded, whatever its size
-                return np.asarray(image.convert("RGB"))
+                return pixels(image, "RGB", None)
             problem = f"it has {image.width} x {image.height} pixels"
     except Exception as error:  # noqa: BLE001  Pillow raises many kinds on damaged files
         problem = str(error) or type(error).__name__

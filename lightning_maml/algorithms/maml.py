@@ -15,6 +15,7 @@ from lightning_maml.algorithms.non_finite import check_is_finite
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episodes
 from lightning_maml.batches.trees import Inputs, detached, map_tensors, tensors
 from lightning_maml.checks.findings import Kind
+from lightning_maml.checks.loss_checks import ignored_label
 from lightning_maml.checks.requirements import (
     Unwritten,
     refuse_differentiable,
@@ -418,7 +419,11 @@ class MAML(AdaptingModule):
                 "Expected one loss for all inner steps but got batch_norm='per_step' in "
                 "evaluation mode; use another `batch_norm`."
             )
-        return Probe(**self._arguments(self._plan(episodes), episodes), progress=progress)
+        return Probe(
+            **self._arguments(self._plan(episodes), episodes),
+            progress=progress,
+            ignored=ignored_label(self.loss),
+        )
 
     def check_for_theory(self) -> float:
         """Check that the theory's constants and stepsizes cover such a model.

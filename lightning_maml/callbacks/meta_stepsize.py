@@ -14,9 +14,10 @@ from typing_extensions import override
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
+from lightning_maml.checks.network_checks import find_kinks
 from lightning_maml.errors import UserFloatingPointError, UserValueError
 from lightning_maml.io.plain import number, whole_number
-from lightning_maml.networks.kinks import kinks
+from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.theory import (
     Rule,
     largest_inner_lr,
@@ -37,7 +38,7 @@ class AdaptiveMetaStepsize(Callback):
     mean norm is estimated at the current parameters on tasks of their own, independent of the
     training batch. Where the gradients are large the steps are short, and they lengthen as training
     goes on. Logged: ``train/meta_stepsize``, ``train/meta_smoothness`` (L-hat),
-    ``train/task_gradient_norm``, and ``train/L``, ``train/rho`` and ``train/b``.
+    ``train/task_gradient_norm``, ``train/L``, ``train/rho`` and with ``"finite_sum"`` ``train/b``.
 
     The rate is set once per optimizer step, also with gradient accumulation, for all parameter
     groups alike, and is the same in every process. The theory is that of plain SGD; with another
@@ -75,7 +76,7 @@ class AdaptiveMetaStepsize(Callback):
             or nothing to draw tasks from.
         TypeError: If the module is not a :class:`lightning_maml.MAML`.
         FloatingPointError: If a measured constant or the gradient norm is not finite, or L-hat is
-            0.
+            0 or so small that beta overflows.
 
     Examples:
         >>> from functools import partial
@@ -128,11 +129,18 @@ class AdaptiveMetaStepsize(Callback):
         self.tasks = tasks
         self.every_n_steps = every_n_steps
         self.keep_largest = keep_largest
-        # the other rules have no b, so it need not be measured for them
-        self._given = {"L": L, "rho": rho, "b": b if rule == "finite_sum" else 0.0}
+        self._given = {"L": L, "rho": rho}
+        if rule == "finite_sum":  # the other rules have no b
+            self._given["b"] = b
         self._measured: dict[str, float] = {}
         self._tasks = IndependentTasks("stepsize", tasks, episodes)
         self._said: set[str] = set()
+        self._is_first_step = True
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what was measured in an earlier fit; a checkpoint, if any, is read after this."""
+        self._measured = {}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,6 +155,7 @@ class AdaptiveMetaStepsize(Callback):
             )
         self._tasks.check(trainer)
         self._said.clear()
+        self._is_first_step = True
         outside = _outside_the_theory(trainer, module)
         if outside:
             warnings.warn(
@@ -161,7 +170,10 @@ class AdaptiveMetaStepsize(Callback):
         """Set the learning rate."""
         module = as_maml(self, pl_module)
         episodes = self._tasks.draw(trainer)
-        self._once("coverage", rank_zero_warn, _not_covered(self.rule, module, episodes))
+        if self._is_first_step:
+            self._once("coverage", rank_zero_warn, _not_covered(self.rule, module, episodes))
+            self._once("kinks", rank_zero_warn, _kinked(module, episodes))
+            self._is_first_step = False
         probe = module.probe(episodes)
         constants = self._constants(probe, trainer)
         self._once("alpha", rank_zero_warn, _too_large_alpha(self.rule, module, constants["L"]))
@@ -173,13 +185,13 @@ class AdaptiveMetaStepsize(Callback):
             steps=module.train_steps,
             gradient_norm=gradient_norm,
         )
-        if smoothness == 0:
-            raise UserFloatingPointError(
-                f"Expected L-hat to be positive but it is 0 at step {trainer.global_step}, as the "
-                "losses are linear or their gradients 0; remove AdaptiveMetaStepsize and set the "
-                "rate."
-            )
         scale = paper_scale(self.rule, module.curvature) if self.scale is None else self.scale
+        if not smoothness or math.isinf(scale / smoothness):
+            raise UserFloatingPointError(
+                f"Expected L-hat to be positive but it is {smoothness:.3g} at step "
+                f"{trainer.global_step}, as the losses are linear or their gradients 0; remove "
+                "AdaptiveMetaStepsize and set the rate."
+            )
         beta = meta_stepsize(smoothness, scale)
         for group in optimizer.param_groups:
             group["lr"] = beta
@@ -306,6 +318,17 @@ def _not_covered(rule: Rule, module: MAML, episodes: AnyEpisodes) -> str:
     return f"no theorem covers {described(*case)} with rule {rule!r}: {why}"
 
 
+def _kinked(module: MAML, episodes: AnyEpisodes) -> str:
+    """Return that no theorem covers a network with kinks; empty if it has none."""
+    found = find_kinks(FunctionalNetwork(module.network, module.batch_norm), episodes)
+    if not found:
+        return ""
+    return (
+        f"the theorems do not cover a network with kinks in {', '.join(found)}, whose rho does not "
+        "exist"
+    )
+
+
 def _too_large_alpha(rule: Rule, module: MAML, L: float) -> str:
     """Return that alpha L is too large for the theorems with this rule; empty if it is not."""
     alpha, steps = module.check_for_theory(), module.train_steps
@@ -353,6 +376,4 @@ def _outside_the_theory(trainer: Trainer, module: MAML) -> list[str]:
         )
     if trainer.gradient_clip_val:
         outside.append("gradient clipping")
-    if found := kinks(module.network):
-        outside.append(f"a network with kinks in {', '.join(found)}, whose rho does not exist")
     return outside

@@ -31,6 +31,7 @@ from lightning_maml.networks.functional_network import (
     norms_with_own_forward,
 )
 from lightning_maml.networks.head_body import Part, adapting, head_of
+from lightning_maml.networks.kinks import kinked_operations, kinks
 from lightning_maml.networks.stacking_trial import first_difference
 
 
@@ -535,6 +536,20 @@ def _floats(outputs: Any) -> dict[str, Tensor]:
         for number, tensor in enumerate(tensors_in(outputs))
         if tensor.is_floating_point()
     }
+
+
+def find_kinks(functional: FunctionalNetwork, episodes: AnyEpisodes) -> list[str]:
+    """Return the layers with kinks, or where there are none, the operations with kinks.
+
+    Args:
+        functional: The network.
+        episodes: A meta-batch; the network runs on its first support set.
+    """
+    if layers := kinks(functional.network):
+        return layers
+    with first_support(functional, episodes) as x:
+        operations: list[str] = kinked_operations(lambda: functional(functional.params, x))
+    return operations
 
 
 @contextmanager

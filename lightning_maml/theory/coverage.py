@@ -11,7 +11,8 @@ large.)
 from typing import Literal, NamedTuple
 
 from lightning_maml.core.hvp import CurvatureName
-from lightning_maml.theory.formulas import Rule
+from lightning_maml.errors import UserValueError
+from lightning_maml.theory.formulas import Rule, check_curvature
 
 Data = Literal["finite_sum", "resampling"]
 """Tasks as :class:`lightning_maml.Episodes` or as :class:`lightning_maml.ResampledEpisodes`."""
@@ -64,6 +65,9 @@ def theorems(curvature: CurvatureName, steps: int, data: Data) -> list[Theorem]:
         steps: N.
         data: The kind of tasks.
 
+    Raises:
+        ValueError: If there is no ``curvature`` or ``data`` of that name.
+
     Examples:
         >>> from lightning_maml.theory.coverage import theorems
         >>> [theorem.name for theorem in theorems("exact", 1, "resampling")]
@@ -71,6 +75,11 @@ def theorems(curvature: CurvatureName, steps: int, data: Data) -> list[Theorem]:
         >>> theorems("finite_difference", 1, "resampling")
         []
     """
+    check_curvature(curvature)
+    if data not in _SEVERAL_STEPS:
+        raise UserValueError(
+            f"Expected `data` to be 'finite_sum' or 'resampling' but got {data!r}."
+        )
     found = []
     if steps == 1 and data == "resampling" and curvature in _ONE_STEP:
         found.append(_ONE_STEP[curvature])

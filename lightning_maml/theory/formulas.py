@@ -27,6 +27,7 @@ docstring says so.
 """
 
 import math
+import sys
 from typing import Literal, NamedTuple
 
 from lightning_maml.core.hvp import CurvatureName
@@ -81,9 +82,8 @@ def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> Smoo
     """
     _check(rho=rho, alpha=alpha, steps=steps)
     a, growth = _growth(L, alpha, steps)
-    grown = math.expm1(steps * math.log1p(alpha * L))  # a^N - 1, to all digits where L is small
-    grown_per_L = grown / L if L else alpha * steps
-    spread = rho * a ** (steps - 1) * grown_per_L
+    grown = _grown(alpha * L, steps)
+    spread = rho * a ** (steps - 1) * _grown_per_L(L, alpha, steps)
     return SmoothnessConstants(growth, c_l=spread * a**steps, c_b=spread * grown)
 
 
@@ -120,14 +120,27 @@ def printed_smoothness_constants(
 def _growth(L: float, alpha: float, steps: int) -> tuple[float, float]:
     """Return ``a`` and ``a^(2N)``."""
     _check_number("L", L, may_be_zero=True)
-    a = 1 + alpha * L
+    a = float(1 + alpha * L)  # which overflows with an error, as numpy's numbers do not
     try:
-        return a, a ** (2 * steps)
+        return a, a ** (2 * int(steps))
     except OverflowError:
         raise UserValueError(
             f"Expected (1 + alpha L)^(2N) to be a number but alpha L = {alpha * L:.3g}, N = "
             f"{steps} is too much; lower alpha."
         ) from None
+
+
+def _grown(x: float, exponent: int) -> float:
+    """Return ``(1 + x)^exponent - 1``, to all digits where x is small; infinite if it overflows."""
+    try:
+        return math.expm1(exponent * math.log1p(x))
+    except OverflowError:
+        return math.inf
+
+
+def _grown_per_L(L: float, alpha: float, steps: int) -> float:
+    """Return ``((1 + alpha L)^N - 1) / L``, which goes to ``alpha N`` as L goes to 0."""
+    return _grown(alpha * L, steps) / L if L else alpha * steps
 
 
 def meta_smoothness(
@@ -189,6 +202,7 @@ def paper_scale(rule: Rule, curvature: CurvatureName = "exact") -> float:
         0.01
     """
     _check_rule(rule)
+    check_curvature(curvature)
     if rule == "one_step":
         return {"exact": 1 / 12, "none": 1 / 18, "finite_difference": 1 / 25}[curvature]
     return 1 / 100 if rule == "resampling" else 1 / 80
@@ -201,13 +215,22 @@ def meta_stepsize(smoothness: float, scale: float) -> float:
         smoothness: L-hat, see :func:`meta_smoothness`.
         scale: The numerator, see :func:`paper_scale`.
 
+    Raises:
+        ValueError: If an argument is out of range, or beta overflows.
+
     Examples:
         >>> from lightning_maml.theory import meta_stepsize
         >>> meta_stepsize(smoothness=4.0, scale=1.0)
         0.25
     """
     _check(smoothness=smoothness, scale=scale)
-    return scale / smoothness
+    beta = scale / smoothness
+    if math.isinf(beta):
+        raise UserValueError(
+            "Expected scale / L-hat to be a number but got "
+            f"{scale:.3g} / {smoothness:.3g}; lower scale."
+        )
+    return beta
 
 
 def largest_inner_lr(L: float, steps: int) -> float:
@@ -226,7 +249,7 @@ def largest_inner_lr(L: float, steps: int) -> float:
     """
     _check(steps=steps)
     _check_number("L", L, may_be_zero=True)
-    return (2 ** (1 / (2 * steps)) - 1) / L if steps and L else math.inf
+    return math.expm1(math.log(2) / (2 * int(steps))) / L if steps and L else math.inf
 
 
 def recommended_inner_lr(L: float, steps: int) -> float:
@@ -246,7 +269,7 @@ def recommended_inner_lr(L: float, steps: int) -> float:
     """
     _check(steps=steps)
     _check_number("L", L, may_be_zero=True)
-    return 1 / (8 * steps * L) if steps and L else math.inf
+    return 1 / (8 * int(steps) * L) if steps and L else math.inf
 
 
 def largest_one_step_inner_lr(L: float, curvature: CurvatureName) -> float:
@@ -264,6 +287,7 @@ def largest_one_step_inner_lr(L: float, curvature: CurvatureName) -> float:
         0.1
     """
     _check_number("L", L, may_be_zero=True)
+    check_curvature(curvature)
     if L == 0:
         return math.inf
     return 1 / (10 * L) if curvature == "none" else 1 / (6 * L)
@@ -448,7 +472,8 @@ def hessian_free_error(
 ) -> float:
     """Return a bound on HF-MAML's error, ``N a^(N-1) alpha (rho h / 2) |v_N|`` [loss / parameter].
 
-    Fallah, after eq. 9, with the sharp 1/2 that is missing there, carried through N steps.
+    Fallah, after eq. 9, with the sharp 1/2 that is missing there, carried through N steps. Infinite
+    where it overflows.
 
     Args:
         L: Smoothness of the task losses.
@@ -471,7 +496,9 @@ def hessian_free_error(
         radius=radius,
         query_gradient_norm=query_gradient_norm,
     )
-    return steps * (1 + alpha * L) ** (steps - 1) * alpha * rho * radius / 2 * query_gradient_norm
+    grown = 1 + _grown(alpha * L, max(int(steps) - 1, 0))
+    at_radius_one = steps * alpha * rho / 2 * query_gradient_norm
+    return grown * at_radius_one * radius if at_radius_one else 0.0
 
 
 def first_order_floor(L: float, alpha: float, steps: int, sigma: float, b: float = 0.0) -> float:
@@ -497,13 +524,15 @@ def first_order_floor(L: float, alpha: float, steps: int, sigma: float, b: float
         0.1618
     """
     _check(L=L, alpha=alpha, steps=steps, sigma=sigma, b=b)
-    grown = (1 + alpha * L) ** steps
-    gap = 2 - grown**2
-    c = grown * (grown - 1) / gap if gap > 0 else math.inf
+    gap = 1 - _grown(alpha * L, 2 * int(steps))
+    if gap <= 0:
+        return math.inf
+    grown = _grown(alpha * L, steps)  # a^N - 1
+    c = (grown + 1) * grown / gap
     if c >= 1:
         return math.inf
-    from_sets = (grown - 1) * (grown**2 / gap + 1) * b
-    return (c * sigma + (grown - 1) * from_sets) / (1 - c)
+    from_sets = grown * ((grown + 1) ** 2 / gap + 1) * b
+    return (c * sigma + grown * from_sets) / (1 - c)
 
 
 def one_step_noise(
@@ -539,6 +568,7 @@ def one_step_noise(
         >>> round(one_step_noise("exact", 1.0, 0.1, sigma=0.0, sample_sigma=2.0, **sizes), 4)
         1.4142
     """
+    check_curvature(curvature)
     _check(
         L=L,
         alpha=alpha,
@@ -620,10 +650,11 @@ class PathError(NamedTuple):
 def path_error(L: float, alpha: float, step: int, sample_sigma: float, support: int) -> PathError:
     """Return the bounds of Ji, Proposition 2, on the error of the inner path.
 
-    They have the ``2 alpha L`` of its proof, where the statement prints ``alpha L``.
+    They have the ``2 alpha L`` of its proof, where the statement prints ``alpha L``. As L goes to 0
+    they go to ``j alpha sample_sigma / sqrt(S)`` and ``2 j (alpha sample_sigma)^2 / S``.
 
     Args:
-        L: Smoothness of the task losses.
+        L: Smoothness of the task losses; may be 0.
         alpha: Inner learning rate.
         step: j, the inner step.
         sample_sigma: Standard deviation of single samples' gradients.
@@ -631,14 +662,16 @@ def path_error(L: float, alpha: float, step: int, sample_sigma: float, support: 
 
     Examples:
         >>> from lightning_maml.theory import path_error
-        >>> path_error(L=1.0, alpha=1.0, step=1, sample_sigma=1.0, support=4)
-        PathError(mean=0.5, mean_square=0.5)
+        >>> error = path_error(L=1.0, alpha=1.0, step=1, sample_sigma=1.0, support=4)
+        >>> round(error.mean, 4), round(error.mean_square, 4)
+        (0.5, 0.5)
     """
-    _check(L=L, alpha=alpha, step=step, sample_sigma=sample_sigma, support=support)
+    _check(alpha=alpha, step=step, sample_sigma=sample_sigma, support=support)
+    _check_number("L", L, may_be_zero=True)
     x = alpha * L
-    mean = ((1 + x) ** step - 1) * sample_sigma / (L * math.sqrt(support))
-    grown = (1 + 2 * x + 2 * x**2) ** step
-    mean_square = (grown - 1) * alpha * sample_sigma**2 / ((1 + x) * L * support)
+    mean = _grown_per_L(L, alpha, step) * sample_sigma / math.sqrt(support)
+    grown_per_L = _grown(2 * x * (1 + x), step) / L if L else 2 * alpha * step
+    mean_square = grown_per_L * alpha * sample_sigma**2 / ((1 + x) * support)
     return PathError(mean, mean_square)
 
 
@@ -679,7 +712,7 @@ def moment_constants(
     contradicts the figures of Corollary 6.
 
     Args:
-        L: Smoothness of the task losses.
+        L: Smoothness of the task losses; may be 0, where the limits are taken.
         rho: Lipschitz constant of their Hessians.
         alpha: Inner learning rate, below :func:`largest_inner_lr`.
         steps: N.
@@ -700,17 +733,17 @@ def moment_constants(
     x = alpha * L
     factors = (alpha**2 * hessian_sigma**2 / hessian + a**2) ** steps
     squ1 = 3 * factors * sample_sigma**2
-    squ3 = 6 * factors * a ** (2 * steps) / gap**2
+    squ3 = 6 * factors * a ** (2 * int(steps)) / gap**2
     # the formula has the exponent N - 1, which would make something of no steps at all
     err2 = 0.0
     if steps:
-        err2 = a ** (2 * steps - 1) * (a ** (steps - 1) - 1) ** 2 * rho * sample_sigma
-        err2 /= gap * L**2
+        grown_per_L = _grown_per_L(L, alpha, steps - 1)
+        err2 = a ** (2 * int(steps) - 1) * grown_per_L**2 * rho * sample_sigma / gap
     return MomentConstants(
-        err1=a**steps * (a**steps - 1) * sample_sigma,
+        err1=a**steps * _grown(x, steps) * sample_sigma,
         err2=err2,
         squ1=squ1,
-        squ2=squ1 * ((1 + 2 * x + 2 * x**2) ** steps - 1) * x / (1 + x),
+        squ2=squ1 * _grown(2 * x * (1 + x), steps) * x / (1 + x),
         squ3=squ3,
     )
 
@@ -798,7 +831,7 @@ def resampling_convergence(
         theta=2 * gap / (c_beta * c_l) * descent,
         phi=2 / (c_beta**2 * L) * (squ1 / query + squ2 / support + squ3 * sigma**2),
         xi=6 / (c_beta * L) * bias * (err1**2 + err2**2 * sigma**2),
-        chi=gap * a ** (2 * steps) * L / c_l + sigma,
+        chi=gap * a ** (2 * int(steps)) * L / c_l + sigma,
     )
 
 
@@ -874,9 +907,10 @@ def finite_sum_moments(
     """
     _check(sigma=sigma, b=b, mean_square_b=mean_square_b)
     a, gap = _gap(L, alpha, steps)
-    squ1 = 4 * a ** (4 * steps) / gap**2
-    over_tasks = squ1 * (a ** (2 * steps) - 1) ** 2 * (sigma + b) ** 2
-    return FiniteSumMoments(squ1, over_tasks + 2 * a ** (4 * steps) * (sigma**2 + mean_square_b))
+    growth = a ** (2 * int(steps))
+    squ1 = 4 * growth**2 / gap**2
+    over_tasks = squ1 * _grown(alpha * L, 2 * int(steps)) ** 2 * (sigma + b) ** 2
+    return FiniteSumMoments(squ1, over_tasks + 2 * growth**2 * (sigma**2 + mean_square_b))
 
 
 def finite_sum_convergence(
@@ -925,7 +959,7 @@ def finite_sum_convergence(
     return Convergence(
         theta=gap / c_l * (1 / c_beta - (a_1 / tasks + 1) / c_beta**2),
         phi=a_2 / (L * c_beta**2),
-        xi=gap / c_l * (growth * L + c_b * b) + sigma + a**steps * (a**steps - 1) * b,
+        xi=gap / c_l * (growth * L + c_b * b) + sigma + a**steps * _grown(alpha * L, steps) * b,
     )
 
 
@@ -1001,7 +1035,7 @@ def resampling_sizes(
         gap: ``Delta = F(w_0) - inf F`` [loss].
 
     Raises:
-        ValueError: If an argument is out of range, or rho or N is 0.
+        ValueError: If an argument is out of range, rho or N is 0, or a size overflows.
 
     Examples:
         >>> from lightning_maml.theory import resampling_sizes
@@ -1011,6 +1045,7 @@ def resampling_sizes(
         (20, True, 1)
     """
     _check(epsilon=epsilon, gap=gap)
+    _check_number("steps", steps, may_be_zero=False)
     alpha = recommended_inner_lr(L, steps)
     # theta grows with the number of tasks, so its value at the fewest is safe for more
     least_tasks = 20
@@ -1032,11 +1067,11 @@ def resampling_sizes(
         )
 
     theta, _, xi, chi = constants(least_support)
-    third = theta * epsilon**2 / (3 * (chi + epsilon))
-    support = max(least_support, math.ceil(xi / third))
+    third = _allowed(theta, chi, epsilon) / 3
+    support = max(least_support, _whole(xi, third))
     # phi falls as the support and query batches grow, so take it at their final size
-    tasks = max(least_tasks, math.ceil(constants(support).phi / third))
-    return Sizes(math.ceil(gap / third), tasks, support, support, hessian)
+    tasks = max(least_tasks, _whole(constants(support).phi, third))
+    return Sizes(_whole(gap, third), tasks, support, support, hessian)
 
 
 def finite_sum_sizes(
@@ -1066,7 +1101,7 @@ def finite_sum_sizes(
         gap: ``Delta = F(w_0) - inf F`` [loss].
 
     Raises:
-        ValueError: If an argument is out of range, or rho or N is 0.
+        ValueError: If an argument is out of range, rho or N is 0, or a size overflows.
 
     Examples:
         >>> from lightning_maml.theory import finite_sum_sizes
@@ -1075,14 +1110,31 @@ def finite_sum_sizes(
         20
     """
     _check(epsilon=epsilon, gap=gap)
+    _check_number("steps", steps, may_be_zero=False)
     alpha = recommended_inner_lr(L, steps)
     # theta grows with the number of tasks, so its value at the fewest is safe for more
     least_tasks = 20
     theta, phi, xi, _ = finite_sum_convergence(
         L, rho, alpha, steps, sigma=sigma, b=b, mean_square_b=mean_square_b, tasks=least_tasks
     )
-    half = theta * epsilon**2 / (2 * (xi + epsilon))
-    return Sizes(math.ceil(gap / half), max(least_tasks, math.ceil(phi / half)))
+    half = _allowed(theta, xi, epsilon) / 2
+    return Sizes(_whole(gap, half), max(least_tasks, _whole(phi, half)))
+
+
+def _allowed(theta: float, offset: float, epsilon: float) -> float:
+    """Return the D for which ``theta x^2 = D (offset + x)`` has the root epsilon."""
+    return theta * epsilon / (1 + offset / epsilon)
+
+
+def _whole(number: float, part: float) -> int:
+    """Return ``number / part``, rounded up."""
+    quotient = number / part if part else math.inf
+    if math.isinf(quotient):
+        raise UserValueError(
+            "Expected `epsilon` to be an accuracy within reach but the sizes for it are too large "
+            "for a number; raise it."
+        )
+    return math.ceil(quotient)
 
 
 def _root(theta: float, offset: float, d: float) -> float:
@@ -1097,14 +1149,16 @@ def _root(theta: float, offset: float, d: float) -> float:
 
 def _gap(L: float, alpha: float, steps: int) -> tuple[float, float]:
     """Return ``a`` and ``2 - a^(2N)``, positive where the theorems hold."""
-    _check(L=L, alpha=alpha, steps=steps)
-    a = 1 + alpha * L
-    if a ** (2 * steps) >= 2:
+    _check(alpha=alpha, steps=steps)
+    _check_number("L", L, may_be_zero=True)
+    largest = largest_inner_lr(L, steps)
+    if alpha >= largest:
         raise UserValueError(
-            f"Expected alpha < (2^(1/2N) - 1) / L = {largest_inner_lr(L, steps):.3g} but got "
-            f"{alpha:.3g}; lower alpha."
+            f"Expected alpha < (2^(1/2N) - 1) / L = {largest:.3g} but got {alpha:.3g}; lower alpha."
         )
-    return a, 2 - a ** (2 * steps)
+    # just below that limit, rounding may make it 0
+    gap = max(1 - _grown(alpha * L, 2 * int(steps)), sys.float_info.epsilon)
+    return 1 + alpha * L, gap
 
 
 def _at_least(number: float) -> int:
@@ -1146,6 +1200,19 @@ def _check_number(name: str, number: float, *, may_be_zero: bool) -> None:
         raise UserValueError(
             f"Expected `{name}` to be a finite number "
             f"{'of at least' if may_be_zero else 'above'} 0 but got {number}."
+        )
+
+
+def check_curvature(curvature: CurvatureName) -> None:
+    """Check the name of the Hessian-vector products, which tells the algorithm.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if curvature not in ("exact", "none", "finite_difference"):
+        raise UserValueError(
+            "Expected `curvature` to be 'exact', 'none' or 'finite_difference' but got "
+            f"{curvature!r}."
         )
 
 

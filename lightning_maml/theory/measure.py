@@ -17,11 +17,10 @@ from tqdm import tqdm
 
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, check_episodes
 from lightning_maml.batches.trees import detached, map_tensors
-from lightning_maml.core.hvp import default_probe_radius
 from lightning_maml.core.inner_loop import inner_loop
 from lightning_maml.core.inner_rates import rates_of_steps
 from lightning_maml.core.objective import Objective, twice_differentiable
-from lightning_maml.core.params import Params, add_scaled, dot, norm, scale, subtract
+from lightning_maml.core.params import Params, add, add_scaled, dot, norm, scale, subtract
 from lightning_maml.core.precision import full_precision
 from lightning_maml.core.task_axis import TaskAxis
 from lightning_maml.errors import UserValueError
@@ -34,6 +33,13 @@ PlainLoss = Callable[[Params], Tensor]
 
 _HESSIAN_PRODUCT = 2
 """Gradient evaluations that one Hessian-vector product counts as."""
+
+_LEAST_PRODUCTS = 4
+"""Hessian-vector products after which Lanczos' method may stop.
+
+Where nearly all eigenvalues are equal, the first direction is nearly an eigenvector of them and has
+a small residual, whatever the others are. Each product makes what it has of the others larger.
+"""
 
 
 class Measured(NamedTuple):
@@ -70,7 +76,7 @@ def smoothness(
         loss: Maps parameters to a scalar; twice differentiable.
         w: The parameters at which to measure.
         tolerance: Stop when the residual ``|H v - lambda v|`` is below this fraction of
-            ``|lambda|``, which bounds the error of ``lambda``.
+            ``|lambda|``, which bounds the error of ``lambda``; at least four products are taken.
         iterations: Most products that are taken, and copies of the parameters that are kept.
         seed: Seed of the first direction.
 
@@ -87,6 +93,7 @@ def smoothness(
     """
     hessian = _objective(loss).hessian(w)
     basis = [_random_direction(w, seed)]
+    iterations = min(iterations, sum(tensor.numel() for tensor in w.values()))
     # the Hessian in this basis, which is tridiagonal
     matrix = torch.zeros(iterations + 1, iterations + 1, dtype=torch.float64, device="cpu")
     for k in range(1, iterations + 1):
@@ -100,9 +107,13 @@ def smoothness(
         leading = int(values.abs().argmax())
         value = abs(float(values[leading]))
         residual = rest_norm * abs(float(vectors[-1, leading]))
-        if k == iterations or residual <= tolerance * value:
+        may_stop = k >= _LEAST_PRODUCTS and residual <= tolerance * value
+        if k == iterations or may_stop:
             break
         matrix[k, k - 1] = matrix[k - 1, k] = rest_norm
+        if rest_norm <= _epsilon(w) * value:  # rounding alone: look where none has looked yet
+            rest, _ = _orthogonalized(_random_direction(w, seed + k), basis)
+            rest_norm = float(norm(rest))
         basis.append(scale(1 / rest_norm, rest))
     direction = scale(0.0, basis[0])
     for weight, q in zip(vectors[:, leading].tolist(), basis, strict=True):
@@ -140,7 +151,8 @@ def hessian_lipschitz(
     high dimension.)
 
     The radius h is a small fraction, the cube root of the machine epsilon, of the length L / rho
-    over which the Hessian changes.
+    over which the Hessian changes. That length is not known before, so a value counts only if the
+    radius that it was found with is about the one that it asks for.
 
     Args:
         loss: Maps parameters to a scalar; three times differentiable: with ReLU rho does not exist.
@@ -170,12 +182,12 @@ def hessian_lipschitz(
         leading = smoothness(loss, w, tolerance=1e-2, seed=seed)
         evaluations = leading.gradient_evaluations
     best = leading._replace(value=0.0)
-    dtype = next(iter(w.values())).dtype
-    fraction = default_probe_radius(dtype)
-    h = fraction
+    radii = _Radii.at(w, leading.value)
+    h = radii.first
     for restart in range(restarts):
         u = leading.direction if restart == 0 else _random_direction(w, seed + restart)
         value = 0.0
+        changes = 0
         for _ in range(iterations):
             t = _third_derivative(objective, w, u, h)
             evaluations += 2 * _HESSIAN_PRODUCT
@@ -183,17 +195,64 @@ def hessian_lipschitz(
             value, along = torch.stack([norm(t), dot(t, u)]).tolist()
             if not math.isfinite(value):
                 return Measured(math.nan, evaluations, u)
+            tried, h = h, radii.wanted(value)
+            if not h / _NEAR <= tried <= h * _NEAR and changes < _MOST_CHANGES:
+                # the same direction again, with the radius for it
+                value, changes = 0.0, changes + 1
+                continue
             if value > best.value:
                 best = Measured(value, 0, u)
-            if not value or abs(value - before) <= tolerance * value:
+            if radii.is_rounding(value) or abs(value - before) <= tolerance * value:
                 break
-            # below this lower limit, w + h u would hardly differ from w
-            h = max(leading.value / value * fraction, torch.finfo(dtype).eps ** (1 / 2))
             # the shift makes every step climb; without it the power method may alternate
             shift = value if along >= 0 else -value
             climbed = add_scaled(t, shift, u)
             u = scale(1 / norm(climbed), climbed)
     return best._replace(gradient_evaluations=evaluations)
+
+
+_NEAR = 4
+"""The factor within which one radius is as good as another."""
+
+_MOST_CHANGES = 10
+"""Radii that are tried from one start, as there may be none that is its own best."""
+
+
+class _Radii(NamedTuple):
+    """The radii of central differences at one point.
+
+    Attributes:
+        L: The norm of the Hessian there.
+        epsilon: The machine epsilon of its parameters.
+        first: The radius to begin with.
+        least: Below it, ``w + h u`` would be ``w`` but for its rounding.
+        most: Above it, ``w + h u`` would be far from ``w``.
+    """
+
+    L: float
+    epsilon: float
+    first: float
+    least: float
+    most: float
+
+    @classmethod
+    def at(cls, w: Params, L: float) -> "_Radii":
+        epsilon = _epsilon(w)
+        length = float(norm(w))
+        fraction = math.cbrt(epsilon)
+        first = fraction * (min(length, 1.0) or 1.0)
+        least = fraction**2 * length or epsilon
+        return cls(L, epsilon, first, least, most=max(length, 1.0) / 10)
+
+    def wanted(self, value: float) -> float:
+        """Return the radius with which a rho of ``value`` is measured best."""
+        length = self.L / value if value else math.inf
+        fraction = math.cbrt(self.epsilon)
+        return min(max(fraction * length, self.least), self.most)
+
+    def is_rounding(self, value: float) -> bool:
+        """Return whether the Hessian changes by no more than its rounding, at any radius."""
+        return self.wanted(value) == self.most and value * self.most <= 8 * self.epsilon * self.L
 
 
 def _third_derivative(objective: Objective, w: Params, u: Params, h: float) -> Params:
@@ -288,6 +347,22 @@ class Constants(NamedTuple):
     gradient_evaluations: int
 
 
+class _Halves(NamedTuple):
+    """Two halves of a query set.
+
+    Attributes:
+        first: The loss of the one.
+        second: The loss of the other.
+        size: Samples of each.
+        samples: Samples of the whole query set.
+    """
+
+    first: Objective
+    second: Objective
+    size: int
+    samples: int
+
+
 class Probe:
     """Measures the constants of some tasks at some parameters.
 
@@ -302,9 +377,11 @@ class Probe:
         chunk_size: How many tasks are vectorised together, in :meth:`gradient_norms` alone.
         seed: Seed of the random directions and halves.
         progress: Show progress bars.
+        ignored: The label of the samples that the losses leave out, which are no samples of a task;
+            None if they leave none out.
 
     Raises:
-        ValueError: If the parameters are in half precision, or the tensors of ``episodes`` do not
+        ValueError: If a parameter is in half precision, or the tensors of ``episodes`` do not
             fit each other.
 
     Examples:
@@ -334,15 +411,12 @@ class Probe:
         chunk_size: int | None = None,
         seed: int = 0,
         progress: bool = False,
+        ignored: int | None = None,
     ) -> None:
         check_episodes(episodes)
-        dtype = next(iter(params.values())).dtype
-        if torch.finfo(dtype).bits < 32:
-            raise UserValueError(
-                f"Expected parameters in float32 or float64 to measure with but got {dtype}; use "
-                "a mixed precision instead."
-            )
+        _check_precision(params)
         self._progress = progress
+        self._ignored = ignored
         self._functions = LossFunctions(loss, query_loss, has_aux)
         self._tasks, self._chunk_size, self._seed = tasks, chunk_size, seed
         with torch.inference_mode(False):
@@ -435,6 +509,7 @@ class Probe:
             inner_lr: alpha.
             steps: N.
         """
+        check_step_count(steps)
         rates = rates_of_steps(inner_lr, self._params, steps)
 
         def of_task(task: AnyEpisodes) -> Tensor:
@@ -462,42 +537,57 @@ class Probe:
         Random halves D_1, D_2 of a query set give sigma-tilde:
         ``E|g(D_1) - g(D_2)|^2 = 2 sigma-tilde^2 / |D_1|``.
         """
-        samples = self._episodes.query_y.shape[1]
-        half = samples // 2
 
         def measure_task(task: AnyEpisodes) -> tuple[Params, Tensor]:
             support, query = (objective.gradient(self._params) for objective in self._losses(task))
-            distances = [norm(query), norm(subtract(query, support))]
-            if half:
-                first, second = (part.gradient(self._params) for part in self._halves(task))
-                distances.append(norm(subtract(second, first)))
-            return query, torch.stack(distances)
+            distances = torch.stack([norm(query), norm(subtract(query, support))])
+            return query, torch.cat([distances, self._sampling_variances(task).to(distances)])
 
-        total = {name: torch.zeros_like(tensor) for name, tensor in self._params.items()}
+        first: Params = {}
+        total = scale(0.0, self._params)
         rows = []
-        for gradient, distances in self._for_each_task("gradients", measure_task):
+        for gradient, figures in self._for_each_task("gradients", measure_task):
             # each task's results have a leading dimension of 1
-            total = {name: tensor + gradient[name][0] for name, tensor in total.items()}
-            rows.append(distances)
-        norms, gaps, *between = torch.cat(rows).cpu().double().T  # fetched together
+            query = {name: tensor[0] for name, tensor in gradient.items()}
+            # sums of the differences from one of them, as those of large gradients that are nearly
+            # alike would leave nothing but rounding
+            first = first or query
+            from_first = subtract(query, first)
+            total = add(total, from_first)
+            rows.append(torch.cat([figures[0], norm(from_first)[None]]))
+        # fetched together
+        columns = torch.stack(rows).cpu().double().T
+        norms, gaps, sample_variances, batch_variances, from_firsts = columns
         count = len(norms)
 
-        sample_variance = float(between[0].square().mean()) * half / 2 if half else math.nan
         variance = math.nan
         if count > 1:
-            sum_of_squares = float(norms.square().sum())
+            sum_of_squares = float(from_firsts.square().sum())
             variance = (sum_of_squares - float(norm(total)) ** 2 / count) / (count - 1)
-        if isinstance(self._episodes, ResampledEpisodes) and half:
-            variance -= sample_variance / samples
+        known = ~sample_variances.isnan()
+        if isinstance(self._episodes, ResampledEpisodes) and known.any():
+            variance -= float(batch_variances[known].mean())
         return Spread(
             gradient_norm=float(norms.mean()),
             # what sampling adds is an estimate too, and may exceed the variance of a few tasks
             sigma=math.sqrt(max(variance, 0.0)) if count > 1 else math.nan,
-            sample_sigma=math.sqrt(sample_variance),
+            sample_sigma=math.sqrt(float(sample_variances[known].mean())),
             b=float(gaps.mean()),
             mean_square_b=float(gaps.square().mean()),
-            gradient_evaluations=count * (4 if half else 2),
+            gradient_evaluations=2 * count + 2 * int(known.sum()),
         )
+
+    def _sampling_variances(self, task: AnyEpisodes) -> Tensor:
+        """Return the variance of a sample's query gradient, and of the mean over its query set.
+
+        nan where the query set is one sample.
+        """
+        halves = self._halves(task)
+        if halves is None:
+            return torch.full((2,), math.nan)
+        first, second = (half.gradient(self._params) for half in (halves.first, halves.second))
+        variance = norm(subtract(second, first)).square() * halves.size / 2
+        return torch.stack([variance, variance / halves.samples])
 
     @_differentiating()
     def hessian_deviation(self) -> tuple[float, int]:
@@ -510,22 +600,22 @@ class Probe:
         Returns:
             sigma_H [loss / parameter^2], nan with one query sample; and the gradients it cost.
         """
-        half = self._episodes.query_y.shape[1] // 2
-        if not half:
-            return math.nan, 0
 
         def measure_task(task: AnyEpisodes) -> Tensor:
+            halves = self._halves(task)
+            if halves is None:
+                return torch.tensor([math.nan, math.nan, 0], dtype=torch.float64, device="cpu")
             query_loss = _value(self._losses(task)[1])
             leading = smoothness(query_loss, self._params, tolerance=1e-2, seed=self._seed)
-            first, second = (part.hessian(self._params) for part in self._halves(task))
+            first, second = (half.hessian(self._params) for half in (halves.first, halves.second))
             directions = (leading.direction, _random_direction(self._params, self._seed))
             along = torch.stack([norm(subtract(first(v), second(v))) for v in directions])
+            variances = along.double().cpu().square() * halves.size / 2
             evaluations = leading.gradient_evaluations + 2 * (1 + 2 * _HESSIAN_PRODUCT)
-            return torch.tensor([*along.tolist(), evaluations], dtype=torch.float64, device="cpu")
+            return torch.cat([variances, torch.tensor([evaluations]).to(variances)])
 
         rows = torch.cat(list(self._for_each_task("sigma_H", measure_task)))
-        mean_squares = rows[:, :2].square().mean(0)
-        variance = float(mean_squares.max()) * half / 2
+        variance = float(rows[:, :2].nanmean(0).max())
         return math.sqrt(variance), int(rows[:, 2].sum())
 
     def _losses(self, task: AnyEpisodes) -> tuple[Objective, Objective]:
@@ -533,14 +623,27 @@ class Probe:
         losses = self._functions.of_task(task, 1)
         return losses.support[0], losses.query[0]
 
-    def _halves(self, task: AnyEpisodes) -> tuple[Objective, Objective]:
-        """Return the query losses of two random halves of a task's query set."""
-        samples = len(task.query_y)
+    def _halves(self, task: AnyEpisodes) -> "_Halves | None":
+        """Return two random halves of a task's query set; None if it is one sample.
+
+        Of an odd number of samples, one is left out.
+        """
+        rows = self._samples(task.query_y)
+        half = len(rows) // 2
+        if not half:
+            return None
         random = torch.Generator().manual_seed(self._seed)
-        order = torch.randperm(samples, generator=random, device="cpu").to(task.query_y.device)
-        half = samples // 2
-        # of an odd number of samples, one is left out
-        return self._query_loss(task, order[:half]), self._query_loss(task, order[half : 2 * half])
+        order = rows[torch.randperm(len(rows), generator=random, device="cpu").to(rows.device)]
+        first, second = order[:half], order[half : 2 * half]
+        return _Halves(
+            self._query_loss(task, first), self._query_loss(task, second), half, len(rows)
+        )
+
+    def _samples(self, labels: Tensor) -> Tensor:
+        """Return the rows of the samples whose labels, or some of them, the losses count."""
+        if self._ignored is None:
+            return torch.arange(len(labels), device=labels.device)
+        return (labels != self._ignored).reshape(len(labels), -1).any(1).nonzero()[:, 0]
 
     def _query_loss(self, task: AnyEpisodes, rows: Tensor) -> Objective:
         x = map_tensors(lambda tensor: tensor[rows], task.query_x)
@@ -562,12 +665,26 @@ class Probe:
         )
 
 
+def _check_precision(params: Params) -> None:
+    for name, tensor in params.items():
+        if torch.finfo(tensor.dtype).bits < 32:
+            raise UserValueError(
+                "Expected parameters in float32 or float64 to measure with but got "
+                f"{tensor.dtype} in {name!r}; use a mixed precision instead."
+            )
+
+
 def _value(objective: Objective) -> PlainLoss:
     return lambda w: objective.value(w)[0]
 
 
 def _objective(loss: PlainLoss) -> Objective:
     return Objective(lambda w: (loss(w), ()))
+
+
+def _epsilon(w: Params) -> float:
+    """Return the machine epsilon of the parameters, where they are kept the least exactly."""
+    return max(torch.finfo(tensor.dtype).eps for tensor in w.values())
 
 
 def _random_direction(like: Params, seed: int) -> Params:

@@ -179,11 +179,12 @@ def conditions(constants: Constants, settings: Settings) -> list[Condition]:
 
 
 def coverage(constants: Constants, settings: Settings) -> str:
-    """Return which theorems cover the run, or that none does and what is known instead."""
+    """Return which theorems are about the run, or that none is and what is known instead."""
     case = (settings.curvature, settings.steps, settings.data)
     name = described(*case)
     if found := theorems(*case):
-        return f"{name}, is covered by {' and '.join(theorem.name for theorem in found)}"
+        names = " and ".join(theorem.name for theorem in found)
+        return f"{name}, is covered by {names} where all of its conditions hold, see below"
     sentence = f"No theorem covers {name}: {known_instead(*case)}"
     if settings.steps == 0:
         return sentence
@@ -191,6 +192,8 @@ def coverage(constants: Constants, settings: Settings) -> str:
     if settings.curvature == "none":
         b = constants.b if settings.resampling is None else 0.0  # there the losses are the same
         floor = theory.first_order_floor(L, alpha, steps, constants.sigma, b)
+        if math.isinf(floor):
+            return f"{sentence}, which is infinite at this alpha, so nothing is known"
         return f"{sentence} = {floor:.3g}, with sigma as it is here"
     grown = (1 + alpha * L) ** steps
     at_adapted = grown * constants.gradient_norm + (grown - 1) * constants.b
@@ -325,8 +328,8 @@ def _adaptive_conditions(
     source = _EQUATION[rule]
     if rule not in rules(settings):
         text = (
-            f"AdaptiveMetaStepsize with rule {rule!r} is not made for this algorithm, N and kind "
-            "of tasks"
+            f"rule {rule!r} of AdaptiveMetaStepsize; that of a theorem about this algorithm, N and "
+            "kind of tasks needed"
         )
         return [Condition(source, text, False)]
     paper_scale = theory.paper_scale(rule, judged_as(settings))
@@ -458,18 +461,22 @@ def _implied(constants: Constants, settings: Settings) -> list[tuple[str, str, s
     L, rho, alpha, steps = constants.L, constants.rho, settings.inner_lr, settings.steps
     recommended = theory.recommended_inner_lr(L, steps)
     growth, c_l, c_b = theory.smoothness_constants(L, rho, alpha, steps)
+    on_maml = "" if settings.curvature == "exact" else ", for MAML"
     rows = [
-        ("alpha to use", f"{recommended:.3g}", f"1 / (8 N L), N = {steps}; configured: {alpha:g}"),
+        (
+            "alpha to use",
+            f"{recommended:.3g}",
+            f"1 / (8 N L){on_maml}, N = {steps}; configured: {alpha:g}",
+        ),
         ("(1 + alpha L)^2N", f"{growth:.4g}", "below 2 in Ji's theorems"),
         ("C_L, C_b", f"{c_l:.4g}, {c_b:.4g}", "how L-hat grows with the task gradients and with b"),
     ]
     for rule in rules(settings):
         rows += _implied_by(rule, constants, settings)
-    if settings.curvature != "none" and not math.isnan(constants.hessian_sigma):
+    draws_for_products = settings.resampling is not None and settings.curvature != "none"
+    if draws_for_products and not math.isnan(constants.hessian_sigma):
         needed = theory.hessian_batch(alpha, constants.hessian_sigma)
-        meaning = (
-            "samples for a Hessian-vector product, 2 alpha^2 sigma_H^2, where they are drawn for it"
-        )
+        meaning = "samples for a Hessian-vector product, 2 alpha^2 sigma_H^2"
         rows.append(("D_h", count(needed), meaning))
     if settings.curvature == "finite_difference":
         # with a query gradient of norm 1, so as a fraction of it

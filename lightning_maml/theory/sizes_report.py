@@ -63,7 +63,7 @@ def sizes_report(
             f"No theorem gives sizes for E|grad F| <= {epsilon:g} with this algorithm, number of "
             "steps and kind of tasks."
         )
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, _CAVEAT])
 
 
 def check_accuracy(epsilon: float) -> None:
@@ -161,12 +161,16 @@ def _several_steps_rows(
     return rows
 
 
+_CAVEAT = (
+    "They are a guarantee only where every condition of the theorem holds, with the alpha named "
+    "here and the theorem's beta."
+)
 _NEGATIVE: Row = ("not known", "", "the loss can be negative, so F(w) does not bound the distance")
 _UNKNOWN: Row = ("not known", "", "sigma-tilde needs at least two query samples per task")
 
 
 def _over_square(number: float, accuracy: float, least: int = 1) -> str:
     """Return ``number / accuracy^2`` rounded up."""
-    if accuracy == 0:  # which FO-MAML reaches in the limit, where all tasks are alike
-        return "unbounded"
-    return count(max(least, math.ceil(number / accuracy**2)))
+    # FO-MAML reaches 0 in the limit, where all tasks are alike
+    quotient = number / accuracy / accuracy if accuracy else math.inf
+    return "unbounded" if math.isinf(quotient) else count(max(least, math.ceil(quotient)))

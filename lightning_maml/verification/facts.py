@@ -10,11 +10,11 @@ from lightning_maml.batches.episodes import (
 )
 from lightning_maml.batches.trees import call, cat
 from lightning_maml.batches.trees import count as count_of
-from lightning_maml.checks.network_checks import first_support, sees_others
+from lightning_maml.checks.network_checks import find_kinks, first_support, sees_others
 from lightning_maml.networks.batch_norm import batch_norms
 from lightning_maml.networks.copies import deep_copy
 from lightning_maml.networks.functional_network import FunctionalNetwork
-from lightning_maml.networks.kinks import kinked_operations, kinks, weight_normed
+from lightning_maml.networks.kinks import weight_normed
 from lightning_maml.verification.agreement import named
 from lightning_maml.verification.case import Case
 from lightning_maml.verification.report import Look
@@ -87,10 +87,5 @@ def _sees_others(case: Case) -> bool:
 
 def kinks_of(case: Case) -> list[str]:
     """Return the layers with kinks, or where there are none, the functions with kinks."""
-    network = case.model.network
-    if found := kinks(network):
-        return found
-    functional = FunctionalNetwork(network, case.model.batch_norm)
-    with first_support(functional, case.episodes) as x:
-        operations: list[str] = kinked_operations(lambda: functional(functional.params, x))
-    return operations
+    functional = FunctionalNetwork(case.model.network, case.model.batch_norm)
+    return find_kinks(functional, case.episodes)

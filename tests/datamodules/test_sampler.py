@@ -291,6 +291,25 @@ def test_small_classes_are_refused_or_dropped(names: tuple[str, ...]) -> None:
     assert kept.__getitem__((0, 0)).query_x.shape == (2, 1, 3, 3)
 
 
+def test_small_classes_where_batches_are_drawn_afresh_are_refused_with_all_sizes() -> None:
+    data = ClassImages(torch.zeros(9, 1, 3, 3), [np.arange(4), np.arange(4, 9)], ())
+    with pytest.raises(
+        ValueError,
+        match=r"train_steps x .* to be at most 4, .* 2 of its 2 classes .* than the 8 .*; lower "
+        r"`shots`, `hessian_shots`, `queries` or `train_steps`\.$",
+    ):
+        EpisodeDataset(
+            data,
+            ways=1,
+            shots=1,
+            queries=2,
+            seed=(0,),
+            split="train",
+            rotations="none",
+            resampling=Resampling(steps=3, hessian_shots=1),
+        )
+
+
 def test_a_sampler_skips_the_tasks_that_were_given_out() -> None:
     sampler = TaskSampler(9, fresh=True, num_replicas=2, rank=1)
     assert list(sampler) == [(0, 1), (0, 3), (0, 5), (0, 7)]

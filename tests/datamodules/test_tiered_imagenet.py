@@ -227,6 +227,8 @@ def test_damaged_png_pickles_are_refused(copy_of: Callable[[str], Path], images:
     refused([*encoded[:-1], small], "image 290 of .* of 84 x 84 pixels but it has 9 x 9 pixels")
     refused([*encoded[:-1], encoded[-1][:60]], "image 290 of .* download it again")
     refused([*encoded[:-1], np.zeros(60, np.uint8)], "image 290 of .*cannot identify")
+    deep = np.frombuffer(png(np.full((84, 84), 40_000, np.uint16)), np.uint8)
+    refused([*encoded[:-1], deep], "image 290 of .* have more than 8 bits")
     refused({"images": encoded}, "to be a list of PNG files as arrays but it is not")
     refused(["a", "b"], "to be a list of PNG files as arrays but it is not")
     file.write_bytes(pickle.dumps(os.system))

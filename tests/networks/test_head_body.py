@@ -167,6 +167,7 @@ def test_a_head_that_is_not_the_end_is_warned_of_unless_it_is_named(algorithm: t
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "The last layer")
         algorithm(HeadFirst().double(), head="classifier").meta_loss(make_episodes())
+        MAML(HeadFirst().double(), adapt=["classifier"]).meta_loss(make_episodes())
         algorithm(build("mlp")).meta_loss(make_episodes())
 
 

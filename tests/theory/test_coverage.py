@@ -101,7 +101,8 @@ def test_measure_judges_by_the_theorems_of_the_table(
     named = set(re.findall(r"(?:Fallah|Ji), Theorem [\d.]+(?:, on MAML)?(?=  )", judged))
     name = f"{row.algorithm}, N = {row.steps}, on {row.tasks}"
     if row.theorems:
-        assert f"{name}, is covered by {' and '.join(row.theorems)}\n" in covered
+        theorems = " and ".join(row.theorems)
+        assert f"{name}, is covered by {theorems} where all of its conditions hold" in covered
     else:
         assert f"No theorem covers {name}: " in covered
     if row.algorithm == "HF-MAML":

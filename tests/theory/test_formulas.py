@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +72,62 @@ def test_smoothness_constants_have_a_limit_where_L_is_zero(steps: int) -> None:
     assert one_step == close(2 * 3 * 0.1 * 2)
     assert theory.largest_inner_lr(0.0, steps) == theory.recommended_inner_lr(0.0, steps)
     assert theory.largest_one_step_inner_lr(0.0, "exact") == math.inf
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_path_and_moments_have_a_limit_where_L_is_zero(steps: int) -> None:
+    """There each step adds its noise, and the products of Hessians stay near the identity."""
+    path = theory.path_error(0.0, 0.1, steps, 2.0, support=4)
+    assert path == (close(steps * 0.1), close(2 * steps * (0.1 * 2) ** 2 / 4))
+    moments = theory.moment_constants(0.0, 3.0, 0.1, steps, 2.0, 1.0, hessian=4)
+    assert moments.err2 == close((0.1 * (steps - 1)) ** 2 * 3 * 2)
+    assert (moments.err1, moments.squ2) == (0.0, 0.0)
+    for L in (1e-6, 1e-12, 1e-18, 1e-300):
+        near = theory.path_error(L, 0.1, steps, 2.0, support=4)
+        assert near == (pytest.approx(path.mean, rel=1e-5), pytest.approx(path.mean_square, 1e-5))
+        near_moments = theory.moment_constants(L, 3.0, 0.1, steps, 2.0, 1.0, hessian=4)
+        assert near_moments == pytest.approx(moments, rel=1e-5, abs=1e-5)
+
+
+def test_small_integers_of_numpy_are_numbers_of_steps() -> None:
+    for steps in (np.int8(100), np.uint8(100)):
+        assert theory.largest_inner_lr(1.0, steps) == theory.largest_inner_lr(1.0, 100)
+        assert theory.recommended_inner_lr(1.0, steps) == theory.recommended_inner_lr(1.0, 100)
+        assert theory.smoothness_constants(1.0, 1.0, 1e-3, steps) == pytest.approx(
+            theory.smoothness_constants(1.0, 1.0, 1e-3, 100)
+        )
+        arguments = {"sigma": 1.0, "b": 0.1, "mean_square_b": 0.1}
+        assert theory.finite_sum_moments(1.0, 1e-3, steps, **arguments) == pytest.approx(
+            theory.finite_sum_moments(1.0, 1e-3, 100, **arguments)
+        )
+
+
+def test_bounds_are_infinite_where_they_overflow() -> None:
+    assert theory.first_order_floor(1.0, 1.0, 1000, 1.0) == math.inf
+    assert theory.hessian_free_error(1.0, 1.0, 1.0, 2000, 1.0, 1.0) == math.inf
+    with pytest.raises(ValueError, match=r"Expected scale / L-hat to be a number but got"):
+        theory.meta_stepsize(1e-320, 1.0)
+
+
+def test_names_that_are_none_are_refused() -> None:
+    noise = {"sigma": 1.0, "sample_sigma": 1.0, "tasks": 1, "support": 1, "query": 1}
+    for call in (
+        lambda: theory.theorems("hf", 1, "finite_sum"),
+        lambda: theory.known_instead("hf", 1, "finite_sum"),
+        lambda: theory.largest_one_step_inner_lr(1.0, "hf"),
+        lambda: theory.one_step_noise("hf", 1.0, 1.0, **noise),
+        lambda: theory.paper_scale("one_step", "hf"),
+    ):
+        with pytest.raises(ValueError, match="Expected `curvature` to be 'exact', 'none' or"):
+            call()
+    for call in (theory.theorems, theory.known_instead):
+        with pytest.raises(ValueError, match="Expected `data` to be 'finite_sum' or 'resampling'"):
+            call("exact", 1, "episodes")
+
+
+def test_sizes_need_an_inner_step() -> None:
+    with pytest.raises(ValueError, match="Expected `steps` to be a finite number above 0"):
+        theory.finite_sum_sizes(1.0, 1.0, 1.0, 0, sigma=1.0, b=0.1, mean_square_b=0.1, gap=1.0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 1000])

@@ -62,7 +62,7 @@ def test_first_order_has_one_theorem_for_one_step_and_none_for_several(steps: in
     assert any(c.source == "Fallah, Theorem 4.15" for c in found) is (steps == 1)
     text = coverage(CONSTANTS, settings)
     if steps == 1:
-        assert text.endswith("is covered by Fallah, Theorem 4.15")
+        assert "is covered by Fallah, Theorem 4.15 where all of its conditions hold" in text
     else:
         floor = theory.first_order_floor(2.0, 0.03, 2, 1.0)
         assert f"at most first_order_floor = {floor:.3g}" in text
@@ -127,7 +127,7 @@ ADAPTIVE = Adaptive("one_step", 1 / 12, 4)
         (
             {"stepsize": ADAPTIVE._replace(rule="finite_sum")},
             {},
-            ["Ji eq. 22: AdaptiveMetaStepsize with rule 'finite_sum' is not made"],
+            ["Ji eq. 22: rule 'finite_sum' of AdaptiveMetaStepsize; that of a theorem about this"],
         ),
     ],
 )
@@ -135,6 +135,29 @@ def test_each_condition_fails_alone(change: dict, constants: dict, sources: list
     failed = failing(GOOD._replace(**change), CONSTANTS._replace(**constants))
     assert len(failed) == len(sources), failed
     assert all(any(text.startswith(source) for text in failed) for source in sources), failed
+
+
+def test_an_inner_rate_a_rounding_below_the_limit_is_judged() -> None:
+    limit = theory.largest_inner_lr(2.0, 2)
+    for inner_lr in (math.nextafter(limit, 0), limit, math.nextafter(limit, 1)):
+        failed = failing(GOOD._replace(inner_lr=inner_lr, steps=2, resampling=None))
+        is_below = inner_lr < limit
+        assert any("theta > 0 needed; there is none" in text for text in failed) is not is_below
+        assert any(text.startswith("Ji, Theorem 9: alpha") for text in failed) is not is_below
+
+
+def test_a_floor_that_is_infinite_is_no_knowledge() -> None:
+    text = coverage(CONSTANTS, GOOD._replace(curvature="none", steps=5, inner_lr=0.4))
+    assert text.endswith("first_order_floor, which is infinite at this alpha, so nothing is known")
+
+
+def test_rows_stand_where_they_mean_something() -> None:
+    """A finite sum has no Hessian batch, and 1 / (8 N L) is of corollaries on MAML."""
+    of_finite_sum = report(CONSTANTS, GOOD._replace(resampling=None))
+    assert "D_h" not in of_finite_sum
+    assert "D_h" in report(CONSTANTS, GOOD)
+    assert "1 / (8 N L), N = 1" in of_finite_sum
+    assert "1 / (8 N L), for MAML, N = 1" in report(CONSTANTS, GOOD._replace(curvature="none"))
 
 
 def test_an_adaptive_stepsize_satisfies_its_conditions() -> None:

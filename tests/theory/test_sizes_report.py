@@ -103,6 +103,25 @@ def test_the_objective_is_the_query_loss_after_the_inner_steps() -> None:
     for steps in (0, 1, 3):
         shrunk = 0.9 ** (2 * steps)
         assert probe.objective(0.1, steps) == pytest.approx(shrunk * (1 + 9) / 4, rel=1e-12)
+    with pytest.raises(ValueError, match="Expected `steps` to be at least 0 but got -3"):
+        probe.objective(0.1, -3)
+
+
+@pytest.mark.parametrize("resampling", [None, (40, 10)])
+def test_accuracies_of_any_size_have_sizes_or_are_refused(
+    resampling: tuple[int, int] | None,
+) -> None:
+    settings = SETTINGS._replace(resampling=resampling)
+
+    def iterations(epsilon: float) -> float:
+        text = sizes_report(epsilon, CONSTANTS, settings, lambda alpha: 0.7)
+        return float(values(text.split("Sizes for")[-1])["K"])
+
+    assert iterations(1e300) == iterations(1e160) == 1
+    assert iterations(1e-100) == pytest.approx(1e120 * iterations(1e-40), rel=1e-2)
+    for epsilon in (1e-160, 1e-300):
+        with pytest.raises(ValueError, match="Expected `epsilon` to be an accuracy within reach"):
+            sizes_report(epsilon, CONSTANTS, settings, lambda alpha: 0.7)
 
 
 @pytest.mark.parametrize("epsilon", ["0", "-1"])
