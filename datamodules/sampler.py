@@ -310,10 +310,9 @@ class EpisodeDataset(TaskDataset):
                 stacklevel=5,  # the caller of `setup`
             )
             return [data.members[number] for number in large]
-        names = "`shots` or `queries`"
+        cure = "; lower `shots` or `queries`"
         if self._resampling is not None:
-            names = "`shots`, `hessian_shots`, `queries` or `train_steps`"
-        cure = f"; lower {names}"
+            cure = "; lower `shots`, `hessian_shots`, `queries` or `train_steps`"
         if data.names and large:
             cure += ", or leave these out by small_classes='drop'"
         raise UserValueError(
