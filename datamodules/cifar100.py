@@ -218,7 +218,7 @@ def read_cifar100(root: Path) -> CIFAR100Images:
     """
     folder = _find_files(root)
     if folder is None:
-        raise _not_found(root)
+        raise _not_found(root, "", ", or set download=True where the internet can be reached")
     [names] = read_entries(folder / "meta", "fine_label_names")
     if len(set(names)) != CLASSES:
         raise UserValueError(
@@ -236,7 +236,7 @@ def _download(root: Path) -> None:
             CIFAR100.url, str(root), filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
         )
     except Exception as error:  # torchvision passes on any error of network or archive
-        raise _not_found(root, f" The download failed: {error}") from error
+        raise _not_found(root, f", and its download failed ({error})", "") from error
 
 
 def _unpack(archive: Path) -> None:
@@ -256,11 +256,10 @@ def _find_files(root: Path) -> Path | None:
     return None
 
 
-def _not_found(root: Path, why: str = "") -> UserFileNotFoundError:
+def _not_found(root: Path, why: str, or_else: str) -> UserFileNotFoundError:
     return UserFileNotFoundError(
         f"Expected CIFAR-100 in {root / _FOLDER} (the files {', '.join(_FILES)}) but did not find "
-        f"it; put {CIFAR100.filename} of {CIFAR100.url} into {root}, or set download=True where "
-        f"the internet can be reached.{why}"
+        f"it{why}; put {CIFAR100.filename} of {CIFAR100.url} into {root}{or_else}."
     )
 
 

@@ -34,7 +34,7 @@ class IndependentTasks:
         if tasks < 1:
             raise UserValueError(f"Expected `tasks` to be at least 1 but got {tasks}.")
         self.drawn = 0
-        """How many meta-batches were drawn; set it to resume the stream there."""
+        """How many meta-batches were drawn."""
         self._purpose = purpose
         self._tasks = tasks
         self._episodes = episodes
@@ -44,6 +44,10 @@ class IndependentTasks:
     def are_given(self) -> bool:
         """Whether the meta-batches are the user's."""
         return self._episodes is not None
+
+    def start_at(self, drawn: int) -> None:
+        """Go on as if ``drawn`` meta-batches had been drawn."""
+        self.drawn, self._stream = drawn, None
 
     def check(self, trainer: Trainer) -> None:
         """Check that there is something to draw from.

@@ -43,9 +43,9 @@ class AdaptiveMetaStepsize(Callback):
     The rate is set once per optimizer step, also with gradient accumulation, for all parameter
     groups alike, and is the same in every process. The theory is that of plain SGD; with another
     optimizer, and with gradient clipping, beta becomes the rate of that optimizer and a warning
-    says so. Another says where no theorem covers the algorithm, its number of steps and its kind
-    of tasks with this rule (:func:`lightning_maml.theory.theorems`), and a third where alpha L is
-    too large for the theorem.
+    says so. Others say where no theorem covers the algorithm, its number of steps and its kind of
+    tasks with this rule (:func:`lightning_maml.theory.theorems`), where the network has kinks, and
+    where alpha L is too large for the theorem.
 
     The L and rho of the papers' equations hold for all parameters. What is measured at the current
     ones is at most that, so beta may be larger than the papers', and its step go past a near
@@ -139,8 +139,10 @@ class AdaptiveMetaStepsize(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget what was measured in an earlier fit; a checkpoint, if any, is read after this."""
-        self._measured = {}
+        """Begin a fit anew; a checkpoint, if there is one, is read after this."""
+        if stage == "fit":
+            self._measured = {}
+            self._tasks.start_at(0)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,9 +173,10 @@ class AdaptiveMetaStepsize(Callback):
         module = as_maml(self, pl_module)
         episodes = self._tasks.draw(trainer)
         if self._is_first_step:
-            self._once("coverage", rank_zero_warn, _not_covered(self.rule, module, episodes))
-            self._once("kinks", rank_zero_warn, _kinked(module, episodes))
             self._is_first_step = False
+            for sentence in (_not_covered(self.rule, module, episodes), _kinked(module, episodes)):
+                if sentence:
+                    rank_zero_warn(f"AdaptiveMetaStepsize: {sentence}.")
         probe = module.probe(episodes)
         constants = self._constants(probe, trainer)
         self._once("alpha", rank_zero_warn, _too_large_alpha(self.rule, module, constants["L"]))
@@ -186,11 +189,17 @@ class AdaptiveMetaStepsize(Callback):
             gradient_norm=gradient_norm,
         )
         scale = paper_scale(self.rule, module.curvature) if self.scale is None else self.scale
-        if not smoothness or math.isinf(scale / smoothness):
+        if smoothness == 0:
             raise UserFloatingPointError(
-                f"Expected L-hat to be positive but it is {smoothness:.3g} at step "
-                f"{trainer.global_step}, as the losses are linear or their gradients 0; remove "
-                "AdaptiveMetaStepsize and set the rate."
+                f"Expected L-hat to be positive but it is 0 at step {trainer.global_step}, as the "
+                "losses are linear or their gradients 0; remove AdaptiveMetaStepsize and set the "
+                "rate."
+            )
+        if math.isinf(scale / smoothness):
+            raise UserFloatingPointError(
+                f"Expected scale / L-hat to be a number but got {scale:.3g} / {smoothness:.3g} at "
+                f"step {trainer.global_step}; lower `scale`, or remove AdaptiveMetaStepsize where "
+                "the losses are nearly linear."
             )
         beta = meta_stepsize(smoothness, scale)
         for group in optimizer.param_groups:
@@ -248,7 +257,8 @@ class AdaptiveMetaStepsize(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the saved run stopped."""
-        self._measured, self._tasks.drawn = state_dict["measured"], state_dict["drawn"]
+        self._measured = state_dict["measured"]
+        self._tasks.start_at(state_dict["drawn"])
 
 
 def _number_or_none(value: float | None, name: str) -> float | None:
@@ -295,6 +305,8 @@ def _measure(probe: Probe, trainer: Trainer, missing: set[str]) -> dict[str, flo
 def _over_processes(trainer: Trainer, number: float, operation: str) -> float:
     """Return the mean or maximum over all processes, so that each sets the same stepsize."""
     if trainer.world_size > 1:
+        # a maximum over processes may lose a nan, but not an infinity
+        number = number if math.isfinite(number) else math.inf
         on_device = torch.tensor(number, dtype=torch.float64, device=trainer.strategy.root_device)
         number = float(trainer.strategy.reduce(on_device, reduce_op=operation))
     if not math.isfinite(number):

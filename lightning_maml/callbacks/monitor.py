@@ -111,4 +111,5 @@ class Monitor(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the stream of tasks where the saved run stopped."""
-        self._tasks.drawn, self._last_step = state_dict["drawn"], state_dict["last_step"]
+        self._tasks.start_at(state_dict["drawn"])
+        self._last_step = state_dict["last_step"]

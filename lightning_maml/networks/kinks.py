@@ -71,6 +71,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.removesuffix("_")
+        if args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
+            return func(*args, **(kwargs or {}))  # lengths and masks have no derivatives
         # cloned, because a clamp may work in place
         before = args[0].clone() if name.startswith("clamp") else None
         result = func(*args, **(kwargs or {}))

@@ -80,7 +80,8 @@ def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> Smoo
         >>> smoothness_constants(L=1.0, rho=1.0, alpha=1.0, steps=2).growth
         16.0
     """
-    _check(rho=rho, alpha=alpha, steps=steps)
+    _check(rho=rho, alpha=alpha)
+    steps = _check_steps(steps)
     a, growth = _growth(L, alpha, steps)
     grown = _grown(alpha * L, steps)
     spread = rho * a ** (steps - 1) * _grown_per_L(L, alpha, steps)
@@ -111,7 +112,8 @@ def printed_smoothness_constants(
         >>> printed_smoothness_constants(L=1.0, rho=1.0, alpha=1.0, steps=1)
         SmoothnessConstants(growth=4.0, c_l=8.0, c_b=8.0)
     """
-    _check(L=L, rho=rho, alpha=alpha, steps=steps)
+    _check(L=L, rho=rho, alpha=alpha)
+    steps = _check_steps(steps)
     a, growth = _growth(L, alpha, steps)
     both = (alpha * rho + rho / L * a ** (steps - 1)) * growth
     return SmoothnessConstants(growth, c_l=both, c_b=both)
@@ -120,14 +122,17 @@ def printed_smoothness_constants(
 def _growth(L: float, alpha: float, steps: int) -> tuple[float, float]:
     """Return ``a`` and ``a^(2N)``."""
     _check_number("L", L, may_be_zero=True)
-    a = float(1 + alpha * L)  # which overflows with an error, as numpy's numbers do not
+    a = 1 + float(alpha * L)  # numpy's numbers would overflow without an error
     try:
-        return a, a ** (2 * int(steps))
+        growth = a ** (2 * steps)
     except OverflowError:
+        growth = math.inf
+    if math.isinf(growth):
         raise UserValueError(
             f"Expected (1 + alpha L)^(2N) to be a number but alpha L = {alpha * L:.3g}, N = "
             f"{steps} is too much; lower alpha."
-        ) from None
+        )
+    return a, growth
 
 
 def _grown(x: float, exponent: int) -> float:
@@ -247,9 +252,9 @@ def largest_inner_lr(L: float, steps: int) -> float:
         >>> round(largest_inner_lr(L=1.0, steps=1), 4)
         0.4142
     """
-    _check(steps=steps)
+    steps = _check_steps(steps)
     _check_number("L", L, may_be_zero=True)
-    return math.expm1(math.log(2) / (2 * int(steps))) / L if steps and L else math.inf
+    return math.expm1(math.log(2) / (2 * steps)) / L if steps and L else math.inf
 
 
 def recommended_inner_lr(L: float, steps: int) -> float:
@@ -267,9 +272,9 @@ def recommended_inner_lr(L: float, steps: int) -> float:
         >>> recommended_inner_lr(L=1.0, steps=5)
         0.025
     """
-    _check(steps=steps)
+    steps = _check_steps(steps)
     _check_number("L", L, may_be_zero=True)
-    return 1 / (8 * int(steps) * L) if steps and L else math.inf
+    return 1 / (8 * steps * L) if steps and L else math.inf
 
 
 def largest_one_step_inner_lr(L: float, curvature: CurvatureName) -> float:
@@ -463,6 +468,11 @@ def probe_radius(
     """
     _check(epsilon=epsilon)
     error_per_radius = hessian_free_error(L, rho, alpha, steps, 1.0, query_gradient_norm)
+    if math.isinf(error_per_radius):
+        raise UserValueError(
+            f"Expected an error that is a number but it overflows with alpha = {alpha:.3g} and "
+            f"N = {steps}; lower alpha."
+        )
     wanted = epsilon / (2 * error_per_radius) if error_per_radius > 0 else math.inf
     return min(printed_probe_radius(rho, alpha), wanted)
 
@@ -492,13 +502,13 @@ def hessian_free_error(
         L=L,
         rho=rho,
         alpha=alpha,
-        steps=steps,
         radius=radius,
         query_gradient_norm=query_gradient_norm,
     )
-    grown = 1 + _grown(alpha * L, max(int(steps) - 1, 0))
-    at_radius_one = steps * alpha * rho / 2 * query_gradient_norm
-    return grown * at_radius_one * radius if at_radius_one else 0.0
+    steps = _check_steps(steps)
+    grown = 1 + _grown(alpha * L, max(steps - 1, 0))
+    without_growth = steps * alpha * rho * radius / 2 * query_gradient_norm
+    return grown * without_growth if without_growth else 0.0
 
 
 def first_order_floor(L: float, alpha: float, steps: int, sigma: float, b: float = 0.0) -> float:
@@ -523,8 +533,9 @@ def first_order_floor(L: float, alpha: float, steps: int, sigma: float, b: float
         >>> round(first_order_floor(L=1.0, alpha=0.1, steps=1, sigma=1.0), 4)
         0.1618
     """
-    _check(L=L, alpha=alpha, steps=steps, sigma=sigma, b=b)
-    gap = 1 - _grown(alpha * L, 2 * int(steps))
+    _check(L=L, alpha=alpha, sigma=sigma, b=b)
+    steps = _check_steps(steps)
+    gap = 1 - _grown(alpha * L, 2 * steps)
     if gap <= 0:
         return math.inf
     grown = _grown(alpha * L, steps)  # a^N - 1
@@ -579,7 +590,7 @@ def one_step_noise(
         query=query,
     )
     over_tasks = 1 / tasks + ((alpha * L) ** 2 if curvature == "none" else 0.0)
-    over_samples = 1 / (tasks * query) + 1 / support
+    over_samples = 1 / tasks / query + 1 / support
     return math.sqrt(sigma**2 * over_tasks + sample_sigma**2 * over_samples)
 
 
@@ -651,7 +662,8 @@ def path_error(L: float, alpha: float, step: int, sample_sigma: float, support: 
     """Return the bounds of Ji, Proposition 2, on the error of the inner path.
 
     They have the ``2 alpha L`` of its proof, where the statement prints ``alpha L``. As L goes to 0
-    they go to ``j alpha sample_sigma / sqrt(S)`` and ``2 j (alpha sample_sigma)^2 / S``.
+    they go to ``j alpha sample_sigma / sqrt(S)`` and ``2 j (alpha sample_sigma)^2 / S``. Infinite
+    where they overflow.
 
     Args:
         L: Smoothness of the task losses; may be 0.
@@ -666,8 +678,11 @@ def path_error(L: float, alpha: float, step: int, sample_sigma: float, support: 
         >>> round(error.mean, 4), round(error.mean_square, 4)
         (0.5, 0.5)
     """
-    _check(alpha=alpha, step=step, sample_sigma=sample_sigma, support=support)
+    _check(alpha=alpha, sample_sigma=sample_sigma, support=support)
+    step = _check_steps(step, "step")
     _check_number("L", L, may_be_zero=True)
+    if sample_sigma == 0:
+        return PathError(0.0, 0.0)
     x = alpha * L
     mean = _grown_per_L(L, alpha, step) * sample_sigma / math.sqrt(support)
     grown_per_L = _grown(2 * x * (1 + x), step) / L if L else 2 * alpha * step
@@ -729,16 +744,17 @@ def moment_constants(
         0.11
     """
     _check(rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma, hessian=hessian)
+    steps = _check_steps(steps)
     a, gap = _gap(L, alpha, steps)
     x = alpha * L
-    factors = (alpha**2 * hessian_sigma**2 / hessian + a**2) ** steps
+    factors = 1 + _grown(alpha**2 * hessian_sigma**2 / hessian + a**2 - 1, steps)
     squ1 = 3 * factors * sample_sigma**2
-    squ3 = 6 * factors * a ** (2 * int(steps)) / gap**2
+    squ3 = 6 * factors * a ** (2 * steps) / gap**2
     # the formula has the exponent N - 1, which would make something of no steps at all
     err2 = 0.0
     if steps:
         grown_per_L = _grown_per_L(L, alpha, steps - 1)
-        err2 = a ** (2 * int(steps) - 1) * grown_per_L**2 * rho * sample_sigma / gap
+        err2 = a ** (2 * steps - 1) * grown_per_L**2 * rho * sample_sigma / gap
     return MomentConstants(
         err1=a**steps * _grown(x, steps) * sample_sigma,
         err2=err2,
@@ -818,7 +834,8 @@ def resampling_convergence(
         >>> resampling_convergence(1.0, 1.0, 0.125, 1, **sigmas, **sizes).theta > 0
         True
     """
-    _check(sigma=sigma, tasks=tasks, support=support, query=query, c_beta=c_beta)
+    _check(L=L, sigma=sigma, tasks=tasks, support=support, query=query, c_beta=c_beta)
+    steps = _check_steps(steps)
     a, gap = _gap(L, alpha, steps)
     err1, err2, squ1, squ2, squ3 = moment_constants(
         L, rho, alpha, steps, sample_sigma, hessian_sigma, hessian
@@ -831,7 +848,7 @@ def resampling_convergence(
         theta=2 * gap / (c_beta * c_l) * descent,
         phi=2 / (c_beta**2 * L) * (squ1 / query + squ2 / support + squ3 * sigma**2),
         xi=6 / (c_beta * L) * bias * (err1**2 + err2**2 * sigma**2),
-        chi=gap * a ** (2 * int(steps)) * L / c_l + sigma,
+        chi=gap * a ** (2 * steps) * L / c_l + sigma,
     )
 
 
@@ -906,10 +923,11 @@ def finite_sum_moments(
         FiniteSumMoments(squ1=4.0, squ2=8.0)
     """
     _check(sigma=sigma, b=b, mean_square_b=mean_square_b)
+    steps = _check_steps(steps)
     a, gap = _gap(L, alpha, steps)
-    growth = a ** (2 * int(steps))
+    growth = a ** (2 * steps)
     squ1 = 4 * growth**2 / gap**2
-    over_tasks = squ1 * _grown(alpha * L, 2 * int(steps)) ** 2 * (sigma + b) ** 2
+    over_tasks = squ1 * _grown(alpha * L, 2 * steps) ** 2 * (sigma + b) ** 2
     return FiniteSumMoments(squ1, over_tasks + 2 * growth**2 * (sigma**2 + mean_square_b))
 
 
@@ -951,7 +969,8 @@ def finite_sum_convergence(
         >>> finite_sum_convergence(1.0, 1.0, 0.125, 1, **spread, tasks=20).theta > 0
         True
     """
-    _check(tasks=tasks, c_beta=c_beta)
+    _check(L=L, tasks=tasks, c_beta=c_beta)
+    steps = _check_steps(steps)
     a_1, a_2 = finite_sum_moments(L, alpha, steps, sigma=sigma, b=b, mean_square_b=mean_square_b)
     a, gap = _gap(L, alpha, steps)
     growth, c_l, c_b = smoothness_constants(L, rho, alpha, steps)
@@ -1044,7 +1063,7 @@ def resampling_sizes(
         >>> sizes.tasks, sizes.support == sizes.query, sizes.hessian
         (20, True, 1)
     """
-    _check(epsilon=epsilon, gap=gap)
+    _check(epsilon=epsilon, gap=gap, L=L)
     _check_number("steps", steps, may_be_zero=False)
     alpha = recommended_inner_lr(L, steps)
     # theta grows with the number of tasks, so its value at the fewest is safe for more
@@ -1109,7 +1128,7 @@ def finite_sum_sizes(
         >>> finite_sum_sizes(1.0, 1.0, 1.0, 1, **spread, gap=1.0).tasks
         20
     """
-    _check(epsilon=epsilon, gap=gap)
+    _check(epsilon=epsilon, gap=gap, L=L)
     _check_number("steps", steps, may_be_zero=False)
     alpha = recommended_inner_lr(L, steps)
     # theta grows with the number of tasks, so its value at the fewest is safe for more
@@ -1149,7 +1168,7 @@ def _root(theta: float, offset: float, d: float) -> float:
 
 def _gap(L: float, alpha: float, steps: int) -> tuple[float, float]:
     """Return ``a`` and ``2 - a^(2N)``, positive where the theorems hold."""
-    _check(alpha=alpha, steps=steps)
+    _check(alpha=alpha)
     _check_number("L", L, may_be_zero=True)
     largest = largest_inner_lr(L, steps)
     if alpha >= largest:
@@ -1157,7 +1176,7 @@ def _gap(L: float, alpha: float, steps: int) -> tuple[float, float]:
             f"Expected alpha < (2^(1/2N) - 1) / L = {largest:.3g} but got {alpha:.3g}; lower alpha."
         )
     # just below that limit, rounding may make it 0
-    gap = max(1 - _grown(alpha * L, 2 * int(steps)), sys.float_info.epsilon)
+    gap = max(1 - _grown(alpha * L, 2 * steps), sys.float_info.epsilon)
     return 1 + alpha * L, gap
 
 
@@ -1191,8 +1210,14 @@ _POSITIVE = (
 def _check(**numbers: float) -> None:
     for name, number in numbers.items():
         _check_number(name, number, may_be_zero=name not in _POSITIVE)
-        if name in ("steps", "step") and number != int(number):
-            raise UserValueError(f"Expected `{name}` to be a whole number but got {number}.")
+
+
+def _check_steps(steps: int, name: str = "steps") -> int:
+    """Return a number of steps as Python's: products of numpy's small integers overflow."""
+    _check_number(name, steps, may_be_zero=True)
+    if steps != int(steps):
+        raise UserValueError(f"Expected `{name}` to be a whole number but got {steps}.")
+    return int(steps)
 
 
 def _check_number(name: str, number: float, *, may_be_zero: bool) -> None:

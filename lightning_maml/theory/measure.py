@@ -38,7 +38,7 @@ _LEAST_PRODUCTS = 4
 """Hessian-vector products after which Lanczos' method may stop.
 
 Where nearly all eigenvalues are equal, the first direction is nearly an eigenvector of them and has
-a small residual, whatever the others are. Each product makes what it has of the others larger.
+a small residual, whatever the others are. Each further product brings out the others.
 """
 
 
@@ -151,8 +151,8 @@ def hessian_lipschitz(
     high dimension.)
 
     The radius h is a small fraction, the cube root of the machine epsilon, of the length L / rho
-    over which the Hessian changes. That length is not known before, so a value counts only if the
-    radius that it was found with is about the one that it asks for.
+    over which the Hessian changes. That length is not known before, so each value is measured again
+    until the radius that it was found with is about the one that it asks for, ten times at most.
 
     Args:
         loss: Maps parameters to a scalar; three times differentiable: with ReLU rho does not exist.
@@ -176,90 +176,92 @@ def hessian_lipschitz(
         >>> round(hessian_lipschitz(loss, w).value, 3)
         6.0
     """
-    objective = _objective(loss)
-    evaluations = 0
+    spent = 0
     if leading is None:
         leading = smoothness(loss, w, tolerance=1e-2, seed=seed)
-        evaluations = leading.gradient_evaluations
+        spent = leading.gradient_evaluations
+    third = _ThirdDerivative(loss, w, leading.value)
     best = leading._replace(value=0.0)
-    radii = _Radii.at(w, leading.value)
-    h = radii.first
     for restart in range(restarts):
         u = leading.direction if restart == 0 else _random_direction(w, seed + restart)
         value = 0.0
-        changes = 0
         for _ in range(iterations):
-            t = _third_derivative(objective, w, u, h)
-            evaluations += 2 * _HESSIAN_PRODUCT
             before = value
-            value, along = torch.stack([norm(t), dot(t, u)]).tolist()
-            if not math.isfinite(value):
-                return Measured(math.nan, evaluations, u)
-            tried, h = h, radii.wanted(value)
-            if not h / _NEAR <= tried <= h * _NEAR and changes < _MOST_CHANGES:
-                # the same direction again, with the radius for it
-                value, changes = 0.0, changes + 1
-                continue
+            t, value, along = third.twice_along(u)
+            if math.isnan(value):
+                return Measured(value, spent + third.gradient_evaluations, u)
             if value > best.value:
                 best = Measured(value, 0, u)
-            if radii.is_rounding(value) or abs(value - before) <= tolerance * value:
+            if abs(value - before) <= tolerance * value or third.is_rounding(value):
                 break
             # the shift makes every step climb; without it the power method may alternate
             shift = value if along >= 0 else -value
             climbed = add_scaled(t, shift, u)
             u = scale(1 / norm(climbed), climbed)
-    return best._replace(gradient_evaluations=evaluations)
+    return best._replace(gradient_evaluations=spent + third.gradient_evaluations)
 
 
-_NEAR = 4
-"""The factor within which one radius is as good as another."""
+class _ThirdDerivative:
+    """The third derivative at a point, by central differences of Hessian-vector products.
 
-_MOST_CHANGES = 10
-"""Radii that are tried from one start, as there may be none that is its own best."""
-
-
-class _Radii(NamedTuple):
-    """The radii of central differences at one point.
-
-    Attributes:
+    Args:
+        loss: Maps parameters to a scalar.
+        w: The point.
         L: The norm of the Hessian there.
-        epsilon: The machine epsilon of its parameters.
-        first: The radius to begin with.
-        least: Below it, ``w + h u`` would be ``w`` but for its rounding.
-        most: Above it, ``w + h u`` would be far from ``w``.
     """
 
-    L: float
-    epsilon: float
-    first: float
-    least: float
-    most: float
+    _NEAR = 4
+    """The factor within which one radius is as good as another."""
+    _MOST_TRIES = 10
+    """Radii that are tried for a value, as there may be none that is its own best."""
 
-    @classmethod
-    def at(cls, w: Params, L: float) -> "_Radii":
-        epsilon = _epsilon(w)
+    def __init__(self, loss: PlainLoss, w: Params, L: float) -> None:
+        self.gradient_evaluations = 0
+        self._objective, self._w, self._L = _objective(loss), w, L
+        self._epsilon = _epsilon(w)
+        self._fraction = math.cbrt(self._epsilon)
         length = float(norm(w))
-        fraction = math.cbrt(epsilon)
-        first = fraction * (min(length, 1.0) or 1.0)
-        least = fraction**2 * length or epsilon
-        return cls(L, epsilon, first, least, most=max(length, 1.0) / 10)
+        # with a smaller radius, w + h u is rounded too much; with a larger one it is far away
+        self._least = self._fraction**2 * length or self._epsilon
+        self._most = max(length, 1.0) / 10
+        self._radius = self._fraction * (min(length, 1.0) or 1.0)
 
-    def wanted(self, value: float) -> float:
-        """Return the radius with which a rho of ``value`` is measured best."""
-        length = self.L / value if value else math.inf
-        fraction = math.cbrt(self.epsilon)
-        return min(max(fraction * length, self.least), self.most)
+    def twice_along(self, u: Params) -> tuple[Params, float, float]:
+        """Return ``t = D^3 l(w)[u, u, .]``, its norm, and its component along ``u``.
+
+        Where no radius is its own best, as at a kink, it is the largest that was found. The norm is
+        nan if the loss is finite with none of them.
+        """
+        largest = (u, math.nan, math.nan)
+        for _ in range(self._MOST_TRIES):
+            h = self._radius
+            t = self._difference(u, h)
+            # fetched together, as each fetch waits for an accelerator
+            value, along = torch.stack([norm(t), dot(t, u)]).tolist()
+            if math.isfinite(value):
+                self._radius = self._best_radius(value)
+                if h / self._NEAR <= self._radius <= h * self._NEAR:
+                    return t, value, along
+                if not value <= largest[1]:
+                    largest = (t, value, along)
+            else:  # the loss overflows at this distance
+                self._most = self._radius = max(h * self._fraction, self._least)
+        return largest
 
     def is_rounding(self, value: float) -> bool:
         """Return whether the Hessian changes by no more than its rounding, at any radius."""
-        return self.wanted(value) == self.most and value * self.most <= 8 * self.epsilon * self.L
+        change = value * self._most
+        return self._best_radius(value) == self._most and change <= 8 * self._epsilon * self._L
 
+    def _best_radius(self, value: float) -> float:
+        length = self._L / value if value else math.inf
+        return min(max(self._fraction * length, self._least), self._most)
 
-def _third_derivative(objective: Objective, w: Params, u: Params, h: float) -> Params:
-    """Return ``D^3 l(w)[u, u, .]`` by a central difference of Hessian-vector products."""
-    ahead = objective.hessian_vector_product(add_scaled(w, h, u), u)
-    behind = objective.hessian_vector_product(add_scaled(w, -h, u), u)
-    return scale(1 / (2 * h), subtract(ahead, behind))
+    def _difference(self, u: Params, h: float) -> Params:
+        self.gradient_evaluations += 2 * _HESSIAN_PRODUCT
+        ahead = self._objective.hessian_vector_product(add_scaled(self._w, h, u), u)
+        behind = self._objective.hessian_vector_product(add_scaled(self._w, -h, u), u)
+        return scale(1 / (2 * h), subtract(ahead, behind))
 
 
 @contextmanager
@@ -295,8 +297,9 @@ class Spread(NamedTuple):
         sigma: Standard deviation of that gradient over tasks, nan with one task; in the resampling
             case without what sampling the batch adds to it.
         sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan
-            with one query sample. It is measured on halves of a query set: with batch norm, whose
-            statistics are then the halves' own, it is only roughly that of single samples.
+            where no task has two query samples. It is measured on halves of a query set: with batch
+            norm, whose statistics are then the halves' own, it is only roughly that of single
+            samples.
         b: Mean over tasks of ``|grad l_S - grad l_T|``.
         mean_square_b: Mean of its square, b-tilde.
         gradient_evaluations: Spent on it.
@@ -323,8 +326,9 @@ class Constants(NamedTuple):
         L: Smoothness, the largest found over tasks, support and query losses, and the inner path.
         rho: Lipschitz constant of the Hessians, likewise.
         sigma: Standard deviation of the gradients over tasks.
-        sample_sigma: Of the gradients over the samples of a task; nan with one query sample.
-        hessian_sigma: Of the Hessians over the samples of a task; nan with one query sample.
+        sample_sigma: Of the gradients over the samples of a task; nan where no task has two query
+            samples.
+        hessian_sigma: Of the Hessians over the samples of a task; nan there too.
         b: Mean distance between the gradients of support and query loss.
         mean_square_b: Mean of its square.
         gradient_norm: Mean norm of the task gradients.
@@ -351,14 +355,12 @@ class _Halves(NamedTuple):
     """Two halves of a query set.
 
     Attributes:
-        first: The loss of the one.
-        second: The loss of the other.
-        size: Samples of each.
+        losses: Their losses.
+        size: Samples of each; 0 where the query set is one sample.
         samples: Samples of the whole query set.
     """
 
-    first: Objective
-    second: Objective
+    losses: tuple[Objective, Objective]
     size: int
     samples: int
 
@@ -377,8 +379,8 @@ class Probe:
         chunk_size: How many tasks are vectorised together, in :meth:`gradient_norms` alone.
         seed: Seed of the random directions and halves.
         progress: Show progress bars.
-        ignored: The label of the samples that the losses leave out, which are no samples of a task;
-            None if they leave none out.
+        ignored: The label that the losses skip; such samples are not counted. None if they skip
+            none.
 
     Raises:
         ValueError: If a parameter is in half precision, or the tensors of ``episodes`` do not
@@ -540,8 +542,14 @@ class Probe:
 
         def measure_task(task: AnyEpisodes) -> tuple[Params, Tensor]:
             support, query = (objective.gradient(self._params) for objective in self._losses(task))
-            distances = torch.stack([norm(query), norm(subtract(query, support))])
-            return query, torch.cat([distances, self._sampling_variances(task).to(distances)])
+            halves = self._halves(task)
+            between = torch.zeros_like(norm(query))
+            if halves.size:
+                first, second = (part.gradient(self._params) for part in halves.losses)
+                between = norm(subtract(second, first))
+            sizes = torch.tensor([halves.size, halves.samples]).to(between)
+            distances = torch.stack([norm(query), norm(subtract(query, support)), between])
+            return query, torch.cat([distances, sizes])
 
         first: Params = {}
         total = scale(0.0, self._params)
@@ -549,45 +557,33 @@ class Probe:
         for gradient, figures in self._for_each_task("gradients", measure_task):
             # each task's results have a leading dimension of 1
             query = {name: tensor[0] for name, tensor in gradient.items()}
-            # sums of the differences from one of them, as those of large gradients that are nearly
-            # alike would leave nothing but rounding
+            # differences from the first gradient: sums of large, nearly equal gradients would keep
+            # only rounding
             first = first or query
             from_first = subtract(query, first)
             total = add(total, from_first)
             rows.append(torch.cat([figures[0], norm(from_first)[None]]))
         # fetched together
-        columns = torch.stack(rows).cpu().double().T
-        norms, gaps, sample_variances, batch_variances, from_firsts = columns
+        norms, gaps, between, halves, samples, from_firsts = torch.stack(rows).cpu().double().T
         count = len(norms)
 
+        known = halves > 0
+        sample_variance = float((between.square() * halves / 2)[known].mean())
         variance = math.nan
         if count > 1:
             sum_of_squares = float(from_firsts.square().sum())
             variance = (sum_of_squares - float(norm(total)) ** 2 / count) / (count - 1)
-        known = ~sample_variances.isnan()
         if isinstance(self._episodes, ResampledEpisodes) and known.any():
-            variance -= float(batch_variances[known].mean())
+            variance -= sample_variance * float((1 / samples).mean())
         return Spread(
             gradient_norm=float(norms.mean()),
             # what sampling adds is an estimate too, and may exceed the variance of a few tasks
-            sigma=math.sqrt(max(variance, 0.0)) if count > 1 else math.nan,
-            sample_sigma=math.sqrt(float(sample_variances[known].mean())),
+            sigma=math.sqrt(variance if math.isnan(variance) else max(variance, 0.0)),
+            sample_sigma=math.sqrt(sample_variance),
             b=float(gaps.mean()),
             mean_square_b=float(gaps.square().mean()),
             gradient_evaluations=2 * count + 2 * int(known.sum()),
         )
-
-    def _sampling_variances(self, task: AnyEpisodes) -> Tensor:
-        """Return the variance of a sample's query gradient, and of the mean over its query set.
-
-        nan where the query set is one sample.
-        """
-        halves = self._halves(task)
-        if halves is None:
-            return torch.full((2,), math.nan)
-        first, second = (half.gradient(self._params) for half in (halves.first, halves.second))
-        variance = norm(subtract(second, first)).square() * halves.size / 2
-        return torch.stack([variance, variance / halves.samples])
 
     @_differentiating()
     def hessian_deviation(self) -> tuple[float, int]:
@@ -598,46 +594,44 @@ class Probe:
         spectral one (with batch norm only roughly, as for ``sample_sigma``).
 
         Returns:
-            sigma_H [loss / parameter^2], nan with one query sample; and the gradients it cost.
+            sigma_H [loss / parameter^2], nan where no task has two query samples; and the gradients
+            it cost.
         """
 
         def measure_task(task: AnyEpisodes) -> Tensor:
             halves = self._halves(task)
-            if halves is None:
-                return torch.tensor([math.nan, math.nan, 0], dtype=torch.float64, device="cpu")
+            if not halves.size:
+                return torch.zeros(4, dtype=torch.float64, device="cpu")
             query_loss = _value(self._losses(task)[1])
             leading = smoothness(query_loss, self._params, tolerance=1e-2, seed=self._seed)
-            first, second = (half.hessian(self._params) for half in (halves.first, halves.second))
+            first, second = (part.hessian(self._params) for part in halves.losses)
             directions = (leading.direction, _random_direction(self._params, self._seed))
             along = torch.stack([norm(subtract(first(v), second(v))) for v in directions])
-            variances = along.double().cpu().square() * halves.size / 2
             evaluations = leading.gradient_evaluations + 2 * (1 + 2 * _HESSIAN_PRODUCT)
-            return torch.cat([variances, torch.tensor([evaluations]).to(variances)])
+            figures = [*along.tolist(), halves.size, evaluations]
+            return torch.tensor(figures, dtype=torch.float64, device="cpu")
 
         rows = torch.cat(list(self._for_each_task("sigma_H", measure_task)))
-        variance = float(rows[:, :2].nanmean(0).max())
-        return math.sqrt(variance), int(rows[:, 2].sum())
+        known = rows[rows[:, 2] > 0]
+        if not len(known):
+            return math.nan, 0
+        variances = known[:, :2].square() * known[:, 2:3] / 2
+        return math.sqrt(float(variances.mean(0).max())), int(known[:, 3].sum())
 
     def _losses(self, task: AnyEpisodes) -> tuple[Objective, Objective]:
         """Return a task's support loss (that of the first step's batch) and its query loss."""
         losses = self._functions.of_task(task, 1)
         return losses.support[0], losses.query[0]
 
-    def _halves(self, task: AnyEpisodes) -> "_Halves | None":
-        """Return two random halves of a task's query set; None if it is one sample.
-
-        Of an odd number of samples, one is left out.
-        """
+    def _halves(self, task: AnyEpisodes) -> "_Halves":
+        """Return two random halves of a task's query set; of an odd number, one is left out."""
         rows = self._samples(task.query_y)
         half = len(rows) // 2
-        if not half:
-            return None
         random = torch.Generator().manual_seed(self._seed)
         order = rows[torch.randperm(len(rows), generator=random, device="cpu").to(rows.device)]
         first, second = order[:half], order[half : 2 * half]
-        return _Halves(
-            self._query_loss(task, first), self._query_loss(task, second), half, len(rows)
-        )
+        losses = self._query_loss(task, first), self._query_loss(task, second)
+        return _Halves(losses, half, len(rows))
 
     def _samples(self, labels: Tensor) -> Tensor:
         """Return the rows of the samples whose labels, or some of them, the losses count."""

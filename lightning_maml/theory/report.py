@@ -184,7 +184,7 @@ def coverage(constants: Constants, settings: Settings) -> str:
     name = described(*case)
     if found := theorems(*case):
         names = " and ".join(theorem.name for theorem in found)
-        return f"{name}, is covered by {names} where all of its conditions hold, see below"
+        return f"{name}, is covered by {names} if the conditions below hold"
     sentence = f"No theorem covers {name}: {known_instead(*case)}"
     if settings.steps == 0:
         return sentence
@@ -328,8 +328,8 @@ def _adaptive_conditions(
     source = _EQUATION[rule]
     if rule not in rules(settings):
         text = (
-            f"rule {rule!r} of AdaptiveMetaStepsize; that of a theorem about this algorithm, N and "
-            "kind of tasks needed"
+            f"AdaptiveMetaStepsize has rule {rule!r}, which no theorem uses for this algorithm, N "
+            "and kind of tasks"
         )
         return [Condition(source, text, False)]
     paper_scale = theory.paper_scale(rule, judged_as(settings))

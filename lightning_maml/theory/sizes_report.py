@@ -22,8 +22,8 @@ def sizes_report(
 
     Ji's are of Corollaries 6 and 10, with their alpha and C_beta. Fallah's, of Corollaries 4.13 and
     4.16, are up to constants that the paper leaves open, and are given with 1 for each; beside them
-    is what the configured batches leave of noise (eqs. 23 and 26). They are a guarantee only if the
-    constants are the theorems' suprema.
+    is what the configured batches leave of noise (eqs. 23 and 26). Ji's are a guarantee only if the
+    theorem's conditions hold, and the constants are the suprema.
 
     Args:
         epsilon: The accuracy wanted [loss / parameter].
@@ -42,7 +42,7 @@ def sizes_report(
         >>> constants = Constants(2.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 1.0, 100)
         >>> settings = Settings("exact", 0.05, 1, 16, 15, None, 1e-3, stepsize=1e-6, kinks=[])
         >>> text = sizes_report(0.5, constants, settings, objective=lambda alpha: 1.1)
-        >>> text.splitlines()[0]
+        >>> text.splitlines()[0].split(", if")[0]
         'Sizes for E|grad F| <= 0.5 by Ji, Corollary 10, with F(w) = 1.1 for F(w) - inf F'
     """
     check_accuracy(epsilon)
@@ -56,6 +56,7 @@ def sizes_report(
             f"Sizes for E|grad F| <= {epsilon:g} by {theorem.corollary}, with F(w) = {gap:.3g} for "
             "F(w) - inf F"
         )
+        opening += ", up to constants" if is_one_step else ", if the conditions hold with its alpha"
         rows = [_NEGATIVE] if gap < 0 else rows_of(epsilon, constants, settings, gap)
         parts.append(f"{opening}\n\n{aligned(rows)}")
     if not parts:
@@ -63,7 +64,7 @@ def sizes_report(
             f"No theorem gives sizes for E|grad F| <= {epsilon:g} with this algorithm, number of "
             "steps and kind of tasks."
         )
-    return "\n\n".join([*parts, _CAVEAT])
+    return "\n\n".join(parts)
 
 
 def check_accuracy(epsilon: float) -> None:
@@ -161,10 +162,6 @@ def _several_steps_rows(
     return rows
 
 
-_CAVEAT = (
-    "They are a guarantee only where every condition of the theorem holds, with the alpha named "
-    "here and the theorem's beta."
-)
 _NEGATIVE: Row = ("not known", "", "the loss can be negative, so F(w) does not bound the distance")
 _UNKNOWN: Row = ("not known", "", "sigma-tilde needs at least two query samples per task")
 

@@ -137,7 +137,8 @@ def test_missing_files_are_named_with_where_to_get_them(
     step = data.prepare_data if download else data.setup
     with pytest.raises(FileNotFoundError, match=r"cifar-100-python.tar.gz of http.* into") as error:
         step()
-    assert ("The download failed" in str(error.value)) == download
+    assert ("and its download failed" in str(error.value)) == download
+    assert ("or set download=True" in str(error.value)) != download
     assert str(tmp_path / "cifar-100-python") in str(error.value)
 
 

@@ -102,7 +102,7 @@ def test_measure_judges_by_the_theorems_of_the_table(
     name = f"{row.algorithm}, N = {row.steps}, on {row.tasks}"
     if row.theorems:
         theorems = " and ".join(row.theorems)
-        assert f"{name}, is covered by {theorems} where all of its conditions hold" in covered
+        assert f"{name}, is covered by {theorems} if the conditions below hold" in covered
     else:
         assert f"No theorem covers {name}: " in covered
     if row.algorithm == "HF-MAML":

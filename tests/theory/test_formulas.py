@@ -96,20 +96,55 @@ def test_small_integers_of_numpy_are_numbers_of_steps() -> None:
         assert theory.smoothness_constants(1.0, 1.0, 1e-3, steps) == pytest.approx(
             theory.smoothness_constants(1.0, 1.0, 1e-3, 100)
         )
-        arguments = {"sigma": 1.0, "b": 0.1, "mean_square_b": 0.1}
-        assert theory.finite_sum_moments(1.0, 1e-3, steps, **arguments) == pytest.approx(
-            theory.finite_sum_moments(1.0, 1e-3, 100, **arguments)
-        )
+        for function in OF_STEPS:
+            assert function(steps) == pytest.approx(function(100)), function
+    sizes = {"tasks": np.int8(20), "support": np.int8(20), "query": np.int8(15)}
+    noise = theory.one_step_noise("exact", 1.0, 0.1, sigma=1.0, sample_sigma=2.0, **sizes)
+    assert noise == close(math.sqrt(1 / 20 + 4 / (20 * 15) + 4 / 20))
+
+
+OF_STEPS: list[Callable[[int], object]] = [
+    lambda steps: theory.printed_smoothness_constants(1.0, 1.0, 1e-3, steps),
+    lambda steps: theory.hessian_free_error(1.0, 1.0, 1e-3, steps, 0.1, 1.0),
+    lambda steps: theory.first_order_floor(1.0, 1e-3, steps, 1.0, b=0.1),
+    lambda steps: theory.path_error(1.0, 1e-3, steps, 1.0, support=4),
+    lambda steps: theory.moment_constants(1.0, 1.0, 1e-3, steps, 1.0, 1.0, hessian=4),
+    lambda steps: theory.finite_sum_moments(1.0, 1e-3, steps, sigma=1.0, b=0.1, mean_square_b=0.1),
+    lambda steps: theory.resampling_convergence(
+        *(1.0, 1.0, 1e-3, steps),
+        sigma=1.0,
+        sample_sigma=1.0,
+        hessian_sigma=1.0,
+        tasks=20,
+        support=15,
+        hessian=1,
+        query=15,
+    )[1:],
+    lambda steps: theory.finite_sum_sizes(
+        1.0, 1.0, 1.0, steps, sigma=1.0, b=0.1, mean_square_b=0.1, gap=1.0
+    ),
+    lambda steps: theory.resampling_sizes(
+        1.0, 1.0, 1.0, steps, sigma=1.0, sample_sigma=1.0, hessian_sigma=1.0, gap=1.0
+    ),
+]
 
 
 def test_bounds_are_infinite_where_they_overflow() -> None:
     assert theory.first_order_floor(1.0, 1.0, 1000, 1.0) == math.inf
     assert theory.hessian_free_error(1.0, 1.0, 1.0, 2000, 1.0, 1.0) == math.inf
+    assert theory.hessian_free_error(1.0, 1.0, 1.0, 2000, 0.0, 1.0) == 0
+    assert theory.path_error(1.0, 1.0, 2000, 1.0, support=1).mean == math.inf
+    assert theory.path_error(1.0, 1.0, 2000, 0.0, support=1) == (0, 0)
+    with pytest.raises(ValueError, match="Expected an error that is a number but it overflows"):
+        theory.probe_radius(0.1, 1.0, 1.0, 1.0, 2000, 1.0)
+    with pytest.raises(ValueError, match=r"Expected \(1 \+ alpha L\)\^\(2N\) to be a number"):
+        theory.smoothness_constants(1e200, 1.0, 1e200, 1)
+    assert theory.moment_constants(1.0, 1.0, 0.003, 100, 1.0, 2e4, hessian=1).squ1 == math.inf
     with pytest.raises(ValueError, match=r"Expected scale / L-hat to be a number but got"):
         theory.meta_stepsize(1e-320, 1.0)
 
 
-def test_names_that_are_none_are_refused() -> None:
+def test_unknown_names_are_refused() -> None:
     noise = {"sigma": 1.0, "sample_sigma": 1.0, "tasks": 1, "support": 1, "query": 1}
     for call in (
         lambda: theory.theorems("hf", 1, "finite_sum"),
@@ -125,9 +160,22 @@ def test_names_that_are_none_are_refused() -> None:
             call("exact", 1, "episodes")
 
 
-def test_sizes_need_an_inner_step() -> None:
-    with pytest.raises(ValueError, match="Expected `steps` to be a finite number above 0"):
-        theory.finite_sum_sizes(1.0, 1.0, 1.0, 0, sigma=1.0, b=0.1, mean_square_b=0.1, gap=1.0)
+def test_sizes_and_bounds_need_an_inner_step_and_curvature() -> None:
+    spread = {"sigma": 1.0, "b": 0.1, "mean_square_b": 0.1}
+    sigmas = {"sigma": 1.0, "sample_sigma": 1.0, "hessian_sigma": 1.0}
+    batches = {"tasks": 20, "support": 15, "hessian": 1, "query": 15}
+    for call in (
+        lambda steps, L: theory.finite_sum_sizes(1.0, L, 1.0, steps, **spread, gap=1.0),
+        lambda steps, L: theory.resampling_sizes(1.0, L, 1.0, steps, **sigmas, gap=1.0),
+    ):
+        with pytest.raises(ValueError, match="Expected `steps` to be a finite number above 0"):
+            call(0, 1.0)
+        with pytest.raises(ValueError, match="Expected `L` to be a finite number above 0"):
+            call(1, 0.0)
+    with pytest.raises(ValueError, match="Expected `L` to be a finite number above 0"):
+        theory.finite_sum_convergence(0.0, 1.0, 0.1, 1, **spread, tasks=20)
+    with pytest.raises(ValueError, match="Expected `L` to be a finite number above 0"):
+        theory.resampling_convergence(0.0, 1.0, 0.1, 1, **sigmas, **batches)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 1000])

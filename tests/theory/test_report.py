@@ -62,7 +62,7 @@ def test_first_order_has_one_theorem_for_one_step_and_none_for_several(steps: in
     assert any(c.source == "Fallah, Theorem 4.15" for c in found) is (steps == 1)
     text = coverage(CONSTANTS, settings)
     if steps == 1:
-        assert "is covered by Fallah, Theorem 4.15 where all of its conditions hold" in text
+        assert "is covered by Fallah, Theorem 4.15 if the conditions below hold" in text
     else:
         floor = theory.first_order_floor(2.0, 0.03, 2, 1.0)
         assert f"at most first_order_floor = {floor:.3g}" in text
@@ -127,7 +127,7 @@ ADAPTIVE = Adaptive("one_step", 1 / 12, 4)
         (
             {"stepsize": ADAPTIVE._replace(rule="finite_sum")},
             {},
-            ["Ji eq. 22: rule 'finite_sum' of AdaptiveMetaStepsize; that of a theorem about this"],
+            ["Ji eq. 22: AdaptiveMetaStepsize has rule 'finite_sum', which no theorem uses"],
         ),
     ],
 )
@@ -154,8 +154,8 @@ def test_a_floor_that_is_infinite_is_no_knowledge() -> None:
 def test_rows_stand_where_they_mean_something() -> None:
     """A finite sum has no Hessian batch, and 1 / (8 N L) is of corollaries on MAML."""
     of_finite_sum = report(CONSTANTS, GOOD._replace(resampling=None))
-    assert "D_h" not in of_finite_sum
-    assert "D_h" in report(CONSTANTS, GOOD)
+    assert "samples for a Hessian-vector product" not in of_finite_sum
+    assert "samples for a Hessian-vector product" in report(CONSTANTS, GOOD)
     assert "1 / (8 N L), N = 1" in of_finite_sum
     assert "1 / (8 N L), for MAML, N = 1" in report(CONSTANTS, GOOD._replace(curvature="none"))
 
