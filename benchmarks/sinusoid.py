@@ -64,7 +64,13 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> Figure:
                 continue
             for number, each in enumerate(runs):
                 label = row.partition("shot_")[2] if number == 0 else None
-                axes.errorbar(range(11), each["mse"], each["interval"], label=label, capsize=2)
+                # without the means of tasks some of which diverge
+                known = [
+                    (step, *found)
+                    for step, found in enumerate(zip(each["mse"], each["interval"], strict=True))
+                    if means_something(*found)
+                ]
+                axes.errorbar(*zip(*known, strict=True), label=label, capsize=2)
         axes.set(title=f"{shots} points", xlabel="inner steps", ylim=(0, 4))
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("mean squared error")
@@ -79,11 +85,22 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for row, runs in found.items():
         for each in runs:
-            cells = [f"{each['mse'][k]:.3f} ± {each['interval'][k]:.3f}" for k in STEPS]
+            cells = [error(each["mse"][k], each["interval"][k]) for k in STEPS]
             lines.append(
                 f"| `{row}` | {each['iterations']} | {each['seed']} | {' | '.join(cells)} |"
             )
     return "\n".join(lines)
+
+
+def error(mean: float, interval: float) -> str:
+    """Return a mean with its interval, or that it means nothing, as some tasks diverge."""
+    found = f"{mean:.3f} ± {interval:.3f}"
+    return found if means_something(mean, interval) else "some tasks diverge"
+
+
+def means_something(mean: float, interval: float) -> bool:
+    """Return whether a mean is more than the error of a few tasks that diverge."""
+    return interval < mean
 
 
 def main() -> None:

@@ -292,7 +292,8 @@ def _measure(probe: Probe, trainer: Trainer, missing: set[str]) -> dict[str, flo
     """
     measured: dict[str, float] = {}
     if missing & {"L", "rho"}:
-        curvature = probe.curvature(restarts=1 if "rho" in missing else 0, tolerance=1e-2)
+        # one direction may have no third derivative at all
+        curvature = probe.curvature(restarts=3 if "rho" in missing else 0, tolerance=1e-2)
         if "L" in missing:
             measured["L"] = _over_processes(trainer, curvature.L, "max")
         if "rho" in missing:

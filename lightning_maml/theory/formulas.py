@@ -18,8 +18,9 @@ the parameters' unit:
 - ``b``: mean over tasks of the distance between the gradients of support and query loss [loss /
   parameter].
 
-Every function raises a ``ValueError`` if an argument is negative, not finite, or 0 where it must be
-positive.
+Every function takes numpy's numbers and tensors without dimensions too, and raises a ``ValueError``
+if an argument is negative, not finite, or 0 where it must be positive, or if the result overflows
+and infinity would not be right.
 
 Some printed formulas cannot be right: their units do not fit, they contradict the paper's own
 corollaries, or a step of the proof does not hold. There the function follows the proof, and its
@@ -28,13 +29,46 @@ docstring says so.
 
 import math
 import sys
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from lightning_maml.core.hvp import CurvatureName
-from lightning_maml.errors import UserValueError
+from lightning_maml.errors import UserError, UserValueError
 
 Rule = Literal["one_step", "resampling", "finite_sum"]
 """The meta-stepsize of Fallah eq. 17, of Ji eq. 14 or of Ji eq. 22."""
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _of_plain_numbers(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Let a function take numpy's numbers and tensors, and say in a sentence that it overflows.
+
+    Small integers and short floats would overflow without a word.
+    """
+
+    @wraps(function)
+    def of_plain_numbers(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        plain: Any = [_plain(value) for value in args]
+        named: Any = {name: _plain(value) for name, value in kwargs.items()}
+        try:
+            return function(*plain, **named)
+        except UserError:
+            raise
+        except (OverflowError, ZeroDivisionError, ValueError) as error:
+            raise UserValueError(
+                f"Expected arguments of {function.__name__} for which it is a number but got "
+                f"{[*plain, *named.values()]}, where it overflows."
+            ) from error
+
+    return of_plain_numbers
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
 
 
 class SmoothnessConstants(NamedTuple):
@@ -58,6 +92,7 @@ class SmoothnessConstants(NamedTuple):
     c_b: float
 
 
+@_of_plain_numbers
 def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> SmoothnessConstants:
     """Return the constants of Ji, Propositions 1 and 7.
 
@@ -81,13 +116,14 @@ def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> Smoo
         16.0
     """
     _check(rho=rho, alpha=alpha)
-    steps = _check_steps(steps)
+    _check(steps=steps)
     a, growth = _growth(L, alpha, steps)
     grown = _grown(alpha * L, steps)
     spread = rho * a ** (steps - 1) * _grown_per_L(L, alpha, steps)
     return SmoothnessConstants(growth, c_l=spread * a**steps, c_b=spread * grown)
 
 
+@_of_plain_numbers
 def printed_smoothness_constants(
     L: float, rho: float, alpha: float, steps: int
 ) -> SmoothnessConstants:
@@ -113,7 +149,7 @@ def printed_smoothness_constants(
         SmoothnessConstants(growth=4.0, c_l=8.0, c_b=8.0)
     """
     _check(L=L, rho=rho, alpha=alpha)
-    steps = _check_steps(steps)
+    _check(steps=steps)
     a, growth = _growth(L, alpha, steps)
     both = (alpha * rho + rho / L * a ** (steps - 1)) * growth
     return SmoothnessConstants(growth, c_l=both, c_b=both)
@@ -122,7 +158,7 @@ def printed_smoothness_constants(
 def _growth(L: float, alpha: float, steps: int) -> tuple[float, float]:
     """Return ``a`` and ``a^(2N)``."""
     _check_number("L", L, may_be_zero=True)
-    a = 1 + float(alpha * L)  # numpy's numbers would overflow without an error
+    a = 1 + alpha * L
     try:
         growth = a ** (2 * steps)
     except OverflowError:
@@ -148,6 +184,7 @@ def _grown_per_L(L: float, alpha: float, steps: int) -> float:
     return _grown(alpha * L, steps) / L if L else alpha * steps
 
 
+@_of_plain_numbers
 def meta_smoothness(
     rule: Rule, L: float, rho: float, alpha: float, steps: int, gradient_norm: float, b: float = 0.0
 ) -> float:
@@ -189,6 +226,7 @@ def meta_smoothness(
     return constants.growth * L + constants.c_b * b + constants.c_l * gradient_norm
 
 
+@_of_plain_numbers
 def paper_scale(rule: Rule, curvature: CurvatureName = "exact") -> float:
     """Return the papers' constant in ``beta = scale / L-hat``, a safety factor for the worst case.
 
@@ -213,6 +251,7 @@ def paper_scale(rule: Rule, curvature: CurvatureName = "exact") -> float:
     return 1 / 100 if rule == "resampling" else 1 / 80
 
 
+@_of_plain_numbers
 def meta_stepsize(smoothness: float, scale: float) -> float:
     """Return ``beta = scale / L-hat`` [parameter^2 / loss] (Fallah, eq. 17; Ji, eqs. 14 and 22).
 
@@ -238,6 +277,7 @@ def meta_stepsize(smoothness: float, scale: float) -> float:
     return beta
 
 
+@_of_plain_numbers
 def largest_inner_lr(L: float, steps: int) -> float:
     """Return ``(2^(1/2N) - 1) / L``, the alpha below which Ji, Theorems 5 and 9, hold.
 
@@ -252,11 +292,12 @@ def largest_inner_lr(L: float, steps: int) -> float:
         >>> round(largest_inner_lr(L=1.0, steps=1), 4)
         0.4142
     """
-    steps = _check_steps(steps)
+    _check(steps=steps)
     _check_number("L", L, may_be_zero=True)
     return math.expm1(math.log(2) / (2 * steps)) / L if steps and L else math.inf
 
 
+@_of_plain_numbers
 def recommended_inner_lr(L: float, steps: int) -> float:
     """Return ``1 / (8 N L)``, the alpha of Ji, Corollaries 6 and 10.
 
@@ -272,11 +313,12 @@ def recommended_inner_lr(L: float, steps: int) -> float:
         >>> recommended_inner_lr(L=1.0, steps=5)
         0.025
     """
-    steps = _check_steps(steps)
+    _check(steps=steps)
     _check_number("L", L, may_be_zero=True)
     return 1 / (8 * steps * L) if steps and L else math.inf
 
 
+@_of_plain_numbers
 def largest_one_step_inner_lr(L: float, curvature: CurvatureName) -> float:
     """Return ``1 / (6 L)``, for FO-MAML ``1 / (10 L)`` (Fallah, Theorems 4.12, 4.15, 4.17).
 
@@ -317,6 +359,7 @@ class StepsizeBatches(NamedTuple):
     samples: int
 
 
+@_of_plain_numbers
 def stepsize_batches(
     rule: Rule,
     L: float,
@@ -364,6 +407,7 @@ def stepsize_batches(
     return StepsizeBatches(_at_least(tasks), 0)
 
 
+@_of_plain_numbers
 def hessian_batch(alpha: float, hessian_sigma: float) -> int:
     """Return the smallest ``D_h``: ``2 alpha^2 sigma_H^2`` (Fallah, Theorem 4.12).
 
@@ -401,6 +445,7 @@ class ResamplingBatches(NamedTuple):
     hessian: int
 
 
+@_of_plain_numbers
 def resampling_batches(
     L: float, rho: float, sample_sigma: float, hessian_sigma: float
 ) -> ResamplingBatches:
@@ -425,6 +470,7 @@ def resampling_batches(
     return ResamplingBatches(_at_least(support), _at_least(hessian))
 
 
+@_of_plain_numbers
 def printed_probe_radius(rho: float, alpha: float) -> float:
     """Return ``1 / (6 rho alpha)`` [parameter], the probing radius of Fallah, Theorem 4.17.
 
@@ -444,6 +490,7 @@ def printed_probe_radius(rho: float, alpha: float) -> float:
     return 1 / (6 * rho * alpha) if rho * alpha > 0 else math.inf
 
 
+@_of_plain_numbers
 def probe_radius(
     epsilon: float, L: float, rho: float, alpha: float, steps: int, query_gradient_norm: float
 ) -> float:
@@ -477,6 +524,7 @@ def probe_radius(
     return min(printed_probe_radius(rho, alpha), wanted)
 
 
+@_of_plain_numbers
 def hessian_free_error(
     L: float, rho: float, alpha: float, steps: int, radius: float, query_gradient_norm: float
 ) -> float:
@@ -505,12 +553,13 @@ def hessian_free_error(
         radius=radius,
         query_gradient_norm=query_gradient_norm,
     )
-    steps = _check_steps(steps)
+    _check(steps=steps)
     grown = 1 + _grown(alpha * L, max(steps - 1, 0))
     without_growth = steps * alpha * rho * radius / 2 * query_gradient_norm
     return grown * without_growth if without_growth else 0.0
 
 
+@_of_plain_numbers
 def first_order_floor(L: float, alpha: float, steps: int, sigma: float, b: float = 0.0) -> float:
     """Return a bound on ``|grad F|`` where FO-MAML comes to rest [loss / parameter].
 
@@ -534,7 +583,7 @@ def first_order_floor(L: float, alpha: float, steps: int, sigma: float, b: float
         0.1618
     """
     _check(L=L, alpha=alpha, sigma=sigma, b=b)
-    steps = _check_steps(steps)
+    _check(steps=steps)
     gap = 1 - _grown(alpha * L, 2 * steps)
     if gap <= 0:
         return math.inf
@@ -546,6 +595,7 @@ def first_order_floor(L: float, alpha: float, steps: int, sigma: float, b: float
     return (c * sigma + grown * from_sets) / (1 - c)
 
 
+@_of_plain_numbers
 def one_step_noise(
     curvature: CurvatureName,
     L: float,
@@ -594,6 +644,7 @@ def one_step_noise(
     return math.sqrt(sigma**2 * over_tasks + sample_sigma**2 * over_samples)
 
 
+@_of_plain_numbers
 def one_step_bias(L: float, alpha: float, sample_sigma: float, support: int) -> float:
     """Return a bound on the bias that sampling the inner step causes [loss / parameter].
 
@@ -614,6 +665,7 @@ def one_step_bias(L: float, alpha: float, sample_sigma: float, support: int) -> 
     return alpha * L * sample_sigma / math.sqrt(support)
 
 
+@_of_plain_numbers
 def adaptation_gap(
     L: float, alpha: float, sample_sigma: float, hessian_sigma: float, samples: int
 ) -> float:
@@ -658,6 +710,7 @@ class PathError(NamedTuple):
     mean_square: float
 
 
+@_of_plain_numbers
 def path_error(L: float, alpha: float, step: int, sample_sigma: float, support: int) -> PathError:
     """Return the bounds of Ji, Proposition 2, on the error of the inner path.
 
@@ -679,7 +732,7 @@ def path_error(L: float, alpha: float, step: int, sample_sigma: float, support: 
         (0.5, 0.5)
     """
     _check(alpha=alpha, sample_sigma=sample_sigma, support=support)
-    step = _check_steps(step, "step")
+    _check(step=step)
     _check_number("L", L, may_be_zero=True)
     if sample_sigma == 0:
         return PathError(0.0, 0.0)
@@ -711,6 +764,7 @@ class MomentConstants(NamedTuple):
     squ3: float
 
 
+@_of_plain_numbers
 def moment_constants(
     L: float,
     rho: float,
@@ -744,7 +798,7 @@ def moment_constants(
         0.11
     """
     _check(rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma, hessian=hessian)
-    steps = _check_steps(steps)
+    _check(steps=steps)
     a, gap = _gap(L, alpha, steps)
     x = alpha * L
     factors = 1 + _grown(alpha**2 * hessian_sigma**2 / hessian + a**2 - 1, steps)
@@ -789,6 +843,7 @@ class Convergence(NamedTuple):
     chi: float = math.nan
 
 
+@_of_plain_numbers
 def resampling_convergence(
     L: float,
     rho: float,
@@ -835,7 +890,7 @@ def resampling_convergence(
         True
     """
     _check(L=L, sigma=sigma, tasks=tasks, support=support, query=query, c_beta=c_beta)
-    steps = _check_steps(steps)
+    _check(steps=steps)
     a, gap = _gap(L, alpha, steps)
     err1, err2, squ1, squ2, squ3 = moment_constants(
         L, rho, alpha, steps, sample_sigma, hessian_sigma, hessian
@@ -852,6 +907,7 @@ def resampling_convergence(
     )
 
 
+@_of_plain_numbers
 def resampling_bound(
     convergence: Convergence, gap: float, iterations: int, tasks: int, support: int
 ) -> float:
@@ -897,6 +953,7 @@ class FiniteSumMoments(NamedTuple):
     squ2: float
 
 
+@_of_plain_numbers
 def finite_sum_moments(
     L: float, alpha: float, steps: int, *, sigma: float, b: float, mean_square_b: float
 ) -> FiniteSumMoments:
@@ -923,7 +980,7 @@ def finite_sum_moments(
         FiniteSumMoments(squ1=4.0, squ2=8.0)
     """
     _check(sigma=sigma, b=b, mean_square_b=mean_square_b)
-    steps = _check_steps(steps)
+    _check(steps=steps)
     a, gap = _gap(L, alpha, steps)
     growth = a ** (2 * steps)
     squ1 = 4 * growth**2 / gap**2
@@ -931,6 +988,7 @@ def finite_sum_moments(
     return FiniteSumMoments(squ1, over_tasks + 2 * growth**2 * (sigma**2 + mean_square_b))
 
 
+@_of_plain_numbers
 def finite_sum_convergence(
     L: float,
     rho: float,
@@ -970,7 +1028,7 @@ def finite_sum_convergence(
         True
     """
     _check(L=L, tasks=tasks, c_beta=c_beta)
-    steps = _check_steps(steps)
+    _check(steps=steps)
     a_1, a_2 = finite_sum_moments(L, alpha, steps, sigma=sigma, b=b, mean_square_b=mean_square_b)
     a, gap = _gap(L, alpha, steps)
     growth, c_l, c_b = smoothness_constants(L, rho, alpha, steps)
@@ -982,6 +1040,7 @@ def finite_sum_convergence(
     )
 
 
+@_of_plain_numbers
 def finite_sum_bound(convergence: Convergence, gap: float, iterations: int, tasks: int) -> float:
     """Return the bound of Ji, Theorem 9, on ``E|grad F(w_zeta)|`` [loss / parameter].
 
@@ -1027,6 +1086,7 @@ class Sizes(NamedTuple):
     hessian: int = 0
 
 
+@_of_plain_numbers
 def resampling_sizes(
     epsilon: float,
     L: float,
@@ -1093,6 +1153,7 @@ def resampling_sizes(
     return Sizes(_whole(gap, third), tasks, support, support, hessian)
 
 
+@_of_plain_numbers
 def finite_sum_sizes(
     epsilon: float,
     L: float,
@@ -1210,14 +1271,8 @@ _POSITIVE = (
 def _check(**numbers: float) -> None:
     for name, number in numbers.items():
         _check_number(name, number, may_be_zero=name not in _POSITIVE)
-
-
-def _check_steps(steps: int, name: str = "steps") -> int:
-    """Return a number of steps as Python's: products of numpy's small integers overflow."""
-    _check_number(name, steps, may_be_zero=True)
-    if steps != int(steps):
-        raise UserValueError(f"Expected `{name}` to be a whole number but got {steps}.")
-    return int(steps)
+        if name in ("steps", "step") and number != int(number):
+            raise UserValueError(f"Expected `{name}` to be a whole number but got {number}.")
 
 
 def _check_number(name: str, number: float, *, may_be_zero: bool) -> None:

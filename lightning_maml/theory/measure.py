@@ -24,7 +24,7 @@ from lightning_maml.core.params import Params, add, add_scaled, dot, norm, scale
 from lightning_maml.core.precision import full_precision
 from lightning_maml.core.task_axis import TaskAxis
 from lightning_maml.errors import UserValueError
-from lightning_maml.execution.task_map import TaskExecution, map_tasks
+from lightning_maml.execution.task_map import TaskExecution, map_tasks, mapper, split
 from lightning_maml.functional.arguments import check_step_count, check_support_batches
 from lightning_maml.functional.losses import Loss, LossFunctions, QueryLoss
 
@@ -34,11 +34,12 @@ PlainLoss = Callable[[Params], Tensor]
 _HESSIAN_PRODUCT = 2
 """Gradient evaluations that one Hessian-vector product counts as."""
 
-_LEAST_PRODUCTS = 4
-"""Hessian-vector products after which Lanczos' method may stop.
+_CONFIRMATIONS = 3
+"""Hessian-vector products in a row whose residual must be small before Lanczos' method may stop.
 
-Where nearly all eigenvalues are equal, the first direction is nearly an eigenvector of them and has
-a small residual, whatever the others are. Each further product brings out the others.
+A small residual says that an eigenvalue was found, which need not be the largest: where nearly all
+are equal, or of few values, the first direction hardly has the others in it. The product after
+those have been found brings out what is left.
 """
 
 
@@ -76,7 +77,7 @@ def smoothness(
         loss: Maps parameters to a scalar; twice differentiable.
         w: The parameters at which to measure.
         tolerance: Stop when the residual ``|H v - lambda v|`` is below this fraction of
-            ``|lambda|``, which bounds the error of ``lambda``; at least four products are taken.
+            ``|lambda|``, for three products in a row.
         iterations: Most products that are taken, and copies of the parameters that are kept.
         seed: Seed of the first direction.
 
@@ -94,6 +95,7 @@ def smoothness(
     hessian = _objective(loss).hessian(w)
     basis = [_random_direction(w, seed)]
     iterations = min(iterations, sum(tensor.numel() for tensor in w.values()))
+    small_residuals = 0
     # the Hessian in this basis, which is tridiagonal
     matrix = torch.zeros(iterations + 1, iterations + 1, dtype=torch.float64, device="cpu")
     for k in range(1, iterations + 1):
@@ -107,8 +109,8 @@ def smoothness(
         leading = int(values.abs().argmax())
         value = abs(float(values[leading]))
         residual = rest_norm * abs(float(vectors[-1, leading]))
-        may_stop = k >= _LEAST_PRODUCTS and residual <= tolerance * value
-        if k == iterations or may_stop:
+        small_residuals = small_residuals + 1 if residual <= tolerance * value else 0
+        if k == iterations or small_residuals == _CONFIRMATIONS:
             break
         matrix[k, k - 1] = matrix[k - 1, k] = rest_norm
         if rest_norm <= _epsilon(w) * value:  # rounding alone: look where none has looked yet
@@ -192,7 +194,10 @@ def hessian_lipschitz(
                 return Measured(value, spent + third.gradient_evaluations, u)
             if value > best.value:
                 best = Measured(value, 0, u)
-            if abs(value - before) <= tolerance * value or third.is_rounding(value):
+            has_converged = abs(value - before) <= tolerance * value
+            if has_converged or (third.is_rounding(value) and value < 1.5 * before):
+                break
+            if value == 0:
                 break
             # the shift makes every step climb; without it the power method may alternate
             shift = value if along >= 0 else -value
@@ -221,9 +226,8 @@ class _ThirdDerivative:
         self._epsilon = _epsilon(w)
         self._fraction = math.cbrt(self._epsilon)
         length = float(norm(w))
-        # with a smaller radius, w + h u is rounded too much; with a larger one it is far away
-        self._least = self._fraction**2 * length or self._epsilon
-        self._most = max(length, 1.0) / 10
+        self._least = self._epsilon
+        self._most = max(length, 1.0) / 10  # further away is another place
         self._radius = self._fraction * (min(length, 1.0) or 1.0)
 
     def twice_along(self, u: Params) -> tuple[Params, float, float]:
@@ -236,8 +240,11 @@ class _ThirdDerivative:
         for _ in range(self._MOST_TRIES):
             h = self._radius
             t = self._difference(u, h)
+            moved = {name: self._w[name] * tensor for name, tensor in u.items()}
             # fetched together, as each fetch waits for an accelerator
-            value, along = torch.stack([norm(t), dot(t, u)]).tolist()
+            value, along, length = torch.stack([norm(t), dot(t, u), norm(moved)]).tolist()
+            # with a smaller radius, w + h u would be rounded too much
+            self._least = self._fraction**2 * length or self._epsilon
             if math.isfinite(value):
                 self._radius = self._best_radius(value)
                 if h / self._NEAR <= self._radius <= h * self._NEAR:
@@ -487,7 +494,7 @@ class Probe:
         if isinstance(self._episodes, ResampledEpisodes) and steps:
             check_support_batches(self._episodes, steps)
 
-        def measure_task(task: AnyEpisodes) -> Tensor:
+        def measure_task(task: AnyEpisodes, number: int) -> Tensor:
             path, w_N = inner_loop(self._functions.of_task(task, steps), self._params, rates)
             points = [*(step.w for step in path), w_N]
             found = [
@@ -499,7 +506,7 @@ class Probe:
             # unlike Python's, torch's max keeps a nan
             return torch.stack([L.max(), rho.max(), evaluations.sum() + steps])
 
-        rows = torch.cat(list(self._for_each_task("L and rho", measure_task)))
+        rows = torch.stack(list(self._for_each_task("L and rho", measure_task)))
         L, rho, evaluations = rows.T
         return Curvature(float(L.max()), float(rho.max()), int(evaluations.sum()))
 
@@ -514,12 +521,12 @@ class Probe:
         check_step_count(steps)
         rates = rates_of_steps(inner_lr, self._params, steps)
 
-        def of_task(task: AnyEpisodes) -> Tensor:
+        def of_task(task: AnyEpisodes, number: int) -> Tensor:
             losses = self._functions.of_task(task, steps)
             _, w_N = inner_loop(losses, self._params, rates)
-            return _value(losses.query[-1])(w_N)[None].detach()
+            return _value(losses.query[-1])(w_N).detach()
 
-        return float(torch.cat(list(self._for_each_task("F", of_task))).mean())
+        return float(torch.stack(list(self._for_each_task("F", of_task))).mean())
 
     def _curvature_at(
         self, w: Params, objective: Objective, restarts: int, tolerance: float
@@ -540,9 +547,9 @@ class Probe:
         ``E|g(D_1) - g(D_2)|^2 = 2 sigma-tilde^2 / |D_1|``.
         """
 
-        def measure_task(task: AnyEpisodes) -> tuple[Params, Tensor]:
+        def measure_task(task: AnyEpisodes, number: int) -> tuple[Params, Tensor]:
             support, query = (objective.gradient(self._params) for objective in self._losses(task))
-            halves = self._halves(task)
+            halves = self._halves(task, number)
             between = torch.zeros_like(norm(query))
             if halves.size:
                 first, second = (part.gradient(self._params) for part in halves.losses)
@@ -554,15 +561,13 @@ class Probe:
         first: Params = {}
         total = scale(0.0, self._params)
         rows = []
-        for gradient, figures in self._for_each_task("gradients", measure_task):
-            # each task's results have a leading dimension of 1
-            query = {name: tensor[0] for name, tensor in gradient.items()}
+        for query, figures in self._for_each_task("gradients", measure_task):
             # differences from the first gradient: sums of large, nearly equal gradients would keep
             # only rounding
             first = first or query
             from_first = subtract(query, first)
             total = add(total, from_first)
-            rows.append(torch.cat([figures[0], norm(from_first)[None]]))
+            rows.append(torch.cat([figures, norm(from_first)[None]]))
         # fetched together
         norms, gaps, between, halves, samples, from_firsts = torch.stack(rows).cpu().double().T
         count = len(norms)
@@ -574,7 +579,7 @@ class Probe:
             sum_of_squares = float(from_firsts.square().sum())
             variance = (sum_of_squares - float(norm(total)) ** 2 / count) / (count - 1)
         if isinstance(self._episodes, ResampledEpisodes) and known.any():
-            variance -= sample_variance * float((1 / samples).mean())
+            variance -= sample_variance * float((1 / samples.clamp(min=1)).mean())
         return Spread(
             gradient_norm=float(norms.mean()),
             # what sampling adds is an estimate too, and may exceed the variance of a few tasks
@@ -598,8 +603,8 @@ class Probe:
             it cost.
         """
 
-        def measure_task(task: AnyEpisodes) -> Tensor:
-            halves = self._halves(task)
+        def measure_task(task: AnyEpisodes, number: int) -> Tensor:
+            halves = self._halves(task, number)
             if not halves.size:
                 return torch.zeros(4, dtype=torch.float64, device="cpu")
             query_loss = _value(self._losses(task)[1])
@@ -611,7 +616,7 @@ class Probe:
             figures = [*along.tolist(), halves.size, evaluations]
             return torch.tensor(figures, dtype=torch.float64, device="cpu")
 
-        rows = torch.cat(list(self._for_each_task("sigma_H", measure_task)))
+        rows = torch.stack(list(self._for_each_task("sigma_H", measure_task)))
         known = rows[rows[:, 2] > 0]
         if not len(known):
             return math.nan, 0
@@ -623,11 +628,14 @@ class Probe:
         losses = self._functions.of_task(task, 1)
         return losses.support[0], losses.query[0]
 
-    def _halves(self, task: AnyEpisodes) -> "_Halves":
-        """Return two random halves of a task's query set; of an odd number, one is left out."""
+    def _halves(self, task: AnyEpisodes, number: int) -> "_Halves":
+        """Return two random halves of a task's query set; of an odd number, one is left out.
+
+        Each task has other halves: query sets come with their classes in the same order.
+        """
         rows = self._samples(task.query_y)
         half = len(rows) // 2
-        random = torch.Generator().manual_seed(self._seed)
+        random = torch.Generator().manual_seed(self._seed * len(self._episodes.query_y) + number)
         order = rows[torch.randperm(len(rows), generator=random, device="cpu").to(rows.device)]
         first, second = order[:half], order[half : 2 * half]
         losses = self._query_loss(task, first), self._query_loss(task, second)
@@ -643,16 +651,17 @@ class Probe:
         x = map_tensors(lambda tensor: tensor[rows], task.query_x)
         return self._losses(task._replace(query_x=x, query_y=task.query_y[rows]))[1]
 
-    def _for_each_task(self, what: str, function: Callable[[AnyEpisodes], Any]) -> Iterator[Any]:
-        results = map_tasks(
-            lambda task, _: function(task),
-            self._episodes,
-            # the searches take different numbers of steps per task, so tasks cannot be vectorised
-            tasks="threads" if self._tasks == "threads" else "loop",
-        )
+    def _for_each_task(
+        self, what: str, function: Callable[[AnyEpisodes, int], Any]
+    ) -> Iterator[Any]:
+        """Yield the results of a function of a task and its number."""
+        # the searches take different numbers of steps per task, so tasks cannot be vectorised
+        way: TaskExecution = "threads" if self._tasks == "threads" else "loop"
+        tasks = split(self._episodes, way, None).tasks
+        results = mapper(way, self._episodes.query_y.device)(function, tasks, range(len(tasks)))
         yield from tqdm(
             results,
-            total=len(self._episodes.query_y),
+            total=len(tasks),
             desc=f"Measuring {what}",
             unit="task",
             disable=not self._progress,

@@ -596,6 +596,29 @@ def test_the_largest_constants_so_far_are_kept_if_asked(tmp_path: Path, keep_lar
     assert torch.tensor(walk.seen, dtype=torch.float64) == pytest.approx(expected, rel=1e-3)
 
 
+class Separate(nn.Module):
+    """The steepest direction is quadratic, and the Hessian changes along the other alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x[:, 0] * self.a, torch.exp(self.b) * x[:, 1]], 1)
+
+
+def test_rho_is_found_where_the_steepest_direction_has_none(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 2, dtype=torch.float64) * torch.tensor([10.0, 1.0])
+    episodes = Episodes(x, x.flip(1), x, x.flip(1))
+    model = MAML(Separate().double(), 1e-4, loss=nn.functional.mse_loss, optimizer=SGD)
+    expected = model.probe(episodes).curvature(restarts=10).rho
+    run = trainer(tmp_path, AdaptiveMetaStepsize(episodes=[episodes]), precision="64-true")
+    run.fit(model, repeated(episodes, 1))
+    assert expected > 1
+    assert float(run.callback_metrics["train/rho"]) == pytest.approx(expected, rel=0.02)
+
+
 def test_each_fit_measures_anew(tmp_path: Path) -> None:
     stepsize = AdaptiveMetaStepsize(
         scale=1e-9, every_n_steps=1000, episodes=[ONE_POINT], keep_largest=True

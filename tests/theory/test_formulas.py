@@ -98,6 +98,10 @@ def test_small_integers_of_numpy_are_numbers_of_steps() -> None:
         )
         for function in OF_STEPS:
             assert function(steps) == pytest.approx(function(100)), function
+    assert theory.hessian_batch(np.int8(2), np.int8(20)) == 3200
+    assert theory.recommended_inner_lr(np.int16(5000), 1) == close(2.5e-5)
+    assert theory.recommended_inner_lr(np.float16(2e4), 5) == close(1.25e-6)
+    assert type(theory.largest_inner_lr(torch.tensor(2.0), 1)) is float
     sizes = {"tasks": np.int8(20), "support": np.int8(20), "query": np.int8(15)}
     noise = theory.one_step_noise("exact", 1.0, 0.1, sigma=1.0, sample_sigma=2.0, **sizes)
     assert noise == close(math.sqrt(1 / 20 + 4 / (20 * 15) + 4 / 20))
@@ -142,6 +146,17 @@ def test_bounds_are_infinite_where_they_overflow() -> None:
     assert theory.moment_constants(1.0, 1.0, 0.003, 100, 1.0, 2e4, hessian=1).squ1 == math.inf
     with pytest.raises(ValueError, match=r"Expected scale / L-hat to be a number but got"):
         theory.meta_stepsize(1e-320, 1.0)
+
+
+def test_results_that_overflow_are_said_to_do_so() -> None:
+    for call in (
+        lambda: theory.resampling_batches(1e-90, 0.01, 0.5, 1e-6),
+        lambda: theory.hessian_batch(1e90, 1e90),
+        lambda: theory.stepsize_batches("finite_sum", 1e-20, 1e-6, 1e90, 2, 1.0, 1, 0.1),
+        lambda: theory.finite_sum_bound(theory.Convergence(1e-300, 0.1, 1.0), 0.5, 1, 1),
+    ):
+        with pytest.raises(ValueError, match=r"for which it is a number but got .* it overflows"):
+            call()
 
 
 def test_unknown_names_are_refused() -> None:

@@ -94,6 +94,15 @@ def test_one_large_eigenvalue_among_equal_ones_is_found(size: int, dtype: torch.
         assert measured.value == pytest.approx(5, rel=1e-2), place
 
 
+@pytest.mark.parametrize("largest", [2.0, -1.3, 1.1])
+def test_one_large_eigenvalue_among_few_others_is_found(largest: float) -> None:
+    eigenvalues = torch.tensor([-1, 0, 0.5, 1.0]).double().repeat(25_000)
+    eigenvalues[-1] = largest
+    w = {"w": torch.zeros(100_000, dtype=torch.float64)}
+    measured = smoothness(lambda p: (p["w"].square() * eigenvalues).sum() / 2, w, tolerance=1e-2)
+    assert measured.value == pytest.approx(abs(largest), rel=1e-2)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 30])
 @pytest.mark.parametrize("bend", [0.0, 1.0, -2.0])
 def test_equal_eigenvalues_are_found_where_every_direction_is_their_own(
@@ -118,6 +127,24 @@ def test_hessian_lipschitz_is_found_in_every_unit_of_the_parameters(
 
     measured = hessian_lipschitz(loss, {"w": unit * v})
     assert measured.value == pytest.approx(math.sinh(2) / unit**3, rel=0.02)
+
+
+@pytest.mark.parametrize("large", [1e2, 1e4, 1e6])
+def test_large_parameters_do_not_hide_how_the_hessian_changes_along_others(large: float) -> None:
+    w = {"w": torch.tensor([large, 0.0])}
+
+    def loss(params: Params) -> Tensor:
+        moved, still = params["w"][1], params["w"][0] / large
+        return torch.sin(100 * moved + 0.3) + still.square() / 2
+
+    assert hessian_lipschitz(loss, w).value == pytest.approx(1e6 * math.cos(0.3), rel=0.01)
+
+
+def test_a_large_block_that_is_quadratic_does_not_hide_a_small_one() -> None:
+    """Its rounding is larger than what changes along the first directions."""
+    w = {"large": torch.ones(50), "small": torch.ones(3)}
+    loss = lambda p: 0.5e6 * p["large"].square().sum() + (p["small"] ** 3).sum()
+    assert hessian_lipschitz(loss, w).value == pytest.approx(6, rel=0.01)
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e6])
@@ -333,6 +360,22 @@ def test_sample_sigma_is_unbiased() -> None:
     one = Probe(least_squares, W, regression_tasks(samples=1)).spread()
     assert math.isnan(one.sample_sigma)
     assert one.gradient_evaluations == 6 * 2
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_deviations_over_samples_do_not_depend_on_the_order_of_classes(seed: int) -> None:
+    """Query sets come with their classes in the same order in all tasks."""
+
+    def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+        """The gradient of a sample is 1 + x at 1, and its Hessian too."""
+        return ((1 + x) * params["w"].square()).mean() / 2
+
+    x = torch.tensor([-1.0, -1, 1, 1]).double()[None, :, None].repeat(200, 1, 1)
+    w = {"w": torch.ones(1, dtype=torch.float64)}
+    probe = Probe(loss, w, Episodes(x, x[..., 0], x, x[..., 0]), seed=seed)
+    deviation = float((1 + x[0]).std())
+    assert probe.spread().sample_sigma == pytest.approx(deviation, rel=0.15)
+    assert probe.hessian_deviation()[0] == pytest.approx(deviation, rel=0.15)
 
 
 def test_sigma_excludes_sampling_noise_when_resampling() -> None:
