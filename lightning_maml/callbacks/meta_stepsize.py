@@ -143,6 +143,8 @@ class AdaptiveMetaStepsize(Callback):
         if stage == "fit":
             self._measured = {}
             self._tasks.start_at(0)
+            self._said.clear()
+            self._is_first_step = True
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,8 +158,6 @@ class AdaptiveMetaStepsize(Callback):
                 "'resampling' or 'finite_sum'."
             )
         self._tasks.check(trainer)
-        self._said.clear()
-        self._is_first_step = True
         outside = _outside_the_theory(trainer, module)
         if outside:
             warnings.warn(
@@ -189,19 +189,14 @@ class AdaptiveMetaStepsize(Callback):
             gradient_norm=gradient_norm,
         )
         scale = paper_scale(self.rule, module.curvature) if self.scale is None else self.scale
-        if smoothness == 0:
+        try:
+            beta = meta_stepsize(smoothness, scale)
+        except UserValueError as error:
             raise UserFloatingPointError(
-                f"Expected L-hat to be positive but it is 0 at step {trainer.global_step}, as the "
-                "losses are linear or their gradients 0; remove AdaptiveMetaStepsize and set the "
-                "rate."
-            )
-        if math.isinf(scale / smoothness):
-            raise UserFloatingPointError(
-                f"Expected scale / L-hat to be a number but got {scale:.3g} / {smoothness:.3g} at "
-                f"step {trainer.global_step}; lower `scale`, or remove AdaptiveMetaStepsize where "
-                "the losses are nearly linear."
-            )
-        beta = meta_stepsize(smoothness, scale)
+                f"Expected scale / L-hat to be a number above 0 but got {scale:.3g} / "
+                f"{smoothness:.3g} at step {trainer.global_step}; where the losses are linear or "
+                "their gradients 0, remove AdaptiveMetaStepsize and set the rate."
+            ) from error
         for group in optimizer.param_groups:
             group["lr"] = beta
         figures = {
@@ -293,7 +288,7 @@ def _measure(probe: Probe, trainer: Trainer, missing: set[str]) -> dict[str, flo
     measured: dict[str, float] = {}
     if missing & {"L", "rho"}:
         # one direction may have no third derivative at all
-        curvature = probe.curvature(restarts=3 if "rho" in missing else 0, tolerance=1e-2)
+        curvature = probe.curvature(restarts=2 if "rho" in missing else 0, tolerance=1e-2)
         if "L" in missing:
             measured["L"] = _over_processes(trainer, curvature.L, "max")
         if "rho" in missing:

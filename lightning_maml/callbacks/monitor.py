@@ -55,6 +55,13 @@ class Monitor(Callback):
         self._tasks = IndependentTasks(self.purpose, tasks, episodes)
         self._last_step = 0
 
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin a fit anew; a checkpoint, if there is one, is read after this."""
+        if stage == "fit":
+            self._last_step = 0
+            self._tasks.start_at(0)
+
     def look(self, trainer: Trainer, module: MAML) -> None:
         """Measure, and log the result."""
         raise NotImplementedError(f"{type(self).__name__} must define look(trainer, module).")

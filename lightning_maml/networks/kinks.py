@@ -71,8 +71,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.removesuffix("_")
-        if args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
-            return func(*args, **(kwargs or {}))  # lengths and masks have no derivatives
+        if args and isinstance(args[0], Tensor) and not _is_differentiable(args[0]):
+            return func(*args, **(kwargs or {}))  # lengths and masks
         # cloned, because a clamp may work in place
         before = args[0].clone() if name.startswith("clamp") else None
         result = func(*args, **(kwargs or {}))
@@ -80,6 +80,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (name in _KINKED or cuts or _is_kinked_elu(name, args)) and name not in self.found:
             self.found.append(name)
         return result
+
+
+def _is_differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _is_kinked_elu(name: str, args: tuple[Any, ...]) -> bool:

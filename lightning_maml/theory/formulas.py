@@ -19,8 +19,7 @@ the parameters' unit:
   parameter].
 
 Every function takes numpy's numbers and tensors without dimensions too, and raises a ``ValueError``
-if an argument is negative, not finite, or 0 where it must be positive, or if the result overflows
-and infinity would not be right.
+if an argument is negative, not finite, or 0 where it must be positive, or if there is no result.
 
 Some printed formulas cannot be right: their units do not fit, they contradict the paper's own
 corollaries, or a step of the proof does not hold. There the function follows the proof, and its
@@ -31,6 +30,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from lightning_maml.core.hvp import CurvatureName
@@ -45,7 +45,7 @@ _Result = TypeVar("_Result")
 
 
 def _of_plain_numbers(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Let a function take numpy's numbers and tensors, and say in a sentence that it overflows.
+    """Let a function take numpy's numbers and tensors, and refuse what it has no result for.
 
     Small integers and short floats would overflow without a word.
     """
@@ -55,20 +55,31 @@ def _of_plain_numbers(function: Callable[_Arguments, _Result]) -> Callable[_Argu
         plain: Any = [_plain(value) for value in args]
         named: Any = {name: _plain(value) for name, value in kwargs.items()}
         try:
-            return function(*plain, **named)
+            result = function(*plain, **named)
+            _check_is_number(result)
         except UserError:
             raise
         except (OverflowError, ZeroDivisionError, ValueError) as error:
+            given = dict(zip(signature(function).parameters, plain, strict=False)) | named
             raise UserValueError(
-                f"Expected arguments of {function.__name__} for which it is a number but got "
-                f"{[*plain, *named.values()]}, where it overflows."
+                f"Expected arguments for which {function.__name__} is a number but got "
+                f"{', '.join(f'{name}={value}' for name, value in given.items())}."
             ) from error
+        return result
 
     return of_plain_numbers
 
 
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
+
+
+def _check_is_number(result: Any) -> None:
+    """Refuse a result that is nan, but for a constant that Theorem 9 does not have."""
+    parts = result[:3] if isinstance(result, Convergence) else result
+    parts = parts if isinstance(parts, tuple) else (parts,)
+    if any(isinstance(part, float) and math.isnan(part) for part in parts):
+        raise ValueError
 
 
 class SmoothnessConstants(NamedTuple):
@@ -115,8 +126,7 @@ def smoothness_constants(L: float, rho: float, alpha: float, steps: int) -> Smoo
         >>> smoothness_constants(L=1.0, rho=1.0, alpha=1.0, steps=2).growth
         16.0
     """
-    _check(rho=rho, alpha=alpha)
-    _check(steps=steps)
+    _check(rho=rho, alpha=alpha, steps=steps)
     a, growth = _growth(L, alpha, steps)
     grown = _grown(alpha * L, steps)
     spread = rho * a ** (steps - 1) * _grown_per_L(L, alpha, steps)
@@ -148,8 +158,7 @@ def printed_smoothness_constants(
         >>> printed_smoothness_constants(L=1.0, rho=1.0, alpha=1.0, steps=1)
         SmoothnessConstants(growth=4.0, c_l=8.0, c_b=8.0)
     """
-    _check(L=L, rho=rho, alpha=alpha)
-    _check(steps=steps)
+    _check(L=L, rho=rho, alpha=alpha, steps=steps)
     a, growth = _growth(L, alpha, steps)
     both = (alpha * rho + rho / L * a ** (steps - 1)) * growth
     return SmoothnessConstants(growth, c_l=both, c_b=both)
@@ -158,7 +167,7 @@ def printed_smoothness_constants(
 def _growth(L: float, alpha: float, steps: int) -> tuple[float, float]:
     """Return ``a`` and ``a^(2N)``."""
     _check_number("L", L, may_be_zero=True)
-    a = 1 + alpha * L
+    a = 1.0 + alpha * L
     try:
         growth = a ** (2 * steps)
     except OverflowError:
@@ -552,8 +561,8 @@ def hessian_free_error(
         alpha=alpha,
         radius=radius,
         query_gradient_norm=query_gradient_norm,
+        steps=steps,
     )
-    _check(steps=steps)
     grown = 1 + _grown(alpha * L, max(steps - 1, 0))
     without_growth = steps * alpha * rho * radius / 2 * query_gradient_norm
     return grown * without_growth if without_growth else 0.0
@@ -582,8 +591,7 @@ def first_order_floor(L: float, alpha: float, steps: int, sigma: float, b: float
         >>> round(first_order_floor(L=1.0, alpha=0.1, steps=1, sigma=1.0), 4)
         0.1618
     """
-    _check(L=L, alpha=alpha, sigma=sigma, b=b)
-    _check(steps=steps)
+    _check(L=L, alpha=alpha, sigma=sigma, b=b, steps=steps)
     gap = 1 - _grown(alpha * L, 2 * steps)
     if gap <= 0:
         return math.inf
@@ -731,15 +739,14 @@ def path_error(L: float, alpha: float, step: int, sample_sigma: float, support: 
         >>> round(error.mean, 4), round(error.mean_square, 4)
         (0.5, 0.5)
     """
-    _check(alpha=alpha, sample_sigma=sample_sigma, support=support)
-    _check(step=step)
+    _check(alpha=alpha, step=step, sample_sigma=sample_sigma, support=support)
     _check_number("L", L, may_be_zero=True)
     if sample_sigma == 0:
         return PathError(0.0, 0.0)
     x = alpha * L
     mean = _grown_per_L(L, alpha, step) * sample_sigma / math.sqrt(support)
     grown_per_L = _grown(2 * x * (1 + x), step) / L if L else 2 * alpha * step
-    mean_square = grown_per_L * alpha * sample_sigma**2 / ((1 + x) * support)
+    mean_square = grown_per_L * alpha * sample_sigma * sample_sigma / ((1 + x) * support)
     return PathError(mean, mean_square)
 
 
@@ -798,7 +805,6 @@ def moment_constants(
         0.11
     """
     _check(rho=rho, sample_sigma=sample_sigma, hessian_sigma=hessian_sigma, hessian=hessian)
-    _check(steps=steps)
     a, gap = _gap(L, alpha, steps)
     x = alpha * L
     factors = 1 + _grown(alpha**2 * hessian_sigma**2 / hessian + a**2 - 1, steps)
@@ -890,7 +896,6 @@ def resampling_convergence(
         True
     """
     _check(L=L, sigma=sigma, tasks=tasks, support=support, query=query, c_beta=c_beta)
-    _check(steps=steps)
     a, gap = _gap(L, alpha, steps)
     err1, err2, squ1, squ2, squ3 = moment_constants(
         L, rho, alpha, steps, sample_sigma, hessian_sigma, hessian
@@ -980,7 +985,6 @@ def finite_sum_moments(
         FiniteSumMoments(squ1=4.0, squ2=8.0)
     """
     _check(sigma=sigma, b=b, mean_square_b=mean_square_b)
-    _check(steps=steps)
     a, gap = _gap(L, alpha, steps)
     growth = a ** (2 * steps)
     squ1 = 4 * growth**2 / gap**2
@@ -1028,7 +1032,6 @@ def finite_sum_convergence(
         True
     """
     _check(L=L, tasks=tasks, c_beta=c_beta)
-    _check(steps=steps)
     a_1, a_2 = finite_sum_moments(L, alpha, steps, sigma=sigma, b=b, mean_square_b=mean_square_b)
     a, gap = _gap(L, alpha, steps)
     growth, c_l, c_b = smoothness_constants(L, rho, alpha, steps)
@@ -1229,7 +1232,7 @@ def _root(theta: float, offset: float, d: float) -> float:
 
 def _gap(L: float, alpha: float, steps: int) -> tuple[float, float]:
     """Return ``a`` and ``2 - a^(2N)``, positive where the theorems hold."""
-    _check(alpha=alpha)
+    _check(alpha=alpha, steps=steps)
     _check_number("L", L, may_be_zero=True)
     largest = largest_inner_lr(L, steps)
     if alpha >= largest:

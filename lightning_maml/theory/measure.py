@@ -152,9 +152,9 @@ def hessian_lipschitz(
     directions alone, without the climb, give values that are too small by orders of magnitude in
     high dimension.)
 
-    The radius h is a small fraction, the cube root of the machine epsilon, of the length L / rho
-    over which the Hessian changes. That length is not known before, so each value is measured again
-    until the radius that it was found with is about the one that it asks for, ten times at most.
+    The radius h is found anew for every direction whose value counts: the one around which
+    another radius changes the vector least. (Derivatives by autograd would need none, but torch has
+    none of batch norm, and wrong ones of layer norm.)
 
     Args:
         loss: Maps parameters to a scalar; three times differentiable: with ReLU rho does not exist.
@@ -182,28 +182,51 @@ def hessian_lipschitz(
     if leading is None:
         leading = smoothness(loss, w, tolerance=1e-2, seed=seed)
         spent = leading.gradient_evaluations
-    third = _ThirdDerivative(loss, w, leading.value)
+    third = _ThirdDerivative(loss, w)
     best = leading._replace(value=0.0)
     for restart in range(restarts):
         u = leading.direction if restart == 0 else _random_direction(w, seed + restart)
-        value = 0.0
-        for _ in range(iterations):
-            before = value
-            t, value, along = third.twice_along(u)
-            if math.isnan(value):
-                return Measured(value, spent + third.gradient_evaluations, u)
-            if value > best.value:
-                best = Measured(value, 0, u)
-            has_converged = abs(value - before) <= tolerance * value
-            if has_converged or (third.is_rounding(value) and value < 1.5 * before):
+        third.find_radius(u)
+        for _ in range(_MOST_CLIMBS):
+            u, climbed_to = _climb(third, u, iterations, tolerance)
+            # where the climb has come to, the Hessian may change within another length
+            third.find_radius(u)
+            value = float(norm(third.twice_along(u)))
+            if abs(value - climbed_to) <= _SAME * value:
                 break
-            if value == 0:
-                break
-            # the shift makes every step climb; without it the power method may alternate
-            shift = value if along >= 0 else -value
-            climbed = add_scaled(t, shift, u)
-            u = scale(1 / norm(climbed), climbed)
+        if math.isnan(value):
+            best = Measured(value, 0, u)
+            break
+        if value > best.value:
+            best = Measured(value, 0, u)
     return best._replace(gradient_evaluations=spent + third.gradient_evaluations)
+
+
+_MOST_CLIMBS = 4
+"""Climbs from one start, each with a radius of its own."""
+
+_SAME = 0.05
+"""The relative difference up to which two radii give the same value."""
+
+
+def _climb(
+    third: "_ThirdDerivative", u: Params, iterations: int, tolerance: float
+) -> tuple[Params, float]:
+    """Return the direction that the symmetric power method comes to, and its last value."""
+    value = 0.0
+    for _ in range(iterations):
+        before = value
+        t = third.twice_along(u)
+        # fetched together, as each fetch waits for an accelerator
+        value, along = torch.stack([norm(t), dot(t, u)]).tolist()
+        is_noise = not third.is_resolved and value < 1.5 * before
+        if not value > 0 or abs(value - before) <= tolerance * value or is_noise:
+            break
+        # the shift makes every step climb; without it the power method may alternate
+        shift = value if along >= 0 else -value
+        climbed = add_scaled(t, shift, u)
+        u = scale(1 / norm(climbed), climbed)
+    return u, value
 
 
 class _ThirdDerivative:
@@ -212,63 +235,51 @@ class _ThirdDerivative:
     Args:
         loss: Maps parameters to a scalar.
         w: The point.
-        L: The norm of the Hessian there.
     """
 
-    _NEAR = 4
-    """The factor within which one radius is as good as another."""
-    _MOST_TRIES = 10
-    """Radii that are tried for a value, as there may be none that is its own best."""
-
-    def __init__(self, loss: PlainLoss, w: Params, L: float) -> None:
+    def __init__(self, loss: PlainLoss, w: Params) -> None:
         self.gradient_evaluations = 0
-        self._objective, self._w, self._L = _objective(loss), w, L
+        self.is_resolved = False
+        """Whether two radii gave nearly the same, so that it is not rounding alone."""
+        self._objective, self._w = _objective(loss), w
         self._epsilon = _epsilon(w)
-        self._fraction = math.cbrt(self._epsilon)
-        length = float(norm(w))
-        self._least = self._epsilon
-        self._most = max(length, 1.0) / 10  # further away is another place
-        self._radius = self._fraction * (min(length, 1.0) or 1.0)
+        self._radius = self._most = max(float(norm(w)), 1.0) / 10  # further away is another place
 
-    def twice_along(self, u: Params) -> tuple[Params, float, float]:
-        """Return ``t = D^3 l(w)[u, u, .]``, its norm, and its component along ``u``.
+    def twice_along(self, u: Params) -> Params:
+        """Return ``D^3 l(w)[u, u, .]`` with the radius that was found last."""
+        return self._difference(u, self._radius)
 
-        Where no radius is its own best, as at a kink, it is the largest that was found. The norm is
-        nan if the loss is finite with none of them.
-        """
-        largest = (u, math.nan, math.nan)
-        for _ in range(self._MOST_TRIES):
-            h = self._radius
+    def find_radius(self, u: Params) -> None:
+        """Find the radius around which another one changes ``D^3 l(w)[u, u, .]`` least."""
+        moved = {name: self._w[name] * tensor for name, tensor in u.items()}
+        # with a smaller radius, w + h u would be rounded too much
+        least = self._epsilon ** (2 / 3) * float(norm(moved)) or self._epsilon
+        h = min(self._most, self._radius * _FACTOR**2)
+        self._radius, least_change, before = h, math.inf, self._difference(u, h)
+        while h > least:
+            h /= _FACTOR
             t = self._difference(u, h)
-            moved = {name: self._w[name] * tensor for name, tensor in u.items()}
-            # fetched together, as each fetch waits for an accelerator
-            value, along, length = torch.stack([norm(t), dot(t, u), norm(moved)]).tolist()
-            # with a smaller radius, w + h u would be rounded too much
-            self._least = self._fraction**2 * length or self._epsilon
-            if math.isfinite(value):
-                self._radius = self._best_radius(value)
-                if h / self._NEAR <= self._radius <= h * self._NEAR:
-                    return t, value, along
-                if not value <= largest[1]:
-                    largest = (t, value, along)
-            else:  # the loss overflows at this distance
-                self._most = self._radius = max(h * self._fraction, self._least)
-        return largest
-
-    def is_rounding(self, value: float) -> bool:
-        """Return whether the Hessian changes by no more than its rounding, at any radius."""
-        change = value * self._most
-        return self._best_radius(value) == self._most and change <= 8 * self._epsilon * self._L
-
-    def _best_radius(self, value: float) -> float:
-        length = self._L / value if value else math.inf
-        return min(max(self._fraction * length, self._least), self._most)
+            size, change = torch.stack([norm(t), norm(subtract(t, before))]).tolist()
+            relative = change / size if size > 0 else math.inf
+            if not math.isfinite(change):  # the loss overflowed further away
+                self._radius = h
+            elif relative < least_change:
+                # between the two, the error is smaller than at either
+                self._radius, least_change = h * _FACTOR**0.5, relative
+            elif least_change < _SAME and relative > _SAME:
+                break  # rounding begins
+            before = t
+        self.is_resolved = least_change < 0.5
 
     def _difference(self, u: Params, h: float) -> Params:
         self.gradient_evaluations += 2 * _HESSIAN_PRODUCT
         ahead = self._objective.hessian_vector_product(add_scaled(self._w, h, u), u)
         behind = self._objective.hessian_vector_product(add_scaled(self._w, -h, u), u)
         return scale(1 / (2 * h), subtract(ahead, behind))
+
+
+_FACTOR = 8
+"""The ratio of the radii that are tried."""
 
 
 @contextmanager
@@ -363,7 +374,7 @@ class _Halves(NamedTuple):
 
     Attributes:
         losses: Their losses.
-        size: Samples of each; 0 where the query set is one sample.
+        size: Samples of each; 0 where the query set has fewer than two that count.
         samples: Samples of the whole query set.
     """
 
@@ -628,14 +639,16 @@ class Probe:
         losses = self._functions.of_task(task, 1)
         return losses.support[0], losses.query[0]
 
-    def _halves(self, task: AnyEpisodes, number: int) -> "_Halves":
+    def _halves(self, task: AnyEpisodes, number: int) -> _Halves:
         """Return two random halves of a task's query set; of an odd number, one is left out.
 
         Each task has other halves: query sets come with their classes in the same order.
         """
         rows = self._samples(task.query_y)
         half = len(rows) // 2
-        random = torch.Generator().manual_seed(self._seed * len(self._episodes.query_y) + number)
+        random = torch.Generator().manual_seed(
+            (self._seed * len(self._episodes.query_y) + number) % 2**63
+        )
         order = rows[torch.randperm(len(rows), generator=random, device="cpu").to(rows.device)]
         first, second = order[:half], order[half : 2 * half]
         losses = self._query_loss(task, first), self._query_loss(task, second)

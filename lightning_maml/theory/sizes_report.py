@@ -42,8 +42,10 @@ def sizes_report(
         >>> constants = Constants(2.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 1.0, 100)
         >>> settings = Settings("exact", 0.05, 1, 16, 15, None, 1e-3, stepsize=1e-6, kinks=[])
         >>> text = sizes_report(0.5, constants, settings, objective=lambda alpha: 1.1)
-        >>> text.splitlines()[0].split(", if")[0]
-        'Sizes for E|grad F| <= 0.5 by Ji, Corollary 10, with F(w) = 1.1 for F(w) - inf F'
+        >>> for part in text.splitlines()[0].split(", with "):
+        ...     print(part)
+        Sizes for E|grad F| <= 0.5 by Ji, Corollary 10
+        F(w) = 1.1 for F(w) - inf F, if the theorem's conditions hold with this alpha
     """
     check_accuracy(epsilon)
     parts = []
@@ -56,7 +58,10 @@ def sizes_report(
             f"Sizes for E|grad F| <= {epsilon:g} by {theorem.corollary}, with F(w) = {gap:.3g} for "
             "F(w) - inf F"
         )
-        opening += ", up to constants" if is_one_step else ", if the conditions hold with its alpha"
+        if is_one_step:
+            opening += ", up to constants"
+        else:
+            opening += ", if the theorem's conditions hold with this alpha"
         rows = [_NEGATIVE] if gap < 0 else rows_of(epsilon, constants, settings, gap)
         parts.append(f"{opening}\n\n{aligned(rows)}")
     if not parts:

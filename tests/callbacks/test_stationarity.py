@@ -174,6 +174,20 @@ def test_a_resumed_run_continues_the_stream_of_tasks(tmp_path: Path) -> None:
     assert fit(2, tmp_path / "1.ckpt") == whole
 
 
+def test_a_second_fit_measures_at_its_own_steps_with_the_same_tasks(tmp_path: Path) -> None:
+    """Also at the step at which the first one ended."""
+    batches = [make_episodes(seed=seed) for seed in range(5)]
+    monitor = StationarityMonitor(2, meta_batches=3, episodes=batches)
+    norms = []
+    for _ in range(2):
+        model = MAML(build("mlp"), 0.1, optimizer=partial(torch.optim.SGD, lr=0.0))
+        run = trainer(tmp_path, monitor)
+        run.fit(model, DataLoader([make_episodes()] * 2, batch_size=None))
+        norms.append(monitor.norm)
+        assert monitor.state_dict() == {"drawn": 3, "last_step": 2}
+    assert norms[0] == norms[1]
+
+
 class SaveFigures(Callback):
     """What each process has, of the monitors and the validation."""
 

@@ -123,7 +123,7 @@ OF_STEPS: list[Callable[[int], object]] = [
         support=15,
         hessian=1,
         query=15,
-    )[1:],
+    ),
     lambda steps: theory.finite_sum_sizes(
         1.0, 1.0, 1.0, steps, sigma=1.0, b=0.1, mean_square_b=0.1, gap=1.0
     ),
@@ -148,14 +148,24 @@ def test_bounds_are_infinite_where_they_overflow() -> None:
         theory.meta_stepsize(1e-320, 1.0)
 
 
+def test_whole_numbers_give_what_floats_give() -> None:
+    assert type(theory.smoothness_constants(1, 1, 1, 2).growth) is float
+    with pytest.raises(ValueError, match="N = 1000 is too much; lower alpha"):
+        theory.smoothness_constants(1, 1, 1, 1000)
+
+
 def test_results_that_overflow_are_said_to_do_so() -> None:
     for call in (
         lambda: theory.resampling_batches(1e-90, 0.01, 0.5, 1e-6),
         lambda: theory.hessian_batch(1e90, 1e90),
+        lambda: theory.meta_smoothness("resampling", 1.0, 1e300, 1.0, 20, 0.0),
+        lambda: theory.moment_constants(1.0, 1.0, 0.003, 100, 0.0, 2e4, hessian=1),
         lambda: theory.stepsize_batches("finite_sum", 1e-20, 1e-6, 1e90, 2, 1.0, 1, 0.1),
         lambda: theory.finite_sum_bound(theory.Convergence(1e-300, 0.1, 1.0), 0.5, 1, 1),
     ):
-        with pytest.raises(ValueError, match=r"for which it is a number but got .* it overflows"):
+        with pytest.raises(
+            ValueError, match=r"Expected arguments for which \w+ is a number but got \w+="
+        ):
             call()
 
 
