@@ -243,30 +243,40 @@ class _ThirdDerivative:
         """Whether two radii gave nearly the same, so that it is not rounding alone."""
         self._objective, self._w = _objective(loss), w
         self._epsilon = _epsilon(w)
-        self._radius = self._most = max(float(norm(w)), 1.0) / 10  # further away is another place
+        length = float(norm(w))
+        self._most = max(length, 1.0) / 10  # further away is another place
+        self._radius = self._epsilon ** (1 / 3) * (min(length, 1.0) or 1.0)
 
     def twice_along(self, u: Params) -> Params:
         """Return ``D^3 l(w)[u, u, .]`` with the radius that was found last."""
         return self._difference(u, self._radius)
 
     def find_radius(self, u: Params) -> None:
-        """Find the radius around which another one changes ``D^3 l(w)[u, u, .]`` least."""
+        """Find a radius for ``D^3 l(w)[u, u, .]``: the last one, if a smaller one gives the same.
+
+        Otherwise it is the one around which another radius changes it least.
+        """
+        last, smaller = (self._difference(u, h) for h in (self._radius, self._radius / _FACTOR))
+        self.is_resolved = _relative_change(last, smaller) < _EQUAL
+        if not self.is_resolved:
+            self._search(u)
+
+    def _search(self, u: Params) -> None:
         moved = {name: self._w[name] * tensor for name, tensor in u.items()}
         # with a smaller radius, w + h u would be rounded too much
         least = self._epsilon ** (2 / 3) * float(norm(moved)) or self._epsilon
-        h = min(self._most, self._radius * _FACTOR**2)
-        self._radius, least_change, before = h, math.inf, self._difference(u, h)
+        h = self._radius = self._most
+        least_change, before = math.inf, self._difference(u, h)
         while h > least:
             h /= _FACTOR
             t = self._difference(u, h)
-            size, change = torch.stack([norm(t), norm(subtract(t, before))]).tolist()
-            relative = change / size if size > 0 else math.inf
-            if not math.isfinite(change):  # the loss overflowed further away
+            change = _relative_change(before, t)
+            if math.isnan(change):  # the loss overflowed further away
                 self._radius = h
-            elif relative < least_change:
+            elif change < least_change:
                 # between the two, the error is smaller than at either
-                self._radius, least_change = h * _FACTOR**0.5, relative
-            elif least_change < _SAME and relative > _SAME:
+                self._radius, least_change = h * _FACTOR**0.5, change
+            elif least_change < _SAME < change:
                 break  # rounding begins
             before = t
         self.is_resolved = least_change < 0.5
@@ -280,6 +290,17 @@ class _ThirdDerivative:
 
 _FACTOR = 8
 """The ratio of the radii that are tried."""
+
+_EQUAL = 3e-3
+"""The relative difference up to which two radii are as good as each other."""
+
+
+def _relative_change(before: Params, t: Params) -> float:
+    """Return ``|t - before| / |t|``, infinite where t is 0, and nan where one is not finite."""
+    size, change = torch.stack([norm(t), norm(subtract(t, before))]).tolist()
+    if not math.isfinite(change):
+        return math.nan
+    return change / size if size > 0 else math.inf
 
 
 @contextmanager
