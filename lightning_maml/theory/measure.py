@@ -7,6 +7,7 @@ to 2.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -242,6 +243,8 @@ class _ThirdDerivative:
         self.is_resolved = False
         """Whether two radii gave nearly the same, so that it is not rounding alone."""
         self._objective, self._w = _objective(loss), w
+        # the last two, as the search for a radius and the climb take the same
+        self._found: deque[tuple[Params, float, Params]] = deque(maxlen=2)
         self._epsilon = _epsilon(w)
         length = float(norm(w))
         self._most = max(length, 1.0) / 10  # further away is another place
@@ -282,10 +285,15 @@ class _ThirdDerivative:
         self.is_resolved = least_change < 0.5
 
     def _difference(self, u: Params, h: float) -> Params:
+        for direction, radius, t in self._found:
+            if direction is u and radius == h:
+                return t
         self.gradient_evaluations += 2 * _HESSIAN_PRODUCT
         ahead = self._objective.hessian_vector_product(add_scaled(self._w, h, u), u)
         behind = self._objective.hessian_vector_product(add_scaled(self._w, -h, u), u)
-        return scale(1 / (2 * h), subtract(ahead, behind))
+        t = scale(1 / (2 * h), subtract(ahead, behind))
+        self._found.append((u, h, t))
+        return t
 
 
 _FACTOR = 8
