@@ -163,7 +163,7 @@ def hessian_lipschitz(
         leading: What :func:`lightning_maml.theory.measure.smoothness` returned there; computed if
             None.
         restarts: Number of starts; the largest value counts.
-        iterations: Most steps from each start.
+        iterations: Most steps of a climb; a start has up to four, each with a radius of its own.
         tolerance: Stop when the norm changes by less than this, relative to itself.
         seed: Seed of the random directions.
 
