@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.errors import UserValueError
-from lightning_maml.theory.formulas import Rule, check_curvature
+from lightning_maml.theory.arguments import Rule, check_curvature
 
 Data = Literal["finite_sum", "resampling"]
 """Tasks as :class:`lightning_maml.Episodes` or as :class:`lightning_maml.ResampledEpisodes`."""

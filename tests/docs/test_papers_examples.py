@@ -16,7 +16,7 @@ from lightning_maml import FOMAML, MAML, meta_gradient
 from lightning_maml.algorithms.metrics import TaskMean
 from lightning_maml.cli import main, run
 from lightning_maml.core.params import Params
-from lightning_maml.theory.measure import hessian_lipschitz, smoothness
+from lightning_maml.theory.curvature import hessian_lipschitz, smoothness
 
 LINEAR = ROOT / "examples" / "linear_classifier"
 NAVIGATION = ROOT / "examples" / "reinforcement_learning"

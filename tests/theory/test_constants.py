@@ -121,7 +121,11 @@ def test_finite_sum_convergence_has_the_constants_of_theorem_9() -> None:
     assert found.xi == close(
         GAP * A**6 * L / C_L + GAP * C_B * B_MEAN / C_L + SIGMA + (A**6 - A**3) * B_MEAN
     )
-    assert math.isnan(found.chi)
+    assert found.chi is None
+    with pytest.raises(
+        ValueError, match=r"Expected the constants of Theorem 5, .* use `finite_sum_bound"
+    ):
+        theory.resampling_bound(found, gap=1.0, iterations=10, tasks=20, support=5)
 
 
 def test_sizes_take_equal_parts_of_what_the_bounds_allow() -> None:

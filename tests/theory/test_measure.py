@@ -13,7 +13,8 @@ from lightning_maml import MAML, Conv4, Episodes, ResampledEpisodes
 from lightning_maml.core.params import Params
 from lightning_maml.datamodules import GlyphsDataModule
 from lightning_maml.networks.functional_network import FunctionalNetwork
-from lightning_maml.theory.measure import Probe, hessian_lipschitz, smoothness
+from lightning_maml.theory.curvature import hessian_lipschitz, smoothness
+from lightning_maml.theory.measure import Probe
 
 
 def rotation(size: int) -> Tensor:
