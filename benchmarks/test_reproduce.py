@@ -52,11 +52,7 @@ def test_rows_are_configs(row: str, capsys: pytest.CaptureFixture[str]) -> None:
         run(["fit", f"--config={config}", *changed, "--print_config"])
     assert ended.value.code in (None, 0)
     printed = capsys.readouterr().out
-    is_of_photos = row in [
-        f"mini_imagenet_{setting}_{name}"
-        for setting in ("5w1s", "5w5s")
-        for name in reproduce.ALGORITHMS
-    ]
+    is_of_photos = row.startswith(reproduce.COLOUR) and not row.endswith("_smooth")
     assert ("activation: relu" in printed) == (row.endswith("_relu") or is_of_photos)
     named = next(argument for argument in changed if argument.startswith("--model=")).removeprefix(
         "--model="

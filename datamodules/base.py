@@ -273,6 +273,17 @@ class EpisodicDataModule(LightningDataModule):
         Args:
             stage: Stage of the trainer that ended.
         """
+        self._free_device()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Free that memory where training ends early, for which there is no teardown.
+
+        Args:
+            exception: What ended it.
+        """
+        self._free_device()
+
+    def _free_device(self) -> None:
         for images in self._on_device.values():
             images.release()
         self._on_device.clear()

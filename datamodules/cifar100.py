@@ -15,7 +15,7 @@ from torchvision.datasets.utils import (
 )
 
 from lightning_maml.datamodules.base import EpisodicDataModule
-from lightning_maml.datamodules.images.pickles import read_entries
+from lightning_maml.datamodules.images.pickles import read_entries, whole_numbers
 from lightning_maml.datamodules.messages import first_five, say_what_was_found
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.errors import UserFileNotFoundError, UserValueError
@@ -218,16 +218,26 @@ def read_cifar100(root: Path) -> CIFAR100Images:
     """
     folder = _find_files(root)
     if folder is None:
-        raise _not_found(root, "", ", or set download=True where the internet can be reached")
+        raise _not_found(
+            root,
+            "",
+            ", or set download=True, and call `prepare_data()`",
+        )
     [names] = read_entries(folder / "meta", "fine_label_names")
-    if len(set(names)) != CLASSES:
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not are_names or not len(names) == len(set(names)) == CLASSES:
         raise UserValueError(
-            f"Expected {folder / 'meta'} to name {CLASSES} classes but got {len(set(names))}."
+            f"Expected {folder / 'meta'} to name {CLASSES} different classes but got "
+            f"{_count(names) if are_names else type(names).__name__}; download the archive again."
         )
     parts = [_read_part(folder / part) for part in ("train", "test")]
     pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     rows = {name: np.flatnonzero(labels == number) for number, name in enumerate(names)}
     return CIFAR100Images(folder, torch.from_numpy(pixels), rows)
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} names, {len(set(names))} of them different"
 
 
 def _download(root: Path) -> None:
@@ -265,12 +275,15 @@ def _not_found(root: Path, why: str, or_else: str) -> UserFileNotFoundError:
 
 def _read_part(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the pixels ``[n, 3, 32, 32]`` and labels ``[n]`` of a file."""
-    pixels, labels = map(np.asarray, read_entries(file, "data", "fine_labels"))
-    whole = labels.shape == pixels.shape[:1] and labels.dtype.kind == "i"
-    if pixels.shape[1:] != (3072,) or pixels.dtype != np.uint8 or not whole:
+    pixels, fine_labels = read_entries(file, "data", "fine_labels")
+    labels = whole_numbers(f"`fine_labels` of {file}", fine_labels)
+    is_array = isinstance(pixels, np.ndarray)
+    shape = pixels.shape if is_array else ()
+    if shape != (len(labels), 3072) or pixels.dtype != np.uint8:
+        got = f"{pixels.dtype} {list(shape)}" if is_array else type(pixels).__name__
         raise UserValueError(
             f"Expected {file} to hold images uint8 [n, 3072] and n whole numbers as labels but "
-            f"got {pixels.dtype} {list(pixels.shape)} and {labels.dtype} {list(labels.shape)}."
+            f"got {got} and {len(labels)} labels; download the archive again."
         )
     wrong = labels[(labels < 0) | (labels >= CLASSES)]
     if len(wrong):

@@ -123,9 +123,11 @@ def find_birds(root: Path) -> Path:
     Raises:
         FileNotFoundError: If it is not there.
     """
-    for folder in (root / _FOLDER, root / _FOLDER / _FOLDER, root):
+    for folder in (root / _FOLDER, root / _FOLDER / _FOLDER):
         if (folder / "images").is_dir():
             return folder
+    if any((root / "images").glob("001.*")):  # other datasets have a folder of this name too
+        return root
     raise UserFileNotFoundError(
         f"Expected CUB-200-2011 in {root / _FOLDER} (the folder images) but did not find it; get "
         f"CUB_200_2011.tgz from data.caltech.edu/records/65de6-vp158 and unpack it in {root}."

@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lightning_maml.datamodules.images.pickles import check_is_dictionary, read_entries
+from lightning_maml.datamodules.images.pickles import (
+    check_is_dictionary,
+    read_entries,
+    whole_numbers,
+)
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.errors import UserModuleNotFoundError, UserValueError
 
@@ -90,27 +94,6 @@ def _check_images(what: object, images: Any, size: int) -> None:
     raise UserValueError(
         f"Expected the images of {what} to be uint8 [N, {size}, {size}, 3] but got {got}."
     )
-
-
-def whole_numbers(what: str, value: Any) -> np.ndarray:
-    """Return a list or array of whole numbers as an array.
-
-    Args:
-        what: What it is, for the message.
-        value: What was read.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
-    # nested lists are refused before numpy reads them: they may hold one item 2^30 times
-    is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)
-    numbers = np.asarray(value) if is_list or isinstance(value, np.ndarray) else np.empty((0, 0))
-    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
-        raise UserValueError(
-            f"Expected {what} to hold lists of whole numbers but got {type(value).__name__} of "
-            "another kind."
-        )
-    return numbers.astype(np.int64)
 
 
 def _split(file: Path, images: np.ndarray, rows: dict[str, np.ndarray]) -> Split:

@@ -81,8 +81,10 @@ def find_layout(
     """
     incomplete: list[str] = []
     whole = _matches(forms, root, incomplete)
-    if not whole and root.is_dir():
-        whole = _matches_below(dataset, forms, root, incomplete)
+    # any few-shot dataset may have class folders, files have names of their own
+    if root.is_dir() and all(forms[name].in_folders for name, _ in whole):
+        wanted = {name: form for name, form in forms.items() if not (whole and form.in_folders)}
+        whole = _matches_below(dataset, wanted, root, incomplete) or whole
     if whole:
         name, places = whole[0]
         for place in places.values():
@@ -114,7 +116,6 @@ def _matches_below(
             matches = _matches(forms, folder, incomplete)
             if matches:
                 found.append(matches)
-    # any few-shot dataset may have class folders, files have names of their own
     found = [matches for matches in found if not forms[matches[0][0]].in_folders] or found
     if len(found) > 1:
         names = first_five([places["train"].parent for (_, places), *_ in found])

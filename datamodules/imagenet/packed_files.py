@@ -17,11 +17,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_maml.datamodules.imagenet.array_files import Split, whole_numbers
+from lightning_maml.datamodules.imagenet.array_files import Split
 from lightning_maml.datamodules.imagenet.forms import Opened, Places, cache_name
 from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
 from lightning_maml.datamodules.images.files import OnCorrupt, pixels, rows_of_classes
-from lightning_maml.datamodules.images.pickles import check_is_dictionary, read_pickle
+from lightning_maml.datamodules.images.pickles import (
+    check_is_dictionary,
+    read_pickle,
+    whole_numbers,
+)
 from lightning_maml.datamodules.messages import first_five
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.errors import UserFileNotFoundError, UserOSError, UserValueError
@@ -119,7 +123,6 @@ class PackedSplit:
                 bar.update(len(part))
         if done < count:
             raise self._other_count(str(done))
-        self._warn_of_other_colours(images)
         decoded = DecodedImages(images, torch.from_numpy(self._labels), self._names, [])
         write_cache(self._cache, self._source, decoded)
 
@@ -135,6 +138,7 @@ class PackedSplit:
                 f"Expected {self._cache} to hold the decoded images but it does not; call "
                 "`prepare_data()` first."
             )
+        self._warn_of_other_colours(cached.images)
         return ClassImages(cached.images.permute(0, 3, 1, 2), rows_of_classes(cached), cached.names)
 
     def _read(self) -> DecodedImages | None:
@@ -156,7 +160,8 @@ class PackedSplit:
             rank_zero_warn(
                 f"The images of {self._images} are more blue than red in the mean, unlike "
                 "ImageNet's: their channels may lie in another order. Look at an episode, "
-                "EpisodePictures draws one."
+                "EpisodePictures draws one; if its colours are wrong, reverse the last axis of "
+                "the images in the file, or use class folders."
             )
 
     def _other_count(self, got: str) -> ValueError:

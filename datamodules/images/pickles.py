@@ -216,3 +216,24 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
         else:
             raise _Refused(type(value).__name__)
     return done[id(value)]
+
+
+def whole_numbers(what: str, value: Any) -> np.ndarray:
+    """Return a list or array of whole numbers as an array.
+
+    Args:
+        what: What it is, for the message.
+        value: What was read.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    # nested lists are refused before numpy reads them: they may hold one item 2^30 times
+    is_list = isinstance(value, list) and all(isinstance(item, int) for item in value)
+    numbers = np.asarray(value) if is_list or isinstance(value, np.ndarray) else np.empty((0, 0))
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise UserValueError(
+            f"Expected {what} to hold lists of whole numbers but got {type(value).__name__} of "
+            "another kind."
+        )
+    return numbers.astype(np.int64)

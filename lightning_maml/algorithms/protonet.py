@@ -199,6 +199,18 @@ class ProtoNet(EpisodicModule):
                 networks.stacked = False
             return networks.network(0) if of_one else networks
 
+    def on_fit_start(self) -> None:
+        """Refuse to fit a network that is frozen; testing one needs no training.
+
+        Raises:
+            ValueError: If no parameter is trainable.
+        """
+        if not any(p.requires_grad for p in self.parameters()):
+            raise UserValueError(
+                "Expected `network` to have trainable parameters to fit but all of them are "
+                "frozen; unfreeze some, or test it without training."
+            )
+
     @override
     def _plan_step(self, episodes: AnyEpisodes) -> Step:
         def check(found: tuple[Tensor, Tensor]) -> None:

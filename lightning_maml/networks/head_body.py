@@ -123,6 +123,25 @@ def _named(network: nn.Module, patterns: Sequence[str]) -> Params:
     return {name: p for name, p in network.named_parameters() if id(p) in adapting_ids}
 
 
+def frozen_that_fit(network: nn.Module, part: Part) -> list[str]:
+    """Return a line for each pattern that fits frozen parameters beside trainable ones.
+
+    Args:
+        network: Any module.
+        part: As in :func:`adapting`; names without ``*``, ``?`` or ``[`` are no patterns.
+    """
+    lines = []
+    for pattern in [] if isinstance(part, str) else part:
+        fitting = {p: name for name, p in network.named_parameters() if _fits(name, pattern)}
+        frozen = [name for p, name in fitting.items() if not p.requires_grad]
+        if frozen and set("*?[") & set(pattern):
+            lines.append(
+                f"{pattern!r} fits {len(fitting)} parameters, of which {len(frozen)} are frozen "
+                f"and do not adapt, {frozen[0]!r} for instance"
+            )
+    return lines
+
+
 def _fits(name: str, pattern: str) -> bool:
     """Return whether a parameter, or a module that it is in, is called so."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")

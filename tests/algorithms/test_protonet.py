@@ -236,3 +236,9 @@ def test_images_of_several_channels_under_vmap() -> None:
     network = Conv4(3, None, 16, channels=4, downsample="max")
     curves = [ProtoNet(network, tasks=tasks).evaluate(episodes) for tasks in ("vmap", "loop")]
     torch.testing.assert_close(*(curve.loss for curve in curves))
+
+
+def test_fitting_frozen_features_is_refused(tmp_path: Path) -> None:
+    model = ProtoNet(build("conv_batch_norm").requires_grad_(False))
+    with pytest.raises(ValueError, match="trainable parameters to fit but all of them are frozen"):
+        trainer(tmp_path).fit(model, train_dataloaders=[make_episodes()])

@@ -138,7 +138,7 @@ def test_missing_files_are_named_with_where_to_get_them(
     with pytest.raises(FileNotFoundError, match=r"cifar-100-python.tar.gz of http.* into") as error:
         step()
     assert ("and its download failed" in str(error.value)) == download
-    assert ("or set download=True" in str(error.value)) != download
+    assert ("or set download=True, and call `prepare_data()`" in str(error.value)) != download
     assert str(tmp_path / "cifar-100-python") in str(error.value)
 
 
@@ -160,14 +160,25 @@ def test_files_that_are_not_cifar_100s_are_refused(tmp_path: Path) -> None:
     write_python2_pickle(folder / "meta", {"label_names": ["cat"]})
     refused(r"meta to hold 'fine_label_names' but it holds 'label_names'")
     write_python2_pickle(folder / "meta", {"fine_label_names": NAMES[1:]})
-    refused("meta to name 100 classes but got 99")
+    refused("meta to name 100 different classes but got 99 names")
+    write_python2_pickle(folder / "meta", {"fine_label_names": [NAMES[0], *NAMES]})
+    refused("meta to name 100 different classes but got 101 names, 100 of")
+    write_python2_pickle(folder / "meta", {"fine_label_names": [["a"], *NAMES[1:]]})
+    refused("meta to name 100 different classes but got list")
     write_python2_pickle(folder / "meta", {"fine_label_names": ["Beaver", *NAMES[:4], *NAMES[5:]]})
     refused("Expected the classes of CIFAR-100 but there is none called beaver")
     images = np.zeros((4, 3072), np.uint8)
     write_python2_pickle(folder / "train", {"data": images, "fine_labels": [1, 2, 3]})
     refused(r"train to hold images uint8 \[n, 3072\] and n whole numbers")
     write_python2_pickle(folder / "train", {"data": images[:, :9], "fine_labels": [1, 2, 3, 4]})
-    refused(r"but got uint8 \[4, 9\] and int64 \[4\]")
+    refused(r"but got uint8 \[4, 9\] and 4 labels")
+    write_python2_pickle(folder / "train", {"data": [[0] * 3072], "fine_labels": [1]})
+    refused("but got list and 1 labels")
+    many: list = [1]
+    for _ in range(40):  # few bytes in the file, 2^40 numbers for numpy
+        many = [many, many]
+    (folder / "train").write_bytes(pickle.dumps({"data": images, "fine_labels": many}, protocol=2))
+    refused("`fine_labels` of .*train to hold lists of whole numbers but got list of another")
     write_python2_pickle(folder / "train", {"data": images, "fine_labels": [1, 2, 3, 100]})
     refused("to have labels from 0 to 99 but got 100")
     (folder / "test").write_bytes(pickle.dumps(print))

@@ -146,8 +146,9 @@ def test_swapped_colours_full_disks_and_missing_images_are_said(
     blue = images["val"][0].copy()
     blue[..., 0] //= 2
     np.savez(root / "val_images.npz", images=blue[..., ::-1])
-    with pytest.warns(UserWarning, match="val_images.npz are more blue than red"):
-        prepared(root)
+    for _ in range(2):  # from the cache too
+        with pytest.warns(UserWarning, match="val_images.npz are more blue than red.* reverse the"):
+            prepared(root)
     with pytest.warns(UserWarning, match="other numbers of images than published .448695 train"):
         prepared(root)
     for cache in root.glob("*.pt"):
@@ -164,6 +165,11 @@ def test_class_folders_of_another_dataset_are_no_obstacle(
     shutil.copytree(layouts["class folders"], tmp_path / "another")
     shutil.copytree(layouts["npz archives"], tmp_path / "tiered")
     assert prepared(tmp_path)._found().folder == tmp_path / "tiered"
+    shutil.copytree(layouts["class folders"], tmp_path, dirs_exist_ok=True)
+    assert prepared(tmp_path)._found().folder == tmp_path / "tiered"
+    (tmp_path / "tiered").rename(tmp_path / ".tiered")  # hidden
+    (tmp_path / "third").symlink_to(tmp_path / "another")
+    assert prepared(tmp_path)._found().folder == tmp_path
 
 
 def test_missing_files_are_named(tmp_path: Path, copy_of: Callable[[str], Path]) -> None:
