@@ -57,18 +57,23 @@ reproduce: .venv/installed
 	$(BIN)/python benchmarks/reproduce.py $(ROW) --root $(ROOT) --seeds $(SEEDS) $(ITERATIONS:%=--iterations %)
 
 # All that is to be measured on a GPU, quickest first; figures go to the screen and to build/gpu. make gpu ROOT=data
-# What fails does not stop the rest: look through build/gpu. ROOT has Omniglot. The trainings write to benchmarks/accuracy.
+# What fails does not stop the rest, and is named at the end. ROOT has Omniglot. The trainings write to benchmarks/accuracy.
 gpu: .venv/dev-installed learn2learn
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('Expected a GPU that torch can use but got none; see nvidia-smi.')"
-	mkdir -p build/gpu
-	$(BIN)/python -m pytest -m "not slow" -k "cuda or gpu" 2>&1 | tee build/gpu/tests.txt
-	$(BIN)/python benchmarks/convolutions.py --device cuda 2>&1 | tee build/gpu/convolutions.md
-	$(BIN)/python benchmarks/convolutions.py --device cuda --dtype bfloat16 --channels last 2>&1 | tee build/gpu/convolutions-bf16.md
-	$(BIN)/python benchmarks/end_to_end.py --device cuda --root $(ROOT) --iterations 2000 2>&1 | tee build/gpu/end_to_end.md
-	$(BIN)/python benchmarks/speed.py --device cuda --json build/gpu/speed.json 2>&1 | tee build/gpu/speed.md
-	$(BIN)/python benchmarks/memory.py --device cuda 2>&1 | tee build/gpu/memory.md
-	$(BIN)/python benchmarks/scaling.py --device cuda 2>&1 | tee build/gpu/scaling.md
-	for row in omniglot_20w1s_maml omniglot_5w1s_maml; do $(MAKE) reproduce ROW=$$row SEEDS=0 ITERATIONS=60000; done
+	mkdir -p build/gpu && rm -f build/gpu/failed
+	$(call note,tests,$(BIN)/python -m pytest -m "not slow" -k "cuda or gpu")
+	$(call note,convolutions,$(BIN)/python benchmarks/convolutions.py --device cuda)
+	$(call note,convolutions-bf16,$(BIN)/python benchmarks/convolutions.py --device cuda --dtype bfloat16 --channels last)
+	$(call note,end_to_end,$(BIN)/python benchmarks/end_to_end.py --device cuda --root $(ROOT) --iterations 2000)
+	$(call note,speed,$(BIN)/python benchmarks/speed.py --device cuda --json build/gpu/speed.json)
+	$(call note,memory,$(BIN)/python benchmarks/memory.py --device cuda)
+	$(call note,scaling,$(BIN)/python benchmarks/scaling.py --device cuda)
+	$(call note,omniglot_20w1s,$(MAKE) reproduce ROW=omniglot_20w1s_maml SEEDS=0 ITERATIONS=60000)
+	$(call note,omniglot_5w1s,$(MAKE) reproduce ROW=omniglot_5w1s_maml SEEDS=0 ITERATIONS=60000)
+	@test ! -e build/gpu/failed || (echo "These failed; their files in build/gpu say why:"; cat build/gpu/failed; exit 1)
+
+# $(call note,NAME,COMMAND): run it, note what it prints, and go on if it fails.
+note = { $(2) || echo $(1) >> build/gpu/failed; } 2>&1 | tee build/gpu/$(1).md
 
 # learn2learn 0.2.0, which tests compare with. Its C files were generated for Pythons before 3.11, so they are generated anew from their
 # sources. Of its dependencies qpth, which its MAML and ANIL do not use, is left out: it would bring back numpy 1.

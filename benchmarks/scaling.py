@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lightning_maml import keep_freed_memory
-from speed import OURS, WORKLOADS, method, seconds, without_averages
+from speed import OURS, WARM, WORKLOADS, method, repeated, seconds, without_averages
 
 STEPS, TASKS = (1, 2, 5, 10, 20), (1, 2, 4, 8, 16, 32, 64)
 
@@ -44,7 +44,7 @@ def medians(
 ) -> list[float]:
     """Return the median milliseconds of each function, called in turns."""
     for function in functions:
-        function()
+        repeated(function, WARM[torch.device(device).type])
     times = [
         [1000 * seconds(function, device, 1) for function in functions]
         for _ in tqdm(range(rounds), desc=description)

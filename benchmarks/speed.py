@@ -68,7 +68,7 @@ INEXACT = (
 )
 """Methods not checked in float64: finite differences, which kinks disturb; fewer digits; and a
 program that would have to be compiled again."""
-# for the others, compiling takes minutes on the CPU and gains nothing
+# for the others, compiling takes minutes on a CPU and gains nothing there
 COMPILED = ("omniglot_5w1s_q1", "sinusoid")
 
 
@@ -149,7 +149,10 @@ LARGE = {
         1,
         5,
         0.01,
-        checked_shape=(3, 32, 32),
+        # on 32 pixels its last maps are single pixels, and batch norm over five of these is so
+        # ill-conditioned that one rounding of the images moves autograd's result by 4e-10, and all
+        # roundings together ours by 4e-9
+        checked_shape=(3, 64, 64),
     ),
 }
 """Large networks with few tasks; with one task, and with four."""
@@ -297,6 +300,13 @@ def seconds(function: Callable[[], object], device: str, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def repeated(function: Callable[[], Any], calls: int) -> list[Any]:
+    """Call a function, and return the last result alone."""
+    for _ in range(calls):
+        result = function()
+    return [result]
+
+
 def relative_error(actual: Params, expected: Params) -> float:
     """Return the distance of ``actual`` from ``expected``, relative to the norm of ``expected``."""
     return float(
@@ -342,8 +352,23 @@ def errors_and_peaks(name: str, methods: list[str], device: str) -> dict[str, tu
                     f"is off by {in_double:.1e}."
                 )
         function = method(key, copy.deepcopy(network), loss, workload, episodes)
-        found[key] = relative_error(function(), of), peak_mb(function, device)
+        found[key] = error_and_peak(function, of, device)
     return found
+
+
+def error_and_peak(
+    function: Callable[[], Params], expected: Params, device: str
+) -> tuple[float, float]:
+    """Return the relative error of a method in float32, and its peak memory in MB.
+
+    On a GPU both are the graph's, whose capture is among the calls.
+    """
+    function()  # with checks, which take memory of their own
+    results: list[Params] = []
+    peak = peak_mb(
+        lambda: results.extend(repeated(function, WARM[torch.device(device).type])), device
+    )
+    return relative_error(results[0], expected), peak
 
 
 def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row]:
@@ -360,7 +385,7 @@ def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row
         key: method(key, copy.deepcopy(network), loss, workload, episodes) for key in methods
     }
     for function in functions.values():
-        for _ in range(WARM["cpu" if device == "cpu" else "cuda"]):
+        for _ in range(WARM[torch.device(device).type]):
             function()
     calls = {
         key: max(1, int(TURN / seconds(function, device, 1))) for key, function in functions.items()
@@ -390,9 +415,10 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Row] = []
     for name in arguments.workload:
-        methods = [key for key in arguments.method if key != "ours-compiled" or name in COMPILED]
+        methods = arguments.method
         if arguments.device == "cpu":
-            methods = [key for key in methods if key not in ON_GPUS]
+            left_out = ON_GPUS if name in COMPILED else (*ON_GPUS, "ours-compiled")
+            methods = [key for key in methods if key not in left_out]
         rows += measure(name, methods, arguments.device, arguments.rounds)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))

@@ -90,7 +90,14 @@ from lightning_maml.networks.functional_network import (
     FunctionalNetwork,
     HeadDoesNotEndError,
 )
-from lightning_maml.networks.head_body import Part, PartName, adapting, head_of, plain_part
+from lightning_maml.networks.head_body import (
+    Part,
+    PartName,
+    adapting,
+    frozen_that_fit,
+    head_of,
+    plain_part,
+)
 from lightning_maml.networks.kinks import weight_normed
 from lightning_maml.networks.stacking_trial import Verdict
 
@@ -219,6 +226,8 @@ class AdaptingModule(EpisodicModule):
             )
         adapt = self.default_adapt if adapt is None else adapt
         params = adapting(network, adapt, head)
+        if lines := frozen_that_fit(network, adapt):
+            rank_zero_warn(f"In `adapt`, {'; '.join(lines)}.")
         check_rate_names(inner_lr, [name for name, _ in network.named_parameters()])
         rates_of_steps(rates_by_name(inner_lr, params), params, 1)  # refuses a rate out of range
         self.inner_lr: InnerRate = inner_lr
@@ -341,21 +350,20 @@ class AdaptingModule(EpisodicModule):
 
     @override
     def _attempts(self, episodes: AnyEpisodes) -> Iterator[Attempt]:
-        cures: Cures = {HeadDoesNotEndError: self._compute_features_in_every_step}
-        may_free = self._graphs.may_be_dropped or self._cuda_graphs is not None
-        if may_free and self.device.type != "cpu":
-            cures = {**cures, torch.OutOfMemoryError: self._drop_graphs}
+        cures: Cures = {
+            HeadDoesNotEndError: self._compute_features_in_every_step,
+            torch.OutOfMemoryError: self._drop_graphs,
+        }
         return self._executor.attempts(len(episodes.query_y), self.device, cures)
 
-    def _drop_graphs(self) -> None:
-        if self._cuda_graphs is not None:
-            self._cuda_graphs.drop()
-        if self._graphs.may_be_dropped and self.train_steps > 1:
-            self._graphs.drop()
+    def _drop_graphs(self) -> bool:
+        captured, kept = self._drop_captured(), self._graphs.drop()
         self._findings.forget("graphs")
+        return captured or kept
 
-    def _compute_features_in_every_step(self) -> None:
+    def _compute_features_in_every_step(self) -> bool:
         self._features_once = False
+        return True
 
     def _plan(self, episodes: AnyEpisodes) -> Plan:
         """Check a meta-batch and decide how its tasks are run.
@@ -374,19 +382,27 @@ class AdaptingModule(EpisodicModule):
             functional = functional.stacked()
         return Plan(functional, execution, self._head_that_ends(info, episodes), kind)
 
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._drop_captured()  # those of a run that ended early, whose end no hook tells
+
     def on_fit_end(self) -> None:
         """Free the CUDA graphs, and their memory."""
-        if self._cuda_graphs is not None:
-            self._cuda_graphs.drop()
+        self._drop_captured()
+
+    def _drop_captured(self) -> bool:
+        return self._cuda_graphs is not None and self._cuda_graphs.drop()
 
     def _captured(self, function: Callable[[], Any], plan: Plan) -> Callable[[], Any]:
         """Return a function of a meta-batch, on a GPU as a CUDA graph where that is possible."""
         graphs = self._cuda_graphs
         if graphs is None or not works_on(self.device) or not isinstance(function, partial):
             return function
-        if writes(plan.functional.network) is None:  # what a pass changes is not known
+        if writes(plan.functional.network) is None:  # what a pass changes is not known yet
             return function
         if plan.execution.tasks == "threads":  # which do not take part in a capture
+            graphs.give_up("tasks='threads'")
             return function
         own = [getattr(self, name) for name in _READ_BY_A_STEP]
         if self.inner_optimizer is not None:
@@ -395,7 +411,8 @@ class AdaptingModule(EpisodicModule):
             graphs.give_up("inner optimizer, losses or gradient are defined outside the library")
             return function
         try:
-            state = state_read_by(self.network, (self.loss, self.support_loss), self.device)
+            read = self.loss, self.support_loss, self.step_statistics
+            state = state_read_by(self.network, read, self.device)
         except NotComparableError as error:
             graphs.give_up(str(error))
             return function

@@ -354,10 +354,10 @@ class MAML(AdaptingModule):
         if curvature == "finite_difference":
             arguments["probe_radius"] = self.probe_radius
         if curvature == "exact" and isinstance(episodes, Episodes):
-            arguments["keep_graphs"] = self._keeps_graphs(plan, arguments)
+            arguments["keep_graphs"] = self._keeps_graphs(plan, episodes, arguments)
         return partial(meta_gradient, **arguments, curvature=curvature, step_weights=step_weights)
 
-    def _keeps_graphs(self, plan: Plan, arguments: Mapping[str, Any]) -> bool:
+    def _keeps_graphs(self, plan: Plan, episodes: Episodes, arguments: Mapping[str, Any]) -> bool:
         """Return whether the graphs of all inner steps are kept, decided once for each batch."""
         if plan.head is not None:  # those of the head alone are small
             return self._graphs.fit(1, self.device, int)
@@ -367,7 +367,7 @@ class MAML(AdaptingModule):
         def find() -> bool:
             return self._graphs.fit(self.train_steps, self.device, measure)
 
-        key = (*plan.kind, plan.execution, self.train_steps)
+        key = (*plan.kind, plan.execution, self.train_steps, len(episodes.query_y))
         kept: bool = self._findings.once("graphs", key, self.loss, find)
         return kept
 

@@ -4,7 +4,8 @@ The product of Ji et al. 2022, eqs. 7 (H_j on D_j) and 12 (H_j on the support se
 its last factor to its first. One step is Algorithms 1-3 of Fallah et al. 2020. The three algorithms
 differ in the Hessian-vector product alone (:mod:`lightning_maml.core.hvp`).
 
-Memory: the points w_0 .. w_N, and the graph of one step at a time.
+Memory: the points w_0 .. w_N, and the graphs of all steps where they are kept, else of one at a
+time.
 """
 
 from collections.abc import Callable, Sequence

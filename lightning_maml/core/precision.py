@@ -1,28 +1,62 @@
-"""The precision of float32 products and convolutions on a GPU."""
+"""The precision of float32 products and convolutions, above all on a GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-_SETTINGS: tuple[tuple[Any, str], ...] = (
-    (torch.backends.cuda.matmul, "allow_tf32"),
-    (torch.backends.cudnn, "allow_tf32"),
+
+class _Setting(NamedTuple):
+    """A setting of torch's.
+
+    Attributes:
+        get: Returns it; raises a ``RuntimeError`` where newer settings contradict it.
+        put: Changes it.
+        full: The value for full precision.
+    """
+
+    get: Callable[[], Any]
+    put: Callable[[Any], None]
+    full: Any
+
+
+def _attribute(holder: Any, name: str, full: Any) -> _Setting:
+    return _Setting(lambda: getattr(holder, name), lambda value: setattr(holder, name, value), full)
+
+
+_OLDER = (
+    _Setting(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, full="highest"
+    ),
+    _attribute(torch.backends.cudnn, "allow_tf32", full=False),
 )
-_OFF: Any = False
-if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9, which refuses to mix both kinds of settings
-    _SETTINGS = (
-        (torch.backends.cuda.matmul, "fp32_precision"),
-        (torch.backends.cudnn.conv, "fp32_precision"),
-        (torch.backends.cudnn.rnn, "fp32_precision"),
+"""Settings of every torch. They change the newer ones too, and torch raises where the two differ
+and something reads the older ones."""
+
+_NEWER: tuple[_Setting, ...] = ()
+if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9
+    _BACKENDS: Any = torch.backends
+    _HOLDERS = (
+        _BACKENDS.cuda.matmul,
+        _BACKENDS.cudnn.conv,
+        _BACKENDS.cudnn.rnn,
+        _BACKENDS.mkldnn.matmul,
     )
-    _OFF = "ieee"
+    _NEWER = tuple(_attribute(holder, "fp32_precision", full="ieee") for holder in _HOLDERS)
 
 
 def precision() -> tuple[Any, ...]:
     """Return the present settings, to compare."""
-    return tuple(getattr(holder, name) for holder, name in _SETTINGS)
+    return tuple(map(_read, (*_OLDER, *_NEWER)))
+
+
+def _read(setting: _Setting) -> Any:
+    """Return a setting; None of an older one if only newer ones were changed."""
+    try:
+        return setting.get()
+    except RuntimeError:
+        return None
 
 
 @contextmanager
@@ -32,11 +66,14 @@ def full_precision() -> Iterator[None]:
     TF32 keeps 10 bits after the point. It is the default of convolutions, and good enough for
     gradients, but not for differences of nearby ones.
     """
-    before = precision()
-    for holder, name in _SETTINGS:
-        setattr(holder, name, _OFF)
+    lowered = [(setting, _read(setting)) for setting in _OLDER]
+    # one that says full precision already is left alone, as setting it would change newer ones
+    lowered = [(setting, value) for setting, value in lowered if value not in (None, setting.full)]
+    before = [(setting, setting.get()) for setting in _NEWER]
+    for setting, _ in (*lowered, *before):
+        setting.put(setting.full)
     try:
         yield
     finally:
-        for (holder, name), value in zip(_SETTINGS, before, strict=True):
-            setattr(holder, name, value)
+        for setting, value in (*lowered, *before):
+            setting.put(value)

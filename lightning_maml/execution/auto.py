@@ -34,8 +34,8 @@ from lightning_maml.networks.stacking_trial import Verdict
 
 TasksName = Literal["auto"] | TaskExecution
 
-Cures = Mapping[type[Exception], Callable[[], None]]
-"""What to do about an error before the next attempt."""
+Cures = Mapping[type[Exception], Callable[[], bool]]
+"""What to do about an error before the next attempt; returns whether that changed anything."""
 
 STACKED_INPUTS = 2**16
 """Most numbers in the inputs of tasks stacked together on a CPU: with more, layers outgrow its
@@ -107,6 +107,7 @@ class Executor:
         self.tasks, self.chunk_size = tasks, chunk_size
         self._compiled = compiled
         self._fitting: int | None = None
+        self._last: Execution | None = None
         self._drew_in_threads = False
 
     def __call__(
@@ -132,11 +133,22 @@ class Executor:
                 single ones.
             RuntimeError: If the user asked for threads, and the network draws random numbers.
         """
-        if not self.is_open():
-            execution = self._as_asked(network, device, episodes, draws)
-            if are_stacked(*execution):
-                self.check_stacking(stacking())
-            return execution
+        if self.is_open():
+            self._last = self._as_suits(network, device, episodes, draws, stacking)
+            return self._last
+        self._last = self._as_asked(network, device, episodes, draws)
+        if are_stacked(*self._last):
+            self.check_stacking(stacking())
+        return self._last
+
+    def _as_suits(
+        self,
+        network: nn.Module,
+        device: torch.device,
+        episodes: AnyEpisodes,
+        draws: Collection[str],
+        stacking: Callable[[], Verdict],
+    ) -> Execution:
         if drops_blocks(network) or self._drew_in_threads:
             return Execution("loop", None)
         if device.type != "cpu":
@@ -254,25 +266,30 @@ class Executor:
                 return
             out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
             found = torch.OutOfMemoryError if out_of_memory else type(error)
-            cured = next((kind for kind in cures if issubclass(found, kind)), None)
             set_torch_random_state(before, device)
+            kinds = [kind for kind in cures if issubclass(found, kind)]
+            cured = next((kind for kind in kinds if cures[kind]()), None)
             if cured is not None:
-                cures.pop(cured)()  # each works once
-            else:
+                del cures[cured]  # each works once
+            elif out_of_memory:
                 self._stack_fewer(count, device, error)
+            else:
+                raise error
             # the error's traceback holds the attempt's tensors, and the attempt is still a variable
             # of whoever made it
             attempt.error = error = None
             if out_of_memory and device.type != "cpu":
                 torch.get_device_module(device).empty_cache()
 
-    def _stay_out_of_threads(self) -> None:
+    def _stay_out_of_threads(self) -> bool:
         self._drew_in_threads = True
+        return True
 
     def _stack_fewer(self, count: int, device: torch.device, error: BaseException) -> None:
         stacked = min(self._fitting or count, count)
         is_left_open = self.tasks == "auto" and self.chunk_size is None
-        if not is_left_open or stacked == 1 or device.type == "cpu":
+        is_one_by_one = self._last is not None and not are_stacked(*self._last)
+        if not is_left_open or is_one_by_one or stacked == 1 or device.type == "cpu":
             raise self._out_of_memory(count, error) from error
         self._fitting = stacked // 2
         rank_zero_info(

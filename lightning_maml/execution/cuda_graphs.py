@@ -5,7 +5,8 @@ GPU.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from lightning_maml.batches.trees import map_tensors, tensors
 from lightning_maml.core.precision import precision
 from lightning_maml.core.rng import (
     drawing_nothing,
@@ -36,7 +38,7 @@ MOST_GRAPHS = 8
 MOST_CAPTURES = 100
 """After so many captures, batches of other kinds run as usual: there is no end of them."""
 
-MOST_KINDS = 1024
+MOST_KINDS = 256
 """Kinds of calls that are counted; then counting starts anew."""
 
 
@@ -115,14 +117,17 @@ class CudaGraphs:
         self._captured: dict[Hashable, Captured] = {}
         self._captures = 0
         self._given_up = False
+        self._said: set[str] = set()
 
     def __reduce__(self) -> tuple[type["CudaGraphs"], tuple[()]]:
         return CudaGraphs, ()
 
-    def drop(self) -> None:
-        """Free the graphs, and their memory."""
+    def drop(self) -> bool:
+        """Free the graphs, and their memory; return whether there were any."""
+        there_were = bool(self._captured)
         self._captured.clear()
         self._calls.clear()
+        return there_were
 
     def give_up(self, reason: str) -> None:
         """Run everything as usual from here on."""
@@ -130,6 +135,11 @@ class CudaGraphs:
             rank_zero_info(f"The meta-gradient is not run as a CUDA graph: {reason}.")
         self._given_up = True
         self.drop()
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            rank_zero_info(line)
+        self._said.add(line)
 
     def __call__(self, function: partial[Any], setting: Hashable) -> Any:
         """Return ``function()``, by a graph where there is one.
@@ -147,7 +157,9 @@ class CudaGraphs:
 
     def _by_a_graph(self, function: partial[Any], setting: Hashable) -> Any:
         arguments = function.keywords
-        changing, structure = tree_flatten({name: arguments[name] for name in _CHANGING})
+        # in plain dicts and lists: torch's trees take subclasses of these for leaves
+        plain = {name: map_tensors(_itself, arguments[name]) for name in _CHANGING}
+        changing, structure = tree_flatten(plain)
         kind = (setting, function.func, repr(structure), *_kinds(changing), *_fixed(arguments))
         captured = self._captured.pop(kind, None)
         if captured is None and self._is_due(kind):
@@ -159,10 +171,21 @@ class CudaGraphs:
 
     def _is_due(self, kind: Hashable) -> bool:
         """Count a call; return whether it is to be captured, for which the oldest graph goes."""
-        if len(self._calls) > MOST_KINDS:
+        if len(self._calls) >= MOST_KINDS and kind not in self._calls:
+            if not self._captured:
+                self._say_once(
+                    f"The meta-gradient was not run as a CUDA graph: of {MOST_KINDS} kinds of "
+                    f"batches none came {CALLS_BEFORE + 1} times. Shapes, rates or numbers among "
+                    "attributes change from step to step."
+                )
             self._calls.clear()
         self._calls[kind] += 1
-        if self._calls[kind] <= CALLS_BEFORE or self._captures >= MOST_CAPTURES:
+        if self._calls[kind] <= CALLS_BEFORE:
+            return False
+        if self._captures >= MOST_CAPTURES:
+            self._say_once(
+                f"Batches of new kinds are not run as CUDA graphs: {MOST_CAPTURES} were captured."
+            )
             return False
         self._captures += 1
         if len(self._captured) >= MOST_GRAPHS:
@@ -175,11 +198,9 @@ class CudaGraphs:
     ) -> Captured | None:
         try:
             return _captured(function, changing, structure)
-        except (RuntimeError, UserRuntimeError) as error:
-            if is_out_of_memory(error):
-                self.give_up("there is no memory for it")
-                raise
-            self.give_up(_reason(error))
+        except RuntimeError as error:
+            # without graphs of their own, the same steps may still find room
+            self.give_up("there is no memory for it" if is_out_of_memory(error) else _reason(error))
         return None
 
 
@@ -203,9 +224,13 @@ def works_on(device: torch.device) -> bool:
 def _may_be_captured(arguments: Mapping[str, Any]) -> bool:
     if not all(name in arguments for name in (*_CHANGING, "params")):
         return False
-    leaves, _ = tree_flatten([arguments[name] for name in (*_CHANGING, "params")])
-    devices = {tensor.device for tensor in _tensors_among(leaves)}
+    read = tensors([arguments[name] for name in (*_CHANGING, "params")])
+    devices = {tensor.device for tensor in read}
     return len(devices) == 1 and works_on(devices.pop())
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _tensors_among(leaves: list[Any]) -> list[Tensor]:
@@ -248,10 +273,13 @@ def _captured(function: partial[Any], changing: list[Any], structure: TreeSpec) 
     device = inputs[0].device
     run = partial(function.func, **arguments)
     before = generator_states(device)
-    _run_aside(run, device)
-    if drawn := generators_drawn_from(before, device):
+    try:
+        _run_aside(run, device)
+        if drawn := generators_drawn_from(before, device):
+            raise UserRuntimeError(f"network or loss draw random numbers ({', '.join(drawn)})")
+    except RuntimeError:
         set_generator_states(before, device)
-        raise UserRuntimeError(f"network or loss draw random numbers ({', '.join(drawn)})")
+        raise
     with drawing_nothing():
         graph, outputs = _record(run, device)
     return Captured(graph, inputs, outputs, arguments)
@@ -261,9 +289,23 @@ def _run_aside(run: partial[Any], device: torch.device) -> None:
     """Run on another stream, as is recommended before a capture."""
     aside = _side_stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):
+    with torch.cuda.stream(aside), _refusing_to_wait():
         run()
     torch.cuda.current_stream(device).wait_stream(aside)
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Raise where the host would wait for a result, before that spoils a capture.
+
+    A capture that fails may leave torch's memory in a state in which nothing is freed any more.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @cache
@@ -275,10 +317,13 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def _record(run: partial[Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Capture a run; return the graph, and what it returned and each replay overwrites."""
     graph = torch.cuda.CUDAGraph()
-    # other threads, which pin memory for the next batch, must not spoil the capture
-    aside = _side_stream(device)
-    with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-        outputs = run()
+    aside, current = _side_stream(device), torch.cuda.current_stream(device)
+    try:
+        # other threads, which pin memory for the next batch, must not spoil the capture
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            outputs = run()
+    finally:
+        torch.cuda.set_stream(current)  # to which a capture that fails does not return
     return graph, outputs
 
 

@@ -1,7 +1,8 @@
 """Whether the graphs of all inner steps fit into memory, so that none has to be built twice."""
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,11 +18,13 @@ _SHARE = 0.5
 """How much of the free memory graphs may take."""
 
 _GROUPS = Path("/sys/fs/cgroup")
-_LIMITS = (
-    (_GROUPS / "memory.max", _GROUPS / "memory.current"),
-    (_GROUPS / "memory/memory.limit_in_bytes", _GROUPS / "memory/memory.usage_in_bytes"),
-)
-"""What containers and batch systems may use, and use, in both versions of Linux's groups."""
+_GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
+_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Where the two versions of Linux's groups, by the name of the controller, say what a container or
+a job of a batch system may use and uses, and what of that are files that can be read again."""
 
 
 class Graphs:
@@ -48,16 +51,15 @@ class Graphs:
             )
         self._keep = keep
         self._said: bool | None = None
+        self._has_kept = False
 
-    @property
-    def may_be_dropped(self) -> bool:
-        """Whether it is left open if they are kept."""
-        return self._keep == "auto"
-
-    def drop(self) -> None:
-        """Keep none from here on."""
+    def drop(self) -> bool:
+        """Keep none from here on; return whether any were kept that need not be."""
+        if self._keep != "auto" or not self._has_kept:
+            return False
         rank_zero_info("There is no memory for the graphs of all inner steps; none are kept.")
         self._keep = "never"
+        return True
 
     def fit(self, steps: int, device: torch.device, size: Callable[[], int]) -> bool:
         """Return whether the graphs are kept; what their size decides is logged when it changes.
@@ -77,6 +79,7 @@ class Graphs:
                 f"{'kept' if kept else 'built again on the way back'} (keep_graphs='auto')."
             )
             self._said = kept
+        self._has_kept |= kept
         return kept
 
 
@@ -103,7 +106,10 @@ def bytes_of_graph(build: Callable[[], Any], known: Iterable[Tensor]) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the memory that this process can still have on a device; None if that is unknown."""
+    """Return the memory that this process can still have on a device; None if that is unknown.
+
+    Several processes of a machine share what its CPU has.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -111,7 +117,16 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     known = [value for value in (_free_of_system(), _free_of_group()) if value is not None]
-    return min(known, default=None)
+    return min(known) // _processes_here() if known else None
+
+
+def _processes_here() -> int:
+    """Return how many processes train on this machine; on all, where only that is known."""
+    if local := os.environ.get("LOCAL_WORLD_SIZE"):  # torchrun's
+        return int(local)
+    distributed = torch.distributed
+    known = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if known else 1
 
 
 def _free_of_system() -> int | None:
@@ -125,10 +140,30 @@ def _free_of_system() -> int | None:
 
 
 def _free_of_group() -> int | None:
-    """Return what the limit of a container leaves; None if there is no limit."""
-    for limit, used in _LIMITS:
-        try:
-            return max(0, int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return None
+    """Return what the limits of a container or of a job leave; None if there is no limit."""
+    found = [_free_below_limit(folder, *_FILES[kind]) for kind, folder in _groups_of_process()]
+    return min((free for free in found if free is not None), default=None)
+
+
+def _groups_of_process() -> Iterator[tuple[str, Path]]:
+    """Yield the groups whose limits hold for this process: its own, and those that it lies in."""
+    try:
+        lines = _GROUPS_OF_PROCESS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for kind in {"", "memory"} & set(controllers.split(",")):
+            own = PurePosixPath(path.lstrip("/"))
+            # in a container, its group may be the root of what can be seen
+            yield from ((kind, _GROUPS / kind / group) for group in (own, *own.parents))
+
+
+def _free_below_limit(folder: Path, limit: str, used: str, files: str) -> int | None:
+    try:
+        most, now = (int((folder / name).read_text()) for name in (limit, used))
+        statistics = (folder / "memory.stat").read_text().split()
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+    counts = dict(zip(statistics[::2], statistics[1::2], strict=False))
+    return max(0, most - now + int(counts.get(files, 0)))

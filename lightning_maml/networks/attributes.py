@@ -1,11 +1,12 @@
 """Attributes of a network's modules, and which of them a forward pass changes."""
 
 import copy
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping
+from functools import partial
 from numbers import Number
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ def plain_state(network: nn.Module, device: torch.device) -> tuple[Any, ...]:
         NotComparableError: If there are attributes of other kinds, or hooks.
     """
     found = []
+    reader = _Reader(device, frozenset(network.modules()))
     for name, module in network.named_modules():
         if any(key.endswith("_hooks") and value for key, value in vars(module).items()):
             raise NotComparableError(f"{name or type(module).__name__} has hooks")
@@ -69,43 +71,71 @@ def plain_state(network: nn.Module, device: torch.device) -> tuple[Any, ...]:
             for key, value in holder.items():
                 if key not in _OF_EVERY_MODULE:
                     path = f"{name}.{key}".lstrip(".")
-                    found.append((key, _plain(value, device, path)))
+                    found.append((key, reader.plain(value, path)))
     return tuple(found)
 
 
-_COMPARED_BY_IDENTITY = (type, torch.dtype, torch.device, BuiltinFunctionType, nn.Module)
+_COMPARED_BY_IDENTITY = (type, torch.dtype, torch.device, BuiltinFunctionType)
+_HIDING_WHAT_THEY_HOLD = (set, frozenset, deque, np.ndarray)
+"""Kinds whose subclasses have attributes beside what they hold."""
 
 
-def _plain(value: Any, device: torch.device, path: str, depth: int = 6) -> Any:
-    """Return a number or string, or what tells a tensor or container of such from another one."""
-    if isinstance(value, Tensor):
-        return _place_of(value, device, path)
-    if value is None or isinstance(value, str | bytes | Number):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    is_closed = isinstance(value, FunctionType) and not value.__closure__
-    if is_closed or isinstance(value, _COMPARED_BY_IDENTITY):
-        return value  # held, so that no other has its id
-    parts: Any = value
-    if not isinstance(value, Mapping | list | tuple) and type(value).__module__ != "builtins":
-        parts = getattr(value, "__dict__", None)  # such as a configuration
-    if isinstance(parts, Mapping) and depth:
-        each = ((key, _plain(part, device, path, depth - 1)) for key, part in parts.items())
-        return type(value), tuple(each)
-    if isinstance(parts, list | tuple) and depth:
-        return tuple(_plain(part, device, path, depth - 1) for part in parts)
-    raise NotComparableError(f"{path} is a {type(value).__name__}, which may change unseen")
+class _Reader(NamedTuple):
+    """Reads attributes as what can be compared.
+
+    Attributes:
+        device: Where tensors are read in their place.
+        modules: Those of the network, which are read by themselves.
+    """
+
+    device: torch.device
+    modules: frozenset[nn.Module]
+
+    def plain(self, value: Any, path: str, depth: int = 6, above: tuple[int, ...] = ()) -> Any:
+        """Return a number or string, or what tells a tensor or container of such from another."""
+        if isinstance(value, Tensor):
+            return self._place_of(value, path)
+        if value is None or isinstance(value, str | bytes | Number):
+            return value
+        if isinstance(value, np.generic):
+            return value.item()
+        is_closed = isinstance(value, FunctionType) and not value.__closure__
+        is_of_network = isinstance(value, nn.Module) and value in self.modules
+        if is_closed or is_of_network or isinstance(value, _COMPARED_BY_IDENTITY):
+            return value  # held, so that no other has its id
+        if id(value) in above:  # it holds itself
+            return "above", above.index(id(value))
+        if not depth:
+            raise NotComparableError(f"{path} is nested too deeply to compare")
+        inside = partial(self.plain, path=path, depth=depth - 1, above=(*above, id(value)))
+        attributes: Mapping[str, Any] = getattr(value, "__dict__", {})
+        if isinstance(value, Mapping):
+            held = tuple((key, inside(part)) for key, part in value.items())
+        elif isinstance(value, list | tuple):
+            held = tuple(map(inside, value))
+        elif isinstance(value, partial):
+            held = inside(value.func), inside(value.args), inside(value.keywords)
+        elif _is_plain_object(value):
+            held = ()
+        else:
+            raise NotComparableError(f"{path} is a {type(value).__name__}, which may change unseen")
+        return type(value), held, tuple((key, inside(part)) for key, part in attributes.items())
+
+    def _place_of(self, tensor: Tensor, path: str) -> Any:
+        if tensor.layout is not torch.strided:
+            raise NotComparableError(f"{path} is a sparse tensor")
+        if tensor.device == self.device:
+            form = tensor.shape, tensor.stride(), tensor.dtype
+            return id(tensor), tensor.data_ptr(), *form
+        if tensor.device.type == "cpu" and tensor.numel() <= 64:
+            return tuple(tensor.flatten().tolist())
+        raise NotComparableError(f"{path} is a tensor on another device")
 
 
-def _place_of(tensor: Tensor, device: torch.device, path: str) -> Any:
-    if tensor.layout is not torch.strided:
-        raise NotComparableError(f"{path} is a sparse tensor")
-    if tensor.device == device:
-        return id(tensor), tensor.data_ptr()
-    if tensor.device.type == "cpu" and tensor.numel() <= 64:
-        return tuple(tensor.flatten().tolist())
-    raise NotComparableError(f"{path} is a tensor on another device")
+def _is_plain_object(value: Any) -> bool:
+    """Return whether an object is its attributes alone, as configurations are."""
+    is_hiding = isinstance(value, (nn.Module, *_HIDING_WHAT_THEY_HOLD))
+    return hasattr(value, "__dict__") and not is_hiding and type(value).__module__ != "builtins"
 
 
 def trainable_besides_parameters(network: nn.Module) -> list[str]:

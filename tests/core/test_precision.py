@@ -1,5 +1,6 @@
 """Where differences of nearby gradients are taken, GPUs compute in float32 and not in TF32."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,6 +53,42 @@ def test_full_precision_is_put_back() -> None:
     assert precision() == before
 
 
+def allow(value: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = value
+
+
+@pytest.mark.parametrize(
+    "of_user",
+    [
+        lambda: None,
+        lambda: allow(True),
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: torch.set_float32_matmul_precision("medium"),
+    ],
+)
+def test_torchs_older_interface_agrees(of_user: Callable[[], None]) -> None:
+    of_user()
+    before = precision()
+    try:
+        with full_precision():
+            # these raise where the two interfaces differ
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+            with torch.backends.cudnn.flags(enabled=False):
+                assert torch.get_float32_matmul_precision() == "highest"
+        assert precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_settings_of_cpus_are_left_alone() -> None:
+    allow(True)
+    with full_precision():
+        pass
+    allow(False)
+    assert torch.get_float32_matmul_precision() == "highest"  # raises where some say otherwise
+
+
 @pytest.mark.parametrize("tasks", ["loop", "vmap"])
 @pytest.mark.parametrize(
     ("algorithm", "is_full"), [(MAML, False), (FOMAML, False), (HFMAML, True), (IMAML, False)]
@@ -80,10 +117,8 @@ def test_constants_are_measured_in_full_precision() -> None:
     assert {*SEEN} == {full()}
 
 
-def test_older_settings_are_used_where_there_are_no_others() -> None:
-    names = {name for _, name in settings._SETTINGS}
-    has_new = hasattr(torch.backends.cudnn, "conv")
-    assert names == ({"fp32_precision"} if has_new else {"allow_tf32"})
+def test_newer_settings_count_where_there_are_any() -> None:
+    assert bool(settings._NEWER) == hasattr(torch.backends.cudnn, "conv")
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -265,6 +265,30 @@ def test_stacked_tasks_are_halved_until_memory_suffices(
         assert (str(full) in str(raised.value)) == (type(full) is RuntimeError)
 
 
+def test_tasks_in_a_loop_are_not_halved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    class Accelerated(MAML):
+        """Runs as on an accelerator whose memory is full with one task."""
+
+        device = torch.device("cuda")
+
+        def _gradient_function(self, plan, episodes, curvature=None):
+            calls.append(plan.execution.tasks)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(torch.OutOfMemoryError, match="Expected memory for 9 tasks"),
+    ):
+        Accelerated(Branching().double(), 0.1).meta_loss(make_episodes(tasks=9))
+    assert calls == ["loop"]
+    assert "at once" not in caplog.text
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_takes_as_many_tasks_as_it_has_memory_for() -> None:
     torch.cuda.empty_cache()

@@ -90,13 +90,20 @@ def episodes(seed: int, tasks: int = 3) -> Episodes:
     return Episodes(x[:, 0], y, x[:, 1], y)
 
 
+class Shifts(list):
+    """A list with an attribute."""
+
+    factor = 1.0
+
+
 class Network(nn.Module):
     """A network that reads a number, a flag, a list and a tensor of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(FEATURES, 5), nn.Linear(5, WAYS)
-        self.scale, self.squares, self.shifts = 1.0, False, [0.0, 0.0]
+        self.scale, self.squares, self.shifts = 1.0, False, Shifts([0.0, 0.0])
+        self.shifted = partial(torch.add, other=0.0)
         self.factors = {"all": np.float64(1.0), "each": [torch.ones(5, dtype=torch.float64)]}
         self.mask = torch.ones(5, dtype=torch.float64)
         self.register_buffer("shift", torch.zeros(5, dtype=torch.float64))
@@ -104,6 +111,7 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.body(x) * self.scale) * self.mask + self.shift + self.shifts[0]
         hidden = hidden * float(self.factors["all"]) * self.factors["each"][0]
+        hidden = self.shifted(hidden * self.shifts.factor)
         return self.head(hidden.square() if self.squares else hidden)
 
 
@@ -167,6 +175,12 @@ CHANGES: dict[str, Callable[[MAML, int], None]] = {
     ),
     "written weight": lambda model, step: model.network.head.weight.data.mul_(0.9),
     "frozen": lambda model, step: model.network.body.requires_grad_(step < 5) and None,
+    "partial": lambda model, step: setattr(
+        model.network, "shifted", partial(torch.add, other=float(step >= 5))
+    ),
+    "attribute of a list": lambda model, step: setattr(
+        model.network.shifts, "factor", 1.0 + (step >= 5)
+    ),
     "smoothing": lambda model, step: setattr(model.loss, "label_smoothing", 0.1 * (step >= 5)),
 }
 
@@ -293,7 +307,18 @@ def test_settings_in_an_object_count(recorded: list[Program]) -> None:
     assert len(recorded) == 2
 
 
-@pytest.mark.parametrize("value", [np.ones(3), {1, 2}, iter([1]), lambda: STRENGTH])
+class Words(set):
+    """A set of a user's own, which has an empty ``__dict__``."""
+
+
+class Image(np.ndarray):
+    """An array of a user's own."""
+
+
+HIDING = [Words("a"), np.ones(3).view(Image), [nn.Linear(1, 1)]]
+
+
+@pytest.mark.parametrize("value", [np.ones(3), {1, 2}, iter([1]), lambda: STRENGTH, *HIDING])
 def test_networks_with_what_cannot_be_compared_are_not_captured(
     value: Any, recorded: list[Program], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -411,8 +436,37 @@ def test_a_capture_that_fails_is_said_and_the_step_is_taken(
     assert caplog.text.count("CUDA graph: operation not permitted when stream is capturing.") == 1
 
 
-def test_graphs_are_dropped_if_memory_runs_out_at_a_capture(
+def test_random_numbers_drawn_before_a_failure_are_drawn_again(
     monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(run: partial[Any], device: torch.device) -> None:
+        torch.rand(3)
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(cuda_graphs, "_run_aside", fails)
+    graphs = cuda_graphs.CudaGraphs()
+    call = partial(plain, episodes=episodes(0), inner_lr=0.1, params={"w": torch.ones(1)})
+    before = torch.get_rng_state()
+    for _ in range(cuda_graphs.CALLS_BEFORE + 2):
+        graphs(call, ())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_objects_that_hold_themselves_are_compared() -> None:
+    class Config(dict):
+        """Knows who holds it, as configurations do."""
+
+    layer = nn.ReLU()
+    layer.config = Config(slope=0.1, inner=Config(more=[1.0]))
+    layer.config.me, layer.config["inner"].parent = layer.config, layer.config
+    before = attributes.plain_state(layer, torch.device("cpu"))
+    assert before == attributes.plain_state(layer, torch.device("cpu"))
+    layer.config["inner"]["more"][0] = 2.0
+    assert before != attributes.plain_state(layer, torch.device("cpu"))
+
+
+def test_a_step_is_taken_without_graphs_if_memory_runs_out_at_a_capture(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(run: partial[Any], device: torch.device) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -420,10 +474,89 @@ def test_graphs_are_dropped_if_memory_runs_out_at_a_capture(
     monkeypatch.setattr(cuda_graphs, "_record", fails)
     graphs = cuda_graphs.CudaGraphs()
     call = partial(plain, episodes=episodes(0), inner_lr=0.1, params={"w": torch.ones(1)})
-    for _ in range(cuda_graphs.CALLS_BEFORE):
-        graphs(call, ())
-    with pytest.raises(torch.OutOfMemoryError):
-        graphs(call, ())
+    with caplog.at_level("INFO"):
+        for _ in range(cuda_graphs.CALLS_BEFORE + 2):
+            assert torch.equal(graphs(call, ()), plain(**call.keywords))
+    assert caplog.text.count("CUDA graph: there is no memory for it.") == 1
+
+
+def test_batches_that_are_never_alike_are_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "MOST_KINDS", 5)
+
+    def change(model: Any, step: int) -> None:
+        model.network.scale = 1.0 + step
+
+    with caplog.at_level("INFO"):
+        trained(model_of(MAML, True), change, steps=10)
+    assert caplog.text.count("of 5 kinds of batches none came 3 times") == 1
+
+
+def test_it_is_said_that_no_more_kinds_are_captured(
+    recorded: list[Program], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "MOST_CAPTURES", 1)
+    model = model_of(MAML, True)
+    with caplog.at_level("INFO"):
+        for tasks in (2, 3, 2, 3, 2, 3, 2, 3):
+            model.meta_loss(episodes(0, tasks=tasks))
+    assert len(recorded) == 1
+    assert caplog.text.count("Batches of new kinds are not run as CUDA graphs") == 1
+
+
+def test_threads_are_said_not_to_be_captured(
+    recorded: list[Program], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        trained(model_of(MAML, True, tasks="threads"))
+    assert not recorded
+    assert caplog.text.count("is not run as a CUDA graph: tasks='threads'.") == 1
+
+
+class Tokens(dict):
+    """A dict of a tokenizer's own."""
+
+
+class Pair(tuple):
+    """Two inputs."""
+
+    __slots__ = ()
+
+
+class OfInputs(nn.Module):
+    """A network of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, WAYS)
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        return self.layer(torch.tanh(one * two))
+
+
+@pytest.mark.parametrize(
+    "inputs", [lambda x: Tokens(one=x, two=x + 1), lambda x: Pair((x, x + 1)), lambda x: [x, x + 1]]
+)
+def test_inputs_in_containers_of_users_are_captured(
+    inputs: Callable[[Tensor], Any], recorded: list[Program]
+) -> None:
+    def weights(captures: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = MAML(OfInputs().double(), 0.1, STEPS, tasks="vmap", cuda_graphs=captures)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(6):
+            batch = episodes(step)
+            given = Episodes(
+                inputs(batch.support_x), batch.support_y, inputs(batch.query_x), batch.query_y
+            )
+            optimizer.zero_grad()
+            model.meta_loss(given).backward()
+            optimizer.step()
+        return dict(model.state_dict())
+
+    assert largest_difference(weights(True), weights(False)) < 1e-12
+    assert len(recorded) == 1
 
 
 def plain(episodes: Episodes, inner_lr: float, params: dict[str, Tensor]) -> Tensor:

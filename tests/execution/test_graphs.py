@@ -109,33 +109,64 @@ def test_what_a_graph_keeps_is_counted_once() -> None:
     assert bytes_of_graph(lambda: (x * known).sum(), [x]) == 4000
 
 
-def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(graphs, "_LIMITS", ((limit, used),))
+@pytest.mark.parametrize(
+    ("line", "job", "files"),
+    [
+        ("0::/system.slice/job_7", "system.slice/job_7", ("memory.max", "memory.current")),
+        (
+            "4:cpu,memory:/slurm/job_7",
+            "memory/slurm/job_7",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ),
+        ("0::/of_the_host/not_seen_inside", ".", ("memory.max", "memory.current")),
+    ],
+)
+def test_limits_of_containers_and_jobs_count(
+    line: str, job: str, files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = torch.device("cpu")
+    monkeypatch.setattr(graphs, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(graphs, "_GROUPS_OF_PROCESS", tmp_path / "cgroup")
     without = free_bytes(device)
     assert without is None or without > 0
+    (tmp_path / "cgroup").write_text(f"9:pids:/elsewhere\n{line}\n")
+    folder = tmp_path / "groups" / job
+    folder.mkdir(parents=True)
+    limit, used = (folder / name for name in files)
     used.write_text("600\n")
-    for text in ("max", "1000\n"):
-        limit.write_text(text)
-        assert free_bytes(device) == (400 if text != "max" else pytest.approx(without, rel=0.5))
+    # of what is used, 50 are files that can be read again
+    (folder / "memory.stat").write_text("anon 500\ninactive_file 50\ntotal_inactive_file 50\n")
+    limit.write_text("max")
+    assert free_bytes(device) == pytest.approx(without, rel=0.5)
+    limit.write_text("1000\n")
+    assert free_bytes(device) == 450
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_free_of_group", lambda: 1000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(torch.device("cpu")) == 250
     assert free_bytes(torch.device("mps")) is None
 
 
 @pytest.mark.parametrize(
-    "full",
+    ("kind", "full"),
     [
-        torch.OutOfMemoryError("full"),
-        RuntimeError("GET was unable to find an engine to execute this computation"),
+        ("cuda", torch.OutOfMemoryError("full")),
+        ("cuda", RuntimeError("GET was unable to find an engine to execute this computation")),
+        ("cpu", RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you")),
     ],
 )
 def test_out_of_memory_they_are_dropped_first(
-    full: RuntimeError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: str,
+    full: RuntimeError,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Accelerated(MAML):
-        """Runs as on an accelerator whose memory is full with graphs, no test machine has one."""
+        """Runs as on a device whose memory is full with graphs; no test machine has a GPU."""
 
-        device = torch.device("cuda")
+        device = torch.device(kind)
 
         def _gradient_function(self, plan, episodes, curvature=None):
             function = super()._gradient_function(plan, episodes, curvature)
@@ -152,3 +183,20 @@ def test_out_of_memory_they_are_dropped_first(
             model.meta_loss(episodes)
     assert caplog.text.count("no memory for the graphs") == 1
     assert "tasks at once" not in caplog.text
+
+
+def test_nothing_is_tried_again_where_none_are_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """First-order MAML keeps none, so that dropping them would change nothing."""
+    calls = []
+
+    def full(self: Any, plan: Any, episodes: Any, curvature: Any = None) -> Any:
+        calls.append(1)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(FOMAML, "_gradient_function", full)
+    with caplog.at_level(logging.INFO), pytest.raises(RuntimeError, match="Expected memory for 3"):
+        FOMAML(build("mlp"), RATE, STEPS).meta_loss(make_episodes())
+    assert len(calls) == 1
+    assert not caplog.text

@@ -56,6 +56,14 @@ def test_frozen_parameters_that_fit_do_not_adapt() -> None:
     network = Conv4(1, 5, 28)
     network.features.requires_grad_(False)
     assert list(adapting(network, ["*.bias"])) == ["head.bias"]
+    with pytest.warns(
+        UserWarning, match=r"'\*.bias' fits 9 parameters, of which 8 are frozen and do not"
+    ):
+        MAML(network, 0.1, adapt=["head", "*.bias"])
+    network.features.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MAML(network, 0.1, adapt=["head", "*.bias"])
 
 
 def test_a_parameter_that_layers_share_adapts_by_any_of_its_names() -> None:
