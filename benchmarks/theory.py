@@ -4,7 +4,8 @@ Each is given as the claim, a formula and a measurement.
 
     python benchmarks/theory.py
 
-That takes 11 minutes on 2 cores of an older EPYC (Zen 3), prints the table, and writes docs/theory.png.
+That takes 11 minutes on 2 cores of an older EPYC (Zen 3), prints the table, and writes
+docs/theory.png.
 """
 
 import argparse
