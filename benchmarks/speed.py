@@ -300,11 +300,11 @@ def seconds(function: Callable[[], object], device: str, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def repeated(function: Callable[[], Any], calls: int) -> list[Any]:
-    """Call a function, and return the last result alone."""
+def repeated(function: Callable[[], Any], calls: int) -> Any:
+    """Call a function some times, and return what it returned last."""
     for _ in range(calls):
         result = function()
-    return [result]
+    return result
 
 
 def relative_error(actual: Params, expected: Params) -> float:
@@ -364,10 +364,9 @@ def error_and_peak(
     On a GPU both are the graph's, whose capture is among the calls.
     """
     function()  # with checks, which take memory of their own
+    calls = WARM[torch.device(device).type]
     results: list[Params] = []
-    peak = peak_mb(
-        lambda: results.extend(repeated(function, WARM[torch.device(device).type])), device
-    )
+    peak = peak_mb(lambda: results.append(repeated(function, calls)), device)
     return relative_error(results[0], expected), peak
 
 

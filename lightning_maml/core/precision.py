@@ -1,4 +1,4 @@
-"""The precision of float32 products and convolutions, above all on a GPU."""
+"""The precision in which devices compute products and convolutions of float32."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +42,8 @@ if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9
         _BACKENDS.cudnn.conv,
         _BACKENDS.cudnn.rnn,
         _BACKENDS.mkldnn.matmul,
+        _BACKENDS.mkldnn.conv,
+        _BACKENDS.mkldnn.rnn,
     )
     _NEWER = tuple(_attribute(holder, "fp32_precision", full="ieee") for holder in _HOLDERS)
 
@@ -61,10 +63,10 @@ def _read(setting: _Setting) -> Any:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Let GPUs compute in float32 what is float32, and not in TF32.
+    """Compute in float32 what is float32: on GPUs not in TF32, on CPUs not in bf16.
 
-    TF32 keeps 10 bits after the point. It is the default of convolutions, and good enough for
-    gradients, but not for differences of nearby ones.
+    TF32 keeps 10 bits after the point. It is the default of convolutions on GPUs, and good enough
+    for gradients, but not for differences of nearby ones.
     """
     lowered = [(setting, _read(setting)) for setting in _OLDER]
     # one that says full precision already is left alone, as setting it would change newer ones

@@ -81,6 +81,18 @@ def test_torchs_older_interface_agrees(of_user: Callable[[], None]) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.skipif(not settings._NEWER, reason="torch has had such settings since 2.9")
+def test_cpus_do_not_compute_in_bf16() -> None:
+    convolutions: Any = torch.backends.mkldnn.conv
+    convolutions.fp32_precision = "bf16"
+    try:
+        with full_precision():
+            assert convolutions.fp32_precision == "ieee"
+        assert convolutions.fp32_precision == "bf16"
+    finally:
+        convolutions.fp32_precision = "none"
+
+
 def test_settings_of_cpus_are_left_alone() -> None:
     allow(True)
     with full_precision():

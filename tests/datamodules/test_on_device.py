@@ -218,6 +218,19 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kept")
+def test_images_are_freed_where_training_ends_early(tmp_path: Path) -> None:
+    class Failing(Recorder):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert data._on_device
+            raise RuntimeError("on purpose")
+
+    data = Mixed(**SMALL)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer(tmp_path).fit(Failing(), data)
+    assert not data._on_device
+
+
+@pytest.mark.usefixtures("kept")
 def test_images_are_kept_once_and_freed_at_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

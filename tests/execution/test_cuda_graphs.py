@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning import Callback
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import DataLoader
 
 from helpers.trainers import trainer
 from lightning_maml import (
@@ -450,6 +452,34 @@ def test_random_numbers_drawn_before_a_failure_are_drawn_again(
     for _ in range(cuda_graphs.CALLS_BEFORE + 2):
         graphs(call, ())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_starts_without_the_graphs_of_one_that_ended_early(
+    tmp_path: Any, recorded: list[Program]
+) -> None:
+    class Failing(Callback):
+        def on_train_batch_end(self, trainer: Any, model: Any, *_: Any) -> None:
+            if trainer.global_step == 4:
+                raise RuntimeError("on purpose")
+
+    class Looking(Callback):
+        def on_train_start(self, trainer: Any, model: Any) -> None:
+            assert not model._cuda_graphs._captured
+
+    model = model_of(MAML, True)
+    loader = DataLoader([episodes(number) for number in range(6)], batch_size=None)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer(tmp_path, precision="64-true", callbacks=[Failing()]).fit(model, loader)
+    assert model._cuda_graphs._captured
+    trainer(tmp_path, precision="64-true", callbacks=[Looking()]).fit(model, loader)
+
+
+def test_another_shape_of_the_same_memory_counts() -> None:
+    layer = nn.ReLU()
+    layer.weights = torch.arange(6.0).reshape(2, 3)
+    before = attributes.plain_state(layer, torch.device("cpu"))
+    layer.weights.data = layer.weights.data.view(3, 2)
+    assert attributes.plain_state(layer, torch.device("cpu")) != before
 
 
 def test_objects_that_hold_themselves_are_compared() -> None:

@@ -82,6 +82,22 @@ def test_they_are_kept_if_they_take_half_of_the_free_memory(
     assert outputs < sizes[0] < 50 * outputs
 
 
+def test_more_tasks_at_once_are_decided_on_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    measured = graphs.bytes_of_graph
+
+    def noted(*arguments: Any) -> int:
+        sizes.append(measured(*arguments))
+        return sizes[-1]
+
+    monkeypatch.setattr("lightning_maml.functional.graph_size.bytes_of_graph", noted)
+    model = MAML(build("mlp"), RATE, STEPS, tasks="vmap")
+    for tasks in (2, 8, 2, 8):
+        model.meta_loss(make_episodes(tasks=tasks))
+    few, many = sizes
+    assert many > 3 * few
+
+
 def test_the_user_decides() -> None:
     for keep, evaluations in (("always", STEPS + 1), ("never", 2 * STEPS + 1)):
         model = MAML(build("mlp"), RATE, STEPS, tasks="loop", keep_graphs=keep)
