@@ -243,12 +243,13 @@ def runs() -> list[Run]:
 def by_setting(found: Iterable[Run]) -> dict[str, list[list[Run]]]:
     """Return the runs of each setting in the order of the tables.
 
-    Runs that differ only by their seed are grouped together.
+    Runs that differ only by their seed, and the versions of what they ran with, are grouped
+    together.
     """
     groups = dict[str, list[Run]]()
     for each in found:
-        # the same settings, machine and versions
-        alike = each._replace(seed=0, judged=[], minutes=0.0)
+        # the same settings and machine
+        alike = each._replace(seed=0, judged=[], minutes=0.0, versions="")
         groups.setdefault(str(alike), []).append(each)
     ordered = sorted(groups.values(), key=_place)
     of_settings = {

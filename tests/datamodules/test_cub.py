@@ -76,7 +76,7 @@ def test_equal_seeds_give_equal_episodes_wherever_the_tree_lies(root: Path, tmp_
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"get CUB_200_2011.tgz from data.caltech.edu"):
         prepared(tmp_path)
-    (tmp_path / "images").mkdir()  # of another dataset
+    (tmp_path / "images" / "dogs").mkdir(parents=True)  # of another dataset
     with pytest.raises(FileNotFoundError, match=r"get CUB_200_2011.tgz from data.caltech.edu"):
         prepared(tmp_path)
     folder = write_cub(tmp_path, per_class=2)

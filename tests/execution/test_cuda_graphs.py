@@ -243,6 +243,28 @@ def test_a_graph_is_of_one_shape(recorded: list[Program]) -> None:
     assert [program.replays for program in recorded] == [4, 4]
 
 
+def losses_over_averages(captures: bool) -> list[float]:
+    """Return losses in evaluation mode, before and after the averages of a step are replaced."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.Linear(5, WAYS)).double()
+    options = {"inner_lr": 0.1, "train_steps": STEPS, "tasks": "vmap", "batch_norm": "per_step"}
+    model = MAML(network, **options, cuda_graphs=captures).double().eval()
+    losses = []
+    for step in range(8):
+        if step == 5:
+            averages = model.step_statistics.running_mean_0
+            model.step_statistics.running_mean_0 = averages + 0.5
+        losses.append(float(model.meta_loss(episodes(0)).detach()))
+    return losses
+
+
+def test_averages_of_steps_that_were_replaced_count(recorded: list[Program]) -> None:
+    by_graphs, usual = (losses_over_averages(captures) for captures in (True, False))
+    assert by_graphs == pytest.approx(usual, abs=1e-12)
+    assert abs(usual[5] - usual[4]) > 1e-3
+    assert recorded
+
+
 @pytest.mark.parametrize("tasks", ["vmap", "loop"])
 def test_networks_that_draw_are_not_captured(
     tasks: str, recorded: list[Program], caplog: pytest.LogCaptureFixture
