@@ -42,7 +42,9 @@ def main() -> None:
         help="GELU and average pooling in place of LeakyReLU and maximum pooling",
     )
     smooth = {"activation": "gelu", "downsample": "avg"} if parser.parse_args().smooth else {}
-    model = MAML(ResNet12(3, 5, **smooth), inner_lr=0.01, train_steps=5, tasks="loop")
+    model = MAML(
+        ResNet12(3, 5, **smooth), inner_lr=0.01, train_steps=5, tasks="loop", keep_graphs="never"
+    )
     trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",

@@ -18,7 +18,7 @@ from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.images.pickles import read_entries, whole_numbers
 from lightning_maml.datamodules.messages import first_five, say_what_was_found
 from lightning_maml.datamodules.sampler import ClassImages
-from lightning_maml.errors import UserFileNotFoundError, UserValueError
+from lightning_maml.errors import UserFileNotFoundError, UserValueError, check_truth
 
 CLASSES, IMAGES = 100, 600
 """How many classes, and images of each."""
@@ -45,6 +45,7 @@ class _CIFAR100DataModule(EpisodicDataModule):
     ) -> None:
         super().__init__(queries=queries, meta_batch_size=meta_batch_size, **options)
         self.root = Path(root).expanduser()
+        check_truth(download=download)
         self._download = download
         self._read: CIFAR100Images | None = None
 
@@ -246,16 +247,23 @@ def _download(root: Path) -> None:
             CIFAR100.url, str(root), filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
         )
     except Exception as error:  # torchvision passes on any error of network or archive
+        archive = root / CIFAR100.filename
+        if archive.is_file():  # torchvision takes one with the right checksum without a download
+            raise _damaged(archive, f" (that failed: {error})") from error
         raise _not_found(root, f", and its download failed ({error})", "") from error
 
 
 def _unpack(archive: Path) -> None:
     if not check_integrity(str(archive), CIFAR100.tgz_md5):
-        raise UserValueError(
-            f"Expected {archive} to be the archive of CIFAR-100 for Python but its checksum is "
-            "another; download it again."
-        )
+        raise _damaged(archive, "")
     extract_archive(str(archive), str(archive.parent))
+
+
+def _damaged(archive: Path, why_not: str) -> UserValueError:
+    return UserValueError(
+        f"Expected {archive} to be the archive of CIFAR-100 for Python but its checksum is "
+        f"another; download it again{why_not}."
+    )
 
 
 def _find_files(root: Path) -> Path | None:

@@ -11,7 +11,7 @@ from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
 from lightning_maml.datamodules.images.files import decode, rows_of_classes
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, check_seed
-from lightning_maml.errors import UserFileNotFoundError, UserValueError
+from lightning_maml.errors import UserFileNotFoundError, UserValueError, check_truth
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 """Characters in each of the two official folders."""
@@ -102,6 +102,7 @@ class OmniglotDataModule(EpisodicDataModule):
         check_seed("split_seed", split_seed)
         self.root = Path(root).expanduser()
         self.split, self.split_seed = split, split_seed
+        check_truth(download=download)
         self._download = download
         self._decoded: DecodedImages | None = None
 

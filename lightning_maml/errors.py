@@ -41,3 +41,17 @@ class UserFileNotFoundError(UserError, FileNotFoundError):
 
 class UserModuleNotFoundError(UserError, ModuleNotFoundError):
     """A package that is not installed."""
+
+
+def check_truth(**values: bool) -> None:
+    """Refuse arguments that are neither True nor False: the string "False" would count as true.
+
+    Args:
+        **values: The arguments, by name.
+
+    Raises:
+        TypeError: If one is neither.
+    """
+    for name, value in values.items():
+        if value not in (True, False):
+            raise UserTypeError(f"Expected `{name}` to be True or False but got {value!r}.")

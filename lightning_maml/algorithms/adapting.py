@@ -58,7 +58,7 @@ from lightning_maml.core.inner_rates import (
 )
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import is_random
-from lightning_maml.errors import UserValueError
+from lightning_maml.errors import UserValueError, check_truth
 from lightning_maml.execution.auto import Attempt, Cures, Execution, Executor, TasksName
 from lightning_maml.execution.compilation import Compiler
 from lightning_maml.execution.cuda_graphs import CudaGraphs, state_read_by, works_on
@@ -191,6 +191,7 @@ class AdaptingModule(EpisodicModule):
         inner_lr, train_steps = _plain_rate(inner_lr), whole_number(train_steps, "train_steps")
         test_steps = None if test_steps is None else whole_number(test_steps, "test_steps")
         chunk_size = None if chunk_size is None else whole_number(chunk_size, "chunk_size")
+        check_truth(compiled=compiled, query_in_eval=query_in_eval, cuda_graphs=cuda_graphs)
         check_inner_optimizer(inner_optimizer)
         if support_loss is not None:
             check_loss_is_callable(support_loss, "support_loss")
@@ -224,7 +225,7 @@ class AdaptingModule(EpisodicModule):
                 f"Expected `inner_rates` to be 'fixed' with {type(self).__name__}, which cannot "
                 f"learn them, but got {inner_rates!r}."
             )
-        adapt = self.default_adapt if adapt is None else adapt
+        adapt = self._part_that_adapts(adapt)
         params = adapting(network, adapt, head)
         if lines := frozen_that_fit(network, adapt):
             rank_zero_warn(f"In `adapt`, {'; '.join(lines)}.")
@@ -259,6 +260,18 @@ class AdaptingModule(EpisodicModule):
         self._network_checks = NetworkChecks(adapt, head, self.logits)
         self._warned_of_weight_norm = False
         self._features_once = adapt == "head"
+
+    def _part_that_adapts(self, adapt: Part | None) -> Part:
+        """Return what adapts, unless that would make this another algorithm without a word."""
+        own = self.default_adapt
+        if adapt is None:
+            return own
+        if own != "all" and isinstance(adapt, str) and adapt != own:
+            raise UserValueError(
+                f"Expected `adapt` of {type(self).__name__} to be {own!r} or names of parameters "
+                f"but got {adapt!r}; leave it out, or take MAML."
+            )
+        return adapt
 
     def _check_that_it_compiles(self) -> None:
         reasons = {

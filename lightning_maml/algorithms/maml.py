@@ -178,18 +178,24 @@ class MAML(AdaptingModule):
                 f"Expected `support_y` to be a tensor but got {type(support_y).__name__}; make it "
                 "one, torch.tensor(...)."
             )
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._networks_of(
-                *detached((support_x, support_y)),
-                self.test_steps if steps is None else whole_number(steps, "steps"),
-                many,
-            )
+        steps = self.test_steps if steps is None else whole_number(steps, "steps")
+        is_guess = many is None and support_y.is_floating_point()
+        if many is None:
+            many = is_guess or support_y.ndim > 1
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                return self._networks_of(*detached((support_x, support_y)), steps, many)
+        except Exception as error:
+            if is_guess:
+                error.add_note(
+                    "Targets that are floats are taken for those of many tasks, [T, S, ...]: for "
+                    "one task say many=False."
+                )
+            raise
 
     def _networks_of(
-        self, support_x: Inputs, support_y: Tensor, steps: int, many: bool | None
+        self, support_x: Inputs, support_y: Tensor, steps: int, many: bool
     ) -> nn.Module:
-        if many is None:
-            many = support_y.ndim > 1 or support_y.is_floating_point()
         of_one = not many
         if of_one:
             support_x, support_y = map_tensors(lambda tensor: tensor[None], (support_x, support_y))

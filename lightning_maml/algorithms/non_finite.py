@@ -53,8 +53,8 @@ class NonFinitePolicy:
             folder: Where the run keeps its logs.
 
         Raises:
-            FloatingPointError: If such steps are not skipped. It names the command that takes the
-                step again.
+            FloatingPointError: If such steps are not skipped. It says how to take the step again:
+                by a command where the run has a config, else in Python.
         """
         if self.skips:
             self.skipped += 1
@@ -62,9 +62,14 @@ class NonFinitePolicy:
             return
         path = save_step(module, episodes, before_it, folder)
         config = folder / "config.yaml"
-        named = config if config.is_file() else "CONFIG"
-        command = f"`lightning-maml replay --config={named} --ckpt_path={path}`"
-        raise UserFloatingPointError(f"{error} To repeat the step, run {command}.") from None
+        if config.is_file():
+            way = f"run `lightning-maml replay --config={config} --ckpt_path={path}`"
+        else:
+            way = (
+                "make the model anew and run `from lightning_maml.io.replay import load_step; "
+                f"episodes, _ = load_step(model.train(), '{path}'); model.meta_loss(episodes)`"
+            )
+        raise UserFloatingPointError(f"{error} To repeat the step, {way}.") from None
 
 
 def check_is_finite(query_loss: Tensor, gradients: Params, where: str) -> None:

@@ -265,7 +265,7 @@ class ProtoNet(EpisodicModule):
                 rank_zero_warn(
                     f"ProtoNet compares embeddings, but those of this network have {ways} numbers, "
                     "as many as there are classes; if they are a head's logits, leave the head out "
-                    "(`ways=None` for the networks of lightning_maml)."
+                    "(`ways=None` for Conv4 and ResNet12)."
                 )
             targets = (episodes.support_y[0], episodes.query_y[0])
             check_broadcasting(self.loss, lambda _: embedded.new_zeros(2 * ways, ways), targets)

@@ -121,9 +121,9 @@ def check_episodes(episodes: Any) -> None:
     """
     if not isinstance(episodes, Episodes | ResampledEpisodes):
         raise UserTypeError(
-            f"Expected a batch of `lightning_maml.Episodes` but got {type(episodes).__name__}; "
-            "let the loader return Episodes(support_x, support_y, query_x, query_y), whose "
-            "tensors have the tasks in front."
+            f"Expected a batch of `lightning_maml.Episodes` but got {_described(episodes)}; let "
+            "the loader return Episodes(support_x, support_y, query_x, query_y), or just these "
+            "four, whose tensors have the tasks in front."
         )
     dimensions = _leading_dimensions(episodes)
     parts = {name: _labelled_tensors(name, part) for name, part in episodes._asdict().items()}
@@ -149,6 +149,12 @@ def check_episodes(episodes: Any) -> None:
                 f"Expected `{x}` to hold at least one example per task but got none."
             )
     _check_that_inputs_are_alike(parts, episodes._fields[::2])
+
+
+def _described(batch: Any) -> str:
+    """Return the type of a batch, and how many parts it has."""
+    name = type(batch).__name__
+    return f"a {name} of {len(batch)}" if isinstance(batch, list | tuple) else name
 
 
 def _leading_dimensions(episodes: AnyEpisodes) -> dict[str, list[str]]:
@@ -255,5 +261,6 @@ def _check_labels(name: str, y: Tensor, dimensions: list[str]) -> None:
     if not y.is_floating_point() and y.ndim == len(dimensions) + 1 and y.shape[-1] == 1:
         raise UserValueError(
             f"Expected `{name}` to hold one label per example, [{', '.join(dimensions)}], but got "
-            f"shape {list(y.shape)}; leave the last dimension out, y[..., 0]."
+            f"shape {list(y.shape)}; leave the last dimension out, y[..., 0], or if these are "
+            "targets of a regression, make them floats, y.float()."
         )

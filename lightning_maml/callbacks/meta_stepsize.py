@@ -15,7 +15,7 @@ from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
 from lightning_maml.checks.network_checks import find_kinks
-from lightning_maml.errors import UserFloatingPointError, UserValueError
+from lightning_maml.errors import UserFloatingPointError, UserValueError, check_truth
 from lightning_maml.io.plain import number, whole_number
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.theory import (
@@ -116,6 +116,7 @@ class AdaptiveMetaStepsize(Callback):
         L = _number_or_none(L, "L")
         rho = _number_or_none(rho, "rho")
         b = _number_or_none(b, "b")
+        check_truth(keep_largest=keep_largest)
         if every_n_steps < 1:
             raise UserValueError(
                 f"Expected `every_n_steps` to be at least 1 but got {every_n_steps}."

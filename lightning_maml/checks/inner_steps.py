@@ -46,8 +46,8 @@ def check_inner_steps(optimizer: InnerOptimizer, w: Tensor, rate: float, *, curv
     if drawn:
         raise UserValueError(
             f"Expected inner steps without random numbers but {_name(optimizer)} draws from "
-            f"{' and '.join(drawn)}: the way back would draw others; draw in the network or the "
-            "loss, whose draws are repeated."
+            f"{' and '.join(drawn)}: the backward pass would draw others; draw in the network or "
+            "the loss, whose draws are repeated."
         )
     if not curved:
         return

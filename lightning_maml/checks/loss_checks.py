@@ -131,9 +131,9 @@ def check_targets(targets: Tensor, loss: Any) -> None:
     is_cross_entropy = loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
     if is_cross_entropy and targets.shape[1:] in ((), (1,)):
         raise UserValueError(
-            "Expected a loss for regression but got the cross-entropy, which of one output is "
-            "always 0; give the model `loss=torch.nn.functional.mse_loss`, or if these are "
-            "classes, labels of integers."
+            "Expected integer labels for the cross-entropy but got floats, one per example; if "
+            "these are classes, make them integers, y.long(), or for a regression give the model "
+            "`loss=torch.nn.functional.mse_loss`."
         )
 
 

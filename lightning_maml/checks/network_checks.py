@@ -461,6 +461,8 @@ def _cure_of_positions(outputs: Any, labels: Tensor) -> str:
             "for several labels per example give floats, y.float(), with a loss such as "
             "binary_cross_entropy_with_logits"
         )
+    if labels.ndim == outputs.ndim and labels.shape[1] == 1 != outputs.shape[1]:
+        return "leave the labels' channel out, y.squeeze(1)"
     if outputs.shape[:-1] == labels.shape:
         return (
             "torch's losses take the classes second: let the network, or a static method "

@@ -1,1 +1,1 @@
-"""The mathematics of one task: derivatives, the inner loop and the way back. Torch only."""
+"""The mathematics of one task: derivatives, the inner loop and the backward pass. Torch only."""

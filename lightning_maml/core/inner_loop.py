@@ -34,7 +34,7 @@ class InnerStep(NamedTuple):
         number: j.
         w: The point before the step, w_j.
         rates: A_j.
-        hessian: The loss whose Hessian the way back takes at w_j, that of D_j.
+        hessian: The loss whose Hessian the backward pass takes at w_j, that of D_j.
         gradient: ``grad l(w_j; S_j)``: with an optimizer of all parameters that adapt, else of
             those whose rate is a tensor, and so may need a gradient itself.
         state: The optimizer's state before the step; empty in gradient descent.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_maml.errors import UserTypeError, UserValueError
+from lightning_maml.errors import UserTypeError, UserValueError, check_truth
 
 Slots = tuple[Tensor, ...]
 """The optimizer's state of one parameter: momentum, for instance."""
@@ -75,6 +75,7 @@ class InnerSGD(InnerOptimizer):
         nesterov: Nesterov's momentum.
 
     Raises:
+        TypeError: If ``nesterov`` is neither True nor False.
         ValueError: If a number is negative, or Nesterov's momentum is 0.
 
     Examples:
@@ -89,6 +90,7 @@ class InnerSGD(InnerOptimizer):
     def __post_init__(self) -> None:
         """Check the arguments."""
         _check_numbers(momentum=self.momentum, weight_decay=self.weight_decay)
+        check_truth(nesterov=self.nesterov)
         if self.nesterov and not self.momentum:
             raise UserValueError(
                 "Expected a `momentum` above 0 with `nesterov=True` but got 0; give one, or leave "
@@ -130,6 +132,7 @@ class InnerAdam(InnerOptimizer):
             parameter instead (Loshchilov and Hutter 2019).
 
     Raises:
+        TypeError: If ``decoupled_weight_decay`` is neither True nor False.
         ValueError: If a number is negative, or a beta is not below 1.
 
     Examples:
@@ -151,6 +154,7 @@ class InnerAdam(InnerOptimizer):
             )
         object.__setattr__(self, "betas", tuple(pair))  # a list has no hash
         _check_numbers(eps=self.eps, weight_decay=self.weight_decay)
+        check_truth(decoupled_weight_decay=self.decoupled_weight_decay)
         if not self.eps:
             raise UserValueError(
                 "Expected `eps` to be above 0, because an element without gradient is divided by "

@@ -1,4 +1,4 @@
-"""One inner step of an optimizer, for all parameters that adapt, and the way back through it."""
+"""An inner step of an optimizer, for all that adapts, and the backward pass through it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -27,7 +27,7 @@ StepBack = Callable[[InnerStep, Params], Params]
 
 
 class TaskGradient(NamedTuple):
-    """What the way back ends with.
+    """What the backward pass ends with.
 
     Attributes:
         grad: The meta-gradient, and with :func:`with_rate_gradients` that of the inner rates too.

@@ -76,7 +76,7 @@ class Graphs:
         if kept != self._said:  # tasks of many sizes are measured many times
             rank_zero_info(
                 f"The graphs of {steps} inner steps take {needed / 2**30:.2g} GB: they are "
-                f"{'kept' if kept else 'built again on the way back'} (keep_graphs='auto')."
+                f"{'kept' if kept else 'built again in the backward pass'} (keep_graphs='auto')."
             )
             self._said = kept
         self._has_kept |= kept

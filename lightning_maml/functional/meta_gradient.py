@@ -137,10 +137,10 @@ def meta_gradient(
         step_weights: Weights of the query losses after steps 1 .. N in what is differentiated (the
             multi-step loss of Antoniou et al. 2019, section 4); by default 0 .. 0, 1. The query
             losses returned are those after step N in any case.
-        keep_graphs: Keep the graphs of all inner steps for the way back, which then need not be
-            built again: faster, but they are all in memory at once. The numbers are the same. Only
-            with exact curvature of the support sets themselves, and without ``sample``; elsewhere
-            nothing is kept. By default only the graph of a single step.
+        keep_graphs: Keep the graphs of all inner steps for the backward pass, which then need not
+            be built again: faster, but they are all in memory at once. The numbers are the same.
+            Only with exact curvature of the support sets themselves, and without ``sample``;
+            elsewhere nothing is kept. By default only the graph of a single step.
         encode: ``encode(params, task)`` returns the features of a task's support and query inputs,
             which take the place of these inputs. For ``Episodes`` only, and only if what precedes
             the features does not adapt: they are computed once per task.

@@ -1,6 +1,7 @@
 """The parameters that adapt in the inner loop: all, head (ANIL), body (BOIL), or those named."""
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal, cast
 
@@ -116,11 +117,19 @@ def _named(network: nn.Module, patterns: Sequence[str]) -> Params:
             found = "frozen ones only" if fitting else "none"
             raise UserValueError(
                 "Expected each name in `adapt` to fit trainable parameters, such as "
-                f"{next(name for name, p in every.items() if p.requires_grad)!r}, but got "
-                f"{pattern!r}, which fits {found}; network.named_parameters() lists them."
+                f"{_like(pattern, network)!r}, but got {pattern!r}, which fits {found}; "
+                "network.named_parameters() lists them."
             )
         adapting_ids |= trainable
     return {name: p for name, p in network.named_parameters() if id(p) in adapting_ids}
+
+
+def _like(pattern: str, network: nn.Module) -> str:
+    """Return the trainable parameter, or module of such, whose name is most like a pattern."""
+    names = [name for name, p in network.named_parameters() if p.requires_grad]
+    modules = {name.rpartition(".")[0] for name in names} | {name.split(".")[0] for name in names}
+    close = get_close_matches(pattern.rstrip(".*"), [*names, *sorted(modules)], n=1)
+    return (close or names)[0]
 
 
 def frozen_that_fit(network: nn.Module, part: Part) -> list[str]:

@@ -6,8 +6,10 @@ of such operations is ever complete, so numbers decide: the losses, gradients an
 products of two different tasks at two different points.
 """
 
+import re
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,6 +61,7 @@ def compare(
     together: Callable[[int, Randomness], Evaluations],
     device: torch.device,
     *,
+    curved: bool = False,
     only_runs: bool = False,
 ) -> Verdict:
     """Compare two tasks alone with the same tasks under ``vmap``.
@@ -69,6 +72,8 @@ def compare(
         together: Evaluates both under ``vmap`` with this ``randomness``, ``"same"`` or
             ``"different"`` random numbers for the tasks.
         device: The network's device.
+        curved: Whether second derivatives are taken, which attention has another implementation
+            for: that which is tried is to be that which will run.
         only_runs: Only find out whether they run, in a precision that rounds too much to compare.
 
     Returns:
@@ -84,7 +89,7 @@ def compare(
     with (
         torch.inference_mode(False),
         warnings.catch_warnings(record=True) as caught,
-        twice_differentiable(),
+        twice_differentiable() if curved else nullcontext(),
         full_precision(),
     ):
         warnings.simplefilter("always")
@@ -130,9 +135,10 @@ def _loops_of_vmap(warned: list[str]) -> str:
     for message in warned:
         if "batching rule" not in message:
             continue
-        reason = message.splitlines()[0]
-        if "as_strided_" not in reason:  # pooling to 1 x 1 is cheap in a loop too
-            return f"vmap would loop over them ({reason})"
+        operation = re.search(r"aten::\w+", message)
+        named = message.splitlines()[0] if operation is None else operation[0]
+        if "as_strided_" not in named:  # pooling to 1 x 1 is cheap in a loop too
+            return f"vmap would loop over them in {named}"
     return ""
 
 
@@ -207,7 +213,7 @@ def compare_losses(
     def without_aux(loss: TaskLoss, task: Any, w: Params) -> tuple[Tensor, tuple[()]]:
         return loss(w, task), ()
 
-    return compare(alone, together, device, only_runs=only_runs)
+    return compare(alone, together, device, curved=curved, only_runs=only_runs)
 
 
 def two_tasks(episodes: AnyEpisodes) -> list[Any]:

@@ -130,7 +130,7 @@ def known_instead(curvature: CurvatureName, steps: int, data: Data) -> str:
             )
         return (
             f"{why}; known instead: besides rounding, its meta-gradient is expected to be within "
-            "hessian_free_error of MAML's"
+            "the error of its finite differences, theory.hessian_free_error, of MAML's"
         )
     why = (
         "Fallah et al. treat one step"

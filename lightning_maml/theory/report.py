@@ -308,7 +308,7 @@ def _theta_condition(theorem: str, constants: Constants, settings: Settings) -> 
 
 def _stepsize_conditions(constants: Constants, settings: Settings) -> list[Condition]:
     if settings.stepsize is None:
-        text = "the meta-optimizer is plain SGD; it is another one, which no theorem covers"
+        text = "the meta-optimizer must be plain SGD; it is another one, which no theorem covers"
         return [Condition("both papers", text, False)]
     if isinstance(settings.stepsize, Adaptive):
         return _adaptive_conditions(settings.stepsize, constants, settings)

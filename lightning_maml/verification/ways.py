@@ -85,7 +85,10 @@ def _cost(case: Case, way: Execution) -> str:
     found = f"{tasks_in_words(case.episodes)}: {took:.2g} s"
     # what other threads hold
     unseen = peak is None or (way.tasks == "threads" and device.type == "cpu")
-    return found if unseen else f"{found}, tensors of {(peak or 0) / 2**20:.2g} MB"
+    if unseen:
+        return found
+    mb = (peak or 0) / 2**20
+    return f"{found}, tensors of {mb:.2f} MB" if mb < 1 else f"{found}, tensors of {mb:.0f} MB"
 
 
 def explain_auto(case: Case, draws: tuple[str, ...]) -> Iterator[Look]:

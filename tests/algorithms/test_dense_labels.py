@@ -154,6 +154,11 @@ def test_a_support_batch_without_any_label_is_refused_in_the_resampling_case() -
 @pytest.mark.parametrize(
     ("network", "episodes", "message"),
     [
+        (
+            segmenter,
+            lambda: Episodes(*(t[:, :, None] if t.ndim == 4 else t for t in images())),
+            r"logits \[examples, ways, 1, 6, 5\] .* leave the labels' channel out, y.squeeze\(1\)",
+        ),
         (Tagger, words, r"logits \[examples, ways, 7\] .* got \[2, 7, 3\]; .*outputs.movedim"),
         (
             lambda: nn.Sequential(segmenter(), nn.MaxPool2d(2)),

@@ -283,6 +283,17 @@ def test_a_network_is_adapted_to_one_task_of_a_regression(loss) -> None:
     torch.testing.assert_close(of_many(x[None])[0], adapted(x), rtol=0, atol=1e-12)
 
 
+def test_errors_about_targets_say_that_they_were_taken_for_many_tasks() -> None:
+    x, y = torch.rand(10, 4), torch.rand(10, 2)
+    model = MAML(nn.Linear(4, 2), RATE, loss=F.mse_loss)
+    with pytest.raises(ValueError, match="number of examples but got 4 and 2") as guessed:
+        model.adapt(x, y)
+    assert "for one task say many=False" in guessed.value.__notes__[0]
+    with pytest.raises(ValueError, match="number of examples but got 4 and 2") as said:
+        model.adapt(x, y, many=True)
+    assert not hasattr(said.value, "__notes__")
+
+
 def test_integer_labels_of_many_tasks_may_be_said_to_be_many() -> None:
     episodes = make_episodes()
     model = MAML(build("mlp"), RATE)

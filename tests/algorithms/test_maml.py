@@ -30,11 +30,24 @@ from helpers.networks import (
 )
 from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer
-from lightning_maml import ANIL, FOMAML, HFMAML, MAML, MLP, Conv4, Episodes, ProtoNet, meta_gradient
+from lightning_maml import (
+    ANIL,
+    FOMAML,
+    HFMAML,
+    MAML,
+    MLP,
+    AdaptiveMetaStepsize,
+    Conv4,
+    Episodes,
+    InnerAdam,
+    InnerSGD,
+    ProtoNet,
+    meta_gradient,
+)
 from lightning_maml.callbacks import EpisodePictures
 from lightning_maml.core import meta_gradient as core_meta_gradient
 from lightning_maml.core.params import Params
-from lightning_maml.datamodules import GlyphsDataModule
+from lightning_maml.datamodules import CIFARFSDataModule, GlyphsDataModule, OmniglotDataModule
 from lightning_maml.functional import meta_gradient as functional_meta_gradient
 from lightning_maml.networks.functional_network import FunctionalNetwork
 
@@ -241,10 +254,10 @@ def test_regression_by_the_cross_entropy_of_one_output_is_refused(loss) -> None:
         torch.rand(2, 5, 3), torch.rand(2, 5, 1), torch.rand(2, 5, 3), torch.rand(2, 5, 1)
     )
     with pytest.raises(
-        ValueError, match="cross-entropy, which of one output is always 0; give the model `loss="
+        ValueError, match=r"integer labels for the cross-entropy .* give the model `loss=torch"
     ):
         MAML(MLP(3, 1), loss=loss).meta_loss(episodes)
-    with pytest.raises(ValueError, match="Expected a loss for regression"):
+    with pytest.raises(ValueError, match="but got floats, one per example; if these are classes"):
         MAML(MLP(3, 1), loss=loss).meta_loss(
             episodes._replace(
                 support_y=episodes.support_y[..., 0], query_y=episodes.query_y[..., 0]
@@ -317,10 +330,12 @@ def test_a_batch_that_is_not_episodes_is_refused(tmp_path: Path) -> None:
     batch = {"train": (images, labels), "test": (images, labels)}
     message = (
         r"Expected a batch of `lightning_maml.Episodes` but got dict; let the loader return "
-        r"Episodes\(support_x,"
+        r"Episodes\(support_x, .*, or just these four"
     )
     with pytest.raises(TypeError, match=message):
         MAML(MLP(3, 2)).meta_loss(batch)
+    with pytest.raises(TypeError, match=r"Expected a batch of .* but got a tuple of 2; let"):
+        MAML(MLP(3, 2)).meta_loss((images, labels))
     batches = DataLoader([batch], batch_size=None)
     for name in ("fit", "validate", "test", "predict"):
         with pytest.raises(TypeError, match=message):
@@ -403,6 +418,24 @@ def test_arguments_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         algorithm(MLP(64, 3, activation="gelu"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        (lambda: MAML(MLP(4, 3), cuda_graphs="False"), "cuda_graphs"),
+        (lambda: MAML(MLP(4, 3), compiled="no"), "compiled"),
+        (lambda: MAML(MLP(4, 3), query_in_eval="false"), "query_in_eval"),
+        (lambda: AdaptiveMetaStepsize(keep_largest="no"), "keep_largest"),
+        (lambda: CIFARFSDataModule(download="False"), "download"),
+        (lambda: OmniglotDataModule(download="no"), "download"),
+        (lambda: InnerSGD(momentum=0.5, nesterov="no"), "nesterov"),
+        (lambda: InnerAdam(decoupled_weight_decay="no"), "decoupled_weight_decay"),
+    ],
+)
+def test_strings_in_place_of_true_and_false_are_refused(made, name: str) -> None:
+    with pytest.raises(TypeError, match=f"Expected `{name}` to be True or False but got"):
+        made()
 
 
 @pytest.mark.parametrize("radius", [0.0, -1e-3])

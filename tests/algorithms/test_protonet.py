@@ -1,5 +1,6 @@
 """Prototypical networks against the paper's formulas, and under real trainers."""
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -242,3 +243,22 @@ def test_fitting_frozen_features_is_refused(tmp_path: Path) -> None:
     model = ProtoNet(build("conv_batch_norm").requires_grad_(False))
     with pytest.raises(ValueError, match="trainable parameters to fit but all of them are frozen"):
         trainer(tmp_path).fit(model, train_dataloaders=[make_episodes()])
+
+
+class Attention(nn.Module):
+    """Attention over the numbers of an image, whose fused kernel has no rule for ``vmap``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x.view(len(x), 1, -1, 8)).chunk(3, -1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).mean((1, 2))
+
+
+def test_tasks_over_which_vmap_would_loop_are_not_stacked() -> None:
+    x, y = torch.rand(2, 6, 32), torch.arange(3).repeat(2, 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*batching rule")
+        ProtoNet(Attention()).meta_loss(Episodes(x, y, x, y))

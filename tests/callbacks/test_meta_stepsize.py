@@ -26,15 +26,15 @@ from helpers.families import (
     quartic_smoothness,
     quartic_tasks,
 )
-from helpers.folders import CONFIGS
+from helpers.folders import CONFIGS, SMALL_NETWORK
 from helpers.networks import build, make_episodes
 from helpers.trainers import on_device
 from lightning_maml import (
     FOMAML,
     HFMAML,
     MAML,
+    MLP,
     AdaptiveMetaStepsize,
-    Conv4,
     Episodes,
     theory,
 )
@@ -110,7 +110,8 @@ class StopAt(Callback):
 
 
 @pytest.mark.parametrize(
-    ("steps", "rule", "iterations"), [(1, "one_step", 224), (5, "finite_sum", 51)]
+    ("steps", "rule", "iterations"),
+    [pytest.param(1, "one_step", 224, marks=pytest.mark.slow), (5, "finite_sum", 51)],
 )
 def test_adaptive_stepsize_converges_where_the_best_fixed_one_diverges(
     tmp_path: Path, steps: int, rule: theory.Rule, iterations: int
@@ -256,7 +257,7 @@ def glyphs(**arguments: Any) -> GlyphsDataModule:
 
 def small_network() -> nn.Module:
     torch.manual_seed(0)
-    return Conv4(1, 3, 28, channels=4, activation="gelu")
+    return MLP(784, 3, hidden=[8], activation="gelu")
 
 
 def test_the_datamodules_tasks_are_independent_of_those_trained_on_and_of_each_other() -> None:
@@ -374,6 +375,7 @@ def test_adaptive_stepsize_runs_from_a_config(
             *arguments,
             *sgd,
             *small,
+            *SMALL_NETWORK,
             f"--data.regime={regime}",
             f"--trainer.default_root_dir={tmp_path}",
         ]

@@ -142,10 +142,16 @@ def test_missing_files_are_named_with_where_to_get_them(
     assert str(tmp_path / "cifar-100-python") in str(error.value)
 
 
-def test_a_damaged_archive_is_neither_unpacked_nor_downloaded_unasked(tmp_path: Path) -> None:
+def test_a_damaged_archive_is_neither_unpacked_nor_downloaded_unasked(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(CIFAR100, "url", "http://localhost:9/cifar-100-python.tar.gz")
     (tmp_path / CIFAR100.filename).write_bytes(b"a web page")
-    with pytest.raises(ValueError, match="archive of CIFAR-100 for Python but its checksum"):
+    message = "archive of CIFAR-100 for Python but its checksum is another; download it again"
+    with pytest.raises(ValueError, match=rf"{message}\.$"):
         CIFARFSDataModule(str(tmp_path), download=False).prepare_data()
+    with pytest.raises(ValueError, match=rf"{message} \(that failed: "):
+        CIFARFSDataModule(str(tmp_path)).prepare_data()
 
 
 def test_files_that_are_not_cifar_100s_are_refused(tmp_path: Path) -> None:

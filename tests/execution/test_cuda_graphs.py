@@ -140,8 +140,17 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
     return max(float((one[name] - other[name]).abs().max()) for name in other)
 
 
-@pytest.mark.parametrize("tasks", ["vmap", "loop"])
-@pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML, ANIL, LSLR, MetaSGD, IMAML, Reptile])
+@pytest.mark.parametrize(
+    ("algorithm", "tasks"),
+    [
+        *((each, "vmap") for each in (MAML, FOMAML, HFMAML, ANIL, LSLR, MetaSGD, IMAML, Reptile)),
+        *((each, "loop") for each in (MAML, HFMAML, Reptile)),
+        *(
+            pytest.param(each, "loop", marks=pytest.mark.slow)
+            for each in (FOMAML, ANIL, LSLR, MetaSGD, IMAML)
+        ),
+    ],
+)
 def test_steps_are_the_same_by_graphs(
     algorithm: type[MAML], tasks: str, recorded: list[Program]
 ) -> None:

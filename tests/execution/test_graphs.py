@@ -76,7 +76,7 @@ def test_they_are_kept_if_they_take_half_of_the_free_memory(
     monkeypatch.setattr(graphs, "free_bytes", lambda device: share * STEPS * sizes[-1])
     with caplog.at_level(logging.INFO):
         assert counted(model) == 3 * (STEPS + 1 if kept else 2 * STEPS + 1)
-    assert caplog.text.count("kept (keep" if kept else "built again on the way back") == 1
+    assert caplog.text.count("kept (keep" if kept else "built again in the backward pass") == 1
     assert len(sizes) == 1
     outputs = 6 * (6 + 3) * 8
     assert outputs < sizes[0] < 50 * outputs

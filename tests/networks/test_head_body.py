@@ -380,3 +380,14 @@ def test_a_module_that_is_only_called_parametrizations_is_a_layer_like_any_other
     network = nn.ModuleDict({"body": nn.Linear(4, 4), "parametrizations": parametrizations})
     of_head = ["parametrizations.weight.weight", "parametrizations.weight.bias"]
     assert list(adapting(network, "head")) == of_head
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "part", "other"),
+    [(ANIL, "head", "body"), (ANIL, "head", "all"), (BOIL, "body", "all")],
+)
+def test_named_algorithms_adapt_no_other_part(algorithm: type[MAML], part: str, other: str) -> None:
+    with pytest.raises(ValueError, match=f"to be '{part}' or names of .* got '{other}'; .* MAML"):
+        algorithm(build("mlp"), adapt=other)
+    assert algorithm(build("mlp"), adapt=part).adapted_part == part
+    assert algorithm(build("mlp"), adapt=["*.bias"]).adapted_part == ["*.bias"]

@@ -80,6 +80,7 @@ def test_a_parameter_that_layers_share_adapts_by_any_of_its_names() -> None:
         (["*.bias", "tail"], "such as '1.weight', but got 'tail', which fits none"),
         (["1", "3"], "such as '3.weight', but got '1', which fits frozen ones only"),
         (["hea"], "but got 'hea', which fits none"),
+        (["3.wieght"], "such as '3.weight', but got '3.wieght', which fits none"),
         ([1], r"or a list of names of parameters and modules but got \[1\]"),
         (3, "or a list of names of parameters and modules but got 3"),
     ],

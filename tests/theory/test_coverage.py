@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 
-from helpers.folders import CONFIGS, ROOT
+from helpers.folders import CONFIGS, ROOT, SMALL_NETWORK
 from helpers.networks import build, make_episodes
 from helpers.trainers import on_device
 from lightning_maml import (
@@ -84,7 +84,6 @@ def test_measure_judges_by_the_theorems_of_the_table(
     row: Row, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = ALGORITHMS[row.algorithm].__name__
-    small = ["--data.ways=3", "--model.network.ways=3", "--model.network.channels=2", "--tasks=2"]
     regime = "finite_sum" if row.tasks == "Episodes" else "resampling"
     data = [f"--data.regime={regime}", f"--data.train_steps={row.steps}", "--data.queries=2"]
     main(
@@ -93,7 +92,8 @@ def test_measure_judges_by_the_theorems_of_the_table(
             f"--config={CONFIGS / f'glyphs_{name.lower()}.yaml'}",
             f"--model.train_steps={row.steps}",
             "--epsilon=0.1",
-            *small,
+            "--tasks=2",
+            *SMALL_NETWORK,
             *data,
         ]
     )

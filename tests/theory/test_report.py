@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.folders import CONFIGS
-from lightning_maml import MAML, Conv4, theory
+from helpers.folders import CONFIGS, SMALL_NETWORK
+from lightning_maml import MAML, MLP, theory
 from lightning_maml.cli import main
 from lightning_maml.theory.measure import Constants
 from lightning_maml.theory.report import Adaptive, Settings, conditions, coverage, report
@@ -228,7 +228,8 @@ def test_the_command_measures_a_config_and_a_checkpoint(
         f"--config={CONFIGS / 'glyphs_hfmaml.yaml'}",
         f"--data.regime={regime}",
         "--data.queries=2",
-        *SMALL,
+        "--tasks=2",
+        *SMALL_NETWORK,
     ]
     main([*arguments, f"--trainer.default_root_dir={tmp_path}"])
     at_first = capsys.readouterr().out
@@ -238,7 +239,7 @@ def test_the_command_measures_a_config_and_a_checkpoint(
     assert ("Ji, Theorem 5" if regime == "resampling" else "Ji, Theorem 9") in at_first
     checkpoint = tmp_path / "some.ckpt"
     torch.save(
-        {"state_dict": MAML(Conv4(1, 3, 28, channels=2, activation="gelu")).state_dict()},
+        {"state_dict": MAML(MLP(784, 3, hidden=[8], activation="gelu")).state_dict()},
         checkpoint,
     )
     main([*arguments, f"--ckpt_path={checkpoint}"])
