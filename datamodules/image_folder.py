@@ -1,5 +1,6 @@
 """Episodes of users' own images, in a folder per class."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,6 +138,7 @@ class ImageFolderDataModule(EpisodicDataModule):
     def _find(self) -> tuple[CachedImageFiles, "Tree"]:
         if self._found is None:
             tree = find_tree(self.root, self.shares, self.split_seed, self.class_level)
+            _check_links(tree.classes)
             files = CachedImageFiles(
                 tree.classes,
                 self.cache_file,
@@ -217,6 +219,24 @@ def _tree_with_splits(folder: Path, places: dict[str, Path], class_level: int | 
         splits[split] = [f"{split}/{name}" for name in of_split]
         classes.update(zip(splits[split], of_split.values(), strict=True))
     return Tree(folder, classes, splits, left_out)
+
+
+def _check_links(classes: dict[str, list[Path]]) -> None:
+    """Check that no two classes have images in one folder, by links.
+
+    Raises:
+        ValueError: If two have.
+    """
+    owners: dict[str, str] = {}
+    for name, files in classes.items():
+        for folder in {os.path.realpath(file.parent) for file in files}:
+            other = owners.setdefault(folder, name)
+            if other != name:
+                raise UserValueError(
+                    f"Expected each folder of images to be of one class but {folder} is of "
+                    f"{other!r} and, by a link, of {name!r}, so that one class would count as two, "
+                    "maybe of two splits; remove the link."
+                )
 
 
 def _classes(folder: Path, class_level: int | None, left_out: LeftOut) -> dict[str, list[Path]]:

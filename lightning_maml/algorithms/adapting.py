@@ -41,6 +41,7 @@ from lightning_maml.checks.loss_checks import (
     check_targets,
     ignored_label,
 )
+from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
 from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo, first_outputs
 from lightning_maml.checks.requirements import check_loss_is_callable
 from lightning_maml.checks.stacking_check import StackingCheck
@@ -229,7 +230,10 @@ class AdaptingModule(EpisodicModule):
         params = adapting(network, adapt, head)
         if lines := frozen_that_fit(network, adapt):
             rank_zero_warn(f"In `adapt`, {'; '.join(lines)}.")
-        check_rate_names(inner_lr, [name for name, _ in network.named_parameters()])
+        first_names = {id(p): name for name, p in network.named_parameters()}
+        every_name = network.named_parameters(remove_duplicate=False)
+        shared = {name: first_names[id(p)] for name, p in every_name if name != first_names[id(p)]}
+        check_rate_names(inner_lr, [*first_names.values()], shared)
         rates_of_steps(rates_by_name(inner_lr, params), params, 1)  # refuses a rate out of range
         self.inner_lr: InnerRate = inner_lr
         self.inner_optimizer = inner_optimizer
@@ -526,6 +530,7 @@ class AdaptingModule(EpisodicModule):
             of_queries = number == 1
             return of_outputs.given(first_outputs(functional, episodes, of_queries=of_queries))
 
+        check_loss_reads_no_attributes(of_outputs, functional, episodes)
         check_broadcasting(of_outputs.loss, outputs, targets)
         check_loss_value(of_outputs, functional, episodes, self.parameters())
 

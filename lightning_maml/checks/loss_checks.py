@@ -41,6 +41,9 @@ _OF_CLASSES = re.compile("_?(nll|multi_margin|multilabel_margin|ctc)_loss|.*cros
 _PADDING = -100
 """The label that torch's losses ignore by default."""
 
+_UNLABELLED = 255
+"""The label of pixels without one, in many datasets."""
+
 _SHORT = (torch.int8, torch.int16, torch.int32)
 """Types of integers that torch's losses do not take for labels."""
 
@@ -87,10 +90,10 @@ def check_labels(
         low, high = int(counted.min()), int(counted.max())
     if low < 0 or high >= ways:
         cure = ""
-        if low == _PADDING and ignored is None:
+        if (low == _PADDING and ignored is None) or high == _UNLABELLED:
             cure = (
                 "; for padding take a loss that says which label it ignores, in an attribute "
-                "`ignore_index`"
+                "`ignore_index` or by functools.partial"
             )
         elif low == 0 and ways == 1:
             cure = (

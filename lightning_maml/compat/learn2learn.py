@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_maml.batches.episodes import Episodes
+from lightning_maml.batches.outputs import logits_in
+from lightning_maml.checks.network_checks import NetworkChecks
 from lightning_maml.core.params import Params
 from lightning_maml.errors import UserValueError
 from lightning_maml.functional.adaptation import adapted_parameters
 from lightning_maml.functional.loss_with_gradient import loss_with_gradient
 from lightning_maml.functional.losses import Loss
 from lightning_maml.functional.meta_gradient import meta_gradient
+from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
 
 _FEATURES = "(features)"  # no parameter can have this name
@@ -91,6 +94,7 @@ class LightningEpisodicModule(LightningModule):
     ) -> None:
         super().__init__()
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
+        self._is_checked = False
         chosen = {name: kwargs.get(name, default) for name, default in self._defaults().items()}
         self.save_hyperparameters(chosen)
         for name, value in chosen.items():
@@ -167,6 +171,16 @@ class LightningEpisodicModule(LightningModule):
         self.log(f"{stage}_loss", loss.detach(), **settings)
         self.log(f"{stage}_accuracy", accuracy.detach(), prog_bar=True, **settings)
         return loss
+
+    def _check_once(self, functional: FunctionalNetwork, episodes: Episodes) -> None:
+        """Check the network that adapts on the first task, and the order of the task's examples."""
+        if self._is_checked:
+            return
+        _check_order(episodes)
+        check = NetworkChecks("all", None, logits_in)
+        loss = FunctionalLoss(self.loss, logits_in)
+        check(functional.network, functional, episodes, [loss], lambda run: None)
+        self._is_checked = True
 
     def _learn(
         self, loss: Loss, params: Params, episodes: Episodes, adapts: list[str]
@@ -246,6 +260,7 @@ class LightningMAML(LightningEpisodicModule):
             return self.loss(outputs, y), outputs
 
         episodes = _split(*batch, ways, shots, queries)
+        self._check_once(functional, episodes)
         return self._learn(loss, params, episodes, list(params))
 
 
@@ -301,6 +316,8 @@ class LightningANIL(LightningEpisodicModule):
             outputs = functional(classifier, w[_FEATURES][rows])
             return self.loss(outputs, y), outputs
 
+        features = params[_FEATURES].detach()
+        self._check_once(functional, _split(features, labels, ways, shots, queries))
         rows = torch.arange(len(data), device=data.device)
         episodes = _split(rows, labels, ways, shots, queries)
         return self._learn(loss, params, episodes, adapted)
@@ -398,3 +415,18 @@ def _split(x: Tensor, y: Tensor, ways: int, shots: int, queries: int) -> Episode
     within_class = torch.arange(len(x), device=x.device) % per_class
     support, query = within_class < shots, within_class >= shots
     return Episodes(x[support][None], y[support][None], x[query][None], y[query][None])
+
+
+def _check_order(episodes: Episodes) -> None:
+    """Check that examples come class by class, so that each class is in both sets.
+
+    Raises:
+        ValueError: If they come in another order.
+    """
+    in_support, in_queries = (set(y.flatten().tolist()) for y in episodes[1::2])
+    if in_support != in_queries:
+        raise UserValueError(
+            "Expected the examples of a task class by class but got another order, in which the "
+            f"support set has the labels {sorted(in_support)} and the query set "
+            f"{sorted(in_queries)}; sort them by their labels."
+        )

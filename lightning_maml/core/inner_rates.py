@@ -70,7 +70,7 @@ class LearnedRates(nn.Module):
 
         def first_values(p: Tensor, rate: float) -> Tensor:
             shape = [*of_steps, *p.shape] if kind == "per_parameter" else of_steps
-            return torch.full(shape, rate, dtype=p.dtype, device=p.device)
+            return torch.full(shape, rate, dtype=p.dtype.to_real(), device=p.device)
 
         first_rates = rates_by_name(inner_lr, params).values()
         self.values = nn.ParameterList(map(first_values, params.values(), first_rates))
@@ -131,19 +131,36 @@ def rates_by_name(
     return {name: inner_lr[max(keys, key=len)] for name, keys in fitting.items()}
 
 
-def check_rate_names(inner_lr: float | Mapping[str, float], names: Collection[str]) -> None:
+def check_rate_names(
+    inner_lr: float | Mapping[str, float], names: Collection[str], shared: Mapping[str, str]
+) -> None:
     """Check that rates by name are those of parameters or modules.
 
     Args:
         inner_lr: As for :func:`rates_by_name`.
         names: All parameters of the network, also those that do not adapt now.
+        shared: The further names of parameters that modules share, and the first name of each.
 
     Raises:
-        ValueError: If a name is none of these.
+        ValueError: If a name is none of these, or the names of a shared parameter have different
+            rates.
     """
     if not isinstance(inner_lr, Mapping):
         return
-    if unknown := [key for key in inner_lr if not any(_fits(key, name) for name in names)]:
+    for other, first in shared.items():
+        rates = [
+            inner_lr[max(keys, key=len)]
+            for name in (first, other)
+            if (keys := [key for key in inner_lr if _fits(key, name)])
+        ]
+        named = any(key and _fits(key, other) for key in inner_lr)
+        if named and (len(rates) == 1 or rates[0] != rates[1]):
+            raise UserValueError(
+                f"Expected `inner_lr` to have one rate for a parameter that modules share but "
+                f"{other!r} is {first!r} too, whose rate would count; name both, with one rate."
+            )
+    every = [*names, *shared]
+    if unknown := [key for key in inner_lr if not any(_fits(key, name) for name in every)]:
         raise UserValueError(
             f"Expected `inner_lr` to name parameters of the network, or modules that have some, "
             f"but {unknown} are none; the parameters are {[*names]}."

@@ -141,11 +141,21 @@ def rate_name(step: int, name: str) -> str:
 
 
 def _rate_gradients(step: InnerStep, gradient: Params, v: Params) -> Params:
-    """Return the gradient of A in ``w_{j+1} = w_j - A g``, which is ``-g v_{j+1}``."""
+    """Return the gradient of A in ``w_{j+1} = w_j - A g``, which is ``-g v_{j+1}``.
+
+    A is real, of complex parameters too.
+    """
     return {
-        rate_name(step.number, name): -(gradient[name] * v[name]).sum_to_size(rate.shape)
+        rate_name(step.number, name): -_real_product(gradient[name], v[name]).sum_to_size(
+            rate.shape
+        )
         for name, rate in tensor_rates(step.rates).items()
     }
+
+
+def _real_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a b``; of complex numbers, as of pairs of real ones."""
+    return (a.conj() * b).real if a.is_complex() else a * b
 
 
 def with_query_losses(back: StepBack, losses: TaskLosses, weights: Sequence[float]) -> StepBack:

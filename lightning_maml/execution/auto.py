@@ -29,6 +29,7 @@ from lightning_maml.execution.task_map import (
     are_stacked,
     check_chunk_size,
 )
+from lightning_maml.networks.attributes import hooks_know_others
 from lightning_maml.networks.facts import facts_of
 from lightning_maml.networks.stacking_trial import Verdict
 
@@ -153,7 +154,7 @@ class Executor:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("loop", None) if any(stacking()) else Execution("vmap", self._fitting)
-        if draws or facts_of(network).caches_parametrizations or _a_mode_is_active():
+        if draws or _threads_would_meet(network):
             return Execution("loop", None)
         return for_cpu(
             episodes, sum(p.numel() for p in network.parameters()), lambda: not any(stacking())
@@ -200,6 +201,12 @@ class Executor:
                 "uses torch.nn.utils.parametrize.cached, a cache that they share; use "
                 "tasks='loop', or leave the cache out."
             )
+        if self.tasks == "threads" and hooks_know_others(network):
+            raise UserValueError(
+                "Expected hooks that know nothing outside of the network with `tasks='threads'`, "
+                "because threads would share it, but some know a container or an object; keep it "
+                "in an attribute of the network, or use tasks='loop'."
+            )
         if self.tasks == "threads" and _a_mode_is_active():
             raise UserValueError(
                 "Expected no mode of torch (torch.device or another TorchFunctionMode as a "
@@ -212,8 +219,7 @@ class Executor:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("vmap", chunk_size)
-        in_a_loop = draws or self._drew_in_threads or facts_of(network).caches_parametrizations
-        if in_a_loop or _a_mode_is_active():
+        if draws or self._drew_in_threads or _threads_would_meet(network):
             return Execution("loop", chunk_size)
         return Execution(_one_by_one(-(-len(episodes.support_y) // chunk_size)), chunk_size)
 
@@ -226,7 +232,7 @@ class Executor:
         """
         if self.tasks != "auto" or self.chunk_size is not None or device.type != "cpu":
             return Execution("vmap", self.chunk_size or ADAPTED_AT_ONCE)
-        if facts_of(network).caches_parametrizations or _a_mode_is_active():
+        if _threads_would_meet(network):
             return Execution("loop", None)
         alone = support._replace(query_x=map_tensors(lambda tensor: tensor[:, :0], support.query_x))
         return for_cpu(
@@ -368,6 +374,12 @@ def for_cpu(
         return Execution("vmap", None)
     chunks = cores * -(-tasks // (fitting * cores))  # so that no core waits for another
     return Execution(_one_by_one(chunks), max(FEWEST_STACKED, -(-tasks // chunks)))
+
+
+def _threads_would_meet(network: nn.Module) -> bool:
+    """Return whether threads that run a network would share what it changes, or lack a mode."""
+    caches = facts_of(network).caches_parametrizations
+    return caches or hooks_know_others(network) or _a_mode_is_active()
 
 
 def _a_mode_is_active() -> bool:

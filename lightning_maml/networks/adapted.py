@@ -11,7 +11,7 @@ from lightning_maml.batches.trees import Inputs, call, count, map_tensors, tenso
 from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import Randomness
 from lightning_maml.errors import UserValueError
-from lightning_maml.networks.attributes import Kept
+from lightning_maml.networks.attributes import Kept, numbers_in
 from lightning_maml.networks.batch_norm import (
     batch_norm_input_stats,
     batch_norms,
@@ -147,11 +147,16 @@ class AdaptedNetworks(nn.Module):
         # one task, or be tensors of vmap that cannot be used outside of it.
         network = structural_copy(self._network)
         where, kept = places(network), Kept(network)
+        modules, numbers = dict(network.named_modules()), numbers_in(network)
 
         def run(state: Params, x: Any) -> Any:
-            with holding(where, state):
+            # what a pass writes to buffers and counters is not for the next task
+            buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+            with holding(where, buffers | state):
                 outputs = call(network, x)
             kept.put_back()
+            for (name, key), number in numbers.items():
+                modules[name].__dict__[key] = number
             return outputs
 
         return run
@@ -167,10 +172,11 @@ class AdaptedNetworks(nn.Module):
         """
         network = deep_copy(self._network)
         run_uncompiled(network)
-        network.load_state_dict(
-            {name: state[task] for name, state in zip(self._names, self._states, strict=True)},
-            strict=False,
-        )
+        # not by load_state_dict, which a network may define anew
+        own = dict(network.named_parameters()) | dict(network.named_buffers())
+        with torch.no_grad():
+            for name, state in zip(self._names, self._states, strict=True):
+                own[name].copy_(state[task])
         return network
 
 

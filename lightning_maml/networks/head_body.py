@@ -111,7 +111,7 @@ def _named(network: nn.Module, patterns: Sequence[str]) -> Params:
     every = dict(network.named_parameters(remove_duplicate=False))
     adapting_ids: set[int] = set()
     for pattern in patterns:
-        fitting = [p for name, p in every.items() if _fits(name, pattern)]
+        fitting = [every[name] for name in _fitting(every, pattern)]
         trainable = {id(p) for p in fitting if p.requires_grad}
         if not trainable:
             found = "frozen ones only" if fitting else "none"
@@ -141,7 +141,8 @@ def frozen_that_fit(network: nn.Module, part: Part) -> list[str]:
     """
     lines = []
     for pattern in [] if isinstance(part, str) else part:
-        fitting = {p: name for name, p in network.named_parameters() if _fits(name, pattern)}
+        every = dict(network.named_parameters())
+        fitting = {every[name]: name for name in _fitting(every, pattern)}
         frozen = [name for p, name in fitting.items() if not p.requires_grad]
         if frozen and set("*?[") & set(pattern):
             lines.append(
@@ -151,9 +152,12 @@ def frozen_that_fit(network: nn.Module, part: Part) -> list[str]:
     return lines
 
 
-def _fits(name: str, pattern: str) -> bool:
-    """Return whether a parameter, or a module that it is in, is called so."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+def _fitting(names: Iterable[str], pattern: str) -> list[str]:
+    """Return the parameters that are called so, or lie in a module that is; else by the pattern."""
+    called = [name for name in names if name == pattern or name.startswith(f"{pattern}.")]
+    return called or [
+        name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+    ]
 
 
 def head_of(network: nn.Module, head: str | None = None) -> str:

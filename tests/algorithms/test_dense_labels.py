@@ -177,6 +177,13 @@ def test_logits_that_do_not_fit_the_labels_are_refused(network, episodes, messag
         MAML(network(), RATE, loss=border_aside).meta_loss(episodes())
 
 
+def test_labels_of_255_are_named_for_what_they_may_be() -> None:
+    whole = images()
+    whole.support_y[0, 0, 0, 0] = 255
+    with pytest.raises(ValueError, match=r"got 0 to 255; for padding .* or by functools.partial"):
+        MAML(segmenter(), RATE).meta_loss(whole)
+
+
 def test_query_labels_that_do_not_fit_are_refused() -> None:
     whole = images()
     episodes = whole._replace(query_y=whole.query_y[..., :4])

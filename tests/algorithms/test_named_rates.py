@@ -9,7 +9,18 @@ from torch.utils.data import DataLoader
 
 from helpers.networks import build, leaves, make_episodes, plain_loss, relative_error, unrolled
 from helpers.trainers import trainer_in_double
-from lightning_maml import ANIL, BOIL, FOMAML, HFMAML, IMAML, LSLR, MAML, MetaSGD, Reptile
+from lightning_maml import (
+    ANIL,
+    BOIL,
+    FOMAML,
+    HFMAML,
+    IMAML,
+    LSLR,
+    MAML,
+    Episodes,
+    MetaSGD,
+    Reptile,
+)
 from lightning_maml.core.inner_rates import rates_by_name
 
 # layers 1 and 3 of the mlp have parameters
@@ -120,3 +131,57 @@ def test_layers_with_a_rate_may_be_frozen_later() -> None:
     network[1].requires_grad_(False)
     found = model.meta_gradient(make_episodes())
     assert {*found} == {"3.weight", "3.bias"}
+
+
+class Complex(torch.nn.Module):
+    """A smooth network with a complex weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(5, 4, dtype=torch.complex128))
+        self.head = torch.nn.Linear(8, 3).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = torch.tanh(x.to(self.weight.dtype) @ self.weight)
+        return self.head(torch.cat([z.real, z.imag], -1))
+
+
+@pytest.mark.parametrize("kind", ["per_layer", "per_layer_and_step", "per_parameter"])
+@pytest.mark.parametrize("algorithm", [MAML, HFMAML])
+def test_learned_rates_of_complex_parameters_are_real_and_right(
+    algorithm: type[MAML], kind: str
+) -> None:
+    model = algorithm(Complex(), 0.1, 2, inner_rates=kind)
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 6, 5, generator=random, dtype=torch.float64)
+    y = torch.arange(3).repeat(3, 2)
+    episodes = Episodes(x[0], y, x[1], y)
+    model.meta_loss(episodes).backward()
+    for rate in model.learned_rates.values:
+        assert rate.dtype is torch.float64
+        entry = rate.detach().view(-1)
+        first = float(entry[0])
+        above, below = (
+            float(loss_with(model, entry, first + shift, episodes)) for shift in (1e-5, -1e-5)
+        )
+        entry[0] = first
+        assert float(rate.grad.view(-1)[0]) == pytest.approx((above - below) / 2e-5, rel=1e-5)
+
+
+def loss_with(model: MAML, entry: torch.Tensor, value: float, episodes: Episodes) -> torch.Tensor:
+    entry[0] = value
+    return model.meta_loss(episodes).detach()
+
+
+@pytest.mark.parametrize("rates", [{"": 0.1, "2": 0.3}, {"2.weight": 0.3, "": 0.1}])
+def test_shared_parameters_have_one_rate(rates: dict[str, float]) -> None:
+    network = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+    )
+    network[2].weight = network[0].weight
+    with pytest.raises(ValueError, match=r"'2.weight' is '0.weight' too, .* name both, with one"):
+        MAML(network, rates)
+    named = {"": 0.1, "2": 0.3, "0.weight": 0.3}
+    assert MAML(network, named)._rates()["0.weight"] == 0.3
+    assert MAML(network, {"": 0.1})._rates()["0.weight"] == 0.1

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from helpers.networks import IMAGE, WAYS, flat, relative_error
 from helpers.pipelines import NoiseTaskset
@@ -252,3 +253,30 @@ def test_mismatched_sizes_and_several_processes_are_refused() -> None:
         match="Expected a task of 3 ways with 2 shots and 1 queries, 9 examples, but got 15",
     ):
         build("maml", whole()).meta_learn(NoiseTaskset().sample(), 0, WAYS, SHOTS, 1)
+
+
+class Checkpointed(nn.Module):
+    """A network that runs a layer again in the backward pass, with the parameters of then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = checkpoint(lambda z: torch.tanh(self.first(z)), x, use_reentrant=False)
+        return self.last(hidden)
+
+
+def test_networks_and_orders_that_would_give_other_numbers_are_refused() -> None:
+    x, y = torch.rand(12, 4), torch.arange(3).repeat_interleave(4)
+    sizes = {"ways": 3, "shots": 1, "queries": 3}
+    model = LightningMAML(Checkpointed(), train_ways=3, test_ways=3)
+    with pytest.raises(ValueError, match="whose adapting layers run once but got one with check"):
+        model.meta_learn((x, y), 0, **sizes)
+    other_order = (x, torch.tensor([0, 1, 2, 0] * 3))
+    for model in (
+        LightningMAML(nn.Linear(4, 3), train_ways=3, test_ways=3),
+        LightningANIL(nn.Linear(4, 5), nn.Linear(5, 3), train_ways=3, test_ways=3),
+    ):
+        with pytest.raises(ValueError, match=r"class by class .* labels \[0\] and the query set"):
+            model.meta_learn(other_order, 0, **sizes)

@@ -652,3 +652,14 @@ def test_small_classes_are_refused_or_dropped(tree: Path) -> None:
 def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         datamodule(Path(), **arguments)
+
+
+@pytest.mark.parametrize("link", ["train/alias", "test/inner"])
+def test_one_folder_is_not_two_classes(split_tree: Path, link: str) -> None:
+    place = split_tree / link
+    aim = split_tree / ("test" if link.startswith("train") else "train")
+    place.symlink_to(min(aim.iterdir()))
+    with pytest.raises(
+        ValueError, match=r"folder of images to be of one class .*; remove the link"
+    ):
+        datamodule(split_tree).prepare_data()

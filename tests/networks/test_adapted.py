@@ -533,3 +533,47 @@ def test_a_network_of_torchscript_trains_and_adapts_as_the_one_it_was_made_of() 
         rtol=1e-10,
         atol=1e-12,
     )
+
+
+class Drifting(nn.Module):
+    """A network whose passes change a buffer, replace another, and count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(5, 3), 0
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("last", torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean.lerp_(x.mean(0).detach(), 0.5)
+        self.last = 0.5 * (self.last + self.mean)
+        self.calls += 1
+        return self.layer(x - self.mean - self.last) * self.calls
+
+
+@pytest.mark.parametrize("tasks", ["auto", "loop"])
+def test_what_a_pass_changes_is_not_for_the_next_task(tasks: str) -> None:
+    x, y = torch.randn(3, 6, 5, dtype=torch.float64), torch.arange(3).repeat(3, 2)
+    model = MAML(Drifting().double(), 0.1, tasks=tasks)
+    networks = model.adapt(x, y)
+    for _ in range(2):
+        found = networks(x)
+        for task in range(3):
+            alone = model.adapt(x[task], y[task])(x[task])
+            torch.testing.assert_close(found[task], alone, rtol=0, atol=1e-12)
+
+
+class Prefixed(nn.Sequential):
+    """A network that loads only what has a prefix."""
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        named = {key[6:]: value for key, value in state_dict.items() if key.startswith("model.")}
+        return super().load_state_dict(named, strict, assign)
+
+
+def test_a_network_that_loads_in_its_own_way_is_adapted() -> None:
+    x, y = torch.randn(6, 5), torch.arange(3).repeat(2)
+    network = Prefixed(nn.Linear(5, 3))
+    adapted = MAML(network, 0.5).adapt(x, y)
+    gradient = torch.autograd.grad(F.cross_entropy(network(x), y), network[0].weight)[0]
+    torch.testing.assert_close(adapted[0].weight, network[0].weight - 0.5 * gradient)

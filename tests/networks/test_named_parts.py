@@ -276,3 +276,9 @@ def test_rates_of_named_parameters_are_learned() -> None:
     assert len(model.learned_rates.values) == 3
     model.meta_loss(make_episodes()).backward()
     assert all((rate.grad != 0).all() for rate in model.learned_rates.values)
+
+
+def test_a_name_is_no_pattern_where_it_is_that_of_a_module() -> None:
+    network = nn.Sequential(nn.ModuleDict({"a[0]": nn.Linear(4, 4), "a0": nn.Linear(4, 4)}))
+    assert [*adapting(network, ["0.a[0]"])] == ["0.a[0].weight", "0.a[0].bias"]
+    assert [*adapting(network, ["0.a[0-9]"])] == ["0.a0.weight", "0.a0.bias"]

@@ -1,0 +1,76 @@
+"""Losses that read what a pass of the network leaves in its attributes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helpers.networks import make_episodes, relative_error
+from lightning_maml import MAML
+
+
+class Hidden(nn.Module):
+    """A network that keeps its hidden layer."""
+
+    def __init__(self, returned: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.returned = nn.Linear(64, 8), nn.Linear(8, 3), returned
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        self.hidden = torch.tanh(self.body(x.flatten(1)))
+        logits = self.head(self.hidden)
+        return {"logits": logits, "hidden": self.hidden} if self.returned else logits
+
+
+def square(network: Hidden, outputs: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, y) + network.hidden.square().mean()
+
+
+def by_function(network: Hidden, outputs: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, y) + torch.mean(network.hidden)
+
+
+def by_index(network: Hidden, outputs: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, y) + network.hidden[0].sum()
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("loss", [square, by_function, by_index])
+def test_they_are_refused(loss: Callable[..., Tensor], called_before: bool) -> None:
+    network, episodes = Hidden().double(), make_episodes()
+    if called_before:
+        network(episodes.query_x[0])
+    with pytest.raises(ValueError, match=r"reads an attribute .* sets \(hidden\).* dict with `log"):
+        MAML(network, 0.1, loss=lambda o, y: loss(network, o, y)).meta_loss(episodes)
+    assert hasattr(network, "hidden") == called_before
+
+
+def test_the_way_out_that_is_named_is_one() -> None:
+    """A network that returns what the loss reads, against autograd for one task of one step."""
+    network, episodes = Hidden(returned=True).double(), make_episodes()
+
+    def loss(outputs: dict[str, Tensor], y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs["logits"], y) + outputs["hidden"].square().mean()
+
+    model = MAML(network, 0.1, 1, loss=loss)
+    model.meta_loss(episodes).backward()
+    found = {name: p.grad for name, p in network.named_parameters()}
+    w, total = dict(network.named_parameters()), 0.0
+    for x, y, query_x, query_y in zip(*episodes, strict=True):
+        value = loss(torch.func.functional_call(network, w, (x,)), y)
+        gradient = torch.autograd.grad(value, [*w.values()], create_graph=True)
+        moved = {name: p - 0.1 * g for (name, p), g in zip(w.items(), gradient, strict=True)}
+        total = total + loss(torch.func.functional_call(network, moved, (query_x,)), query_y)
+    right = torch.autograd.grad(total / len(episodes.query_y), [*w.values()])
+    assert relative_error(found, dict(zip(w, right, strict=True))) < 1e-12
+
+
+def test_losses_that_fail_in_any_case_are_for_other_checks() -> None:
+    def broken(outputs: Tensor, y: Tensor) -> Tensor:
+        raise RuntimeError("a fault of its own")
+
+    with pytest.raises(ValueError, match="a fault of its own"):
+        MAML(Hidden().double(), 0.1, loss=broken).meta_loss(make_episodes())
