@@ -293,7 +293,8 @@ class IMAML(MAML):
         **options: Further arguments of :class:`MAML`.
 
     Raises:
-        ValueError: As in :class:`MAML`, and if one of the last three numbers is out of range.
+        ValueError: As in :class:`MAML`, if one of the last three numbers is out of range, or if
+            parameters are complex.
 
     Examples:
         >>> from lightning_maml import IMAML, MLP
@@ -329,6 +330,11 @@ class IMAML(MAML):
             )
         if cg_steps < 0:
             raise UserValueError(f"Expected `cg_steps` to be at least 0 but got {cg_steps}.")
+        if any(p.is_complex() for p in network.parameters()):
+            raise UserValueError(
+                "Expected real parameters with IMAML but got complex ones; use MAML, or parameters "
+                "that are real, of which the network makes complex numbers."
+            )
         self.save_hyperparameters("proximal_strength", "cg_steps")
         self.proximal_strength, self.cg_steps = proximal_strength, cg_steps
 

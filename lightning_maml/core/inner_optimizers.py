@@ -132,7 +132,8 @@ class InnerAdam(InnerOptimizer):
             parameter instead (Loshchilov and Hutter 2019).
 
     Raises:
-        TypeError: If ``decoupled_weight_decay`` is neither True nor False.
+        TypeError: If ``decoupled_weight_decay`` is neither True nor False, or, at the first batch,
+            if parameters are complex.
         ValueError: If a number is negative, or a beta is not below 1.
 
     Examples:
@@ -163,6 +164,11 @@ class InnerAdam(InnerOptimizer):
 
     @override
     def start(self, w: Tensor) -> Slots:
+        if w.is_complex():
+            raise UserTypeError(
+                "Expected real parameters with InnerAdam but got complex ones; use InnerSGD, or "
+                "parameters that are real, of which the network makes complex numbers."
+            )
         return torch.zeros_like(w), torch.zeros_like(w)
 
     @override

@@ -137,8 +137,8 @@ class TaskNorm:
         if x.ndim > 1 and x.numel() == x.shape[1]:
             raise UserValueError(
                 "Expected several values in each channel, for batch norm's statistics of a batch, "
-                "but got one example; give several at once, or use batch_norm='support' or "
-                "'running'."
+                "but got one example; give several at once. For single queries there is "
+                "batch_norm='support' or 'running', for single support examples nn.GroupNorm."
             )
         weight, bias, eps = self._layer.weight, self._layer.bias, self._layer.eps
         if _is_side_by_side() and not self.context:

@@ -18,6 +18,7 @@ from lightning_maml import (
     LSLR,
     MAML,
     Episodes,
+    InnerAdam,
     MetaSGD,
     Reptile,
 )
@@ -172,6 +173,15 @@ def test_learned_rates_of_complex_parameters_are_real_and_right(
 def loss_with(model: MAML, entry: torch.Tensor, value: float, episodes: Episodes) -> torch.Tensor:
     entry[0] = value
     return model.meta_loss(episodes).detach()
+
+
+def test_where_complex_parameters_do_not_work_a_sentence_says_so() -> None:
+    x, y = torch.rand(2, 6, 5, dtype=torch.float64), torch.arange(3).repeat(2, 2)
+    model = MAML(Complex(), 0.1, inner_optimizer=InnerAdam())
+    with pytest.raises(TypeError, match="Expected real parameters with InnerAdam but got complex"):
+        model.meta_loss(Episodes(x, y, x, y))
+    with pytest.raises(ValueError, match="Expected real parameters with IMAML but got complex"):
+        IMAML(Complex())
 
 
 @pytest.mark.parametrize("rates", [{"": 0.1, "2": 0.3}, {"2.weight": 0.3, "": 0.1}])
