@@ -229,13 +229,12 @@ def _check_links(classes: dict[str, list[Path]]) -> None:
     """
     owners: dict[str, str] = {}
     for name, files in classes.items():
-        for folder in {os.path.realpath(file.parent) for file in files}:
+        for folder in map(os.path.realpath, {file.parent for file in files}):
             other = owners.setdefault(folder, name)
             if other != name:
                 raise UserValueError(
-                    f"Expected each folder of images to be of one class but {folder} is of "
-                    f"{other!r} and, by a link, of {name!r}, so that one class would count as two, "
-                    "maybe of two splits; remove the link."
+                    f"Expected each folder of images to be of one class but {folder} is, by a "
+                    f"link, of both {other!r} and {name!r}, which may be of two splits; remove one."
                 )
 
 

@@ -4,6 +4,7 @@ Their type decides what the command shows without a traceback. Each is one of Py
 so that code which catches ``ValueError`` catches them.
 """
 
+import numpy as np
 import torch
 
 
@@ -53,5 +54,5 @@ def check_truth(**values: bool) -> None:
         TypeError: If one is neither.
     """
     for name, value in values.items():
-        if value not in (True, False):
+        if not isinstance(value, bool | np.bool_):
             raise UserTypeError(f"Expected `{name}` to be True or False but got {value!r}.")

@@ -232,7 +232,11 @@ class AdaptingModule(EpisodicModule):
             rank_zero_warn(f"In `adapt`, {'; '.join(lines)}.")
         first_names = {id(p): name for name, p in network.named_parameters()}
         every_name = network.named_parameters(remove_duplicate=False)
-        shared = {name: first_names[id(p)] for name, p in every_name if name != first_names[id(p)]}
+        shared = {
+            name: first_names[id(p)]
+            for name, p in every_name
+            if name != first_names[id(p)] and first_names[id(p)] in params
+        }
         check_rate_names(inner_lr, [*first_names.values()], shared)
         rates_of_steps(rates_by_name(inner_lr, params), params, 1)  # refuses a rate out of range
         self.inner_lr: InnerRate = inner_lr
@@ -394,7 +398,8 @@ class AdaptingModule(EpisodicModule):
         kind = self._kind(network, episodes)
         info = self._check(functional, episodes, kind)
         stacking = partial(self._verdict, episodes, network, kind)
-        execution = self._executor(network, self.device, episodes, info.draws, stacking)
+        meeting = partial(self._threads_would_meet, episodes, network, kind)
+        execution = self._executor(network, self.device, episodes, info.draws, stacking, meeting)
         if are_stacked(*execution):
             functional = functional.stacked()
         return Plan(functional, execution, self._head_that_ends(info, episodes), kind)
@@ -530,7 +535,7 @@ class AdaptingModule(EpisodicModule):
             of_queries = number == 1
             return of_outputs.given(first_outputs(functional, episodes, of_queries=of_queries))
 
-        check_loss_reads_no_attributes(of_outputs, functional, episodes)
+        check_loss_reads_no_attributes(of_outputs, self.network, functional, episodes)
         check_broadcasting(of_outputs.loss, outputs, targets)
         check_loss_value(of_outputs, functional, episodes, self.parameters())
 
@@ -590,16 +595,7 @@ class AdaptingModule(EpisodicModule):
         """Return whether tasks of a checked batch can be stacked, for the network or a copy."""
 
         def compare() -> Verdict:
-            stacked = StackingCheck(
-                network,
-                self.loss,
-                self.logits,
-                self.batch_norm,
-                self._averages(0),
-                support_loss=self.support_loss,
-                query_in_eval=self._query_in_eval,
-            )
-            verdict = stacked.compare(
+            verdict = self._several(network).compare(
                 episodes, adapts_only=adapts_only, exact=self.curvature == "exact"
             )
             if verdict.wrong or self.inner_optimizer is None:
@@ -608,6 +604,28 @@ class AdaptingModule(EpisodicModule):
             return verdict._replace(wrong=fails_stacked(self.inner_optimizer, w, 0.1))
 
         return self._stacking_verdict((*kind, adapts_only), compare)
+
+    def _threads_would_meet(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> bool:
+        """Return whether tasks in threads would write to the same thing."""
+        found: bool = self._findings.once(
+            "threads",
+            kind,
+            self.loss,
+            lambda: self._several(network).threads_would_meet(detached(episodes)),
+        )
+        return found
+
+    def _several(self, network: nn.Module) -> StackingCheck:
+        """Return the checks on several tasks of the network or a copy of it."""
+        return StackingCheck(
+            network,
+            self.loss,
+            self.logits,
+            self.batch_norm,
+            self._averages(0),
+            support_loss=self.support_loss,
+            query_in_eval=self._query_in_eval,
+        )
 
     def _curve(self, plan: Plan, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
         if plan.head is not None:

@@ -207,7 +207,8 @@ class MAML(AdaptingModule):
         as_one = not of_one and self._adapts_as_one(support, network, kind)
         execution = Execution("loop", None)
         if as_one:
-            execution = self._executor.of_adaptation(self.network, self.device, support)
+            meeting = partial(self._threads_would_meet, support, network, kind)
+            execution = self._executor.of_adaptation(self.network, self.device, support, meeting)
         functional = FunctionalNetwork(network, self.batch_norm, vectorised=are_stacked(*execution))
         adapted = adapted_parameters(
             [self._losses(functional, self._averages(j)).support for j in range(steps + 1)],

@@ -330,7 +330,7 @@ class IMAML(MAML):
             )
         if cg_steps < 0:
             raise UserValueError(f"Expected `cg_steps` to be at least 0 but got {cg_steps}.")
-        if any(p.is_complex() for p in network.parameters()):
+        if any(p.is_complex() and p.requires_grad for p in network.parameters()):
             raise UserValueError(
                 "Expected real parameters with IMAML but got complex ones; use MAML, or parameters "
                 "that are real, of which the network makes complex numbers."

@@ -1,5 +1,6 @@
 """Finds losses that read what a network's forward pass leaves in its attributes."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -17,7 +18,10 @@ from lightning_maml.networks.functional_network import FunctionalNetwork
 
 
 def check_loss_reads_no_attributes(
-    of_outputs: FunctionalLoss, functional: FunctionalNetwork, episodes: AnyEpisodes
+    of_outputs: FunctionalLoss,
+    network: nn.Module,
+    functional: FunctionalNetwork,
+    episodes: AnyEpisodes,
 ) -> None:
     """Refuse a loss that reads an attribute which a forward pass sets.
 
@@ -26,7 +30,8 @@ def check_loss_reads_no_attributes(
 
     Args:
         of_outputs: The loss.
-        functional: The network, whose writes have been found.
+        network: The user's network, which a loss may know.
+        functional: The network or a copy of it, whose writes have been found.
         episodes: The meta-batch.
 
     Raises:
@@ -46,7 +51,7 @@ def check_loss_reads_no_attributes(
                 return error
             return None
 
-        with _unreadable(functional.network, sorted(written.kept)):
+        with _unreadable(network, sorted(written.kept)):
             error = fails()
         # one that fails in any case is for the other checks
         reads = isinstance(error, _ReadError) or (error is not None and fails() is None)
@@ -64,7 +69,7 @@ class _ReadError(Exception):
 
 
 class _Unreadable:
-    """Takes the place of an attribute, and fails at whatever is done with it."""
+    """Takes the place of an attribute, and fails at whatever a loss may do with it."""
 
     def _fail(self, *_: Any, **__: Any) -> NoReturn:
         raise _ReadError
@@ -73,23 +78,42 @@ class _Unreadable:
     def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
         raise _ReadError
 
-    __getattr__ = __getitem__ = __iter__ = __len__ = __call__ = __float__ = __bool__ = _fail
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # copies and the like ask for these
+            raise AttributeError(name)
+        raise _ReadError
+
+    __getitem__ = __iter__ = __len__ = __call__ = __float__ = __bool__ = _fail
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = _fail
 
 
 @contextmanager
 def _unreadable(network: nn.Module, names: list[tuple[str, str]]) -> Iterator[None]:
-    """Let these attributes, each a module's name and its own, be unreadable for a while."""
+    """Let these attributes, each a module's name and its own, be unreadable for a while.
+
+    Dicts and lists are emptied, as others may know them too.
+    """
     modules = dict(network.named_modules())
     holders = [(modules[name].__dict__, key) for name, key in names if name in modules]
     before = [holder.get(key, MISSING) for holder, key in holders]
-    for holder, key in holders:
-        holder[key] = _Unreadable()
+    contents: list[Any] = [
+        copy.copy(value) if isinstance(value, dict | list) else None for value in before
+    ]
+    for (holder, key), value in zip(holders, before, strict=True):
+        if isinstance(value, dict | list):
+            value.clear()
+        else:
+            holder[key] = _Unreadable()
     try:
         yield
     finally:
-        for (holder, key), value in zip(holders, before, strict=True):
+        for (holder, key), value, content in zip(holders, before, contents, strict=True):
             if value is MISSING:
-                del holder[key]
-            else:
-                holder[key] = value
+                holder.pop(key, None)
+                continue
+            if isinstance(value, list):
+                value[:] = content
+            elif isinstance(value, dict):
+                value.clear()
+                value.update(content)
+            holder[key] = value

@@ -1,6 +1,6 @@
 """Checks on two tasks whether the tasks of a network and its loss can be stacked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,13 +9,19 @@ from torch import Tensor, nn
 
 from lightning_maml.batches.episodes import AnyEpisodes, support_set
 from lightning_maml.batches.trees import detached, map_tensors
+from lightning_maml.checks.meeting import would_meet
 from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.params import Params
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import facts_of
 from lightning_maml.networks.functional_loss import SUPPORT_LOSS_PREFIX, FunctionalLoss
 from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
-from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare_losses
+from lightning_maml.networks.stacking_trial import (
+    HOOKED,
+    Verdict,
+    compare_losses,
+    two_tasks,
+)
 
 
 class _Functions(NamedTuple):
@@ -91,6 +97,20 @@ class StackingCheck:
                 raise
             return self._in_double(episodes, curved=False)
 
+    def threads_would_meet(self, episodes: AnyEpisodes) -> bool:
+        """Return whether the first and last task, in threads, would write to the same thing."""
+
+        def evaluated(task: AnyEpisodes) -> Callable[[], Tensor]:
+            functions = self._functions(self._network, vectorised=False)
+            of_support = FunctionalLoss(self._losses[0], self._logits, SUPPORT_LOSS_PREFIX)
+            of_queries = FunctionalLoss(self._losses[1], self._logits)
+            params = functions.support.params | of_support.params | of_queries.params
+            losses = partial(_both_losses, of_support, of_queries, self._averages)
+            return partial(losses, functions, params, task)
+
+        with torch.inference_mode(False):
+            return would_meet(*map(evaluated, two_tasks(episodes)))
+
     def _in_double(self, episodes: AnyEpisodes, *, curved: bool) -> Verdict:
         """Compare in float64, or in the network's own type if it runs in no other."""
         reason = ""
@@ -137,17 +157,7 @@ class StackingCheck:
         of_support = FunctionalLoss(losses[0], self._logits, SUPPORT_LOSS_PREFIX)
         of_queries = FunctionalLoss(losses[1], self._logits)
 
-        # support and query loss together, as the network may treat the sets differently
-        def both_losses(functions: _Functions, params: Params, task: AnyEpisodes) -> Tensor:
-            x, y = support_set(task)
-            support = of_support(params, functions.support(params, x, averages=averages), y)
-            statistics_of = x if functions.query.uses_support_statistics else None
-            outputs = functions.query(
-                params, task.query_x, statistics_of=statistics_of, averages=averages
-            )
-            value: Tensor = support + of_queries(params, outputs, task.query_y)
-            return value
-
+        both_losses = partial(_both_losses, of_support, of_queries, averages)
         single = self._functions(network, vectorised=False)
         stacked = self._functions(network, vectorised=True)
         device = episodes.support_y.device.type
@@ -167,3 +177,20 @@ class StackingCheck:
         functional = FunctionalNetwork(network, self._batch_norm, vectorised=vectorised)
         query = functional.in_mode(training=False) if self._query_in_eval else functional
         return _Functions(functional, query)
+
+
+def _both_losses(
+    of_support: FunctionalLoss,
+    of_queries: FunctionalLoss,
+    averages: Mapping[str, Tensor],
+    functions: _Functions,
+    params: Params,
+    task: AnyEpisodes,
+) -> Tensor:
+    """Return support and query loss together, as the network may treat the sets differently."""
+    x, y = support_set(task)
+    support = of_support(params, functions.support(params, x, averages=averages), y)
+    statistics_of = x if functions.query.uses_support_statistics else None
+    outputs = functions.query(params, task.query_x, statistics_of=statistics_of, averages=averages)
+    value: Tensor = support + of_queries(params, outputs, task.query_y)
+    return value

@@ -94,7 +94,7 @@ class LightningEpisodicModule(LightningModule):
     ) -> None:
         super().__init__()
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
-        self._is_checked = False
+        self._checked_modes: set[bool] = set()
         chosen = {name: kwargs.get(name, default) for name, default in self._defaults().items()}
         self.save_hyperparameters(chosen)
         for name, value in chosen.items():
@@ -173,14 +173,14 @@ class LightningEpisodicModule(LightningModule):
         return loss
 
     def _check_once(self, functional: FunctionalNetwork, episodes: Episodes) -> None:
-        """Check the network that adapts on the first task, and the order of the task's examples."""
-        if self._is_checked:
+        """Check the network that adapts, and the order of examples, on the first task of a mode."""
+        if self.training in self._checked_modes:
             return
         _check_order(episodes)
         check = NetworkChecks("all", None, logits_in)
         loss = FunctionalLoss(self.loss, logits_in)
         check(functional.network, functional, episodes, [loss], lambda run: None)
-        self._is_checked = True
+        self._checked_modes.add(self.training)
 
     def _learn(
         self, loss: Loss, params: Params, episodes: Episodes, adapts: list[str]
@@ -423,6 +423,8 @@ def _check_order(episodes: Episodes) -> None:
     Raises:
         ValueError: If they come in another order.
     """
+    if episodes.support_y.is_floating_point():
+        return
     in_support, in_queries = (set(y.flatten().tolist()) for y in episodes[1::2])
     if in_support != in_queries:
         raise UserValueError(

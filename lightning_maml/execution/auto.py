@@ -29,7 +29,6 @@ from lightning_maml.execution.task_map import (
     are_stacked,
     check_chunk_size,
 )
-from lightning_maml.networks.attributes import hooks_know_others
 from lightning_maml.networks.facts import facts_of
 from lightning_maml.networks.stacking_trial import Verdict
 
@@ -118,6 +117,7 @@ class Executor:
         episodes: AnyEpisodes,
         draws: Collection[str],
         stacking: Callable[[], Verdict],
+        meeting: Callable[[], bool],
     ) -> Execution:
         """Return how these tasks are run.
 
@@ -128,19 +128,39 @@ class Executor:
             draws: Names of the random generators that the network draws from.
             stacking: Tells whether the network and its loss can be stacked; called only if stacking
                 is a choice.
+            meeting: Tells whether tasks in threads would write to the same thing; called only if
+                they are to run there.
 
         Raises:
-            ValueError: If the user asked for stacked tasks, and they would give other numbers than
-                single ones.
+            ValueError: If the user asked for stacked tasks or for threads, and they would give
+                other numbers than single ones in a loop.
             RuntimeError: If the user asked for threads, and the network draws random numbers.
         """
         if self.is_open():
-            self._last = self._as_suits(network, device, episodes, draws, stacking)
-            return self._last
-        self._last = self._as_asked(network, device, episodes, draws)
-        if are_stacked(*self._last):
-            self.check_stacking(stacking())
+            chosen = self._as_suits(network, device, episodes, draws, stacking)
+        else:
+            chosen = self._as_asked(network, device, episodes, draws)
+            if are_stacked(*chosen):
+                self.check_stacking(stacking())
+        self._last = self._apart(chosen, meeting)
         return self._last
+
+    def _apart(self, chosen: Execution, meeting: Callable[[], bool]) -> Execution:
+        """Return a loop in place of threads that would meet, unless the user asked for threads."""
+        if chosen.tasks != "threads" or not meeting():
+            return chosen
+        if self.tasks == "threads":
+            raise UserValueError(
+                "Expected a network and a loss that write to nothing outside of the network with "
+                "`tasks='threads'` but a task gives another loss while another one runs: they "
+                "share a container that a hook knows, a global variable or an attribute of the "
+                "loss; use tasks='loop'."
+            )
+        rank_zero_info(
+            "Tasks are not run in threads, in which they would share what the network's hooks or "
+            "the loss write to."
+        )
+        return chosen._replace(tasks="loop")
 
     def _as_suits(
         self,
@@ -154,7 +174,7 @@ class Executor:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("loop", None) if any(stacking()) else Execution("vmap", self._fitting)
-        if draws or _threads_would_meet(network):
+        if draws or _keeps_out_threads(network):
             return Execution("loop", None)
         return for_cpu(
             episodes, sum(p.numel() for p in network.parameters()), lambda: not any(stacking())
@@ -201,12 +221,6 @@ class Executor:
                 "uses torch.nn.utils.parametrize.cached, a cache that they share; use "
                 "tasks='loop', or leave the cache out."
             )
-        if self.tasks == "threads" and hooks_know_others(network):
-            raise UserValueError(
-                "Expected hooks that know nothing outside of the network with `tasks='threads'`, "
-                "because threads would share it, but some know a container or an object; keep it "
-                "in an attribute of the network, or use tasks='loop'."
-            )
         if self.tasks == "threads" and _a_mode_is_active():
             raise UserValueError(
                 "Expected no mode of torch (torch.device or another TorchFunctionMode as a "
@@ -219,12 +233,16 @@ class Executor:
             return Execution("loop", None)
         if device.type != "cpu":
             return Execution("vmap", chunk_size)
-        if draws or self._drew_in_threads or _threads_would_meet(network):
+        if draws or self._drew_in_threads or _keeps_out_threads(network):
             return Execution("loop", chunk_size)
         return Execution(_one_by_one(-(-len(episodes.support_y) // chunk_size)), chunk_size)
 
     def of_adaptation(
-        self, network: nn.Module, device: torch.device, support: Episodes
+        self,
+        network: nn.Module,
+        device: torch.device,
+        support: Episodes,
+        meeting: Callable[[], bool],
     ) -> Execution:
         """Return how to adapt to tasks that can be stacked.
 
@@ -232,12 +250,13 @@ class Executor:
         """
         if self.tasks != "auto" or self.chunk_size is not None or device.type != "cpu":
             return Execution("vmap", self.chunk_size or ADAPTED_AT_ONCE)
-        if _threads_would_meet(network):
+        if _keeps_out_threads(network):
             return Execution("loop", None)
         alone = support._replace(query_x=map_tensors(lambda tensor: tensor[:, :0], support.query_x))
-        return for_cpu(
+        chosen = for_cpu(
             alone, sum(p.numel() for p in network.parameters()), lambda: True, ADAPTED_INPUTS
         )
+        return self._apart(chosen, meeting)
 
     def attempts(
         self, count: int, device: torch.device, cures: Cures | None = None
@@ -376,10 +395,9 @@ def for_cpu(
     return Execution(_one_by_one(chunks), max(FEWEST_STACKED, -(-tasks // chunks)))
 
 
-def _threads_would_meet(network: nn.Module) -> bool:
-    """Return whether threads that run a network would share what it changes, or lack a mode."""
-    caches = facts_of(network).caches_parametrizations
-    return caches or hooks_know_others(network) or _a_mode_is_active()
+def _keeps_out_threads(network: nn.Module) -> bool:
+    """Return whether threads that run a network would share a cache of it, or lack a mode."""
+    return facts_of(network).caches_parametrizations or _a_mode_is_active()
 
 
 def _a_mode_is_active() -> bool:

@@ -5,7 +5,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping
 from functools import partial
 from numbers import Number
-from types import BuiltinFunctionType, CellType, FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,50 +40,6 @@ def modes(network: nn.Module) -> tuple[Any, ...]:
                 # a copy's hooks are other functions with the same code
                 found += [getattr(hook, "__code__", hook.__class__) for hook in value.values()]
     return tuple(found)
-
-
-def hooks_know_others(network: nn.Module) -> bool:
-    """Return whether hooks of the network know containers that are none of its attributes.
-
-    What they write there, all copies of the network share. Torch's own hooks, such as those of
-    weight norm, know the module that they are called with.
-    """
-    hooks = [
-        hook
-        for module in network.modules()
-        for of_module in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in of_module.values()
-    ]
-    own = {id(value) for module in network.modules() for value in vars(module).values()}
-    own |= {id(module) for module in network.modules()}
-    return any(id(known) not in own for hook in hooks for known in _known_by(hook))
-
-
-def _known_by(function: Any) -> list[Any]:
-    """Return the containers and objects that a function may write to, besides its arguments."""
-    if not isinstance(function, FunctionType):
-        is_of_torch = (getattr(function, "__module__", None) or "").startswith("torch.")
-        return [] if is_of_torch else [getattr(function, "__self__", function)]
-    read = [function.__globals__.get(name) for name in function.__code__.co_names]
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    in_closure = [value for value in (*cells, *defaults) if _is_mutable(value)]
-    return in_closure + [value for value in read if isinstance(value, _CONTAINERS)]
-
-
-_CONTAINERS = (dict, list, set, deque)
-
-
-def _is_mutable(value: Any) -> bool:
-    is_object = hasattr(value, "__dict__") and not isinstance(value, Tensor | FunctionType | type)
-    return is_object or isinstance(value, _CONTAINERS)
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        return bool([cell.cell_contents])
-    except ValueError:  # its variable has no value yet
-        return False
 
 
 class NotComparableError(Exception):

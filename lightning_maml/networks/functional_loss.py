@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -23,8 +23,7 @@ No module can have these names.
 class FunctionalLoss:
     """A loss as a function of its trainable parameters, which several threads may call at once.
 
-    Where it has trainable parameters, and in other threads than that which made this, a copy of the
-    loss is called.
+    A loss without trainable parameters is called as it is.
 
     Args:
         loss: Maps outputs and labels to a scalar, their mean loss. Torch's own losses get the
@@ -65,7 +64,6 @@ class FunctionalLoss:
                 f"{prefix}{name}": p for name, p in loss.named_parameters() if p.requires_grad
             }
         self._own = threading.local()
-        self._home = threading.get_ident()
 
     def __call__(self, params: Params, outputs: Any, y: Any) -> Any:
         """Return the loss of ``outputs`` and ``y``.
@@ -88,12 +86,11 @@ class FunctionalLoss:
         return value
 
     def _value(self, params: Params, outputs: Any, y: Any) -> Any:
-        is_home = threading.get_ident() == self._home
-        if not isinstance(self.loss, nn.Module) or (is_home and not self.params):
+        if not self.params:
             return self.loss(outputs, y)
-        # each thread has a copy, in which it replaces the parameters, and may write to attributes
+        # each thread has a copy, in which it replaces the parameters
         if not hasattr(self._own, "loss"):
-            self._own.loss = structural_copy(self.loss)
+            self._own.loss = structural_copy(cast("nn.Module", self.loss))
             self._own.places = {
                 f"{self.prefix}{name}": where for name, where in places(self._own.loss).items()
             }

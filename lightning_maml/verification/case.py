@@ -101,6 +101,12 @@ class Case:
         network = self.model._functional(self.episodes).network
         return self.model._verdict(self.episodes, network, self.model._kind(network, self.episodes))
 
+    def threads_would_meet(self) -> bool:
+        """Return whether tasks in threads would write to the same thing."""
+        network = self.model._functional(self.episodes).network
+        kind = self.model._kind(network, self.episodes)
+        return self.model._threads_would_meet(self.episodes, network, kind)
+
     def gradient(
         self, curvature: CurvatureName | None = None, way: Execution = WAYS["loop"]
     ) -> Params:

@@ -1,5 +1,6 @@
 """Losses that read what a pass of the network leaves in its attributes."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -74,3 +75,57 @@ def test_losses_that_fail_in_any_case_are_for_other_checks() -> None:
 
     with pytest.raises(ValueError, match="a fault of its own"):
         MAML(Hidden().double(), 0.1, loss=broken).meta_loss(make_episodes())
+
+
+class Storing(nn.Module):
+    """A network that writes to a dict which others know too."""
+
+    def __init__(self, store: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.layer, self.store = nn.Linear(64, 3), store
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.store["logits"] = self.layer(x.flatten(1))
+        return self.store["logits"]
+
+
+def test_what_network_and_loss_share_is_no_way_round() -> None:
+    store: dict[str, Tensor] = {}
+    network, episodes = Storing(store).double(), make_episodes()
+    network(episodes.query_x[0])
+    before = dict(store)
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, y) + store["logits"].square().mean()
+
+    with pytest.raises(ValueError, match=r"reads an attribute .* sets \(store\)"):
+        MAML(network, 0.1, loss=loss).meta_loss(episodes)
+    assert store.keys() == before.keys()
+    assert store["logits"] is before["logits"]
+
+
+def test_copies_of_the_network_are_no_way_round() -> None:
+    network, episodes = Hidden().double(), make_episodes()
+    network(episodes.query_x[0])
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return square(network, outputs, y)
+
+    message = r"reads an attribute .* sets \(hidden\)"
+    with pytest.raises(ValueError, match=message):
+        MAML(network, 0.1, loss=loss).adapt(episodes.support_x[0], episodes.support_y[0])
+    with pytest.raises(ValueError, match=message):
+        MAML(network, 0.1, loss=loss, query_in_eval=True).meta_loss(episodes)
+
+
+def test_a_loss_that_keeps_what_it_reads_leaves_what_can_be_copied() -> None:
+    network, episodes, seen = Hidden().double(), make_episodes(), []
+    network(episodes.query_x[0])
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        seen.append(network.hidden)
+        return F.cross_entropy(outputs, y)
+
+    MAML(network, 0.1, loss=loss).meta_loss(episodes)
+    others = [value for value in seen if not isinstance(value, Tensor)]
+    assert len(copy.deepcopy(others)) == 1

@@ -280,3 +280,19 @@ def test_networks_and_orders_that_would_give_other_numbers_are_refused() -> None
     ):
         with pytest.raises(ValueError, match=r"class by class .* labels \[0\] and the query set"):
             model.meta_learn(other_order, 0, **sizes)
+
+
+class CheckpointedInTraining(Checkpointed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if self.training else self.last(torch.tanh(self.first(x)))
+
+
+def test_networks_are_checked_in_each_mode_and_regressions_have_no_classes() -> None:
+    task = torch.rand(12, 4), torch.arange(3).repeat_interleave(4)
+    model = LightningMAML(CheckpointedInTraining(), train_ways=3, test_ways=3)
+    model.eval().meta_learn(task, 0, ways=3, shots=1, queries=3)
+    with pytest.raises(ValueError, match="whose adapting layers run once but got one with check"):
+        model.train().meta_learn(task, 0, ways=3, shots=1, queries=3)
+    model = LightningMAML(nn.Linear(4, 1), F.mse_loss, train_ways=1, test_ways=1)
+    loss, _ = model.meta_learn((task[0], torch.rand(12, 1)), 0, ways=1, shots=4, queries=8)
+    assert loss.isfinite()

@@ -188,7 +188,9 @@ def test_auto_trains_a_network_that_vmap_does_not_take(network: type[nn.Module])
 def test_on_an_accelerator_too_it_is_run_one_by_one() -> None:
     def on_gpu(chunk_size: int | None, verdict: Verdict) -> Execution:
         executor = Executor("auto", chunk_size, compiled=False)
-        return executor(build("mlp"), torch.device("cuda"), make_episodes(), tuple, lambda: verdict)
+        return executor(
+            build("mlp"), torch.device("cuda"), make_episodes(), tuple, lambda: verdict, bool
+        )
 
     assert on_gpu(None, Verdict()) == Execution("vmap", None)
     assert on_gpu(None, Verdict(wrong="they differ")) == Execution("loop", None)

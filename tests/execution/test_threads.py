@@ -1,6 +1,7 @@
 """Tasks in threads, which share whatever is outside of the network and the loss."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.utils import weight_norm
 
 from lightning_maml import MAML, Episodes
-from lightning_maml.networks.attributes import hooks_know_others
 
 EXAMPLES, WIDTH = 60, 200
 
@@ -43,77 +43,128 @@ class Entropic(nn.Module):
         return error + 0.1 * (self.log_p.exp() * self.log_p).sum(-1).mean()
 
 
-def losses(tasks: str, repeats: int) -> set[float]:
-    model = MAML(network(), 0.1, 2, loss=Entropic(), tasks=tasks)
-    found = {round(float(model.meta_loss(episodes()).detach()), 5) for _ in range(repeats)}
-    assert model._executor._last.tasks == ("loop" if tasks == "loop" else "threads")
-    return found
+class PlainEntropic:
+    """The same, as an object that is no module."""
+
+    def __call__(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return Entropic.forward(self, outputs, y)
 
 
-@pytest.mark.parametrize("tasks", ["auto", "threads"])
-def test_each_thread_has_a_loss_of_its_own(tasks: str) -> None:
-    assert losses(tasks, 8) == losses("loop", 1)
+KEPT: dict[str, Tensor] = {}
+LAST = torch.zeros(())
 
 
-def test_networks_with_hooks_are_not_run_in_threads() -> None:
-    hooked, activations = network(), {}
-    hooked[1].register_forward_hook(lambda *given: activations.update(hidden=given[-1]))
-
-    def loss(outputs: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, y) + activations["hidden"].square().mean()
-
-    model = MAML(hooked, 0.1, 2, loss=loss)
-    model.meta_loss(episodes())
-    assert model._executor._last.tasks == "loop"
-    with pytest.raises(
-        ValueError, match="hooks that know nothing outside of the network with `tasks='threads'`"
-    ):
-        MAML(hooked, 0.1, 2, loss=loss, tasks="threads").meta_loss(episodes())
+def of_kept(outputs: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, y) + KEPT["hidden"].square().mean()
 
 
-def test_hooks_of_torchs_own_do_not_keep_networks_out_of_threads() -> None:
-    normed = network()
-    normed[0] = weight_norm(normed[0])
-    model = MAML(normed, 0.1, 2)
-    model.meta_loss(episodes())
-    assert model._executor._last.tasks == "threads"
+def of_last(outputs: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, y) + LAST.square().mean()
 
 
-KEPT: list[Tensor] = []
+def keep(module: nn.Module, inputs: Any, outputs: Tensor) -> None:
+    KEPT["hidden"] = outputs
 
 
-class Recorder:
-    def __call__(self, *given: Tensor) -> None:
-        self.last = given[-1]
+def keep_last(module: nn.Module, inputs: Any, outputs: Tensor) -> None:
+    global LAST  # as scripts do
+    LAST = outputs
+
+
+class ByGlobal(nn.Module):
+    """A network whose layers hand on what they computed by a global variable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        KEPT["x"] = x
+        hidden = self.layers[1](self.layers[0](x))
+        return self.layers[2](hidden) * (1 + KEPT["x"].mean())
+
+
+def hooked(hook: Callable[..., None]) -> nn.Module:
+    with_hook = network()
+    with_hook[1].register_forward_hook(hook)
+    return with_hook
+
+
+MEETING = {
+    "attribute of a loss": lambda: (network(), Entropic()),
+    "attribute of an object": lambda: (network(), PlainEntropic()),
+    "dict that a hook knows": lambda: (hooked(keep), of_kept),
+    "global variable of a hook": lambda: (hooked(keep_last), of_last),
+    "global variable of the network": lambda: (ByGlobal(), F.cross_entropy),
+}
+
+
+@pytest.mark.parametrize("case", MEETING)
+def test_tasks_that_would_meet_in_threads_are_run_in_a_loop(case: str) -> None:
+    model_of = MEETING[case]
+    (of_auto, loss), (of_loop, same_loss), (of_threads, _) = (model_of() for _ in range(3))
+    auto = MAML(of_auto, 0.1, 2, loss=loss)
+    found = {float(auto.meta_loss(episodes()).detach()) for _ in range(3)}
+    assert auto._executor._last.tasks == "loop"
+    loop = MAML(of_loop, 0.1, 2, loss=same_loss, tasks="loop")
+    right = float(loop.meta_loss(episodes()).detach())
+    assert [*found] == [pytest.approx(right, rel=1e-5)]
+    with pytest.raises(ValueError, match="write to nothing outside of the network with `tasks='t"):
+        MAML(of_threads, 0.1, 2, loss=loss, tasks="threads").meta_loss(episodes())
+
+
+class Logging(nn.Module):
+    """A loss that writes to a list which it never reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[float] = []
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs, y)
+        self.values.append(float(loss.detach()))
+        return loss
 
 
 class OfNetwork(nn.Sequential):
-    """A network with hooks that know the network and what it holds, each copy its own."""
+    """A network with a hook that knows what the network holds, each copy its own."""
 
     def __init__(self) -> None:
         super().__init__(*network())
         self.found = found = {}
-        self[0].register_forward_hook(self.keep)
         self[1].register_forward_hook(lambda *given: found.update(hidden=given[-1]))
-        self[2].register_forward_hook(lambda *given: self.found.clear())
 
-    def keep(self, *given: Tensor) -> None:
-        self.found["first"] = given[-1]
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.found["hidden"].mean()
+
+
+def normed() -> nn.Module:
+    with_norm = network()
+    with_norm[0] = weight_norm(with_norm[0])
+    return with_norm
 
 
 @pytest.mark.parametrize(
-    ("hook", "know"),
+    ("made", "loss"),
     [
-        (lambda *given: KEPT.append(given[-1]), True),
-        (Recorder(), True),
-        (Recorder().__call__, True),
-        (lambda *given, store=KEPT: store.append(given[-1]), True),
-        (lambda *given: torch.is_tensor(given[-1]), False),
-        (lambda *given: None, False),
+        (network, F.cross_entropy),
+        (network, Logging()),
+        (OfNetwork, F.cross_entropy),
+        (normed, F.cross_entropy),
     ],
 )
-def test_what_hooks_know_is_found(hook, know: bool) -> None:
-    hooked = network()
-    hooked[1].register_forward_pre_hook(hook)
-    assert hooks_know_others(hooked) is know
-    assert not hooks_know_others(OfNetwork())
+def test_others_are_run_in_threads(made: Callable[[], nn.Module], loss: Any) -> None:
+    model = MAML(made(), 0.1, 2, loss=loss)
+    found = float(model.meta_loss(episodes()).detach())
+    assert model._executor._last.tasks == "threads"
+    loop = MAML(made(), 0.1, 2, loss=loss, tasks="loop")
+    assert found == pytest.approx(float(loop.meta_loss(episodes()).detach()), rel=1e-5)
+
+
+def test_networks_adapted_to_many_tasks_do_not_meet_either() -> None:
+    of_many, of_one = (MAML(ByGlobal(), 0.1, 2) for _ in range(2))
+    x, y, query_x, _ = episodes()
+    found = of_many.adapt(x, y)(query_x)
+    for task in range(len(x)):
+        alone = of_one.adapt(x[task], y[task])(query_x[task])
+        torch.testing.assert_close(found[task], alone, rtol=1e-3, atol=1e-4)
