@@ -439,7 +439,9 @@ def test_adaptation_uses_no_threads_where_torch_has_a_default_device(two_threads
     model = MAML(Gain(2**15, 3).double(), RATE)
     model.adapt(episodes.support_x, episodes.support_y)
     support = episodes._replace(query_x=episodes.support_x, query_y=episodes.support_y)
-    chosen = partial(model._executor.of_adaptation, model.network, torch.device("cpu"), support)
+    chosen = partial(
+        model._executor.of_adaptation, model.network, torch.device("cpu"), support, bool
+    )
     assert chosen().tasks == "threads"
     with torch.device("meta"):
         assert chosen().tasks == "loop"
