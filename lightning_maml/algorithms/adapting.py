@@ -607,9 +607,10 @@ class AdaptingModule(EpisodicModule):
 
     def _threads_would_meet(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> bool:
         """Return whether tasks in threads would write to the same thing."""
+        *but_shapes, _ = kind  # which decide nothing here, and may differ in each batch
         found: bool = self._findings.once(
             "threads",
-            kind,
+            tuple(but_shapes),
             self.loss,
             lambda: self._several(network).threads_would_meet(detached(episodes)),
         )
