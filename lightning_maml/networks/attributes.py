@@ -65,7 +65,7 @@ def plain_state(network: nn.Module, device: torch.device) -> tuple[Any, ...]:
     found = []
     reader = _Reader(device, frozenset(network.modules()))
     for name, module in network.named_modules():
-        if any(key.endswith("_hooks") and value for key, value in vars(module).items()):
+        if any(map(vars(module).get, _HOOKS)):
             raise NotComparableError(f"{name or type(module).__name__} has hooks")
         for holder in (module._parameters, module._buffers, vars(module)):
             for key, value in holder.items():
@@ -75,6 +75,8 @@ def plain_state(network: nn.Module, device: torch.device) -> tuple[Any, ...]:
     return tuple(found)
 
 
+# numbers of Python first, as most attributes are: it takes long to find out what is a `Number`
+_COMPARED_BY_VALUE = (int, str, float, type(None), bytes, Number)
 _COMPARED_BY_IDENTITY = (type, torch.dtype, torch.device, BuiltinFunctionType)
 _HIDING_WHAT_THEY_HOLD = (set, frozenset, deque, np.ndarray)
 """Kinds whose subclasses have attributes beside what they hold."""
@@ -93,10 +95,10 @@ class _Reader(NamedTuple):
 
     def plain(self, value: Any, path: str, depth: int = 6, above: tuple[int, ...] = ()) -> Any:
         """Return a number or string, or what tells a tensor or container of such from another."""
+        if isinstance(value, _COMPARED_BY_VALUE):
+            return value
         if isinstance(value, Tensor):
             return self._place_of(value, path)
-        if value is None or isinstance(value, str | bytes | Number):
-            return value
         if isinstance(value, np.generic):
             return value.item()
         is_closed = isinstance(value, FunctionType) and not value.__closure__
@@ -271,6 +273,8 @@ class Kept:
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has: its parameters, buffers, submodules, hooks and mode."""
+
+_HOOKS = tuple(key for key in _OF_EVERY_MODULE if key.endswith("_hooks"))
 
 
 def _are_same(before: tuple[Any, Any] | None, now: tuple[Any, Any] | None) -> bool:
