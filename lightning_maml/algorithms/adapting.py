@@ -79,7 +79,7 @@ from lightning_maml.networks.batch_norm import (
 )
 from lightning_maml.networks.buffers import BufferUpdate
 from lightning_maml.networks.copies import structural_copy
-from lightning_maml.networks.facts import writes
+from lightning_maml.networks.facts import writes, writes_in
 from lightning_maml.networks.functional_loss import (
     LOSS_PREFIX,
     SUPPORT_LOSS_PREFIX,
@@ -129,7 +129,7 @@ class Plan(NamedTuple):
         execution: How the tasks are run.
         head: Name of the head, if it alone adapts and ends the network, so that the features before
             it are computed only once.
-        kind: What tells it from meta-batches of other kinds, see :class:`Findings`.
+        kind: What tells it from meta-batches of other kinds.
     """
 
     functional: FunctionalNetwork
@@ -207,8 +207,6 @@ class AdaptingModule(EpisodicModule):
             "test_steps": test_steps,
             "batch_norm": batch_norm,
             "tasks": tasks,
-        }
-        settings |= {
             "chunk_size": chunk_size,
             "adapt": adapt,
             "head": head,
@@ -398,8 +396,8 @@ class AdaptingModule(EpisodicModule):
         kind = self._kind(network, episodes)
         info = self._check(functional, episodes, kind)
         stacking = partial(self._verdict, episodes, network, kind)
-        meeting = partial(self._threads_would_meet, episodes, network, kind)
-        execution = self._executor(network, self.device, episodes, info.draws, stacking, meeting)
+        sharing = partial(self._tasks_share_state, episodes, network, kind)
+        execution = self._executor(network, self.device, episodes, info.draws, stacking, sharing)
         if are_stacked(*execution):
             functional = functional.stacked()
         return Plan(functional, execution, self._head_that_ends(info, episodes), kind)
@@ -477,7 +475,9 @@ class AdaptingModule(EpisodicModule):
         if self.step_statistics is not None or not info.ends_with_head:
             return None
         head = head_of(self.network, self.head)
-        return None if batch_norms(self.network.get_submodule(head)) else head
+        # alone it would not put back what a pass changes in it
+        changes = writes_in(self.network, head) or batch_norms(self.network.get_submodule(head))
+        return None if changes else head
 
     def _check(
         self, functional: FunctionalNetwork, episodes: AnyEpisodes, kind: Kind
@@ -486,8 +486,6 @@ class AdaptingModule(EpisodicModule):
 
         Labels are checked in every batch; network and loss once for each kind of batch.
         """
-        kind = (*kind, id(self.support_loss))
-        once = partial(self._findings.once, loss=self.loss)
         of_outputs = self._loss_of_outputs()
 
         def check_network() -> NetworkInfo:
@@ -506,12 +504,16 @@ class AdaptingModule(EpisodicModule):
             self._check_loss(functional, queries, of_outputs.query, query_y)
 
         if self.inner_optimizer is not None:
-            once("inner steps", kind=(*kind, self.inner_optimizer), find=self._check_inner_steps)
+            self._once("inner steps", kind, self._check_inner_steps)
         unseen = writes(functional.network) is None
-        info: NetworkInfo = once("network", kind, find=check_network, again=unseen)
+        info = self._once("network", kind, check_network, again=unseen)
         self._check_labels(episodes, info)
-        once("loss", kind, find=check_losses)
+        self._once("loss", kind, check_losses)
         return info
+
+    @override
+    def _read_by_checks(self) -> tuple[Any, ...]:
+        return self.loss, self.support_loss, self.inner_optimizer
 
     def _check_inner_steps(self) -> None:
         check_inner_optimizer(self.inner_optimizer)
@@ -595,7 +597,7 @@ class AdaptingModule(EpisodicModule):
         """Return whether tasks of a checked batch can be stacked, for the network or a copy."""
 
         def compare() -> Verdict:
-            verdict = self._several(network).compare(
+            verdict = self._stacking_check(network).compare(
                 episodes, adapts_only=adapts_only, exact=self.curvature == "exact"
             )
             if verdict.wrong or self.inner_optimizer is None:
@@ -605,19 +607,18 @@ class AdaptingModule(EpisodicModule):
 
         return self._stacking_verdict((*kind, adapts_only), compare)
 
-    def _threads_would_meet(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> bool:
+    def _tasks_share_state(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> bool:
         """Return whether tasks in threads would write to the same thing."""
+        if len(episodes.query_y) == 1:  # which does not run in threads
+            return False
         *but_shapes, _ = kind  # which decide nothing here, and may differ in each batch
-        found: bool = self._findings.once(
-            "threads",
-            tuple(but_shapes),
-            self.loss,
-            lambda: self._several(network).threads_would_meet(detached(episodes)),
+        check = self._stacking_check(network)
+        return self._once(
+            "threads", tuple(but_shapes), lambda: check.tasks_share_state(detached(episodes))
         )
-        return found
 
-    def _several(self, network: nn.Module) -> StackingCheck:
-        """Return the checks on several tasks of the network or a copy of it."""
+    def _stacking_check(self, network: nn.Module) -> StackingCheck:
+        """Return the check that compares tasks run together with tasks run alone."""
         return StackingCheck(
             network,
             self.loss,

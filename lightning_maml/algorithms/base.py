@@ -20,7 +20,7 @@ from lightning_maml.batches.known_labels import KnownLabels
 from lightning_maml.batches.meta_batch import UnevenEpisodes, as_meta_batch, parts_of
 from lightning_maml.batches.outputs import logits_in
 from lightning_maml.batches.trees import map_tensors, unstacked
-from lightning_maml.checks.findings import Findings, Kind, kind_of_batch
+from lightning_maml.checks.findings import Findings, Found, Kind, kind_of_batch
 from lightning_maml.checks.loss_checks import ignored_label
 from lightning_maml.checks.requirements import (
     Unwritten,
@@ -413,7 +413,17 @@ class EpisodicModule(CheckpointedModule):
                 )
             return verdict
 
-        return self._findings.once("stacking", kind, self.loss, find_and_say)
+        return self._once("stacking", kind, find_and_say)
+
+    def _once(
+        self, check: str, kind: Kind, find: Callable[[], Found], *, again: bool = False
+    ) -> Found:
+        """Run a check once for each kind of batch, and return what it found."""
+        return self._findings.once(check, kind, self._read_by_checks(), find, again=again)
+
+    def _read_by_checks(self) -> tuple[Any, ...]:
+        """Return what decides a check besides the network and the batch."""
+        return (self.loss,)
 
 
 def _after_adaptation(batch: Any, of_parts: list[Any]) -> Any:

@@ -1,6 +1,6 @@
 """MAML as a Lightning module; its variants are in variants.py."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -203,12 +203,14 @@ class MAML(AdaptingModule):
         check_episodes(support)
         network = structural_copy(self.network).train(self._query_in_eval)
         kind = self._kind(network, support)
-        self._check(FunctionalNetwork(network, self.batch_norm), support, kind)
+        info = self._check(FunctionalNetwork(network, self.batch_norm), support, kind)
         as_one = not of_one and self._adapts_as_one(support, network, kind)
         execution = Execution("loop", None)
         if as_one:
-            meeting = partial(self._threads_would_meet, support, network, kind)
-            execution = self._executor.of_adaptation(self.network, self.device, support, meeting)
+            sharing = partial(self._tasks_share_state, support, network, kind)
+            execution = self._executor.of_adaptation(
+                self.network, self.device, support, info.draws, sharing
+            )
         functional = FunctionalNetwork(network, self.batch_norm, vectorised=are_stacked(*execution))
         adapted = adapted_parameters(
             [self._losses(functional, self._averages(j)).support for j in range(steps + 1)],
@@ -217,7 +219,7 @@ class MAML(AdaptingModule):
             support_y,
             **self._inner_steps(steps),
             has_aux=True,
-            may_draw=execution.tasks != "threads",  # the vmap trial has ruled out random layers
+            may_draw=execution.tasks != "threads",  # networks that draw are run in a loop
             **execution._asdict(),
         )
         with torch.no_grad():
@@ -356,7 +358,9 @@ class MAML(AdaptingModule):
             arguments |= {"loss": loss, "query_loss": query_loss, "encode": features}
         if self._compiler is not None:
             states = map(state_of, (self.network, self.loss, self.support_loss))
-            setting = (curvature, self.probe_radius, plan.head, self.inner_optimizer, *states)
+            optimizer = self.inner_optimizer
+            step = optimizer if isinstance(optimizer, Hashable) else repr(optimizer)
+            setting = (curvature, self.probe_radius, plan.head, step, *states)
             arguments["call"] = partial(self._compiler, setting)
         if curvature == "finite_difference":
             arguments["probe_radius"] = self.probe_radius
@@ -375,8 +379,7 @@ class MAML(AdaptingModule):
             return self._graphs.fit(self.train_steps, self.device, measure)
 
         key = (*plan.kind, plan.execution, self.train_steps, len(episodes.query_y))
-        kept: bool = self._findings.once("graphs", key, self.loss, find)
-        return kept
+        return self._once("graphs", key, find)
 
     def _training_arguments(self, plan: Plan, episodes: AnyEpisodes) -> dict[str, Any]:
         """Return the arguments for a meta-gradient.

@@ -36,10 +36,10 @@ class Findings:
     Examples:
         >>> from lightning_maml.checks.findings import Findings
         >>> findings = Findings()
-        >>> kind, loss = (), None
-        >>> findings.once("a check", kind, loss, lambda: "found first")
+        >>> kind, losses = (), ()
+        >>> findings.once("a check", kind, losses, lambda: "found first")
         'found first'
-        >>> findings.once("a check", kind, loss, lambda: "not called")
+        >>> findings.once("a check", kind, losses, lambda: "not called")
         'found first'
     """
 
@@ -58,27 +58,28 @@ class Findings:
         self,
         check: str,
         kind: Kind,
-        loss: Any,
+        read: tuple[Any, ...],
         find: Callable[[], Found],
         *,
         again: bool = False,
     ) -> Found:
-        """Run a check once for each kind of batch and loss, and return what it found.
+        """Run a check once for each kind of batch and what else it reads; return what it found.
 
         Args:
             check: Name of the check.
             kind: The kind of batch.
-            loss: The loss; a module whose mode has changed is checked anew.
+            read: The losses and whatever else decides; a module whose mode has changed is checked
+                anew.
             find: Runs the check and returns what it found.
             again: Whether to check even if it is remembered.
         """
-        key = (check, kind, id(loss), modes(loss) if isinstance(loss, nn.Module) else ())
+        of_modules = (modes(part) for part in read if isinstance(part, nn.Module))
+        key = (check, kind, *map(id, read), *of_modules)
         if again or key not in self._found:
             found = find()
             of_check = [other for other in self._found if other[0] == check]
             if len(of_check) >= KINDS:
                 del self._found[of_check[0]]  # the oldest one
-            # holds the loss, so that its id stays a unique key
-            self._found[key] = found, loss
+            self._found[key] = found, read  # held, so that their ids stay unique keys
         value: Found = self._found[key][0]
         return value

@@ -28,6 +28,7 @@ from lightning_maml.checks.network_checks import first_support
 from lightning_maml.core.rng import generator_states, set_generator_states
 from lightning_maml.core.tensors import is_out_of_memory, leaves_of, memory
 from lightning_maml.errors import UserValueError
+from lightning_maml.networks.attributes import held_tensors, put_back
 from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.watching import reading
@@ -267,15 +268,12 @@ def _leaf(output: Tensor) -> Tensor:
 
 @contextmanager
 def _unchanged_buffers(loss: Any) -> Iterator[None]:
-    """Restore the buffers of a loss module at the end."""
-    buffers = [*loss.buffers()] if isinstance(loss, nn.Module) else []
-    before = [buffer.clone() for buffer in buffers]
+    """Restore the buffers and other tensors of a loss module at the end."""
+    held = held_tensors(loss)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+        put_back(held)
 
 
 def _check_one_batch(

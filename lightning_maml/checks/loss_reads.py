@@ -1,6 +1,5 @@
 """Finds losses that read what a network's forward pass leaves in its attributes."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -11,8 +10,10 @@ from torch import nn
 from lightning_maml.batches.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.batches.trees import detached
 from lightning_maml.checks.network_checks import first_support
+from lightning_maml.core.tensors import is_out_of_memory
 from lightning_maml.errors import UserValueError
-from lightning_maml.networks.facts import MISSING, facts_of
+from lightning_maml.networks.attributes import Kept
+from lightning_maml.networks.facts import facts_of
 from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
 
@@ -38,7 +39,8 @@ def check_loss_reads_no_attributes(
         ValueError: If the loss reads one.
     """
     written = facts_of(functional.network).written
-    if written is None or not written.kept:
+    set_in_a_pass = sorted(written.kept | written.numbers) if written else []
+    if not set_in_a_pass:
         return
     y = detached(support_set(first_task(episodes))[1])
     with first_support(functional, episodes) as x, torch.no_grad():
@@ -47,16 +49,18 @@ def check_loss_reads_no_attributes(
         def fails() -> Exception | None:
             try:
                 of_outputs({}, outputs, y)
-            except Exception as error:  # noqa: BLE001 # a loss may fail in any way
+            except Exception as error:  # a loss may fail in any way
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    raise
                 return error
             return None
 
-        with _unreadable(network, sorted(written.kept)):
+        with _unreadable(network, set_in_a_pass):
             error = fails()
         # one that fails in any case is for the other checks
         reads = isinstance(error, _ReadError) or (error is not None and fails() is None)
     if reads:
-        names = [f"{module}.{key}".lstrip(".") for module, key in sorted(written.kept)]
+        names = [f"{module}.{key}".lstrip(".") for module, key in set_in_a_pass]
         raise UserValueError(
             "Expected a loss of outputs and labels but it reads an attribute that the network's "
             f"forward pass sets ({', '.join(names)}), which holds what another pass has left; let "
@@ -85,35 +89,27 @@ class _Unreadable:
 
     __getitem__ = __iter__ = __len__ = __call__ = __float__ = __bool__ = _fail
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = _fail
+    __eq__ = __ne__ = _fail
+    __hash__ = None  # type: ignore[assignment]
 
 
 @contextmanager
 def _unreadable(network: nn.Module, names: list[tuple[str, str]]) -> Iterator[None]:
     """Let these attributes, each a module's name and its own, be unreadable for a while.
 
-    Dicts and lists are emptied, as others may know them too.
+    What dicts and lists hold is unreadable, as others may know them too.
     """
-    modules = dict(network.named_modules())
-    holders = [(modules[name].__dict__, key) for name, key in names if name in modules]
-    before = [holder.get(key, MISSING) for holder, key in holders]
-    contents: list[Any] = [
-        copy.copy(value) if isinstance(value, dict | list) else None for value in before
-    ]
-    for (holder, key), value in zip(holders, before, strict=True):
-        if isinstance(value, dict | list):
-            value.clear()
+    kept, modules = Kept(network, names), dict(network.named_modules())
+    for name, key in names:
+        holder = modules[name].__dict__ if name in modules else {}
+        value = holder.get(key)
+        if isinstance(value, list):
+            value[:] = [_Unreadable()]
+        elif isinstance(value, dict):
+            value.update(dict.fromkeys([*value] or [""], _Unreadable()))
         else:
             holder[key] = _Unreadable()
     try:
         yield
     finally:
-        for (holder, key), value, content in zip(holders, before, contents, strict=True):
-            if value is MISSING:
-                holder.pop(key, None)
-                continue
-            if isinstance(value, list):
-                value[:] = content
-            elif isinstance(value, dict):
-                value.clear()
-                value.update(content)
-            holder[key] = value
+        kept.put_back()

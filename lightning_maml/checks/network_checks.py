@@ -42,8 +42,8 @@ class NetworkInfo(NamedTuple):
         outputs: Shape of the logits, or of a regression's outputs, for one example; None if they
             are not a tensor.
         ends_with_head: Whether the features before the head may be computed once per task: the
-            output is that of the head, and no random numbers are drawn. False if all parameters
-            adapt, where it is not checked.
+            output is that of the head, and no random numbers are drawn. Checked only where head
+            or body adapt; else False.
         draws: Names of the random generators that the network and the loss draw from.
     """
 
@@ -100,7 +100,8 @@ class NetworkChecks:
 
         Raises:
             ValueError: If layers that adapt run again in the backward pass, the batch-norm policy
-                cannot govern the network, or there are labels but no logits.
+                cannot govern the network, there are labels but no logits, a pass writes to
+                parameters or inputs or cannot be repeated, or its mode is read past the modules.
         """
         info = self._inspected(functional, episodes, losses)
         check_modes(network, functional, episodes)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_maml.batches.episodes import AnyEpisodes, support_set
 from lightning_maml.batches.trees import detached, map_tensors
-from lightning_maml.checks.meeting import would_meet
+from lightning_maml.checks.shared_state import share_state
 from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.params import Params
 from lightning_maml.networks.copies import structural_copy
@@ -29,6 +29,39 @@ class _Functions(NamedTuple):
 
     support: FunctionalNetwork
     query: FunctionalNetwork
+
+
+class _Losses(NamedTuple):
+    """The losses of a task's sets, and the averages with which the network computes them.
+
+    Attributes:
+        of_support: The loss of the support set's outputs.
+        of_queries: The loss of the queries' outputs.
+        averages: Running averages, by the names of the network's buffers.
+    """
+
+    of_support: FunctionalLoss
+    of_queries: FunctionalLoss
+    averages: Mapping[str, Tensor]
+
+    def support(self, functions: _Functions, params: Params, task: AnyEpisodes) -> Tensor:
+        x, y = support_set(task)
+        outputs = functions.support(params, x, averages=self.averages)
+        value: Tensor = self.of_support(params, outputs, y)
+        return value
+
+    def queries(self, functions: _Functions, params: Params, task: AnyEpisodes) -> Tensor:
+        x = support_set(task)[0] if functions.query.uses_support_statistics else None
+        outputs = functions.query(params, task.query_x, statistics_of=x, averages=self.averages)
+        value: Tensor = self.of_queries(params, outputs, task.query_y)
+        return value
+
+    def both(self, functions: _Functions, params: Params, task: AnyEpisodes) -> Tensor:
+        """Return both together, as the network may treat the sets differently."""
+        return self.support(functions, params, task) + self.queries(functions, params, task)
+
+    def params(self) -> Params:
+        return self.of_support.params | self.of_queries.params
 
 
 class StackingCheck:
@@ -97,19 +130,24 @@ class StackingCheck:
                 raise
             return self._in_double(episodes, curved=False)
 
-    def threads_would_meet(self, episodes: AnyEpisodes) -> bool:
-        """Return whether the first and last task, in threads, would write to the same thing."""
+    def tasks_share_state(self, episodes: AnyEpisodes) -> bool:
+        """Return whether the first and last task, in threads, would share what they write to."""
+        first, last = two_tasks(episodes)
 
-        def evaluated(task: AnyEpisodes) -> Callable[[], Tensor]:
+        def evaluated(loss: Callable[..., Tensor], task: AnyEpisodes) -> Callable[[], Tensor]:
+            # each has copies of its own, as each thread has
             functions = self._functions(self._network, vectorised=False)
-            of_support = FunctionalLoss(self._losses[0], self._logits, SUPPORT_LOSS_PREFIX)
-            of_queries = FunctionalLoss(self._losses[1], self._logits)
-            params = functions.support.params | of_support.params | of_queries.params
-            losses = partial(_both_losses, of_support, of_queries, self._averages)
-            return partial(losses, functions, params, task)
+            losses = self._losses_with(self._losses, self._averages)
+            return partial(
+                loss, losses, functions, functions.support.params | losses.params(), task
+            )
 
         with torch.inference_mode(False):
-            return would_meet(*map(evaluated, two_tasks(episodes)))
+            return any(
+                share_state(evaluated(loss, first), evaluated(loss, last))
+                # the support set's alone too, for the operations at the end of its loss
+                for loss in (_Losses.both, _Losses.support)
+            )
 
     def _in_double(self, episodes: AnyEpisodes, *, curved: bool) -> Verdict:
         """Compare in float64, or in the network's own type if it runs in no other."""
@@ -154,10 +192,7 @@ class StackingCheck:
                 for loss in losses
             ]
             episodes, averages = map_tensors(converted, (episodes, averages))
-        of_support = FunctionalLoss(losses[0], self._logits, SUPPORT_LOSS_PREFIX)
-        of_queries = FunctionalLoss(losses[1], self._logits)
-
-        both_losses = partial(_both_losses, of_support, of_queries, averages)
+        of_outputs = self._losses_with(losses, averages)
         single = self._functions(network, vectorised=False)
         stacked = self._functions(network, vectorised=True)
         device = episodes.support_y.device.type
@@ -165,9 +200,9 @@ class StackingCheck:
         autocast = dtype is None and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=autocast):
             return compare_losses(
-                partial(both_losses, single),
-                partial(both_losses, stacked),
-                single.support.params | of_support.params | of_queries.params,
+                partial(of_outputs.both, single),
+                partial(of_outputs.both, stacked),
+                single.support.params | of_outputs.params(),
                 episodes,
                 curved=curved,
                 only_runs=only_runs,
@@ -178,19 +213,6 @@ class StackingCheck:
         query = functional.in_mode(training=False) if self._query_in_eval else functional
         return _Functions(functional, query)
 
-
-def _both_losses(
-    of_support: FunctionalLoss,
-    of_queries: FunctionalLoss,
-    averages: Mapping[str, Tensor],
-    functions: _Functions,
-    params: Params,
-    task: AnyEpisodes,
-) -> Tensor:
-    """Return support and query loss together, as the network may treat the sets differently."""
-    x, y = support_set(task)
-    support = of_support(params, functions.support(params, x, averages=averages), y)
-    statistics_of = x if functions.query.uses_support_statistics else None
-    outputs = functions.query(params, task.query_x, statistics_of=statistics_of, averages=averages)
-    value: Tensor = support + of_queries(params, outputs, task.query_y)
-    return value
+    def _losses_with(self, losses: list[Any], averages: Params) -> _Losses:
+        of_support = FunctionalLoss(losses[0], self._logits, SUPPORT_LOSS_PREFIX)
+        return _Losses(of_support, FunctionalLoss(losses[1], self._logits), averages)

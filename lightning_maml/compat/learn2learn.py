@@ -31,6 +31,7 @@ from lightning_maml.functional.adaptation import adapted_parameters
 from lightning_maml.functional.loss_with_gradient import loss_with_gradient
 from lightning_maml.functional.losses import Loss
 from lightning_maml.functional.meta_gradient import meta_gradient
+from lightning_maml.networks.facts import writes
 from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
 
@@ -174,7 +175,8 @@ class LightningEpisodicModule(LightningModule):
 
     def _check_once(self, functional: FunctionalNetwork, episodes: Episodes) -> None:
         """Check the network that adapts, and the order of examples, on the first task of a mode."""
-        if self.training in self._checked_modes:
+        unseen = writes(functional.network) is None  # as in a copy of this module
+        if self.training in self._checked_modes and not unseen:
             return
         _check_order(episodes)
         check = NetworkChecks("all", None, logits_in)
@@ -253,15 +255,16 @@ class LightningMAML(LightningEpisodicModule):
     ) -> tuple[Tensor, Tensor]:
         """Return a task's query loss after adaptation, and its accuracy."""
         functional = FunctionalNetwork(self.model.module)
-        params = functional.params
+        of_outputs = FunctionalLoss(self.loss, logits_in)
 
         def loss(w: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             outputs = functional(w, x)
-            return self.loss(outputs, y), outputs
+            return of_outputs(w, outputs, y), outputs
 
         episodes = _split(*batch, ways, shots, queries)
         self._check_once(functional, episodes)
-        return self._learn(loss, params, episodes, list(params))
+        params = functional.params | of_outputs.params
+        return self._learn(loss, params, episodes, list(functional.params))
 
 
 class LightningANIL(LightningEpisodicModule):
@@ -307,14 +310,15 @@ class LightningANIL(LightningEpisodicModule):
         data, labels = batch
         functional = FunctionalNetwork(self.classifier.module)
         adapted = list(functional.params)
-        params = functional.params | {_FEATURES: self._features_of(data)}
+        of_outputs = FunctionalLoss(self.loss, logits_in)
+        params = functional.params | of_outputs.params | {_FEATURES: self._features_of(data)}
 
         # the inputs of the "network" are row numbers, so that the features are a parameter and get
         # a gradient
         def loss(w: Params, rows: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             classifier = {name: w[name] for name in adapted}
             outputs = functional(classifier, w[_FEATURES][rows])
-            return self.loss(outputs, y), outputs
+            return of_outputs(w, outputs, y), outputs
 
         features = params[_FEATURES].detach()
         self._check_once(functional, _split(features, labels, ways, shots, queries))

@@ -2,7 +2,7 @@
 
 A user's network is called with its inputs alone, so this cannot be handed on as an argument. It is
 one value, set where a loss is evaluated (:class:`lightning_maml.core.objective.Objective`,
-:class:`lightning_maml.core.task_axis.Stack`) and read by :mod:`lightning_maml.kernels`.
+:class:`lightning_maml.core.task_axis.TaskAxis`) and read by :mod:`lightning_maml.kernels`.
 """
 
 from collections.abc import Iterator

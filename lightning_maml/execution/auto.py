@@ -109,6 +109,7 @@ class Executor:
         self._fitting: int | None = None
         self._last: Execution | None = None
         self._drew_in_threads = False
+        self._said_apart = False
 
     def __call__(
         self,
@@ -117,7 +118,7 @@ class Executor:
         episodes: AnyEpisodes,
         draws: Collection[str],
         stacking: Callable[[], Verdict],
-        meeting: Callable[[], bool],
+        sharing: Callable[[], bool],
     ) -> Execution:
         """Return how these tasks are run.
 
@@ -125,10 +126,10 @@ class Executor:
             network: The network.
             device: Where the network is.
             episodes: The meta-batch.
-            draws: Names of the random generators that the network draws from.
+            draws: Names of the random generators that the network and its losses draw from.
             stacking: Tells whether the network and its loss can be stacked; called only if stacking
                 is a choice.
-            meeting: Tells whether tasks in threads would write to the same thing; called only if
+            sharing: Tells whether tasks in threads would share what they write to; called only if
                 they are to run there.
 
         Raises:
@@ -142,12 +143,16 @@ class Executor:
             chosen = self._as_asked(network, device, episodes, draws)
             if are_stacked(*chosen):
                 self.check_stacking(stacking())
-        self._last = self._apart(chosen, meeting)
+        self._last = self._apart(chosen, sharing)
         return self._last
 
-    def _apart(self, chosen: Execution, meeting: Callable[[], bool]) -> Execution:
-        """Return a loop in place of threads that would meet, unless the user asked for threads."""
-        if chosen.tasks != "threads" or not meeting():
+    def _apart(self, chosen: Execution, sharing: Callable[[], bool]) -> Execution:
+        """Return a loop in place of threads that would share what they write to.
+
+        Raises:
+            ValueError: If the user asked for threads.
+        """
+        if chosen.tasks != "threads" or not sharing():
             return chosen
         if self.tasks == "threads":
             raise UserValueError(
@@ -156,10 +161,12 @@ class Executor:
                 "share a container that a hook knows, a global variable or an attribute of the "
                 "loss; use tasks='loop'."
             )
-        rank_zero_info(
-            "Tasks are not run in threads, in which they would share what the network's hooks or "
-            "the loss write to."
-        )
+        if not self._said_apart:
+            rank_zero_info(
+                "Tasks are not run in threads, in which they would share what the network's hooks "
+                "or the loss write to."
+            )
+        self._said_apart = True
         return chosen._replace(tasks="loop")
 
     def _as_suits(
@@ -217,9 +224,9 @@ class Executor:
             )
         if self.tasks == "threads" and facts_of(network).caches_parametrizations:
             raise UserValueError(
-                "Expected a network that threads do not meet in with `tasks='threads'` but it "
-                "uses torch.nn.utils.parametrize.cached, a cache that they share; use "
-                "tasks='loop', or leave the cache out."
+                "Expected a network whose copies share nothing with `tasks='threads'` but it uses "
+                "torch.nn.utils.parametrize.cached, a cache for all threads; use tasks='loop', or "
+                "leave the cache out."
             )
         if self.tasks == "threads" and _a_mode_is_active():
             raise UserValueError(
@@ -242,7 +249,8 @@ class Executor:
         network: nn.Module,
         device: torch.device,
         support: Episodes,
-        meeting: Callable[[], bool],
+        draws: Collection[str],
+        sharing: Callable[[], bool],
     ) -> Execution:
         """Return how to adapt to tasks that can be stacked.
 
@@ -250,13 +258,13 @@ class Executor:
         """
         if self.tasks != "auto" or self.chunk_size is not None or device.type != "cpu":
             return Execution("vmap", self.chunk_size or ADAPTED_AT_ONCE)
-        if _keeps_out_threads(network):
+        if draws or _keeps_out_threads(network):
             return Execution("loop", None)
         alone = support._replace(query_x=map_tensors(lambda tensor: tensor[:, :0], support.query_x))
         chosen = for_cpu(
             alone, sum(p.numel() for p in network.parameters()), lambda: True, ADAPTED_INPUTS
         )
-        return self._apart(chosen, meeting)
+        return self._apart(chosen, sharing)
 
     def attempts(
         self, count: int, device: torch.device, cures: Cures | None = None

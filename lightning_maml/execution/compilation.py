@@ -61,8 +61,8 @@ class Compiler:
         leaves, structure = tree_flatten((params, list(rates), task))
         device = task.support_y.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        kind = (setting, autocast, repr(structure), *map(_kind_of_leaf, leaves))
-        tensors = _tensors_among(leaves)
+        kind = (setting, autocast, repr(structure), *map(kind_of_leaf, leaves))
+        tensors = tensors_among(leaves)
         with torch.no_grad():
             if kind not in self._programs:
                 self._programs[kind] = _compiled(function, leaves, structure)
@@ -86,14 +86,15 @@ def state_of(module: Any) -> tuple[Any, ...]:
     return *parts, *modes(module)
 
 
-def _kind_of_leaf(leaf: Any) -> Hashable:
+def kind_of_leaf(leaf: Any) -> Hashable:
     """Return what a program depends on: all of a number, and all but the values of a tensor."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     return leaf  # type: ignore[no-any-return]
 
 
-def _tensors_among(leaves: list[Any]) -> list[Tensor]:
+def tensors_among(leaves: list[Any]) -> list[Tensor]:
+    """Return those of the leaves that are tensors."""
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
@@ -108,7 +109,7 @@ def _compiled(
         structure: How the leaves make up the arguments.
     """
     of_result: list[TreeSpec] = []
-    tensors = _tensors_among(leaves)
+    tensors = tensors_among(leaves)
 
     def of_tensors(*tensors: Tensor) -> list[Tensor]:
         given = iter(tensors)

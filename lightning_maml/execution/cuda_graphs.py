@@ -26,7 +26,7 @@ from lightning_maml.core.rng import (
 )
 from lightning_maml.core.tensors import is_out_of_memory
 from lightning_maml.errors import UserRuntimeError
-from lightning_maml.execution.compilation import state_of
+from lightning_maml.execution.compilation import kind_of_leaf, state_of, tensors_among
 from lightning_maml.networks.attributes import NotComparableError, plain_state
 
 CALLS_BEFORE = 2
@@ -36,7 +36,7 @@ MOST_GRAPHS = 8
 """Graphs kept at a time, each with memory of its own; then that which was not used longest goes."""
 
 MOST_CAPTURES = 100
-"""After so many captures, batches of other kinds run as usual: there is no end of them."""
+"""After so many captures, batches of other kinds run as usual: they may never stop changing."""
 
 MOST_KINDS = 256
 """Kinds of calls that are counted; then counting starts anew."""
@@ -100,11 +100,12 @@ class CudaGraphs:
 
     There is one graph for each kind of call: its numbers, the shapes of its tensors, and where its
     parameters lie. What cannot be captured runs as usual, which is said once: functions that draw
-    random numbers, as a graph would draw the same ones at each point; those that fetch a number
-    from the GPU, on which their course depends; and those that fail. Copies start without graphs.
+    random numbers, as later passes repeat the draws of the first by setting the generators, which a
+    capture forbids; those that fetch a number from the GPU, on which their course depends; and
+    those that fail. Copies start without graphs.
 
     Examples:
-        >>> from functools import cache, partial
+        >>> from functools import partial
         >>> import torch
         >>> from lightning_maml.execution.cuda_graphs import CudaGraphs
         >>> graphs = CudaGraphs()
@@ -160,14 +161,20 @@ class CudaGraphs:
         # in plain dicts and lists: torch's trees take subclasses of these for leaves
         plain = {name: map_tensors(_itself, arguments[name]) for name in _CHANGING}
         changing, structure = tree_flatten(plain)
-        kind = (setting, function.func, repr(structure), *_kinds(changing), *_fixed(arguments))
+        kind = (
+            setting,
+            function.func,
+            repr(structure),
+            *map(kind_of_leaf, changing),
+            *_fixed(arguments),
+        )
         captured = self._captured.pop(kind, None)
         if captured is None and self._is_due(kind):
             captured = self._capture(function, changing, structure)
         if captured is None:
             return function()
         self._captured[kind] = captured  # the last one used
-        return _replayed(captured, _tensors_among(changing))
+        return _replayed(captured, tensors_among(changing))
 
     def _is_due(self, kind: Hashable) -> bool:
         """Count a call; return whether it is to be captured, for which the oldest graph goes."""
@@ -233,18 +240,6 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _tensors_among(leaves: list[Any]) -> list[Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _kinds(leaves: list[Any]) -> list[Hashable]:
-    """Return all of numbers, and all but the values of tensors."""
-    return [
-        (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
-        for leaf in leaves
-    ]
-
-
 def _fixed(arguments: Mapping[str, Any]) -> list[Hashable]:
     """Return where the parameters lie, and the values of the other arguments but functions."""
     places = [(name, p.data_ptr(), p.dtype, p.shape) for name, p in arguments["params"].items()]
@@ -269,7 +264,7 @@ def _captured(function: partial[Any], changing: list[Any], structure: TreeSpec) 
     """
     fixed = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in changing]
     arguments = {**function.keywords, **tree_unflatten(fixed, structure)}
-    inputs = _tensors_among(fixed)
+    inputs = tensors_among(fixed)
     device = inputs[0].device
     run = partial(function.func, **arguments)
     before = generator_states(device)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_maml.batches.outputs import map_outputs, tensors_in
-from lightning_maml.batches.trees import Inputs, call, count, map_tensors, tensors
+from lightning_maml.batches.trees import Inputs, call, count, map_tensors, tensors, unstacked
 from lightning_maml.core.params import Params
 from lightning_maml.core.task_axis import Randomness
-from lightning_maml.errors import UserValueError
+from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.networks.attributes import Kept, numbers_in
 from lightning_maml.networks.batch_norm import (
     batch_norm_input_stats,
@@ -80,8 +80,7 @@ class AdaptedNetworks(nn.Module):
     def _support_statistics(self, adapted: Params, support_x: Inputs) -> Params:
         """Return the statistics of all support sets as running averages, each ``[T, C]``."""
         each = []
-        for task in range(count(support_x)):
-            params, x = _of_task(task, (adapted, support_x))
+        for params, x in unstacked((adapted, support_x)):
             each.append(batch_norm_input_stats(structural_copy(self._network), params, x))
         norms = batch_norms(self._network)
         averages: Params = {}
@@ -108,7 +107,12 @@ class AdaptedNetworks(nn.Module):
 
         Raises:
             ValueError: If there are queries of more or fewer tasks than were adapted to.
+            TypeError: If some are given by position and others by name.
         """
+        if inputs and named:
+            raise UserTypeError(
+                "Expected all inputs by position or all by name but got both; give them by name."
+            )
         x = named or (inputs[0] if len(inputs) == 1 else inputs)
         states = dict(zip(self._names, self._states, strict=True))
         tasks = len(self._states[0])
@@ -180,12 +184,8 @@ class AdaptedNetworks(nn.Module):
         return network
 
 
-def _of_task(task: int, stacked: Any) -> Any:
-    return map_tensors(lambda tensor: tensor[task], stacked)
-
-
 def _run_one_by_one(run: Callable[[Params, Any], Any], states: Params, x: Any) -> Any:
-    each = [run(*_of_task(task, (states, x))) for task in range(count(x))]
+    each = [run(*of_one) for of_one in unstacked((states, x))]
     stacked = map(torch.stack, zip(*map(tensors_in, each), strict=True))
     # outputs may be any object: stacked tensors take the place of the first task's
     return map_outputs(lambda _: next(stacked), each[0])

@@ -43,17 +43,17 @@ def modes(network: nn.Module) -> tuple[Any, ...]:
 
 
 class NotComparableError(Exception):
-    """An attribute of which it cannot be told whether it is what it was."""
+    """An attribute whose changes cannot be detected."""
 
 
 def plain_state(network: nn.Module, device: torch.device) -> tuple[Any, ...]:
     """Return what else a forward pass may read: numbers, and where tensors lie.
 
-    With :func:`modes` this is what a recorded pass may not outlive.
+    A CUDA graph holds all of that as it was: it is valid while this and :func:`modes` are the same.
 
     Args:
         network: Any module.
-        device: Where tensors are read in their place; of those elsewhere, the values count.
+        device: Tensors there are compared by their addresses, small ones on the CPU by value.
 
     Returns:
         Of the parameters, buffers and attributes of each module, also in lists, tuples, dicts and
@@ -79,7 +79,7 @@ def plain_state(network: nn.Module, device: torch.device) -> tuple[Any, ...]:
 _COMPARED_BY_VALUE = (int, str, float, type(None), bytes, Number)
 _COMPARED_BY_IDENTITY = (type, torch.dtype, torch.device, BuiltinFunctionType)
 _HIDING_WHAT_THEY_HOLD = (set, frozenset, deque, np.ndarray)
-"""Kinds whose subclasses have attributes beside what they hold."""
+"""Kinds whose content is not among their attributes, so that changes of it would go unseen."""
 
 
 class _Reader(NamedTuple):

@@ -71,3 +71,10 @@ def writes(network: nn.Module) -> bool | None:
     """
     written = facts_of(network).written
     return None if written is None else bool(written.tensors or written.numbers)
+
+
+def writes_in(network: nn.Module, part: str) -> bool:
+    """Return whether a forward pass changes anything in a submodule, as far as is known."""
+    written = facts_of(network).written or Written()
+    names = [*written.tensors, *(module for module, _ in written.numbers | written.kept)]
+    return any(f"{name}.".startswith(f"{part}.") for name in names)

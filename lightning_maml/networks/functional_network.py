@@ -416,7 +416,7 @@ class FunctionalNetwork:
         for norm in self._own.norms:
             norm.context = Fraction(context, count(inputs))
         buffers = {
-            name: averages[name] if name in averages else buffer.clone()
+            name: averages.get(name, buffer).clone()  # both may be written to
             for name, buffer in self._own.buffers.items()
         }
         with holding(self._own.places, {**buffers, **params}):

@@ -154,11 +154,13 @@ def first_difference(right: Evaluations, found: Evaluations, relative: float = 1
 
     Args:
         right: The right results.
-        found: Those to compare, of the same names.
+        found: Those to compare; one that is missing or has another shape differs.
         relative: The largest relative error that is taken for rounding below float64, where
             derivatives of large networks have few digits. In float64 it is 1e-6.
     """
     for name, values in right.items():
+        if name not in found or found[name].shape != values.shape:
+            return name
         # equal infinities and nans are no difference, though their difference is nan
         same = torch.isclose(found[name], values, rtol=0, atol=0, equal_nan=True)
         error = torch.where(same, 0.0, found[name] - values)

@@ -101,11 +101,11 @@ class Case:
         network = self.model._functional(self.episodes).network
         return self.model._verdict(self.episodes, network, self.model._kind(network, self.episodes))
 
-    def threads_would_meet(self) -> bool:
+    def tasks_share_state(self) -> bool:
         """Return whether tasks in threads would write to the same thing."""
         network = self.model._functional(self.episodes).network
         kind = self.model._kind(network, self.episodes)
-        return self.model._threads_would_meet(self.episodes, network, kind)
+        return self.model._tasks_share_state(self.episodes, network, kind)
 
     def gradient(
         self, curvature: CurvatureName | None = None, way: Execution = WAYS["loop"]

@@ -96,7 +96,7 @@ def explain_auto(case: Case, draws: tuple[str, ...]) -> Iterator[Look]:
     model = case.model
     case.start()
     way = Executor("auto", None, compiled=False)(
-        model.network, model.device, case.episodes, draws, case.stacking, case.threads_would_meet
+        model.network, model.device, case.episodes, draws, case.stacking, case.tasks_share_state
     )
     chunks = f" in chunks of {way.chunk_size}" if way.chunk_size else ""
     yield Look(
@@ -114,7 +114,7 @@ def _why(case: Case, draws: tuple[str, ...], way: Execution) -> str:
     inputs = max(1, sum(tensor[0].numel() for tensor in tensors(case.episodes[::2])))
     if on_cpu and inputs >= LARGE_INPUTS:
         return f"one task, with {inputs} numbers in its inputs, keeps all cores busy"
-    if on_cpu and way.tasks == "loop" and case.threads_would_meet():
+    if on_cpu and way.tasks == "loop" and case.tasks_share_state():
         return "threads would share what its hooks or its loss write to"
     if are_stacked(*way):
         return (

@@ -12,7 +12,7 @@ def test_as_many_kinds_as_are_remembered_are_each_checked_once_by_every_check() 
     for _ in range(2):
         for kind in range(KINDS):
             for check in ("network", "loss", "stacking"):
-                findings.once(check, (kind,), loss, lambda at=(check, kind): runs.update([at]))
+                findings.once(check, (kind,), (loss,), lambda at=(check, kind): runs.update([at]))
     assert len(runs) == 3 * KINDS
     assert set(runs.values()) == {1}
 
@@ -20,7 +20,7 @@ def test_as_many_kinds_as_are_remembered_are_each_checked_once_by_every_check() 
 def test_the_oldest_finding_of_a_check_is_the_one_that_is_forgotten() -> None:
     findings, ran = Findings(), []
     for kind in [*range(KINDS + 1), 1, KINDS, 0]:
-        findings.once("network", (kind,), None, lambda kind=kind: ran.append(kind))
+        findings.once("network", (kind,), (), lambda kind=kind: ran.append(kind))
     assert ran == [*range(KINDS + 1), 0]
     assert len(findings) == KINDS
 
@@ -29,5 +29,5 @@ def test_a_loss_is_checked_anew_in_another_mode() -> None:
     findings, loss, modes = Findings(), torch.nn.Dropout(), []
     for training in (True, False, True):
         loss.train(training)
-        findings.once("loss", (), loss, lambda: modes.append(loss.training))
+        findings.once("loss", (), (loss,), lambda: modes.append(loss.training))
     assert modes == [True, False]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,48 @@ def test_a_loss_that_keeps_what_it_reads_leaves_what_can_be_copied() -> None:
     MAML(network, 0.1, loss=loss).meta_loss(episodes)
     others = [value for value in seen if not isinstance(value, Tensor)]
     assert len(copy.deepcopy(others)) == 1
+
+
+class Filling(Hidden):
+    """A network that leaves what it computed in a list, in a dict or as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[Tensor] = []
+        self.parts: dict[str, Tensor] = {}
+        self.size = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x.flatten(1)))
+        self.layers = [hidden]
+        self.parts["hidden"] = hidden
+        self.size = float(hidden.square().mean().detach())
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda network: sum(hidden.square().mean() for hidden in network.layers),
+        lambda network: sum(hidden.square().mean() for hidden in network.parts.values()),
+        lambda network: network.size,
+        lambda network: 1.0 if network.size == 0.25 else 0.0,
+    ],
+)
+def test_so_are_those_of_lists_dicts_and_numbers(penalty: Any, called_before: bool) -> None:
+    network, episodes = Filling().double(), make_episodes()
+    if called_before:
+        network(episodes.query_x[0])
+    before = [*network.layers], dict(network.parts), network.size
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, y) + penalty(network)
+
+    with pytest.raises(ValueError, match=r"reads an attribute .* sets \(layers, parts, size\)"):
+        MAML(network, 0.1, loss=loss).meta_loss(episodes)
+    assert (network.layers, network.parts, network.size) == before
+
+
+def test_others_may_be_kept_by_the_network() -> None:
+    MAML(Filling().double(), 0.1).meta_loss(make_episodes())

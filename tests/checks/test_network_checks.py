@@ -1395,3 +1395,21 @@ def test_a_mode_that_is_read_past_the_modules_is_refused(holder: Any, adapts: bo
     with pytest.raises(ValueError, match="reads its mode from its own modules"):
         model.adapt(points().support_x, points().support_y) if adapts else model.meta_loss(points())
     assert all(module.training for module in network.modules())
+
+
+class Queue(nn.Linear):
+    """A network that remembers all examples in a tensor which grows."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.seen = torch.empty(0, 4, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = torch.cat([self.seen, x])
+        return super().forward(x) + self.seen.mean()
+
+
+def test_a_tensor_that_grows_is_refused() -> None:
+    x, y = torch.rand(2, 6, 4, dtype=torch.float64), (torch.arange(6) % 3).repeat(2, 1)
+    with pytest.raises(ValueError, match="has the attribute 'seen', a plain tensor"):
+        MAML(Queue().double()).meta_loss(Episodes(x, y, x, y))

@@ -1,8 +1,10 @@
 """learn2learn's classes against autograd through the unrolled loop, and against learn2learn."""
 
+import copy
 from argparse import ArgumentParser
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -296,3 +298,48 @@ def test_networks_are_checked_in_each_mode_and_regressions_have_no_classes() -> 
     model = LightningMAML(nn.Linear(4, 1), F.mse_loss, train_ways=1, test_ways=1)
     loss, _ = model.meta_learn((task[0], torch.rand(12, 1)), 0, ways=1, shots=4, queries=8)
     assert loss.isfinite()
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.scale * outputs, y)
+
+
+@pytest.mark.parametrize("name", ["maml", "anil"])
+def test_the_parameters_of_a_loss_are_trained(name: str) -> None:
+    torch.manual_seed(0)
+    task, loss = NoiseTaskset().sample(), Scaled()
+    model = build(name, whole(), loss=loss)
+    meta_learn = partial(model.meta_learn, task, 0, WAYS, SHOTS, QUERIES)
+    meta_learn()[0].backward()
+    with torch.no_grad():
+        loss.scale += 1e-6
+        above = float(meta_learn()[0])
+        loss.scale -= 2e-6
+        below = float(meta_learn()[0])
+    assert float(loss.scale.grad) == pytest.approx((above - below) / 2e-6, rel=1e-5)
+
+
+def test_a_copy_knows_what_a_pass_changes() -> None:
+    class Caching(nn.Linear):
+        """A network that keeps its weight of the first pass in evaluation mode."""
+
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.kept: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept.append(self.weight)
+            return F.linear(x, self.weight if self.training else self.kept[0], self.bias)
+
+    torch.manual_seed(0)
+    task = torch.rand(6, 4), torch.arange(3).repeat_interleave(2)
+    model = LightningMAML(Caching(), train_ways=3, test_ways=3, adaptation_lr=1.0).eval()
+    right = model.meta_learn(task, 0, 3, 1, 1)[0]
+    assert torch.equal(copy.deepcopy(model).meta_learn(task, 0, 3, 1, 1)[0], right)

@@ -6,6 +6,7 @@ copies of the network that torch's optimizers move for the first-order one.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -418,3 +419,35 @@ def test_the_theory_is_of_gradient_descent() -> None:
 def test_steps_are_looked_at_under_another_default_device() -> None:
     with torch.device("meta"):  # whose generators are none of the CPU's
         check_inner_steps(InnerSGD(momentum=0.9), torch.rand(3, device="cpu"), 0.1, curved=True)
+
+
+def test_a_rule_set_later_is_tried_stacked() -> None:
+    model: Any = MAML(build("mlp"), RATE)
+    model.meta_loss(make_episodes(tasks=8))
+    assert model._executor._last.tasks == "vmap"
+    model.inner_optimizer = Deciding()
+    model.meta_loss(make_episodes(tasks=8))
+    assert model._executor._last.tasks != "vmap"
+
+
+@dataclass
+class Bounded(InnerOptimizer):
+    """A rule with settings, and so without a hash."""
+
+    bound: float = 1.0
+
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        return w - rate * self.bound * (gradient / self.bound).tanh(), slots
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_rule_may_be_a_dataclass(compiled: bool) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()
+    found = []
+    model: Any = MAML(network, RATE, STEPS, inner_optimizer=Bounded(), compiled=compiled)
+    for bound in (1.0, 0.1):
+        model.inner_optimizer.bound = bound
+        found.append(float(model.meta_loss(make_episodes()).detach()))
+        alone = MAML(network, RATE, STEPS, inner_optimizer=Bounded(bound), tasks="loop")
+        assert found[-1] == pytest.approx(float(alone.meta_loss(make_episodes()).detach()))
+    assert found[0] != pytest.approx(found[1], rel=1e-6)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import weight_norm
 
 from lightning_maml import MAML, Episodes
+from lightning_maml.checks.shared_state import share_state
 
 EXAMPLES, WIDTH = 60, 200
 
@@ -90,7 +91,7 @@ def hooked(hook: Callable[..., None]) -> nn.Module:
     return with_hook
 
 
-MEETING = {
+SHARING = {
     "attribute of a loss": lambda: (network(), Entropic()),
     "attribute of an object": lambda: (network(), PlainEntropic()),
     "dict that a hook knows": lambda: (hooked(keep), of_kept),
@@ -99,9 +100,9 @@ MEETING = {
 }
 
 
-@pytest.mark.parametrize("case", MEETING)
-def test_tasks_that_would_meet_in_threads_are_run_in_a_loop(case: str) -> None:
-    model_of = MEETING[case]
+@pytest.mark.parametrize("case", SHARING)
+def test_tasks_that_would_share_state_in_threads_are_run_in_a_loop(case: str) -> None:
+    model_of = SHARING[case]
     (of_auto, loss), (of_loop, same_loss), (of_threads, _) = (model_of() for _ in range(3))
     auto = MAML(of_auto, 0.1, 2, loss=loss)
     found = {float(auto.meta_loss(episodes()).detach()) for _ in range(3)}
@@ -161,10 +162,65 @@ def test_others_are_run_in_threads(made: Callable[[], nn.Module], loss: Any) -> 
     assert found == pytest.approx(float(loop.meta_loss(episodes()).detach()), rel=1e-5)
 
 
-def test_networks_adapted_to_many_tasks_do_not_meet_either() -> None:
+def test_networks_adapted_to_many_tasks_share_nothing_either() -> None:
     of_many, of_one = (MAML(ByGlobal(), 0.1, 2) for _ in range(2))
     x, y, query_x, _ = episodes()
     found = of_many.adapt(x, y)(query_x)
     for task in range(len(x)):
         alone = of_one.adapt(x[task], y[task])(query_x[task])
         torch.testing.assert_close(found[task], alone, rtol=1e-3, atol=1e-4)
+
+
+class Remembering(nn.Module):
+    """A network that shares what it keeps if gradients are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.layers(x)
+        KEPT["x"] = x
+        outputs = self.layers(x)
+        return outputs * (1 + KEPT["x"].mean())
+
+
+def test_what_is_written_with_gradients_alone_is_found() -> None:
+    model = MAML(Remembering(), 0.1, 2)
+    model.meta_loss(episodes())
+    assert model._executor._last.tasks == "loop"
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_what_the_support_loss_alone_shares_is_found(later: bool) -> None:
+    model: Any = MAML(network(), 0.1, 2, support_loss=F.cross_entropy if later else Entropic())
+    model.meta_loss(episodes())
+    if later:
+        assert model._executor._last.tasks == "threads"
+        model.support_loss = Entropic()
+        model.meta_loss(episodes())
+    assert model._executor._last.tasks == "loop"
+
+
+def test_a_batch_of_one_task_says_nothing_of_several() -> None:
+    model = MAML(network(), 0.1, 2, tasks="threads", loss=Entropic())
+    model.meta_loss(Episodes(*(tensor[:1] for tensor in episodes())))
+    with pytest.raises(ValueError, match="write to nothing outside of the network"):
+        model.meta_loss(episodes())
+
+
+def test_that_threads_are_not_used_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = MAML(ByGlobal(), 0.1, 2)
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            model.meta_loss(episodes())
+    assert caplog.text.count("Tasks are not run in threads") == 1
+
+
+def test_no_memory_for_two_tasks_at_once_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        share_state(lambda: torch.ones(()) + 1, full)

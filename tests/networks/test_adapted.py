@@ -579,3 +579,15 @@ def test_a_network_that_loads_in_its_own_way_is_adapted() -> None:
     adapted = MAML(network, 0.5).adapt(x, y)
     gradient = torch.autograd.grad(F.cross_entropy(network(x), y), network[0].weight)[0]
     torch.testing.assert_close(adapted[0].weight, network[0].weight - 0.5 * gradient)
+
+
+class Masked(nn.Linear):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x if mask is None else x * mask)
+
+
+def test_inputs_by_position_and_by_name_together_are_refused() -> None:
+    x, y = torch.rand(2, 6, 4), (torch.arange(6) % 3).repeat(2, 1)
+    networks = MAML(Masked(4, 3), 0.1).adapt(x, y)
+    with pytest.raises(TypeError, match="Expected all inputs by position or all by name"):
+        networks(x, mask=torch.ones_like(x))

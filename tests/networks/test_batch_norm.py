@@ -15,6 +15,7 @@ from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer_in_double as trainer
 from lightning_maml import IMAML, MAML, MAMLPlusPlus, ProtoNet
 from lightning_maml.core.params import Params
+from lightning_maml.networks.facts import writes
 
 STEPS, RATE = 2, 0.3
 
@@ -226,3 +227,11 @@ def test_what_does_not_fit_is_refused() -> None:
         ProtoNet(build("conv_batch_norm"), batch_norm="per_step")
     with pytest.raises(ValueError, match="'running' or 'per_step' but got 'other'"):
         MAML(build("mlp"), batch_norm="other")
+
+
+def test_averages_that_are_read_are_not_taken_for_written() -> None:
+    network, episodes = build("conv_batch_norm"), make_episodes()
+    model = MAML(network, RATE, STEPS, batch_norm="per_step", tasks="loop")
+    model.meta_loss(episodes)
+    model.eval().evaluate(episodes)
+    assert writes(network) is False

@@ -391,3 +391,29 @@ def test_named_algorithms_adapt_no_other_part(algorithm: type[MAML], part: str, 
         algorithm(build("mlp"), adapt=other)
     assert algorithm(build("mlp"), adapt=part).adapted_part == part
     assert algorithm(build("mlp"), adapt=["*.bias"]).adapted_part == ["*.bias"]
+
+
+class Counting(nn.Linear):
+    """A head that keeps count of its calls, in a number or in a list, and reads it."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(8, WAYS)
+        self.place, self.calls, self.inputs = place, 0, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.inputs.append(x)
+        calls = self.calls if self.place == "number" else len(self.inputs)
+        return super().forward(x) / calls
+
+
+@pytest.mark.parametrize("place", ["number", "list"])
+def test_what_a_head_remembers_is_not_for_the_next_step(place: str) -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(IMAGE**2, 8), nn.Tanh())
+    network, episodes = nn.Sequential(body, Counting(place)).double(), make_episodes()
+    found = ANIL(network, 0.1, 2, tasks="loop").meta_gradient(episodes)
+    plain = nn.Sequential(*body, nn.Linear(8, WAYS)).double()
+    plain.load_state_dict(dict(zip(plain.state_dict(), network.state_dict().values(), strict=True)))
+    right = ANIL(plain, 0.1, 2, tasks="loop").meta_gradient(episodes)
+    assert relative_error(dict(zip(right, found.values(), strict=True)), right) < 1e-12

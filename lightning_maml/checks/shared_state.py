@@ -1,4 +1,4 @@
-"""Finds out whether tasks in threads would meet in something that all of them write to."""
+"""Detects whether tasks share state outside of their copies of the network."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,44 +8,52 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-_PLACES = 8
-"""In how many places of a task the other one is run, besides the last ones."""
+from lightning_maml.core.tensors import is_out_of_memory
+
+_PLACES = 16
+"""Before how many of a task's operations, evenly spaced, the other task is run."""
 
 _LAST = 8
-"""Before how many of the last operations it is run: they are those of the loss."""
+"""It is also run before each of so many last ones, which are those of the loss."""
 
 
-def would_meet(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> bool:
-    """Return whether a task gives another loss if a second one runs in its middle.
+def share_state(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> bool:
+    """Return whether a task gives another loss if a second one runs in the middle of it.
 
-    Threads run so. Then both write to something that is none of their own copies of the network: a
+    Threads run so. Then both write to something outside of their own copies of the network: a
     container that a hook knows, a global variable, or an attribute of the loss.
 
     Args:
         first: Returns the loss of a task.
         second: Returns the loss of another one, by another copy of the network.
 
+    Raises:
+        RuntimeError: If there is no memory for two tasks at once.
+
     Examples:
         >>> import torch
-        >>> from lightning_maml.checks.meeting import would_meet
+        >>> from lightning_maml.checks.shared_state import share_state
         >>> kept = {}
         >>> def loss(x):
         ...     kept["x"] = x
         ...     return torch.exp(torch.zeros(())) * kept["x"]
-        >>> would_meet(lambda: loss(torch.tensor(1.0)), lambda: loss(torch.tensor(2.0)))
+        >>> share_state(lambda: loss(torch.tensor(1.0)), lambda: loss(torch.tensor(2.0)))
         True
     """
-    with torch.no_grad():
+    with torch.enable_grad():  # some layers write with gradients only
         with _Interrupted(second, None) as alone:
-            right = first()
+            right = first().detach()
         calls = alone.calls
-        places = {*range(0, calls, max(1, calls // _PLACES)), *range(max(0, calls - _LAST), calls)}
+        spaced = {calls * number // _PLACES for number in range(_PLACES)}
+        places = spaced | {*range(max(0, calls - _LAST), calls)}
         # one place at a time, as what two do to the loss may cancel
         for place in sorted(places, reverse=True):
             try:
                 with _Interrupted(second, place):
-                    found = first()
-            except Exception:  # noqa: BLE001 # what the other has left may make anything fail
+                    found = first().detach()
+            except Exception as error:  # what the other has left may make anything fail
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    raise
                 return True
             if not torch.allclose(found, right, rtol=1e-6, equal_nan=True):
                 return True
