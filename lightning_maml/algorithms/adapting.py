@@ -33,7 +33,7 @@ from lightning_maml.batches.episodes import (
 )
 from lightning_maml.batches.trees import detached
 from lightning_maml.checks.findings import Kind
-from lightning_maml.checks.inner_steps import check_inner_steps, fails_stacked
+from lightning_maml.checks.inner_steps import check_inner_steps, fails_stacked, writes_to_itself
 from lightning_maml.checks.loss_checks import (
     check_broadcasting,
     check_labels,
@@ -612,10 +612,14 @@ class AdaptingModule(EpisodicModule):
         if len(episodes.query_y) == 1:  # which does not run in threads
             return False
         *but_shapes, _ = kind  # which decide nothing here, and may differ in each batch
-        check = self._stacking_check(network)
-        return self._once(
-            "threads", tuple(but_shapes), lambda: check.tasks_share_state(detached(episodes))
-        )
+
+        def find() -> bool:
+            smallest = min(self._adapting_parameters().values(), key=Tensor.numel)
+            if self.inner_optimizer and writes_to_itself(self.inner_optimizer, smallest, 0.1):
+                return True
+            return self._stacking_check(network).tasks_share_state(detached(episodes))
+
+        return self._once("threads", tuple(but_shapes), find)
 
     def _stacking_check(self, network: nn.Module) -> StackingCheck:
         """Return the check that compares tasks run together with tasks run alone."""

@@ -127,6 +127,33 @@ def moves_by_itself(optimizer: InnerOptimizer) -> bool:
     return not torch.equal(moved, w)
 
 
+def writes_to_itself(optimizer: InnerOptimizer, w: Tensor, rate: float) -> bool:
+    """Return whether a step leaves something in the optimizer's attributes, which threads share.
+
+    Args:
+        optimizer: The optimizer.
+        w: A parameter that adapts.
+        rate: Its inner rate.
+    """
+
+    def state() -> dict[str, tuple[int, int]]:
+        attributes = getattr(optimizer, "__dict__", {})
+        return {key: (id(value), _changes(value)) for key, value in attributes.items()}
+
+    before = state()
+    with torch.inference_mode(False), torch.no_grad():
+        w = w.detach().clone()
+        optimizer.step(w, torch.ones_like(w), rate, optimizer.start(w), 0)
+    return before != state()
+
+
+def _changes(value: Any) -> int:
+    """Return a number that changes with a tensor or a container."""
+    if isinstance(value, Tensor):
+        return value._version
+    return len(value) if isinstance(value, list | dict | set) else 0
+
+
 def fails_stacked(optimizer: InnerOptimizer, w: Tensor, rate: float) -> str:
     """Return why a step of several tasks as one fails, or nothing if it runs.
 

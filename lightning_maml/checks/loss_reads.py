@@ -1,21 +1,30 @@
 """Finds losses that read what a network's forward pass leaves in its attributes."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_maml.batches.episodes import AnyEpisodes, first_task, support_set
-from lightning_maml.batches.trees import detached
-from lightning_maml.checks.network_checks import first_support
-from lightning_maml.core.tensors import is_out_of_memory
+from lightning_maml.batches.trees import call, detached, map_tensors
+from lightning_maml.checks.network_checks import first_support, shifted
+from lightning_maml.core.params import Params
+from lightning_maml.core.rng import generator_states, set_generator_states
+from lightning_maml.core.tensors import raise_if_out_of_memory
 from lightning_maml.errors import UserValueError
-from lightning_maml.networks.attributes import Kept
-from lightning_maml.networks.facts import facts_of
+from lightning_maml.networks.attributes import OF_EVERY_MODULE, held_tensors, put_back
+from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.facts import MISSING
 from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
+from lightning_maml.networks.places import holding, places
+
+Left = dict[tuple[str, str], Any]
+"""What a pass has left in a network, by the names of module and attribute or buffer."""
 
 
 def check_loss_reads_no_attributes(
@@ -24,92 +33,142 @@ def check_loss_reads_no_attributes(
     functional: FunctionalNetwork,
     episodes: AnyEpisodes,
 ) -> None:
-    """Refuse a loss that reads an attribute which a forward pass sets.
+    """Refuse a loss that reads what a forward pass leaves in the network.
 
-    Each pass runs in a copy of the network, and its attributes are put back afterwards, so the loss
-    would read what was there before.
+    Each pass runs in a copy of the network, so the loss would read what was there before. Such a
+    loss is another one for the same outputs, depending on which pass was the last.
 
     Args:
         of_outputs: The loss.
         network: The user's network, which a loss may know.
-        functional: The network or a copy of it, whose writes have been found.
+        functional: The network or a copy of it.
         episodes: The meta-batch.
 
     Raises:
-        ValueError: If the loss reads one.
+        ValueError: If the loss reads an attribute or a buffer that depends on the pass.
     """
-    written = facts_of(functional.network).written
-    set_in_a_pass = sorted(written.kept | written.numbers) if written else []
-    if not set_in_a_pass:
+    if _is_of_torch(of_outputs.loss):
         return
-    y = detached(support_set(first_task(episodes))[1])
+    task = detached(first_task(episodes))
     with first_support(functional, episodes) as x, torch.no_grad():
+        passes = _of_two_passes(functional, x, task.query_x)
+        if passes is None:
+            return
         outputs = functional(functional.params, x)
-
-        def fails() -> Exception | None:
-            try:
-                of_outputs({}, outputs, y)
-            except Exception as error:  # a loss may fail in any way
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                    raise
-                return error
-            return None
-
-        with _unreadable(network, set_in_a_pass):
-            error = fails()
-        # one that fails in any case is for the other checks
-        reads = isinstance(error, _ReadError) or (error is not None and fails() is None)
-    if reads:
-        names = [f"{module}.{key}".lstrip(".") for module, key in set_in_a_pass]
-        raise UserValueError(
-            "Expected a loss of outputs and labels but it reads an attribute that the network's "
-            f"forward pass sets ({', '.join(names)}), which holds what another pass has left; let "
-            "the network return what the loss needs, in a dict with `logits` for instance."
-        )
+        value = partial(_value_with, network, of_outputs, outputs, support_set(task)[1])
+        one, other = passes
+        right = value(one)
+        if not _differ(right, value(other)) or _differ(right, value(one)):
+            return  # one that is another in each call says nothing
+        each = [name for name in other if _differ(right, value({**one, name: other[name]}))]
+    names = [f"{module}.{key}".lstrip(".") for module, key in sorted(each or other)]
+    raise UserValueError(
+        "Expected a loss of outputs and labels but it reads an attribute that the network's "
+        f"forward pass sets ({', '.join(names)}), which holds what another pass has left; let "
+        "the network return what the loss needs, in a dict with `logits` for instance."
+    )
 
 
-class _ReadError(Exception):
-    """An attribute was read that is unreadable."""
+def _is_of_torch(loss: Any) -> bool:
+    """Return whether a loss is torch's own or this library's, which know no network."""
+    while isinstance(loss, partial):
+        loss = loss.func
+    parts = [*loss.modules()] if isinstance(loss, nn.Module) else [loss]
+    own = ("torch.", "lightning_maml.")
+    return all((getattr(part, "__module__", None) or "").startswith(own) for part in parts)
 
 
-class _Unreadable:
-    """Takes the place of an attribute, and fails at whatever a loss may do with it."""
+def _of_two_passes(functional: FunctionalNetwork, x: Any, queries: Any) -> tuple[Left, Left] | None:
+    """Return what two passes leave of which nothing is the same, or None if the network fails."""
+    left_by, params = partial(_left_by_a_pass, functional.network), functional.params
+    try:
+        one = left_by(params, x)
+        other = left_by(params, map_tensors(torch.clone, queries))
+    except Exception as error:  # noqa: BLE001 # of which other checks tell
+        raise_if_out_of_memory(error)
+        return None
+    try:
+        return one, left_by(shifted(params), map_tensors(torch.clone, queries))
+    except Exception as error:  # noqa: BLE001 # with other parameters a network may raise anything
+        raise_if_out_of_memory(error)
+        return one, other
 
-    def _fail(self, *_: Any, **__: Any) -> NoReturn:
-        raise _ReadError
 
-    @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
-        raise _ReadError
+def _left_by_a_pass(network: nn.Module, params: Params, x: Any) -> Left:
+    copied = structural_copy(network)
+    values = {name: buffer.clone() for name, buffer in copied.named_buffers()}
+    values |= {name: p.detach() for name, p in params.items()}
+    with holding(places(copied), values):
+        call(copied, x)
+        return {
+            (name, key): value
+            for name, module in copied.named_modules()
+            for holder in (module._buffers, vars(module))
+            for key, value in holder.items()
+            if key not in OF_EVERY_MODULE
+        }
 
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):  # copies and the like ask for these
-            raise AttributeError(name)
-        raise _ReadError
 
-    __getitem__ = __iter__ = __len__ = __call__ = __float__ = __bool__ = _fail
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = _fail
-    __eq__ = __ne__ = _fail
-    __hash__ = None  # type: ignore[assignment]
+def _value_with(
+    network: nn.Module, of_outputs: FunctionalLoss, outputs: Any, y: Tensor, left: Left
+) -> Any:
+    """Return the loss as it is after a pass that left this, or the type of its error."""
+    before, held = generator_states(y.device), held_tensors(of_outputs.loss)
+    try:
+        with _put_into(network, left):
+            # not a copy of the loss, which would know a copy of the network
+            return of_outputs.loss(of_outputs.given(outputs), y)
+    except Exception as error:  # noqa: BLE001 # a loss may fail in any way
+        raise_if_out_of_memory(error)
+        return type(error)
+    finally:
+        put_back(held)
+        set_generator_states(before, y.device)
 
 
 @contextmanager
-def _unreadable(network: nn.Module, names: list[tuple[str, str]]) -> Iterator[None]:
-    """Let these attributes, each a module's name and its own, be unreadable for a while.
-
-    What dicts and lists hold is unreadable, as others may know them too.
-    """
-    kept, modules = Kept(network, names), dict(network.named_modules())
-    for name, key in names:
-        holder = modules[name].__dict__ if name in modules else {}
-        value = holder.get(key)
-        if isinstance(value, list):
-            value[:] = [_Unreadable()]
-        elif isinstance(value, dict):
-            value.update(dict.fromkeys([*value] or [""], _Unreadable()))
-        else:
-            holder[key] = _Unreadable()
+def _put_into(network: nn.Module, left: Left) -> Iterator[None]:
+    """Put attributes and buffers into a network for a while."""
+    modules, undo = dict(network.named_modules()), list[Callable[[], Any]]()
     try:
+        for (name, key), value in left.items():
+            if name in modules:
+                buffers = modules[name]._buffers
+                holder = buffers if key in buffers else modules[name].__dict__
+                undo.append(_put(holder, key, value))
         yield
     finally:
-        kept.put_back()
+        for put_one_back in reversed(undo):
+            put_one_back()
+
+
+def _put(holder: dict[str, Any], key: str, value: Any) -> Callable[[], Any]:
+    """Put a value there, and return what undoes it."""
+    now = holder.get(key, MISSING)
+    if type(now) in (list, dict) and type(now) is type(value):  # others may know it too
+        undo = partial(_fill, now, copy.copy(now))
+        _fill(now, value)
+        return undo
+    holder[key] = value
+    return partial(holder.pop, key, None) if now is MISSING else partial(_set, holder, key, now)
+
+
+def _set(holder: dict[str, Any], key: str, value: Any) -> None:
+    holder[key] = value
+
+
+def _fill(container: Any, content: Any) -> None:
+    if container is content:
+        return
+    container.clear()
+    if isinstance(container, dict):
+        container.update(content)
+    else:
+        container.extend(content)
+
+
+def _differ(value: Any, other: Any) -> bool:
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+        return value is not other
+    same_shape = value.shape == other.shape
+    return not (same_shape and torch.allclose(value, other, rtol=1e-6, equal_nan=True))

@@ -19,7 +19,7 @@ from lightning_maml.batches.trees import Inputs, cat, count, detached, map_tenso
 from lightning_maml.batches.trees import shapes as shapes_of
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, generators_drawn_from, set_generator_states
-from lightning_maml.core.tensors import is_out_of_memory
+from lightning_maml.core.tensors import is_out_of_memory, raise_if_out_of_memory
 from lightning_maml.errors import UserValueError
 from lightning_maml.networks.attributes import held_tensors, put_back
 from lightning_maml.networks.batch_norm import batch_norms
@@ -176,9 +176,8 @@ class NetworkChecks:
             try:
                 whole = self._logits(functional(functional.params | of_head, x))
                 alone = FunctionalHead(functional.network, head)(of_head, features)
-            except Exception as error:  # with other parameters a network may raise anything
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                    raise
+            except Exception as error:  # noqa: BLE001 # at other parameters it may raise anything
+                raise_if_out_of_memory(error)
                 return False
         return first_difference({"outputs": whole}, {"outputs": alone}, 1e-3) is None
 

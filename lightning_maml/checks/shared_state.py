@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_maml.core.tensors import is_out_of_memory
+from lightning_maml.core.tensors import raise_if_out_of_memory
 
 _PLACES = 16
 """Before how many of a task's operations, evenly spaced, the other task is run."""
@@ -51,9 +51,8 @@ def share_state(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> bo
             try:
                 with _Interrupted(second, place):
                     found = first().detach()
-            except Exception as error:  # what the other has left may make anything fail
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                    raise
+            except Exception as error:  # noqa: BLE001 # what the other has left may fail anything
+                raise_if_out_of_memory(error)
                 return True
             if not torch.allclose(found, right, rtol=1e-6, equal_nan=True):
                 return True

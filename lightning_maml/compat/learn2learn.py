@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.batches.outputs import logits_in
+from lightning_maml.checks.loss_checks import check_loss_value
+from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
 from lightning_maml.checks.network_checks import NetworkChecks
 from lightning_maml.core.params import Params
 from lightning_maml.errors import UserValueError
@@ -182,6 +184,9 @@ class LightningEpisodicModule(LightningModule):
         check = NetworkChecks("all", None, logits_in)
         loss = FunctionalLoss(self.loss, logits_in)
         check(functional.network, functional, episodes, [loss], lambda run: None)
+        check_loss_reads_no_attributes(loss, functional.network, functional, episodes)
+        if not loss.params:
+            check_loss_value(loss, functional, episodes, self.parameters())
         self._checked_modes.add(self.training)
 
     def _learn(

@@ -45,3 +45,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether a device ran out of memory, for which torch has a type only in part."""
     is_said = any(words in str(error) for words in _OUT_OF_MEMORY)
     return isinstance(error, torch.OutOfMemoryError) or is_said
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """Raise an error again if a device ran out of memory, whatever else it could mean."""
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        raise error

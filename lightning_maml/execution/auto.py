@@ -158,13 +158,13 @@ class Executor:
             raise UserValueError(
                 "Expected a network and a loss that write to nothing outside of the network with "
                 "`tasks='threads'` but a task gives another loss while another one runs: they "
-                "share a container that a hook knows, a global variable or an attribute of the "
-                "loss; use tasks='loop'."
+                "share a container that a hook knows, a global variable, or an attribute of the "
+                "loss or of the inner optimizer; use tasks='loop'."
             )
         if not self._said_apart:
             rank_zero_info(
-                "Tasks are not run in threads, in which they would share what the network's hooks "
-                "or the loss write to."
+                "Tasks are not run in threads, in which they would share what the network's hooks, "
+                "the loss or the inner optimizer write to."
             )
         self._said_apart = True
         return chosen._replace(tasks="loop")

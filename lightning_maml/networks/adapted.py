@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_maml.batches.outputs import map_outputs, tensors_in
 from lightning_maml.batches.trees import Inputs, call, count, map_tensors, tensors, unstacked
@@ -204,5 +205,7 @@ def _run_stacked(
         outputs.append(run(state, x))
         return tensors_in(outputs[0])
 
-    stacked = iter(torch.func.vmap(tensors_of_outputs, randomness=randomness)(states, x))
+    by_task = tree_map(lambda leaf: 0 if isinstance(leaf, torch.Tensor) else None, x)
+    run_all = torch.func.vmap(tensors_of_outputs, in_dims=(0, by_task), randomness=randomness)
+    stacked = iter(run_all(states, x))
     return map_outputs(lambda _: next(stacked), outputs[0])

@@ -69,7 +69,7 @@ def plain_state(network: nn.Module, device: torch.device) -> tuple[Any, ...]:
             raise NotComparableError(f"{name or type(module).__name__} has hooks")
         for holder in (module._parameters, module._buffers, vars(module)):
             for key, value in holder.items():
-                if key not in _OF_EVERY_MODULE:
+                if key not in OF_EVERY_MODULE:
                     path = f"{name}.{key}".lstrip(".")
                     found.append((key, reader.plain(value, path)))
     return tuple(found)
@@ -80,6 +80,20 @@ _COMPARED_BY_VALUE = (int, str, float, type(None), bytes, Number)
 _COMPARED_BY_IDENTITY = (type, torch.dtype, torch.device, BuiltinFunctionType)
 _HIDING_WHAT_THEY_HOLD = (set, frozenset, deque, np.ndarray)
 """Kinds whose content is not among their attributes, so that changes of it would go unseen."""
+
+
+def plain_value(value: Any, device: torch.device, path: str) -> Any:
+    """Return what tells a number, tensor, container or plain object from another.
+
+    Args:
+        value: Any object.
+        device: As in :func:`plain_state`.
+        path: Its name in errors.
+
+    Raises:
+        NotComparableError: If it is, or holds, anything else.
+    """
+    return _Reader(device, frozenset()).plain(value, path)
 
 
 class _Reader(NamedTuple):
@@ -184,7 +198,8 @@ def put_back(before: list[HeldTensor]) -> list[str]:
     for holder, name, tensor, value in before:
         if _is_other(holder.get(name), value):
             written.append(name)
-        tensor.copy_(value)
+        if _is_other(tensor, value):
+            tensor.copy_(value)
         holder[name] = tensor
     return written
 
@@ -226,7 +241,7 @@ class Kept:
         now: dict[tuple[str, str], tuple[Any, Any]] = {}
         for name, attributes in self._modules.items():
             for key, value in attributes.items():
-                if key in _OF_EVERY_MODULE:
+                if key in OF_EVERY_MODULE:
                     continue
                 if self._names is None or (name, key) in self._names:
                     content = copy.copy(value) if isinstance(value, list | dict) else None
@@ -271,10 +286,10 @@ class Kept:
                 value.update(content)
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has: its parameters, buffers, submodules, hooks and mode."""
 
-_HOOKS = tuple(key for key in _OF_EVERY_MODULE if key.endswith("_hooks"))
+_HOOKS = tuple(key for key in OF_EVERY_MODULE if key.endswith("_hooks"))
 
 
 def _are_same(before: tuple[Any, Any] | None, now: tuple[Any, Any] | None) -> bool:

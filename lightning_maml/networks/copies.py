@@ -122,9 +122,9 @@ def _naming_what_cannot_be_copied(network: nn.Module) -> Iterator[None]:
         if not failing:
             raise
         raise UserTypeError(
-            "Expected a network that can be copied (copy.deepcopy), as adaptation needs copies, "
-            f"but {failing} cannot be ({error}); make it where it is used, or leave it out of the "
-            "network."
+            "Expected a network, and a loss with parameters, that can be copied (copy.deepcopy), "
+            f"as adaptation needs copies, but {failing} of {type(network).__name__} cannot be "
+            f"({error}); make it where it is used, or leave it out of the module."
         ) from error
 
 

@@ -448,3 +448,20 @@ def test_arrays_are_refused() -> None:
         TypeError, match=r"Expected `support_y` to be a tensor but got ndarray; .*torch\.from_numpy"
     ):
         MAML(build("mlp"), 0.1).meta_loss(episodes._replace(support_y=episodes.support_y.numpy()))
+
+
+class Weighted(nn.Module):
+    """A loss with the same weight for all classes, in one place of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.tensor(2.0, dtype=torch.float64).expand(3)
+
+    def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, y, self.weight)
+
+
+def test_a_loss_with_an_expanded_weight() -> None:
+    found = MAML(build("mlp"), 0.1, loss=Weighted()).meta_loss(make_episodes())
+    plain = MAML(build("mlp"), 0.1).meta_loss(make_episodes())
+    torch.testing.assert_close(found, plain)

@@ -1252,7 +1252,7 @@ def test_what_cannot_be_copied_is_named() -> None:
     network = seeded(Plain)
     network.body.lock = threading.Lock()
     with pytest.raises(
-        TypeError, match=r"Expected a network that can be copied .* but \['body.lock'\] cannot be"
+        TypeError, match=r"Expected a network, .* be copied .* but \['body.lock'\] of Plain cannot"
     ):
         MAML(network, RATE, STEPS).meta_loss(points())
 

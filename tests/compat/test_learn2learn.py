@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 import pytest
@@ -343,3 +344,36 @@ def test_a_copy_knows_what_a_pass_changes() -> None:
     model = LightningMAML(Caching(), train_ways=3, test_ways=3, adaptation_lr=1.0).eval()
     right = model.meta_learn(task, 0, 3, 1, 1)[0]
     assert torch.equal(copy.deepcopy(model).meta_learn(task, 0, 3, 1, 1)[0], right)
+
+
+class Keeping(nn.Linear):
+    """A network that leaves its outputs in an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.outputs = super().forward(x)
+        return self.outputs
+
+
+def test_losses_that_know_the_network_are_refused() -> None:
+    network = Keeping(4, 3)
+    task = torch.rand(6, 4), torch.arange(3).repeat_interleave(2)
+
+    def of_outputs(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, y) + network.outputs.square().mean()
+
+    def of_weight(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, y) + network.weight.square().mean()
+
+    for loss, message in (of_outputs, "reads an attribute"), (of_weight, "reads the network's par"):
+        model = LightningMAML(network, loss, train_ways=3, test_ways=3)
+        with pytest.raises(ValueError, match=message):
+            model.meta_learn(task, 0, 3, 1, 1)
+
+
+def test_a_loss_that_cannot_be_copied_is_named() -> None:
+    loss = Scaled().float()
+    loss.lock = Lock()
+    model = LightningMAML(nn.Linear(4, 3), loss, train_ways=3, test_ways=3)
+    task = torch.rand(6, 4), torch.arange(3).repeat_interleave(2)
+    with pytest.raises(TypeError, match=r"\['lock'\] of Scaled cannot be"):
+        model.meta_learn(task, 0, 3, 1, 1)

@@ -6,7 +6,7 @@ copies of the network that torch's optimizers move for the first-order one.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -434,20 +434,41 @@ def test_a_rule_set_later_is_tried_stacked() -> None:
 class Bounded(InnerOptimizer):
     """A rule with settings, and so without a hash."""
 
-    bound: float = 1.0
+    bound: float = field(default=1.0, repr=False)
 
     def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
         return w - rate * self.bound * (gradient / self.bound).tanh(), slots
 
 
+class Plain(InnerOptimizer):
+    """The same as a plain class."""
+
+    def __init__(self, bound: float = 1.0) -> None:
+        self.bound = bound
+
+    step = Bounded.step
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_rule_may_be_a_dataclass(compiled: bool) -> None:
+@pytest.mark.parametrize("kind", [Bounded, Plain])
+@pytest.mark.parametrize("number", [float, lambda bound: torch.tensor(bound).double()])
+def test_settings_of_a_rule_may_change(
+    kind: Callable[..., Any], compiled: bool, number: Callable[[float], Any]
+) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()
+    model: Any = MAML(network, RATE, STEPS, inner_optimizer=kind(), compiled=compiled)
     found = []
-    model: Any = MAML(network, RATE, STEPS, inner_optimizer=Bounded(), compiled=compiled)
     for bound in (1.0, 0.1):
-        model.inner_optimizer.bound = bound
+        model.inner_optimizer.bound = number(bound)
         found.append(float(model.meta_loss(make_episodes()).detach()))
         alone = MAML(network, RATE, STEPS, inner_optimizer=Bounded(bound), tasks="loop")
         assert found[-1] == pytest.approx(float(alone.meta_loss(make_episodes()).detach()))
     assert found[0] != pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_rule_whose_settings_may_change_unseen_is_not_compiled() -> None:
+    rule: Any = Plain()
+    rule.numbers = {1.0, 2.0}
+    model = MAML(build("mlp"), RATE, inner_optimizer=rule, compiled=True)
+    with pytest.raises(ValueError, match="Expected an inner optimizer whose attributes are"):
+        model.meta_loss(make_episodes())

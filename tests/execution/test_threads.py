@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import weight_norm
 
-from lightning_maml import MAML, Episodes
+from lightning_maml import MAML, Episodes, InnerOptimizer, InnerSGD
 from lightning_maml.checks.shared_state import share_state
 
 EXAMPLES, WIDTH = 60, 200
@@ -224,3 +224,21 @@ def test_no_memory_for_two_tasks_at_once_is_said(monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(torch.OutOfMemoryError):
         share_state(lambda: torch.ones(()) + 1, full)
+
+
+class Noting(InnerOptimizer):
+    """A rule that keeps what it computes in an attribute between two lines."""
+
+    def step(self, w: Tensor, gradient: Tensor, rate: Any, slots: Any, number: int) -> Any:
+        self.norm = gradient.norm()
+        bounded = (gradient * 3).tanh()
+        return w - rate * bounded / (self.norm + 1), slots
+
+
+def test_inner_rules_that_write_to_themselves_are_run_in_a_loop() -> None:
+    model = MAML(network(), 0.1, 2, inner_optimizer=Noting())
+    model.meta_loss(episodes())
+    assert model._executor._last.tasks == "loop"
+    model = MAML(network(), 0.1, 2, inner_optimizer=InnerSGD(momentum=0.9))
+    model.meta_loss(episodes())
+    assert model._executor._last.tasks == "threads"

@@ -591,3 +591,11 @@ def test_inputs_by_position_and_by_name_together_are_refused() -> None:
     networks = MAML(Masked(4, 3), 0.1).adapt(x, y)
     with pytest.raises(TypeError, match="Expected all inputs by position or all by name"):
         networks(x, mask=torch.ones_like(x))
+
+
+def test_inputs_by_name_may_be_missing() -> None:
+    x, y = torch.rand(2, 6, 4), (torch.arange(6) % 3).repeat(2, 1)
+    networks = MAML(Masked(4, 3), 0.1).adapt(x, y)
+    assert networks.stacked
+    torch.testing.assert_close(networks(x=x, mask=None), networks(x))
+    torch.testing.assert_close(networks(x, None), networks(x))
