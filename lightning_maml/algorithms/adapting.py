@@ -504,7 +504,7 @@ class AdaptingModule(EpisodicModule):
             self._check_loss(functional, queries, of_outputs.query, query_y)
 
         if self.inner_optimizer is not None:
-            self._once("inner steps", kind, self._check_inner_steps)
+            self._once("inner steps", kind, self._check_inner_steps, (self.inner_optimizer,))
         unseen = writes(functional.network) is None
         info = self._once("network", kind, check_network, again=unseen)
         self._check_labels(episodes, info)
@@ -513,7 +513,7 @@ class AdaptingModule(EpisodicModule):
 
     @override
     def _read_by_checks(self) -> tuple[Any, ...]:
-        return self.loss, self.support_loss, self.inner_optimizer
+        return self.loss, self.support_loss
 
     def _check_inner_steps(self) -> None:
         check_inner_optimizer(self.inner_optimizer)
@@ -521,8 +521,15 @@ class AdaptingModule(EpisodicModule):
         params = self._adapting_parameters().values()
         curved = self.curvature != "none" or self.learned_rates is not None
         smallest = min(params, key=Tensor.numel, default=None)
-        if smallest is not None:
-            check_inner_steps(optimizer, smallest, 0.1, curved=curved)
+        if smallest is None:
+            return
+        check_inner_steps(optimizer, smallest, 0.1, curved=curved)
+        if self._compiler is not None and writes_to_itself(optimizer, smallest, 0.1):
+            raise UserValueError(
+                "Expected an inner optimizer that leaves its attributes as they are with "
+                f"`compiled=True` but {type(optimizer).__name__} writes to them; keep what a step "
+                "computes in local variables, or leave it uncompiled."
+            )
 
     def _check_loss(
         self,
@@ -605,7 +612,7 @@ class AdaptingModule(EpisodicModule):
             w = next(iter(self._adapting_parameters().values()))
             return verdict._replace(wrong=fails_stacked(self.inner_optimizer, w, 0.1))
 
-        return self._stacking_verdict((*kind, adapts_only), compare)
+        return self._stacking_verdict((*kind, adapts_only), compare, (self.inner_optimizer,))
 
     def _tasks_share_state(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> bool:
         """Return whether tasks in threads would write to the same thing."""
@@ -615,11 +622,12 @@ class AdaptingModule(EpisodicModule):
 
         def find() -> bool:
             smallest = min(self._adapting_parameters().values(), key=Tensor.numel)
-            if self.inner_optimizer and writes_to_itself(self.inner_optimizer, smallest, 0.1):
+            optimizer = self.inner_optimizer
+            if optimizer is not None and writes_to_itself(optimizer, smallest, 0.1):
                 return True
-            return self._stacking_check(network).tasks_share_state(detached(episodes))
+            return self._stacking_check(network).tasks_share_state(episodes)
 
-        return self._once("threads", tuple(but_shapes), find)
+        return self._once("threads", tuple(but_shapes), find, (self.inner_optimizer,))
 
     def _stacking_check(self, network: nn.Module) -> StackingCheck:
         """Return the check that compares tasks run together with tasks run alone."""

@@ -401,7 +401,9 @@ class EpisodicModule(CheckpointedModule):
         """Return what tells one kind of batch from another, for the model's network or a copy."""
         return kind_of_batch(network, self.network, episodes)
 
-    def _stacking_verdict(self, kind: Kind, find: Callable[[], Verdict]) -> Verdict:
+    def _stacking_verdict(
+        self, kind: Kind, find: Callable[[], Verdict], also: tuple[Any, ...] = ()
+    ) -> Verdict:
         """Return whether tasks can be stacked, as ``find`` found for the first batch of a kind."""
 
         def find_and_say() -> Verdict:
@@ -413,13 +415,20 @@ class EpisodicModule(CheckpointedModule):
                 )
             return verdict
 
-        return self._once("stacking", kind, find_and_say)
+        return self._once("stacking", kind, find_and_say, also)
 
     def _once(
-        self, check: str, kind: Kind, find: Callable[[], Found], *, again: bool = False
+        self,
+        check: str,
+        kind: Kind,
+        find: Callable[[], Found],
+        also: tuple[Any, ...] = (),
+        *,
+        again: bool = False,
     ) -> Found:
-        """Run a check once for each kind of batch, and return what it found."""
-        return self._findings.once(check, kind, self._read_by_checks(), find, again=again)
+        """Run a check once for each kind of batch and ``also``, and return what it found."""
+        read = (*self._read_by_checks(), *also)
+        return self._findings.once(check, kind, read, find, again=again)
 
     def _read_by_checks(self) -> tuple[Any, ...]:
         """Return what decides a check besides the network and the batch."""

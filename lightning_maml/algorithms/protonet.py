@@ -26,6 +26,7 @@ from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.batches.trees import Inputs, cat, detached, map_tensors
 from lightning_maml.checks.loss_checks import check_broadcasting, check_labels
+from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
 from lightning_maml.checks.network_checks import (
     check_logits,
     check_policy,
@@ -42,6 +43,7 @@ from lightning_maml.functional.adaptation import AdaptationCurve
 from lightning_maml.networks.adapted import AdaptedNetworks
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import facts_of
+from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
 from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare, two_tasks
 
@@ -267,6 +269,9 @@ class ProtoNet(EpisodicModule):
                     "as many as there are classes; if they are a head's logits, leave the head out "
                     "(`ways=None` for Conv4 and ResNet12)."
                 )
+            of_distances = FunctionalLoss(self.loss, self.logits)
+            of_distances.given = lambda _: embedded.new_zeros(len(embedded), ways)
+            check_loss_reads_no_attributes(of_distances, self.network, functional, episodes)
             targets = (episodes.support_y[0], episodes.query_y[0])
             check_broadcasting(self.loss, lambda _: embedded.new_zeros(2 * ways, ways), targets)
             if facts_of(network).hooks_tensors:

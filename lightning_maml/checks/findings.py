@@ -46,6 +46,9 @@ class Findings:
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
+    def __reduce__(self) -> tuple[type["Findings"], tuple[()]]:
+        return Findings, ()  # what is known of a network is not copied either
+
     def __len__(self) -> int:
         """Return how many findings are remembered."""
         return len(self._found)

@@ -1,5 +1,8 @@
 """Checks of an inner optimizer: that its steps can be taken again, and taken back."""
 
+from collections import deque
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,9 +38,14 @@ def check_inner_steps(optimizer: InnerOptimizer, w: Tensor, rate: float, *, curv
             for scale, draw in zip((0.0, 1.0, 1.0), draws, strict=True)
         ]
         point, *gradients = [leaf.requires_grad_() * 1 for leaf in leaves]  # may be written to
-        slots = _started(optimizer, point)
-        for number, gradient in enumerate(gradients):
-            point, slots = _stepped(optimizer, point, gradient, rate, slots, number)
+        start = point
+        point = _after_steps(optimizer, start, gradients, rate)
+
+        def step_of_another(number: int) -> None:
+            slots = optimizer.start(gradients[0])
+            optimizer.step(gradients[0], gradients[1], rate, slots, number)
+
+        beside = _after_steps(optimizer, start, gradients, rate, step_of_another)
         depends = point.requires_grad and torch.autograd.grad(
             point.sum(), leaves[1:], allow_unused=True
         )
@@ -49,6 +57,12 @@ def check_inner_steps(optimizer: InnerOptimizer, w: Tensor, rate: float, *, curv
             f"{' and '.join(drawn)}: the backward pass would draw others; draw in the network or "
             "the loss, whose draws are repeated."
         )
+    if not torch.allclose(point, beside, equal_nan=True):
+        raise UserValueError(
+            f"Expected inner steps that can be taken again but {_name(optimizer)} gives another "
+            "parameter after a step of another; keep what it remembers in its state, the tuple "
+            "that `start` and `step` return, which each parameter of each task has for itself."
+        )
     if not curved:
         return
     if not depends or any(found is None for found in depends):
@@ -57,6 +71,20 @@ def check_inner_steps(optimizer: InnerOptimizer, w: Tensor, rate: float, *, curv
             f"{_name(optimizer)} returns does not depend on its gradient; leave out torch.no_grad, "
             ".detach() and .data, or train with FOMAML."
         )
+
+
+def _after_steps(
+    optimizer: InnerOptimizer,
+    w: Tensor,
+    gradients: list[Tensor],
+    rate: float,
+    after_each: Callable[[int], None] = lambda number: None,
+) -> Tensor:
+    slots = _started(optimizer, w)
+    for number, gradient in enumerate(gradients):
+        w, slots = _stepped(optimizer, w, gradient, rate, slots, number)
+        after_each(number)
+    return w
 
 
 def _started(optimizer: InnerOptimizer, w: Tensor) -> tuple[Tensor, ...]:
@@ -135,23 +163,31 @@ def writes_to_itself(optimizer: InnerOptimizer, w: Tensor, rate: float) -> bool:
         w: A parameter that adapts.
         rate: Its inner rate.
     """
-
-    def state() -> dict[str, tuple[int, int]]:
-        attributes = getattr(optimizer, "__dict__", {})
-        return {key: (id(value), _changes(value)) for key, value in attributes.items()}
-
-    before = state()
+    before = _held_by(optimizer)
     with torch.inference_mode(False), torch.no_grad():
         w = w.detach().clone()
-        optimizer.step(w, torch.ones_like(w), rate, optimizer.start(w), 0)
-    return before != state()
+        # the rate is another object than any before
+        optimizer.step(w, torch.ones_like(w), w.new_tensor(rate), optimizer.start(w), 0)
+    now = _held_by(optimizer)
+    return len(before) != len(now) or any(
+        there is not here or version != version_now
+        for (there, version), (here, version_now) in zip(before, now, strict=True)
+    )
 
 
-def _changes(value: Any) -> int:
-    """Return a number that changes with a tensor or a container."""
+def _held_by(value: Any, depth: int = 4) -> list[tuple[Any, int]]:
+    """Return an object and all that it holds, each with the version of a tensor."""
     if isinstance(value, Tensor):
-        return value._version
-    return len(value) if isinstance(value, list | dict | set) else 0
+        return [(value, value._version)]
+    parts: Any = ()
+    if isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, list | tuple | set | deque):
+        parts = value
+    elif not isinstance(value, type | ModuleType):
+        parts = getattr(value, "__dict__", {}).values()
+    inside = [held for part in parts for held in _held_by(part, depth - 1)] if depth else []
+    return [(value, 0), *inside]
 
 
 def fails_stacked(optimizer: InnerOptimizer, w: Tensor, rate: float) -> str:

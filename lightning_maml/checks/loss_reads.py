@@ -18,7 +18,7 @@ from lightning_maml.core.tensors import raise_if_out_of_memory
 from lightning_maml.errors import UserValueError
 from lightning_maml.networks.attributes import OF_EVERY_MODULE, held_tensors, put_back
 from lightning_maml.networks.copies import structural_copy
-from lightning_maml.networks.facts import MISSING
+from lightning_maml.networks.facts import MISSING, facts_of
 from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.places import holding, places
@@ -51,7 +51,8 @@ def check_loss_reads_no_attributes(
         return
     task = detached(first_task(episodes))
     with first_support(functional, episodes) as x, torch.no_grad():
-        passes = _of_two_passes(functional, x, task.query_x)
+        with torch.enable_grad():  # some layers write with gradients only
+            passes = _of_two_passes(functional, x, task.query_x)
         if passes is None:
             return
         outputs = functional(functional.params, x)
@@ -60,13 +61,24 @@ def check_loss_reads_no_attributes(
         right = value(one)
         if not _differ(right, value(other)) or _differ(right, value(one)):
             return  # one that is another in each call says nothing
-        each = [name for name in other if _differ(right, value({**one, name: other[name]}))]
-    names = [f"{module}.{key}".lstrip(".") for module, key in sorted(each or other)]
+        changed = [key for key in {**one, **other} if _is_other(one, other, key)]
+        each = [key for key in changed if _differ(right, value(_exchanged(one, other, key)))]
+    names = [f"{module}.{key}".lstrip(".") for module, key in sorted(each or changed)]
     raise UserValueError(
         "Expected a loss of outputs and labels but it reads an attribute that the network's "
         f"forward pass sets ({', '.join(names)}), which holds what another pass has left; let "
         "the network return what the loss needs, in a dict with `logits` for instance."
     )
+
+
+def _is_other(one: Left, other: Left, key: tuple[str, str]) -> bool:
+    return one.get(key, MISSING) is not other.get(key, MISSING)
+
+
+def _exchanged(one: Left, other: Left, key: tuple[str, str]) -> Left:
+    """Return what one pass left, but for a key what the other did."""
+    both = {**one, key: other.get(key, MISSING)}
+    return {name: value for name, value in both.items() if value is not MISSING}
 
 
 def _is_of_torch(loss: Any) -> bool:
@@ -80,28 +92,34 @@ def _is_of_torch(loss: Any) -> bool:
 
 def _of_two_passes(functional: FunctionalNetwork, x: Any, queries: Any) -> tuple[Left, Left] | None:
     """Return what two passes leave of which nothing is the same, or None if the network fails."""
-    left_by, params = partial(_left_by_a_pass, functional.network), functional.params
+    left_by = partial(_left_by_a_pass, functional.network)
     try:
-        one = left_by(params, x)
-        other = left_by(params, map_tensors(torch.clone, queries))
+        one = left_by(functional.params, x)
     except Exception as error:  # noqa: BLE001 # of which other checks tell
         raise_if_out_of_memory(error)
         return None
-    try:
-        return one, left_by(shifted(params), map_tensors(torch.clone, queries))
-    except Exception as error:  # noqa: BLE001 # with other parameters a network may raise anything
-        raise_if_out_of_memory(error)
-        return one, other
+    for params in (shifted(functional.params), functional.params):
+        try:
+            return one, left_by(params, map_tensors(torch.clone, queries))
+        except Exception as error:  # noqa: BLE001 # with other parameters it may raise anything
+            raise_if_out_of_memory(error)
+    return None
 
 
 def _left_by_a_pass(network: nn.Module, params: Params, x: Any) -> Left:
     copied = structural_copy(network)
+    written = facts_of(network).written
     values = {name: buffer.clone() for name, buffer in copied.named_buffers()}
+    values |= {  # frozen parameters may be written to as well
+        name: p.detach().clone()
+        for name, p in copied.named_parameters()
+        if name not in params and (written is None or name in written.tensors)
+    }
     values |= {name: p.detach() for name, p in params.items()}
     with holding(places(copied), values):
         call(copied, x)
         return {
-            (name, key): value
+            (name, key): value.detach().clone() if isinstance(value, Tensor) else value
             for name, module in copied.named_modules()
             for holder in (module._buffers, vars(module))
             for key, value in holder.items()
@@ -116,11 +134,12 @@ def _value_with(
     before, held = generator_states(y.device), held_tensors(of_outputs.loss)
     try:
         with _put_into(network, left):
-            # not a copy of the loss, which would know a copy of the network
-            return of_outputs.loss(of_outputs.given(outputs), y)
-    except Exception as error:  # noqa: BLE001 # a loss may fail in any way
-        raise_if_out_of_memory(error)
-        return type(error)
+            try:
+                # not a copy of the loss, which would know a copy of the network
+                return of_outputs.loss(of_outputs.given(outputs), y)
+            except Exception as error:  # noqa: BLE001 # a loss may fail in any way
+                raise_if_out_of_memory(error)
+                return type(error)
     finally:
         put_back(held)
         set_generator_states(before, y.device)
@@ -144,7 +163,7 @@ def _put_into(network: nn.Module, left: Left) -> Iterator[None]:
 
 def _put(holder: dict[str, Any], key: str, value: Any) -> Callable[[], Any]:
     """Put a value there, and return what undoes it."""
-    now = holder.get(key, MISSING)
+    now = holder[key] if key in holder else MISSING  # noqa: SIM401 # TorchScript's have no get
     if type(now) in (list, dict) and type(now) is type(value):  # others may know it too
         undo = partial(_fill, now, copy.copy(now))
         _fill(now, value)

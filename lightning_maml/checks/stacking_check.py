@@ -132,21 +132,21 @@ class StackingCheck:
 
     def tasks_share_state(self, episodes: AnyEpisodes) -> bool:
         """Return whether the first and last task, in threads, would share what they write to."""
-        first, last = two_tasks(episodes)
+        support, query = self._losses
+        # what the end of the support loss does is found only if that is the last thing
+        losses = (_Losses.both,) if support is query else (_Losses.both, _Losses.support)
 
         def evaluated(loss: Callable[..., Tensor], task: AnyEpisodes) -> Callable[[], Tensor]:
             # each has copies of its own, as each thread has
             functions = self._functions(self._network, vectorised=False)
-            losses = self._losses_with(self._losses, self._averages)
-            return partial(
-                loss, losses, functions, functions.support.params | losses.params(), task
-            )
+            of_sets = self._losses_with(self._losses, self._averages)
+            params = detached(functions.support.params | of_sets.params())  # no graph is needed
+            return partial(loss, of_sets, functions, params, task)
 
         with torch.inference_mode(False):
+            first, last = two_tasks(episodes)
             return any(
-                share_state(evaluated(loss, first), evaluated(loss, last))
-                # the support set's alone too, for the operations at the end of its loss
-                for loss in (_Losses.both, _Losses.support)
+                share_state(evaluated(loss, first), evaluated(loss, last)) for loss in losses
             )
 
     def _in_double(self, episodes: AnyEpisodes, *, curved: bool) -> Verdict:

@@ -175,18 +175,32 @@ class LightningEpisodicModule(LightningModule):
         self.log(f"{stage}_accuracy", accuracy.detach(), prog_bar=True, **settings)
         return loss
 
-    def _check_once(self, functional: FunctionalNetwork, episodes: Episodes) -> None:
-        """Check the network that adapts, and the order of examples, on the first task of a mode."""
-        unseen = writes(functional.network) is None  # as in a copy of this module
-        if self.training in self._checked_modes and not unseen:
+    def _check_once(
+        self,
+        functional: FunctionalNetwork,
+        episodes: Episodes,
+        whole: FunctionalNetwork,
+        of_inputs: Episodes,
+    ) -> None:
+        """Check networks, loss, and the order of examples on the first task of a mode.
+
+        Args:
+            functional: The network that adapts.
+            episodes: The task, with what that network takes.
+            whole: The network from the inputs on.
+            of_inputs: The task.
+        """
+        if writes(functional.network) is None:  # as in a copy of this module
+            self._checked_modes.clear()
+        if self.training in self._checked_modes:
             return
         _check_order(episodes)
         check = NetworkChecks("all", None, logits_in)
         loss = FunctionalLoss(self.loss, logits_in)
         check(functional.network, functional, episodes, [loss], lambda run: None)
-        check_loss_reads_no_attributes(loss, functional.network, functional, episodes)
+        check_loss_reads_no_attributes(loss, whole.network, whole, of_inputs)
         if not loss.params:
-            check_loss_value(loss, functional, episodes, self.parameters())
+            check_loss_value(loss, whole, of_inputs, self.parameters())
         self._checked_modes.add(self.training)
 
     def _learn(
@@ -267,7 +281,7 @@ class LightningMAML(LightningEpisodicModule):
             return of_outputs(w, outputs, y), outputs
 
         episodes = _split(*batch, ways, shots, queries)
-        self._check_once(functional, episodes)
+        self._check_once(functional, episodes, functional, episodes)
         params = functional.params | of_outputs.params
         return self._learn(loss, params, episodes, list(functional.params))
 
@@ -326,7 +340,13 @@ class LightningANIL(LightningEpisodicModule):
             return of_outputs(w, outputs, y), outputs
 
         features = params[_FEATURES].detach()
-        self._check_once(functional, _split(features, labels, ways, shots, queries))
+        whole = FunctionalNetwork(nn.Sequential(self.features, self.classifier.module))
+        self._check_once(
+            functional,
+            _split(features, labels, ways, shots, queries),
+            whole,
+            _split(data, labels, ways, shots, queries),
+        )
         rows = torch.arange(len(data), device=data.device)
         episodes = _split(rows, labels, ways, shots, queries)
         return self._learn(loss, params, episodes, adapted)

@@ -205,6 +205,7 @@ def _run_stacked(
         outputs.append(run(state, x))
         return tensors_in(outputs[0])
 
+    x = map_tensors(lambda tensor: tensor, x)  # torch's trees take other mappings for leaves
     by_task = tree_map(lambda leaf: 0 if isinstance(leaf, torch.Tensor) else None, x)
     run_all = torch.func.vmap(tensors_of_outputs, in_dims=(0, by_task), randomness=randomness)
     stacked = iter(run_all(states, x))

@@ -135,7 +135,10 @@ class _Reader(NamedTuple):
             held = ()
         else:
             raise NotComparableError(f"{path} is a {type(value).__name__}, which may change unseen")
-        return type(value), held, tuple((key, inside(part)) for key, part in attributes.items())
+        of_attributes = tuple(
+            (key, inside(part, path=f"{path}.{key}")) for key, part in attributes.items()
+        )
+        return type(value), held, of_attributes
 
     def _place_of(self, tensor: Tensor, path: str) -> Any:
         if tensor.layout is not torch.strided:
@@ -196,9 +199,11 @@ def put_back(before: list[HeldTensor]) -> list[str]:
     """
     written = []
     for holder, name, tensor, value in before:
-        if _is_other(holder.get(name), value):
+        now = holder[name] if name in holder else None  # noqa: SIM401 # TorchScript's have no get
+        is_written = _is_other(tensor, value)
+        if is_written if now is tensor else _is_other(now, value):
             written.append(name)
-        if _is_other(tensor, value):
+        if is_written:
             tensor.copy_(value)
         holder[name] = tensor
     return written

@@ -1,5 +1,6 @@
 """What users do to a model and its network after it was made, and around its calls."""
 
+import copy
 from contextvars import ContextVar
 from functools import cached_property, partial
 from typing import Any
@@ -440,8 +441,18 @@ def test_adaptation_uses_no_threads_where_torch_has_a_default_device(two_threads
     model.adapt(episodes.support_x, episodes.support_y)
     support = episodes._replace(query_x=episodes.support_x, query_y=episodes.support_y)
     chosen = partial(
-        model._executor.of_adaptation, model.network, torch.device("cpu"), support, bool
+        model._executor.of_adaptation, model.network, torch.device("cpu"), support, (), bool
     )
     assert chosen().tasks == "threads"
     with torch.device("meta"):
         assert chosen().tasks == "loop"
+
+
+def test_a_copy_of_a_trained_model_is_checked_in_each_mode_anew() -> None:
+    episodes = vectors()
+    model = MAML(CachedInEvaluation(), RATE, STEPS)
+    model.meta_loss(episodes)
+    right = model.eval().evaluate(episodes).loss
+    copied = copy.deepcopy(model).train()
+    copied.meta_loss(episodes)
+    torch.testing.assert_close(copied.eval().evaluate(episodes).loss, right)

@@ -4,6 +4,7 @@ import copy
 from collections import Counter, deque
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.networks import make_episodes, relative_error
-from lightning_maml import MAML
+from lightning_maml import MAML, ProtoNet
 
 
 class Hidden(nn.Module):
@@ -222,9 +223,84 @@ def test_losses_may_read_what_no_pass_sets_and_call_frozen_parts() -> None:
         counted = 0.0 * network.calls["passes"]
         return F.cross_entropy(outputs, y) * network.settings["alpha"] + frozen.detach() + counted
 
+    plain = Filling().double()
     MAML(network, 0.1, loss=loss).meta_loss(episodes)
-    assert network.calls["passes"] >= 1
+    MAML(plain, 0.1).meta_loss(episodes)
+    assert network.calls == plain.calls
+
+
+def of_outputs_alone(outputs: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, y)
 
 
 def test_others_may_be_kept_by_the_network() -> None:
-    MAML(Filling().double(), 0.1).meta_loss(make_episodes())
+    MAML(Filling().double(), 0.1, loss=of_outputs_alone).meta_loss(make_episodes())
+
+
+class InPlace(Hidden):
+    """A network that writes to a plain tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = torch.zeros((), dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x.flatten(1)))
+        self.size.copy_(hidden.detach().square().mean())
+        return self.head(hidden)
+
+
+class WithGradients(Hidden):
+    """A network that keeps something only where gradients are taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x.flatten(1)))
+        if torch.is_grad_enabled():
+            self.size = hidden.square().mean()
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("kind", [InPlace, WithGradients])
+def test_what_is_written_in_place_or_with_gradients_is_found(kind: type[Hidden]) -> None:
+    network: Any = kind().double()
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, y) + network.size
+
+    with pytest.raises(ValueError, match=r"reads an attribute .* sets \(size\)"):
+        MAML(network, 0.1, loss=loss).meta_loss(make_episodes())
+
+
+class Averaging(Hidden):
+    """A network with a frozen average that each pass moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x.flatten(1)))
+        self.average.lerp_(hidden.detach().mean(), 0.1)
+        return self.head(hidden)
+
+
+def test_the_check_leaves_frozen_parameters_as_they_are() -> None:
+    averages = []
+    for loss in (F.cross_entropy, of_outputs_alone):
+        network = Averaging().double()
+        MAML(network, 0.1, loss=loss).meta_loss(make_episodes())
+        averages.append(network.average)
+    assert torch.equal(*averages)
+
+
+def test_prototypical_networks_refuse_them_too() -> None:
+    network = Hidden().double()
+    with pytest.raises(ValueError, match=r"reads an attribute .* sets \(hidden\)"):
+        ProtoNet(network, loss=lambda outputs, y: square(network, outputs, y)).meta_loss(
+            make_episodes()
+        )
+    ProtoNet(network, loss=of_outputs_alone).meta_loss(make_episodes())

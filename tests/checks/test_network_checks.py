@@ -886,7 +886,7 @@ def test_torchs_cache_of_parametrizations_is_not_shared_by_threads() -> None:
     x, labels = torch.rand(4, WAYS, 30000, dtype=torch.float64), torch.arange(WAYS).repeat(4, 1)
     model = MAML(seeded(Cached), RATE, 1)
     assert model._execution(Episodes(x, labels, x, labels)).tasks == "loop"
-    with pytest.raises(ValueError, match=r"parametrize\.cached, a cache that they share"):
+    with pytest.raises(ValueError, match=r"parametrize\.cached, a cache for all threads"):
         MAML(seeded(Cached), RATE, 1, tasks="threads").meta_loss(Episodes(x, labels, x, labels))
 
 

@@ -370,6 +370,22 @@ def test_losses_that_know_the_network_are_refused() -> None:
             model.meta_learn(task, 0, 3, 1, 1)
 
 
+def test_losses_that_know_the_features_are_refused() -> None:
+    features = Keeping(4, 8)
+    task = torch.rand(6, 4), torch.arange(3).repeat_interleave(2)
+
+    def of_features(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, y) + features.outputs.square().mean()
+
+    def of_weight(outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, y) + features.weight.square().mean()
+
+    for loss, message in ((of_features, "reads an attribute"), (of_weight, "network's parameters")):
+        model = LightningANIL(features, nn.Linear(8, 3), loss, train_ways=3, test_ways=3)
+        with pytest.raises(ValueError, match=message):
+            model.meta_learn(task, 0, 3, 1, 1)
+
+
 def test_a_loss_that_cannot_be_copied_is_named() -> None:
     loss = Scaled().float()
     loss.lock = Lock()

@@ -470,5 +470,22 @@ def test_a_rule_whose_settings_may_change_unseen_is_not_compiled() -> None:
     rule: Any = Plain()
     rule.numbers = {1.0, 2.0}
     model = MAML(build("mlp"), RATE, inner_optimizer=rule, compiled=True)
-    with pytest.raises(ValueError, match="Expected an inner optimizer whose attributes are"):
+    with pytest.raises(
+        ValueError, match=r"attributes are .* but inner_optimizer\.numbers is a set"
+    ):
+        model.meta_loss(make_episodes())
+
+
+class Remembering(InnerOptimizer):
+    """Momentum in an attribute, which all parameters and tasks share."""
+
+    def step(self, w: Any, gradient: Any, rate: Any, slots: Any, number: int) -> Any:
+        before = 0.0 if number == 0 else getattr(self, "mean", 0.0)
+        self.mean = 0.9 * before + gradient
+        return w - rate * self.mean, slots
+
+
+def test_a_rule_that_remembers_in_an_attribute_is_refused() -> None:
+    model = MAML(build("mlp"), RATE, STEPS, inner_optimizer=Remembering())
+    with pytest.raises(ValueError, match="inner steps that can be taken again but Remembering"):
         model.meta_loss(make_episodes())

@@ -218,7 +218,7 @@ def test_that_threads_are_not_used_is_said_once(caplog: pytest.LogCaptureFixture
     assert caplog.text.count("Tasks are not run in threads") == 1
 
 
-def test_no_memory_for_two_tasks_at_once_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_for_two_tasks_at_once_is_said() -> None:
     def full() -> Tensor:
         raise torch.OutOfMemoryError("out of memory")
 
@@ -235,10 +235,25 @@ class Noting(InnerOptimizer):
         return w - rate * bounded / (self.norm + 1), slots
 
 
-def test_inner_rules_that_write_to_themselves_are_run_in_a_loop() -> None:
-    model = MAML(network(), 0.1, 2, inner_optimizer=Noting())
+class NotingInDict(InnerOptimizer):
+    """The same in a dict."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def step(self, w: Tensor, gradient: Tensor, rate: Any, slots: Any, number: int) -> Any:
+        self.kept["norm"] = gradient.norm()
+        bounded = (gradient * 3).tanh()
+        return w - rate * bounded / (self.kept["norm"] + 1), slots
+
+
+@pytest.mark.parametrize("kind", [Noting, NotingInDict])
+def test_inner_rules_that_write_to_themselves_are_run_in_a_loop(kind: type[InnerOptimizer]) -> None:
+    model = MAML(network(), 0.1, 2, inner_optimizer=kind())
     model.meta_loss(episodes())
     assert model._executor._last.tasks == "loop"
     model = MAML(network(), 0.1, 2, inner_optimizer=InnerSGD(momentum=0.9))
     model.meta_loss(episodes())
     assert model._executor._last.tasks == "threads"
+    with pytest.raises(ValueError, match="leaves its attributes as they are with `compiled=True`"):
+        MAML(network(), 0.1, 2, inner_optimizer=kind(), compiled=True).meta_loss(episodes())

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from collections import UserDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -599,3 +600,4 @@ def test_inputs_by_name_may_be_missing() -> None:
     assert networks.stacked
     torch.testing.assert_close(networks(x=x, mask=None), networks(x))
     torch.testing.assert_close(networks(x, None), networks(x))
+    torch.testing.assert_close(networks(UserDict(x=x)), networks(x))
