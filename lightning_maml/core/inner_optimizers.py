@@ -22,9 +22,10 @@ class InnerOptimizer(ABC):
     """What an inner step does with a gradient; subclasses define it for one parameter tensor.
 
     Meta-gradients are taken through :meth:`step` by autograd, so it must not write to its arguments
-    or draw random numbers, and should be differentiable wherever the inner steps come. It sees one
-    parameter at a time, without its name: what needs several at once (the norm of all gradients) or
-    some alone (no decay of biases) cannot be written as one.
+    or draw random numbers, and should be differentiable wherever the inner steps come. What it
+    remembers belongs in the state that it returns: all parameters and tasks share the optimizer and
+    its attributes. It sees one parameter at a time, without its name: what needs several at once
+    (the norm of all gradients) or some alone (no decay of biases) cannot be written as one.
 
     Examples:
         >>> import torch
