@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_maml.core.tensors import raise_if_out_of_memory
 
-_PLACES = 16
+_PLACES = 32
 """Before how many of a task's operations, evenly spaced, the other task is run."""
 
 _LAST = 8
