@@ -33,7 +33,7 @@ from lightning_maml.batches.episodes import (
 )
 from lightning_maml.batches.trees import detached
 from lightning_maml.checks.findings import Kind
-from lightning_maml.checks.inner_steps import check_inner_steps, fails_stacked, writes_to_itself
+from lightning_maml.checks.inner_steps import check_inner_steps, fails_stacked, steps_share_state
 from lightning_maml.checks.loss_checks import (
     check_broadcasting,
     check_labels,
@@ -72,7 +72,7 @@ from lightning_maml.functional.adaptation import (
 from lightning_maml.functional.arguments import check_step_count
 from lightning_maml.functional.losses import LossFunctions
 from lightning_maml.io.plain import number, whole_number
-from lightning_maml.networks.attributes import NotComparableError
+from lightning_maml.networks.attributes import NotComparableError, plain_value
 from lightning_maml.networks.batch_norm import (
     StepStatistics,
     batch_norms,
@@ -523,13 +523,24 @@ class AdaptingModule(EpisodicModule):
         smallest = min(params, key=Tensor.numel, default=None)
         if smallest is None:
             return
+        before = None if self._compiler is None else self._settings_of_inner_steps()
         check_inner_steps(optimizer, smallest, 0.1, curved=curved)
-        if self._compiler is not None and writes_to_itself(optimizer, smallest, 0.1):
+        if before is not None and self._settings_of_inner_steps() != before:
             raise UserValueError(
                 "Expected an inner optimizer that leaves its attributes as they are with "
                 f"`compiled=True` but {type(optimizer).__name__} writes to them; keep what a step "
                 "computes in local variables, or leave it uncompiled."
             )
+
+    def _settings_of_inner_steps(self) -> Any:
+        """Return what tells the inner optimizer, as it is now, from another."""
+        try:
+            return plain_value(self.inner_optimizer, self.device, "inner_optimizer")
+        except NotComparableError as error:
+            raise UserValueError(
+                "Expected an inner optimizer whose attributes are numbers, strings, tensors or "
+                f"containers of these with `compiled=True` but {error}; leave it uncompiled."
+            ) from None
 
     def _check_loss(
         self,
@@ -623,7 +634,7 @@ class AdaptingModule(EpisodicModule):
         def find() -> bool:
             smallest = min(self._adapting_parameters().values(), key=Tensor.numel)
             optimizer = self.inner_optimizer
-            if optimizer is not None and writes_to_itself(optimizer, smallest, 0.1):
+            if optimizer is not None and steps_share_state(optimizer, smallest, 0.1):
                 return True
             return self._stacking_check(network).tasks_share_state(episodes)
 

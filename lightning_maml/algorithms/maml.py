@@ -34,7 +34,6 @@ from lightning_maml.functional.loss_with_gradient import loss_with_gradient
 from lightning_maml.functional.meta_gradient import MetaGradient, meta_gradient
 from lightning_maml.io.plain import whole_number
 from lightning_maml.networks.adapted import AdaptedNetworks
-from lightning_maml.networks.attributes import NotComparableError, plain_value
 from lightning_maml.networks.buffers import statistics_in_training
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.functional_network import FunctionalNetwork
@@ -367,16 +366,6 @@ class MAML(AdaptingModule):
         if curvature == "exact" and isinstance(episodes, Episodes):
             arguments["keep_graphs"] = self._keeps_graphs(plan, episodes, arguments)
         return partial(meta_gradient, **arguments, curvature=curvature, step_weights=step_weights)
-
-    def _settings_of_inner_steps(self) -> Any:
-        """Return what tells the inner optimizer, as it is now, from another."""
-        try:
-            return plain_value(self.inner_optimizer, self.device, "inner_optimizer")
-        except NotComparableError as error:
-            raise UserValueError(
-                "Expected an inner optimizer whose attributes are numbers, strings, tensors or "
-                f"containers of these with `compiled=True` but {error}; leave it uncompiled."
-            ) from None
 
     def _keeps_graphs(self, plan: Plan, episodes: Episodes, arguments: Mapping[str, Any]) -> bool:
         """Return whether the graphs of all inner steps are kept, decided once for each batch."""

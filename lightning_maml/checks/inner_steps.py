@@ -1,13 +1,12 @@
 """Checks of an inner optimizer: that its steps can be taken again, and taken back."""
 
-from collections import deque
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_maml.checks.shared_state import share_state
 from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.rng import generator_states, generators_drawn_from, set_generator_states
 from lightning_maml.core.tensors import memory
@@ -155,39 +154,24 @@ def moves_by_itself(optimizer: InnerOptimizer) -> bool:
     return not torch.equal(moved, w)
 
 
-def writes_to_itself(optimizer: InnerOptimizer, w: Tensor, rate: float) -> bool:
-    """Return whether a step leaves something in the optimizer's attributes, which threads share.
+def steps_share_state(optimizer: InnerOptimizer, w: Tensor, rate: float) -> bool:
+    """Return whether a step comes out otherwise if another is taken in the middle of it.
+
+    Threads take them so.
 
     Args:
         optimizer: The optimizer.
         w: A parameter that adapts.
         rate: Its inner rate.
     """
-    before = _held_by(optimizer)
-    with torch.inference_mode(False), torch.no_grad():
-        w = w.detach().clone()
-        # the rate is another object than any before
-        optimizer.step(w, torch.ones_like(w), w.new_tensor(rate), optimizer.start(w), 0)
-    now = _held_by(optimizer)
-    return len(before) != len(now) or any(
-        there is not here or version != version_now
-        for (there, version), (here, version_now) in zip(before, now, strict=True)
-    )
 
+    def stepped(size: float) -> Callable[[], Tensor]:
+        start = w.detach().clone()
+        gradient = torch.full_like(start, size)
+        return lambda: optimizer.step(start, gradient, rate, optimizer.start(start), 0)[0]
 
-def _held_by(value: Any, depth: int = 4) -> list[tuple[Any, int]]:
-    """Return an object and all that it holds, each with the version of a tensor."""
-    if isinstance(value, Tensor):
-        return [(value, value._version)]
-    parts: Any = ()
-    if isinstance(value, dict):
-        parts = value.values()
-    elif isinstance(value, list | tuple | set | deque):
-        parts = value
-    elif not isinstance(value, type | ModuleType):
-        parts = getattr(value, "__dict__", {}).values()
-    inside = [held for part in parts for held in _held_by(part, depth - 1)] if depth else []
-    return [(value, 0), *inside]
+    with torch.inference_mode(False):
+        return share_state(stepped(1.0), stepped(2.0))
 
 
 def fails_stacked(optimizer: InnerOptimizer, w: Tensor, rate: float) -> str:

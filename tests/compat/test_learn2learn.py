@@ -354,34 +354,22 @@ class Keeping(nn.Linear):
         return self.outputs
 
 
-def test_losses_that_know_the_network_are_refused() -> None:
-    network = Keeping(4, 3)
+@pytest.mark.parametrize("name", ["maml", "anil"])
+def test_losses_that_know_the_network_are_refused(name: str) -> None:
+    known, last = Keeping(4, 8), nn.Linear(8, 3)
     task = torch.rand(6, 4), torch.arange(3).repeat_interleave(2)
 
     def of_outputs(outputs: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, y) + network.outputs.square().mean()
+        return F.cross_entropy(outputs, y) + known.outputs.square().mean()
 
     def of_weight(outputs: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, y) + network.weight.square().mean()
+        return F.cross_entropy(outputs, y) + known.weight.square().mean()
 
     for loss, message in (of_outputs, "reads an attribute"), (of_weight, "reads the network's par"):
-        model = LightningMAML(network, loss, train_ways=3, test_ways=3)
-        with pytest.raises(ValueError, match=message):
-            model.meta_learn(task, 0, 3, 1, 1)
-
-
-def test_losses_that_know_the_features_are_refused() -> None:
-    features = Keeping(4, 8)
-    task = torch.rand(6, 4), torch.arange(3).repeat_interleave(2)
-
-    def of_features(outputs: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, y) + features.outputs.square().mean()
-
-    def of_weight(outputs: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, y) + features.weight.square().mean()
-
-    for loss, message in ((of_features, "reads an attribute"), (of_weight, "network's parameters")):
-        model = LightningANIL(features, nn.Linear(8, 3), loss, train_ways=3, test_ways=3)
+        if name == "maml":
+            model = LightningMAML(nn.Sequential(known, last), loss, train_ways=3, test_ways=3)
+        else:
+            model = LightningANIL(known, last, loss, train_ways=3, test_ways=3)
         with pytest.raises(ValueError, match=message):
             model.meta_learn(task, 0, 3, 1, 1)
 

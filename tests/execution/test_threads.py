@@ -247,6 +247,23 @@ class NotingInDict(InnerOptimizer):
         return w - rate * bounded / (self.kept["norm"] + 1), slots
 
 
+class NotingInClass(InnerOptimizer):
+    """The same in the class."""
+
+    norm = torch.ones(())
+
+    def step(self, w: Tensor, gradient: Tensor, rate: Any, slots: Any, number: int) -> Any:
+        NotingInClass.norm = gradient.norm()
+        bounded = (gradient * 3).tanh()
+        return w - rate * bounded / (self.norm + 1), slots
+
+
+def test_inner_rules_that_write_to_their_class_are_run_in_a_loop() -> None:
+    model = MAML(network(), 0.1, 2, inner_optimizer=NotingInClass())
+    model.meta_loss(episodes())
+    assert model._executor._last.tasks == "loop"
+
+
 @pytest.mark.parametrize("kind", [Noting, NotingInDict])
 def test_inner_rules_that_write_to_themselves_are_run_in_a_loop(kind: type[InnerOptimizer]) -> None:
     model = MAML(network(), 0.1, 2, inner_optimizer=kind())
