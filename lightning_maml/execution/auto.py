@@ -18,8 +18,8 @@ from lightning_maml.batches.episodes import AnyEpisodes, Episodes
 from lightning_maml.batches.trees import map_tensors, tensors
 from lightning_maml.core.rng import (
     drops_blocks,
-    set_torch_random_state,
-    torch_random_state,
+    generator_states,
+    set_generator_states,
 )
 from lightning_maml.core.tensors import is_out_of_memory
 from lightning_maml.errors import UserOutOfMemoryError, UserValueError
@@ -291,7 +291,7 @@ class Executor:
         if self.tasks == "auto":
             cures[RandomInThreadsError] = self._stay_out_of_threads
         while True:
-            before = torch_random_state(device)
+            before = generator_states(device)
             attempt = Attempt((*cures,))
             yield attempt
             error = attempt.error
@@ -299,7 +299,7 @@ class Executor:
                 return
             out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
             found = torch.OutOfMemoryError if out_of_memory else type(error)
-            set_torch_random_state(before, device)
+            set_generator_states(before, device)
             kinds = [kind for kind in cures if issubclass(found, kind)]
             cured = next((kind for kind in kinds if cures[kind]()), None)
             if cured is not None:
@@ -332,9 +332,9 @@ class Executor:
 
     def _out_of_memory(self, count: int, error: BaseException) -> UserOutOfMemoryError:
         fewer = "with a smaller `chunk_size`, or tasks='loop', fewer are held at once; "
-        # another kind of error may have another cause, such as a wrong version of cuDNN
-        is_sure = isinstance(error, torch.OutOfMemoryError)
-        said = "" if is_sure else f" Torch said: {str(error).partition(chr(10))[0]}"
+        # its words, as the error may have another cause, such as a wrong version of cuDNN, and
+        # Lightning's batch-size finder looks for them
+        said = f" Torch said: {str(error).partition(chr(10))[0]}"
         return UserOutOfMemoryError(
             f"Expected memory for {count} tasks but there is not enough (tasks={self.tasks!r}, "
             f"chunk_size={self.chunk_size}); {'' if self.tasks == 'loop' else fewer}smaller are "

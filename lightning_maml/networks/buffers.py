@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, support_set
 from lightning_maml.batches.trees import Inputs, call, cat, count, map_tensors, shapes, tensors
 from lightning_maml.core.params import Params
-from lightning_maml.core.rng import set_torch_random_state, torch_random_state
+from lightning_maml.core.rng import generator_states, set_generator_states
 from lightning_maml.networks.batch_norm import (
     averages_kept,
     batch_norm_input_stats,
@@ -115,13 +115,13 @@ def _sets(x: Inputs, step_dimensions: int = 0) -> list[Any]:
 def _accepts(network: nn.Module, x: Inputs) -> bool:
     """Return whether a copy of the network runs on ``x``, more examples than it usually gets."""
     device = tensors(x)[0].device
-    before = torch_random_state(device)
+    before = generator_states(device)
     try:
         call(deep_copy(network), x)
     except Exception:  # noqa: BLE001 # made for a certain number of examples, it may raise anything
         return False
     finally:
-        set_torch_random_state(before, device)
+        set_generator_states(before, device)
     return True
 
 

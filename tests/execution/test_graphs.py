@@ -1,9 +1,12 @@
 """Graphs of inner steps that are kept: the same numbers, and kept only where memory allows."""
 
 import logging
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -158,6 +161,20 @@ def test_limits_of_containers_and_jobs_count(
     assert free_bytes(device) == 450
 
 
+def test_what_cuda_graphs_keep_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle memory of their pools is reserved and not allocated, but nothing else can have it."""
+    segments = [
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 300, "allocated_size": 100},
+        {"device": 0, "segment_pool_id": (0, 1), "total_size": 80, "allocated_size": 30},
+        {"device": 1, "segment_pool_id": (0, 1), "total_size": 70, "allocated_size": 10},
+    ]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300 + 80)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100 + 30)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert free_bytes(torch.device("cuda", 0)) == 1000 + 200
+
+
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "_free_of_group", lambda: 1000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -199,6 +216,52 @@ def test_out_of_memory_they_are_dropped_first(
             model.meta_loss(episodes)
     assert caplog.text.count("no memory for the graphs") == 1
     assert "tasks at once" not in caplog.text
+
+
+class RunsOut(MAML):
+    """Has no memory for kept graphs, as it finds out at the end of a step."""
+
+    def _gradient_function(self, plan, episodes, curvature=None):
+        function = super()._gradient_function(plan, episodes, curvature)
+        if not function.keywords["keep_graphs"]:
+            return function
+
+        def computed_in_vain(*arguments: Any) -> None:
+            function(*arguments)
+            raise torch.OutOfMemoryError("full")
+
+        return computed_in_vain
+
+
+class Noisy(nn.Module):
+    """Draws from a generator, which may be one of another library than torch."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw, self.layer = draw, build("mlp")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * (1 + self.draw())
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: torch.rand(()), lambda: np.random.rand(), lambda: random.random()],
+    ids=["torch", "numpy", "Python"],
+)
+def test_a_step_that_is_taken_again_draws_the_same_numbers(
+    draw: Callable[[], float], caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = []
+    for algorithm in (RunsOut, MAML):
+        torch.manual_seed(0)
+        network = Noisy(draw)
+        for seed in (torch.manual_seed, np.random.seed, random.seed):
+            seed(1)
+        with caplog.at_level(logging.INFO):
+            losses.append(algorithm(network, RATE, STEPS).meta_loss(make_episodes()).item())
+    assert caplog.text.count("no memory for the graphs") == 1
+    assert losses[0] == losses[1]
 
 
 def test_nothing_is_tried_again_where_none_are_kept(
