@@ -2,13 +2,13 @@
 
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ Unpack = Callable[[Path, int], Iterator[np.ndarray]]
 """Yields the images of a file, uint8 ``[n, size, size, 3]``, RGB, some at a time."""
 
 _CHUNK = 1024  # images
-_RULES = "1: RGB, whatever the order of channels in the file"
+_RULES = "2: RGB, whatever the order of channels in the file; classes by their names"
 """Version of how files become pixels. Caches of another version are made anew."""
 
 
@@ -90,9 +90,11 @@ class PackedSplit:
                 f"Expected the labels of {images.name} in {labels} but there is no such file; it "
                 "comes in the same archive."
             )
-        numbers, self._labels = np.unique(_read_labels(labels), return_inverse=True)
-        # the classes of each split are numbered from 0
-        self._names = [f"{name} {number}" for number in numbers]
+        content = read_pickle(labels)
+        of_images = _numbers_in(labels, content)
+        numbers, first, self._labels = np.unique(of_images, return_index=True, return_inverse=True)
+        # without names, one for each split: the classes of each are numbered from 0
+        self._names = _names_in(content, numbers, first) or [f"{name} {n}" for n in numbers]
         stats = [file.stat() for file in (images, labels)]
         states = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         self._source = f"{_RULES}\n{images.name} {states}"
@@ -171,9 +173,8 @@ class PackedSplit:
         )
 
 
-def _read_labels(file: Path) -> np.ndarray:
+def _numbers_in(file: Path, content: Any) -> np.ndarray:
     """Return the class number of each image: of Ren et al. 2018, or as MetaOptNet has them."""
-    content = read_pickle(file)
     check_is_dictionary(str(file), content)
     key = next((key for key in ("label_specific", "labels") if key in content), None)
     if key is None:
@@ -182,6 +183,34 @@ def _read_labels(file: Path) -> np.ndarray:
             f"{first_five([*map(repr, content)]) or 'nothing'}."
         )
     return whole_numbers(f"{key!r} of {file}", content[key])
+
+
+def _names_in(
+    content: Mapping[str, Any], numbers: np.ndarray, first: np.ndarray
+) -> list[str] | None:
+    """Return the names of classes, with their categories, or None if a file does not have them all.
+
+    Two classes of ImageNet may share a name, a bird and a machine, but not the category too.
+
+    Args:
+        content: Labels of Ren et al. 2018.
+        numbers: Class numbers.
+        first: For each the number of its first image.
+    """
+    try:
+        names, categories = content["label_specific_str"], content["label_general_str"]
+        of_images = content["label_general"]
+        pairs = [
+            (names[number], categories[of_images[image]])
+            for number, image in zip(numbers, first, strict=True)
+        ]
+    except (TypeError, LookupError):
+        return None
+    # anything else may take for ever to be written out
+    if not all(isinstance(part, str) for pair in pairs for part in pair):
+        return None
+    are_different = len({*pairs}) == len(pairs)
+    return [f"{name} ({category})" for name, category in pairs] if are_different else None
 
 
 def unpack_pngs(file: Path, size: int) -> Iterator[np.ndarray]:

@@ -24,7 +24,11 @@ CIFAR_FS_TRAIN = """
     raccoon skunk lobster spider boy girl dinosaur lizard snake turtle hamster mouse rabbit shrew
     squirrel oak_tree palm_tree pine_tree willow_tree bus train lawn_mower streetcar tank
 """
-"""The training classes of Bertinetto et al. 2019, as other libraries list them."""
+CIFAR_FS_VAL = """
+    beaver otter flatfish shark lamp television beetle butterfly sea camel cattle crab crocodile
+    maple_tree motorcycle tractor
+"""
+"""The classes of Bertinetto et al. 2019, as other libraries list them."""
 
 FC100_SUPERCLASSES = {
     "train": [
@@ -62,6 +66,7 @@ def first_batches(module) -> list[torch.Tensor]:
 def test_the_splits_are_the_published_ones() -> None:
     of_fs = divided(NAMES, CIFARFSDataModule.held_out)
     assert sorted(of_fs["train"]) == sorted(CIFAR_FS_TRAIN.split())
+    assert sorted(of_fs["val"]) == sorted(CIFAR_FS_VAL.split())
     assert {split: len(names) for split, names in of_fs.items()} == {
         "train": 64,
         "val": 16,

@@ -139,6 +139,25 @@ def test_metaoptnets_labels_and_zenodos_names_are_read(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("form", ["pickles of PNGs", "npz archives"])
+def test_splits_that_share_classes_are_refused(form: str, copy_of: Callable[[str], Path]) -> None:
+    root = copy_of(form)
+    labels = np.arange(97, dtype=np.int32).repeat(PER_CLASS)
+    content = {
+        "label_specific": labels,
+        "label_general": labels // 18,
+        "label_specific_str": [f"train animal {number}" for number in range(97)],
+        "label_general_str": [f"train kind {number}" for number in range(6)],
+    }
+    write_python2_pickle(root / "val_labels.pkl", content)
+    with pytest.raises(ValueError, match=r"share no class but 97 are both in train and in val"):
+        prepared(root)
+    # one name for a bird and a machine
+    content["label_general_str"] = [f"val kind {number}" for number in range(6)]
+    write_python2_pickle(root / "val_labels.pkl", content)
+    assert prepared(root).class_images("val").names[0] == "train animal 0 (val kind 0)"
+
+
 def test_swapped_colours_full_disks_and_missing_images_are_said(
     copy_of: Callable[[str], Path], images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,8 +42,8 @@ def _write_labels(root: Path, images: Images) -> Iterator[tuple[str, np.ndarray,
         content = {
             "label_specific": labels,
             "label_general": general.astype(np.int32),
-            "label_specific_str": [f"animal {number}" for number in np.unique(labels)],
-            "label_general_str": [f"kind {number}" for number in np.unique(general)],
+            "label_specific_str": [f"{split} animal {number}" for number in np.unique(labels)],
+            "label_general_str": [f"{split} kind {number}" for number in np.unique(general)],
         }
         write_python2_pickle(root / f"{split}_labels.pkl", content)
         yield split, pixels, labels
