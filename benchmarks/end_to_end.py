@@ -79,6 +79,7 @@ def ours(root: str, iterations: int, accelerator: str) -> tuple[float, float]:
     with TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator=accelerator,
+            devices=1,
             max_epochs=1,
             limit_train_batches=WARM + iterations,
             limit_val_batches=0,

@@ -35,7 +35,7 @@ def measure(name: str, workload: str, steps: int, device: str) -> float:
     chosen = WORKLOADS[workload]._replace(steps=steps, tasks=1)
     network = without_averages(chosen.network()).to(device)
     function = method(name, network, F.cross_entropy, chosen, chosen.episodes(device))
-
+    function()  # with checks, which take memory of their own
     return peak_mb(partial(repeated, function, WARM[torch.device(device).type] + 1), device)
 
 

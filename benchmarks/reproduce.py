@@ -187,6 +187,7 @@ def reproduce(
         f"--seed_everything={seed}",
         f"--data.seed={seed}",
         f"--trainer.default_root_dir={folder}",
+        "--trainer.devices=1",
     ]
     last = last_checkpoint(folder) if resume else None
     start = [] if last is None else [f"--ckpt_path={last}"]

@@ -318,7 +318,7 @@ def relative_error(actual: Params, expected: Params) -> float:
 def errors_and_peaks(name: str, methods: list[str], device: str) -> dict[str, tuple[float, float]]:
     """Return how far each method is off in float32, and its peak memory in MB.
 
-    Raise where one is off in float64.
+    One that fails, or is off in float64, is left out.
 
     The errors are relative to autograd through the unrolled loop in float64.
     """
@@ -342,18 +342,28 @@ def errors_and_peaks(name: str, methods: list[str], device: str) -> dict[str, tu
     found = {}
     for key in methods:
         of = expected[key in FIRST_ORDER]
-        if key not in INEXACT:
-            in_double = relative_error(
-                method(key, copy.deepcopy(network).double(), loss, workload, doubles)(), of
-            )
-            if in_double > 1e-9:
-                raise RuntimeError(
-                    f"Expected the meta-gradient of {key} on {name} to be right but in float64 it "
-                    f"is off by {in_double:.1e}."
+        with going_on_without(name, key):
+            if key not in INEXACT:
+                in_double = relative_error(
+                    method(key, copy.deepcopy(network).double(), loss, workload, doubles)(), of
                 )
-        function = method(key, copy.deepcopy(network), loss, workload, episodes)
-        found[key] = error_and_peak(function, of, device)
+                if in_double > 1e-9:
+                    raise RuntimeError(
+                        "Expected a meta-gradient that is right but in float64 it is off by "
+                        f"{in_double:.1e}."
+                    )
+            function = method(key, copy.deepcopy(network), loss, workload, episodes)
+            found[key] = error_and_peak(function, of, device)
     return found
+
+
+@contextmanager
+def going_on_without(workload: str, key: str) -> Iterator[None]:
+    """Print an error of a method, whose row is then missing, and let the others be measured."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 # a GPU may lack the memory, a peer the operation
+        print(f"{workload}, {key} failed: {type(error).__name__}: {error}", flush=True)
 
 
 def error_and_peak(
@@ -380,12 +390,12 @@ def measure(name: str, methods: list[str], device: str, rounds: int) -> list[Row
         found = apart.submit(errors_and_peaks, name, methods, device).result()
     workload = WORKLOADS[name]
     network, loss, episodes = start(workload, device)
-    functions = {
-        key: method(key, copy.deepcopy(network), loss, workload, episodes) for key in methods
-    }
-    for function in functions.values():
-        for _ in range(WARM[torch.device(device).type]):
-            function()
+    functions = {}
+    for key in found:
+        with going_on_without(name, key):
+            function = method(key, copy.deepcopy(network), loss, workload, episodes)
+            repeated(function, WARM[torch.device(device).type])
+            functions[key] = function
     calls = {
         key: max(1, int(TURN / seconds(function, device, 1))) for key, function in functions.items()
     }
@@ -413,11 +423,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the rows")
     arguments = parser.parse_args()
     rows: list[Row] = []
+    asked = 0
     for name in arguments.workload:
         methods = arguments.method
         if arguments.device == "cpu":
             left_out = ON_GPUS if name in COMPILED else (*ON_GPUS, "ours-compiled")
             methods = [key for key in methods if key not in left_out]
+        asked += len(methods)
         rows += measure(name, methods, arguments.device, arguments.rounds)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
@@ -448,6 +460,8 @@ def main() -> None:
             fastest = min(medians.keys() & others, key=medians.__getitem__, default=None)
             if fastest is not None:
                 print(f"| {name} | {key} | {fastest} | {medians[fastest] / medians[key]:.2f} |")
+    if len(rows) < asked:
+        raise SystemExit(f"{asked - len(rows)} of {asked} rows are missing: see the errors above.")
 
 
 if __name__ == "__main__":
