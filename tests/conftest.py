@@ -10,6 +10,7 @@ ON_EVERY_DEVICE = {
     "algorithms",
     "batches",
     "callbacks",
+    "checks",
     "core",
     "datamodules",
     "functional",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -403,13 +403,11 @@ class AdaptingModule(EpisodicModule):
         return Plan(functional, execution, self._head_that_ends(info, episodes), kind)
 
     @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self._drop_captured()  # those of a run that ended early, whose end no hook tells
-
-    def on_fit_end(self) -> None:
-        """Free the CUDA graphs, and their memory."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # what moves parameters or changes their type; Lightning moves them to the CPU after a run
         self._drop_captured()
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def _drop_captured(self) -> bool:
         return self._cuda_graphs is not None and self._cuda_graphs.drop()
@@ -490,7 +488,12 @@ class AdaptingModule(EpisodicModule):
 
         def check_network() -> NetworkInfo:
             return self._network_checks(
-                self.network, functional, episodes, of_outputs.each, self._inspect
+                self.network,
+                functional,
+                episodes,
+                of_outputs.each,
+                partial(self._check_labels, episodes),
+                self._inspect,
             )
 
         def check_losses() -> None:
@@ -507,7 +510,7 @@ class AdaptingModule(EpisodicModule):
             self._once("inner steps", kind, self._check_inner_steps, (self.inner_optimizer,))
         unseen = writes(functional.network) is None
         info = self._once("network", kind, check_network, again=unseen)
-        self._check_labels(episodes, info)
+        self._check_labels(episodes, info.outputs)
         self._once("loss", kind, check_losses)
         return info
 
@@ -559,33 +562,33 @@ class AdaptingModule(EpisodicModule):
         check_broadcasting(of_outputs.loss, outputs, targets)
         check_loss_value(of_outputs, functional, episodes, self.parameters())
 
-    def _check_labels(self, episodes: AnyEpisodes, info: NetworkInfo) -> None:
+    def _check_labels(self, episodes: AnyEpisodes, outputs: torch.Size | None) -> None:
         """Check labels and targets of each set for the loss that it has."""
         sets = episodes._fields[1::2]
         if self.support_loss is None:
-            self._check_labels_of(episodes, info, self.loss, sets)
+            self._check_labels_of(episodes, outputs, self.loss, sets)
         else:
-            self._check_labels_of(episodes, info, self.support_loss, sets[:-1])
-            self._check_labels_of(episodes, info, self.loss, sets[-1:])
+            self._check_labels_of(episodes, outputs, self.support_loss, sets[:-1])
+            self._check_labels_of(episodes, outputs, self.loss, sets[-1:])
 
     def _check_labels_of(
-        self, episodes: AnyEpisodes, info: NetworkInfo, loss: Any, sets: Sequence[str]
+        self, episodes: AnyEpisodes, outputs: torch.Size | None, loss: Any, sets: Sequence[str]
     ) -> None:
         y = getattr(episodes, sets[0])
         if y.is_floating_point():
             of_steps = isinstance(episodes, ResampledEpisodes) and sets[0] == "support_y"
             check_targets(y.flatten(0, 2 if of_steps else 1), loss)
             return
-        assert info.outputs is not None, "with labels there are logits"
+        assert outputs is not None, "with labels there are logits"
         ways = self._ways_of_datamodule()
-        if ways is not None and info.outputs[0] != ways:
+        if ways is not None and outputs[0] != ways:
             raise UserValueError(
                 f"Expected `network` to have {ways} outputs, one per way of the episode, but got "
-                f"{info.outputs[0]}; give its head as many outputs as the datamodule has `ways`, "
+                f"{outputs[0]}; give its head as many outputs as the datamodule has `ways`, "
                 "and leave `test_ways` the same, because a head has one width."
             )
         labels = self.known_labels.of(episodes, sets)
-        check_labels(labels, info.outputs[0], ignored_label(loss), sets)
+        check_labels(labels, outputs[0], ignored_label(loss), sets)
 
     def _ways_of_datamodule(self) -> int | None:
         """Return the ways of a running trainer's datamodule, if it has any."""

@@ -72,7 +72,9 @@ class NetworkChecks:
         >>> network, loss = MLP(4, 3), FunctionalLoss(F.cross_entropy, logits_in)
         >>> check = NetworkChecks("head", None, logits_in)
         >>> functional, episodes = FunctionalNetwork(network), Episodes(x, y, x, y)
-        >>> check(network, functional, episodes, [loss], lambda run: None)
+        >>> check(
+        ...     network, functional, episodes, [loss], lambda outputs: None, lambda run: None
+        ... )
         NetworkInfo(outputs=torch.Size([3]), ends_with_head=True, draws=())
     """
 
@@ -87,6 +89,7 @@ class NetworkChecks:
         functional: FunctionalNetwork,
         episodes: AnyEpisodes,
         losses: Sequence[FunctionalLoss],
+        check_labels: Callable[[torch.Size | None], None],
         inspect: Callable[[Callable[[], Tensor]], None],
     ) -> NetworkInfo:
         """Check the network on a meta-batch, and return what was found.
@@ -96,6 +99,8 @@ class NetworkChecks:
             functional: The network, or a copy of it, as a function.
             episodes: The meta-batch; its first task is used.
             losses: The model's losses.
+            check_labels: Called with the shape of an example's outputs before a loss is called:
+                labels that do not fit them would end all work on a GPU.
             inspect: Called with a function that runs the network, to watch it.
 
         Raises:
@@ -103,7 +108,7 @@ class NetworkChecks:
                 cannot govern the network, there are labels but no logits, a pass writes to
                 parameters or inputs or cannot be repeated, or its mode is read past the modules.
         """
-        info = self._inspected(functional, episodes, losses)
+        info = self._inspected(functional, episodes, losses, check_labels)
         check_modes(network, functional, episodes)
         with first_support(functional, episodes) as x:
             inspect(partial(functional, functional.params, x))
@@ -114,6 +119,7 @@ class NetworkChecks:
         functional: FunctionalNetwork,
         episodes: AnyEpisodes,
         losses: Sequence[FunctionalLoss],
+        check_labels: Callable[[torch.Size | None], None],
     ) -> NetworkInfo:
         # first, so that no other check changes the network
         check_writes(functional, episodes)
@@ -135,6 +141,8 @@ class NetworkChecks:
         if query_y.shape[1:] != support_y.shape[1:] or query_y.dtype != support_y.dtype:
             of_queries = self._logits(first_outputs(functional, episodes, of_queries=True))
             check_logits(of_queries, None if query_y.is_floating_point() else query_y)
+        shape = logits.shape[1:] if isinstance(logits, Tensor) else None
+        check_labels(shape)
         draws = generators_of(functional, episodes, losses)
         ends = self._part in ("head", "body") and self._ends_with_head(functional, episodes)
         # with random numbers, features computed once would have one dropout mask for all steps
@@ -142,7 +150,6 @@ class NetworkChecks:
             ends = False
         if ends:
             ends = self._head_alone_gives_the_outputs(functional, episodes)
-        shape = logits.shape[1:] if isinstance(logits, Tensor) else None
         return NetworkInfo(shape, ends, draws)
 
     def _ends_with_head(self, functional: FunctionalNetwork, episodes: AnyEpisodes) -> bool:

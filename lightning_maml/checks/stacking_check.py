@@ -150,11 +150,13 @@ class StackingCheck:
             )
 
     def _in_double(self, episodes: AnyEpisodes, *, curved: bool) -> Verdict:
-        """Compare in float64, or in the network's own type if it runs in no other."""
+        """Compare in float64, or in the network's own type if it runs or fits in no other."""
         reason = ""
         for dtype in (torch.float64, None):
             try:
-                return self._in_mixed(episodes, self._in_type(episodes, dtype, curved), curved)
+                verdict = self._in_mixed(episodes, self._in_type(episodes, dtype, curved), curved)
+                if dtype is None or not verdict.no_memory:
+                    return verdict
             except NoSecondDerivativeError:
                 raise
             except Exception as error:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.batches.outputs import logits_in
-from lightning_maml.checks.loss_checks import check_loss_value
+from lightning_maml.checks.loss_checks import check_labels, check_loss_value, ignored_label
 from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
 from lightning_maml.checks.network_checks import NetworkChecks
 from lightning_maml.core.params import Params
@@ -197,7 +197,12 @@ class LightningEpisodicModule(LightningModule):
         _check_order(episodes)
         check = NetworkChecks("all", None, logits_in)
         loss = FunctionalLoss(self.loss, logits_in)
-        check(functional.network, functional, episodes, [loss], lambda run: None)
+
+        def check_classes(outputs: torch.Size | None) -> None:
+            assert outputs is not None, "with labels there are logits"
+            check_labels(episodes, outputs[0], ignored_label(self.loss))
+
+        check(functional.network, functional, episodes, [loss], check_classes, lambda network: None)
         check_loss_reads_no_attributes(loss, whole.network, whole, of_inputs)
         if not loss.params:
             check_loss_value(loss, whole, of_inputs, self.parameters())

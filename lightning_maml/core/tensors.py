@@ -37,7 +37,9 @@ _OUT_OF_MEMORY = (
     # cuDNN's way to say that no algorithm is left whose workspace fits
     "unable to find an engine to execute this computation",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "DEVICE_ALLOCATION_FAILED",  # of cuDNN 9
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
 )
 
 

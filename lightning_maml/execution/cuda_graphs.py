@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_maml.batches.trees import map_tensors, tensors
+from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.precision import precision
 from lightning_maml.core.rng import (
     drawing_nothing,
@@ -117,6 +118,7 @@ class CudaGraphs:
         self._calls: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, Captured] = {}
         self._captures = 0
+        self._too_large: set[Hashable] = set()
         self._given_up = False
         self._said: set[str] = set()
 
@@ -170,7 +172,7 @@ class CudaGraphs:
         )
         captured = self._captured.pop(kind, None)
         if captured is None and self._is_due(kind):
-            captured = self._capture(function, changing, structure)
+            captured = self._capture(kind, function, changing, structure)
         if captured is None:
             return function()
         self._captured[kind] = captured  # the last one used
@@ -178,6 +180,8 @@ class CudaGraphs:
 
     def _is_due(self, kind: Hashable) -> bool:
         """Count a call; return whether it is to be captured, for which the oldest graph goes."""
+        if kind in self._too_large:
+            return False
         if len(self._calls) >= MOST_KINDS and kind not in self._calls:
             if not self._captured:
                 self._say_once(
@@ -201,13 +205,20 @@ class CudaGraphs:
         return True
 
     def _capture(
-        self, function: partial[Any], changing: list[Any], structure: TreeSpec
+        self, kind: Hashable, function: partial[Any], changing: list[Any], structure: TreeSpec
     ) -> Captured | None:
         try:
             return _captured(function, changing, structure)
-        except RuntimeError as error:
-            # without graphs of their own, the same steps may still find room
-            self.give_up("there is no memory for it" if is_out_of_memory(error) else _reason(error))
+        # where only the second derivative fetches a number, it seems that there is none
+        except (RuntimeError, NoSecondDerivativeError) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                # as usual, the same step may still find room
+                self._too_large.add(kind)
+                self._say_once(
+                    "Batches of one kind are not run as a CUDA graph: there is no memory for it."
+                )
+            else:
+                self.give_up(_reason(error))
         return None
 
 
@@ -272,7 +283,7 @@ def _captured(function: partial[Any], changing: list[Any], structure: TreeSpec) 
         _run_aside(run, device)
         if drawn := generators_drawn_from(before, device):
             raise UserRuntimeError(f"network or loss draw random numbers ({', '.join(drawn)})")
-    except RuntimeError:
+    except Exception:
         set_generator_states(before, device)
         raise
     with drawing_nothing():
@@ -311,14 +322,19 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _record(run: partial[Any], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Capture a run; return the graph, and what it returned and each replay overwrites."""
-    graph = torch.cuda.CUDAGraph()
-    aside, current = _side_stream(device), torch.cuda.current_stream(device)
-    try:
-        # other threads, which pin memory for the next batch, must not spoil the capture
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            outputs = run()
-    finally:
-        torch.cuda.set_stream(current)  # to which a capture that fails does not return
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        aside, current = _side_stream(device), torch.cuda.current_stream(device)
+        # so that cuBLAS takes its workspace from the graph's memory, and nobody else uses that:
+        # another graph's end would free one that they share
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # other threads, which pin memory for the next batch, must not spoil the capture
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                outputs = run()
+        finally:
+            torch.cuda.set_stream(current)  # to which a capture that fails does not return
+            torch._C._cuda_clearCublasWorkspaces()
     return graph, outputs
 
 

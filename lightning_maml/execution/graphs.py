@@ -113,11 +113,21 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + unused)
+        return int(free + unused - _unused_of_graphs(device))
     if device.type != "cpu":
         return None
     known = [value for value in (_free_of_system(), _free_of_group()) if value is not None]
     return min(known) // _processes_here() if known else None
+
+
+def _unused_of_graphs(device: torch.device) -> int:
+    """Return what CUDA graphs keep for their next run, which nothing else can have."""
+    own = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        if segment["device"] == own and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def _processes_here() -> int:

@@ -50,10 +50,12 @@ class Verdict(NamedTuple):
     Attributes:
         wrong: Why stacked tasks would fail or give other numbers; empty if they would not.
         slow: Why stacking would not pay, though it is right; empty if it does.
+        no_memory: Whether that is for lack of memory.
     """
 
     wrong: str = ""
     slow: str = ""
+    no_memory: bool = False
 
 
 def compare(
@@ -145,7 +147,8 @@ def _loops_of_vmap(warned: list[str]) -> str:
 def _failed(error: Exception) -> Verdict:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, RuntimeError) and is_out_of_memory(error):
-        return Verdict(slow=f"memory does not suffice for two of them ({reason})")
+        slow = f"memory does not suffice for two of them ({reason})"
+        return Verdict(slow=slow, no_memory=True)
     return Verdict(f"vmap does not take them ({reason})")
 
 

@@ -24,19 +24,15 @@ from helpers.networks import (
     relative_error,
     unrolled,
 )
+from helpers.random_numbers import drawn_on_cpu
+from helpers.trainers import QUIET, on_device
 from lightning_maml import FOMAML, MAML, MLP, Episodes, ResampledEpisodes
 from lightning_maml.core.params import Params
 from lightning_maml.datamodules import GlyphsDataModule
 
 
 def trainer(**settings: Any) -> Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(max_epochs=1, accelerator="cpu", **quiet, **settings)
+    return Trainer(max_epochs=1, **on_device(), **QUIET, **settings)
 
 
 class OwnMSE(nn.Module):
@@ -74,7 +70,7 @@ BROADCASTING = {
 def regression(*shape: int) -> Episodes:
     """Return two tasks of five examples whose targets have ``shape``."""
     random = torch.Generator().manual_seed(0)
-    x, y = (torch.rand(2, 5, *of, generator=random) for of in ((3,), shape))
+    x, y = (drawn_on_cpu(torch.rand, 2, 5, *of, generator=random) for of in ((3,), shape))
     return Episodes(x, y, x, y)
 
 
@@ -361,6 +357,24 @@ def test_padding_is_refused_where_the_loss_does_not_say_that_it_ignores_it() -> 
         ).meta_loss(padded_episodes())
 
 
+def test_labels_are_checked_before_a_loss_gets_them() -> None:
+    """On a GPU, cross-entropy of a label that has no output ends all work of the process."""
+
+    class Recording(nn.Module):
+        def forward(self, outputs: Tensor, y: Tensor) -> Tensor:
+            seen.append(int(y.max()))
+            return F.cross_entropy(outputs, y)
+
+    seen: list[int] = []
+    x, y = torch.rand(2, 6, 4), torch.arange(6).repeat(2, 1)
+    model = MAML(MLP(4, 3), 0.1, loss=Recording())
+    with pytest.raises(ValueError, match="Expected labels from 0 to 2"):
+        model.meta_loss(Episodes(x, y, x, y))
+    assert not seen
+    model.meta_loss(Episodes(x, y % 3, x, y % 3))
+    assert seen
+
+
 def test_a_network_adapts_to_fewer_classes_than_it_has_outputs() -> None:
     episodes, network = make_episodes(tasks=1), build("mlp")
     keep = episodes.support_y[0] != WAYS - 1
@@ -398,7 +412,7 @@ class Uneven(Dataset[Episodes]):
         sets = []
         for size in (3 + number, 4):
             sets += [
-                torch.randn(size, 8, generator=random, dtype=torch.float64),
+                drawn_on_cpu(torch.randn, size, 8, generator=random, dtype=torch.float64),
                 torch.arange(size) % (2 + number),
             ]
         return Episodes(*sets)

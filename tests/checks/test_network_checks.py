@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from helpers.networks import relative_error
+from helpers.random_numbers import drawn_on_cpu
+from helpers.trainers import QUIET, on_device
 from lightning_maml import ANIL, FOMAML, MAML, Episodes, ProtoNet
 from lightning_maml.core.params import Params
 
@@ -31,7 +33,7 @@ RATE, STEPS, WAYS = 0.4, 2, 5
 
 def points(tasks: int = 4) -> Episodes:
     random = torch.Generator().manual_seed(1)
-    x = torch.randn(2, tasks, 2 * WAYS, 8, dtype=torch.float64, generator=random)
+    x = drawn_on_cpu(torch.randn, 2, tasks, 2 * WAYS, 8, dtype=torch.float64, generator=random)
     labels = torch.arange(WAYS).repeat(tasks, 2)
     return Episodes(x[0], labels, x[1], labels)
 
@@ -549,13 +551,12 @@ class Words(nn.Module):
 def test_token_ids_of_a_loader_are_tested_and_predicted(workers: int, tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     labels = torch.arange(WAYS).repeat(2)
-    ids = torch.randint(9, (8, 2 * WAYS, 4), generator=random)
+    ids = drawn_on_cpu(torch.randint, 9, (8, 2 * WAYS, 4), generator=random)
     loader = DataLoader(
         [Episodes(x, labels, x, labels) for x in ids], batch_size=4, num_workers=workers
     )
     model = MAML(seeded(Words), RATE, STEPS)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", **quiet)
+    trainer = Trainer(default_root_dir=tmp_path, **on_device(), **QUIET)
     expected = model.eval().evaluate(Episodes(ids, labels.expand(8, -1), ids, labels.expand(8, -1)))
     (tested,) = trainer.test(model, loader, verbose=False)
     assert tested["test/loss"] == pytest.approx(float(expected.loss[:, -1].mean()))
@@ -771,7 +772,7 @@ def test_buffers_that_are_replaced_later_are_kept() -> None:
 
 def images() -> Episodes:
     random = torch.Generator().manual_seed(2)
-    x = torch.rand(2, 2, WAYS, 1, 8, 8, dtype=torch.float64, generator=random)
+    x = drawn_on_cpu(torch.rand, 2, 2, WAYS, 1, 8, 8, dtype=torch.float64, generator=random)
     return Episodes(x[0], torch.arange(WAYS).repeat(2, 1), x[1], torch.arange(WAYS).repeat(2, 1))
 
 

@@ -334,7 +334,7 @@ def test_loader_processes_and_hooks_before_the_transfer_get_batches_on_the_cpu(
 @pytest.mark.parametrize("rotations", ["none", "classes"])
 def test_batches_on_a_gpu_are_those_of_the_cpu(tmp_path: Path, rotations: Any) -> None:
     batches = {
-        device: seen(tmp_path, Mixed(**SMALL, rotations=rotations), accelerator=device)
+        device: seen(tmp_path, Mixed(**SMALL, rotations=rotations), accelerator=device, devices=1)
         for device in ("cpu", "gpu")
     }
     for (_, there), (_, here) in zip(batches["gpu"], batches["cpu"], strict=True):

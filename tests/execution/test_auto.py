@@ -8,16 +8,20 @@ import gc
 import logging
 import weakref
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor, nn
 
 from helpers.networks import build, make_episodes
-from lightning_maml import HFMAML, MAML, Conv4, Episodes, ResampledEpisodes, ResNet12
+from lightning_maml import HFMAML, MAML, MLP, Conv4, Episodes, ResampledEpisodes, ResNet12
 from lightning_maml.core.params import Params, norm, subtract
 from lightning_maml.execution.auto import FEWEST_STACKED, Execution, Executor, for_cpu
+from lightning_maml.execution.task_map import are_stacked
+from lightning_maml.networks import stacking_trial
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.stacking_trial import Verdict, compare_losses
 
@@ -230,6 +234,8 @@ def test_what_fails_stacked_in_mixed_precision_is_not_stacked(in_training: bool)
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("FIND was unable to find an engine to execute this computation"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("CUDA error: out of memory"),
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory"
         ),
@@ -263,8 +269,29 @@ def test_stacked_tasks_are_halved_until_memory_suffices(
     for given in ({"chunk_size": 4}, {"tasks": "vmap"}):
         with pytest.raises(torch.OutOfMemoryError, match="Expected memory for 9 tasks") as raised:
             Accelerated(network, 0.1, **given).meta_loss(episodes)
-        # what has no type of its own may have another cause, such as a wrong version
-        assert (str(full) in str(raised.value)) == (type(full) is RuntimeError)
+        # it may have another cause, such as a wrong version
+        assert str(full) in str(raised.value)
+        if type(full) is not RuntimeError:
+            assert is_oom_error(raised.value), "the batch-size finder takes a smaller batch then"
+
+
+def test_stacking_is_tried_in_the_networks_own_type_if_there_is_no_memory_for_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, where tasks of a ResNet that fit stacked would be run one by one for good."""
+
+    def compared(alone: Any, together: Any, params: Params, *_: Any, **__: Any) -> Verdict:
+        types.append(next(iter(params.values())).dtype)
+        if types[-1] is torch.float64:
+            return stacking_trial._failed(torch.OutOfMemoryError("full"))
+        return Verdict()
+
+    types: list[torch.dtype] = []
+    monkeypatch.setattr("lightning_maml.checks.stacking_check.compare_losses", compared)
+    x, y = torch.rand(9, 6, 4), torch.arange(3).repeat(9, 2)
+    way = MAML(MLP(4, 3), 0.1)._execution(Episodes(x, y, x, y))
+    assert types == [torch.float64, torch.float32]
+    assert are_stacked(*way)
 
 
 def test_tasks_in_a_loop_are_not_halved(

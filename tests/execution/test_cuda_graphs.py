@@ -4,7 +4,8 @@ Without a GPU a recorded program takes the graph's place: as in a graph, numbers
 when it was recorded, and tensors are read where they lay.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from lightning_maml import (
     Reptile,
     one_hot_mse,
 )
+from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.precision import full_precision
 from lightning_maml.core.rng import draws_nothing
 from lightning_maml.execution import cuda_graphs
@@ -41,6 +43,7 @@ from lightning_maml.networks import attributes
 
 WAYS, FEATURES, STEPS = 3, 4, 2
 GRAPHS: list["Program"] = []
+RECORD_ON_A_GPU = cuda_graphs._record
 
 
 class Program:
@@ -485,7 +488,7 @@ def test_random_numbers_drawn_before_a_failure_are_drawn_again(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_run_starts_without_the_graphs_of_one_that_ended_early(
+def test_the_graphs_of_a_run_that_ends_early_are_freed(
     tmp_path: Any, recorded: list[Program]
 ) -> None:
     class Failing(Callback):
@@ -493,16 +496,20 @@ def test_a_run_starts_without_the_graphs_of_one_that_ended_early(
             if trainer.global_step == 4:
                 raise RuntimeError("on purpose")
 
-    class Looking(Callback):
-        def on_train_start(self, trainer: Any, model: Any) -> None:
-            assert not model._cuda_graphs._captured
-
     model = model_of(MAML, True)
     loader = DataLoader([episodes(number) for number in range(6)], batch_size=None)
     with pytest.raises(RuntimeError, match="on purpose"):
         trainer(tmp_path, precision="64-true", callbacks=[Failing()]).fit(model, loader)
+    assert recorded
+    assert not model._cuda_graphs._captured
+
+
+def test_a_model_that_is_moved_has_no_graphs_of_where_it_was() -> None:
+    model = model_of(MAML, True)
+    trained(model)
     assert model._cuda_graphs._captured
-    trainer(tmp_path, precision="64-true", callbacks=[Looking()]).fit(model, loader)
+    model.cpu()
+    assert not model._cuda_graphs._captured
 
 
 def test_another_shape_of_the_same_memory_counts() -> None:
@@ -539,6 +546,80 @@ def test_a_step_is_taken_without_graphs_if_memory_runs_out_at_a_capture(
         for _ in range(cuda_graphs.CALLS_BEFORE + 2):
             assert torch.equal(graphs(call, ()), plain(**call.keywords))
     assert caplog.text.count("CUDA graph: there is no memory for it.") == 1
+
+
+def test_other_kinds_keep_their_graphs_if_one_finds_no_memory(
+    monkeypatch: pytest.MonkeyPatch, recorded: list[Program]
+) -> None:
+    def fits(run: partial[Any], device: torch.device) -> Any:
+        if len(run.keywords["episodes"].support_x) > 3:
+            attempts.append(run)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(run, device)
+
+    attempts: list[Any] = []
+    monkeypatch.setattr(cuda_graphs, "_record", fits)
+    graphs, params = cuda_graphs.CudaGraphs(), {"w": torch.ones(1)}
+    for tasks in (3, 5, 3):
+        call = partial(plain, episodes=episodes(0, tasks), inner_lr=0.1, params=params)
+        for _ in range(cuda_graphs.CALLS_BEFORE + 2):
+            assert torch.equal(graphs(call, ()), plain(**call.keywords))
+    assert len(attempts) == 1
+    assert len(recorded) == 1
+    assert recorded[0].replays == 2 + cuda_graphs.CALLS_BEFORE + 2
+
+
+def test_a_step_whose_second_derivative_alone_fetches_a_number_is_taken_without_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(run: partial[Any], device: torch.device) -> Any:
+        raise NoSecondDerivativeError("one of the operations has none")
+
+    monkeypatch.setattr(cuda_graphs, "_run_aside", fails)
+    graphs = cuda_graphs.CudaGraphs()
+    call = partial(plain, episodes=episodes(0), inner_lr=0.1, params={"w": torch.ones(1)})
+    for _ in range(cuda_graphs.CALLS_BEFORE + 1):
+        assert torch.equal(graphs(call, ()), plain(**call.keywords))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_has_a_workspace_of_its_own_and_leaves_device_and_stream(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    @contextmanager
+    def noted(what: str) -> Iterator[None]:
+        done.append(what)
+        try:
+            yield
+        finally:
+            done.append(f"end of {what}")
+
+    def run() -> int:
+        done.append("run")
+        if fails:
+            raise RuntimeError("on purpose")
+        return 1
+
+    monkeypatch.setattr(cuda_graphs, "_side_stream", lambda device: "aside")
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: done.append("clear"), raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: noted(str(device)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream before")
+    monkeypatch.setattr(torch.cuda, "set_stream", done.append)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: noted("capture"))
+    with pytest.raises(RuntimeError, match="on purpose") if fails else nullcontext():
+        RECORD_ON_A_GPU(run, torch.device("cuda:1"))
+    assert done == [
+        "cuda:1",
+        "clear",
+        *("capture", "run", "end of capture"),
+        *("stream before", "clear"),
+        "end of cuda:1",
+    ]
 
 
 def test_batches_that_are_never_alike_are_said_to_be_so(

@@ -22,6 +22,7 @@ from helpers.networks import (
     relative_error,
     unrolled,
 )
+from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer_in_double as trainer
 from lightning_maml import FOMAML, HFMAML, LSLR, MAML, Conv4, Episodes
 from lightning_maml.cli import main
@@ -194,7 +195,9 @@ def low_rank_vit() -> VisionTransformer:
 def photographs() -> Episodes:
     random = torch.Generator().manual_seed(3)
     labels = torch.arange(WAYS).repeat(2, 2)
-    support, query = torch.rand(2, 2, 2 * WAYS, 3, 16, 16, generator=random, dtype=torch.float64)
+    support, query = drawn_on_cpu(
+        torch.rand, 2, 2, 2 * WAYS, 3, 16, 16, generator=random, dtype=torch.float64
+    )
     return Episodes(support, labels, query, labels)
 
 
