@@ -48,6 +48,7 @@ def train_and_test(row: str, iterations: int, seed: int) -> dict[str, Any]:
             f"--trainer.max_epochs={iterations // EPOCH}",
             f"--trainer.default_root_dir=runs/sinusoid/{row}_{iterations}_{seed}",
             "--model.compiled=true",
+            "--model.test_steps=10",
             *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
         ]
     )

@@ -41,11 +41,11 @@ class FOMAML(MAML):
 class HFMAML(MAML):
     """Hessian-free MAML: curvature by finite differences of gradients.
 
-    Fallah et al. 2020, Algorithm 3, and its multi-step form. It keeps MAML's guarantee with
-    first-order gradients only. The theory asks for a twice differentiable network. With ReLU or
-    max-pooling HF-MAML does worse than :class:`FOMAML`, so it warns about them: about such layers
-    when the model is made or, if there are none, about such functions at the first batch. Use GELU,
-    softplus or SiLU with strides or average pooling.
+    Fallah et al. 2020, Algorithm 3, and its multi-step form: MAML's meta-gradient to three or four
+    digits, from first derivatives only. The theory asks for a twice differentiable network. With
+    ReLU or max-pooling HF-MAML does worse than :class:`FOMAML`, so it warns about them: about such
+    layers when the model is made or, if there are none, about such functions at the first batch.
+    Use GELU, softplus or SiLU with strides or average pooling.
 
     Args:
         network: The network to meta-train.

@@ -15,7 +15,7 @@ from helpers.trainers import trainer_in_double as trainer
 from lightning_maml import MAML, AdaptiveMetaStepsize
 
 EPOCHS = 2
-LATER = ("FO-MAML", "LSLR", "Reptile")
+LATER = ("FO-MAML", "LSLR", "Reptile", "ANIL", "BOIL", "MetaSGD", "iMAML")
 QUICK = ("MAML with dropout", "MAML, adaptive meta-stepsize")
 
 

@@ -9,7 +9,19 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from helpers.random_numbers import drawn_on_cpu
-from lightning_maml import FOMAML, HFMAML, LSLR, MAML, MAMLPlusPlus, ProtoNet, Reptile
+from lightning_maml import (
+    ANIL,
+    BOIL,
+    FOMAML,
+    HFMAML,
+    IMAML,
+    LSLR,
+    MAML,
+    MAMLPlusPlus,
+    MetaSGD,
+    ProtoNet,
+    Reptile,
+)
 from lightning_maml.datamodules import ClassImages, EpisodicDataModule
 
 WAYS, STEPS = 3, 6
@@ -76,6 +88,10 @@ MODELS: dict[str, Callable[[], LightningModule]] = {
     ),
     "Reptile": lambda: Reptile(network(), 0.1, 2, optimizer=SGD),
     "ProtoNet": lambda: ProtoNet(network(None), optimizer=ADAM, batch_norm="running"),
+    "ANIL": lambda: ANIL(network(), 0.1, 2, optimizer=ADAM),
+    "BOIL": lambda: BOIL(network(), 0.1, 2, optimizer=ADAM),
+    "MetaSGD": lambda: MetaSGD(network(), 0.1, 2, optimizer=ADAM),
+    "iMAML": lambda: IMAML(network(), 0.1, 2, optimizer=ADAM),
     "MAML, adaptive meta-stepsize": lambda: MAML(network(), 0.1, optimizer=SGD),
 }
 
