@@ -4,16 +4,17 @@ They are counted on the CPU, as calls of torch's operators that are not views: o
 about one kernel. Counts do not depend on sizes, so the networks are small.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_maml import FOMAML, HFMAML, MAML, Conv4, Episodes
+from lightning_maml import FOMAML, HFMAML, MAML, Conv4, Episodes, ProtoNet
 from lightning_maml.theory.curvature import smoothness
 
 WAITING = (
@@ -24,18 +25,57 @@ WAITING = (
 """Operators whose results the host waits for, as shapes or numbers."""
 
 
+FETCHING = {"tolist", "cpu", "numpy", "unique", "unique_consecutive"}
+"""Names of functions for which the host waits too, without such an operator on the CPU."""
+
+
+class _Fetching(TorchFunctionMode):
+    """Counts calls of these functions on tensors of other than integers.
+
+    Counts by lengths in a tensor, too, whose sum is the shape of the result.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        is_number = isinstance(first, Tensor) and first.dtype != torch.long
+        name = getattr(func, "__name__", "")
+        by_lengths = name == "repeat_interleave" and any(
+            isinstance(given, Tensor) for given in (*args[1:], *kwargs.values())
+        )
+        self.calls += (name in FETCHING and is_number) or by_lengths
+        return func(*args, **kwargs)
+
+
 class Counting(TorchDispatchMode):
     """Counts operators, and numbers that are fetched from tensors of other than integers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators, self.fetched = 0, 0
+        self.operators, self._of_operators, self._functions = 0, 0, _Fetching()
+
+    @property
+    def fetched(self) -> int:
+        return self._of_operators + self._functions.calls
+
+    def __enter__(self) -> Self:
+        self._functions.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._functions.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.fetched += args[0].dtype != torch.long  # labels are read on the CPU
+            self._of_operators += args[0].dtype != torch.long  # labels are read on the CPU
         elif func in WAITING or _indexes_by_mask(func, args):
-            self.fetched += 1
+            self._of_operators += 1
         elif not any(result.alias_info for result in func._schema.returns):
             self.operators += 1
         return func(*args, **(kwargs or {}))
@@ -95,7 +135,19 @@ def test_a_step_starts_no_more_kernels_than_it_did(workload: str, algorithm: typ
     assert counted.operators <= MOST[workload, algorithm]
 
 
-def test_measuring_curvature_fetches_no_number_for_each_product_it_remembers() -> None:
+def test_a_step_of_protonet_waits_for_whether_it_is_finite() -> None:
+    model, batch = (
+        ProtoNet(Conv4(1, None, 28, channels=4), tasks="vmap"),
+        episodes(5, 1, (1, 28, 28)),
+    )
+    model.meta_loss(batch).backward()
+    with Counting() as counted:
+        model.meta_loss(batch).backward()
+    assert counted.fetched == 1 + 1  # of the labels, which are known on the CPU
+    assert counted.operators <= 133
+
+
+def test_measuring_curvature_fetches_one_number_for_each_product() -> None:
     network = strided(5)
     x, y = torch.rand(5, 1, 28, 28), torch.arange(5)
 
@@ -106,7 +158,8 @@ def test_measuring_curvature_fetches_no_number_for_each_product_it_remembers() -
     with Counting() as counted:
         found = smoothness(loss, w)
     products = (found.gradient_evaluations - 1) / 2
-    assert counted.fetched == 2 * products  # of a small matrix, which lies on the CPU
+    # two of each, and one at the end, are of a small matrix, which lies on the CPU
+    assert counted.fetched == products + 2 * products + 1
 
 
 def test_the_count_sees_what_is_fetched() -> None:
@@ -117,3 +170,7 @@ def test_the_count_sees_what_is_fetched() -> None:
     with Counting() as counted:
         tensor[tensor > 1], tensor.nonzero(), torch.equal(tensor, tensor)
     assert counted.fetched == 3
+    with Counting() as counted:
+        tensor.tolist(), tensor.cpu(), tensor.numpy(), tensor.unique(), torch.unique(tensor)
+        tensor.repeat_interleave(torch.tensor([1, 0, 2])), tensor.repeat_interleave(2)
+    assert counted.fetched == 6
