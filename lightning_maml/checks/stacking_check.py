@@ -86,7 +86,7 @@ class StackingCheck:
         >>> x, y = torch.rand(2, 6, 4), torch.tensor([[0, 1, 2] * 2] * 2)  # two tasks
         >>> trial = StackingCheck(MLP(4, 3), F.cross_entropy, logits_in, "batch", {})
         >>> trial.compare(Episodes(x, y, x, y), adapts_only=False, exact=True)
-        Verdict(wrong='', slow='')
+        Verdict(wrong='', slow='', no_memory=False)
     """
 
     def __init__(

@@ -189,6 +189,16 @@ def test_auto_trains_a_network_that_vmap_does_not_take(network: type[nn.Module])
     assert all(p.grad is not None for p in auto.network.parameters())
 
 
+def test_it_is_said_once_why_tasks_are_not_stacked(caplog: pytest.LogCaptureFixture) -> None:
+    model = MAML(Branching().double(), 0.1)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            model.meta_loss(make_episodes(tasks=9))
+    assert (
+        caplog.text.count("Tasks are not stacked unless that is asked for: vmap does not take") == 1
+    )
+
+
 def test_on_an_accelerator_too_it_is_run_one_by_one() -> None:
     def on_gpu(chunk_size: int | None, verdict: Verdict) -> Execution:
         executor = Executor("auto", chunk_size, compiled=False)
