@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,23 +225,18 @@ def tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def limits(name: str, device: str) -> dict[str, float]:
-    """Return the milliseconds of meta-gradients at the machine's best rate.
-
-    There is one figure for the exact and one for the first-order meta-gradient.
-    """
+def limit(name: str, key: str, device: str) -> float:
+    """Return the milliseconds of a meta-gradient at the machine's best rate."""
     network, loss, episodes = start(WORKLOADS[name], device)
-    rate, found = best_rate(device), {}
-    for key in ("ours-exact", "ours-fo"):
-        model = OURS[key](
-            network, WORKLOADS[name].rate, WORKLOADS[name].steps, loss=loss, tasks="loop"
-        ).to(device)
-        with FlopCounterMode(display=False) as counter:
-            model.meta_gradient(episodes)
-        found[key] = 1000 * counter.get_total_flops() / rate
-    return found
+    model = OURS[key](
+        network, WORKLOADS[name].rate, WORKLOADS[name].steps, loss=loss, tasks="loop"
+    ).to(device)
+    with FlopCounterMode(display=False) as counter:
+        model.meta_gradient(episodes)
+    return 1000 * counter.get_total_flops() / best_rate(device)
 
 
+@cache
 def best_rate(device: str) -> float:
     """Return the most floating-point operations per second that the machine was seen to do.
 
@@ -430,7 +425,8 @@ def main() -> None:
             left_out = ON_GPUS if name in COMPILED else (*ON_GPUS, "ours-compiled")
             methods = [key for key in methods if key not in left_out]
         asked += len(methods)
-        rows += measure(name, methods, arguments.device, arguments.rounds)
+        with going_on_without(name, "the workload"):
+            rows += measure(name, methods, arguments.device, arguments.rounds)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} CPU cores\n")
@@ -449,9 +445,9 @@ def main() -> None:
     )
     for name in arguments.workload:
         medians = {row.method: row.median_ms for row in rows if row.workload == name}
-        for key, limit in limits(name, arguments.device).items():
-            if key in medians:
-                print(f"| {name} | {key} | {limit:.3g} | {medians[key] / limit:.2g} |")
+        for key in [key for key in ("ours-exact", "ours-fo") if key in medians]:
+            at_best = limit(name, key, arguments.device)
+            print(f"| {name} | {key} | {at_best:.3g} | {medians[key] / at_best:.2g} |")
     print("\n| workload | method | fastest of the others | its time over ours |\n|---|---|---|---|")
     for name in arguments.workload:
         medians = {row.method: row.median_ms for row in rows if row.workload == name}

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_maml.checks.shared_state import share_state
 from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.rng import generator_states, generators_drawn_from, set_generator_states
-from lightning_maml.core.tensors import memory
+from lightning_maml.core.tensors import memory, raise_if_out_of_memory
 from lightning_maml.errors import UserError, UserTypeError, UserValueError
 
 
@@ -190,6 +190,7 @@ def fails_stacked(optimizer: InnerOptimizer, w: Tensor, rate: float) -> str:
         with torch.inference_mode(False):
             torch.func.vmap(step)(torch.stack([w.detach()] * 2))
     except Exception as error:  # noqa: BLE001 # a step may raise anything
+        raise_if_out_of_memory(error)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return f"{_name(optimizer)} fails there ({reason})"
     return ""

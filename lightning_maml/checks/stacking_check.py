@@ -12,6 +12,7 @@ from lightning_maml.batches.trees import detached, map_tensors
 from lightning_maml.checks.shared_state import share_state
 from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.params import Params
+from lightning_maml.core.tensors import raise_if_out_of_memory
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import facts_of
 from lightning_maml.networks.functional_loss import SUPPORT_LOSS_PREFIX, FunctionalLoss
@@ -161,6 +162,8 @@ class StackingCheck:
                 raise
             except Exception as error:
                 # with other parameters than its own a network may raise anything
+                if dtype is None:
+                    raise_if_out_of_memory(error)
                 if dtype is None and isinstance(error, ValueError):
                     raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]

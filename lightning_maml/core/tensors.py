@@ -39,11 +39,15 @@ _OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "DEVICE_ALLOCATION_FAILED",  # of cuDNN 9
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUFFT_ALLOC_FAILED",
     "CUDA error: out of memory",
+    "CUDA ran out of memory outside",
+    "MPS backend out of memory",
 )
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a device ran out of memory, for which torch has a type only in part."""
     is_said = any(words in str(error) for words in _OUT_OF_MEMORY)
     return isinstance(error, torch.OutOfMemoryError) or is_said

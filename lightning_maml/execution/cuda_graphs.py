@@ -130,6 +130,7 @@ class CudaGraphs:
         there_were = bool(self._captured)
         self._captured.clear()
         self._calls.clear()
+        self._too_large.clear()
         return there_were
 
     def give_up(self, reason: str) -> None:
@@ -211,7 +212,7 @@ class CudaGraphs:
             return _captured(function, changing, structure)
         # where only the second derivative fetches a number, it seems that there is none
         except (RuntimeError, NoSecondDerivativeError) as error:
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            if any(map(is_out_of_memory, _chain(error))):
                 # as usual, the same step may still find room
                 self._too_large.add(kind)
                 self._say_once(
@@ -226,11 +227,18 @@ _CHANGING = ("episodes", "inner_lr")
 """Arguments whose tensors are copied to where a graph reads them."""
 
 
+def _chain(error: BaseException) -> list[BaseException]:
+    """Return an error and those before it: the end of a failed capture fails too."""
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    return chain
+
+
 def _reason(error: BaseException) -> str:
-    """Return what went wrong first, in a line: the end of a failed capture fails too."""
-    while error.__context__ is not None:
-        error = error.__context__
-    lines = str(error).splitlines() or [type(error).__name__]
+    """Return what went wrong first, in a line."""
+    first = _chain(error)[-1]
+    lines = str(first).splitlines() or [type(first).__name__]
     return lines[0].rstrip(".")
 
 

@@ -122,6 +122,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _unused_of_graphs(device: torch.device) -> int:
     """Return what CUDA graphs keep for their next run, which nothing else can have."""
+    if torch.cuda.get_allocator_backend() != "native":  # whose segments are not known
+        return 0
     own = torch.cuda.current_device() if device.index is None else device.index
     return sum(
         segment["total_size"] - segment["allocated_size"]

@@ -11,6 +11,7 @@ from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes, supp
 from lightning_maml.batches.trees import Inputs, call, cat, count, map_tensors, shapes, tensors
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, set_generator_states
+from lightning_maml.core.tensors import raise_if_out_of_memory
 from lightning_maml.networks.batch_norm import (
     averages_kept,
     batch_norm_input_stats,
@@ -118,7 +119,8 @@ def _accepts(network: nn.Module, x: Inputs) -> bool:
     before = generator_states(device)
     try:
         call(deep_copy(network), x)
-    except Exception:  # noqa: BLE001 # made for a certain number of examples, it may raise anything
+    except Exception as error:  # noqa: BLE001 # made for a certain number, it may raise anything
+        raise_if_out_of_memory(error)
         return False
     finally:
         set_generator_states(before, device)

@@ -40,12 +40,14 @@ class NetworkFacts:
         hooks_tensors: Whether its forward pass registers hooks on tensors.
         views_images: Whether its images must stay channels-first in memory, because ``.view``
             fails on channels-last tensors.
+        runs_channels_last: Whether it ran on channels-last images.
     """
 
     written: Written | None = None
     caches_parametrizations: bool = False
     hooks_tensors: bool = False
     views_images: bool = False
+    runs_channels_last: bool = False
 
 
 _FACTS: WeakKeyDictionary[nn.Module, NetworkFacts] = WeakKeyDictionary()

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_maml.batches.outputs import logits_in, map_outputs, tensors_in
 from lightning_maml.batches.trees import Inputs, call, cat, count, differentiable
 from lightning_maml.core.params import Params
-from lightning_maml.core.rng import generator_states, set_generator_states
+from lightning_maml.core.rng import generator_states, set_generator_states, torch_random_state
 from lightning_maml.core.tensors import is_out_of_memory, nodes_of
 from lightning_maml.errors import UserValueError
 from lightning_maml.kernels.layers import (
@@ -33,6 +33,8 @@ from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import Written, facts_of
 from lightning_maml.networks.places import holding, places
 from lightning_maml.networks.watching import Reading, Watching, reading
+
+_CPU = torch.device("cpu")
 
 BatchNormPolicy = Literal["batch", "support", "running", "per_step"]
 """Which statistics batch norm normalises by, see :class:`FunctionalNetwork`."""
@@ -397,17 +399,23 @@ class FunctionalNetwork:
             for convolution in self._own.convolutions
             if on_cpu and convolution.channels == "last"
         ]
-        random_state = torch.get_rng_state() if converting else None
+        if not converting:
+            return self._attempt(params, inputs, context, averages)
+        facts = facts_of(self.network)
+        # numpy's and Python's states take longer to read than small networks to run
+        read = torch_random_state if facts.runs_channels_last else generator_states
+        before = read(_CPU)
         try:
             outputs = self._attempt(params, inputs, context, averages)
+            facts.runs_channels_last = True
         except RuntimeError as error:
-            if random_state is None or is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
-            torch.set_rng_state(random_state)
+            set_generator_states(before, _CPU)
             for convolution in converting:
                 convolution.channels = "first"
             outputs = self._attempt(params, inputs, context, averages)
-            facts_of(self.network).views_images = True
+            facts.views_images = True
         return outputs
 
     def _attempt(

@@ -80,7 +80,7 @@ def _cost(case: Case, way: Execution) -> str:
     if are_stacked(*way):
         case.stacking()  # the trial of stacking is no part of a step
     peak = peak_bytes(gradient, device)
-    if works_on(device):
+    if works_on(device) and way.tasks != "threads":
         for _ in range(CALLS_BEFORE):  # as a graph, as in training
             gradient()
     took = seconds(gradient, device)

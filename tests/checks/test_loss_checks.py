@@ -357,7 +357,9 @@ def test_padding_is_refused_where_the_loss_does_not_say_that_it_ignores_it() -> 
         ).meta_loss(padded_episodes())
 
 
-def test_labels_are_checked_before_a_loss_gets_them() -> None:
+@pytest.mark.parametrize("of", ["loss", "support_loss"])
+@pytest.mark.parametrize("query_in_eval", [False, True])
+def test_labels_are_checked_before_a_loss_gets_them(of: str, query_in_eval: bool) -> None:
     """On a GPU, cross-entropy of a label that has no output ends all work of the process."""
 
     class Recording(nn.Module):
@@ -367,7 +369,7 @@ def test_labels_are_checked_before_a_loss_gets_them() -> None:
 
     seen: list[int] = []
     x, y = torch.rand(2, 6, 4), torch.arange(6).repeat(2, 1)
-    model = MAML(MLP(4, 3), 0.1, loss=Recording())
+    model = MAML(MLP(4, 3), 0.1, query_in_eval=query_in_eval, **{of: Recording()})
     with pytest.raises(ValueError, match="Expected labels from 0 to 2"):
         model.meta_loss(Episodes(x, y, x, y))
     assert not seen
@@ -461,7 +463,9 @@ def test_arrays_are_refused() -> None:
     with pytest.raises(
         TypeError, match=r"Expected `support_y` to be a tensor but got ndarray; .*torch\.from_numpy"
     ):
-        MAML(build("mlp"), 0.1).meta_loss(episodes._replace(support_y=episodes.support_y.numpy()))
+        MAML(build("mlp"), 0.1).meta_loss(
+            episodes._replace(support_y=episodes.support_y.cpu().numpy())
+        )
 
 
 class Weighted(nn.Module):

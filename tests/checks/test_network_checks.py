@@ -1330,9 +1330,12 @@ class Definite(Plain):
         return self.head(hidden)
 
 
-def test_networks_that_fail_at_other_parameters_are_not_refused() -> None:
-    for algorithm, tasks in ((MAML, "auto"), (ANIL, "auto"), (MAML, "loop"), (ANIL, "threads")):
-        assert algorithm(seeded(Definite), 1e-9, STEPS, tasks=tasks).meta_loss(points()).isfinite()
+@pytest.mark.parametrize("algorithm", [MAML, ANIL])
+@pytest.mark.parametrize("tasks", ["auto", "loop", "threads"])
+def test_networks_that_fail_at_other_parameters_are_not_refused(
+    algorithm: type[MAML], tasks: str
+) -> None:
+    assert algorithm(seeded(Definite), 1e-9, STEPS, tasks=tasks).meta_loss(points()).isfinite()
 
 
 def test_state_is_seen_in_a_network_that_fails_at_other_parameters() -> None:

@@ -297,8 +297,15 @@ def test_networks_are_checked_in_each_mode_and_regressions_have_no_classes() -> 
     with pytest.raises(ValueError, match="whose adapting layers run once but got one with check"):
         model.train().meta_learn(task, 0, ways=3, shots=1, queries=3)
     model = LightningMAML(nn.Linear(4, 1), F.mse_loss, train_ways=1, test_ways=1)
-    loss, _ = model.meta_learn((task[0], torch.rand(12, 1)), 0, ways=1, shots=4, queries=8)
+    loss, _ = model.meta_learn((task[0], 9 * torch.randn(12, 1)), 0, ways=1, shots=4, queries=8)
     assert loss.isfinite()
+
+
+def test_labels_without_an_output_are_refused() -> None:
+    task = torch.rand(12, 4), torch.arange(4).repeat_interleave(3)
+    model = LightningMAML(nn.Linear(4, 3), train_ways=4, test_ways=4)
+    with pytest.raises(ValueError, match=r"Expected labels from 0 to 2, .* got 0 to 3"):
+        model.meta_learn(task, 0, ways=4, shots=1, queries=2)
 
 
 class Scaled(nn.Module):

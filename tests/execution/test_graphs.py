@@ -172,7 +172,10 @@ def test_what_cuda_graphs_keep_is_not_free(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300 + 80)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100 + 30)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     assert free_bytes(torch.device("cuda", 0)) == 1000 + 200
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert free_bytes(torch.device("cuda", 0)) == 1000 + 250
 
 
 def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,8 @@ class _Fetching(TorchFunctionMode):
         by_lengths = name == "repeat_interleave" and any(
             isinstance(given, Tensor) for given in (*args[1:], *kwargs.values())
         )
-        self.calls += (name in FETCHING and is_number) or by_lengths
+        to_cpu = name == "to" and any("cpu" in str(given) for given in args[1:2])
+        self.calls += ((name in FETCHING or to_cpu) and is_number) or by_lengths
         return func(*args, **kwargs)
 
 
@@ -171,6 +172,6 @@ def test_the_count_sees_what_is_fetched() -> None:
         tensor[tensor > 1], tensor.nonzero(), torch.equal(tensor, tensor)
     assert counted.fetched == 3
     with Counting() as counted:
-        tensor.tolist(), tensor.cpu(), tensor.numpy(), tensor.unique(), torch.unique(tensor)
+        tensor.tolist(), tensor.cpu(), tensor.to("cpu"), tensor.numpy(), tensor.unique()
         tensor.repeat_interleave(torch.tensor([1, 0, 2])), tensor.repeat_interleave(2)
     assert counted.fetched == 6

@@ -3,6 +3,7 @@ left alone."""
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -258,6 +259,30 @@ class Viewing(nn.Module):
         features = self.convolution(x)
         FORMATS.append(features.is_contiguous(memory_format=torch.channels_last))
         return features.view(len(x), -1)
+
+
+class Drawing(nn.Module):
+    """Draws from numpy and views images, which fails if their channels are last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        DRAWN.append(np.random.rand())
+        features = self.convolution(x)
+        return self.head(features.view(len(x), -1))
+
+
+DRAWN: list[float] = []
+
+
+def test_a_pass_that_is_repeated_with_channels_first_draws_the_same_numbers() -> None:
+    functional, x = FunctionalNetwork(Drawing()), torch.rand(2, 1, 8, 8)
+    DRAWN.clear()
+    functional(functional.params, x)
+    assert len(DRAWN) == 2
+    assert DRAWN[0] == DRAWN[1]
 
 
 def test_images_have_their_channels_last_where_the_network_allows_it() -> None:
