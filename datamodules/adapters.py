@@ -203,18 +203,22 @@ class _Loaders(LightningDataModule):
         super().__init__()
         self._train, self._val, self._test = train, val, test
 
-    def train_dataloader(self) -> Iterable[MetaBatch]:
-        """Return the training tasks."""
+    def _check_one_process(self) -> None:
         if self.trainer is not None and self.trainer.world_size > 1:
             raise UserValueError(
                 f"Expected one process but got {self.trainer.world_size}: tasks that another "
                 "library draws would be the same ones in each; use one device, or a datamodule "
                 "of this library."
             )
+
+    def train_dataloader(self) -> Iterable[MetaBatch]:
+        """Return the training tasks."""
+        self._check_one_process()
         return self._train
 
     def val_dataloader(self) -> Iterable[MetaBatch]:
         """Return the validation tasks; an empty list, for no validation, if there are none."""
+        self._check_one_process()
         return [] if self._val is None else self._val
 
     def test_dataloader(self) -> Iterable[MetaBatch]:
@@ -223,6 +227,7 @@ class _Loaders(LightningDataModule):
             raise UserValueError(
                 "Expected `test` tasks but the datamodule was given none; give it some."
             )
+        self._check_one_process()
         return self._test
 
     def predict_dataloader(self) -> Iterable[MetaBatch]:

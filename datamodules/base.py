@@ -172,8 +172,8 @@ class EpisodicDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self._check_arguments()
-        self._datasets: dict[str, TaskDataset] = {}
-        self._on_device: dict[tuple[str, torch.device], ImagesOnDevice] = {}
+        self._datasets: dict[str, tuple[Any, TaskDataset]] = {}
+        self._on_device: dict[tuple[str, torch.device], tuple[TaskDataset, ImagesOnDevice]] = {}
 
     def class_images(self, split: str) -> ClassImages:
         """Return the images of a split, class by class.
@@ -284,7 +284,7 @@ class EpisodicDataModule(LightningDataModule):
         self._free_device()
 
     def _free_device(self) -> None:
-        for images in self._on_device.values():
+        for _, images in self._on_device.values():
             images.release()
         self._on_device.clear()
 
@@ -295,15 +295,19 @@ class EpisodicDataModule(LightningDataModule):
         if self.trainer is None or self.trainer.state.status != TrainerStatus.RUNNING:
             return episodes
         device = self.trainer.strategy.root_device
-        if (split, device) not in self._on_device:
-            if not isinstance(episodes, EpisodeDataset):
-                return episodes
-            if not self._fits_on_device(episodes, device):
-                return episodes
-            size = f"{episodes.bytes_on_device / 2**20:.3g} MB"
-            rank_zero_info(f"The images of split {split!r} are kept on {device} ({size}).")
-            self._on_device[split, device] = ImagesOnDevice(episodes, device)
-        return self._on_device[split, device]
+        kept_of, kept = self._on_device.get((split, device), (None, None))
+        if kept is not None and kept_of is episodes:
+            return kept
+        if kept is not None:
+            kept.release()
+            del self._on_device[split, device]
+        if not isinstance(episodes, EpisodeDataset) or not self._fits_on_device(episodes, device):
+            return episodes
+        size = f"{episodes.bytes_on_device / 2**20:.3g} MB"
+        rank_zero_info(f"The images of split {split!r} are kept on {device} ({size}).")
+        kept = ImagesOnDevice(episodes, device)
+        self._on_device[split, device] = episodes, kept
+        return kept
 
     def _fits_on_device(self, episodes: EpisodeDataset, device: torch.device) -> bool:
         """Return whether the images of a split are to be kept on the device.
@@ -320,11 +324,16 @@ class EpisodicDataModule(LightningDataModule):
         return free is not None and episodes.bytes_on_device <= free / 4
 
     def _dataset(self, split: str) -> TaskDataset:
-        if split not in self._datasets:
+        # attributes may be set between two runs
+        sizes = self._task_sizes(split)
+        setting = sizes, self.rotations, self.seed, self.small_classes
+        made_for, dataset = self._datasets.get(split, (None, None))
+        if dataset is None or made_for != setting:
             # images are read and drawn on the CPU, whatever torch's default device
             with torch.device("cpu"):
-                self._datasets[split] = self._task_dataset(split, self._task_sizes(split))
-        return self._datasets[split]
+                dataset = self._task_dataset(split, sizes)
+            self._datasets[split] = setting, dataset
+        return dataset
 
     def _task_sizes(self, split: str) -> TaskSizes:
         if split != "train":

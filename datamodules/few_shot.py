@@ -1,5 +1,6 @@
 """Episodes of any dataset with labels."""
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -171,11 +172,12 @@ def _check_no_shared_class(splits: dict[str, LabelledImages]) -> None:
     # Classes are compared by name only across datasets, as one dataset may have two classes of a
     # name; and only if they have names, as each dataset may count its classes from 0.
     one_dataset = {dataset for dataset, _ in one} & {dataset for dataset, _ in other}
-    numbered = any(split.images.names[0].isdigit() for split in splits.values())
-    if not one_dataset and not numbered:
-        check_disjoint(
-            {name: split.images.names for name, split in splits.items()}, "the datasets", cure
-        )
+    if not one_dataset:
+        named = {
+            name: [of_class for of_class in split.images.names if not of_class.isdigit()]
+            for name, split in splits.items()
+        }
+        check_disjoint(named, "the datasets", cure)
 
 
 def read_dataset(
@@ -198,9 +200,11 @@ def read_dataset(
     if len(dataset) == 0:
         raise UserValueError(f"Expected `{name}` to hold images but it is empty.")
     images, labels = _read_items(dataset, name, image_size, image_key, label_key)
+    _warn_of_random_items(dataset, images, image_size, image_key, label_key)
     values, classes = np.unique(np.array(labels), return_inverse=True)
     members = [np.flatnonzero(classes == number) for number in range(len(values))]
     sources = [source(dataset, number) for number in range(len(dataset))]
+    _check_different(sources, name)
 
     def label_at(holder: Any, number: int) -> Label:
         which = f"item {number} of {type(holder).__name__}"
@@ -211,6 +215,17 @@ def read_dataset(
     return LabelledImages(
         ClassImages(images, members, names), origins(sources, labels, members, label_at)
     )
+
+
+def _check_different(sources: Sequence[Source], name: str) -> None:
+    """Check that no item is there twice: it could be both support and query."""
+    repeated = len(sources) - len({(id(each.dataset), each.number) for each in sources})
+    if repeated:
+        raise UserValueError(
+            f"Expected `{name}` to hold each item once, as one that is there twice could be both "
+            f"support and query, but {repeated} are repeated; give the dataset without "
+            "oversampling: every task has as many images of each class anyway."
+        )
 
 
 def _read_items(
@@ -240,6 +255,26 @@ def _read_items(
     return images, labels
 
 
+def _warn_of_random_items(
+    dataset: Any, images: Tensor, image_size: int | None, image_key: str, label_key: str
+) -> None:
+    """Warn where items are other ones when they are read again, as they are read only once."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    count = len(dataset)
+    for number in sorted({0, count // 2, count - 1}):
+        image, _ = _item(dataset[number], f"item {number}", image_key, label_key)
+        if not torch.equal(_tensor(image, image_size, f"item {number}"), images[number]):
+            rank_zero_warn(
+                f"Items of {type(dataset).__name__} change when they are read again, but they are "
+                "read only once, in training, validation and test alike; leave random transforms "
+                "out of the dataset, and give them to `EpisodeTransforms(train=[...])`."
+            )
+            break
+    torch.set_rng_state(before[0])
+    np.random.set_state(before[1])
+    random.setstate(before[2])
+
+
 def _names(
     dataset: Any,
     which: str,
@@ -261,18 +296,27 @@ def _names(
         id(item.dataset): _class_names(item.dataset, label_key) for item in sources if item.as_it_is
     }
     names = []
+    merged: list[Label] = []
     for label, rows in members.items():
         if own:
             found = [_name(label, own)]
         else:
             originals = {id(sources[row].dataset) for row in rows}
             found = sorted({_name(label, of_original.get(each, ())) for each in originals})
+            if len(originals) > 1 and not any(of_original.get(each) for each in originals):
+                merged.append(label)
         if len(found) > 1:
             raise UserValueError(
                 f"Expected label {label} to be one class in all parts of `{which}` but it is "
                 f"{' and '.join(found)}; give the classes of each part labels of their own."
             )
         names += found
+    if any(isinstance(label, int) for label in merged):
+        rank_zero_warn(
+            f"`{which}` joins datasets whose classes have numbers and no names: label {merged[0]} "
+            "of each is taken for one class, and so are others; if they are different classes, "
+            "give those of each part labels of their own."
+        )
     return names
 
 

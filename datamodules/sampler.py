@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
@@ -43,6 +44,17 @@ def check_seed(name: str, seed: int) -> None:
     """
     if not 0 <= seed < 2**32:
         raise UserValueError(f"Expected `{name}` to be from 0 to 2**32 - 1 but got {seed}.")
+
+
+def _check_different(rows: np.ndarray, split: str) -> None:
+    """Check that no image is there twice: it could be both support and query."""
+    values, counts = np.unique(rows, return_counts=True)
+    if (counts > 1).any():
+        raise UserValueError(
+            f"Expected every image of split {split!r} to belong to one class once, as one that is "
+            "there twice could be both support and query, but rows "
+            f"{values[counts > 1][:5].tolist()} of `images` are not; give each once."
+        )
 
 
 class ClassImages(NamedTuple):
@@ -133,8 +145,8 @@ class EpisodeDataset(TaskDataset):
             error, or ``"drop"`` them with a warning.
 
     Raises:
-        ValueError: If the split has too few classes, a class has too few images, or images that are
-            not square are to be turned.
+        ValueError: If the split has too few classes, a class has too few images, an image belongs
+            to two classes or twice to one, or images that are not square are to be turned.
 
     Examples:
         >>> images = ClassImages(torch.zeros(12, 1, 8, 8), np.split(np.arange(12), 3))
@@ -179,6 +191,7 @@ class EpisodeDataset(TaskDataset):
                 f"Expected square images [M, C, H, W] in split {split!r} for "
                 f"rotations={rotations!r} but got shape {list(shape)}; set rotations='none'."
             )
+        _check_different(np.concatenate(data.members), split)
         self._images = data.images
         self._rows = torch.from_numpy(np.concatenate(members))  # of all classes in turn
         self._angles = 1 if rotations == "none" else 4
@@ -356,7 +369,19 @@ class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
         """Tasks of this process that the next iterator skips, as they were given out before."""
 
     def __iter__(self) -> Iterator[TaskKey]:  # type: ignore[override]  # not plain numbers
-        """Yield the keys, without those that were given out before."""
+        """Yield the keys, without those that were given out before.
+
+        Raises:
+            ValueError: If there are other processes than the sampler was made for.
+        """
+        if dist.is_available() and dist.is_initialized():
+            processes = dist.get_world_size()
+            if processes != self.num_replicas:
+                raise UserValueError(
+                    f"Expected a loader that was made for {processes} processes but got one for "
+                    f"{self.num_replicas}, with which all would take the same tasks; give the "
+                    "trainer the datamodule itself."
+                )
         epoch = self.epoch if self._fresh else 0
         first = self.rank + self.given * self.num_replicas
         return ((epoch, number) for number in range(first, self._tasks, self.num_replicas))

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -373,10 +374,11 @@ def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
         The image, uint8, ``[size, size, 3]`` or ``[size, size]``.
 
     Raises:
-        OSError, SyntaxError, ValueError: If it is in no such format, is damaged, or has more pixels
-            than ``PIL.Image.MAX_IMAGE_PIXELS``.
+        OSError, SyntaxError, ValueError: If it is in no such format, is damaged, has more than 8
+            bits for a colour, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     with Image.open(file, formats=_FORMATS) as image:
+        _check_bits(image)
         most = Image.MAX_IMAGE_PIXELS
         if most is not None and image.width * image.height > most:
             raise ValueError(
@@ -389,6 +391,19 @@ def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
     # after verify(), an image must be opened again
     with Image.open(file, formats=_FORMATS) as image:
         return pixels(image, mode, size)
+
+
+def _check_bits(image: Image.Image) -> None:
+    """Refuse colours of more than 8 bits, of which Pillow's mode says nothing.
+
+    It says so in what it hands to its decoders: ``"RGB;16B"``, or a largest value above 255.
+    """
+    if image.mode.startswith(("I", "F")):
+        return  # of which :func:`pixels` tells more
+    of_decoders = str([tile[3] for tile in getattr(image, "tile", ())])
+    numbers = [int(number) for number in re.findall(r"\b\d+\b", of_decoders)]
+    if ";16" in of_decoders or (image.format == "PPM" and max(numbers, default=0) > 255):
+        raise UnsuitableImage("its colours have more than 8 bits; convert them to 8")
 
 
 def pixels(image: Image.Image, mode: Mode, size: int | None) -> np.ndarray:

@@ -89,7 +89,7 @@ def innermost(root: Path) -> Path:
 
 def split_of(folder: Path) -> str | None:
     """Return the split that a folder's name stands for, or None."""
-    name = folder.name.lower().replace("-", "_")
+    name = folder.name.lower().replace("-", "_").removesuffix("set").removesuffix("_")
     return next((split for split, names in SPLIT_NAMES.items() if name in names), None)
 
 

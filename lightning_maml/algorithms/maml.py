@@ -441,8 +441,9 @@ class MAML(AdaptingModule):
             alpha, its one inner rate.
 
         Raises:
-            ValueError: If not all parameters adapt by gradient descent at one fixed rate, or the
-                algorithm's meta-gradient is not the query loss's; the theory assumes both.
+            ValueError: If not all parameters, those of the loss included, adapt by gradient descent
+                at one fixed rate, or the algorithm's meta-gradient is not the query loss's; the
+                theory assumes both.
         """
         if type(self)._gradient_function is not MAML._gradient_function:
             raise UserValueError(
@@ -453,6 +454,12 @@ class MAML(AdaptingModule):
             raise UserValueError(
                 "Expected inner steps of gradient descent, which the theory is about, but got "
                 f"{self.inner_optimizer}; leave `inner_optimizer` out."
+            )
+        of_loss = self.loss.named_parameters() if isinstance(self.loss, nn.Module) else ()
+        if trained := [name for name, p in of_loss if p.requires_grad]:
+            raise UserValueError(
+                "Expected a loss without trainable parameters, as in the theory all parameters "
+                f"adapt, but got {trained}; freeze them with requires_grad_(False)."
             )
         are_others = self.learned_rates is not None or self.adapted_part != "all"
         if are_others or isinstance(self.inner_lr, Mapping):

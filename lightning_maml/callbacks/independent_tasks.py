@@ -75,7 +75,9 @@ class IndependentTasks:
                 self._stream = islice(_repeated(self._episodes), self.drawn, None)
             episodes = next(self._stream)
         self.drawn += 1
-        on_device: AnyEpisodes = trainer.strategy.batch_to_device(episodes)
+        converted = trainer.precision_plugin.convert_input(episodes)
+        ready = trainer.lightning_module._on_before_batch_transfer(converted, dataloader_idx=0)
+        on_device: AnyEpisodes = trainer.strategy.batch_to_device(ready)
         return on_device
 
 

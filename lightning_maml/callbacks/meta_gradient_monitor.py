@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_maml.algorithms.maml import MAML
@@ -72,6 +72,12 @@ class MetaGradientMonitor(Monitor):
     ) -> None:
         super().__init__(every_n_steps, tasks, episodes)
         self.history: dict[int, dict[str, GradientComparison]] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.history = {}
 
     @override
     def look(self, trainer: Trainer, module: MAML) -> None:

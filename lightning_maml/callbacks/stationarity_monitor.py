@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.callbacks.independent_tasks import as_maml
 from lightning_maml.callbacks.monitor import Monitor
 from lightning_maml.core.params import Params, dot
 from lightning_maml.errors import UserValueError
@@ -80,6 +81,29 @@ class StationarityMonitor(Monitor):
         self.standard_error = math.nan
         self._stop_at = stop_at
         self._meta_batches = meta_batches
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.norm = self.standard_error = math.nan
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check also that the norm is that of all that is trained, if it is to stop the run."""
+        super().on_fit_start(trainer, pl_module)
+        of_network = {id(p) for p in as_maml(self, pl_module).network.parameters()}
+        others = [
+            name
+            for name, p in pl_module.named_parameters()
+            if p.requires_grad and id(p) not in of_network
+        ]
+        if self._stop_at is not None and others:
+            raise UserValueError(
+                "Expected `stop_at` to be None where more than the network's parameters is "
+                f"trained, as the norm is of their gradient alone, but got {self._stop_at} and "
+                f"{others[:3]}; watch the norm without stopping at it."
+            )
 
     @override
     def look(self, trainer: Trainer, module: MAML) -> None:

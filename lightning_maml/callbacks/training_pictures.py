@@ -82,6 +82,12 @@ class TrainingPictures(Callback):
         self._steps = 0
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin a fit anew; a checkpoint, if there is one, is read after this."""
+        if stage == "fit":
+            self.history, self._sum, self._steps = [], 0.0, 0
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there will be something to draw."""
         _as_episodic(pl_module)

@@ -13,7 +13,7 @@ from lightning_maml.batches.trees import detached
 from lightning_maml.core.hvp import CurvatureName, hessian_vector_product
 from lightning_maml.core.inner_loop import adapt
 from lightning_maml.core.inner_optimizers import InnerOptimizer
-from lightning_maml.core.inner_rates import InnerRates, rates_of_steps
+from lightning_maml.core.inner_rates import InnerRates, Rates, rates_of_steps
 from lightning_maml.core.meta_gradient import TaskGradient
 from lightning_maml.core.objective import twice_differentiable
 from lightning_maml.core.params import Params, add_scaled, dot
@@ -115,11 +115,16 @@ def implicit_gradient(
             support = functions.of_task(task, steps, axis).support[-1]
             if curvature != "none":
                 curved = partial(hvp, support, w_N)
-                v = solve_implicitly(v, curved, [*rates[-1]], strength, cg_steps, axis)
+                v = solve_implicitly(v, curved, _moving(rates[-1]), strength, cg_steps, axis)
             return TaskGradient(axis.sum(v), value, aux)
 
         mean = mean_over_tasks(of_tasks, episodes, tasks, chunk_size)
     return MetaGradient(mean.grad, mean.query_loss, mean.aux, [{}] * steps)
+
+
+def _moving(rates: Rates) -> list[str]:
+    """Return the names of the parameters that leave where they start: those of rates but 0."""
+    return [name for name, rate in rates.items() if isinstance(rate, Tensor) or rate]
 
 
 def solve_implicitly(
@@ -146,6 +151,8 @@ def solve_implicitly(
         cg_steps: Iterations.
         axis: The task axis; each task has iterations of its own.
     """
+    if not names:
+        return v
     dot_of, add = axis.vmap(dot), axis.vmap(add_scaled)
     p = {name: v[name] for name in names}
     x = {name: torch.zeros_like(tensor) for name, tensor in p.items()}
@@ -154,7 +161,8 @@ def solve_implicitly(
     for _ in range(cg_steps):
         curved_p = curved(p)
         along = dot_of(p, curved_p)
-        going = going & (along > 0)
+        # a remainder may underflow to zero
+        going = going & (along > 0) & (squared > 0)
         step = torch.where(going, squared / along, 0.0)
         x = add(x, step, p)
         v = add(v, -step, curved_p)

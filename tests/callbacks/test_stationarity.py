@@ -22,7 +22,7 @@ from helpers.folders import CONFIGS
 from helpers.networks import build, flat, make_episodes
 from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import on_device
-from lightning_maml import FOMAML, MAML, Conv4, Episodes, meta_gradient
+from lightning_maml import FOMAML, LSLR, MAML, MLP, Conv4, Episodes, meta_gradient
 from lightning_maml.callbacks import MetaGradientMonitor, StationarityMonitor, TrainingPictures
 from lightning_maml.callbacks.stationarity_monitor import norm_of_mean
 from lightning_maml.cli import run
@@ -272,3 +272,57 @@ def test_stationarity_monitor_runs_from_a_config(tmp_path: Path) -> None:
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StationarityMonitor(**arguments)
+
+
+class DividesBefore(MAML):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch._replace(support_x=batch.support_x / 100, query_x=batch.query_x / 100)
+
+
+class DividesAfter(MAML):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch._replace(support_x=batch.support_x / 100, query_x=batch.query_x / 100)
+
+
+def test_tasks_are_prepared_as_those_of_training(tmp_path: Path) -> None:
+    """By the hooks of the module, and in the precision of the trainer."""
+    x, y = 100 * torch.rand(2, 6, 4), torch.arange(3).repeat(2, 2)
+    batches, norms = [Episodes(x, y, x, y)] * 3, []
+    for module in (DividesBefore, DividesAfter):
+        torch.manual_seed(0)
+        monitor = StationarityMonitor(1, meta_batches=3, episodes=batches)
+        sgd = partial(torch.optim.SGD, lr=0.0)
+        model = module(MLP(4, 3, activation="gelu"), 0.1, optimizer=sgd)
+        trainer(tmp_path, monitor).fit(model, DataLoader(batches[:1], batch_size=None))
+        norms.append(monitor.norm)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("of_loss", [False, True])
+def test_a_norm_that_leaves_out_what_is_trained_does_not_stop_a_run(
+    of_loss: bool, tmp_path: Path
+) -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.scale * outputs, y)
+
+    batches = [make_episodes(seed=seed) for seed in range(3)]
+    model = MAML(build("mlp"), 0.1, loss=Scaled()) if of_loss else LSLR(build("mlp"), 0.1)
+    run = trainer(tmp_path, StationarityMonitor(stop_at=1e-3, episodes=batches))
+    with pytest.raises(ValueError, match="Expected `stop_at` to be None where more than the"):
+        run.fit(model, DataLoader(batches, batch_size=None))
+
+
+def test_a_second_fit_draws_its_own_figures_alone(tmp_path: Path) -> None:
+    batches = [make_episodes(seed=seed) for seed in range(3)]
+    monitor, pictures = MetaGradientMonitor(1, episodes=batches), TrainingPictures()
+    loader = DataLoader(batches, batch_size=None)
+    for steps in (3, 2):
+        run = trainer(tmp_path, monitor, pictures, limit_train_batches=steps)
+        run.fit(MAML(build("mlp"), 0.1), loader, loader)
+        assert list(monitor.history) == [*range(1, steps + 1)]
+        assert [found.step for found in pictures.history] == [steps]

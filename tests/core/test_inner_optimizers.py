@@ -489,3 +489,17 @@ def test_a_rule_that_remembers_in_an_attribute_is_refused() -> None:
     model = MAML(build("mlp"), RATE, STEPS, inner_optimizer=Remembering())
     with pytest.raises(ValueError, match="inner steps that can be taken again but Remembering"):
         model.meta_loss(make_episodes())
+
+
+def test_the_theory_is_not_about_a_loss_that_is_trained() -> None:
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.scale * outputs, y)
+
+    with pytest.raises(ValueError, match="Expected a loss without trainable parameters, as in the"):
+        MAML(build("mlp"), loss=Scaled()).check_for_theory()
+    assert MAML(build("mlp"), 0.1, loss=Scaled().requires_grad_(False)).check_for_theory() == 0.1

@@ -4,6 +4,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -397,3 +398,13 @@ def test_splits_known_to_share_classes_are_refused(adapter: type, tasks_of: type
 def test_tasksets_whose_transforms_may_leave_out_classes_are_trusted() -> None:
     data = TensorDataset(torch.zeros(24, 1), torch.arange(24) % 6)
     Learn2LearnDataModule(TasksetOf(data, FilterLabels()), TasksetOf(data, FilterLabels()))
+
+
+@pytest.mark.parametrize("of", ["train", "val", "test", "predict"])
+def test_several_processes_are_refused(of: str) -> None:
+    """All would take the same tasks, and count them as different ones."""
+    taskset = [(torch.rand(6, 4), torch.arange(2).repeat(3))] * 4
+    data = Learn2LearnDataModule(*[SimpleNamespace(sample=lambda: taskset[0])] * 3, shots=1)
+    data.trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(ValueError, match="Expected one process but got 2"):
+        getattr(data, f"{of}_dataloader")()

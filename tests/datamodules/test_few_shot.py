@@ -447,3 +447,59 @@ def test_rotations_need_square_images() -> None:
         r"shape \[24, 3, 8, 9\]",
     ):
         datamodule(*data, rotations="classes").setup("fit")
+
+
+def test_an_item_that_is_there_twice_is_refused() -> None:
+    """It could be both support and query."""
+    repeated = Subset(tensors(), [*range(24), *range(12)])
+    with pytest.raises(ValueError, match=r"`train` to hold each item once.* but 12 are repeated"):
+        datamodule(repeated).setup("fit")
+
+
+class Changing(Items):
+    def __getitem__(self, number: int):
+        image, label = super().__getitem__(number)
+        return image + torch.rand(()), label
+
+
+def test_items_that_change_when_they_are_read_again_are_pointed_out() -> None:
+    items = [(torch.rand(3, 8, 8), number % 6) for number in range(36)]
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="Items of Changing change when they are read again"):
+        datamodule(Changing(items), shares=(0.4, 0.3, 0.3)).setup("fit")
+    after = torch.rand(())
+    torch.manual_seed(0)
+    for _ in range(36):
+        torch.rand(())
+    assert torch.equal(after, torch.rand(())), "the look leaves the random numbers as they are"
+
+
+def test_numbered_classes_of_a_concatenation_are_pointed_out() -> None:
+    with pytest.warns(UserWarning, match="label 0 of each is taken for one class, and so are othe"):
+        datamodule(ConcatDataset([tensors(), tensors(range(3))]), tensors(), tensors()).setup("fit")
+
+
+class Named(Items):
+    def __init__(self, names: list[str]) -> None:
+        super().__init__([(torch.rand(3, 8, 8), number % len(names)) for number in range(90)])
+        self.classes = names
+
+
+@pytest.mark.parametrize("digits_first", [False, True])
+def test_names_are_compared_beside_digits(digits_first: bool) -> None:
+    names = ["0", "1", "A"] if digits_first else ["A", "0", "1"]
+    with pytest.raises(ValueError, match=r"share no class but 1 are both in .*\(A\)"):
+        datamodule(Named(names), Named(names), Named(["x", "y"])).setup("fit")
+
+
+def test_attributes_that_are_set_between_runs_count() -> None:
+    data = datamodule(tensors(), tensors(), tensors(count=9))
+    data.setup()
+    sizes = []
+    for shots in (1, 3):
+        data.test_shots = shots
+        sizes.append(next(iter(data.test_dataloader())).support_x.shape[1])
+    assert sizes == [2, 6]
+    one = next(iter(data.train_dataloader()))
+    data.seed = 1
+    assert not torch.equal(next(iter(data.train_dataloader())).support_x, one.support_x)

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -661,3 +663,63 @@ def test_one_folder_is_not_two_classes(split_tree: Path, link: str) -> None:
     place.symlink_to(min(aim.iterdir()))
     with pytest.raises(ValueError, match=r"folder of images to be of one class .*; remove one"):
         datamodule(split_tree).prepare_data()
+
+
+@pytest.mark.parametrize("end", ["png", "tif"])
+def test_colours_of_more_than_8_bits_are_refused(end: str, tmp_path: Path) -> None:
+    """Pillow would cut them to 8; a mode of such colours it does not have."""
+    file = tmp_path / f"deep.{end}"
+    colours = torch.randint(2**12, (6, 6, 3)).numpy().astype("uint16")
+    (write_deep_png if end == "png" else write_deep_tif)(file, colours)
+    with Image.open(file) as image:
+        assert image.mode == "RGB", "so that it looks like any other"
+    with pytest.raises(OSError, match="its colours have more than 8 bits; convert them to 8"):
+        load_images([file], 6)
+
+
+def write_deep_png(file: Path, colours: np.ndarray) -> None:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checked = name + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    height, width, _ = colours.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+def write_deep_tif(file: Path, colours: np.ndarray) -> None:
+    height, width, _ = colours.shape
+    pixels = colours.astype("<u2").tobytes()
+    bits, first = 8, 14  # where the numbers of bits and the pixels lie
+    entries = [
+        (256, 3, 1, width),
+        (257, 3, 1, height),
+        (258, 3, 3, bits),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, first),
+        (277, 3, 1, 3),
+        (278, 3, 1, height),
+        (279, 4, 1, len(pixels)),
+    ]
+    directory = struct.pack("<H", len(entries)) + b"".join(
+        struct.pack("<HHII", *entry) for entry in entries
+    )
+    start = struct.pack("<2sHI", b"II", 42, first + len(pixels))
+    file.write_bytes(start + struct.pack("<3H", 16, 16, 16) + pixels + directory + bytes(4))
+
+
+def test_folders_named_sets_are_splits(tmp_path: Path) -> None:
+    for split in ("training_set", "valset", "test-set"):
+        for number in range(2):
+            folder = tmp_path / split / f"{split} class {number}"
+            folder.mkdir(parents=True)
+            for shot in range(3):
+                Image.new("RGB", (6, 6)).save(folder / f"{shot}.png")
+    data = ImageFolderDataModule(tmp_path, ways=2, shots=1, queries=1, image_size=6)
+    data.prepare_data()
+    data.setup()
+    assert all("test" in name for name in data.class_images("test").names)
+    assert len(data.class_images("train").members) == 2

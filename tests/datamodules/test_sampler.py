@@ -315,3 +315,21 @@ def test_a_sampler_skips_the_tasks_that_were_given_out() -> None:
     assert list(sampler) == [(0, 1), (0, 3), (0, 5), (0, 7)]
     sampler.given = 3
     assert list(sampler) == [(0, 7)]
+
+
+@pytest.mark.parametrize("members", [[[0, 1, 2, 2], [3, 4, 5]], [[0, 1, 2], [2, 3, 4]]])
+def test_an_image_that_is_there_twice_is_refused(members: list[list[int]]) -> None:
+    data = ClassImages(torch.rand(6, 1, 4, 4), [np.array(rows) for rows in members])
+    with pytest.raises(ValueError, match=r"belong to one class once.* but rows \[2\] of `images`"):
+        EpisodeDataset(data, ways=2, shots=1, queries=1, rotations="none", seed=(0,), split="train")
+
+
+def test_a_sampler_for_other_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All would take the same tasks."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert list(TaskSampler(3, fresh=False, num_replicas=2, rank=1)) == [(0, 1)]
+    with pytest.raises(
+        ValueError, match="a loader that was made for 2 processes but got one for 1"
+    ):
+        list(TaskSampler(3, fresh=False))

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from helpers.networks import build, leaves, make_episodes, plain_loss, relative_error
 from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer_in_double as trainer
-from lightning_maml import IMAML, ResampledEpisodes
+from lightning_maml import IMAML, MLP, Episodes, ResampledEpisodes
 from lightning_maml.core.params import Params
 from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.functional.implicit import implicit_gradient, proximal, solve_implicitly
@@ -259,3 +259,21 @@ def test_what_does_not_fit_is_refused() -> None:
             IMAML(build("mlp"), **arguments)
     with pytest.raises(ValueError, match="Expected `steps` to be at least 1"):
         gradient_of("mlp", steps=0)
+
+
+def test_a_layer_whose_rate_is_0_stays_as_it_is() -> None:
+    network, episodes = build("mlp"), make_episodes()
+    settings = {"train_steps": 20, "proximal_strength": 0.5, "cg_steps": 9}
+    still = IMAML(network, inner_lr={"1": 0.0, "3": 0.2}, **settings)
+    head = IMAML(network, inner_lr=0.2, adapt="head", **settings)
+    assert relative_error(still.meta_gradient(episodes), head.meta_gradient(episodes)) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_solve_that_has_converged_ends(seed: int) -> None:
+    """In float32 the squared remainder is 0 then."""
+    torch.manual_seed(seed)
+    x, y = torch.rand(4, 6, 4), torch.arange(3).repeat(4, 2)
+    model = IMAML(MLP(4, 3, [16]), 0.1, 20, proximal_strength=10.0, cg_steps=30)
+    gradient = model.meta_gradient(Episodes(x, y, x, y))
+    assert all(tensor.isfinite().all() for tensor in gradient.values())
