@@ -403,8 +403,9 @@ def test_tasksets_whose_transforms_may_leave_out_classes_are_trusted() -> None:
 @pytest.mark.parametrize("of", ["train", "val", "test", "predict"])
 def test_several_processes_are_refused(of: str) -> None:
     """All would take the same tasks, and count them as different ones."""
-    taskset = [(torch.rand(6, 4), torch.arange(2).repeat(3))] * 4
-    data = Learn2LearnDataModule(*[SimpleNamespace(sample=lambda: taskset[0])] * 3, shots=1)
+    task = torch.rand(6, 4), torch.arange(2).repeat(3)
+    tasksets = [SimpleNamespace(sample=lambda: task) for _ in range(3)]
+    data = Learn2LearnDataModule(*tasksets, shots=1)
     data.trainer = SimpleNamespace(world_size=2)
     with pytest.raises(ValueError, match="Expected one process but got 2"):
         getattr(data, f"{of}_dataloader")()
