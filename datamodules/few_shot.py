@@ -204,7 +204,7 @@ def read_dataset(
     values, classes = np.unique(np.array(labels), return_inverse=True)
     members = [np.flatnonzero(classes == number) for number in range(len(values))]
     sources = [source(dataset, number) for number in range(len(dataset))]
-    _check_different(sources, name)
+    _check_different(sources, labels, name)
 
     def label_at(holder: Any, number: int) -> Label:
         which = f"item {number} of {type(holder).__name__}"
@@ -217,9 +217,15 @@ def read_dataset(
     )
 
 
-def _check_different(sources: Sequence[Source], name: str) -> None:
-    """Check that no item is there twice: it could be both support and query."""
-    repeated = len(sources) - len({(id(each.dataset), each.number) for each in sources})
+def _check_different(sources: Sequence[Source], labels: Sequence[Label], name: str) -> None:
+    """Check that no item is in a class twice: it could be both support and query.
+
+    It may be in several classes, if each turns it by another angle.
+    """
+    different = {
+        (id(each.dataset), each.number, label) for each, label in zip(sources, labels, strict=True)
+    }
+    repeated = len(sources) - len(different)
     if repeated:
         raise UserValueError(
             f"Expected `{name}` to hold each item once, as one that is there twice could be both "

@@ -456,6 +456,27 @@ def test_an_item_that_is_there_twice_is_refused() -> None:
         datamodule(repeated).setup("fit")
 
 
+class Turned(Subset):
+    """Each class twice: as it is, and turned by 180 degrees, which is a class of its own."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__(dataset, [*range(len(dataset))] * 2)
+
+    def __getitem__(self, number: int):
+        image, label = super().__getitem__(number)
+        is_turned = number >= len(self.dataset)
+        return (image.flip(1, 2), label + 4) if is_turned else (image, label)
+
+    def __getitems__(self, numbers: list[int]) -> list:
+        return [self[number] for number in numbers]
+
+
+def test_an_item_may_be_of_two_classes_that_show_it_otherwise() -> None:
+    data = datamodule(Turned(tensors()), shares=(0.5, 0.25, 0.25))
+    data.setup()
+    assert sum(len(data.class_images(split).members) for split in SPLITS) == 8
+
+
 class Changing(Items):
     def __getitem__(self, number: int):
         image, label = super().__getitem__(number)
