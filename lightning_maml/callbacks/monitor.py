@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_maml.algorithms.maml import MAML
@@ -13,6 +14,7 @@ from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import random_state, set_random_state
 from lightning_maml.errors import UserValueError
+from lightning_maml.networks.kinks import weight_normed
 
 
 class Monitor(Callback):
@@ -85,7 +87,13 @@ class Monitor(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there are tasks to draw, with the batches that exact meta-gradients need."""
-        as_maml(self, pl_module)
+        model = as_maml(self, pl_module)
+        # exact MAML warns by itself, when its network is looked at
+        if model.curvature != "exact" and (layers := weight_normed(model.network)):
+            rank_zero_warn(
+                f"{type(self).__name__} measures the exact meta-gradient, which is wrong through "
+                f"{layers}, as torch's second derivative of weight norm is; do not judge by it."
+            )
         self._tasks.check(trainer)
         if self._tasks.are_given:
             return

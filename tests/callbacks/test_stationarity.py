@@ -22,7 +22,7 @@ from helpers.folders import CONFIGS
 from helpers.networks import build, flat, make_episodes
 from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import on_device
-from lightning_maml import FOMAML, LSLR, MAML, MLP, Conv4, Episodes, meta_gradient
+from lightning_maml import FOMAML, HFMAML, LSLR, MAML, MLP, Conv4, Episodes, meta_gradient
 from lightning_maml.callbacks import MetaGradientMonitor, StationarityMonitor, TrainingPictures
 from lightning_maml.callbacks.stationarity_monitor import norm_of_mean
 from lightning_maml.cli import run
@@ -326,3 +326,15 @@ def test_a_second_fit_draws_its_own_figures_alone(tmp_path: Path) -> None:
         run.fit(MAML(build("mlp"), 0.1), loader, loader)
         assert list(monitor.history) == [*range(1, steps + 1)]
         assert [found.step for found in pictures.history] == [steps]
+
+
+@pytest.mark.filterwarnings("ignore:HFMAML needs a twice differentiable network")
+def test_an_exact_meta_gradient_through_weight_norm_is_pointed_out(tmp_path: Path) -> None:
+    batches = [make_episodes(seed=seed) for seed in range(3)]
+    network = build("mlp")
+    torch.nn.utils.parametrizations.weight_norm(network[1])
+    run = trainer(tmp_path, MetaGradientMonitor(1, episodes=batches))
+    with pytest.warns(
+        UserWarning, match="measures the exact meta-gradient, which is wrong through"
+    ):
+        run.fit(HFMAML(network, 0.1), DataLoader(batches, batch_size=None))
