@@ -402,7 +402,9 @@ def _check_bits(image: Image.Image) -> None:
         return  # of which :func:`pixels` tells more
     of_decoders = str([tile[3] for tile in getattr(image, "tile", ())])
     numbers = [int(number) for number in re.findall(r"\b\d+\b", of_decoders)]
-    if ";16" in of_decoders or (image.format == "PPM" and max(numbers, default=0) > 255):
+    # "BGR;16" is that of bitmaps with 5 or 6 bits for a colour
+    is_deep = re.search(r"(RGB\w*|LA|CMYK);16", of_decoders) is not None
+    if is_deep or (image.format == "PPM" and max(numbers, default=0) > 255):
         raise UnsuitableImage("its colours have more than 8 bits; convert them to 8")
 
 

@@ -164,8 +164,8 @@ class StackingCheck:
                 # with other parameters than its own a network may raise anything
                 if dtype is None:
                     raise_if_out_of_memory(error)
-                if dtype is None and isinstance(error, ValueError):
-                    raise
+                    if isinstance(error, ValueError):
+                        raise
                 reason = (str(error) or type(error).__name__).splitlines()[0]
         return Verdict(f"even single ones fail at parameters a little away from these ({reason})")
 

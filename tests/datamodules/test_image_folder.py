@@ -711,6 +711,15 @@ def write_deep_tif(file: Path, colours: np.ndarray) -> None:
     file.write_bytes(start + struct.pack("<3H", 16, 16, 16) + pixels + directory + bytes(4))
 
 
+def test_a_bitmap_of_16_bits_for_all_colours_together_is_read(tmp_path: Path) -> None:
+    sizes = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)  # 5, 6 and 5 bits
+    pixels = struct.pack("<4H", *[0xF800] * 4)
+    start = struct.pack("<2sIHHI", b"BM", 14 + 40 + 12 + 8, 0, 0, 14 + 40 + 12)
+    (tmp_path / "red.bmp").write_bytes(start + sizes + masks + pixels)
+    assert load_images([tmp_path / "red.bmp"], 2)[0, :, 0, 0].tolist() == [1, 0, 0]
+
+
 def test_folders_named_sets_are_splits(tmp_path: Path) -> None:
     for split in ("training_set", "valset", "test-set"):
         for number in range(2):
