@@ -269,7 +269,8 @@ def _warn_of_random_items(
     count = len(dataset)
     for number in sorted({0, count // 2, count - 1}):
         image, _ = _item(dataset[number], f"item {number}", image_key, label_key)
-        if not torch.equal(_tensor(image, image_size, f"item {number}"), images[number]):
+        again = _tensor(image, image_size, f"item {number}")
+        if not torch.equal(again.nan_to_num(), images[number].nan_to_num()):
             rank_zero_warn(
                 f"Items of {type(dataset).__name__} change when they are read again, but they are "
                 "read only once, in training, validation and test alike; leave random transforms "

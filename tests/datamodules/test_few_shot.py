@@ -495,6 +495,12 @@ def test_items_that_change_when_they_are_read_again_are_pointed_out() -> None:
     assert torch.equal(after, torch.rand(())), "the look leaves the random numbers as they are"
 
 
+def test_numbers_that_are_missing_are_no_change(recwarn: pytest.WarningsRecorder) -> None:
+    items = [(torch.full((1, 4, 4), torch.nan), number % 6) for number in range(36)]
+    datamodule(Items(items), shares=(0.4, 0.3, 0.3)).setup("fit")
+    assert not [each for each in recwarn if "change when they are read" in str(each.message)]
+
+
 def test_numbered_classes_of_a_concatenation_are_pointed_out() -> None:
     with pytest.warns(UserWarning, match="label 0 of each is taken for one class, and so are othe"):
         datamodule(ConcatDataset([tensors(), tensors(range(3))]), tensors(), tensors()).setup("fit")
