@@ -245,6 +245,17 @@ class EpisodicDataModule(LightningDataModule):
         numbers = range(rank, tasks * processes, processes)
         return dataset.__getitems__([(draw, number, _PURPOSES[purpose]) for number in numbers])
 
+    def fingerprints(self, split: str) -> dict[str, str]:
+        """Return the names of the classes of a split, by fingerprints of their images.
+
+        A model remembers those that it was trained on, to warn where it is tested on one of them.
+
+        Args:
+            split: ``"train"``, ``"val"`` or ``"test"``.
+        """
+        dataset = self._dataset(split)
+        return dataset.fingerprints() if isinstance(dataset, EpisodeDataset) else {}
+
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:

@@ -1,5 +1,6 @@
 """Seeded drawing of episodes, by number, from the images of classes in memory."""
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -192,6 +193,9 @@ class EpisodeDataset(TaskDataset):
                 f"rotations={rotations!r} but got shape {list(shape)}; set rotations='none'."
             )
         _check_different(np.concatenate(data.members), split)
+        self._names = {
+            of_class[0]: name for of_class, name in zip(data.members, data.names, strict=False)
+        }
         self._images = data.images
         self._rows = torch.from_numpy(np.concatenate(members))  # of all classes in turn
         self._angles = 1 if rotations == "none" else 4
@@ -267,6 +271,19 @@ class EpisodeDataset(TaskDataset):
         for quarters in range(1, self._angles):
             images[quarters] = torch.rot90(images[0], quarters, (-2, -1))
         return images.flatten(0, 1)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a fingerprint of each class, and its name.
+
+        It is that of the first image, because names differ between forms of a dataset, and equal
+        ones may be those of different datasets.
+        """
+        found = {}
+        for number, row in enumerate(self._rows[self._first_rows].tolist()):
+            content = self._images[row].flatten().view(torch.uint8).numpy().tobytes()
+            fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
+            found[fingerprint] = self._names.get(row, f"class {number}")
+        return found
 
     @property
     def bytes_on_device(self) -> int:

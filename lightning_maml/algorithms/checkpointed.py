@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_maml.algorithms.non_finite import NonFinitePolicy
 from lightning_maml.algorithms.resume import ResumeState, described, warn_of_other_settings
+from lightning_maml.algorithms.trained_classes import TrainedClasses
 from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.io.checkpoints import WholeCheckpoints, read_trained
 from lightning_maml.io.plain import plain
@@ -34,6 +35,7 @@ class CheckpointedModule(LightningModule):
         self.non_finite = NonFinitePolicy()
         self.run_folder = Path()
         self._resume = ResumeState()
+        self._trained_classes = TrainedClasses()
 
     def _save_settings(self, settings: dict[str, Any]) -> None:
         """Save the arguments that checkpoints hold."""
@@ -105,6 +107,7 @@ class CheckpointedModule(LightningModule):
         checkpoint["adapts_by"] = self._adaptation_settings()
         self._resume.save(self, checkpoint)
         self.non_finite.save(checkpoint)
+        self._trained_classes.save(checkpoint)
         # for a trainer that was given a plugin of its own, too
         checkpoint.update(plain(checkpoint))
 
@@ -138,6 +141,7 @@ class CheckpointedModule(LightningModule):
         Warns if the checkpoint's model adapted in another way.
         """
         warn_of_other_settings(checkpoint.get("adapts_by", {}), self._adaptation_settings())
+        self._trained_classes.load(checkpoint)
         if self._trainer is not None and self.trainer.training:
             # Lightning does so later, when the weights are already rounded
             self.trainer.precision_plugin.convert_module(self)
@@ -151,6 +155,11 @@ class CheckpointedModule(LightningModule):
     def on_train_start(self) -> None:
         """Continue from where a checkpoint was written."""
         self._resume.restore(self)
+        self._trained_classes.add(self.trainer)
+
+    def on_test_start(self) -> None:
+        """Warn if the model was trained on classes that it is now tested on."""
+        self._trained_classes.warn_if_among(self.trainer)
 
     def on_validation_start(self) -> None:
         """Remember the random numbers of training."""

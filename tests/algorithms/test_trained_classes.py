@@ -1,0 +1,85 @@
+"""A model that is tested on classes that it was trained on says so."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from helpers.trainers import trainer
+from lightning_maml import MAML, MLP
+from lightning_maml.datamodules import FewShotDataModule, SinusoidDataModule
+
+pytestmark = pytest.mark.cpu_only  # datasets are read
+
+
+def data(classes: int = 30, first: int = 0, **options: Any) -> FewShotDataModule:
+    """Classes 0 .. ``classes - 1`` of the dataset whose images begin with ``first``."""
+    labels = torch.arange(classes).repeat(4)
+    images = torch.zeros(len(labels), 1, 2, 2)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = first + labels, torch.arange(len(labels))
+    sizes = {"ways": 2, "shots": 1, "queries": 1, "train_batches": 1, "val_tasks": 2}
+    return FewShotDataModule(TensorDataset(images, labels), **sizes, test_tasks=2, **options)
+
+
+def model() -> MAML:
+    return MAML(MLP(4, 2, hidden=(3,)), inner_lr=0.1, train_steps=1)
+
+
+def classes_said(trained: MAML, module: Any, folder: Path, **how: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(folder).test(trained, module, verbose=False, **how)
+    return [str(each.message) for each in caught if "trained on" in str(each.message)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[MAML, Path]:
+    folder = tmp_path_factory.mktemp("trained")
+    found, run = model(), trainer(folder)
+    run.fit(found, data())
+    run.save_checkpoint(folder / "trained.ckpt")
+    return found, folder / "trained.ckpt"
+
+
+def test_another_split_of_the_same_classes(trained: tuple[MAML, Path], tmp_path: Path) -> None:
+    fitted, path = trained
+    again = data(split_seed=1)
+    train, test = (
+        set(each.class_images(split).names) for each, split in ((data(), "train"), (again, "test"))
+    )
+    expected = f"trained on {len(train & test)} of the {len(test)} test classes"
+    loaded = MAML.load_from_checkpoint(path, network=MLP(4, 2, hidden=(3,)))
+    for found in (
+        classes_said(fitted, again, tmp_path),
+        classes_said(loaded, again, tmp_path),
+        classes_said(model(), again, tmp_path, ckpt_path=path),
+    ):
+        assert len(found) == 1
+        assert expected in found[0]
+
+
+def test_classes_that_it_never_saw(trained: tuple[MAML, Path], tmp_path: Path) -> None:
+    fitted, _ = trained
+    assert not classes_said(fitted, data(), tmp_path)
+    # the labels are the same, but the images are not
+    assert not classes_said(fitted, data(first=100), tmp_path)
+    assert not classes_said(model(), data(split_seed=1), tmp_path)
+    assert not classes_said(fitted, data(split_seed=1).test_dataloader(), tmp_path)
+
+
+def test_a_second_run_adds_its_classes(trained: tuple[MAML, Path], tmp_path: Path) -> None:
+    found = MAML.load_from_checkpoint(trained[1], network=MLP(4, 2, hidden=(3,)))
+    trainer(tmp_path).fit(found, data(first=100))
+    for module in (data(split_seed=1), data(first=100, split_seed=1)):
+        assert classes_said(found, module, tmp_path)
+
+
+def test_tasks_without_classes(tmp_path: Path) -> None:
+    loss = torch.nn.functional.mse_loss
+    found = MAML(MLP(1, 1, hidden=(3,)), inner_lr=0.01, train_steps=1, loss=loss)
+    tasks = SinusoidDataModule(shots=2, train_batches=1, val_tasks=2, test_tasks=2)
+    trainer(tmp_path).fit(found, tasks)
+    assert not classes_said(found, tasks, tmp_path)
