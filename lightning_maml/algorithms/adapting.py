@@ -1,6 +1,6 @@
 """Models that adapt to a task by gradient steps: what they share in training and evaluation."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -11,41 +11,30 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_maml.algorithms.base import (
-    EpisodicModule,
     Interval,
     LossFunction,
     OptimizerFactory,
     SchedulerFactory,
 )
+from lightning_maml.algorithms.checked import CheckedModule
 from lightning_maml.algorithms.features import functional_head, with_features
-from lightning_maml.algorithms.losses import ModelLosses, OutputLosses, model_losses
+from lightning_maml.algorithms.losses import ModelLosses, model_losses
 from lightning_maml.algorithms.metrics import with_accuracy
 from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver
 from lightning_maml.algorithms.resume import described
 from lightning_maml.batches.episodes import (
     AnyEpisodes,
     Episodes,
-    ResampledEpisodes,
     check_episodes,
     first_task,
-    queries_to_adapt_on,
-    support_set,
 )
 from lightning_maml.batches.trees import detached
 from lightning_maml.checks.findings import Kind
-from lightning_maml.checks.inner_steps import check_inner_steps, fails_stacked, steps_share_state
 from lightning_maml.checks.loss_checks import (
-    check_broadcasting,
-    check_labels,
-    check_loss_value,
-    check_targets,
     ignored_label,
 )
-from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
-from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo, first_outputs
+from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo
 from lightning_maml.checks.requirements import check_loss_is_callable
-from lightning_maml.checks.stacking_check import StackingCheck
-from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_loop import inner_loop
 from lightning_maml.core.inner_optimizers import InnerOptimizer, check_inner_optimizer
 from lightning_maml.core.inner_rates import (
@@ -72,7 +61,7 @@ from lightning_maml.functional.adaptation import (
 from lightning_maml.functional.arguments import check_step_count
 from lightning_maml.functional.losses import LossFunctions
 from lightning_maml.io.plain import number, whole_number
-from lightning_maml.networks.attributes import NotComparableError, plain_value
+from lightning_maml.networks.attributes import NotComparableError
 from lightning_maml.networks.batch_norm import (
     StepStatistics,
     batch_norms,
@@ -80,11 +69,6 @@ from lightning_maml.networks.batch_norm import (
 from lightning_maml.networks.buffers import BufferUpdate
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import writes, writes_in
-from lightning_maml.networks.functional_loss import (
-    LOSS_PREFIX,
-    SUPPORT_LOSS_PREFIX,
-    FunctionalLoss,
-)
 from lightning_maml.networks.functional_network import (
     BatchNormPolicy,
     FunctionalHead,
@@ -99,8 +83,6 @@ from lightning_maml.networks.head_body import (
     head_of,
     plain_part,
 )
-from lightning_maml.networks.kinks import weight_normed
-from lightning_maml.networks.stacking_trial import Verdict
 
 InnerRate = float | Mapping[str, float]
 """alpha; or rates by the names of parameters and modules, see
@@ -138,16 +120,15 @@ class Plan(NamedTuple):
     kind: Kind
 
 
-class AdaptingModule(EpisodicModule):
+class AdaptingModule(CheckedModule):
     """A model that adapts to a task by gradient steps on its support set.
 
     Takes MAML's arguments.
 
-    Here is what training and evaluation share: the settings, the checks of network, loss and
-    batches, how tasks are run, and the inner steps. Subclasses define how the model is trained.
+    Here is what training and evaluation share: the settings, how tasks are run, and the inner
+    steps. Subclasses define how the model is trained.
     """
 
-    curvature: ClassVar[CurvatureName] = "exact"
     default_adapt: ClassVar[PartName] = "all"
     default_inner_rates: ClassVar[InnerRatesName] = "fixed"
     learns_rates: ClassVar[bool] = True
@@ -217,26 +198,12 @@ class AdaptingModule(EpisodicModule):
             "cuda_graphs": cuda_graphs,
         }
         self._save_settings(settings)
-        inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
-        check_inner_rates(inner_rates)
-        if inner_rates != "fixed" and not self.learns_rates:
-            raise UserValueError(
-                f"Expected `inner_rates` to be 'fixed' with {type(self).__name__}, which cannot "
-                f"learn them, but got {inner_rates!r}."
-            )
+        inner_rates = self._rates_that_are_learned(inner_rates)
         adapt = self._part_that_adapts(adapt)
         params = adapting(network, adapt, head)
         if lines := frozen_that_fit(network, adapt):
             rank_zero_warn(f"In `adapt`, {'; '.join(lines)}.")
-        first_names = {id(p): name for name, p in network.named_parameters()}
-        every_name = network.named_parameters(remove_duplicate=False)
-        shared = {
-            name: first_names[id(p)]
-            for name, p in every_name
-            if name != first_names[id(p)] and first_names[id(p)] in params
-        }
-        check_rate_names(inner_lr, [*first_names.values()], shared)
-        rates_of_steps(rates_by_name(inner_lr, params), params, 1)  # refuses a rate out of range
+        _check_rates(network, params, inner_lr)
         self.inner_lr: InnerRate = inner_lr
         self.inner_optimizer = inner_optimizer
         self.support_loss = support_loss
@@ -264,8 +231,18 @@ class AdaptingModule(EpisodicModule):
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
         self._network_checks = NetworkChecks(adapt, head, self.logits)
-        self._warned_of_weight_norm = False
         self._features_once = adapt == "head"
+
+    def _rates_that_are_learned(self, inner_rates: InnerRatesName | None) -> InnerRatesName:
+        """Return which inner rates are learned, by default as the class does."""
+        inner_rates = self.default_inner_rates if inner_rates is None else inner_rates
+        check_inner_rates(inner_rates)
+        if inner_rates != "fixed" and not self.learns_rates:
+            raise UserValueError(
+                f"Expected `inner_rates` to be 'fixed' with {type(self).__name__}, which cannot "
+                f"learn them, but got {inner_rates!r}."
+            )
+        return inner_rates
 
     def _part_that_adapts(self, adapt: Part | None) -> Part:
         """Return what adapts, unless that would make this another algorithm without a word."""
@@ -477,184 +454,6 @@ class AdaptingModule(EpisodicModule):
         changes = writes_in(self.network, head) or batch_norms(self.network.get_submodule(head))
         return None if changes else head
 
-    def _check(
-        self, functional: FunctionalNetwork, episodes: AnyEpisodes, kind: Kind
-    ) -> NetworkInfo:
-        """Refuse what would give wrong numbers, or fail in the loss.
-
-        Labels are checked in every batch; network and loss once for each kind of batch.
-        """
-        of_outputs = self._loss_of_outputs()
-
-        def check_network() -> NetworkInfo:
-            return self._network_checks(
-                self.network,
-                functional,
-                episodes,
-                of_outputs.each,
-                partial(self._check_labels, episodes),
-                self._inspect,
-            )
-
-        def check_losses() -> None:
-            first = first_task(episodes)
-            support_y, query_y = support_set(first)[1], first.query_y
-            if of_outputs.support is of_outputs.query:
-                self._check_loss(functional, episodes, of_outputs.query, support_y, query_y)
-                return
-            self._check_loss(functional, episodes, of_outputs.support, support_y)
-            queries = queries_to_adapt_on(episodes)
-            self._check_loss(functional, queries, of_outputs.query, query_y)
-
-        if self.inner_optimizer is not None:
-            self._once("inner steps", kind, self._check_inner_steps, (self.inner_optimizer,))
-        unseen = writes(functional.network) is None
-        info = self._once("network", kind, check_network, again=unseen)
-        self._check_labels(episodes, info.outputs)
-        self._once("loss", kind, check_losses)
-        return info
-
-    @override
-    def _read_by_checks(self) -> tuple[Any, ...]:
-        return self.loss, self.support_loss
-
-    def _check_inner_steps(self) -> None:
-        check_inner_optimizer(self.inner_optimizer)
-        optimizer: Any = self.inner_optimizer
-        params = self._adapting_parameters().values()
-        curved = self.curvature != "none" or self.learned_rates is not None
-        smallest = min(params, key=Tensor.numel, default=None)
-        if smallest is None:
-            return
-        before = None if self._compiler is None else self._settings_of_inner_steps()
-        check_inner_steps(optimizer, smallest, 0.1, curved=curved)
-        if before is not None and self._settings_of_inner_steps() != before:
-            raise UserValueError(
-                "Expected an inner optimizer that leaves its attributes as they are with "
-                f"`compiled=True` but {type(optimizer).__name__} writes to them; keep what a step "
-                "computes in local variables, or leave it uncompiled."
-            )
-
-    def _settings_of_inner_steps(self) -> Any:
-        """Return what tells the inner optimizer, as it is now, from another."""
-        try:
-            return plain_value(self.inner_optimizer, self.device, "inner_optimizer")
-        except NotComparableError as error:
-            raise UserValueError(
-                "Expected an inner optimizer whose attributes are numbers, strings, tensors or "
-                f"containers of these with `compiled=True` but {error}; leave it uncompiled."
-            ) from None
-
-    def _check_loss(
-        self,
-        functional: FunctionalNetwork,
-        episodes: AnyEpisodes,
-        of_outputs: FunctionalLoss,
-        *targets: Tensor,
-    ) -> None:
-        """Check a loss on the first task's support set or, with two targets, on both its sets."""
-
-        def outputs(number: int) -> Any:
-            of_queries = number == 1
-            return of_outputs.given(first_outputs(functional, episodes, of_queries=of_queries))
-
-        check_loss_reads_no_attributes(of_outputs, self.network, functional, episodes)
-        check_broadcasting(of_outputs.loss, outputs, targets)
-        check_loss_value(of_outputs, functional, episodes, self.parameters())
-
-    def _check_labels(self, episodes: AnyEpisodes, outputs: torch.Size | None) -> None:
-        """Check labels and targets of each set for the loss that it has."""
-        sets = episodes._fields[1::2]
-        if self.support_loss is None:
-            self._check_labels_of(episodes, outputs, self.loss, sets)
-        else:
-            self._check_labels_of(episodes, outputs, self.support_loss, sets[:-1])
-            self._check_labels_of(episodes, outputs, self.loss, sets[-1:])
-
-    def _check_labels_of(
-        self, episodes: AnyEpisodes, outputs: torch.Size | None, loss: Any, sets: Sequence[str]
-    ) -> None:
-        y = getattr(episodes, sets[0])
-        if y.is_floating_point():
-            of_steps = isinstance(episodes, ResampledEpisodes) and sets[0] == "support_y"
-            check_targets(y.flatten(0, 2 if of_steps else 1), loss)
-            return
-        assert outputs is not None, "with labels there are logits"
-        ways = self._ways_of_datamodule()
-        if ways is not None and outputs[0] != ways:
-            raise UserValueError(
-                f"Expected `network` to have {ways} outputs, one per way of the episode, but got "
-                f"{outputs[0]}; give its head as many outputs as the datamodule has `ways`, "
-                "and leave `test_ways` the same, because a head has one width."
-            )
-        labels = self.known_labels.of(episodes, sets)
-        check_labels(labels, outputs[0], ignored_label(loss), sets)
-
-    def _ways_of_datamodule(self) -> int | None:
-        """Return the ways of a running trainer's datamodule, if it has any."""
-        trainer = self._trainer
-        data = getattr(trainer, "datamodule", None)
-        if trainer is None or data is None:
-            return None
-        if trainer.evaluating or trainer.predicting:
-            return getattr(data, "test_ways", None)
-        return getattr(data, "ways", None) if trainer.training else None
-
-    def _inspect(self, run: Callable[[], Tensor]) -> None:
-        """Look at the network while it runs, once for each kind of batch."""
-        if self.curvature != "exact" or self._warned_of_weight_norm:
-            return
-        if layers := weight_normed(self.network):
-            rank_zero_warn(
-                "Torch's second derivative of weight norm is wrong, and so is the exact "
-                f"meta-gradient through {layers}; train with HFMAML, which takes first "
-                "derivatives only, or write the norm out: g * v / v.norm(dim=1, keepdim=True)."
-            )
-            self._warned_of_weight_norm = True
-
-    def _verdict(
-        self, episodes: AnyEpisodes, network: nn.Module, kind: Kind, *, adapts_only: bool = False
-    ) -> Verdict:
-        """Return whether tasks of a checked batch can be stacked, for the network or a copy."""
-
-        def compare() -> Verdict:
-            verdict = self._stacking_check(network).compare(
-                episodes, adapts_only=adapts_only, exact=self.curvature == "exact"
-            )
-            if verdict.wrong or self.inner_optimizer is None:
-                return verdict
-            w = next(iter(self._adapting_parameters().values()))
-            return verdict._replace(wrong=fails_stacked(self.inner_optimizer, w, 0.1))
-
-        return self._stacking_verdict((*kind, adapts_only), compare, (self.inner_optimizer,))
-
-    def _tasks_share_state(self, episodes: AnyEpisodes, network: nn.Module, kind: Kind) -> bool:
-        """Return whether tasks in threads would write to the same thing."""
-        if len(episodes.query_y) == 1:  # which does not run in threads
-            return False
-        *but_shapes, _ = kind  # which decide nothing here, and may differ in each batch
-
-        def find() -> bool:
-            smallest = min(self._adapting_parameters().values(), key=Tensor.numel)
-            optimizer = self.inner_optimizer
-            if optimizer is not None and steps_share_state(optimizer, smallest, 0.1):
-                return True
-            return self._stacking_check(network).tasks_share_state(episodes)
-
-        return self._once("threads", tuple(but_shapes), find, (self.inner_optimizer,))
-
-    def _stacking_check(self, network: nn.Module) -> StackingCheck:
-        """Return the check that compares tasks run together with tasks run alone."""
-        return StackingCheck(
-            network,
-            self.loss,
-            self.logits,
-            self.batch_norm,
-            self._averages(0),
-            support_loss=self.support_loss,
-            query_in_eval=self._query_in_eval,
-        )
-
     def _curve(self, plan: Plan, episodes: AnyEpisodes, steps: int) -> AdaptationCurve:
         if plan.head is not None:
             with torch.inference_mode(False), torch.no_grad():
@@ -713,28 +512,10 @@ class AdaptingModule(EpisodicModule):
             support, query = (functional.in_mode(training=mode) for mode in (True, False))
         return model_losses(support, query, of_outputs, self.logits, averages)
 
-    def _loss_of_outputs(self, *, training: bool = True) -> OutputLosses:
-        def functional(loss: LossFunction, prefix: str) -> FunctionalLoss:
-            if isinstance(loss, nn.Module) and not training:
-                loss = structural_copy(loss).eval()
-            return FunctionalLoss(loss, self.logits, prefix)
-
-        query = functional(self.loss, LOSS_PREFIX)
-        if self.support_loss is None:
-            return OutputLosses(query, query)
-        return OutputLosses(functional(self.support_loss, SUPPORT_LOSS_PREFIX), query)
-
     def _only_evaluates(self, functional: FunctionalNetwork) -> bool:
         """Return whether this is a copy in evaluation mode of a network in training mode."""
         is_head = isinstance(functional, FunctionalHead)
         return self.network.training and not functional.network.training and not is_head
-
-    def _averages(self, step: int) -> dict[str, Tensor]:
-        """Return the running averages at ``w_step``, where each step has its own."""
-        return {} if self.step_statistics is None else self.step_statistics(step)
-
-    def _adapting_parameters(self) -> Params:
-        return adapting(self.network, self.adapted_part, self.head)
 
     def _rates(self) -> InnerRates:
         names = self._adapting_parameters().keys()
@@ -760,6 +541,23 @@ _READ_BY_A_STEP = (
 
 def _is_of_the_library(part: Any) -> bool:
     return (part.__module__ or "").startswith("lightning_maml.")
+
+
+def _check_rates(network: nn.Module, params: Params, inner_lr: InnerRate) -> None:
+    """Check that inner rates are in range, and name parameters that adapt.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    first_names = {id(p): name for name, p in network.named_parameters()}
+    every_name = network.named_parameters(remove_duplicate=False)
+    shared = {
+        name: first_names[id(p)]
+        for name, p in every_name
+        if name != first_names[id(p)] and first_names[id(p)] in params
+    }
+    check_rate_names(inner_lr, [*first_names.values()], shared)
+    rates_of_steps(rates_by_name(inner_lr, params), params, 1)  # refuses a rate out of range
 
 
 def _plain_rate(inner_lr: InnerRate) -> float | dict[str, float]:

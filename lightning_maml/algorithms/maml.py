@@ -119,7 +119,6 @@ class MAML(AdaptingModule):
             ``"always"``; ``"never"``, so that memory holds one at a time, and each is built twice;
             or ``"auto"``, if they fit into half of the memory that is free at the first batch. The
             numbers are the same.
-
         cuda_graphs: Whether training steps on a GPU run as CUDA graphs: after two batches of the
             same shapes the next one is captured, and further ones only replay its kernels, which
             takes the host a fraction of the time. What cannot be captured runs as usual, and is
