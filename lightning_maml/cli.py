@@ -31,7 +31,7 @@ from lightning_maml.callbacks import (
     KeepBestCheckpoints,
 )
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
-from lightning_maml.checks.network_checks import find_kinks
+from lightning_maml.checks.first_pass import find_kinks
 from lightning_maml.core.hvp import default_probe_radius
 from lightning_maml.core.params import norm, subtract
 from lightning_maml.datamodules import EpisodicDataModule

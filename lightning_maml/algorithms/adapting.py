@@ -22,17 +22,10 @@ from lightning_maml.algorithms.losses import ModelLosses, model_losses
 from lightning_maml.algorithms.metrics import with_accuracy
 from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver
 from lightning_maml.algorithms.resume import described
-from lightning_maml.batches.episodes import (
-    AnyEpisodes,
-    Episodes,
-    check_episodes,
-    first_task,
-)
+from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episodes, first_task
 from lightning_maml.batches.trees import detached
 from lightning_maml.checks.findings import Kind
-from lightning_maml.checks.loss_checks import (
-    ignored_label,
-)
+from lightning_maml.checks.label_checks import ignored_label
 from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo
 from lightning_maml.checks.requirements import check_loss_is_callable
 from lightning_maml.core.inner_loop import inner_loop
@@ -54,18 +47,12 @@ from lightning_maml.execution.compilation import Compiler
 from lightning_maml.execution.cuda_graphs import CudaGraphs, state_read_by, works_on
 from lightning_maml.execution.graphs import Graphs, KeepGraphs
 from lightning_maml.execution.task_map import are_stacked
-from lightning_maml.functional.adaptation import (
-    AdaptationCurve,
-    adaptation_curve,
-)
+from lightning_maml.functional.adaptation import AdaptationCurve, adaptation_curve
 from lightning_maml.functional.arguments import check_step_count
 from lightning_maml.functional.losses import LossFunctions
 from lightning_maml.io.plain import number, whole_number
 from lightning_maml.networks.attributes import NotComparableError
-from lightning_maml.networks.batch_norm import (
-    StepStatistics,
-    batch_norms,
-)
+from lightning_maml.networks.batch_norm import StepStatistics, batch_norms
 from lightning_maml.networks.buffers import BufferUpdate
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import writes, writes_in

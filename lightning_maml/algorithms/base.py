@@ -21,7 +21,7 @@ from lightning_maml.batches.meta_batch import UnevenEpisodes, as_meta_batch, par
 from lightning_maml.batches.outputs import logits_in
 from lightning_maml.batches.trees import map_tensors, unstacked
 from lightning_maml.checks.findings import Findings, Found, Kind, kind_of_batch
-from lightning_maml.checks.loss_checks import ignored_label
+from lightning_maml.checks.label_checks import ignored_label
 from lightning_maml.checks.requirements import (
     Unwritten,
     check_factory,

@@ -18,17 +18,14 @@ from lightning_maml.batches.episodes import (
     queries_to_adapt_on,
     support_set,
 )
+from lightning_maml.checks.broadcasting import check_broadcasting
 from lightning_maml.checks.findings import Kind
+from lightning_maml.checks.first_pass import first_outputs
 from lightning_maml.checks.inner_steps import check_inner_steps, fails_stacked, steps_share_state
-from lightning_maml.checks.loss_checks import (
-    check_broadcasting,
-    check_labels,
-    check_loss_value,
-    check_targets,
-    ignored_label,
-)
+from lightning_maml.checks.label_checks import check_labels, check_targets, ignored_label
+from lightning_maml.checks.loss_checks import check_loss_value
 from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
-from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo, first_outputs
+from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo
 from lightning_maml.checks.stacking_check import StackingCheck
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_optimizers import InnerOptimizer, check_inner_optimizer
@@ -40,11 +37,7 @@ from lightning_maml.networks.attributes import NotComparableError, plain_value
 from lightning_maml.networks.batch_norm import StepStatistics
 from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import writes
-from lightning_maml.networks.functional_loss import (
-    LOSS_PREFIX,
-    SUPPORT_LOSS_PREFIX,
-    FunctionalLoss,
-)
+from lightning_maml.networks.functional_loss import LOSS_PREFIX, SUPPORT_LOSS_PREFIX, FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.head_body import Part, adapting
 from lightning_maml.networks.kinks import weight_normed

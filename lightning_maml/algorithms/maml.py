@@ -15,7 +15,7 @@ from lightning_maml.algorithms.non_finite import check_is_finite
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episodes
 from lightning_maml.batches.trees import Inputs, detached, map_tensors, tensors
 from lightning_maml.checks.findings import Kind
-from lightning_maml.checks.loss_checks import ignored_label
+from lightning_maml.checks.label_checks import ignored_label
 from lightning_maml.checks.requirements import (
     Unwritten,
     refuse_differentiable,

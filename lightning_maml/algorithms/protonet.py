@@ -25,14 +25,13 @@ from lightning_maml.algorithms.non_finite import check_losses_are_finite
 from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.batches.trees import Inputs, cat, detached, map_tensors
-from lightning_maml.checks.loss_checks import check_broadcasting, check_labels
+from lightning_maml.checks.batch_norm_checks import check_policy
+from lightning_maml.checks.broadcasting import check_broadcasting
+from lightning_maml.checks.first_pass import first_outputs
+from lightning_maml.checks.label_checks import check_labels
+from lightning_maml.checks.logits_checks import check_logits
 from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
-from lightning_maml.checks.network_checks import (
-    check_logits,
-    check_policy,
-    check_writes,
-    first_outputs,
-)
+from lightning_maml.checks.repeated_passes import check_writes
 from lightning_maml.core.context import evaluating
 from lightning_maml.core.rng import generator_states, set_generator_states
 from lightning_maml.core.task_axis import Randomness, TaskAxis

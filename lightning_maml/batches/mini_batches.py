@@ -5,12 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_maml.batches.episodes import (
-    AnyEpisodes,
-    Episodes,
-    ResampledEpisodes,
-    check_episodes,
-)
+from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.batches.meta_batch import MetaBatch, UnevenEpisodes, as_meta_batch
 from lightning_maml.batches.trees import map_tensors
 from lightning_maml.errors import UserTypeError, UserValueError

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
-from lightning_maml.checks.network_checks import find_kinks
+from lightning_maml.checks.first_pass import find_kinks
 from lightning_maml.errors import UserFloatingPointError, UserValueError, check_truth
 from lightning_maml.io.plain import number, whole_number
 from lightning_maml.networks.functional_network import FunctionalNetwork

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_maml.batches.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.batches.trees import call, detached, map_tensors
-from lightning_maml.checks.network_checks import first_support, shifted
+from lightning_maml.checks.first_pass import first_support, shifted
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, set_generator_states
 from lightning_maml.core.tensors import raise_if_out_of_memory

@@ -17,12 +17,7 @@ from lightning_maml.networks.copies import structural_copy
 from lightning_maml.networks.facts import facts_of
 from lightning_maml.networks.functional_loss import SUPPORT_LOSS_PREFIX, FunctionalLoss
 from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
-from lightning_maml.networks.stacking_trial import (
-    HOOKED,
-    Verdict,
-    compare_losses,
-    two_tasks,
-)
+from lightning_maml.networks.stacking_trial import HOOKED, Verdict, compare_losses, two_tasks
 
 
 class _Functions(NamedTuple):

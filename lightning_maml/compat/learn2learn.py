@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_maml.batches.episodes import Episodes
 from lightning_maml.batches.outputs import logits_in
-from lightning_maml.checks.loss_checks import check_labels, check_loss_value, ignored_label
+from lightning_maml.checks.label_checks import check_labels, ignored_label
+from lightning_maml.checks.loss_checks import check_loss_value
 from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
 from lightning_maml.checks.network_checks import NetworkChecks
 from lightning_maml.core.params import Params

@@ -16,11 +16,7 @@ from typing_extensions import override
 
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes
 from lightning_maml.batches.trees import map_tensors, tensors
-from lightning_maml.core.rng import (
-    drops_blocks,
-    generator_states,
-    set_generator_states,
-)
+from lightning_maml.core.rng import drops_blocks, generator_states, set_generator_states
 from lightning_maml.core.tensors import is_out_of_memory
 from lightning_maml.errors import UserOutOfMemoryError, UserValueError
 from lightning_maml.execution.task_map import (

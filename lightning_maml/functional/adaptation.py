@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_maml.batches.episodes import (
-    AnyEpisodes,
-    Episodes,
-    ResampledEpisodes,
-    check_episodes,
-)
+from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
 from lightning_maml.batches.trees import Inputs, detached, map_tensors
 from lightning_maml.core.inner_loop import adapt, inner_loop
 from lightning_maml.core.inner_optimizers import InnerOptimizer

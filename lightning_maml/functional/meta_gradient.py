@@ -39,12 +39,7 @@ from lightning_maml.execution.task_map import (
 )
 from lightning_maml.functional.arguments import check_step_count, check_support_batches
 from lightning_maml.functional.features import Encode, with_features_once
-from lightning_maml.functional.losses import (
-    Loss,
-    LossFunctions,
-    QueryLoss,
-    Sample,
-)
+from lightning_maml.functional.losses import Loss, LossFunctions, QueryLoss, Sample
 
 Call = Callable[..., Any]
 """``call(function, *inputs)`` returns ``function(*inputs)``, where the function depends on no

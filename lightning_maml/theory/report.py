@@ -6,13 +6,7 @@ from typing import NamedTuple
 from lightning_maml import theory
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.theory import Rule
-from lightning_maml.theory.coverage import (
-    Data,
-    Theorem,
-    described,
-    known_instead,
-    theorems,
-)
+from lightning_maml.theory.coverage import Data, Theorem, described, known_instead, theorems
 from lightning_maml.theory.measure import Constants
 
 

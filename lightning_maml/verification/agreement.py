@@ -9,10 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_maml.batches.episodes import (
-    first_task,
-    support_set,
-)
+from lightning_maml.batches.episodes import first_task, support_set
 from lightning_maml.batches.outputs import tensors_in
 from lightning_maml.batches.trees import call
 from lightning_maml.core.params import Params, norm, subtract

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.algorithms.variants import MAMLPlusPlus
-from lightning_maml.batches.episodes import (
-    AnyEpisodes,
-)
+from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.batches.trees import map_tensors
 from lightning_maml.checks.findings import Findings
 from lightning_maml.checks.network_checks import NetworkInfo
@@ -20,10 +18,7 @@ from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_rates import rates_of_steps
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import set_generator_states
-from lightning_maml.execution.auto import (
-    Execution,
-    Executor,
-)
+from lightning_maml.execution.auto import Execution, Executor
 from lightning_maml.networks.copies import deep_copy
 from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.stacking_trial import Verdict as StackingVerdict

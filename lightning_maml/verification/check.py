@@ -16,7 +16,7 @@ from lightning_maml.batches.episodes import (
     first_task,
     support_set,
 )
-from lightning_maml.checks.loss_checks import ignored_label
+from lightning_maml.checks.label_checks import ignored_label
 from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.params import Params, dot, norm
 from lightning_maml.core.rng import generator_states, set_generator_states

@@ -4,13 +4,11 @@ from collections.abc import Iterator
 
 import torch
 
-from lightning_maml.batches.episodes import (
-    first_task,
-    support_set,
-)
+from lightning_maml.batches.episodes import first_task, support_set
 from lightning_maml.batches.trees import call, cat
 from lightning_maml.batches.trees import count as count_of
-from lightning_maml.checks.network_checks import find_kinks, first_support, sees_others
+from lightning_maml.checks.batch_norm_checks import sees_others
+from lightning_maml.checks.first_pass import find_kinks, first_support
 from lightning_maml.networks.batch_norm import batch_norms
 from lightning_maml.networks.copies import deep_copy
 from lightning_maml.networks.functional_network import FunctionalNetwork
