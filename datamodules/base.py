@@ -245,15 +245,15 @@ class EpisodicDataModule(LightningDataModule):
         numbers = range(rank, tasks * processes, processes)
         return dataset.__getitems__([(draw, number, _PURPOSES[purpose]) for number in numbers])
 
-    def fingerprints(self, split: str) -> dict[str, str]:
-        """Return the names of the classes of a split, by fingerprints of their images.
+    def class_fingerprints(self, split: str) -> dict[str, str]:
+        """Return the names of the classes of a split by fingerprints of their first images.
 
         A model remembers those that it was trained on, to warn where it is tested on one of them.
 
         Args:
-            split: ``"train"``, ``"val"`` or ``"test"``.
+            split: ``"train"``, ``"val"`` or ``"test"``; it has none if it was not set up.
         """
-        dataset = self._dataset(split)
+        _, dataset = self._datasets.get(split, (None, None))
         return dataset.fingerprints() if isinstance(dataset, EpisodeDataset) else {}
 
     def transfer_batch_to_device(

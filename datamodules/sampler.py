@@ -194,7 +194,9 @@ class EpisodeDataset(TaskDataset):
             )
         _check_different(np.concatenate(data.members), split)
         self._names = {
-            of_class[0]: name for of_class, name in zip(data.members, data.names, strict=False)
+            of_class[0]: name
+            for of_class, name in zip(data.members, data.names, strict=False)
+            if len(of_class)
         }
         self._images = data.images
         self._rows = torch.from_numpy(np.concatenate(members))  # of all classes in turn
@@ -275,12 +277,16 @@ class EpisodeDataset(TaskDataset):
     def fingerprints(self) -> dict[str, str]:
         """Return a fingerprint of each class, and its name.
 
-        It is that of the first image, because names differ between forms of a dataset, and equal
-        ones may be those of different datasets.
+        It is that of the first image as stored, because names differ between forms of a dataset,
+        and equal ones may be those of different datasets. Classes whose first image is blank have
+        none.
         """
         found = {}
         for number, row in enumerate(self._rows[self._first_rows].tolist()):
-            content = self._images[row].flatten().view(torch.uint8).numpy().tobytes()
+            image = self._images[row].flatten()
+            if image.eq(image[0]).all():
+                continue
+            content = image.view(torch.uint8).numpy().tobytes()
             fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
             found[fingerprint] = self._names.get(row, f"class {number}")
         return found

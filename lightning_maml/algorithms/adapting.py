@@ -26,7 +26,7 @@ from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episode
 from lightning_maml.batches.trees import detached
 from lightning_maml.checks.findings import Kind
 from lightning_maml.checks.label_checks import ignored_label
-from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo
+from lightning_maml.checks.network_checks import NetworkInfo
 from lightning_maml.checks.requirements import check_loss_is_callable
 from lightning_maml.core.inner_loop import inner_loop
 from lightning_maml.core.inner_optimizers import InnerOptimizer, check_inner_optimizer
@@ -54,7 +54,7 @@ from lightning_maml.io.plain import number, whole_number
 from lightning_maml.networks.attributes import NotComparableError
 from lightning_maml.networks.batch_norm import StepStatistics, batch_norms
 from lightning_maml.networks.buffers import BufferUpdate
-from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.copies import copy_in_mode
 from lightning_maml.networks.facts import writes, writes_in
 from lightning_maml.networks.functional_network import (
     BatchNormPolicy,
@@ -191,7 +191,7 @@ class AdaptingModule(CheckedModule):
         if lines := frozen_that_fit(network, adapt):
             rank_zero_warn(f"In `adapt`, {'; '.join(lines)}.")
         _check_rates(network, params, inner_lr)
-        self.inner_lr: InnerRate = inner_lr
+        self._inner_lr: InnerRate = inner_lr
         self.inner_optimizer = inner_optimizer
         self.support_loss = support_loss
         self._query_in_eval = query_in_eval
@@ -217,8 +217,7 @@ class AdaptingModule(CheckedModule):
         if compiled:
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
-        self._network_checks = NetworkChecks(adapt, head, self.logits)
-        self._features_once = adapt == "head"
+        self._head_ends = True
 
     def _rates_that_are_learned(self, inner_rates: InnerRatesName | None) -> InnerRatesName:
         """Return which inner rates are learned, by default as the class does."""
@@ -230,6 +229,20 @@ class AdaptingModule(CheckedModule):
                 f"learn them, but got {inner_rates!r}."
             )
         return inner_rates
+
+    @property
+    def inner_lr(self) -> InnerRate:
+        """The inner rate; where it is learned, what it started from."""
+        return self._inner_lr
+
+    @inner_lr.setter
+    def inner_lr(self, rate: InnerRate) -> None:
+        if self.learned_rates is not None:
+            raise UserValueError(
+                "Expected `inner_lr` to stay as the model was made, since its rates are learned, "
+                f"but got {rate}; write to `learned_rates`, or make another model."
+            )
+        self._inner_lr = rate
 
     def _part_that_adapts(self, adapt: Part | None) -> Part:
         """Return what adapts, unless that would make this another algorithm without a word."""
@@ -271,6 +284,17 @@ class AdaptingModule(CheckedModule):
                 "`inner_rates`, `batch_norm`, `adapt` and `train_steps` that it was trained with."
             )
         super().on_load_checkpoint(checkpoint)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the settings as they are now, which may have been changed on the model."""
+        saved = checkpoint.get("hyper_parameters", {})
+        saved.update({name: getattr(self, name) for name in _CHANGEABLE if name in saved})
+        if saved.get("test_steps") or self.test_steps != self.train_steps:
+            saved["test_steps"] = self.test_steps
+        if saved.get("adapt") or self.adapted_part != self.default_adapt:
+            saved["adapt"] = self.adapted_part
+        super().on_save_checkpoint(checkpoint)
 
     @override
     def _adaptation_settings(self) -> dict[str, Any]:
@@ -316,7 +340,7 @@ class AdaptingModule(CheckedModule):
                 "another `batch_norm`."
             )
         check_episodes(task)
-        functional = FunctionalNetwork(structural_copy(self.network).eval(), self.batch_norm)
+        functional = FunctionalNetwork(copy_in_mode(self.network, training=False), self.batch_norm)
         support, query = self._losses(functional)
         with torch.inference_mode(False), torch.no_grad():
             of_one = first_task(detached(task))
@@ -345,7 +369,7 @@ class AdaptingModule(CheckedModule):
         return captured or kept
 
     def _compute_features_in_every_step(self) -> bool:
-        self._features_once = False
+        self._head_ends = False
         return True
 
     def _plan(self, episodes: AnyEpisodes) -> Plan:
@@ -432,7 +456,9 @@ class AdaptingModule(CheckedModule):
 
         The features before it then need computing only once.
         """
-        if not self._features_once or not isinstance(episodes, Episodes) or self._query_in_eval:
+        if self.adapted_part != "head" or not self._head_ends:
+            return None
+        if not isinstance(episodes, Episodes) or self._query_in_eval:
             return None
         if self.step_statistics is not None or not info.ends_with_head:
             return None
@@ -511,6 +537,9 @@ class AdaptingModule(CheckedModule):
         rates: InnerRates = self.learned_rates(names)
         return rates
 
+
+_CHANGEABLE = ("inner_lr", "train_steps", "head", "probe_radius", "proximal_strength", "cg_steps")
+"""Settings that may be changed on a model, and are saved as they are then."""
 
 _READ_BY_A_STEP = (
     "logits",

@@ -35,7 +35,7 @@ from lightning_maml.errors import UserValueError
 from lightning_maml.execution.compilation import Compiler
 from lightning_maml.networks.attributes import NotComparableError, plain_value
 from lightning_maml.networks.batch_norm import StepStatistics
-from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.copies import copy_in_mode
 from lightning_maml.networks.facts import writes
 from lightning_maml.networks.functional_loss import LOSS_PREFIX, SUPPORT_LOSS_PREFIX, FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
@@ -68,7 +68,6 @@ class CheckedModule(EpisodicModule):
     step_statistics: StepStatistics | None
     _query_in_eval: bool
     _compiler: Compiler | None
-    _network_checks: NetworkChecks
     _warned_of_weight_norm = False
 
     def _check(
@@ -81,7 +80,7 @@ class CheckedModule(EpisodicModule):
         of_outputs = self._loss_of_outputs()
 
         def check_network() -> NetworkInfo:
-            return self._network_checks(
+            return NetworkChecks(self.adapted_part, self.head, self.logits)(
                 self.network,
                 functional,
                 episodes,
@@ -103,7 +102,8 @@ class CheckedModule(EpisodicModule):
         if self.inner_optimizer is not None:
             self._once("inner steps", kind, self._check_inner_steps, (self.inner_optimizer,))
         unseen = writes(functional.network) is None
-        info = self._once("network", kind, check_network, again=unseen)
+        adapts = self.adapted_part, self.head
+        info = self._once("network", kind, check_network, adapts, again=unseen)
         self._check_labels(episodes, info.outputs)
         self._once("loss", kind, check_losses)
         return info
@@ -170,7 +170,7 @@ class CheckedModule(EpisodicModule):
     def _loss_of_outputs(self, *, training: bool = True) -> OutputLosses:
         def functional(loss: LossFunction, prefix: str) -> FunctionalLoss:
             if isinstance(loss, nn.Module) and not training:
-                loss = structural_copy(loss).eval()
+                loss = copy_in_mode(loss, training=False)
             return FunctionalLoss(loss, self.logits, prefix)
 
         query = functional(self.loss, LOSS_PREFIX)

@@ -8,6 +8,7 @@ from typing import Any, Self
 from lightning import LightningModule
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_maml.algorithms.non_finite import NonFinitePolicy
@@ -159,10 +160,12 @@ class CheckpointedModule(LightningModule):
 
     def on_test_start(self) -> None:
         """Warn if the model was trained on classes that it is now tested on."""
-        self._trained_classes.warn_if_among(self.trainer)
+        self._trained_classes.warn_if_among(self.trainer, "test")
 
     def on_validation_start(self) -> None:
-        """Remember the random numbers of training."""
+        """Remember the random numbers of training; outside of it, warn as for a test."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._trained_classes.warn_if_among(self.trainer, "val")
         if not self.trainer.sanity_checking:
             self._resume.pause_random_numbers(self.device)
 

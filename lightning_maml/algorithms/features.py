@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_maml.batches.episodes import AnyEpisodes
@@ -25,9 +26,14 @@ def encode(
     statistics_of = task.support_x if functional.uses_support_statistics else None
     support = functional.features(params, task.support_x, head)
     query = functional.features(params, task.query_x, head, statistics_of=statistics_of)
-    # features computed under autocast are the inputs of what runs without it
     dtype = next(iter(params.values())).dtype
-    return support.to(dtype), query.to(dtype)
+    return _in_full(support, dtype), _in_full(query, dtype)
+
+
+def _in_full(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return features, computed under autocast, as inputs of what runs without it."""
+    both_real = features.is_floating_point() and dtype.is_floating_point
+    return features.to(dtype) if both_real else features
 
 
 def with_features(

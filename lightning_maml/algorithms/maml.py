@@ -35,7 +35,7 @@ from lightning_maml.functional.meta_gradient import MetaGradient, meta_gradient
 from lightning_maml.io.plain import whole_number
 from lightning_maml.networks.adapted import AdaptedNetworks
 from lightning_maml.networks.buffers import statistics_in_training
-from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.copies import copy_in_mode
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.theory.measure import Probe
 
@@ -200,7 +200,7 @@ class MAML(AdaptingModule):
             support_x, support_y = map_tensors(lambda tensor: tensor[None], (support_x, support_y))
         support = Episodes(support_x, support_y, support_x, support_y)
         check_episodes(support)
-        network = structural_copy(self.network).train(self._query_in_eval)
+        network = copy_in_mode(self.network, training=self._query_in_eval)
         kind = self._kind(network, support)
         info = self._check(FunctionalNetwork(network, self.batch_norm), support, kind)
         as_one = not of_one and self._adapts_as_one(support, network, kind)

@@ -40,7 +40,7 @@ from lightning_maml.execution.auto import ADAPTED_AT_ONCE
 from lightning_maml.execution.task_map import TaskExecution, cat_chunks, map_tasks
 from lightning_maml.functional.adaptation import AdaptationCurve
 from lightning_maml.networks.adapted import AdaptedNetworks
-from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.copies import copy_in_mode
 from lightning_maml.networks.facts import facts_of
 from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
@@ -162,7 +162,7 @@ class ProtoNet(EpisodicModule):
         with torch.inference_mode(False), torch.no_grad():
             support = detached(Episodes(support_x, support_y, support_x, support_y))
             check_episodes(support)
-            network = structural_copy(self.network).eval()
+            network = copy_in_mode(self.network, training=False)
             functional, ways, tasks = self._checked(network, support)
 
             def means(task: Episodes) -> tuple[Tensor]:

@@ -28,24 +28,20 @@ class TrainedClasses:
         """Read those of the checkpoint's model, whose weights replace those trained so far."""
         self._fingerprints = set(checkpoint.get("trained_classes", ()))
 
-    def warn_if_among(self, trainer: Trainer) -> None:
-        """Warn if test classes are among them."""
-        tested = _classes(trainer, "test")
+    def warn_if_among(self, trainer: Trainer, split: str) -> None:
+        """Warn if classes of the split ``"val"`` or ``"test"`` are among them."""
+        tested = _classes(trainer, split)
         both = sorted(name for mark, name in tested.items() if mark in self._fingerprints)
         if both:
             rank_zero_warn(
-                f"The model was trained on {len(both)} of the {len(tested)} test classes "
+                f"The model was trained on {len(both)} of the {len(tested)} {split} classes "
                 f"({', '.join(both[:5])}{', ...' if len(both) > 5 else ''}), so this is not its "
-                "accuracy on new classes; test with the datamodule's settings and files of "
-                "training."
+                "accuracy on new classes; use the datamodule's settings and files of training."
             )
 
 
 def _classes(trainer: Trainer, split: str) -> dict[str, str]:
     """Return the names of the classes of a split by their fingerprints, where they are known."""
-    fingerprints = getattr(
-        trainer.datamodule,  # type: ignore[attr-defined]
-        "fingerprints",
-        None,
-    )
-    return {} if fingerprints is None else fingerprints(split)
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    fingerprints = getattr(data, "class_fingerprints", None)
+    return fingerprints(split) if callable(fingerprints) else {}

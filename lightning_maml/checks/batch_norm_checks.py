@@ -15,7 +15,7 @@ from lightning_maml.checks.first_pass import first_support, shifted
 from lightning_maml.core.rng import generator_states, set_generator_states
 from lightning_maml.errors import UserValueError
 from lightning_maml.networks.batch_norm import batch_norms
-from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.copies import copy_in_mode
 from lightning_maml.networks.functional_network import FunctionalNetwork, norms_with_own_forward
 
 
@@ -34,7 +34,7 @@ def check_policy(functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
         ValueError: If the network breaks such a promise.
     """
     policy = functional.batch_norm
-    in_evaluation = FunctionalNetwork(structural_copy(functional.network).eval(), policy)
+    in_evaluation = FunctionalNetwork(copy_in_mode(functional.network, training=False), policy)
     with first_support(functional, episodes) as support, torch.no_grad():
         queries = detached(first_task(episodes).query_x)
         # a single query has no others that it could see

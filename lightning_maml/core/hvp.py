@@ -67,7 +67,9 @@ def finite_difference(
         The product, with an error of the order of ``h^2``.
     """
     like = next(iter(w.values()))
-    h = default_probe_radius(like.dtype) if probe_radius is None else probe_radius
+    h = probe_radius
+    if h is None:  # that of the coarsest type
+        h = max(default_probe_radius(dtype) for dtype in {p.dtype for p in w.values()})
     objective.draw(w)  # it is next evaluated beside w
     unit, size = objective.axis.vmap(_unit)(v)
     # a difference of nearby gradients has no digits to spare

@@ -70,7 +70,7 @@ class TaskConvolution:
         if weight.ndim < x.ndim:  # one weight without task dimension: all images are one batch
             return _unflattened(self._convolved(x.flatten(0, 1), weight, bias), 0, tasks)
         # not where the weight is expanded over the tasks, as a copy of it would be made for each
-        if self._wants_channels_last(weight[0]) and weight.stride(0) > 0:
+        if self._wants_channels_last(weight[0], len(x)) and weight.stride(0) > 0:
             weight = weight.movedim(2, -1).contiguous().movedim(-1, 2)
         return _unflattened(self._convolved(x.flatten(1, 2), weight, bias), 1, tasks)
 
@@ -82,7 +82,7 @@ class TaskConvolution:
         stride, padding, dilation = (
             size if isinstance(size, tuple) else (size,) * (x.ndim - 2) for size in sizes
         )
-        if self._wants_channels_last(x):
+        if self._wants_channels_last(x, len(x)):
             is_pointwise = set(layer.kernel_size) == {1} and not any(padding)
             if is_pointwise and max(stride) > 1:
                 # Take the pixels that it reads beforehand: with a stride, oneDNN's gradient of a
@@ -101,7 +101,10 @@ class TaskConvolution:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
         return convolve(x, as_groups(weight, x), bias, stride, padding, dilation, groups)
 
-    def _wants_channels_last(self, x: Tensor) -> bool:
+    def _wants_channels_last(self, x: Tensor, examples: int) -> bool:
+        # on one example alone, torch's instance norm gives a wrong gradient in that format
+        if examples == 1:
+            return False
         return self.channels == "last" and x.ndim == 4 and x.device.type == "cpu"
 
 

@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from types import CellType, FunctionType
 from typing import Any
@@ -15,9 +15,11 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.fx import GraphModule
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from lightning_maml.errors import UserTypeError
+from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.networks.facts import MISSING, facts_of, share_facts
 from lightning_maml.networks.places import MODULE_DICTS
 
@@ -47,6 +49,7 @@ def structural_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.
     memo |= {id(value): type(value)() for value in empty_dicts}
     with _CopyingTensors(share=True), _naming_what_cannot_be_copied(network):
         copied = copy.deepcopy(network, memo)
+        _complete(copied, network, memo)
     if any(map(operator.is_, copied.modules(), network.modules())):
         raise UserTypeError(
             "Expected a network that can be copied (copy.deepcopy), as adaptation needs copies, "
@@ -76,8 +79,94 @@ def deep_copy(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     memo = {} if memo is None else memo
     with _CopyingTensors(share=False):
         copied = copy.deepcopy(network, memo)
+        _complete(copied, network, memo)
     _rebind_functions(copied, memo)
     return copied
+
+
+def copy_in_mode(network: nn.Module, *, training: bool) -> nn.Module:
+    """Return a structural copy of ``network`` in training or in evaluation mode.
+
+    Raises:
+        TypeError: If the network holds an object that cannot be copied.
+        ValueError: If its ``train()`` or ``eval()`` changes tensors, which copies share.
+    """
+    facts = facts_of(network)
+    if not facts.modes_keep_tensors:
+        _check_that_modes_keep_tensors(network)
+        facts.modes_keep_tensors = True
+    copied = structural_copy(network)
+    return copied.train() if training else copied.eval()
+
+
+def _check_that_modes_keep_tensors(network: nn.Module) -> None:
+    if not any(_has_own_modes(module) for module in network.modules()):
+        return
+    copied = deep_copy(network)
+    before = {name: tensor.clone() for name, tensor in _tensors_of(copied).items()}
+    for training in (not network.training, network.training):
+        copied.train() if training else copied.eval()
+        now = _tensors_of(copied)
+        changed = [name for name, old in before.items() if not _is_equal(now.get(name), old)]
+        if changed:
+            raise UserValueError(
+                "Expected a network whose train() and eval() leave its tensors as they are but "
+                f"they change {changed}, which copies in another mode share with it; leave such "
+                "merging and swapping out (loralib: merge_weights=False), or do it by hand after "
+                "training."
+            )
+
+
+def _has_own_modes(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+
+
+def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    named = chain(network.named_parameters(), network.named_buffers())
+    return {name: tensor for name, tensor in named if not is_lazy(tensor)}
+
+
+def _is_equal(now: Tensor | None, before: Tensor) -> bool:
+    if now is None or now.shape != before.shape or now.dtype != before.dtype:
+        return False
+    return torch.equal(now.nan_to_num(), before.nan_to_num())
+
+
+def _complete(copied: nn.Module, network: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a copy what modules leave out that define for themselves how they are copied.
+
+    Those of ``torch.fx`` lose their hooks and what was added to them, and with torchvision's
+    feature extractors evaluation mode too.
+    """
+    kinds: set[Any] = {type(module) for module in network.modules()}
+    if not any(map(_copies_itself, kinds)):
+        return
+    copies = dict(copied.named_modules())
+    for name, module in network.named_modules():
+        twin = copies.get(name)
+        kind: Any = type(module)
+        if twin is None or not _copies_itself(kind):
+            continue
+        attributes = twin.__dict__
+        for key, value in vars(module).items():
+            is_graph = isinstance(module, GraphModule)
+            are_hooks = key.endswith("_hooks") and value and not attributes.get(key)
+            if is_graph and (key not in attributes or are_hooks):
+                attributes[key] = copy.deepcopy(value, memo)
+            elif isinstance(value, int | float | str) and key != "training":
+                attributes[key] = value
+        if twin.training != module.training:
+            twin.train(module.training)
+
+
+@cache
+def _copies_itself(kind: Any) -> bool:
+    """Return whether a class of modules defines for itself how it is copied."""
+    if issubclass(kind, torch.jit.ScriptModule | OptimizedModule):
+        return False
+    names = ("__deepcopy__", "__reduce_ex__", "__getstate__", "__setstate__")
+    return any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in names)
 
 
 def _empty_what_was_empty(copied: nn.Module) -> None:

@@ -41,6 +41,7 @@ class NetworkFacts:
         views_images: Whether its images must stay channels-first in memory, because ``.view``
             fails on channels-last tensors.
         runs_channels_last: Whether it ran on channels-last images.
+        modes_keep_tensors: Whether its ``train()`` and ``eval()`` were seen to change no tensors.
     """
 
     written: Written | None = None
@@ -48,6 +49,7 @@ class NetworkFacts:
     hooks_tensors: bool = False
     views_images: bool = False
     runs_channels_last: bool = False
+    modes_keep_tensors: bool = False
 
 
 _FACTS: WeakKeyDictionary[nn.Module, NetworkFacts] = WeakKeyDictionary()

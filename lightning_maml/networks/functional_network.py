@@ -29,7 +29,7 @@ from lightning_maml.kernels.layers import (
 )
 from lightning_maml.networks.attributes import Kept, is_written, numbers_in
 from lightning_maml.networks.batch_norm import batch_norms, forget_running_averages
-from lightning_maml.networks.copies import structural_copy
+from lightning_maml.networks.copies import copy_in_mode, structural_copy
 from lightning_maml.networks.facts import Written, facts_of
 from lightning_maml.networks.places import holding, places
 from lightning_maml.networks.watching import Reading, Watching, reading
@@ -109,7 +109,7 @@ class FunctionalNetwork:
 
     def in_mode(self, *, training: bool) -> "FunctionalNetwork":
         """Return the same function of a copy of the network in training or in evaluation mode."""
-        copied = structural_copy(self.network).train(training)
+        copied = copy_in_mode(self.network, training=training)
         return FunctionalNetwork(copied, self.batch_norm, vectorised=self._vectorised)
 
     def __call__(
@@ -255,6 +255,8 @@ class FunctionalNetwork:
         device = tensors_in(x)[0].device
         states = generator_states(device)
         numbers, kept = numbers_in(network), Kept(network)
+        modes = {name: norm.training for name, norm in batch_norms(network).items()}
+        lies_at = {name: p.data_ptr() for name, p in params.items() if _is_in_one_place(p)}
         originals = _Versions([*self.network.named_buffers(), *self.network.named_parameters()])
         written, read_elsewhere = self._watch_a_pass(params, x)
         if inputs.changed():
@@ -276,6 +278,10 @@ class FunctionalNetwork:
                 "a global), where adapted values cannot be put; read them from the module's "
                 "attributes."
             )
+        if self.batch_norm in ("running", "per_step"):
+            _check_modes(network, modes, self.batch_norm)
+        # `p.data = ...` with the same values, where a constraint does not bind yet
+        written |= {name for name, place in lies_at.items() if params[name].data_ptr() != place}
         if trained := sorted(written & self.params.keys()):
             raise UserValueError(
                 "Expected a forward pass that leaves the network's parameters as they are but it "
@@ -583,6 +589,23 @@ def _check_running_averages(network: nn.Module, norms: list[str], policy: str) -
             f"but {without} do not; build them with track_running_stats=True, or use 'batch' or "
             "'support'."
         )
+
+
+def _check_modes(network: nn.Module, before: Mapping[str, bool], policy: str) -> None:
+    """Check that a pass has left batch norm in its mode, which decides what it normalises by."""
+    norms = batch_norms(network)
+    changed = [name for name, mode in before.items() if norms[name].training != mode]
+    if changed:
+        raise UserValueError(
+            "Expected a forward pass that leaves batch norm in its mode, by which "
+            f"`batch_norm={policy!r}` goes, but it changes that of {changed}; do so in the "
+            "network's train(mode)."
+        )
+
+
+def _is_in_one_place(p: Tensor) -> bool:
+    # on a GPU recurrent layers move their weights into one block
+    return p.layout == torch.strided and p.device.type == "cpu"
 
 
 def _has_reentrant_checkpoints(outputs: Any) -> bool:

@@ -3,6 +3,7 @@
 import copy
 from contextvars import ContextVar
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader
 from helpers.networks import RATE, autograd_meta_gradient, build, make_episodes, relative_error
 from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer_in_double
-from lightning_maml import MAML, MLP, Episodes, ProtoNet
+from lightning_maml import LSLR, MAML, MLP, Episodes, ProtoNet
+from lightning_maml.errors import UserValueError
 
 STEPS = 2
 
@@ -463,3 +465,31 @@ def test_a_copy_of_a_trained_model_is_checked_in_each_mode_anew() -> None:
     copied = copy.deepcopy(model).train()
     copied.meta_loss(episodes)
     torch.testing.assert_close(copied.eval().evaluate(episodes).loss, right)
+
+
+# settings that are changed on the model
+
+
+@pytest.mark.parametrize("adapt", ["all", "head"])
+def test_a_checkpoint_has_the_settings_as_they_were_changed(adapt: Any, tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        return MLP(4, 3, hidden=(5,), activation="tanh").double()
+
+    model = MAML(network(), RATE, 1)
+    model.inner_lr, model.train_steps, model.test_steps = 2 * RATE, 2, 3
+    model.adapted_part = adapt
+    run = trainer_in_double(tmp_path)
+    run.fit(model, DataLoader([vectors()], batch_size=None))
+    run.save_checkpoint(tmp_path / "changed.ckpt")
+    loaded = MAML.load_from_checkpoint(tmp_path / "changed.ckpt", network=network())
+    assert loaded.train_steps == 2
+    assert loaded.adapted_part == adapt
+    expected = model.eval().evaluate(vectors()).loss
+    assert loaded.eval().evaluate(vectors()).loss.equal(expected)
+
+
+def test_learned_rates_are_not_changed_by_where_they_started() -> None:
+    model = LSLR(MLP(4, 3, hidden=(5,)).double(), RATE, STEPS)
+    with pytest.raises(UserValueError, match="its rates are learned"):
+        model.inner_lr = 2 * RATE
+    assert model.inner_lr == RATE

@@ -1,16 +1,24 @@
 """A model that is tested on classes that it was trained on says so."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning import LightningDataModule
 from torch.utils.data import TensorDataset
 
 from helpers.trainers import trainer
 from lightning_maml import MAML, MLP
-from lightning_maml.datamodules import FewShotDataModule, SinusoidDataModule
+from lightning_maml.datamodules import (
+    ClassImages,
+    EpisodicDataModule,
+    FewShotDataModule,
+    SinusoidDataModule,
+)
 
 pytestmark = pytest.mark.cpu_only  # datasets are read
 
@@ -28,10 +36,13 @@ def model() -> MAML:
     return MAML(MLP(4, 2, hidden=(3,)), inner_lr=0.1, train_steps=1)
 
 
-def classes_said(trained: MAML, module: Any, folder: Path, **how: Any) -> list[str]:
+def classes_said(
+    trained: MAML, module: Any, folder: Path, stage: str = "test", **how: Any
+) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(folder).test(trained, module, verbose=False, **how)
+        run = getattr(trainer(folder), stage)
+        run(trained, module, verbose=False, **how)
     return [str(each.message) for each in caught if "trained on" in str(each.message)]
 
 
@@ -59,11 +70,13 @@ def test_another_split_of_the_same_classes(trained: tuple[MAML, Path], tmp_path:
     ):
         assert len(found) == 1
         assert expected in found[0]
+    assert len(classes_said(fitted, again, tmp_path, "validate")) == 1
 
 
 def test_classes_that_it_never_saw(trained: tuple[MAML, Path], tmp_path: Path) -> None:
     fitted, _ = trained
     assert not classes_said(fitted, data(), tmp_path)
+    assert not classes_said(fitted, data(), tmp_path, "validate")
     # the labels are the same, but the images are not
     assert not classes_said(fitted, data(first=100), tmp_path)
     assert not classes_said(model(), data(split_seed=1), tmp_path)
@@ -83,3 +96,46 @@ def test_tasks_without_classes(tmp_path: Path) -> None:
     tasks = SinusoidDataModule(shots=2, train_batches=1, val_tasks=2, test_tasks=2)
     trainer(tmp_path).fit(found, tasks)
     assert not classes_said(found, tasks, tmp_path)
+
+
+class Molecules(LightningDataModule):
+    """A datamodule of the user's, with an attribute that has nothing to do with classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fingerprints = self.class_fingerprints = torch.rand(10, 4)
+
+    def train_dataloader(self) -> Any:
+        return data().train_dataloader()
+
+
+class OwnLoader(EpisodicDataModule):
+    """Has no images of its own."""
+
+    def setup(self, stage: str | None = None) -> None:
+        pass
+
+    train_dataloader = Molecules.train_dataloader
+
+
+@pytest.mark.parametrize("module", [Molecules, partial(OwnLoader, ways=2)])
+def test_datamodules_of_users(module: Any, tmp_path: Path) -> None:
+    trainer(tmp_path, limit_val_batches=0).fit(model(), module())
+
+
+class Folds(EpisodicDataModule):
+    """Five classes for training, five for testing; the first image of some is blank or missing."""
+
+    def class_images(self, split: str) -> ClassImages:
+        images = torch.rand(20, 1, 2, 2)
+        images[:8] = 0
+        members = [*np.split(np.arange(20), 5), np.array([], dtype=np.int64)]
+        return ClassImages(images, members, [*"abcdef"])
+
+
+def test_blank_images_and_empty_classes(tmp_path: Path) -> None:
+    sizes = {"ways": 2, "shots": 1, "queries": 1, "train_batches": 1, "val_tasks": 2}
+    module = Folds(**sizes, test_tasks=2, small_classes="drop")
+    found = model()
+    trainer(tmp_path).fit(found, module)
+    assert not classes_said(found, module, tmp_path)
