@@ -9,9 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -255,6 +261,18 @@ def _settings(
     )
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Saves the config of a run, without the checkpoint that it went on from.
+
+    With it the config would test the weights from before that run.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        saved = config.clone()
+        saved.ckpt_path = None
+        super().__init__(parser, saved, **options)
+
+
 class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -277,17 +295,19 @@ class _CLI(LightningCLI):
                     "but there is none; give its path."
                 )
             command.ckpt_path = str(last)
-        if (
-            self.config.subcommand in ("check", "measure", "replay")
-            and command.ckpt_path is not None
-            and not Path(command.ckpt_path).is_file()
-        ):
+        path = command.get("ckpt_path")
+        if path is None:
+            return
+        is_address = "://" in path or path.startswith("registry") or path == "hpc"
+        if not path or not (is_address or Path(path).exists()):
             raise UserFileNotFoundError(
-                f"Expected `ckpt_path` to be a checkpoint but there is no file {command.ckpt_path}."
+                f"Expected `ckpt_path` to be 'last' or the path of a checkpoint but there is no "
+                f"{path!r}; those of a run are in its folder `checkpoints`."
             )
-        if command.get("ckpt_path") and Path(command.ckpt_path).is_file():
-            saved = read_checkpoint(command.ckpt_path).get("hyper_parameters", {})
-            given = command.model.init_args
+        if Path(path).is_file():
+            only_weights = command.get("weights_only") is not False
+            saved = read_checkpoint(path, weights_only=only_weights).get("hyper_parameters", {})
+            given = command.model.get("init_args") or {}
             differing = [
                 f"{name}={value} ({given[name]} now)"
                 for name, value in saved.items()
@@ -358,6 +378,7 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
         trainer_class=_Trainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        save_config_callback=_SaveConfig,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={

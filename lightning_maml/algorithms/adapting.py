@@ -22,7 +22,8 @@ from lightning_maml.algorithms.losses import ModelLosses, model_losses
 from lightning_maml.algorithms.metrics import with_accuracy
 from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver
 from lightning_maml.algorithms.resume import described
-from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episodes, first_task
+from lightning_maml.batches.episodes import AnyEpisodes, Episodes, first_task
+from lightning_maml.batches.meta_batch import even_meta_batch
 from lightning_maml.batches.trees import detached
 from lightning_maml.checks.findings import Kind
 from lightning_maml.checks.label_checks import ignored_label
@@ -315,7 +316,7 @@ class AdaptingModule(CheckedModule):
             The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs
             ``[T, K + 1, Q, ...]`` after 0 .. K steps.
         """
-        check_episodes(episodes)
+        episodes = even_meta_batch(episodes)
         # the checks differentiate, which tensors made in inference mode rule out
         with torch.inference_mode(False), torch.no_grad():
             episodes = detached(episodes)
@@ -339,7 +340,7 @@ class AdaptingModule(CheckedModule):
                 "Expected one loss for all inner steps but got batch_norm='per_step'; use "
                 "another `batch_norm`."
             )
-        check_episodes(task)
+        task = even_meta_batch(task)  # type: ignore[assignment]
         functional = FunctionalNetwork(copy_in_mode(self.network, training=False), self.batch_norm)
         support, query = self._losses(functional)
         with torch.inference_mode(False), torch.no_grad():

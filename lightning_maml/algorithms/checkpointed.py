@@ -9,12 +9,13 @@ from lightning import LightningModule
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_maml.algorithms.non_finite import NonFinitePolicy
 from lightning_maml.algorithms.resume import ResumeState, described, warn_of_other_settings
 from lightning_maml.algorithms.trained_classes import TrainedClasses
-from lightning_maml.errors import UserTypeError, UserValueError
+from lightning_maml.errors import UserRuntimeError, UserTypeError, UserValueError
 from lightning_maml.io.checkpoints import WholeCheckpoints, read_trained
 from lightning_maml.io.plain import plain
 
@@ -134,7 +135,15 @@ class CheckpointedModule(LightningModule):
                 "alone; make the model with the same `loss=` and `support_loss=`, because a "
                 "checkpoint does not hold them."
             )
-        return super().load_state_dict(state_dict, strict, assign)
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            if not (differing := _differences(state_dict, self)):
+                raise
+            raise UserRuntimeError(
+                f"Expected weights of such a model but {differing}; make network and model as they "
+                "were for training."
+            ) from error
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what a run needs to go on as if it had not been interrupted.
@@ -173,3 +182,20 @@ class CheckpointedModule(LightningModule):
         """Continue the random numbers of training."""
         if not self.trainer.sanity_checking:
             self._resume.continue_random_numbers(self.device)
+
+
+def _differences(theirs: Mapping[str, Any], model: LightningModule) -> str:
+    """Return the first weights that differ in name or shape; "" if none do."""
+    shapes = [
+        {name: list(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+        for weights in (theirs, model.state_dict())
+    ]
+    there, here = shapes
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if not names:
+        return ""
+    found = [
+        f"{name!r} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        for name in names[:3]
+    ]
+    return f"{len(names)} differ: {', '.join(found)}{', ...' if len(names) > 3 else ''}"

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -57,6 +58,11 @@ class LoaderFigures:
                 continue
             suffix = f"/dataloader_idx_{loader}" if len(self._of_loaders) > 1 else ""
             estimate = figures.compute()
+            if not estimate.mean.isfinite().all():
+                rank_zero_warn(
+                    f"Losses of `{stage}` tasks are not finite, and their accuracies mean nothing; "
+                    "lower `inner_lr` or `test_steps`."
+                )
             names = ("loss", "accuracy")[: estimate.mean.shape[-1]]
             beside: dict[str, Tensor] = {}
             for number, name in enumerate(names):

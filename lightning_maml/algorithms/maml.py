@@ -13,6 +13,7 @@ from lightning_maml.algorithms.base import Step, StepResult
 from lightning_maml.algorithms.features import encode, functional_head
 from lightning_maml.algorithms.non_finite import check_is_finite
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episodes
+from lightning_maml.batches.meta_batch import even_meta_batch
 from lightning_maml.batches.trees import Inputs, detached, map_tensors, tensors
 from lightning_maml.checks.findings import Kind
 from lightning_maml.checks.label_checks import ignored_label
@@ -252,7 +253,7 @@ class MAML(AdaptingModule):
         Raises:
             ValueError: If the tasks' labels do not fit the network's outputs.
         """
-        check_episodes(episodes)
+        episodes = even_meta_batch(episodes)
         for attempt in self._attempts(episodes):
             with attempt:
                 plan = self._plan(episodes)
@@ -421,7 +422,7 @@ class MAML(AdaptingModule):
                 or if the tasks' labels do not fit the network's outputs.
         """
         self.check_for_theory()
-        check_episodes(episodes)
+        episodes = even_meta_batch(episodes)
         if self.step_statistics is not None and not self.training:
             raise UserValueError(
                 "Expected one loss for all inner steps but got batch_norm='per_step' in "

@@ -24,6 +24,7 @@ from lightning_maml.algorithms.base import (
 from lightning_maml.algorithms.non_finite import check_losses_are_finite
 from lightning_maml.algorithms.query_metrics import Metrics, MetricsOver
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes, check_episodes
+from lightning_maml.batches.meta_batch import even_meta_batch
 from lightning_maml.batches.trees import Inputs, cat, detached, map_tensors
 from lightning_maml.checks.batch_norm_checks import check_policy
 from lightning_maml.checks.broadcasting import check_broadcasting
@@ -133,7 +134,7 @@ class ProtoNet(EpisodicModule):
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
-        check_episodes(episodes)
+        episodes = even_meta_batch(episodes)
         with torch.inference_mode(False), torch.no_grad():
             loss, outputs = self._classify(detached(episodes))
         return AdaptationCurve(loss[:, None], outputs[:, None])

@@ -7,7 +7,12 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import default_collate, default_convert
 
-from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes
+from lightning_maml.batches.episodes import (
+    AnyEpisodes,
+    Episodes,
+    ResampledEpisodes,
+    check_episodes,
+)
 from lightning_maml.batches.trees import tensors
 from lightning_maml.errors import UserValueError
 
@@ -119,6 +124,27 @@ def as_meta_batch(batch: Any) -> Any:
     if isinstance(batch, list | tuple) and batch and all(map(_is_task, batch)):
         return meta_batch(batch)
     return _as_episodes(batch) if _is_task(batch) else batch
+
+
+def even_meta_batch(batch: Any) -> AnyEpisodes:
+    """Return the meta-batch that a loader means, of tasks of one size.
+
+    Args:
+        batch: As for :func:`as_meta_batch`.
+
+    Raises:
+        TypeError: If this is no meta-batch.
+        ValueError: If its tasks differ in size, or its tensors do not agree.
+    """
+    found = as_meta_batch(batch)
+    if isinstance(found, UnevenEpisodes):
+        raise UserValueError(
+            f"Expected tasks of one size but got {len(found.parts)} sizes, which only training, "
+            "validation, test and prediction take; give those of one size."
+        )
+    check_episodes(found)
+    episodes: AnyEpisodes = found
+    return episodes
 
 
 def parts_of(batch: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes
+from lightning_maml.batches.meta_batch import even_meta_batch
 from lightning_maml.errors import UserTypeError, UserValueError
 
 
@@ -73,7 +74,7 @@ class IndependentTasks:
             if self._stream is None:
                 # a resumed run skips those that were drawn before
                 self._stream = islice(_repeated(self._episodes), self.drawn, None)
-            episodes = next(self._stream)
+            episodes = even_meta_batch(next(self._stream))
         self.drawn += 1
         converted = trainer.precision_plugin.convert_input(episodes)
         ready = trainer.lightning_module._on_before_batch_transfer(converted, dataloader_idx=0)

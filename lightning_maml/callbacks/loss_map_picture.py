@@ -1,5 +1,6 @@
 """A map of a task's losses around the meta-parameters, with the path that adaptation takes."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -96,7 +97,7 @@ class LossMapPicture(FirstTaskPictures):
         try:
             draw_loss_map(loss_map(module, task, self._resolution)).savefig(folder / "loss_map.png")
         # the results of the test are still to be printed, so it must not end here
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # a network may have no such derivative
             rank_zero_warn(f"LossMapPicture draws nothing: {error}")
 
 
@@ -127,6 +128,10 @@ def loss_map(module: MAML, task: Episodes, resolution: int) -> LossMap:
         raise UserValueError(
             "Expected adaptation to move the parameters but it does not; use `test_steps` and an "
             "`inner_lr` above 0."
+        )
+    if not math.isfinite(length):
+        raise UserValueError(
+            "Expected parameters that stay finite in adaptation but they do not; lower `inner_lr`."
         )
     first = scale(1 / length, way)
     gradient = torch.func.grad(query)(path[0])

@@ -12,10 +12,10 @@ from lightning_maml.algorithms.variants import IMAML, MAMLPlusPlus, Reptile
 from lightning_maml.batches.episodes import (
     AnyEpisodes,
     Episodes,
-    check_episodes,
     first_task,
     support_set,
 )
+from lightning_maml.batches.meta_batch import even_meta_batch
 from lightning_maml.checks.label_checks import ignored_label
 from lightning_maml.core.objective import NoSecondDerivativeError
 from lightning_maml.core.params import Params, dot, norm
@@ -124,7 +124,7 @@ def _accepted(case: Case) -> Look:
     """Say whether the model takes such batches."""
     at = "labels and shapes"
     try:
-        check_episodes(case.episodes)
+        case.episodes = even_meta_batch(case.episodes)
         few = case.few()
         case.network_info()
         outputs = few.network_info().outputs

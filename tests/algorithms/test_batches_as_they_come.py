@@ -1,11 +1,14 @@
 """Batches as loaders give them: four tensors, lists of tasks, tasks that differ in size."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning import Callback
 from torch.utils.data import DataLoader
 
 from helpers.networks import RATE, build, make_episodes, relative_error
@@ -21,11 +24,18 @@ from lightning_maml import (
     ProtoNet,
     Reptile,
     SkipNonFinite,
+    check,
 )
 from lightning_maml.batches.meta_batch import as_meta_batch, parts_of
 from lightning_maml.batches.trees import map_tensors
-from lightning_maml.callbacks import EpisodePictures
+from lightning_maml.callbacks import (
+    AdaptiveMetaStepsize,
+    EpisodePictures,
+    MetaGradientMonitor,
+    StationarityMonitor,
+)
 from lightning_maml.datamodules import meta_batch
+from lightning_maml.errors import UserValueError
 
 SIZES = [(1, 2), (3, 1), (1, 2), (2, 2)]  # shots and queries of each task
 
@@ -219,3 +229,50 @@ def test_a_list_of_meta_batches_is_refused() -> None:
     batches = [Episodes(x, y, x, y)] * 3
     with pytest.raises(ValueError, match=r"tasks of a list without a leading .* but got \[1, 5\]"):
         MAML(torch.nn.Linear(4, 5)).meta_loss(batches)
+
+
+# calls outside of a trainer, and callbacks, take what a training step takes
+
+
+def forms() -> dict[str, Any]:
+    episodes = make_episodes(tasks=2)
+    return {
+        "four": tuple(episodes),
+        "list": [map_tensors(lambda tensor, i=i: tensor[i], episodes) for i in range(2)],
+    }
+
+
+@pytest.mark.parametrize("form", forms())
+@pytest.mark.parametrize("call", ["meta_gradient", "evaluate"])
+def test_calls_take_what_training_takes(call: str, form: str) -> None:
+    model = MAML(build("mlp"), RATE, 2)
+    name = next(iter(dict(model.network.named_parameters())))
+    calls = {
+        "meta_gradient": lambda batch: model.meta_gradient(batch)[name],
+        "evaluate": lambda batch: model.evaluate(batch).loss,
+    }
+    assert calls[call](forms()[form]).equal(calls[call](make_episodes(tasks=2)))
+    with pytest.raises(UserValueError, match="Expected tasks of one size but got 3 sizes"):
+        calls[call](meta_batch(four_tasks()))
+
+
+def test_the_check_takes_what_training_takes() -> None:
+    assert check(MAML(build("mlp"), RATE), forms()["four"]).ok
+
+
+MONITORS: dict[str, Callable[[Any], Callback]] = {
+    "gradients": lambda episodes: MetaGradientMonitor(1, episodes=episodes),
+    "stationarity": lambda episodes: StationarityMonitor(1, episodes=episodes, meta_batches=3),
+    "stepsize": lambda episodes: AdaptiveMetaStepsize("finite_sum", episodes=episodes),
+}
+
+
+@pytest.mark.parametrize("form", forms())
+@pytest.mark.parametrize("monitor", MONITORS)
+def test_callbacks_take_what_training_takes(monitor: str, form: str, tmp_path: Path) -> None:
+    batches = [forms()[form]]
+    model = MAML(build("mlp"), 0.01, optimizer=partial(torch.optim.SGD, lr=0.01))
+    callbacks = [MONITORS[monitor](batches)]
+    trainer_in_double(tmp_path, callbacks=callbacks, max_steps=2).fit(
+        model, DataLoader(batches, batch_size=None)
+    )

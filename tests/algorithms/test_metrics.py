@@ -1,11 +1,16 @@
 """Means over tasks with their confidence intervals."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from helpers.networks import build, make_episodes
 from helpers.random_numbers import drawn_on_cpu
+from helpers.trainers import trainer_in_double
+from lightning_maml import MAML
 from lightning_maml.algorithms.metrics import TaskMean
 
 
@@ -43,3 +48,10 @@ def test_a_reset_forgets() -> None:
     metric.reset()
     metric.update(torch.tensor([1.0]))
     assert metric.compute().tasks == 1
+
+
+def test_accuracies_beside_losses_that_are_not_finite_are_pointed_out(tmp_path: Path) -> None:
+    loader = DataLoader([make_episodes(tasks=2)], batch_size=None)
+    model = MAML(build("mlp"), 1.7e308, test_steps=5)
+    with pytest.warns(UserWarning, match="Losses of `test` tasks are not finite"):
+        trainer_in_double(tmp_path).test(model, loader, verbose=False)

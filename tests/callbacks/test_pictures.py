@@ -1,6 +1,7 @@
 """Pictures show what the model predicted, and are left out where there is nothing to show."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers.networks import build, make_episodes
-from helpers.trainers import on_device
+from helpers.trainers import on_device, trainer_in_double
 from lightning_maml import MAML, MLP, Episodes, ResampledEpisodes
 from lightning_maml.algorithms.metrics import Estimate
 from lightning_maml.callbacks import (
@@ -212,3 +213,33 @@ def test_loss_map_refuses_adaptation_that_does_not_move() -> None:
         loss_map(MAML(build("mlp"), test_steps=0), make_episodes(tasks=1), 5)
     with pytest.raises(ValueError, match="Expected `resolution` to be at least 2 but got 1"):
         LossMapPicture(resolution=1)
+
+
+class Doubled(torch.autograd.Function):
+    """Written in the older way, which ``torch.func`` does not take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 2 * gradient
+
+
+class Doubling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = build("mlp")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(Doubled.apply(x))
+
+
+@pytest.mark.parametrize(("network", "rate"), [(Doubling, 0.1), (lambda: build("mlp"), 1e200)])
+def test_a_map_that_fails_does_not_end_the_test(network: Any, rate: float, tmp_path: Path) -> None:
+    loader = DataLoader([make_episodes(tasks=2)], batch_size=None)
+    run = trainer_in_double(tmp_path, callbacks=[LossMapPicture(resolution=3)])
+    with pytest.warns(UserWarning, match="LossMapPicture draws nothing"):
+        run.test(MAML(network(), rate, test_steps=3), loader, verbose=False)
+    assert not [*tmp_path.rglob("loss_map.png")]
