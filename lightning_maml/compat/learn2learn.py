@@ -14,6 +14,7 @@ no number depends on, stay as they are.
 """
 
 from argparse import ArgumentParser
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -460,10 +461,11 @@ def _check_order(episodes: Episodes) -> None:
     """
     if episodes.support_y.is_floating_point():
         return
-    in_support, in_queries = (set(y.flatten().tolist()) for y in episodes[1::2])
-    if in_support != in_queries:
+    in_support, in_queries = (Counter(y.flatten().tolist()) for y in episodes[1::2])
+    are_even = all(len(set(counts.values())) == 1 for counts in (in_support, in_queries))
+    if in_support.keys() != in_queries.keys() or not are_even:
         raise UserValueError(
             "Expected the examples of a task class by class but got another order, in which the "
-            f"support set has the labels {sorted(in_support)} and the query set "
-            f"{sorted(in_queries)}; sort them by their labels."
+            f"support set has the labels {sorted(in_support.elements())} and the query set "
+            f"{sorted(in_queries.elements())}; sort them by their labels."
         )

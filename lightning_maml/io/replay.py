@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes
 from lightning_maml.batches.trees import map_tensors
 from lightning_maml.core.rng import set_random_state
-from lightning_maml.errors import UserValueError
+from lightning_maml.errors import UserError, UserValueError
 from lightning_maml.io.checkpoints import WholeCheckpoints, read_checkpoint
 
 _KINDS = {kind.__name__: kind for kind in (Episodes, ResampledEpisodes)}
@@ -90,10 +90,12 @@ def load_step(module: LightningModule, path: str | Path) -> tuple[AnyEpisodes, i
         tensors = map_tensors(lambda tensor: tensor.to(module.device), step["episodes"])
         episodes: AnyEpisodes = _KINDS[step["kind"]](*tensors)
     # a damaged file or another model may fail in any of these lines
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
+        # the words of an error of ours are in this one
+        cause = None if isinstance(error, UserError) else error
         raise UserValueError(
             f"Expected {path} to be a step that the same model saved but got another: {error}"
-        ) from error
+        ) from cause
     return episodes, step["epoch"]
 
 

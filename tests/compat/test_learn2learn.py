@@ -281,8 +281,12 @@ def test_networks_and_orders_that_would_give_other_numbers_are_refused() -> None
         LightningMAML(nn.Linear(4, 3), train_ways=3, test_ways=3),
         LightningANIL(nn.Linear(4, 5), nn.Linear(5, 3), train_ways=3, test_ways=3),
     ):
-        with pytest.raises(ValueError, match=r"class by class .* labels \[0\] and the query set"):
+        with pytest.raises(ValueError, match=r"class by class .* labels \[0, 0, 0\] and the query"):
             model.meta_learn(other_order, 0, **sizes)
+        # each class is in both sets, but not with as many examples
+        uneven = (x, torch.tensor([0, 1, 2, 0, 1, 2, 0, 2, 1, 0, 2, 1]))
+        with pytest.raises(ValueError, match=r"class by class .* labels \[0, 0, 1, 1, 1, 2\] and"):
+            model.meta_learn(uneven, 0, ways=3, shots=2, queries=2)
 
 
 class CheckpointedInTraining(Checkpointed):
