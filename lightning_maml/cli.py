@@ -9,12 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
-from lightning import Callback, LightningDataModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
     ArgsType,
-    LightningArgumentParser,
     LightningCLI,
     SaveConfigCallback,
 )
@@ -22,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_maml.algorithms.base import EpisodicModule
 from lightning_maml.algorithms.maml import MAML
@@ -255,22 +254,24 @@ def _settings(
         if isinstance(episodes, ResampledEpisodes)
         else None,
         probe_radius=model.probe_radius
-        or default_probe_radius(next(model.network.parameters()).dtype),
+        or default_probe_radius(p for p in model.network.parameters() if p.requires_grad),
         stepsize=stepsize,
         kinks=find_kinks(FunctionalNetwork(model.network, model.batch_norm), episodes),
     )
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the config of a run, without the checkpoint that it went on from.
+    """Saves the config of a training, without the checkpoint that it went on from.
 
     With it the config would test the weights from before that run.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
-        saved = config.clone()
-        saved.ckpt_path = None
-        super().__init__(parser, saved, **options)
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.config = self.config.clone()
+            self.config.ckpt_path = None
+        super().setup(trainer, pl_module, stage)
 
 
 class _CLI(LightningCLI):

@@ -74,3 +74,9 @@ def test_a_model_without_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     run(["fit", *arguments])
     run(["test", *arguments, "--ckpt_path=last"])
+
+
+def test_a_test_saves_the_checkpoint_that_it_took(trained: Path) -> None:
+    tested = run(["test", *SMALL, f"--ckpt_path={trained}"])
+    saved = yaml.safe_load((Path(tested.trainer.log_dir) / "config.yaml").read_text())
+    assert saved["ckpt_path"] == str(trained)

@@ -186,6 +186,7 @@ class AdaptingModule(CheckedModule):
             "cuda_graphs": cuda_graphs,
         }
         self._save_settings(settings)
+        self._made_with = settings
         inner_rates = self._rates_that_are_learned(inner_rates)
         adapt = self._part_that_adapts(adapt)
         params = adapting(network, adapt, head)
@@ -219,6 +220,13 @@ class AdaptingModule(CheckedModule):
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
         self._head_ends = True
+        self._at_first: dict[str, Any] = {
+            "inner_lr": inner_lr,
+            "train_steps": train_steps,
+            "test_steps": self.test_steps,
+            "adapt": adapt,
+            "head": head,
+        }
 
     def _rates_that_are_learned(self, inner_rates: InnerRatesName | None) -> InnerRatesName:
         """Return which inner rates are learned, by default as the class does."""
@@ -238,12 +246,12 @@ class AdaptingModule(CheckedModule):
 
     @inner_lr.setter
     def inner_lr(self, rate: InnerRate) -> None:
-        if self.learned_rates is not None:
+        if getattr(self, "learned_rates", None) is not None:
             raise UserValueError(
                 "Expected `inner_lr` to stay as the model was made, since its rates are learned, "
                 f"but got {rate}; write to `learned_rates`, or make another model."
             )
-        self._inner_lr = rate
+        self._inner_lr = _plain_rate(rate)
 
     def _part_that_adapts(self, adapt: Part | None) -> Part:
         """Return what adapts, unless that would make this another algorithm without a word."""
@@ -289,12 +297,18 @@ class AdaptingModule(CheckedModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the settings as they are now, which may have been changed on the model."""
+        now: dict[str, Any] = {"test_steps": self.test_steps}
+        # what is learned for each step and part goes with those that it was made for
+        if self.learned_rates is None and self.step_statistics is None:
+            now |= {"inner_lr": self.inner_lr, "train_steps": self.train_steps}
+            now |= {"adapt": self.adapted_part, "head": self.head}
+        changed = {name: value for name, value in now.items() if value != self._at_first[name]}
+        if "train_steps" in changed:  # on which test steps that are not given depend
+            changed["test_steps"] = self.test_steps
         saved = checkpoint.get("hyper_parameters", {})
-        saved.update({name: getattr(self, name) for name in _CHANGEABLE if name in saved})
-        if saved.get("test_steps") or self.test_steps != self.train_steps:
-            saved["test_steps"] = self.test_steps
-        if saved.get("adapt") or self.adapted_part != self.default_adapt:
-            saved["adapt"] = self.adapted_part
+        # not what a subclass saves under such a name
+        ours = {name for name in saved if saved[name] == self._made_with.get(name)}
+        saved.update({name: value for name, value in changed.items() if name in ours})
         super().on_save_checkpoint(checkpoint)
 
     @override
@@ -538,9 +552,6 @@ class AdaptingModule(CheckedModule):
         rates: InnerRates = self.learned_rates(names)
         return rates
 
-
-_CHANGEABLE = ("inner_lr", "train_steps", "head", "probe_radius", "proximal_strength", "cg_steps")
-"""Settings that may be changed on a model, and are saved as they are then."""
 
 _READ_BY_A_STEP = (
     "logits",

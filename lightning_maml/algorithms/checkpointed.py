@@ -138,7 +138,7 @@ class CheckpointedModule(LightningModule):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            if not (differing := _differences(state_dict, self)):
+            if not (differing := _differences(state_dict, self, strict)):
                 raise
             raise UserRuntimeError(
                 f"Expected weights of such a model but {differing}; make network and model as they "
@@ -184,18 +184,20 @@ class CheckpointedModule(LightningModule):
             self._resume.continue_random_numbers(self.device)
 
 
-def _differences(theirs: Mapping[str, Any], model: LightningModule) -> str:
-    """Return the first weights that differ in name or shape; "" if none do."""
-    shapes = [
+def _differences(theirs: Mapping[str, Any], model: LightningModule, strict: bool) -> str:
+    """Return the first weights that differ in shape or, if strict, in name; "" if none do."""
+    there, here = (
         {name: list(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
         for weights in (theirs, model.state_dict())
-    ]
-    there, here = shapes
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    )
+    names = [name for name in there.keys() & here.keys() if there[name] != here[name]]
+    if strict:
+        names += there.keys() ^ here.keys()
     if not names:
         return ""
+    order = [*{**here, **there}]
     found = [
         f"{name!r} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-        for name in names[:3]
+        for name in sorted(names, key=order.index)[:3]
     ]
     return f"{len(names)} differ: {', '.join(found)}{', ...' if len(names) > 3 else ''}"

@@ -61,7 +61,7 @@ class LoaderFigures:
             if not estimate.mean.isfinite().all():
                 rank_zero_warn(
                     f"Losses of `{stage}` tasks are not finite, and their accuracies mean nothing; "
-                    "lower `inner_lr` or `test_steps`."
+                    "where there is an inner loop, lower `inner_lr` or `test_steps`."
                 )
             names = ("loss", "accuracy")[: estimate.mean.shape[-1]]
             beside: dict[str, Tensor] = {}

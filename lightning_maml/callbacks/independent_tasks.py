@@ -74,11 +74,13 @@ class IndependentTasks:
             if self._stream is None:
                 # a resumed run skips those that were drawn before
                 self._stream = islice(_repeated(self._episodes), self.drawn, None)
-            episodes = even_meta_batch(next(self._stream))
+            episodes = next(self._stream)
         self.drawn += 1
         converted = trainer.precision_plugin.convert_input(episodes)
         ready = trainer.lightning_module._on_before_batch_transfer(converted, dataloader_idx=0)
-        on_device: AnyEpisodes = trainer.strategy.batch_to_device(ready)
+        # arrays become tensors here, which are yet to be converted
+        converted = trainer.precision_plugin.convert_input(even_meta_batch(ready))
+        on_device: AnyEpisodes = trainer.strategy.batch_to_device(converted)
         return on_device
 
 

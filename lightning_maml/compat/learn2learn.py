@@ -459,7 +459,7 @@ def _check_order(episodes: Episodes) -> None:
     Raises:
         ValueError: If they come in another order.
     """
-    if episodes.support_y.is_floating_point():
+    if episodes.support_y.is_floating_point() or episodes.support_y.ndim > 2:
         return
     in_support, in_queries = (Counter(y.flatten().tolist()) for y in episodes[1::2])
     are_even = all(len(set(counts.values())) == 1 for counts in (in_support, in_queries))

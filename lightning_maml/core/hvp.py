@@ -3,6 +3,7 @@
 One signature, and three ways to compute the product.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Literal, Protocol
 
@@ -67,9 +68,7 @@ def finite_difference(
         The product, with an error of the order of ``h^2``.
     """
     like = next(iter(w.values()))
-    h = probe_radius
-    if h is None:  # that of the coarsest type
-        h = max(default_probe_radius(dtype) for dtype in {p.dtype for p in w.values()})
+    h = default_probe_radius(w.values()) if probe_radius is None else probe_radius
     objective.draw(w)  # it is next evaluated beside w
     unit, size = objective.axis.vmap(_unit)(v)
     # a difference of nearby gradients has no digits to spare
@@ -85,12 +84,12 @@ def _unit(v: Params) -> tuple[Params, Tensor]:
     return scale(1 / torch.where(size > 0, size, 1), v), size
 
 
-def default_probe_radius(dtype: torch.dtype) -> float:
-    """Return the cube root of the machine epsilon of ``dtype``.
+def default_probe_radius(params: Iterable[Tensor]) -> float:
+    """Return the cube root of the machine epsilon of the coarsest type among parameters.
 
     There a central difference errs least on smooth functions of unit scale.
     """
-    radius: float = torch.finfo(dtype).eps ** (1 / 3)
+    radius: float = max(torch.finfo(dtype).eps for dtype in {p.dtype for p in params}) ** (1 / 3)
     return radius
 
 

@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from types import CellType, FunctionType
 from typing import Any
@@ -96,21 +96,21 @@ def copy_in_mode(network: nn.Module, *, training: bool) -> nn.Module:
         _check_that_modes_keep_tensors(network)
         facts.modes_keep_tensors = True
     copied = structural_copy(network)
-    return copied.train() if training else copied.eval()
+    return copied.train(True) if training else copied.eval()
 
 
 def _check_that_modes_keep_tensors(network: nn.Module) -> None:
     if not any(_has_own_modes(module) for module in network.modules()):
         return
     copied = deep_copy(network)
-    before = {name: tensor.clone() for name, tensor in _tensors_of(copied).items()}
+    named = chain(copied.named_parameters(), copied.named_buffers())
+    before = [(name, tensor, tensor.clone()) for name, tensor in named if not is_lazy(tensor)]
     for training in (not network.training, network.training):
-        copied.train() if training else copied.eval()
-        now = _tensors_of(copied)
-        changed = [name for name, old in before.items() if not _is_equal(now.get(name), old)]
+        copied.train(True) if training else copied.eval()
+        changed = [name for name, tensor, old in before if not _is_equal(tensor, old)]
         if changed:
             raise UserValueError(
-                "Expected a network whose train() and eval() leave its tensors as they are but "
+                "Expected train() and eval() to leave the tensors of a network as they are but "
                 f"they change {changed}, which copies in another mode share with it; leave such "
                 "merging and swapping out (loralib: merge_weights=False), or do it by hand after "
                 "training."
@@ -122,15 +122,11 @@ def _has_own_modes(module: nn.Module) -> bool:
     return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
 
 
-def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
-    named = chain(network.named_parameters(), network.named_buffers())
-    return {name: tensor for name, tensor in named if not is_lazy(tensor)}
-
-
-def _is_equal(now: Tensor | None, before: Tensor) -> bool:
-    if now is None or now.shape != before.shape or now.dtype != before.dtype:
-        return False
-    return torch.equal(now.nan_to_num(), before.nan_to_num())
+def _is_equal(now: Tensor, before: Tensor) -> bool:
+    try:
+        return torch.equal(now.nan_to_num(), before.nan_to_num())
+    except (NotImplementedError, RuntimeError):  # types that torch does not compare
+        return now.shape == before.shape
 
 
 def _complete(copied: nn.Module, network: nn.Module, memo: dict[int, Any]) -> None:
@@ -139,14 +135,12 @@ def _complete(copied: nn.Module, network: nn.Module, memo: dict[int, Any]) -> No
     Those of ``torch.fx`` lose their hooks and what was added to them, and with torchvision's
     feature extractors evaluation mode too.
     """
-    kinds: set[Any] = {type(module) for module in network.modules()}
-    if not any(map(_copies_itself, kinds)):
+    if not any(map(_copies_itself, {type(module) for module in network.modules()})):
         return
     copies = dict(copied.named_modules())
     for name, module in network.named_modules():
         twin = copies.get(name)
-        kind: Any = type(module)
-        if twin is None or not _copies_itself(kind):
+        if twin is None or not _copies_itself(type(module)):
             continue
         attributes = twin.__dict__
         for key, value in vars(module).items():
@@ -158,11 +152,16 @@ def _complete(copied: nn.Module, network: nn.Module, memo: dict[int, Any]) -> No
                 attributes[key] = value
         if twin.training != module.training:
             twin.train(module.training)
+    # that may have set the modes of all parts, too
+    for name, module in network.named_modules():
+        if name in copies and copies[name].training != module.training:
+            copies[name].training = module.training
 
 
-@cache
-def _copies_itself(kind: Any) -> bool:
+def _copies_itself(kind: type) -> bool:
     """Return whether a class of modules defines for itself how it is copied."""
+    if kind.__module__.startswith("torch.nn."):  # which are copied whole
+        return False
     if issubclass(kind, torch.jit.ScriptModule | OptimizedModule):
         return False
     names = ("__deepcopy__", "__reduce_ex__", "__getstate__", "__setstate__")

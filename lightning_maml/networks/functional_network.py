@@ -605,7 +605,8 @@ def _check_modes(network: nn.Module, before: Mapping[str, bool], policy: str) ->
 
 def _is_in_one_place(p: Tensor) -> bool:
     # on a GPU recurrent layers move their weights into one block
-    return p.layout == torch.strided and p.device.type == "cpu"
+    is_plain = type(p) in (Tensor, nn.Parameter)
+    return is_plain and p.layout == torch.strided and p.device.type == "cpu"
 
 
 def _has_reentrant_checkpoints(outputs: Any) -> bool:

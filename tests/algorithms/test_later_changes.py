@@ -493,3 +493,36 @@ def test_learned_rates_are_not_changed_by_where_they_started() -> None:
     with pytest.raises(UserValueError, match="its rates are learned"):
         model.inner_lr = 2 * RATE
     assert model.inner_lr == RATE
+
+
+class Own(MAML):
+    """Saves arguments of its own, under names of the library's."""
+
+    def __init__(self, width: int, head: str = "linear", inner_lr: float = 0.2) -> None:
+        network = MLP(4, 3, hidden=(width,), activation="tanh")
+        super().__init__(network.double(), inner_lr=inner_lr / 2)
+        self.save_hyperparameters()
+
+
+def saved_and_loaded(model: MAML, folder: Path, **arguments: Any) -> MAML:
+    run = trainer_in_double(folder)
+    run.fit(model, DataLoader([vectors()], batch_size=None))
+    run.save_checkpoint(folder / "model.ckpt")
+    return type(model).load_from_checkpoint(folder / "model.ckpt", **arguments)
+
+
+def test_arguments_of_a_subclass_are_saved_as_they_are(tmp_path: Path) -> None:
+    model = Own(5, head="cosine")
+    model.train_steps = 2
+    loaded = saved_and_loaded(model, tmp_path)
+    assert loaded.inner_lr == 0.1
+    assert loaded.hparams["head"] == "cosine"
+
+
+def test_learned_rates_are_loaded_though_steps_were_changed(tmp_path: Path) -> None:
+    network = MLP(4, 3, hidden=(5,), activation="tanh").double()
+    model = LSLR(network, RATE, 3)
+    model.train_steps = 2
+    loaded = saved_and_loaded(model, tmp_path, network=copy.deepcopy(network))
+    assert loaded.train_steps == 3
+    assert loaded.learned_rates.state_dict().keys() == model.learned_rates.state_dict().keys()

@@ -113,6 +113,47 @@ def test_meta_gradients_are_those_of_the_network(made: str, tasks: Any) -> None:
     assert relative_error(found, unrolled_on_itself(network)) < 1e-12
 
 
+class Rebuilt(nn.Sequential):
+    """Is built anew when it is copied."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, WAYS))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rebuilt":
+        copied = Rebuilt().to(self[0].weight.dtype)
+        for module, twin in zip(self, copied, strict=True):
+            twin._parameters = {name: memo[id(p)] for name, p in module._parameters.items()}
+        return copied
+
+
+def test_parts_of_what_copies_itself_keep_their_modes() -> None:
+    network = seeded(Rebuilt)
+    network[2].eval()
+    found = MAML(network, RATE, STEPS).meta_gradient(points())
+    assert relative_error(found, unrolled_on_itself(network)) < 1e-12
+    assert network.training
+
+
+class WithCache(nn.Linear):
+    """Forgets in training what it keeps in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__(8, WAYS)
+        self.register_buffer("cache", torch.ones(2))
+        self.register_buffer("coarse", torch.ones(2).to(torch.float8_e4m3fn))
+
+    def train(self, mode: bool = True) -> "WithCache":
+        super().train(mode)
+        self.cache = None
+        return self
+
+
+def test_buffers_that_are_replaced_and_of_rare_types_are_no_writes() -> None:
+    network = seeded(WithCache).train()
+    found = MAML(network, RATE, STEPS).meta_gradient(points())
+    assert relative_error(found, unrolled_on_itself(network)) < 1e-12
+
+
 def test_an_extractor_is_in_evaluation_mode_in_evaluation() -> None:
     network = seeded(Extracted)
     model = MAML(network, RATE, STEPS).eval()
@@ -170,7 +211,7 @@ def test_weights_that_change_with_the_mode_are_refused(
 ) -> None:
     network = nn.Sequential(layer(), nn.Tanh(), nn.Linear(8, WAYS)).double()
     before = copy.deepcopy(network.state_dict())
-    with pytest.raises(UserValueError, match=r"train\(\) and eval\(\) leave its tensors"):
+    with pytest.raises(UserValueError, match=r"train\(\) and eval\(\) to leave the tensors"):
         USES[use](algorithm(network))
     assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
 
