@@ -220,13 +220,6 @@ class AdaptingModule(CheckedModule):
             self._check_that_it_compiles()
         self._compiler = Compiler() if compiled else None
         self._head_ends = True
-        self._at_first: dict[str, Any] = {
-            "inner_lr": inner_lr,
-            "train_steps": train_steps,
-            "test_steps": self.test_steps,
-            "adapt": adapt,
-            "head": head,
-        }
 
     def _rates_that_are_learned(self, inner_rates: InnerRatesName | None) -> InnerRatesName:
         """Return which inner rates are learned, by default as the class does."""
@@ -302,12 +295,17 @@ class AdaptingModule(CheckedModule):
         if self.learned_rates is None and self.step_statistics is None:
             now |= {"inner_lr": self.inner_lr, "train_steps": self.train_steps}
             now |= {"adapt": self.adapted_part, "head": self.head}
-        changed = {name: value for name, value in now.items() if value != self._at_first[name]}
+        made = self._made_with
+        at_first = made | {
+            "test_steps": made["train_steps"] if made["test_steps"] is None else made["test_steps"],
+            "adapt": self.default_adapt if made["adapt"] is None else made["adapt"],
+        }
+        changed = {name: value for name, value in now.items() if value != at_first[name]}
         if "train_steps" in changed:  # on which test steps that are not given depend
             changed["test_steps"] = self.test_steps
         saved = checkpoint.get("hyper_parameters", {})
         # not what a subclass saves under such a name
-        ours = {name for name in saved if saved[name] == self._made_with.get(name)}
+        ours = {name for name in saved if saved[name] == made.get(name)}
         saved.update({name: value for name, value in changed.items() if name in ours})
         super().on_save_checkpoint(checkpoint)
 

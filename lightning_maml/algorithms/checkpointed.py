@@ -122,6 +122,7 @@ class CheckpointedModule(LightningModule):
         Raises:
             ValueError: If ``strict`` and the loss that they were saved with has weights that this
                 model's has not, or the reverse.
+            RuntimeError: If other weights differ in shape or, if ``strict``, in name.
         """
         theirs, ours = (
             {name for name in names if name.startswith(("loss.", "support_loss."))}

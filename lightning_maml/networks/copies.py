@@ -103,6 +103,10 @@ def _check_that_modes_keep_tensors(network: nn.Module) -> None:
     if not any(_has_own_modes(module) for module in network.modules()):
         return
     copied = deep_copy(network)
+    # LoRA starts from zeros and averages from the weights themselves, so at first nothing changes
+    for p in copied.parameters():
+        if p.requires_grad and not is_lazy(p):
+            p.data = p.data + 0.01
     named = chain(copied.named_parameters(), copied.named_buffers())
     before = [(name, tensor, tensor.clone()) for name, tensor in named if not is_lazy(tensor)]
     for training in (not network.training, network.training):

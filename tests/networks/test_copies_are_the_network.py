@@ -168,7 +168,7 @@ class Merging(nn.Linear):
     def __init__(self) -> None:
         super().__init__(8, 8)
         self.a = nn.Parameter(torch.randn(2, 8))
-        self.b = nn.Parameter(torch.randn(8, 2))
+        self.b = nn.Parameter(torch.zeros(8, 2))
         self.weight.requires_grad_(False)
         self.merged = False
 
@@ -189,7 +189,7 @@ class Swapping(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(8, 8)
-        self.average = torch.zeros(8, 8, dtype=torch.float64)
+        self.average = self.weight.data.double()
 
     def train(self, mode: bool = True) -> "Swapping":
         super().train(mode)
