@@ -140,7 +140,7 @@ class WithCache(nn.Linear):
     def __init__(self) -> None:
         super().__init__(8, WAYS)
         self.register_buffer("cache", torch.ones(2))
-        self.register_buffer("coarse", torch.ones(2).to(torch.float8_e4m3fn))
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
 
     def train(self, mode: bool = True) -> "WithCache":
         super().train(mode)
