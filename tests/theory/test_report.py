@@ -270,7 +270,8 @@ def constants_of(output: str) -> list[str]:
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         SystemExit,
-        match="lightning-maml: Expected `ckpt_path` to be a checkpoint but there is no file",
+        match=r"lightning-maml: Expected `ckpt_path` to be 'last' or the path of a checkpoint but "
+        r"there is no '.*none\.ckpt'; those of a run are in its folder `checkpoints`",
     ):
         main(
             [
