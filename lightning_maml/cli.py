@@ -282,7 +282,7 @@ class _CLI(LightningCLI):
         """Let command-line values override the checkpoint's, unlike Lightning."""
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint, and warn if it was trained with other arguments than these."""
+        """Find the checkpoint; warn if there is none, or it was trained with other arguments."""
         command = self.config[self.config.subcommand]
         if command.get("ckpt_path") == "last":
             folder = Path(command.trainer.default_root_dir or "runs")
@@ -294,6 +294,12 @@ class _CLI(LightningCLI):
             command.ckpt_path = str(last)
         path = command.get("ckpt_path")
         if path is None:
+            if self.config.subcommand in ("validate", "test", "predict"):
+                rank_zero_warn(
+                    "Without `ckpt_path` the model is run with the weights that it is made with, "
+                    "untrained unless the network loads its own; --ckpt_path=last takes those of "
+                    "the last training."
+                )
             return
         is_address = "://" in path or path.startswith("registry") or path == "hpc"
         if not path or not (is_address or Path(path).exists()):

@@ -80,3 +80,21 @@ def test_a_test_saves_the_checkpoint_that_it_took(trained: Path) -> None:
     tested = run(["test", *SMALL, f"--ckpt_path={trained}"])
     saved = yaml.safe_load((Path(tested.trainer.log_dir) / "config.yaml").read_text())
     assert saved["ckpt_path"] == str(trained)
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_model_without_a_checkpoint_is_said_to_be_untrained(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="untrained unless the network loads its own"):
+        run([command, *SMALL])
+
+
+@pytest.mark.parametrize("command", ["fit", "check"])
+def test_what_needs_no_checkpoint_does_not_warn_without_one(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run([command, *SMALL])
+    assert not [warned for warned in recwarn if "Without `ckpt_path`" in str(warned.message)]

@@ -192,6 +192,12 @@ class AdaptingModule(CheckedModule):
         params = adapting(network, adapt, head)
         if lines := frozen_that_fit(network, adapt):
             rank_zero_warn(f"In `adapt`, {'; '.join(lines)}.")
+        if hooked := [name for name, parameter in params.items() if parameter._backward_hooks]:
+            rank_zero_warn(
+                f"The hooks of the parameters {hooked} see the meta-gradient only, because inner "
+                "steps adapt copies; what is to hold in every step, such as a mask, belongs in "
+                "the network's forward pass."
+            )
         _check_rates(network, params, inner_lr)
         self._inner_lr: InnerRate = inner_lr
         self.inner_optimizer = inner_optimizer

@@ -100,8 +100,9 @@ class TrainingPictures(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add up this process's training figures, on the device; skipped steps have none."""
-        if outputs:
-            metrics = trainer.callback_metrics
+        metrics = trainer.callback_metrics
+        # a bare-bones trainer logs nothing, and a subclass of the module may log other figures
+        if outputs and "train/loss" in metrics:
             name = "accuracy" if "train/accuracy" in metrics else "loss"
             self._sum = self._sum + metrics[f"train/{name}"].detach()
             self._steps += 1

@@ -98,6 +98,19 @@ def test_history_has_the_figures_of_validation_and_training(tmp_path: Path) -> N
     assert sorted(file.name for file in tmp_path.glob("*.png")) == ["learning.png"]
 
 
+def test_a_trainer_that_logs_nothing_goes_without_pictures(tmp_path: Path) -> None:
+    run = Trainer(
+        barebones=True,
+        **on_device(),
+        default_root_dir=tmp_path,
+        max_epochs=2,
+        callbacks=[TrainingPictures()],
+    )
+    run.fit(module(), loader(TRAIN), loader(VAL))
+    assert run.global_step == 2 * len(TRAIN)
+    assert not [*tmp_path.rglob("*.png")]
+
+
 def test_draw_learning_shows_the_lines_and_the_confidence_interval() -> None:
     figure = draw_learning(
         [Validation(10, 0.5, 0.1, 0.2, 0.6), Validation(20, 0.7, 0.05, 0.25, 0.8)], "accuracy"

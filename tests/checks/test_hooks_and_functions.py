@@ -82,6 +82,19 @@ def test_tasks_with_hooks_on_tensors_are_not_stacked_even_if_the_hooks_do_nothin
         MAML(seeded(Clipping), RATE, STEPS, tasks="vmap").meta_loss(points())
 
 
+def test_hooks_of_parameters_that_adapt_are_said_to_miss_the_inner_steps() -> None:
+    network = seeded(Plain)
+    network.head.weight.register_hook(torch.zeros_like)
+    model = MAML(network, RATE, STEPS, adapt=["body"])  # the head does not adapt
+    with pytest.warns(UserWarning, match=r"hooks of the parameters \['head.weight'\] see the meta"):
+        model = MAML(network, RATE, STEPS)
+    model.meta_loss(points()).backward()
+    assert network.head.weight.grad is not None
+    assert not network.head.weight.grad.any()  # the meta-gradient is what the hook returns
+    adapted = model.adapt(points().support_x[0], points().support_y[0])
+    assert not torch.equal(adapted.head.weight, network.head.weight)  # inner steps are not
+
+
 class CallingAFunction(Plain):
     """Calls a function that writes to a buffer and drops out in training, which it reaches in one
     of several ways."""

@@ -175,10 +175,11 @@ def quartic_minimum(steps: int) -> Tensor:
     objective = partial(quartic_meta_objective, steps=steps)
     w = Quartic().w.detach()
     for _ in range(60):
-        w = w - torch.linalg.solve(torch.func.hessian(objective)(w), torch.func.grad(objective)(w))
-    if not torch.func.grad(objective)(w).norm() < 1e-12:
-        raise ArithmeticError("Expected Newton's method to reach the minimum but it did not.")
-    return w
+        gradient = torch.func.grad(objective)(w)
+        if gradient.norm() < 1e-12:
+            return w
+        w = w - torch.linalg.solve(torch.func.hessian(objective)(w), gradient)
+    raise ArithmeticError("Expected Newton's method to reach the minimum but it did not.")
 
 
 def quartic_smoothness(w: Tensor, steps: int) -> float:
