@@ -195,7 +195,9 @@ class EpisodicDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[AnyEpisodes]:
         """Return the training episodes.
 
-        They are fresh ones in every epoch; with the trainer's ``overfit_batches`` the same ones.
+        They are fresh ones in every epoch; with the trainer's ``overfit_batches`` the same ones. In
+        a loop of your own, make the loader once: each time it is gone through it gives fresh tasks,
+        while a new loader begins with the first epoch's.
         """
         overfit = False
         if self.trainer is not None:
@@ -337,7 +339,7 @@ class EpisodicDataModule(LightningDataModule):
     def _dataset(self, split: str) -> TaskDataset:
         # attributes may be set between two runs
         sizes = self._task_sizes(split)
-        setting = sizes, self.rotations, self.seed, self.small_classes
+        setting = sizes, self.rotations, self.seed, self.small_classes, self._read_by()
         made_for, dataset = self._datasets.get(split, (None, None))
         if dataset is None or made_for != setting:
             # images are read and drawn on the CPU, whatever torch's default device
@@ -345,6 +347,10 @@ class EpisodicDataModule(LightningDataModule):
                 dataset = self._task_dataset(split, sizes)
             self._datasets[split] = setting, dataset
         return dataset
+
+    def _read_by(self) -> tuple[Any, ...]:
+        """Return the settings by which a subclass reads images and divides classes."""
+        return ()
 
     def _task_sizes(self, split: str) -> TaskSizes:
         if split != "train":

@@ -13,10 +13,12 @@ from torchvision.datasets.utils import (
     download_and_extract_archive,
     extract_archive,
 )
+from typing_extensions import override
 
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.images.pickles import read_entries, whole_numbers
 from lightning_maml.datamodules.messages import first_five, say_what_was_found
+from lightning_maml.datamodules.remembered import Remembered
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.errors import UserFileNotFoundError, UserValueError, check_truth
 
@@ -47,7 +49,7 @@ class _CIFAR100DataModule(EpisodicDataModule):
         self.root = Path(root).expanduser()
         check_truth(download=download)
         self._download = download
-        self._read: CIFAR100Images | None = None
+        self._read: Remembered[CIFAR100Images] = Remembered()
 
     def prepare_data(self) -> None:
         """Download or unpack the archive, unless the files are there."""
@@ -79,9 +81,11 @@ class _CIFAR100DataModule(EpisodicDataModule):
         return ClassImages(images.pixels, [images.rows[name] for name in names], names)
 
     def _images(self) -> "CIFAR100Images":
-        if self._read is None:
-            self._read = read_cifar100(self.root)
-        return self._read
+        return self._read(self.root, lambda: read_cifar100(self.root))
+
+    @override
+    def _read_by(self) -> tuple[Any, ...]:
+        return (self.root,)
 
 
 class CIFARFSDataModule(_CIFAR100DataModule):

@@ -5,10 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.images.files import CachedImageFiles, OnCorrupt, check_on_corrupt
 from lightning_maml.datamodules.images.folders import list_class_folders
 from lightning_maml.datamodules.messages import first_five, say_what_was_found
+from lightning_maml.datamodules.remembered import Remembered
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.errors import UserFileNotFoundError, UserValueError
 
@@ -67,7 +70,7 @@ class CUBDataModule(EpisodicDataModule):
         self.root = Path(root).expanduser()
         self.image_size = image_size
         self.on_corrupt: OnCorrupt = on_corrupt
-        self._found: tuple[CachedImageFiles, dict[str, list[Path]]] | None = None
+        self._found: Remembered[tuple[CachedImageFiles, dict[str, list[Path]]]] = Remembered()
 
     def prepare_data(self) -> None:
         """Decode the images, unless there is a cache of exactly these files."""
@@ -88,19 +91,24 @@ class CUBDataModule(EpisodicDataModule):
         files, species = self._find()
         return files.read(split_species(species)[split])
 
+    @override
+    def _read_by(self) -> tuple[Any, ...]:
+        return self.root, self.image_size, self.on_corrupt
+
     def _find(self) -> tuple[CachedImageFiles, dict[str, list[Path]]]:
-        if self._found is None:
-            folder = find_birds(self.root)
-            species = list_species(folder)
-            files = CachedImageFiles(
-                species,
-                folder / f"cub_{self.image_size}.pt",
-                size=self.image_size,
-                on_corrupt=self.on_corrupt,
-                description="Decoding CUB-200-2011 once",
-            )
-            self._found = files, species
-        return self._found
+        return self._found(self._read_by(), self._find_now)
+
+    def _find_now(self) -> tuple[CachedImageFiles, dict[str, list[Path]]]:
+        folder = find_birds(self.root)
+        species = list_species(folder)
+        files = CachedImageFiles(
+            species,
+            folder / f"cub_{self.image_size}.pt",
+            size=self.image_size,
+            on_corrupt=self.on_corrupt,
+            description="Decoding CUB-200-2011 once",
+        )
+        return files, species
 
 
 def split_species(names: Iterable[str]) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """Episodes of any dataset with labels."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from typing_extensions import override
 
 from lightning_maml.datamodules.base import EpisodicDataModule, splits_of
 from lightning_maml.datamodules.class_splits import (
@@ -21,6 +22,7 @@ from lightning_maml.datamodules.class_splits import (
 )
 from lightning_maml.datamodules.images.files import UnsuitableImage, pixels
 from lightning_maml.datamodules.origins import Label, Origin, Source, origins, source
+from lightning_maml.datamodules.remembered import Remembered
 from lightning_maml.datamodules.sampler import ClassImages, check_seed
 from lightning_maml.errors import UserTypeError, UserValueError
 
@@ -109,7 +111,7 @@ class FewShotDataModule(EpisodicDataModule):
                 )
         self.image_size, self.image_key, self.label_key = image_size, image_key, label_key
         self.shares, self.split_seed = shares, split_seed
-        self._read_splits: dict[str, LabelledImages] = {}
+        self._read_splits: Remembered[dict[str, LabelledImages]] = Remembered()
 
     def setup(self, stage: str | None = None) -> None:
         """Read the splits that a stage needs, and check them.
@@ -137,14 +139,19 @@ class FewShotDataModule(EpisodicDataModule):
 
     def _read(self, name: str) -> ClassImages:
         """Return the images of a dataset, after a check that it shares no class with the others."""
-        if name not in self._read_splits:
-            read = read_dataset(
-                self._datasets_of[name], name, self.image_size, self.image_key, self.label_key
-            )
-            for other, read_before in self._read_splits.items():
+        of_items = self.image_size, self.image_key, self.label_key
+        splits = self._read_splits(of_items, dict)
+        if name not in splits:
+            read = read_dataset(self._datasets_of[name], name, *of_items)
+            for other, read_before in splits.items():
                 _check_no_shared_class({other: read_before, name: read})
-            self._read_splits[name] = read
-        return self._read_splits[name].images
+            splits[name] = read
+        return splits[name].images
+
+    @override
+    def _read_by(self) -> tuple[Any, ...]:
+        of_items = self.image_size, self.image_key, self.label_key
+        return *of_items, *self.shares, self.split_seed
 
 
 class LabelledImages(NamedTuple):
@@ -201,8 +208,11 @@ def read_dataset(
         raise UserValueError(f"Expected `{name}` to hold images but it is empty.")
     images, labels = _read_items(dataset, name, image_size, image_key, label_key)
     _warn_of_random_items(dataset, images, image_size, image_key, label_key)
-    values, classes = np.unique(np.array(labels), return_inverse=True)
-    members = [np.flatnonzero(classes == number) for number in range(len(values))]
+    rows_of: dict[Label, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows_of.setdefault(label, []).append(row)
+    values = _in_order(rows_of, name)
+    members = [np.array(rows_of[value]) for value in values]
     sources = [source(dataset, number) for number in range(len(dataset))]
     _check_different(sources, labels, name)
 
@@ -210,11 +220,26 @@ def read_dataset(
         which = f"item {number} of {type(holder).__name__}"
         return _label(_item(holder[number], which, image_key, label_key)[1], which)
 
-    members_of_label = dict(zip(values.tolist(), members, strict=True))
+    members_of_label = dict(zip(values, members, strict=True))
     names = _names(dataset, name, sources, members_of_label, label_key)
     return LabelledImages(
         ClassImages(images, members, names), origins(sources, labels, members, label_at)
     )
+
+
+def _in_order(labels: Iterable[Label], name: str) -> list[Label]:
+    """Return labels in their order; numbers and strings have none among each other.
+
+    Raises:
+        ValueError: If there are both.
+    """
+    kinds = {isinstance(label, str): label for label in labels}
+    if len(kinds) > 1:
+        raise UserValueError(
+            f"Expected the labels of `{name}` to be whole numbers, or else strings, but got both, "
+            f"{kinds[False]!r} and {kinds[True]!r}; make them all the same."
+        )
+    return sorted(labels)
 
 
 def _check_different(sources: Sequence[Source], labels: Sequence[Label], name: str) -> None:
@@ -295,7 +320,7 @@ def _names(
     or else the label.
 
     Raises:
-        ValueError: If a concatenation merges classes of different names.
+        ValueError: If a concatenation merges classes of different names, or images have no class.
     """
     own = _class_names(dataset, label_key)
     # what may give an item another label may also give its class another name
@@ -312,6 +337,13 @@ def _names(
             found = sorted({_name(label, of_original.get(each, ())) for each in originals})
             if len(originals) > 1 and not any(of_original.get(each) for each in originals):
                 merged.append(label)
+        has_names = own or any(of_original.get(id(sources[row].dataset)) for row in rows)
+        if has_names and isinstance(label, int) and label < 0:
+            raise UserValueError(
+                f"Expected a class for every image of `{which}` but {len(rows)} have the label "
+                f"{label}, for which it has no class name; leave them out, by "
+                "torch.utils.data.Subset for instance."
+            )
         if len(found) > 1:
             raise UserValueError(
                 f"Expected label {label} to be one class in all parts of `{which}` but it is "

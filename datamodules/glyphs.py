@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.sampler import ClassImages, check_seed
@@ -65,6 +66,10 @@ class GlyphsDataModule(EpisodicDataModule):
         super().__init__(meta_batch_size=meta_batch_size, train_batches=train_batches, **options)
         check_seed("glyph_seed", glyph_seed)
         self.glyph_seed = glyph_seed
+
+    @override
+    def _read_by(self) -> tuple[Any, ...]:
+        return self.image_size, self.glyph_seed
 
     def class_images(self, split: str) -> ClassImages:
         """Draw the characters of a split."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
 
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.class_splits import (
@@ -22,6 +23,7 @@ from lightning_maml.datamodules.images.folders import (
     split_of,
     subfolders,
 )
+from lightning_maml.datamodules.remembered import Remembered
 from lightning_maml.datamodules.sampler import ClassImages, check_seed
 from lightning_maml.errors import UserFileNotFoundError, UserValueError
 
@@ -108,7 +110,7 @@ class ImageFolderDataModule(EpisodicDataModule):
         self.shares, self.split_seed = shares, split_seed
         self.on_corrupt: OnCorrupt = on_corrupt
         self.class_level = class_level
-        self._found: tuple[CachedImageFiles, Tree] | None = None
+        self._found: Remembered[tuple[CachedImageFiles, Tree]] = Remembered()
 
     @property
     def cache_file(self) -> Path:
@@ -135,19 +137,25 @@ class ImageFolderDataModule(EpisodicDataModule):
         files, tree = self._find()
         return files.read(tree.splits[split])
 
+    @override
+    def _read_by(self) -> tuple[Any, ...]:
+        division = *self.shares, self.split_seed, self.class_level
+        return self.root, self.image_size, self.on_corrupt, division
+
     def _find(self) -> tuple[CachedImageFiles, "Tree"]:
-        if self._found is None:
-            tree = find_tree(self.root, self.shares, self.split_seed, self.class_level)
-            _check_links(tree.classes)
-            files = CachedImageFiles(
-                tree.classes,
-                self.cache_file,
-                size=self.image_size,
-                on_corrupt=self.on_corrupt,
-                description=f"Decoding {self.root.name} once",
-            )
-            self._found = files, tree
-        return self._found
+        return self._found(self._read_by(), self._find_now)
+
+    def _find_now(self) -> tuple[CachedImageFiles, "Tree"]:
+        tree = find_tree(self.root, self.shares, self.split_seed, self.class_level)
+        _check_links(tree.classes)
+        files = CachedImageFiles(
+            tree.classes,
+            self.cache_file,
+            size=self.image_size,
+            on_corrupt=self.on_corrupt,
+            description=f"Decoding {self.root.name} once",
+        )
+        return files, tree
 
 
 class Tree(NamedTuple):

@@ -6,10 +6,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torchvision
+from typing_extensions import override
 
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.images.cache import DecodedImages, read_cache, write_cache
 from lightning_maml.datamodules.images.files import decode, rows_of_classes
+from lightning_maml.datamodules.remembered import Remembered
 from lightning_maml.datamodules.sampler import ClassImages, Rotations, check_seed
 from lightning_maml.errors import UserFileNotFoundError, UserValueError, check_truth
 
@@ -104,7 +106,7 @@ class OmniglotDataModule(EpisodicDataModule):
         self.split, self.split_seed = split, split_seed
         check_truth(download=download)
         self._download = download
-        self._decoded: DecodedImages | None = None
+        self._decoded: Remembered[DecodedImages] = Remembered()
 
     @property
     def cache_file(self) -> Path:
@@ -127,16 +129,23 @@ class OmniglotDataModule(EpisodicDataModule):
 
     def class_images(self, split: str) -> ClassImages:
         """Return the characters of a split."""
-        if self._decoded is None:
-            self._decoded = self._read_cache()
-        if self._decoded is None:
+        decoded = self._decoded(self.cache_file, self._read_decoded)
+        rows = rows_of_classes(decoded)
+        classes = split_characters(decoded.names, self.split, self.split_seed)[split]
+        return ClassImages(decoded.images.unsqueeze(1), [rows[number] for number in classes])
+
+    @override
+    def _read_by(self) -> tuple[Any, ...]:
+        return self.cache_file, self.split, self.split_seed
+
+    def _read_decoded(self) -> DecodedImages:
+        decoded = self._read_cache()
+        if decoded is None:
             raise UserFileNotFoundError(
                 f"Expected {self.cache_file} to hold the decoded images but found none; call "
                 "`prepare_data()` first."
             )
-        rows = rows_of_classes(self._decoded)
-        classes = split_characters(self._decoded.names, self.split, self.split_seed)[split]
-        return ClassImages(self._decoded.images.unsqueeze(1), [rows[number] for number in classes])
+        return decoded
 
     def _read_cache(self) -> DecodedImages | None:
         shape = (sum(CHARACTERS.values()) * DRAWINGS, self.image_size, self.image_size)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
+from typing_extensions import override
 
 from lightning_maml.batches.episodes import AnyEpisodes, first_task
 from lightning_maml.datamodules.drawing import TaskKey, below, distinct, task_words
@@ -370,7 +371,8 @@ class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
 
     With R processes of T tasks each, a step sees the same tasks as one process with R T tasks. The
     sampler is a ``DistributedSampler`` so that Lightning sets its epoch and does not replace it,
-    and a ``SequentialSampler`` so that Lightning does so with ``overfit_batches`` too.
+    and a ``SequentialSampler`` so that Lightning does so with ``overfit_batches`` too. In a loop
+    without a trainer, where nobody sets the epoch, each pass begins the next one.
 
     Args:
         tasks: Tasks per epoch over all processes.
@@ -388,8 +390,18 @@ class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
     def __init__(self, tasks: int, *, fresh: bool, num_replicas: int = 1, rank: int = 0) -> None:
         self._tasks, self._fresh = tasks, fresh
         self.num_replicas, self.rank, self.epoch = num_replicas, rank, 0
+        self._begun: int | None = None  # the epoch of the last pass, if none was set since
         self.given = 0
         """Tasks of this process that the next iterator skips, as they were given out before."""
+
+    @override
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass have the tasks of this epoch.
+
+        Args:
+            epoch: Its number, from 0.
+        """
+        self.epoch, self._begun = epoch, None
 
     def __iter__(self) -> Iterator[TaskKey]:  # type: ignore[override]  # not plain numbers
         """Yield the keys, without those that were given out before.
@@ -405,6 +417,9 @@ class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
                     f"{self.num_replicas}, with which all would take the same tasks; give the "
                     "trainer the datamodule itself."
                 )
+        if self._begun == self.epoch:
+            self.epoch += 1
+        self._begun = self.epoch
         epoch = self.epoch if self._fresh else 0
         first = self.rank + self.given * self.num_replicas
         return ((epoch, number) for number in range(first, self._tasks, self.num_replicas))

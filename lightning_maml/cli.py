@@ -222,16 +222,24 @@ def _weights(ckpt_path: str | None) -> str:
     return "the initial weights" if ckpt_path is None else ckpt_path
 
 
+def _fixed_stepsize(trainer: Trainer, model: MAML) -> float | None:
+    """Return the fixed rate of plain SGD, or None where steps are others than that."""
+    # as Lightning takes it: an optimizer, alone or with schedulers in a dict or in two lists
+    configured: Any = model.configure_optimizers()
+    optimizer = configured
+    while not isinstance(optimizer, Optimizer):
+        optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer[0]
+    rates = {group["lr"] for group in optimizer.param_groups}
+    is_scheduled = configured is not optimizer
+    if not is_plain_sgd(optimizer) or is_scheduled or trainer.gradient_clip_val:
+        return None
+    return rates.pop() if len(rates) == 1 else None
+
+
 def _settings(
     trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, episodes: AnyEpisodes
 ) -> Settings:
-    # as Lightning takes it: an optimizer, alone or with schedulers in a dict or in two lists
-    optimizer: Any = model.configure_optimizers()
-    while not isinstance(optimizer, Optimizer):
-        optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer[0]
-    stepsize: Adaptive | float | None = (
-        optimizer.param_groups[0]["lr"] if is_plain_sgd(optimizer) else None
-    )
+    stepsize: Adaptive | float | None = _fixed_stepsize(trainer, model)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, AdaptiveMetaStepsize) and stepsize is not None:
             scale = (

@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from lightning_maml.datamodules.base import EpisodicDataModule
 from lightning_maml.datamodules.class_splits import check_disjoint
 from lightning_maml.datamodules.imagenet.forms import Form, Layout, find_layout
 from lightning_maml.datamodules.images.files import OnCorrupt, check_on_corrupt
 from lightning_maml.datamodules.messages import say_what_was_found
+from lightning_maml.datamodules.remembered import Remembered
 from lightning_maml.datamodules.sampler import ClassImages
 from lightning_maml.errors import UserValueError
 
@@ -51,7 +54,7 @@ class ImageNetSubset(EpisodicDataModule):
         check_on_corrupt(on_corrupt)
         self.root = Path(root).expanduser()
         self.on_corrupt: OnCorrupt = on_corrupt
-        self._layout: Layout | None = None
+        self._layout: Remembered[Layout] = Remembered()
 
     def prepare_data(self) -> None:
         """Decode the images, unless the data are plain arrays or a cache is there."""
@@ -71,13 +74,16 @@ class ImageNetSubset(EpisodicDataModule):
         return self._found().opened.splits[split].read()
 
     def _found(self) -> Layout:
-        if self._layout is None:
-            layout = find_layout(
-                self.dataset, self.forms, self.root, self.image_size, self.on_corrupt
-            )
-            self._check_classes(layout)
-            self._layout = layout
-        return self._layout
+        return self._layout(self._read_by(), self._find)
+
+    @override
+    def _read_by(self) -> tuple[Any, ...]:
+        return self.root, self.image_size, self.on_corrupt
+
+    def _find(self) -> Layout:
+        layout = find_layout(self.dataset, self.forms, self.root, self.image_size, self.on_corrupt)
+        self._check_classes(layout)
+        return layout
 
     def _check_classes(self, layout: Layout) -> None:
         splits = layout.opened.splits

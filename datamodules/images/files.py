@@ -31,7 +31,7 @@ ClassFiles = Mapping[str, Sequence[Path]]
 _CHUNK = 64  # files that a worker decodes at a time
 # without EPS, for which Pillow starts Ghostscript
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-_RULES = "2: transparent images on white, turned as their EXIF data say"
+_RULES = "3: transparent images on white, unless that makes them blank; turned as EXIF data say"
 """Version of how files become pixels. Caches of another version are made anew."""
 
 
@@ -378,7 +378,6 @@ def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
             bits for a colour, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
     """
     with Image.open(file, formats=_FORMATS) as image:
-        _check_bits(image)
         most = Image.MAX_IMAGE_PIXELS
         if most is not None and image.width * image.height > most:
             raise ValueError(
@@ -396,7 +395,8 @@ def read_image(file: Path, size: int, mode: Mode) -> np.ndarray:
 def _check_bits(image: Image.Image) -> None:
     """Refuse colours of more than 8 bits, of which Pillow's mode says nothing.
 
-    It says so in what it hands to its decoders: ``"RGB;16B"``, or a largest value above 255.
+    It says so in what it hands to its decoders: ``"RGB;16B"``, or a largest value above 255. Of an
+    image that was loaded before, nothing says so any more.
     """
     if image.mode.startswith(("I", "F")):
         return  # of which :func:`pixels` tells more
@@ -420,13 +420,14 @@ def pixels(image: Image.Image, mode: Mode, size: int | None) -> np.ndarray:
         The pixels, uint8, ``[H, W, 3]`` or ``[H, W]``.
 
     Raises:
-        UnsuitableImage: If they have more than 8 bits, which Pillow would cut off, or if white ones
-            would vanish.
+        UnsuitableImage: If they have more than 8 bits, which Pillow would cut off, or if what they
+            show would vanish on white.
     """
     if image.mode.startswith(("I", "F")):
         raise UnsuitableImage(
             f"pixels of mode {image.mode} have more than 8 bits; convert them to 8"
         )
+    _check_bits(image)
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = _on_white(image)
@@ -437,14 +438,15 @@ def pixels(image: Image.Image, mode: Mode, size: int | None) -> np.ndarray:
 def _on_white(image: Image.Image) -> Image.Image:
     image = image.convert("RGBA")
     shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if not _is_of_one_value(image.getchannel("A")) and all(map(_is_of_one_value, shown.split())):
+    if _is_of_one_colour(shown) and not _is_of_one_colour(image):
         raise UnsuitableImage(
-            "what it shows is white on a transparent ground and would vanish, as transparent "
-            "images are put on white; save it on a darker ground, without transparency"
+            "it would be blank, as transparent images are put on white and what this one shows is "
+            "white on a transparent ground, or transparent throughout; save it on a darker "
+            "ground, without transparency"
         )
     return shown
 
 
-def _is_of_one_value(channel: Image.Image) -> bool:
-    least, most = channel.getextrema()
-    return least == most
+def _is_of_one_colour(image: Image.Image) -> bool:
+    extrema = [channel.getextrema() for channel in image.split()]
+    return all(least == most for least, most in extrema)

@@ -119,7 +119,7 @@ class EpisodicModule(CheckpointedModule):
         self.loss = loss
         self._batch_norm: BatchNormPolicy = batch_norm
         self.adaptation: Estimate | None = None
-        """Accuracy (for regression: loss) on the tasks of the last validation or test (its last
+        """Accuracy (for regression: loss) on the tasks of the last validation or test (its first
         loader) after 0 .. K steps, ``[K + 1]``."""
         if lr_scheduler_interval not in get_args(Interval):
             raise UserValueError(

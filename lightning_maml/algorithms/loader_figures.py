@@ -49,9 +49,9 @@ class LoaderFigures:
         """Log means and confidence intervals; several loaders are named as Lightning does.
 
         Returns:
-            Accuracy (for regression: loss) of the last loader after 0 .. K steps, ``[K + 1]``.
+            Accuracy (for regression: loss) of the first loader after 0 .. K steps, ``[K + 1]``.
         """
-        last: Estimate | None = None
+        adaptations = []
         for loader, (figures, metrics) in enumerate(self._of_loaders):
             # none of these if the loader is empty, or a subclass has steps of its own
             if not figures.update_called:
@@ -67,7 +67,6 @@ class LoaderFigures:
             beside: dict[str, Tensor] = {}
             for number, name in enumerate(names):
                 mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
-                last = Estimate(mean, ci95, estimate.tasks)
                 module.log(
                     f"{stage}/{name}{suffix}",
                     mean[-1],
@@ -77,6 +76,7 @@ class LoaderFigures:
                 )
                 beside |= {f"{name}_ci95": ci95[-1], f"{name}_before": mean[0]}
                 if name == names[-1]:
+                    adaptations.append(Estimate(mean, ci95, estimate.tasks))
                     # two digits, so that loggers and tables have them in order
                     beside |= {f"{name}_step_{step:02}": value for step, value in enumerate(mean)}
             for name, found in metrics.compute().items():
@@ -86,4 +86,4 @@ class LoaderFigures:
             values = {f"{stage}/{name}{suffix}": value for name, value in beside.items()}
             module.log_dict(values, sync_dist=True, add_dataloader_idx=False)
         self._of_loaders = []  # metrics may hold all outputs
-        return last
+        return adaptations[0] if adaptations else None

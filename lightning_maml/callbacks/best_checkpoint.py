@@ -1,5 +1,6 @@
 """Keep the checkpoint of the best validation, whatever is validated."""
 
+import weakref
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -46,12 +47,24 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, filename: str = "best") -> None:
         super().__init__(filename=filename, auto_insert_metric_name=False)
+        self._fit_of: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None
 
     @property
     @override
     def state_key(self) -> str:
         """Return the name in checkpoints; Lightning's has what is monitored in it."""
         return type(self).__qualname__
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin anew where the fit is another trainer's or another model's than the last one."""
+        if stage == "fit":
+            fit_of = weakref.ref(trainer), weakref.ref(pl_module)
+            if self._fit_of not in (None, fit_of):
+                # the best checkpoint of the other model, and its folder, are to be left alone
+                super().__init__(filename=self.filename, auto_insert_metric_name=False)
+            self._fit_of = fit_of
+        super().setup(trainer, pl_module, stage)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

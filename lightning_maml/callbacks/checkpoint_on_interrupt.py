@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -50,8 +51,8 @@ class CheckpointOnInterrupt(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do the same after a validation, but not after the sanity check before training."""
-        if trainer.validating:
+        """Do the same after a validation in training, but not after the sanity check."""
+        if trainer.validating and trainer.state.fn == TrainerFn.FITTING:
             self._end_if_interrupted(trainer)
 
     @override
@@ -78,6 +79,7 @@ class CheckpointOnInterrupt(Callback):
         # saving is collective, so all processes must take part if one of them was interrupted
         if not trainer.strategy.reduce_boolean_decision(self._is_interrupted, all=False):
             return
+        self._is_interrupted = False
         path = os.path.join(_folder(trainer), "interrupted.ckpt")
         trainer.save_checkpoint(path)
         rank_zero_info(f"Interrupted after step {trainer.global_step}; go on with ckpt_path={path}")

@@ -42,7 +42,7 @@ class Settings(NamedTuple):
             batch.
         probe_radius: h of HF-MAML.
         stepsize: The adaptive meta-stepsize; or the fixed rate of plain SGD; or None for another
-            optimizer.
+            optimizer, several rates, a schedule, or clipped gradients.
         kinks: Layers at which the network is not twice differentiable.
 
     Examples:
@@ -302,7 +302,10 @@ def _theta_condition(theorem: str, constants: Constants, settings: Settings) -> 
 
 def _stepsize_conditions(constants: Constants, settings: Settings) -> list[Condition]:
     if settings.stepsize is None:
-        text = "the meta-optimizer must be plain SGD; it is another one, which no theorem covers"
+        text = (
+            "the meta-optimizer must be plain SGD with one fixed rate and no clipping; it is "
+            "another one, which no theorem covers"
+        )
         return [Condition("both papers", text, False)]
     if isinstance(settings.stepsize, Adaptive):
         return _adaptive_conditions(settings.stepsize, constants, settings)

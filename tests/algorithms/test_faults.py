@@ -453,6 +453,25 @@ def test_an_interrupted_run_leaves_it_beside_its_checkpoints(
     ]
 
 
+def test_a_validation_after_an_interrupted_run_leaves_its_checkpoint(tmp_path: Path) -> None:
+    """As in a notebook, where the exit is caught and the trainer is used again."""
+
+    class CtrlC(Callback):
+        def on_train_batch_start(self, *_) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    loader = torch.utils.data.DataLoader([make_episodes()], batch_size=None)
+    run = trainer(tmp_path, callbacks=[CheckpointOnInterrupt(), CtrlC()], precision="64-true")
+    with pytest.raises(SystemExit):
+        run.fit(MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1), loader)
+    (checkpoint,) = tmp_path.rglob("interrupted.ckpt")
+    before = checkpoint.read_bytes()
+    other = MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1)
+    (found,) = run.validate(other, loader, verbose=False)
+    assert "val/accuracy" in found
+    assert checkpoint.read_bytes() == before
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_signal_is_as_before_after_a_run(tmp_path: Path, fails: bool) -> None:
     class Fails(Callback):

@@ -564,6 +564,14 @@ def test_an_interrupted_test_leaves_nothing_in_the_next(tmp_path: Path) -> None:
     assert module.adaptation.tasks == 6
 
 
+def test_the_curve_of_several_loaders_is_that_of_the_first(tmp_path: Path) -> None:
+    """As the picture of an episode and the best checkpoint are."""
+    module, first = MAML(build("mlp").float()), loader(count=2)
+    (figures, _) = trainer(tmp_path).test(module, [first, loader(count=1)], verbose=False)
+    assert module.adaptation.tasks == 2 * 3
+    assert module.adaptation.mean[-1] == figures["test/accuracy/dataloader_idx_0"]
+
+
 def test_logging_can_be_switched_off(tmp_path: Path) -> None:
     trainer(tmp_path, log_every_n_steps=0).fit(MAML(MLP(64, 3)), loader())
 

@@ -168,3 +168,51 @@ def test_the_best_one_found_by_itself_is_carried_over(tmp_path: Path) -> None:
     assert again.monitor == "val/accuracy"
     assert Path(again.best_model_path).parent == Path(again.dirpath) != Path(first.dirpath)
     assert Path(again.best_model_path).read_bytes() == Path(first.best_model_path).read_bytes()
+
+
+@pytest.mark.parametrize("same_trainer", [True, False])
+def test_a_callback_of_an_earlier_fit_begins_anew_with_another_model(
+    tmp_path: Path, same_trainer: bool
+) -> None:
+    """Otherwise a second model that is worse saves nothing, and the first one is tested."""
+    best = BestCheckpoint()
+    episodes = make_episodes()
+    loader = DataLoader([episodes], batch_size=None)
+
+    def new_trainer(folder: str) -> Trainer:
+        settings = {"enable_checkpointing": True, "max_epochs": 1, "callbacks": [best]}
+        return trainer(tmp_path / folder, **settings)
+
+    def model(seed: int) -> MAML:
+        return MAML(build("mlp", seed), optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+
+    models = [model(seed) for seed in range(2)]
+    run = new_trainer("first")
+    run.fit(models[0], loader, loader)
+    first = Path(best.best_model_path)
+    best.best_model_score = best.best_k_models[str(first)] = torch.tensor(2.0)  # not to be beaten
+    best.kth_value = torch.tensor(2.0)
+    if same_trainer:
+        run.fit_loop.max_epochs = 2
+    else:
+        run = new_trainer("second")
+    run.fit(models[1], loader, loader)
+    assert float(best.best_model_score) <= 1
+    assert first.is_file()
+    saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    for name, weight in models[1].state_dict().items():
+        assert torch.equal(saved[name], weight)
+
+
+def test_the_same_fit_that_goes_on_keeps_its_best(tmp_path: Path) -> None:
+    best = BestCheckpoint()
+    loader = DataLoader([make_episodes()], batch_size=None)
+    settings = {"enable_checkpointing": True, "max_epochs": 1, "callbacks": [best]}
+    run = trainer(tmp_path, **settings)
+    model = MAML(build("mlp"), optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+    run.fit(model, loader, loader)
+    best.best_model_score = best.best_k_models[best.best_model_path] = torch.tensor(2.0)
+    best.kth_value = torch.tensor(2.0)
+    run.fit_loop.max_epochs = 2
+    run.fit(model, loader, loader)
+    assert best.best_model_score == 2.0

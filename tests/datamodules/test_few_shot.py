@@ -1,5 +1,7 @@
 """Episodes of any dataset with labels."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torchvision.transforms.v2 import Compose, Grayscale, PILToTensor, ToDtype, 
 from helpers.trainers import on_device
 from lightning_maml import MAML, MLP
 from lightning_maml.datamodules import FewShotDataModule
+from lightning_maml.datamodules.few_shot import read_dataset
 
 pytestmark = pytest.mark.cpu_only  # datasets are read
 
@@ -231,6 +234,11 @@ def test_feature_vectors_can_be_trained_on() -> None:
             "the label of item 0 of `train` to be one whole number or a string but got list",
         ),
         (
+            [(torch.zeros(3, 8, 8), 1), (torch.zeros(3, 8, 8), "1")],
+            ValueError,
+            "labels of `train` to be whole numbers, or else strings, but got both, 1 and '1'",
+        ),
+        (
             [(torch.zeros(3, 8, 8), torch.zeros(2))],
             TypeError,
             "one whole number or a string but got Tensor",
@@ -411,6 +419,48 @@ def test_pil_images_that_would_lose_what_they_show_are_named() -> None:
         datamodule(data).class_images("train")
 
 
+@pytest.mark.parametrize("of_16_bits", [True, False])
+def test_colours_of_16_bits_are_refused_before_pillow_cuts_them_off(
+    tmp_path: Path, of_16_bits: bool
+) -> None:
+    bytes_of_a_colour = b"\x00\xc8" if of_16_bits else b"\xc8"
+    largest = 65535 if of_16_bits else 255
+    (tmp_path / "deep.ppm").write_bytes(b"P6 8 8 %d\n" % largest + bytes_of_a_colour * (8 * 8 * 3))
+
+    class Photographs(Items):
+        def __getitem__(self, number: int):
+            return Image.open(tmp_path / "deep.ppm"), super().__getitem__(number)
+
+    data = Photographs([0, 0, 1, 1])
+    if not of_16_bits:
+        assert datamodule(data).image_size is None
+        assert read_dataset(data, "train", None, "image", "label").images.images.unique() == 200
+        return
+    with pytest.raises(ValueError, match="its colours have more than 8 bits; convert them to 8"):
+        read_dataset(data, "train", None, "image", "label")
+
+
+def test_images_without_a_class_are_refused() -> None:
+    """As STL10's unlabelled images and unlabelled splits of Hugging Face have the label -1."""
+
+    class Partly(Items):
+        classes = ("cat", "dog")
+
+    data = Partly([(torch.rand(3, 8, 8), number % 3 - 1) for number in range(12)])
+    with pytest.raises(ValueError, match="every image of `train` but 4 have the label -1, for whi"):
+        datamodule(data, data, data).class_images("train")
+    with pytest.raises(ValueError, match="every image of `train` but 4 have the label -1, for whi"):
+        datamodule(Subset(data, range(12)), data, data).class_images("train")
+
+
+def test_large_numbers_are_different_labels() -> None:
+    labels = [2**63 + number for number in range(4)] + [0]
+    data = Items([(torch.rand(3, 8, 8), label) for label in labels * 3])
+    read = datamodule(data, data, data).class_images("train")
+    assert read.names == ["0", *map(str, labels[:4])]
+    assert [rows.tolist() for rows in read.members][:2] == [[4, 9, 14], [0, 5, 10]]
+
+
 def test_classes_of_the_same_name_are_different_classes() -> None:
     """ImageNet, too, has two classes named crane and two named maillot."""
     module = datamodule(named(["crane", "dog"] * 10, range(20)))
@@ -530,3 +580,25 @@ def test_attributes_that_are_set_between_runs_count() -> None:
     one = next(iter(data.train_dataloader()))
     data.seed = 1
     assert not torch.equal(next(iter(data.train_dataloader())).support_x, one.support_x)
+
+
+def test_settings_of_images_and_splits_that_are_set_between_runs_count() -> None:
+    data = datamodule(tensors(range(20)), shares=(0.5, 0.25, 0.25))
+    data.setup()
+    first = data.class_fingerprints("test")
+    data.split_seed = 1
+    data.setup()
+    assert data.class_fingerprints("test").keys() != first.keys()
+    data.split_seed = 0
+    data.setup()
+    assert data.class_fingerprints("test").keys() == first.keys()
+    data.shares = (0.25, 0.25, 0.5)
+    data.setup()
+    assert len(data.class_fingerprints("test")) > len(first)
+
+    photographs = Items([(Image.new("RGB", (12, 10)), number % 20) for number in range(80)])
+    data = datamodule(photographs, image_size=8)
+    for size in (8, 6):
+        data.image_size = size
+        data.setup()
+        assert next(iter(data.test_dataloader())).query_x.shape[-2:] == (size, size)

@@ -199,14 +199,24 @@ def test_a_white_drawing_on_a_transparent_ground_is_refused(split_tree: Path) ->
     white.save(split_tree / "test" / "class 8" / "000.png")
     with pytest.raises(
         OSError,
-        match=r"000.png to be an image but what it shows is white on a transparent .*; save it "
-        "on a darker ground",
+        match=r"000.png to be an image but it would be blank, .* what this one shows is white on a "
+        r"transparent ground, or transparent throughout; save it on a darker ground",
     ):
         datamodule(split_tree).prepare_data()
     with pytest.warns(UserWarning, match="1 images cannot be read"):
         module = prepared(split_tree, on_corrupt="skip")
     assert dict(_classes(module))["test/class 8"].shape == (6,)
     assert dict(_classes(module))["test/class 9"].shape == (7,)
+
+
+def test_colours_that_are_transparent_throughout_are_refused() -> None:
+    """As they are where a fourth byte that means nothing is taken for an alpha channel."""
+    colours = np.random.RandomState(0).randint(0, 256, (16, 16, 4)).astype(np.uint8)
+    colours[..., 3] = 0
+    with pytest.raises(ValueError, match=r"it would be blank, .* transparent throughout"):
+        pixels(Image.fromarray(colours), "RGB", None)
+    colours[...] = 0  # a blank page
+    assert pixels(Image.fromarray(colours), "RGB", None).min() == 255
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from helpers.images import numbered_images
+from lightning_maml.datamodules import GlyphsDataModule
 from lightning_maml.datamodules.gathering import Drawn, gathered
 from lightning_maml.datamodules.prefetch import as_it_is
 from lightning_maml.datamodules.sampler import ClassImages, EpisodeDataset, Resampling, TaskSampler
@@ -158,6 +159,23 @@ def test_epochs_differ_in_training_and_not_in_evaluation() -> None:
     sampler = TaskSampler(3, fresh=False)
     sampler.set_epoch(5)
     assert list(sampler) == [(0, 0), (0, 1), (0, 2)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_pass_of_a_loop_without_a_trainer_has_fresh_tasks(workers: int) -> None:
+    data = GlyphsDataModule(meta_batch_size=2, train_batches=2, val_tasks=2, num_workers=workers)
+    train, val = data.train_dataloader(), data.val_dataloader()
+    passes = [[batch.support_x for batch in train] for _ in range(3)]
+    assert len({tuple(x.flatten().tolist()) for batches in passes for x in batches}) == 6
+    train.sampler.set_epoch(1)
+    again = [batch.support_x for batch in train]
+    assert all(torch.equal(a, b) for a, b in zip(again, passes[1], strict=True))
+    next(iter(train))  # a pass that is broken off
+    assert not torch.equal(next(iter(train)).support_x, passes[2][0])
+    one, other = next(iter(val)), next(iter(val))
+    assert torch.equal(one.support_x, other.support_x)
+    # a new loader begins anew
+    assert torch.equal(next(iter(data.train_dataloader())).support_x, passes[0][0])
 
 
 def test_processes_share_a_steps_tasks_without_overlap() -> None:
@@ -313,6 +331,7 @@ def test_small_classes_where_batches_are_drawn_afresh_are_refused_with_all_sizes
 def test_a_sampler_skips_the_tasks_that_were_given_out() -> None:
     sampler = TaskSampler(9, fresh=True, num_replicas=2, rank=1)
     assert list(sampler) == [(0, 1), (0, 3), (0, 5), (0, 7)]
+    sampler.set_epoch(0)
     sampler.given = 3
     assert list(sampler) == [(0, 7)]
 

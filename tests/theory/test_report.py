@@ -259,6 +259,26 @@ def test_kinks_in_functional_activations_are_reported(
     assert "it has kinks in relu" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("change", "is_fixed"),
+    [
+        (["--model.lr_scheduler=null"], True),
+        (["--model.lr_scheduler=null", "--trainer.gradient_clip_val=1"], False),
+        ([], False),  # the config has a cosine
+        (["--model.lr_scheduler=null", "--model.optimizer.momentum=0.9"], False),
+    ],
+)
+def test_a_rate_that_does_not_stay_is_not_judged_as_fixed(
+    capsys: pytest.CaptureFixture[str], change: list[str], is_fixed: bool
+) -> None:
+    config = f"--config={CONFIGS / 'glyphs_maml.yaml'}"
+    sgd = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.001"]
+    main(["measure", config, *sgd, *change, *SMALL])
+    output = capsys.readouterr().out
+    assert ("fixed beta" in output) == is_fixed
+    assert ("must be plain SGD with one fixed rate and no clipping" in output) != is_fixed
+
+
 def constants_of(output: str) -> list[str]:
     return [
         line
