@@ -1,5 +1,6 @@
 """Keep the checkpoint of the best validation, whatever is validated."""
 
+import copy
 import weakref
 from typing import Any
 
@@ -48,6 +49,11 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, filename: str = "best") -> None:
         super().__init__(filename=filename, auto_insert_metric_name=False)
         self._fit_of: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None
+        self._before_fits: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what cannot be sent to other processes."""
+        return vars(self) | {"_fit_of": None}
 
     @property
     @override
@@ -60,9 +66,11 @@ class BestCheckpoint(ModelCheckpoint):
         """Begin anew where the fit is another trainer's or another model's than the last one."""
         if stage == "fit":
             fit_of = weakref.ref(trainer), weakref.ref(pl_module)
-            if self._fit_of not in (None, fit_of):
-                # the best checkpoint of the other model, and its folder, are to be left alone
-                super().__init__(filename=self.filename, auto_insert_metric_name=False)
+            if self._fit_of is None:
+                self._before_fits = self._state()
+            elif self._fit_of != fit_of:
+                # also the folder: the checkpoint of the other model is to be left alone
+                vars(self).update(copy.deepcopy(self._before_fits))
             self._fit_of = fit_of
         super().setup(trainer, pl_module, stage)
 
@@ -86,6 +94,13 @@ class BestCheckpoint(ModelCheckpoint):
         if state_dict.get("monitor") is not None:
             self._monitor(state_dict["monitor"])
         super().load_state_dict(state_dict)
+
+    def _state(self) -> dict[str, Any]:
+        """Return a copy of the attributes."""
+        attributes = vars(self).copy()
+        del attributes["_before_fits"]
+        # functions are those of a model, which Lightning lends to its callbacks
+        return {name: copy.copy(it) for name, it in attributes.items() if not callable(it)}
 
     def _choose(self, logged: dict[str, Any]) -> None:
         names = ("val/accuracy", "val/loss")

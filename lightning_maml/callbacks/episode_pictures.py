@@ -22,8 +22,8 @@ class EpisodePictures(FirstTaskPictures):
     ``episode.png`` shows the support set and the query set of the first test task with the
     predicted classes before and after adaptation; ``adaptation.png`` the accuracy over all test
     tasks, with several loaders those of the first, after 0 .. K steps with its 95 % confidence
-    interval. They are written to the logger's
-    folder, or to the trainer's ``default_root_dir`` without a logger. For
+    interval. Images of one channel are drawn as ink on paper, with 1 as black. The pictures are
+    written to the logger's folder, or to the trainer's ``default_root_dir`` without a logger. For
     :class:`lightning_maml.MAML` and its variants, on images.
 
     Args:

@@ -1,6 +1,8 @@
 """A run that goes on in another folder keeps its best checkpoints, and nothing else is touched."""
 
+import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,22 +188,20 @@ def test_a_callback_of_an_earlier_fit_begins_anew_with_another_model(
     def model(seed: int) -> MAML:
         return MAML(build("mlp", seed), optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
 
-    models = [model(seed) for seed in range(2)]
-    run = new_trainer("first")
-    run.fit(models[0], loader, loader)
-    first = Path(best.best_model_path)
-    best.best_model_score = best.best_k_models[str(first)] = torch.tensor(2.0)  # not to be beaten
-    best.kth_value = torch.tensor(2.0)
-    if same_trainer:
-        run.fit_loop.max_epochs = 2
-    else:
-        run = new_trainer("second")
-    run.fit(models[1], loader, loader)
-    assert float(best.best_model_score) <= 1
-    assert first.is_file()
-    saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
-    for name, weight in models[1].state_dict().items():
-        assert torch.equal(saved[name], weight)
+    run = new_trainer("0")
+    for seed in range(3):
+        if seed and not same_trainer:
+            run = new_trainer(str(seed))
+        run.fit_loop.max_epochs = seed + 1
+        run.fit(fitted := model(seed), loader, loader)
+        assert float(best.best_model_score) <= 1
+        saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+        for name, weight in fitted.state_dict().items():
+            assert torch.equal(saved[name], weight)
+        # the next one is not to beat it
+        best.best_model_score = best.best_k_models[best.best_model_path] = torch.tensor(2.0)
+        best.kth_value = torch.tensor(2.0)
+    assert len([*tmp_path.rglob("best*.ckpt")]) == 3
 
 
 def test_the_same_fit_that_goes_on_keeps_its_best(tmp_path: Path) -> None:
@@ -209,10 +209,12 @@ def test_the_same_fit_that_goes_on_keeps_its_best(tmp_path: Path) -> None:
     loader = DataLoader([make_episodes()], batch_size=None)
     settings = {"enable_checkpointing": True, "max_epochs": 1, "callbacks": [best]}
     run = trainer(tmp_path, **settings)
-    model = MAML(build("mlp"), optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+    model = MAML(build("mlp"), optimizer=partial(torch.optim.SGD, lr=0.0))
     run.fit(model, loader, loader)
     best.best_model_score = best.best_k_models[best.best_model_path] = torch.tensor(2.0)
     best.kth_value = torch.tensor(2.0)
     run.fit_loop.max_epochs = 2
     run.fit(model, loader, loader)
     assert best.best_model_score == 2.0
+    # it can be sent to other processes
+    assert pickle.loads(pickle.dumps(best)).best_model_path == best.best_model_path
