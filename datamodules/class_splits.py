@@ -34,7 +34,11 @@ def split_classes(count: int, shares: Shares, seed: int) -> dict[str, list[int]]
 
     Returns:
         The class numbers, from 0 to ``count - 1``, of each split in ascending order.
+
+    Raises:
+        ValueError: If ``shares`` are not three positive numbers that sum to 1.
     """
+    check_shares(shares)
     order = np.random.RandomState(seed).permutation(count).tolist()
     val, test = (round(share * count) for share in shares[1:])
     train = count - val - test

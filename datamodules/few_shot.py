@@ -60,7 +60,8 @@ class FewShotDataModule(EpisodicDataModule):
 
     Raises:
         ValueError: If an argument is out of range, datasets share classes, images differ in size or
-            have more than 8 bits, or a split has too few classes or images for its episodes.
+            have more than 8 bits, labels are -1 beside class names or of mixed kinds, or a split
+            has too few classes or images for its episodes.
         TypeError: If a dataset cannot be indexed, or its items are not images with labels.
 
     Examples:
@@ -201,8 +202,8 @@ def read_dataset(
 
     Raises:
         TypeError: If an item is not an image with a label.
-        ValueError: If images differ in shape or type or have more than 8 bits, there are none, or a
-            concatenation merges classes.
+        ValueError: If images differ in shape or type or have more than 8 bits, there are none,
+            labels are -1 beside class names or of mixed kinds, or a concatenation merges classes.
     """
     if len(dataset) == 0:
         raise UserValueError(f"Expected `{name}` to hold images but it is empty.")

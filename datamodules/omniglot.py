@@ -172,6 +172,10 @@ def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[
     order = np.random.RandomState(seed).permutation(len(names)).tolist()
     if split == "random":
         return {"train": order[:1100], "val": order[1100:1200], "test": order[1200:]}
+    if split not in ("lake", "vinyals"):
+        raise UserValueError(
+            f"Expected `split` to be 'random', 'vinyals' or 'lake' but got {split!r}."
+        )
     if split == "lake":
         background = [number for number in order if names[number].startswith("images_background/")]
         test = [

@@ -53,12 +53,16 @@ class PrefetchingLoader(DataLoader[Any]):
         return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Skip the batches that were given out before, if the next epoch is the recorded one.
+        """Go on with the recorded epoch after the batches that were given out before.
+
+        Where another epoch is set until then, it is gone through from its start.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
         """
         self._resumed = state_dict
+        if isinstance(self.sampler, TaskSampler):
+            self.sampler.set_epoch(state_dict["epoch"])
 
     def _skip_what_was_given(self) -> int:
         resumed, self._resumed = self._resumed, None

@@ -33,5 +33,6 @@ class Remembered(Generic[Value]):
             make: Makes it.
         """
         if self._last is None or self._last[0] != made_from:
+            self._last = None  # lets go of what may be large, before there are two
             self._last = made_from, make()
         return self._last[1]

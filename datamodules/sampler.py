@@ -372,7 +372,7 @@ class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
     With R processes of T tasks each, a step sees the same tasks as one process with R T tasks. The
     sampler is a ``DistributedSampler`` so that Lightning sets its epoch and does not replace it,
     and a ``SequentialSampler`` so that Lightning does so with ``overfit_batches`` too. In a loop
-    without a trainer, where nobody sets the epoch, each pass begins the next one.
+    without a trainer, where nobody sets the epoch, each pass after the first has the next one.
 
     Args:
         tasks: Tasks per epoch over all processes.

@@ -222,32 +222,32 @@ def _weights(ckpt_path: str | None) -> str:
     return "the initial weights" if ckpt_path is None else ckpt_path
 
 
-def _fixed_stepsize(trainer: Trainer, model: MAML) -> float | None:
-    """Return the fixed rate of plain SGD, or None where steps are others than that."""
+def _stepsize(trainer: Trainer, model: MAML) -> Adaptive | float | None:
+    """Return the meta-stepsize of plain SGD, or None where steps are others than the theory's."""
     # as Lightning takes it: an optimizer, alone or with schedulers in a dict or in two lists
-    configured: Any = model.configure_optimizers()
-    optimizer = configured
+    optimizer: Any = model.configure_optimizers()
+    is_scheduled = False
     while not isinstance(optimizer, Optimizer):
-        optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer[0]
-    rates = {group["lr"] for group in optimizer.param_groups}
-    is_scheduled = configured is not optimizer
-    if not is_plain_sgd(optimizer) or is_scheduled or trainer.gradient_clip_val:
+        if isinstance(optimizer, dict):
+            is_scheduled |= optimizer.get("lr_scheduler") is not None
+            optimizer = optimizer["optimizer"]
+        else:
+            is_scheduled |= isinstance(optimizer[-1], Sequence) and len(optimizer[-1]) > 0
+            optimizer = optimizer[0]
+    if not is_plain_sgd(optimizer) or trainer.gradient_clip_val:
         return None
-    return rates.pop() if len(rates) == 1 else None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, AdaptiveMetaStepsize):
+            of_papers = paper_scale(callback.rule, model.curvature)
+            scale = of_papers if callback.scale is None else callback.scale
+            return Adaptive(callback.rule, scale, callback.tasks * trainer.world_size)
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    return None if is_scheduled or len(rates) > 1 else rates.pop()
 
 
 def _settings(
     trainer: Trainer, model: MAML, datamodule: EpisodicDataModule, episodes: AnyEpisodes
 ) -> Settings:
-    stepsize: Adaptive | float | None = _fixed_stepsize(trainer, model)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, AdaptiveMetaStepsize) and stepsize is not None:
-            scale = (
-                paper_scale(callback.rule, model.curvature)
-                if callback.scale is None
-                else callback.scale
-            )
-            stepsize = Adaptive(callback.rule, scale, callback.tasks * trainer.world_size)
     return Settings(
         curvature=model.curvature,
         inner_lr=model.check_for_theory(),
@@ -259,7 +259,7 @@ def _settings(
         else None,
         probe_radius=model.probe_radius
         or default_probe_radius(p for p in model.network.parameters() if p.requires_grad),
-        stepsize=stepsize,
+        stepsize=_stepsize(trainer, model),
         kinks=find_kinks(FunctionalNetwork(model.network, model.batch_norm), episodes),
     )
 

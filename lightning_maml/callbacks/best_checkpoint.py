@@ -16,8 +16,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     Unlike Lightning's ``ModelCheckpoint`` it needs not be told what to monitor: it takes
     ``val/accuracy`` or ``val/loss``, whichever the first validation logs (with several loaders, of
-    the first). Without validation it saves nothing. The command ``lightning-maml fit`` has this
-    callback unless the config has a checkpoint callback of its own.
+    the first). Without validation it saves nothing. A callback that is used for another model, or
+    by another trainer that does not resume a run, begins anew. The command ``lightning-maml fit``
+    has this callback unless the config has a checkpoint callback of its own.
 
     Args:
         filename: Name of the checkpoint, without ``.ckpt``.
@@ -50,6 +51,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(filename=filename, auto_insert_metric_name=False)
         self._fit_of: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None
         self._before_fits: dict[str, Any] = {}
+        self._last_folder: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be sent to other processes."""
@@ -63,14 +65,16 @@ class BestCheckpoint(ModelCheckpoint):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin anew where the fit is another trainer's or another model's than the last one."""
+        """Begin anew for another model or trainer; a checkpoint is read after this."""
         if stage == "fit":
             fit_of = weakref.ref(trainer), weakref.ref(pl_module)
-            if self._fit_of is None:
+            if not self._before_fits:
                 self._before_fits = self._state()
             elif self._fit_of != fit_of:
-                # also the folder: the checkpoint of the other model is to be left alone
+                last_folder = self.dirpath
+                # also the folder: the checkpoint of the other fit is to be left alone
                 vars(self).update(copy.deepcopy(self._before_fits))
+                self._last_folder = last_folder
             self._fit_of = fit_of
         super().setup(trainer, pl_module, stage)
 
@@ -91,6 +95,8 @@ class BestCheckpoint(ModelCheckpoint):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Monitor what the saved run did, and continue from its best value."""
+        if state_dict["dirpath"] == self._last_folder:
+            self.dirpath = self._last_folder  # the last fit of this callback is resumed
         if state_dict.get("monitor") is not None:
             self._monitor(state_dict["monitor"])
         super().load_state_dict(state_dict)

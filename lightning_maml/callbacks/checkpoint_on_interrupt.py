@@ -79,7 +79,6 @@ class CheckpointOnInterrupt(Callback):
         # saving is collective, so all processes must take part if one of them was interrupted
         if not trainer.strategy.reduce_boolean_decision(self._is_interrupted, all=False):
             return
-        self._is_interrupted = False
         path = os.path.join(_folder(trainer), "interrupted.ckpt")
         trainer.save_checkpoint(path)
         rank_zero_info(f"Interrupted after step {trainer.global_step}; go on with ckpt_path={path}")

@@ -18,8 +18,8 @@ class IndependentTasks:
     Args:
         purpose: Seeds the datamodule's tasks, so that each callback has others.
         tasks: Tasks per meta-batch and process, where the datamodule draws them.
-        episodes: Meta-batches like those trained on but independent of them, which are repeated
-            without end; None for the datamodule's.
+        episodes: Meta-batches like those trained on but independent of them, which are gone
+            through again and again; None for the datamodule's.
 
     Raises:
         ValueError: If ``tasks`` is below 1.
@@ -71,10 +71,7 @@ class IndependentTasks:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             episodes = data.independent_episodes(self._purpose, self.drawn, self._tasks)
         else:
-            if self._stream is None:
-                # a resumed run skips those that were drawn before
-                self._stream = islice(_repeated(self._episodes), self.drawn, None)
-            episodes = next(self._stream)
+            episodes = self._next_of(self._episodes)
         self.drawn += 1
         converted = trainer.precision_plugin.convert_input(episodes)
         ready = trainer.lightning_module._on_before_batch_transfer(converted, dataloader_idx=0)
@@ -82,6 +79,16 @@ class IndependentTasks:
         converted = trainer.precision_plugin.convert_input(even_meta_batch(ready))
         on_device: AnyEpisodes = trainer.strategy.batch_to_device(converted)
         return on_device
+
+    def _next_of(self, given: Iterable[AnyEpisodes]) -> AnyEpisodes:
+        """Return the next of the user's meta-batches."""
+        if self._stream is None:
+            # a datamodule's loader gives other tasks each time that it is gone through
+            if hasattr(sampler := getattr(given, "sampler", None), "set_epoch"):
+                sampler.set_epoch(0)
+            # a resumed run skips those that were drawn before
+            self._stream = islice(_repeated(given), self.drawn, None)
+        return next(self._stream)
 
 
 def _repeated(episodes: Iterable[AnyEpisodes]) -> Iterator[AnyEpisodes]:

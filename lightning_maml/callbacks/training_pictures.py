@@ -101,9 +101,9 @@ class TrainingPictures(Callback):
     ) -> None:
         """Add up this process's training figures, on the device; skipped steps have none."""
         metrics = trainer.callback_metrics
+        name = "accuracy" if "train/accuracy" in metrics else "loss"
         # a bare-bones trainer logs nothing, and a subclass of the module may log other figures
-        if outputs and "train/loss" in metrics:
-            name = "accuracy" if "train/accuracy" in metrics else "loss"
+        if outputs and f"train/{name}" in metrics:
             self._sum = self._sum + metrics[f"train/{name}"].detach()
             self._steps += 1
 

@@ -303,8 +303,8 @@ def _theta_condition(theorem: str, constants: Constants, settings: Settings) -> 
 def _stepsize_conditions(constants: Constants, settings: Settings) -> list[Condition]:
     if settings.stepsize is None:
         text = (
-            "the meta-optimizer must be plain SGD with one fixed rate and no clipping; it is "
-            "another one, which no theorem covers"
+            "meta-steps must be those of plain SGD at one rate, fixed or by AdaptiveMetaStepsize, "
+            "without clipping; those of this run are others, which no theorem covers"
         )
         return [Condition("both papers", text, False)]
     if isinstance(settings.stepsize, Adaptive):

@@ -218,3 +218,20 @@ def test_the_same_fit_that_goes_on_keeps_its_best(tmp_path: Path) -> None:
     assert best.best_model_score == 2.0
     # it can be sent to other processes
     assert pickle.loads(pickle.dumps(best)).best_model_path == best.best_model_path
+
+
+def test_a_resumed_run_keeps_the_best_of_its_callback(tmp_path: Path) -> None:
+    loader = DataLoader([make_episodes()], batch_size=None)
+    model = MAML(build("mlp"), optimizer=partial(torch.optim.SGD, lr=0.0))
+    best = BestCheckpoint()
+
+    def fit(folder: str, epochs: int, path: Path | None = None) -> None:
+        settings = {"enable_checkpointing": True, "max_epochs": epochs}
+        callbacks = [best, ModelCheckpoint(tmp_path / folder, filename="last")]
+        run = trainer(tmp_path / folder, **settings, callbacks=callbacks)
+        run.fit(model, loader, loader, ckpt_path=path)
+
+    fit("first", 1)
+    first = best.best_model_path
+    fit("second", 2, tmp_path / "first" / "last.ckpt")
+    assert best.best_model_path == first  # the second was no better

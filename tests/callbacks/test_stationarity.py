@@ -24,6 +24,7 @@ from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import on_device
 from lightning_maml import FOMAML, HFMAML, LSLR, MAML, MLP, Conv4, Episodes, meta_gradient
 from lightning_maml.callbacks import MetaGradientMonitor, StationarityMonitor, TrainingPictures
+from lightning_maml.callbacks.independent_tasks import IndependentTasks
 from lightning_maml.callbacks.stationarity_monitor import norm_of_mean
 from lightning_maml.cli import run
 from lightning_maml.datamodules import GlyphsDataModule
@@ -338,3 +339,15 @@ def test_an_exact_meta_gradient_through_weight_norm_is_pointed_out(tmp_path: Pat
         UserWarning, match="measures the exact meta-gradient, which is wrong through"
     ):
         run.fit(HFMAML(network, 0.1), DataLoader(batches, batch_size=None))
+
+
+def test_a_loader_of_independent_tasks_is_drawn_from_its_start_in_each_fit() -> None:
+    data = GlyphsDataModule(ways=2, meta_batch_size=2, train_batches=2)
+    loader = data.train_dataloader()
+    tasks, streams = IndependentTasks("stationarity", 2, loader), []
+    for drawn in (0, 0, 3):
+        tasks.start_at(drawn)
+        streams.append([tasks._next_of(loader).support_x for _ in range(5)])
+    assert len({tuple(x.flatten().tolist()) for x in streams[0]}) == 5, "each pass has fresh tasks"
+    assert all(torch.equal(a, b) for a, b in zip(streams[0], streams[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(streams[0][3:], streams[2], strict=False))

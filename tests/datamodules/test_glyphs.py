@@ -85,3 +85,13 @@ def test_fewer_tasks_than_processes_are_refused(split: str) -> None:
         match=f"Expected `{split}_tasks` to be at least 4, one for each process, but got 3",
     ):
         getattr(data, f"{split}_dataloader")()
+
+
+def test_characters_of_another_seed_are_drawn_between_two_runs() -> None:
+    data = GlyphsDataModule(ways=2, meta_batch_size=2, test_tasks=2)
+    first = next(iter(data.test_dataloader())).query_x
+    data.glyph_seed = 1
+    other = next(iter(data.test_dataloader())).query_x
+    assert not torch.equal(other, first)
+    fresh = GlyphsDataModule(ways=2, meta_batch_size=2, test_tasks=2, glyph_seed=1)
+    assert torch.equal(other, next(iter(fresh.test_dataloader())).query_x)

@@ -124,6 +124,18 @@ def test_the_split_depends_on_its_seed_and_on_the_names_alone(tree: Path) -> Non
     other = prepared(tree, split_seed=1)
     assert first.class_images("test").names != other.class_images("test").names
     assert len(list(tree.glob("*.pt"))) == 2, "one cache per size serves all splits"
+    # they may be set between two runs
+    first.setup()
+    first.split_seed, first.image_size = 1, 8
+    first.setup()
+    again = next(iter(first.test_dataloader())).query_x
+    assert again.shape[-2:] == (8, 8)
+    assert torch.equal(
+        again, next(iter(prepared(tree, split_seed=1, image_size=8).test_dataloader())).query_x
+    )
+    first.shares = (0.5, 0.6, 0.7)
+    with pytest.raises(ValueError, match="three positive numbers that sum to 1"):
+        first.setup()
 
 
 def test_images_of_a_class_may_lie_deeper(tree: Path) -> None:

@@ -315,3 +315,20 @@ def test_the_vinyals_split_is_the_published_one() -> None:
         assert {names[number].split("/", 1)[1] for number in numbers} == {
             line.rsplit("/", 1)[0] for line in lines
         }
+
+
+@pytest.mark.usefixtures("small")
+def test_a_split_that_is_set_between_two_runs_counts(tmp_path: Path) -> None:
+    write_tree(tmp_path)
+    module = lake(tmp_path)
+    module.setup("test")
+    before = module.class_fingerprints("test")
+    module.split = "vinyals"
+    with pytest.raises(ValueError, match="split 'test'"):  # none of its characters are Vinyals'
+        module.setup("test")
+    module.split = "lage"
+    with pytest.raises(ValueError, match="'random', 'vinyals' or 'lake' but got 'lage'"):
+        module.setup("test")
+    module.split = "lake"
+    module.setup("test")
+    assert module.class_fingerprints("test") == before

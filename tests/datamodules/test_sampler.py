@@ -174,6 +174,13 @@ def test_each_pass_of_a_loop_without_a_trainer_has_fresh_tasks(workers: int) -> 
     assert not torch.equal(next(iter(train)).support_x, passes[2][0])
     one, other = next(iter(val)), next(iter(val))
     assert torch.equal(one.support_x, other.support_x)
+    # a loader goes on where another one was, also if it was used before
+    state = {"epoch": 2, "batches": 1}
+    fresh = data.train_dataloader()
+    for loader in (fresh, train):
+        loader.load_state_dict(state)
+        (rest,) = list(loader)
+        assert torch.equal(rest.support_x, passes[2][1])
     # a new loader begins anew
     assert torch.equal(next(iter(data.train_dataloader())).support_x, passes[0][0])
 
