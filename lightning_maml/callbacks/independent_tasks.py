@@ -84,8 +84,9 @@ class IndependentTasks:
         """Return the next of the user's meta-batches."""
         if self._stream is None:
             # a datamodule's loader gives other tasks each time that it is gone through
-            if hasattr(sampler := getattr(given, "sampler", None), "set_epoch"):
-                sampler.set_epoch(0)
+            set_epoch = getattr(getattr(given, "sampler", None), "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(0)
             # a resumed run skips those that were drawn before
             self._stream = islice(_repeated(given), self.drawn, None)
         return next(self._stream)
