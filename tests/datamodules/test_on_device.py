@@ -257,6 +257,7 @@ def test_a_loader_can_still_be_used_when_images_are_freed(tmp_path: Path, rotati
     run.fit(model, data)
     loader = run.train_dataloader
     assert isinstance(loader.dataset, ImagesOnDevice)
+    loader.sampler.set_epoch(0)
     again = [data.on_after_batch_transfer(batch, 0) for batch in loader]
     first = [map_tensors(lambda tensor: tensor.cpu(), batch) for _, batch in model.batches]
     assert is_same(again, first)
