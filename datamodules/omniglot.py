@@ -97,10 +97,7 @@ class OmniglotDataModule(EpisodicDataModule):
         **options: Any,
     ) -> None:
         super().__init__(rotations=rotations, **options)
-        if split not in ("random", "vinyals", "lake"):
-            raise UserValueError(
-                f"Expected `split` to be 'random', 'vinyals' or 'lake' but got {split!r}."
-            )
+        _check_split(split)
         check_seed("split_seed", split_seed)
         self.root = Path(root).expanduser()
         self.split, self.split_seed = split, split_seed
@@ -168,14 +165,14 @@ def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[
         names: Names of all classes, ``folder/Alphabet/characterNN``.
         split: ``"random"``, ``"vinyals"`` or ``"lake"``.
         seed: Seed of the splits that are drawn.
+
+    Raises:
+        ValueError: If there is no such split.
     """
+    _check_split(split)
     order = np.random.RandomState(seed).permutation(len(names)).tolist()
     if split == "random":
         return {"train": order[:1100], "val": order[1100:1200], "test": order[1200:]}
-    if split not in ("lake", "vinyals"):
-        raise UserValueError(
-            f"Expected `split` to be 'random', 'vinyals' or 'lake' but got {split!r}."
-        )
     if split == "lake":
         background = [number for number in order if names[number].startswith("images_background/")]
         test = [
@@ -190,6 +187,13 @@ def split_characters(names: list[str], split: str, seed: int) -> dict[str, list[
     val = [number for number, name in enumerate(names) if belongs(name, VINYALS_VAL)]
     test = [number for number, name in enumerate(names) if belongs(name, VINYALS_TEST)]
     return {"train": sorted({*range(len(names))} - {*val, *test}), "val": val, "test": test}
+
+
+def _check_split(split: str) -> None:
+    if split not in ("random", "vinyals", "lake"):
+        raise UserValueError(
+            f"Expected `split` to be 'random', 'vinyals' or 'lake' but got {split!r}."
+        )
 
 
 def find_tree(root: Path) -> dict[str, Path]:
