@@ -16,6 +16,7 @@ from lightning_maml.kernels.grouped_conv import (
     convolution,
     gradient_of_images,
     gradient_of_weight,
+    in_format_of,
 )
 
 _aten = torch.ops.aten
@@ -126,6 +127,8 @@ class BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to x, weight and bias."""
+        # torch's kernel takes several times as long if the two differ in memory format
+        g = in_format_of(ctx.saved_tensors[0], g)
         gradients = _BatchNormBackward.apply(
             g, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[0]
         )
@@ -164,7 +167,8 @@ class _BatchNormBackward(torch.autograd.Function):
             by x: r (q (g - mean g) - p s (v - mean v) - e y)
             by w: r n k
         """
-        v = torch.zeros_like(ctx.saved_tensors[1]) if v is None else v
+        x = ctx.saved_tensors[1]
+        v = torch.zeros_like(x) if v is None else in_format_of(x, v)
         with torch.no_grad():
             gradients = _BatchNormBackward._second_derivatives(ctx.saved_tensors, ctx.eps, v, u, c)
         if torch.is_grad_enabled():

@@ -115,6 +115,11 @@ def in_one_format(x: Tensor) -> Tensor:
     return channels_last(x) if may_have_other_strides and _is_channels_last(x) else x
 
 
+def in_format_of(x: Tensor, g: Tensor) -> Tensor:
+    """Return ``g`` with its channels last in memory if those of ``x``, of its shape, are."""
+    return channels_last(g) if _is_channels_last(x) and not _is_channels_last(g) else g
+
+
 def _backward(
     g: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...], wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, ...]:

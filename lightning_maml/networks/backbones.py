@@ -200,7 +200,8 @@ def _residual_block(
     in_channels: int, channels: int, activation: str, downsample: str
 ) -> nn.Sequential:
     pooling = nn.MaxPool2d(2) if downsample == "max" else nn.AvgPool2d(2)
-    return nn.Sequential(_Residual(in_channels, channels, activation), _leaky(activation), pooling)
+    residual = _Residual(in_channels, channels, activation)
+    return nn.Sequential(residual, *_in_cheaper_order(_leaky(activation), pooling))
 
 
 def _leaky(activation: str) -> nn.Module:
@@ -257,14 +258,23 @@ class MLP(nn.Module):
 
 def _conv_block(in_channels: int, channels: int, activation: str, downsample: str) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, channels, 3, stride=2 if downsample == "stride" else 1, padding=1)
-    pooling: dict[str, list[nn.Module]] = {
-        "stride": [],
-        "max": [nn.MaxPool2d(2)],
-        "avg": [nn.AvgPool2d(2)],
-    }
-    return nn.Sequential(
-        conv, nn.BatchNorm2d(channels), _activation(activation), *pooling[downsample]
-    )
+    norm = nn.BatchNorm2d(channels)
+    if downsample == "stride":
+        return nn.Sequential(conv, norm, _activation(activation))
+    pooling = nn.MaxPool2d(2) if downsample == "max" else nn.AvgPool2d(2)
+    return nn.Sequential(conv, norm, *_in_cheaper_order(_activation(activation), pooling))
+
+
+def _in_cheaper_order(activation: nn.Module, pooling: nn.Module) -> list[nn.Module]:
+    """Return both, maximum pooling first where the outputs and all derivatives are the same.
+
+    The activation then has a quarter of the pixels. Activations that fall somewhere, like GELU, do
+    not allow it.
+    """
+    never_falls = isinstance(activation, nn.ReLU | nn.LeakyReLU)
+    if isinstance(pooling, nn.MaxPool2d) and never_falls:
+        return [pooling, activation]
+    return [activation, pooling]
 
 
 def _head(features: int, ways: int | None) -> nn.Module:
