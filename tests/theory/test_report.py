@@ -216,7 +216,7 @@ def test_the_report_shows_constants_implications_and_conditions() -> None:
     assert any(line.startswith("  not decided") for line in lines)
 
 
-SMALL = ["--data.ways=3", "--model.network.ways=3", "--model.network.channels=2", "--tasks=2"]
+SMALL = [*SMALL_NETWORK, "--data.queries=2", "--tasks=2"]
 
 
 @pytest.mark.parametrize("regime", ["finite_sum", "resampling"])
@@ -227,9 +227,7 @@ def test_the_command_measures_a_config_and_a_checkpoint(
         "measure",
         f"--config={CONFIGS / 'glyphs_hfmaml.yaml'}",
         f"--data.regime={regime}",
-        "--data.queries=2",
-        "--tasks=2",
-        *SMALL_NETWORK,
+        *SMALL,
     ]
     main([*arguments, f"--trainer.default_root_dir={tmp_path}"])
     at_first = capsys.readouterr().out
@@ -248,9 +246,7 @@ def test_the_command_measures_a_config_and_a_checkpoint(
     assert constants_of(at_checkpoint) != constants_of(at_first)
 
 
-@pytest.mark.parametrize(
-    "regime", [pytest.param("finite_sum", marks=pytest.mark.slow), "resampling"]
-)
+@pytest.mark.parametrize("regime", ["finite_sum", "resampling"])
 def test_kinks_in_functional_activations_are_reported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, regime: str
 ) -> None:
