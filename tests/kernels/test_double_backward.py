@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.networks import build, make_episodes
-from lightning_maml import MAML
+from lightning_maml import FOMAML, HFMAML, MAML
 from lightning_maml.core.context import evaluating, evaluation
 from lightning_maml.functional.meta_gradient import meta_gradient
 from lightning_maml.kernels.double_backward import BatchNorm, Convolution
@@ -188,25 +188,26 @@ class NormsInTwoFormats(TorchDispatchMode):
         return operator(*args, **kwargs or {})
 
 
-def test_batch_norm_before_pooling_has_its_gradients_in_one_memory_format() -> None:
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML])
+@pytest.mark.parametrize("tasks", ["loop", "vmap"])
+@pytest.mark.parametrize("order", ["norm, pooling", "pooling, norm"])
+def test_batch_norm_beside_pooling_has_its_gradients_in_one_memory_format(
+    order: str, tasks: str, algorithm: type[MAML]
+) -> None:
     # torch's second derivative of pooling is contiguous whatever came in, and batch norm's gradient
     # takes several times as long for images and a gradient in different formats
-    network = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        nn.Conv2d(4, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16, 3),
-    )
-    model = MAML(network.double(), 0.1, 2, loss=F.cross_entropy, tasks="loop")
-    episodes = make_episodes()
+    def block(channels: int) -> list[nn.Module]:
+        pair = [nn.BatchNorm2d(4), nn.AvgPool2d(2) if algorithm is HFMAML else nn.MaxPool2d(2)]
+        ordered = pair if order == "norm, pooling" else pair[::-1]
+        return [nn.Conv2d(channels, 4, 3, padding=1), *ordered, nn.GELU()]
+
+    ending = [nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(4, 3)]
+    network = nn.Sequential(*block(1), *block(4), *ending).double()
+    model = algorithm(network, 0.1, 2, loss=F.cross_entropy, tasks=tasks)
+    model.meta_gradient(make_episodes())  # with the checks of the first batch
     with NormsInTwoFormats() as norms:
-        model.meta_gradient(episodes)
-    assert norms.count >= 2 * 2 * 3
+        model.meta_gradient(make_episodes())
+    assert norms.count >= 2 * 2
     assert norms.in_two_formats == 0
 
 

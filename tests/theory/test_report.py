@@ -293,6 +293,13 @@ def test_a_rate_that_does_not_stay_is_not_judged_as_fixed(
     assert ("must be those of plain SGD at one rate" in output) != is_fixed
 
 
+@pytest.mark.slow
+def test_the_network_of_a_shipped_config_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--data.ways=3", "--model.network.ways=3", "--model.network.channels=2", "--tasks=2"]
+    main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", *few])
+    assert "Conditions of the theorems" in capsys.readouterr().out
+
+
 def constants_of(output: str) -> list[str]:
     return [
         line
