@@ -19,11 +19,7 @@ from typing_extensions import TypeIs
 from lightning_maml.core.context import evaluation
 from lightning_maml.errors import UserValueError
 from lightning_maml.kernels.double_backward import BatchNorm, Convolution
-from lightning_maml.kernels.grouped_conv import (
-    as_groups,
-    channels_last,
-    in_one_format,
-)
+from lightning_maml.kernels.grouped_conv import as_groups, channels_last, in_one_format
 
 # This is pooling to 1 x 1, which is cheap even if vmap loops over the tasks. The filter is never
 # taken back: warnings.catch_warnings around each call would not be safe where threads run tasks.
