@@ -13,11 +13,9 @@ from torch import Tensor
 from lightning_maml.errors import UserRuntimeError
 from lightning_maml.kernels.grouped_conv import (
     Geometry,
-    channels_last,
     convolution,
     gradient_of_images,
     gradient_of_weight,
-    is_channels_last,
 )
 
 _aten = torch.ops.aten
@@ -128,8 +126,6 @@ class BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to x, weight and bias."""
-        if is_channels_last(ctx.saved_tensors[0]):
-            g = channels_last(g)  # in two formats, torch's kernel takes several times as long
         gradients = _BatchNormBackward.apply(
             g, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[0]
         )
@@ -168,10 +164,7 @@ class _BatchNormBackward(torch.autograd.Function):
             by x: r (q (g - mean g) - p s (v - mean v) - e y)
             by w: r n k
         """
-        x = ctx.saved_tensors[1]
-        v = torch.zeros_like(x) if v is None else v
-        if is_channels_last(x):
-            v = channels_last(v)  # as for g
+        v = torch.zeros_like(ctx.saved_tensors[1]) if v is None else v
         with torch.no_grad():
             gradients = _BatchNormBackward._second_derivatives(ctx.saved_tensors, ctx.eps, v, u, c)
         if torch.is_grad_enabled():

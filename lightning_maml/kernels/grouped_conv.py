@@ -79,7 +79,7 @@ def gradient_of_weight(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry)
         (outputs.numel(), *of_filter),
         dtype=x.dtype,
         device=x.device,
-        memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format,
+        memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format,
     )
     options = _options_of_groups(geometry, weight, x)
     wanted = (False, True, False)
@@ -112,7 +112,7 @@ def in_one_format(x: Tensor) -> Tensor:
     groups and its batch norm on the CPU give wrong results with them.
     """
     may_have_other_strides = x.ndim == 4 and 1 in x.shape and not x.is_contiguous()
-    return channels_last(x) if may_have_other_strides and is_channels_last(x) else x
+    return channels_last(x) if may_have_other_strides and _is_channels_last(x) else x
 
 
 def _backward(
@@ -152,7 +152,7 @@ def _without_groups(weight: Tensor, x: Tensor, geometry: Geometry) -> _WithoutGr
         return None
     tasks = len(weight)
     stride, padding, dilation, groups = geometry
-    if is_channels_last(x):
+    if _is_channels_last(x):
         # a clone with exactly this format's strides: torch gives wrong results with others
         planes = weight[0].unsqueeze(-1).clone(memory_format=torch.channels_last_3d)
         options = (*stride, 1), (*padding, 0), (*dilation, 1), False, [0] * 3, groups
@@ -164,8 +164,7 @@ def _without_groups(weight: Tensor, x: Tensor, geometry: Geometry) -> _WithoutGr
     return None
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Return whether ``x`` are images ``[B, C, H, W]`` with their channels last in memory."""
+def _is_channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 

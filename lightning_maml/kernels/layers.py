@@ -1,11 +1,10 @@
-"""The forward passes of convolution, batch norm, pooling and embedding in functional networks.
+"""The forward passes of convolution, batch norm and embedding in functional networks.
 
 Under ``vmap`` with autograd around it they compute all tasks at once, in one call of torch.
 """
 
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -183,43 +182,6 @@ class TaskNorm:
         return z
 
 
-class TaskPooling:
-    """The forward pass of a pooling layer, for all tasks of a stack.
-
-    It pools the channels of all tasks side by side, and so leaves images in the memory format of
-    the layers around it; in ``vmap``'s own they would be copied, and pooled several times as
-    slowly.
-
-    Args:
-        layer: The layer; :func:`is_plain_pooling` must be true for it.
-
-    Examples:
-        >>> import torch
-        >>> from lightning_maml.kernels.layers import TaskPooling
-        >>> TaskPooling(torch.nn.MaxPool2d(2))(torch.rand(5, 3, 8, 8)).shape
-        torch.Size([5, 3, 4, 4])
-    """
-
-    def __init__(self, layer: nn.MaxPool2d | nn.AvgPool2d) -> None:
-        self._layer = layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return what the layer returns for ``x``, ``[B, C, H, W]``."""
-        if x.ndim == 4 and _is_side_by_side():
-            with suppress(NothingIsStackedError):
-                y: Tensor = TaskBatchedLayer.apply(self._side_by_side, x)
-                return y
-        return self._pooled(x)
-
-    def _side_by_side(self, x: Tensor) -> Tensor:
-        """Pool ``x``, ``[B, T, C, H, W]``."""
-        return _unflattened(self._pooled(x.flatten(1, 2)), 1, x.shape[1])
-
-    def _pooled(self, x: Tensor) -> Tensor:
-        pooled: Tensor = type(self._layer).forward(self._layer, x)  # type: ignore[arg-type]
-        return pooled
-
-
 class TaskEmbedding:
     """The forward pass of an embedding with a padding row, under ``vmap``.
 
@@ -337,14 +299,6 @@ def is_plain_convolution(module: nn.Module) -> bool:
     return is_torchs and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
-def is_plain_pooling(module: nn.Module) -> TypeIs[nn.MaxPool2d | nn.AvgPool2d]:
-    """Return whether ``module`` is an unmodified pooling layer of torch, and returns no indices."""
-    if not isinstance(module, nn.MaxPool2d | nn.AvgPool2d) or "forward" in vars(module):
-        return False
-    is_torchs = type(module).forward in (nn.MaxPool2d.forward, nn.AvgPool2d.forward)
-    return is_torchs and not getattr(module, "return_indices", False)
-
-
 def is_padded_embedding(module: nn.Module) -> TypeIs[nn.Embedding]:
     """Return whether ``module`` is an unmodified embedding of torch with a padding row.
 
@@ -386,15 +340,12 @@ def _is_side_by_side() -> bool:
 def _uses_own_derivatives(x: Tensor, least: int = 2) -> bool:
     """Return whether to use our own autograd functions rather than torch's operations.
 
-    They do not support mixed or complex types or transforms of ``torch.func``, and compilers cannot
-    see through them.
+    They do not support mixed or complex types, and compilers cannot see through them.
 
     Args:
         x: Input of the layer.
         least: How many derivatives must be announced for them to pay.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or x.is_complex():
-        return False
-    if _in_a_transform():  # a layer in a stack that sees nothing of the tasks
         return False
     return evaluation().derivatives >= least

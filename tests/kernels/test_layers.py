@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from helpers.networks import make_episodes, relative_error
 from lightning_maml import FOMAML, MAML, Episodes, ProtoNet
-from lightning_maml.kernels.layers import is_plain_pooling
 
 WAYS = 3
 
@@ -179,18 +178,6 @@ def test_stacked_tasks_have_the_gradients_of_a_loop(
     assert relative_error(stacked, loop) < 1e-12
 
 
-def test_frozen_layers_that_see_no_image_are_stacked() -> None:
-    torch.manual_seed(0)
-    network = Positional().double()
-    for name, p in network.named_parameters():
-        p.requires_grad_(name.startswith("head"))
-    stacked, loop = (
-        MAML(network, 0.1, 2, tasks=tasks).meta_gradient(make_episodes())
-        for tasks in ("vmap", "loop")
-    )
-    assert relative_error(stacked, loop) < 1e-12
-
-
 def test_prototypes_of_a_network_with_layers_that_see_no_image() -> None:
     torch.manual_seed(0)
     network = Positional().double()
@@ -200,34 +187,3 @@ def test_prototypes_of_a_network_with_layers_that_see_no_image() -> None:
         ProtoNet(network, tasks=tasks).meta_loss(episodes(2)).backward()
         gradients.append({name: p.grad.clone() for name, p in network.named_parameters()})
     assert relative_error(*gradients) < 1e-12
-
-
-@pytest.mark.parametrize("algorithm", [MAML, FOMAML])
-@pytest.mark.parametrize(
-    "pooling",
-    [
-        lambda: nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
-        lambda: nn.AvgPool2d(2, count_include_pad=False),
-        lambda: nn.MaxPool2d(2, dilation=2),
-    ],
-)
-def test_tasks_are_pooled_side_by_side(
-    pooling: Callable[[], nn.Module], algorithm: type[MAML]
-) -> None:
-    torch.manual_seed(0)
-    layers = nn.Conv2d(2, 4, 3, padding=1), pooling(), nn.GELU(), nn.AdaptiveAvgPool2d(2)
-    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, WAYS)).double()
-    stacked, loop = (
-        algorithm(network, 0.1, 2, tasks=tasks).meta_gradient(episodes(2))
-        for tasks in ("vmap", "loop")
-    )
-    assert relative_error(stacked, loop) < 1e-12
-
-
-def test_pooling_that_returns_indices_or_was_replaced_is_left_alone() -> None:
-    assert is_plain_pooling(nn.MaxPool2d(2))
-    assert not is_plain_pooling(nn.MaxPool2d(2, return_indices=True))
-    replaced = nn.AvgPool2d(2)
-    replaced.forward = lambda x: x
-    assert not is_plain_pooling(replaced)
-    assert not is_plain_pooling(nn.AdaptiveAvgPool2d(1))
