@@ -55,6 +55,7 @@ class Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             by_channel = g.sum([0, *range(2, g.ndim)])
             by_bias = by_channel.view(weight.shape[: 1 - x.ndim])
+        by_x = None if by_x is None else _laid_out_as(x, by_x)
         return by_x, by_weight, by_bias, None
 
 
@@ -94,7 +95,8 @@ class _ConvolutionBackward(torch.autograd.Function):
             through_weight = convolution(x, u, None, ctx.geometry)
             by_g = through_weight if by_g is None else by_g + through_weight
             if ctx.needs_input_grad[1]:
-                by_x = gradient_of_images(g, x, u, ctx.geometry)
+                by_x = _laid_out_as(x, gradient_of_images(g, x, u, ctx.geometry))
+        by_g = None if by_g is None else _laid_out_as(g, by_g)
         return by_g, by_x, by_weight, None, None
 
 
@@ -126,8 +128,9 @@ class BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to x, weight and bias."""
+        x, w, m, r = ctx.saved_tensors
         gradients = _BatchNormBackward.apply(
-            g, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[0]
+            _laid_out_as(x, g), x, w, m, r, ctx.eps, ctx.needs_input_grad[0]
         )
         return *gradients, None
 
@@ -164,7 +167,8 @@ class _BatchNormBackward(torch.autograd.Function):
             by x: r (q (g - mean g) - p s (v - mean v) - e y)
             by w: r n k
         """
-        v = torch.zeros_like(ctx.saved_tensors[1]) if v is None else v
+        x = ctx.saved_tensors[1]
+        v = torch.zeros_like(x) if v is None else _laid_out_as(x, v)
         with torch.no_grad():
             gradients = _BatchNormBackward._second_derivatives(ctx.saved_tensors, ctx.eps, v, u, c)
         if torch.is_grad_enabled():
@@ -182,7 +186,7 @@ class _BatchNormBackward(torch.autograd.Function):
         _, vy, sum_v = _aten.native_batch_norm_backward(
             v, x, w, None, None, m, r, True, eps, (False, True, True)
         )
-        vg = (v * g).sum([0, *range(2, x.ndim)])
+        vg = (v.to(m.dtype) * g).sum([0, *range(2, x.ndim)])  # not in half precision
         s, t, mean_g, mean_v, mean_vg = torch._foreach_div([gy, vy, sum_g, sum_v, vg], n)
         # several products in one kernel each, as they are short
         p = w * r
@@ -215,6 +219,15 @@ class _NotDifferentiable(torch.autograd.Function):
             "Expected at most two derivatives of batch norm but a third was asked for; use "
             "another normalisation."
         )
+
+
+def _laid_out_as(x: Tensor, g: Tensor) -> Tensor:
+    """Return ``g`` with the strides of ``x``.
+
+    With two memory formats torch's kernel takes several times as long. With strides of which it
+    cannot tell the format, as where a dimension is 1, it reads the numbers in a wrong order.
+    """
+    return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
 
 Term = tuple[int, Tensor, Tensor]

@@ -1,10 +1,11 @@
-"""The forward passes of convolution, batch norm and embedding in functional networks.
+"""The forward passes of convolution, batch norm, pooling and embedding in functional networks.
 
 Under ``vmap`` with autograd around it they compute all tasks at once, in one call of torch.
 """
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -77,6 +78,8 @@ class TaskConvolution:
     def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the layer for images ``[B, C, ...]``, or ``[B, T C, ...]`` of T tasks."""
         layer = self._layer
+        x, weight = _cast(x), _cast(weight)
+        bias = None if bias is None else _cast(bias)
         are_stacked = weight.ndim > x.ndim
         sizes = (layer.stride, layer.padding, layer.dilation)
         stride, padding, dilation = (
@@ -165,21 +168,64 @@ class TaskNorm:
     def _side_by_side(self, x: Tensor, *parameters: Tensor | None) -> Tensor:
         """Normalise ``x``, ``[B, T, C, ...]``, as if the channels of all tasks were one layer's."""
         tasks = x.shape[1]
-        of_all = (None if p is None else p.expand(tasks, -1).flatten() for p in parameters)
-        return _unflattened(self._normalised(x.flatten(1, 2), *of_all), 1, tasks)
+        weight, bias = (None if p is None else p.expand(tasks, -1).flatten() for p in parameters)
+        # always, as torch's own derivatives are wrong for some gradients that vmap gives
+        z = self._normalised(x.flatten(1, 2), weight, bias, least=1)
+        return _unflattened(z, 1, tasks)
 
-    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _normalised(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, least: int = 2
+    ) -> Tensor:
         """Normalise ``x``, ``[B, C, ...]``, by its own statistics."""
         x = in_one_format(x)
-        # torch's second derivative fails if only one of the two is there
-        if weight is None and bias is not None:
-            weight = torch.ones_like(bias)
-        elif bias is None and weight is not None:
-            bias = torch.zeros_like(weight)
-        if weight is None or bias is None or not _uses_own_derivatives(x):
-            return F.batch_norm(x, None, None, weight, bias, training=True, eps=self._layer.eps)
-        z: Tensor = BatchNorm.apply(x, weight, bias, self._layer.eps)
-        return z
+        # the derivatives need both, and of one type
+        given = next((p for p in (weight, bias) if p is not None), x)
+        weight = given.new_ones(x.shape[1]) if weight is None else weight
+        bias = given.new_zeros(x.shape[1]) if bias is None else bias
+        # torch's derivative reads it from memory as if its stride were 1; that of a weight of one
+        # channel that is expanded over the tasks is 0
+        weight = weight.contiguous()
+        if _uses_own_derivatives(x, least):
+            z: Tensor = BatchNorm.apply(x, weight, bias, self._layer.eps)
+            return z
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=self._layer.eps)
+
+
+class TaskPooling:
+    """The forward pass of a pooling layer, for all tasks of a stack.
+
+    It pools the channels of all tasks side by side, and so leaves images in the memory format of
+    the layers around it; in ``vmap``'s own they would be copied, and pooled several times as
+    slowly.
+
+    Args:
+        layer: The layer; :func:`is_plain_pooling` must be true for it.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml.kernels.layers import TaskPooling
+        >>> TaskPooling(torch.nn.MaxPool2d(2))(torch.rand(5, 3, 8, 8)).shape
+        torch.Size([5, 3, 4, 4])
+    """
+
+    def __init__(self, layer: nn.MaxPool2d | nn.AvgPool2d) -> None:
+        self._layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what the layer returns for ``x``, ``[B, C, H, W]``."""
+        if x.ndim == 4 and _is_side_by_side():
+            with suppress(NothingIsStackedError):
+                y: Tensor = TaskBatchedLayer.apply(self._side_by_side, x)
+                return y
+        return self._pooled(x)
+
+    def _side_by_side(self, x: Tensor) -> Tensor:
+        """Pool ``x``, ``[B, T, C, H, W]``."""
+        return _unflattened(self._pooled(x.flatten(1, 2)), 1, x.shape[1])
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        pooled: Tensor = type(self._layer).forward(self._layer, x)  # type: ignore[arg-type]
+        return pooled
 
 
 class TaskEmbedding:
@@ -299,6 +345,14 @@ def is_plain_convolution(module: nn.Module) -> bool:
     return is_torchs and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
+def is_plain_pooling(module: nn.Module) -> TypeIs[nn.MaxPool2d | nn.AvgPool2d]:
+    """Return whether ``module`` is an unmodified pooling layer of torch, and returns no indices."""
+    if not isinstance(module, nn.MaxPool2d | nn.AvgPool2d) or "forward" in vars(module):
+        return False
+    is_torchs = type(module).forward in (nn.MaxPool2d.forward, nn.AvgPool2d.forward)
+    return is_torchs and not getattr(module, "return_indices", False)
+
+
 def is_padded_embedding(module: nn.Module) -> TypeIs[nn.Embedding]:
     """Return whether ``module`` is an unmodified embedding of torch with a padding row.
 
@@ -317,6 +371,14 @@ def _unflattened(x: Tensor, dim: int, tasks: int) -> Tensor:
     """Split ``[B T, C, ...]`` (``dim`` 0) or ``[B, T C, ...]`` (1) into ``[B, T, C, ...]``."""
     split = (-1, tasks) if dim == 0 else (tasks, -1)
     return x.reshape(*x.shape[:dim], *split, *x.shape[dim + 1 :])
+
+
+def _cast(x: Tensor) -> Tensor:
+    """Return ``x`` in the type that autocast, where it is on, computes convolutions in."""
+    is_cast = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+    if not is_cast or x.dtype == torch.float64:  # which autocast leaves as it is
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _in_a_transform() -> bool:
@@ -340,12 +402,15 @@ def _is_side_by_side() -> bool:
 def _uses_own_derivatives(x: Tensor, least: int = 2) -> bool:
     """Return whether to use our own autograd functions rather than torch's operations.
 
-    They do not support mixed or complex types, and compilers cannot see through them.
+    They do not support complex types or transforms of ``torch.func``, and compilers cannot see
+    through them.
 
     Args:
         x: Input of the layer.
         least: How many derivatives must be announced for them to pay.
     """
-    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or x.is_complex():
+    if torch.compiler.is_compiling() or x.is_complex():
+        return False
+    if _in_a_transform():  # a layer in a stack that sees nothing of the tasks
         return False
     return evaluation().derivatives >= least

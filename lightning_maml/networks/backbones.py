@@ -38,7 +38,8 @@ class Conv4(nn.Module):
         channels: Filters of each convolution.
         activation: One of relu, leaky_relu, gelu, silu, softplus, tanh.
         downsample: How each block halves the image: ``"stride"`` of the convolution, or ``"max"``
-            or ``"avg"`` pooling after it.
+            or ``"avg"`` pooling after the activation. ``"max"`` comes before ReLU and leaky ReLU,
+            which gives the same in less time.
 
     Raises:
         ValueError: If a size is not positive, the image is too small to be pooled four times, or a
@@ -105,8 +106,8 @@ class ResNet12(nn.Module):
         ways: Outputs, one per class of an episode; None for the features, without a head.
         widths: Filters of the blocks' convolutions.
         activation: One of relu, leaky_relu (of slope 0.1), gelu, silu, softplus, tanh.
-        downsample: How each block halves the image: ``"max"`` or ``"avg"`` pooling. Images need 16
-            pixels or more.
+        downsample: How each block halves the image: ``"max"`` or ``"avg"`` pooling, in the order of
+            :class:`Conv4`. Images need 16 pixels or more.
         drop_block: Probability of DropBlock (Ghiasi et al. 2018) in training, after the last two
             blocks; 0 for none.
         drop_block_size: Height and width of the squares that it drops, an odd number, in pixels of
@@ -200,7 +201,8 @@ def _residual_block(
     in_channels: int, channels: int, activation: str, downsample: str
 ) -> nn.Sequential:
     pooling = nn.MaxPool2d(2) if downsample == "max" else nn.AvgPool2d(2)
-    return nn.Sequential(_Residual(in_channels, channels, activation), _leaky(activation), pooling)
+    residual = _Residual(in_channels, channels, activation)
+    return nn.Sequential(residual, *_in_cheaper_order(_leaky(activation), pooling))
 
 
 def _leaky(activation: str) -> nn.Module:
@@ -257,14 +259,22 @@ class MLP(nn.Module):
 
 def _conv_block(in_channels: int, channels: int, activation: str, downsample: str) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, channels, 3, stride=2 if downsample == "stride" else 1, padding=1)
-    pooling: dict[str, list[nn.Module]] = {
-        "stride": [],
-        "max": [nn.MaxPool2d(2)],
-        "avg": [nn.AvgPool2d(2)],
-    }
-    return nn.Sequential(
-        conv, nn.BatchNorm2d(channels), _activation(activation), *pooling[downsample]
-    )
+    norm = nn.BatchNorm2d(channels)
+    if downsample == "stride":
+        return nn.Sequential(conv, norm, _activation(activation))
+    pooling = nn.MaxPool2d(2) if downsample == "max" else nn.AvgPool2d(2)
+    return nn.Sequential(conv, norm, *_in_cheaper_order(_activation(activation), pooling))
+
+
+def _in_cheaper_order(activation: nn.Module, pooling: nn.Module) -> list[nn.Module]:
+    """Return both, maximum pooling before ReLU and leaky ReLU.
+
+    Outputs and derivatives are the same, and the activation has a quarter of the pixels. Others
+    stay first: with activations that fall somewhere, like GELU, the order matters.
+    """
+    if isinstance(pooling, nn.MaxPool2d) and isinstance(activation, nn.ReLU | nn.LeakyReLU):
+        return [pooling, activation]
+    return [activation, pooling]
 
 
 def _head(features: int, ways: int | None) -> nn.Module:

@@ -24,8 +24,10 @@ from lightning_maml.kernels.layers import (
     TaskConvolution,
     TaskEmbedding,
     TaskNorm,
+    TaskPooling,
     is_padded_embedding,
     is_plain_convolution,
+    is_plain_pooling,
 )
 from lightning_maml.networks.attributes import Kept, is_written, numbers_in
 from lightning_maml.networks.batch_norm import batch_norms, forget_running_averages
@@ -512,6 +514,8 @@ class FunctionalNetwork:
             elif is_plain_convolution(module):
                 module.forward = TaskConvolution(module, channels, self._vectorised)
                 self._own.convolutions.append(module.forward)
+            elif self._vectorised and is_plain_pooling(module):
+                module.forward = TaskPooling(module)  # type: ignore[method-assign, assignment]
             elif self._vectorised and is_padded_embedding(module):
                 module.forward = TaskEmbedding(module)  # type: ignore[method-assign, assignment]
             elif self._vectorised and getattr(module, "inplace", None) is True:

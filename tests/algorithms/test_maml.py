@@ -445,7 +445,7 @@ def test_a_probe_radius_that_is_not_positive_is_refused(radius: float) -> None:
 
 
 def test_hf_maml_warns_about_kinks_by_name_and_not_about_smooth_networks() -> None:
-    with pytest.warns(UserWarning, match=r"features.0.2 \(ReLU\), features.0.3 \(MaxPool2d\)"):
+    with pytest.warns(UserWarning, match=r"features.0.2 \(MaxPool2d\), features.0.3 \(ReLU\)"):
         HFMAML(Conv4(1, 3, 16, downsample="max"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -107,10 +107,10 @@ MOST = {
     ("omniglot_5w1s", FOMAML): 214,
     ("omniglot_20w1s", MAML): 1389,
     ("omniglot_20w1s", FOMAML): 522,
-    ("mini_5w1s", MAML): 1754,
-    ("mini_5w1s", FOMAML): 715,
-    ("mini_5w5s", MAML): 1754,
-    ("mini_5w5s", FOMAML): 715,
+    ("mini_5w1s", MAML): 1551,
+    ("mini_5w1s", FOMAML): 589,
+    ("mini_5w5s", MAML): 1551,
+    ("mini_5w5s", FOMAML): 589,
     ("omniglot_5w1s", HFMAML): 448,
 }
 """Operators of a training step of each workload; fewer are better, and then go here."""

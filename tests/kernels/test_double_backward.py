@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.networks import build, make_episodes
+from lightning_maml import FOMAML, HFMAML, MAML
 from lightning_maml.core.context import evaluating, evaluation
 from lightning_maml.functional.meta_gradient import meta_gradient
 from lightning_maml.kernels.double_backward import BatchNorm, Convolution
@@ -167,6 +168,47 @@ class Groups(TorchDispatchMode):
         if operator is torch.ops.aten.convolution_backward.default and args[10][0]:
             self.found.append(args[9])
         return operator(*args, **kwargs or {})
+
+
+class NormsInTwoFormats(TorchDispatchMode):
+    """Counts batch norm's gradients, and those of them for which images with channels last came
+    with a gradient in another memory format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.in_two_formats = 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if operator is torch.ops.aten.native_batch_norm_backward.default:
+            g, x = (tensor.is_contiguous(memory_format=torch.channels_last) for tensor in args[:2])
+            self.count += 1
+            self.in_two_formats += x and not g
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML, HFMAML])
+@pytest.mark.parametrize("tasks", ["loop", "vmap"])
+@pytest.mark.parametrize("order", ["norm, pooling", "pooling, norm"])
+def test_batch_norm_beside_pooling_has_its_gradients_in_one_memory_format(
+    order: str, tasks: str, algorithm: type[MAML]
+) -> None:
+    # torch's second derivative of pooling is contiguous whatever came in, and batch norm's gradient
+    # takes several times as long for images and a gradient in different formats
+    def block(channels: int) -> list[nn.Module]:
+        pair = [nn.BatchNorm2d(4), nn.AvgPool2d(2) if algorithm is HFMAML else nn.MaxPool2d(2)]
+        ordered = pair if order == "norm, pooling" else pair[::-1]
+        return [nn.Conv2d(channels, 4, 3, padding=1), *ordered, nn.GELU()]
+
+    ending = [nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(4, 3)]
+    network = nn.Sequential(*block(1), *block(4), *ending).double()
+    model = algorithm(network, 0.1, 2, loss=F.cross_entropy, tasks=tasks)
+    model.meta_gradient(make_episodes())  # with the checks of the first batch
+    with NormsInTwoFormats() as norms:
+        model.meta_gradient(make_episodes())
+    assert norms.count >= 2 * 2
+    assert norms.in_two_formats == 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from helpers.networks import make_episodes, relative_error
 from lightning_maml import FOMAML, MAML, Episodes, ProtoNet
+from lightning_maml.kernels.layers import is_plain_pooling
 
 WAYS = 3
 
@@ -121,6 +122,30 @@ def integer_sizes() -> nn.Module:
     return network
 
 
+def normalised(channels: int, stride: int) -> nn.Module:
+    """Its batch norm's weight has other numbers behind it in memory.
+
+    Over stacked tasks a single one is expanded with stride 0, and torch's own derivative of batch
+    norm takes every stride for 1.
+    """
+    norm = nn.BatchNorm2d(channels)
+    numbers = torch.arange(1.0, 30.0, dtype=torch.float64)
+    norm.weight = nn.Parameter(numbers[: channels * stride : stride])
+    layers = nn.Conv2d(2, channels, 3, padding=1), norm, nn.Tanh(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(channels * 64, WAYS))
+
+
+def scale_free() -> nn.Module:
+    norm = nn.BatchNorm2d(2, affine=False)
+    layers = nn.Conv2d(2, 2, 3, padding=1), norm, nn.Tanh(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(128, WAYS))
+
+
+def one_column() -> nn.Module:
+    layers = nn.Conv2d(2, 3, (3, 8)), nn.BatchNorm2d(3), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(18, WAYS))
+
+
 NETWORKS = {
     **{
         make.__name__: make
@@ -135,6 +160,10 @@ NETWORKS = {
             integer_sizes,
         )
     },
+    "one channel": lambda: normalised(1, 1),
+    "strided weight": lambda: normalised(2, 3),
+    "no scale": scale_free,
+    "one column": one_column,
     "frozen layer": frozen(Viewing, "layer"),
     "frozen weight": frozen(Viewing, "layer.weight"),
     "frozen bias": frozen(Viewing, "layer.bias"),
@@ -178,6 +207,34 @@ def test_stacked_tasks_have_the_gradients_of_a_loop(
     assert relative_error(stacked, loop) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["one channel", "no scale", "one column", "in_groups"])
+@pytest.mark.parametrize("shots", [0, 2])
+def test_stacked_tasks_have_the_gradients_of_a_loop_in_bf16(name: str, shots: int) -> None:
+    torch.manual_seed(0)
+    network = NETWORKS[name]().float()
+    of_images = episodes(shots)
+    rounded = of_images._replace(
+        support_x=of_images.support_x.float(), query_x=of_images.query_x.float()
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        stacked, loop = (
+            MAML(network, 0.1, 2, tasks=tasks).meta_gradient(rounded) for tasks in ("vmap", "loop")
+        )
+    assert relative_error(stacked, loop) < 0.1
+
+
+def test_frozen_layers_that_see_no_image_are_stacked() -> None:
+    torch.manual_seed(0)
+    network = Positional().double()
+    for name, p in network.named_parameters():
+        p.requires_grad_(name.startswith("head"))
+    stacked, loop = (
+        MAML(network, 0.1, 2, tasks=tasks).meta_gradient(make_episodes())
+        for tasks in ("vmap", "loop")
+    )
+    assert relative_error(stacked, loop) < 1e-12
+
+
 def test_prototypes_of_a_network_with_layers_that_see_no_image() -> None:
     torch.manual_seed(0)
     network = Positional().double()
@@ -187,3 +244,34 @@ def test_prototypes_of_a_network_with_layers_that_see_no_image() -> None:
         ProtoNet(network, tasks=tasks).meta_loss(episodes(2)).backward()
         gradients.append({name: p.grad.clone() for name, p in network.named_parameters()})
     assert relative_error(*gradients) < 1e-12
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML])
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        lambda: nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
+        lambda: nn.AvgPool2d(2, count_include_pad=False),
+        lambda: nn.MaxPool2d(2, dilation=2),
+    ],
+)
+def test_tasks_are_pooled_side_by_side(
+    pooling: Callable[[], nn.Module], algorithm: type[MAML]
+) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3, padding=1), pooling(), nn.GELU(), nn.AdaptiveAvgPool2d(2)
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, WAYS)).double()
+    stacked, loop = (
+        algorithm(network, 0.1, 2, tasks=tasks).meta_gradient(episodes(2))
+        for tasks in ("vmap", "loop")
+    )
+    assert relative_error(stacked, loop) < 1e-12
+
+
+def test_pooling_that_returns_indices_or_was_replaced_is_left_alone() -> None:
+    assert is_plain_pooling(nn.MaxPool2d(2))
+    assert not is_plain_pooling(nn.MaxPool2d(2, return_indices=True))
+    replaced = nn.AvgPool2d(2)
+    replaced.forward = lambda x: x
+    assert not is_plain_pooling(replaced)
+    assert not is_plain_pooling(nn.AdaptiveAvgPool2d(1))

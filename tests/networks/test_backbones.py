@@ -1,5 +1,7 @@
 """The published networks have the published sizes, and the smooth ones are smooth."""
 
+import copy
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,43 @@ def test_mini_imagenet_network_of_the_maml_paper() -> None:
     assert network(torch.rand(2, 3, 84, 84)).shape == (2, 5)
     assert network.head.in_features == 800
     assert any(isinstance(module, nn.MaxPool2d) for module in network.modules())
+
+
+def with_the_activation_first(network: nn.Module) -> nn.Module:
+    """The order of the papers, which takes more time."""
+    usual = copy.deepcopy(network)
+    for block in [module for module in usual.modules() if isinstance(module, nn.Sequential)]:
+        for i, (first, second) in enumerate(pairwise(list(block))):
+            if isinstance(first, nn.MaxPool2d):
+                block[i], block[i + 1] = second, first
+    return usual
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("kind", ["Conv4", "ResNet12"])
+def test_pooling_before_the_activation_changes_no_derivative(kind: str, activation: str) -> None:
+    torch.manual_seed(0)
+    network = {
+        "Conv4": lambda: Conv4(1, 3, 16, 4, activation, "max"),
+        "ResNet12": lambda: ResNet12(1, 3, (4, 4, 4, 4), activation),
+    }[kind]().double()
+    usual = with_the_activation_first(network)
+    assert str(usual) != str(network)
+    x, y = torch.randn(2, 12, 1, 16, 16).double(), torch.arange(3).repeat(2, 4)
+    assert torch.equal(network(x[0]), usual(x[0]))
+    episodes = Episodes(x[:, :6], y[:, :6], x[:, 6:], y[:, 6:])
+    actual, expected = (
+        MAML(n, 0.1, 2, loss=cross_entropy).meta_gradient(episodes) for n in (network, usual)
+    )
+    assert relative_error(actual, expected) < 1e-9
+    assert list(network.state_dict()) == list(usual.state_dict())
+
+
+@pytest.mark.parametrize("downsample", ["max", "avg"])
+def test_activations_that_fall_somewhere_come_before_pooling(downsample: str) -> None:
+    _, _, activation, pooling = Conv4(1, 3, 16, 4, "gelu", downsample).features[0]
+    assert isinstance(activation, nn.GELU)
+    assert isinstance(pooling, nn.MaxPool2d | nn.AvgPool2d)
 
 
 @pytest.mark.parametrize("downsample", ["stride", "avg"])
