@@ -6,6 +6,7 @@ from lightning_maml.callbacks.checkpoint_on_interrupt import (
 )
 from lightning_maml.callbacks.episode_pictures import EpisodePictures as EpisodePictures
 from lightning_maml.callbacks.episode_pictures import draw_adaptation as draw_adaptation
+from lightning_maml.callbacks.episode_pictures import draw_curve as draw_curve
 from lightning_maml.callbacks.episode_pictures import draw_episode as draw_episode
 from lightning_maml.callbacks.gradient_comparison import GradientComparison as GradientComparison
 from lightning_maml.callbacks.gradient_comparison import compare as compare

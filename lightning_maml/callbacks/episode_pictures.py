@@ -24,7 +24,8 @@ class EpisodePictures(FirstTaskPictures):
     tasks, with several loaders those of the first, after 0 .. K steps with its 95 % confidence
     interval. Images of one channel are drawn as ink on paper, with 1 as black. The pictures are
     written to the logger's folder, or to the trainer's ``default_root_dir`` without a logger. For
-    :class:`lightning_maml.MAML` and its variants, on images.
+    :class:`lightning_maml.MAML` and its variants, on images; on regression with one number in and
+    one out, ``episode.png`` shows the function of the first test task and what is predicted.
 
     Args:
         max_classes: Most classes of the episode that are drawn.
@@ -72,13 +73,15 @@ class EpisodePictures(FirstTaskPictures):
         if module.adaptation is not None:
             figure_name = "accuracy" if has_labels else "loss"
             draw_adaptation(module.adaptation, figure_name).savefig(folder / "adaptation.png")
-        has_images = isinstance(task.query_x, Tensor) and task.query_x.ndim == 5
-        if has_images and task.query_y.ndim == 2 and has_labels:
-            outputs_per_step: Tensor = module.evaluate(task).aux[0]
-            predictions = outputs_per_step.argmax(-1).cpu()
-            one_task = Episodes(*(tensor[0].cpu() for tensor in task))
-            picture = draw_episode(one_task, predictions, self._max_classes, self._max_images)
+        is_classified = has_labels and task.query_y.ndim == 2
+        if isinstance(task.query_x, Tensor) and task.query_x.ndim == 5 and is_classified:
+            predictions = _outputs(module, task).argmax(-1)
+            picture = draw_episode(_on_cpu(task), predictions, self._max_classes, self._max_images)
             picture.savefig(folder / "episode.png")
+        elif not has_labels and _is_curve(task):
+            outputs = _outputs(module, task)
+            if outputs.shape[2:].numel() == 1:  # and not a mean with a variance, for instance
+                draw_curve(_on_cpu(task), outputs.flatten(1)).savefig(folder / "episode.png")
 
 
 def draw_episode(task: Episodes, predictions: Tensor, max_classes: int, max_images: int) -> Figure:
@@ -126,6 +129,43 @@ def draw_episode(task: Episodes, predictions: Tensor, max_classes: int, max_imag
     return figure
 
 
+def draw_curve(task: Episodes, outputs: Tensor) -> Figure:
+    """Draw one task of regression with one number in and one out.
+
+    Support points are triangles. Through the query points go their targets, and the predictions
+    before adaptation, after one step and after the last.
+
+    Args:
+        task: One task, ``Episodes`` without the leading ``T``, on the CPU: inputs and targets
+            ``[S, 1]`` and ``[Q, 1]``.
+        outputs: Predictions for the query points after 0 .. K steps, ``[K + 1, Q]``.
+
+    Examples:
+        >>> import torch
+        >>> from lightning_maml import Episodes
+        >>> from lightning_maml.callbacks import draw_curve
+        >>> x = torch.linspace(-5, 5, 20)[:, None]
+        >>> task = Episodes(x[:5], x[:5].sin(), x, x.sin())
+        >>> figure = draw_curve(task, torch.zeros(4, 20))
+        >>> [line.get_label() for line in figure.axes[0].lines]
+        ['target', 'before', 'after 1 step', 'after 3 steps']
+    """
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    x, order = task.query_x.flatten().sort()
+    axes.plot(x, task.query_y.flatten()[order], color="black", label="target")
+    last = len(outputs) - 1
+    for steps, style in zip(sorted({0, min(1, last), last}), (":", "--", "-"), strict=False):
+        name = f"after {steps} step{'s' * (steps > 1)}" if steps else "before"
+        axes.plot(x, outputs[steps, order], style, marker=".", label=name)
+    support = task.support_x.flatten(), task.support_y.flatten()
+    axes.scatter(*support, marker="^", color="tab:red", zorder=3, label="support set")
+    axes.set(xlabel="x", ylabel="y")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def draw_adaptation(adaptation: Estimate, figure_name: str) -> Figure:
     """Draw a figure's mean over tasks after 0 .. K steps with its 95 % confidence interval.
 
@@ -156,6 +196,22 @@ def draw_adaptation(adaptation: Estimate, figure_name: str) -> Figure:
     )
     axes.grid(alpha=0.3)
     return figure
+
+
+def _outputs(module: MAML, task: Episodes) -> Tensor:
+    """Return the outputs of the only task after 0 .. K steps, ``[K + 1, Q, ...]``, on the CPU."""
+    outputs_per_step: Tensor = module.evaluate(task).aux[0]
+    return outputs_per_step.float().cpu()
+
+
+def _on_cpu(task: Episodes) -> Episodes:
+    """Return ``Episodes`` with one task without its dimension."""
+    return Episodes(*(tensor[0].cpu() for tensor in task))
+
+
+def _is_curve(task: Episodes) -> bool:
+    """Return whether inputs and targets are one number each."""
+    return all(isinstance(part, Tensor) and part.shape[2:].numel() == 1 for part in task)
 
 
 def _show(axes: Axes, image: Tensor, title: str, color: str = "black") -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,6 +18,7 @@ from lightning_maml.callbacks import (
     EpisodePictures,
     LossMapPicture,
     draw_adaptation,
+    draw_curve,
     draw_episode,
     draw_loss_map,
     loss_map,
@@ -57,6 +59,24 @@ def test_the_adaptation_curve_shows_means_and_intervals() -> None:
     assert axes.get_title() == "600 test tasks"
 
 
+def test_a_curve_shows_targets_and_predictions_of_the_query_points_in_order() -> None:
+    x = torch.tensor([[2.0], [0.0], [1.0]])
+    task = Episodes(x[:2], 10 * x[:2], x, 10 * x)
+    axes = draw_curve(task, torch.arange(12.0).view(4, 3)).axes[0]
+    target, *predicted = axes.lines
+    assert target.get_xdata().tolist() == [0, 1, 2]
+    assert target.get_ydata().tolist() == [0, 10, 20]
+    assert [line.get_ydata().tolist() for line in predicted] == [[1, 2, 0], [4, 5, 3], [10, 11, 9]]
+    assert [line.get_label() for line in predicted] == ["before", "after 1 step", "after 3 steps"]
+    assert axes.collections[0].get_offsets().tolist() == [[2, 20], [0, 0]]
+
+
+def test_a_curve_without_adaptation() -> None:
+    x = torch.rand(3, 1)
+    axes = draw_curve(Episodes(x, x, x, x), torch.zeros(1, 3)).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["target", "before"]
+
+
 def run_test(module: MAML, episodes: Episodes, folder: Path) -> list[str]:
     episodes = episodes._replace(
         support_x=episodes.support_x.float(), query_x=episodes.query_x.float()
@@ -86,6 +106,23 @@ def test_pictures_are_written_where_there_is_something_to_show(tmp_path: Path) -
     assert run_test(
         MAML(MLP(64, 1), loss=torch.nn.MSELoss(), test_steps=2), targets, tmp_path / "targets"
     ) == ["adaptation.png"]
+
+
+def test_regression_with_one_number_in_and_one_out_is_drawn_as_a_curve(tmp_path: Path) -> None:
+    x = torch.rand(2, 4, 1)
+    for name, y in (("column", x.sin()), ("row", x.sin()[..., 0])):
+        model = MAML(
+            MLP(1, 1), loss=lambda outputs, y: (outputs.flatten() - y.flatten()).square().mean()
+        )
+        assert run_test(model, Episodes(x, y, x, y), tmp_path / name) == [
+            "adaptation.png",
+            "episode.png",
+        ]
+    gaussian = MAML(
+        MLP(1, 2),
+        loss=lambda outputs, y: F.gaussian_nll_loss(outputs[:, :1], y, outputs[:, 1:].exp()),
+    )
+    assert run_test(gaussian, Episodes(x, x, x, x), tmp_path / "two") == ["adaptation.png"]
 
 
 def test_no_picture_is_drawn_of_resampled_tasks(tmp_path: Path) -> None:

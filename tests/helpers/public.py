@@ -12,7 +12,7 @@ PUBLIC = {
     "lightning_maml.callbacks": """
         AdaptiveMetaStepsize BestCheckpoint CheckpointOnInterrupt EpisodePictures Fidelity
         KeepBestCheckpoints LossMapPicture MetaGradientMonitor SkipNonFinite StationarityMonitor
-        TrainingPictures compare draw_adaptation draw_episode draw_fidelity draw_learning
+        TrainingPictures compare draw_adaptation draw_curve draw_episode draw_fidelity draw_learning
         draw_loss_map loss_map
     """,
     "lightning_maml.datamodules": """
