@@ -75,13 +75,15 @@ class EpisodePictures(FirstTaskPictures):
             draw_adaptation(module.adaptation, figure_name).savefig(folder / "adaptation.png")
         is_classified = has_labels and task.query_y.ndim == 2
         if isinstance(task.query_x, Tensor) and task.query_x.ndim == 5 and is_classified:
-            predictions = _outputs(module, task).argmax(-1)
-            picture = draw_episode(_on_cpu(task), predictions, self._max_classes, self._max_images)
+            predictions = module.evaluate(task).aux[0].argmax(-1).cpu()
+            picture = draw_episode(_first(task), predictions, self._max_classes, self._max_images)
             picture.savefig(folder / "episode.png")
         elif not has_labels and _is_curve(task):
-            outputs = _outputs(module, task)
-            if outputs.shape[2:].numel() == 1:  # and not a mean with a variance, for instance
-                draw_curve(_on_cpu(task), outputs.flatten(1)).savefig(folder / "episode.png")
+            outputs = module.evaluate(task).aux
+            # not with several outputs, as of a mean and a variance
+            if isinstance(outputs, Tensor) and outputs[0, 0].numel() == task.query_y.numel():
+                picture = draw_curve(_first(task), outputs[0].flatten(1).float().cpu())
+                picture.savefig(folder / "episode.png")
 
 
 def draw_episode(task: Episodes, predictions: Tensor, max_classes: int, max_images: int) -> Figure:
@@ -152,14 +154,15 @@ def draw_curve(task: Episodes, outputs: Tensor) -> Figure:
     """
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    x, order = task.query_x.flatten().sort()
-    axes.plot(x, task.query_y.flatten()[order], color="black", label="target")
+    # matplotlib knows no bf16
+    support_x, support_y, query_x, query_y = (tensor.flatten().float() for tensor in task)
+    x, order = query_x.sort()
+    axes.plot(x, query_y[order], color="black", label="target")
     last = len(outputs) - 1
     for steps, style in zip(sorted({0, min(1, last), last}), (":", "--", "-"), strict=False):
         name = f"after {steps} step{'s' * (steps > 1)}" if steps else "before"
         axes.plot(x, outputs[steps, order], style, marker=".", label=name)
-    support = task.support_x.flatten(), task.support_y.flatten()
-    axes.scatter(*support, marker="^", color="tab:red", zorder=3, label="support set")
+    axes.scatter(support_x, support_y, marker="^", color="tab:red", zorder=3, label="support set")
     axes.set(xlabel="x", ylabel="y")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -198,14 +201,8 @@ def draw_adaptation(adaptation: Estimate, figure_name: str) -> Figure:
     return figure
 
 
-def _outputs(module: MAML, task: Episodes) -> Tensor:
-    """Return the outputs of the only task after 0 .. K steps, ``[K + 1, Q, ...]``, on the CPU."""
-    outputs_per_step: Tensor = module.evaluate(task).aux[0]
-    return outputs_per_step.float().cpu()
-
-
-def _on_cpu(task: Episodes) -> Episodes:
-    """Return ``Episodes`` with one task without its dimension."""
+def _first(task: Episodes) -> Episodes:
+    """Return the first of ``Episodes``, without its dimension, on the CPU."""
     return Episodes(*(tensor[0].cpu() for tensor in task))
 
 

@@ -186,7 +186,8 @@ class _BatchNormBackward(torch.autograd.Function):
         _, vy, sum_v = _aten.native_batch_norm_backward(
             v, x, w, None, None, m, r, True, eps, (False, True, True)
         )
-        vg = (v.to(m.dtype) * g).sum([0, *range(2, x.ndim)])  # not in half precision
+        # not in half precision, as k is a small difference of these means
+        vg = (v.to(m.dtype) * g).sum([0, *range(2, x.ndim)])
         s, t, mean_g, mean_v, mean_vg = torch._foreach_div([gy, vy, sum_g, sum_v, vg], n)
         # several products in one kernel each, as they are short
         p = w * r
@@ -224,8 +225,8 @@ class _NotDifferentiable(torch.autograd.Function):
 def _laid_out_as(x: Tensor, g: Tensor) -> Tensor:
     """Return ``g`` with the strides of ``x``.
 
-    With two memory formats torch's kernel takes several times as long. With strides of which it
-    cannot tell the format, as where a dimension is 1, it reads the numbers in a wrong order.
+    Torch's CPU kernel takes several times as long if the two memory formats differ, and reads ``g``
+    in a wrong order if its strides fit two formats, as they can where a dimension is 1.
     """
     return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 

@@ -169,23 +169,23 @@ class TaskNorm:
         """Normalise ``x``, ``[B, T, C, ...]``, as if the channels of all tasks were one layer's."""
         tasks = x.shape[1]
         weight, bias = (None if p is None else p.expand(tasks, -1).flatten() for p in parameters)
-        # always, as torch's own derivatives are wrong for some gradients that vmap gives
-        z = self._normalised(x.flatten(1, 2), weight, bias, least=1)
-        return _unflattened(z, 1, tasks)
+        return _unflattened(self._normalised(x.flatten(1, 2), weight, bias), 1, tasks)
 
-    def _normalised(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, least: int = 2
-    ) -> Tensor:
+    def _normalised(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Normalise ``x``, ``[B, C, ...]``, by its own statistics."""
         x = in_one_format(x)
-        # the derivatives need both, and of one type
-        given = next((p for p in (weight, bias) if p is not None), x)
-        weight = given.new_ones(x.shape[1]) if weight is None else weight
-        bias = given.new_zeros(x.shape[1]) if bias is None else bias
+        # The derivatives need both or neither, and of one type. With neither, torch would compute
+        # the statistics of half-precision images in half precision.
+        given = next((p for p in (weight, bias) if p is not None), None)
+        dtype = torch.promote_types(x.dtype, torch.float32) if given is None else given.dtype
+        weight = x.new_ones(x.shape[1], dtype=dtype) if weight is None else weight
+        bias = x.new_zeros(x.shape[1], dtype=dtype) if bias is None else bias
         # torch's derivative reads it from memory as if its stride were 1; that of a weight of one
         # channel that is expanded over the tasks is 0
         weight = weight.contiguous()
-        if _uses_own_derivatives(x, least):
+        # on a CPU always, as torch's derivative is wrong there for gradients whose strides fit two
+        # memory formats
+        if _uses_own_derivatives(x, least=1 if x.device.type == "cpu" else 2):
             z: Tensor = BatchNorm.apply(x, weight, bias, self._layer.eps)
             return z
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=self._layer.eps)
@@ -407,7 +407,7 @@ def _uses_own_derivatives(x: Tensor, least: int = 2) -> bool:
 
     Args:
         x: Input of the layer.
-        least: How many derivatives must be announced for them to pay.
+        least: How many derivatives must be announced for them to pay, or to be needed.
     """
     if torch.compiler.is_compiling() or x.is_complex():
         return False

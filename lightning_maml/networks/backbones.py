@@ -270,7 +270,7 @@ def _in_cheaper_order(activation: nn.Module, pooling: nn.Module) -> list[nn.Modu
     """Return both, maximum pooling before ReLU and leaky ReLU.
 
     Outputs and derivatives are the same, and the activation has a quarter of the pixels. Others
-    stay first: with activations that fall somewhere, like GELU, the order matters.
+    stay first: with activations that are not monotonic, like GELU, the order matters.
     """
     if isinstance(pooling, nn.MaxPool2d) and isinstance(activation, nn.ReLU | nn.LeakyReLU):
         return [pooling, activation]

@@ -125,6 +125,40 @@ def test_regression_with_one_number_in_and_one_out_is_drawn_as_a_curve(tmp_path:
     assert run_test(gaussian, Episodes(x, x, x, x), tmp_path / "two") == ["adaptation.png"]
 
 
+class MeanAndVariance(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 2)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        mean, log_variance = self.linear(x).split(1, -1)
+        return {"mean": mean, "variance": log_variance.exp()}
+
+
+def test_several_outputs_are_not_drawn_as_a_curve(tmp_path: Path) -> None:
+    def loss(outputs: dict[str, torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+        return F.gaussian_nll_loss(outputs["mean"], y, outputs["variance"])
+
+    x = torch.rand(2, 4, 1)
+    model = MAML(MeanAndVariance(), loss=loss)
+    assert run_test(model, Episodes(x, x.sin(), x, x.sin()), tmp_path) == ["adaptation.png"]
+
+
+def test_a_curve_in_bf16(tmp_path: Path) -> None:
+    x = torch.rand(2, 4, 1)
+    run = Trainer(
+        default_root_dir=tmp_path,
+        callbacks=[EpisodePictures()],
+        precision="bf16-true",
+        enable_progress_bar=False,
+        logger=False,
+        **on_device(),
+    )
+    tasks = DataLoader([Episodes(x, x.sin(), x, x.sin())], batch_size=None)
+    run.test(MAML(MLP(1, 1), loss=F.mse_loss), tasks, verbose=False)
+    assert (tmp_path / "episode.png").exists()
+
+
 def test_no_picture_is_drawn_of_resampled_tasks(tmp_path: Path) -> None:
     several = ResampledEpisodes(
         *(torch.stack([tensor] * 2, 1) for tensor in make_episodes()[:2] * 2), *make_episodes()[2:]

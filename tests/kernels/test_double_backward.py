@@ -297,7 +297,7 @@ def test_the_announcement_is_of_one_thread_and_ends() -> None:
     assert evaluation().derivatives == 0
 
 
-def test_an_exact_meta_gradient_uses_them_and_no_other_does(
+def test_an_exact_meta_gradient_uses_both_and_the_others_batch_norm_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     functional, used = FunctionalNetwork(build("conv_batch_norm")), []
@@ -318,9 +318,11 @@ def test_an_exact_meta_gradient_uses_them_and_no_other_does(
             steps=2,
             curvature=curvature,
         )
-    assert not used
+    assert set(used) == {BatchNorm}  # torch's own is wrong for some gradients on a CPU
+    used.clear()
     meta_gradient(loss, functional.params, make_episodes(tasks=1), inner_lr=0.1, steps=2)
-    assert used == 2 * [Convolution, BatchNorm]
+    # two inner steps and the query loss with one derivative, and the way back through both steps
+    assert used == [*3 * [BatchNorm], *2 * [Convolution, BatchNorm]]
 
 
 def test_under_torch_func_a_learner_has_torchs_layers() -> None:

@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.networks import make_episodes, relative_error
 from lightning_maml import FOMAML, MAML, Episodes, ProtoNet
-from lightning_maml.kernels.layers import is_plain_pooling
+from lightning_maml.core.context import evaluating
+from lightning_maml.kernels.layers import TaskNorm, is_plain_pooling
 
 WAYS = 3
 
@@ -221,6 +223,52 @@ def test_stacked_tasks_have_the_gradients_of_a_loop_in_bf16(name: str, shots: in
             MAML(network, 0.1, 2, tasks=tasks).meta_gradient(rounded) for tasks in ("vmap", "loop")
         )
     assert relative_error(stacked, loop) < 0.1
+
+
+@pytest.mark.parametrize("algorithm", [MAML, FOMAML])
+@pytest.mark.parametrize("tasks", ["loop", "vmap"])
+def test_gradients_whose_strides_fit_two_memory_formats(tasks: str, algorithm: type[MAML]) -> None:
+    """Torch's own batch norm reads them in a wrong order, in plain autograd too, so the reference
+    is batch norm written out."""
+
+    class Sequences(nn.Module):
+        def __init__(self, written_out: bool) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(15, WAYS)
+            self.written_out = written_out
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.written_out:
+                y = (x - x.mean((0, 2, 3), keepdim=True)) * torch.rsqrt(
+                    x.var((0, 2, 3), correction=0, keepdim=True) + self.norm.eps
+                )
+                y = y * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
+            else:
+                y = self.norm(x)
+            return self.head(y.squeeze(-1).transpose(1, 2).reshape(len(x), -1))
+
+    torch.manual_seed(0)
+    norm, written_out = Sequences(False).double(), Sequences(True).double()
+    written_out.load_state_dict(norm.state_dict())
+    x, y = torch.randn(2, 9, 3, 5, 1, dtype=torch.float64), torch.arange(9).repeat(2, 1) % WAYS
+    of_sequences = Episodes(x, y, x.flip(1), y.flip(1))
+    found, right = (
+        algorithm(network, 0.1, 2, tasks=tasks).meta_gradient(of_sequences)
+        for network in (norm, written_out)
+    )
+    assert relative_error(found, right) < 1e-12
+
+
+@pytest.mark.parametrize("derivatives", [0, 1, 2])
+def test_batch_norm_without_parameters_has_float32_statistics(derivatives: int) -> None:
+    norm = TaskNorm(nn.BatchNorm2d(3, affine=False), vectorised=False)
+    torch.manual_seed(0)
+    x = (3 * torch.randn(50, 3, 8, 8) + 5).bfloat16()
+    with evaluating(derivatives=derivatives):
+        found = norm(x).double()
+    right = F.batch_norm(x.double(), None, None, training=True)
+    # that of rounding the result is 0.0017; statistics in bf16 give 0.0040
+    assert float((found - right).norm() / right.norm()) < 0.0025
 
 
 def test_frozen_layers_that_see_no_image_are_stacked() -> None:
