@@ -202,7 +202,7 @@ def draw_adaptation(adaptation: Estimate, figure_name: str) -> Figure:
 
 
 def _first(task: Episodes) -> Episodes:
-    """Return the first of ``Episodes``, without its dimension, on the CPU."""
+    """Return the first task, without its dimension, on the CPU."""
     return Episodes(*(tensor[0].cpu() for tensor in task))
 
 
