@@ -84,7 +84,17 @@ def relabelled(support_y: Labels, query_y: Labels) -> tuple[Tensor, Tensor, list
 
 
 def _hashable(labels: Labels) -> list[Any]:
-    """Return labels that can be keys of a dictionary, as tensors cannot."""
+    """Return labels that can be keys of a dictionary, as tensors cannot.
+
+    Raises:
+        ValueError: If they are no labels of classes, but targets or labels of positions.
+    """
+    if isinstance(labels, Tensor) and (labels.is_floating_point() or labels.ndim > 1):
+        raise UserValueError(
+            "Expected labels of classes, whole numbers [examples], but got "
+            f"{labels.dtype} {list(labels.shape)}; for targets of a regression or labels of "
+            "pixels give Episodes of your own, which any loader may yield."
+        )
     return [label.item() if isinstance(label, Tensor) else label for label in labels]
 
 
@@ -169,7 +179,8 @@ def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
 
     Args:
         batch: ``{"train": (x, y), "test": (x, y)}`` with ``x`` ``[T, S, ...]`` and ``y``
-            ``[T, S]``; for regression, ``y`` are floats of any shape ``[T, S, ...]``.
+            ``[T, S]``; floats, for regression, and labels of pixels ``[T, S, ...]`` stay as they
+            are.
 
     Raises:
         ValueError: If the batch is anything else.
@@ -180,7 +191,7 @@ def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
             f'Expected torchmeta\'s {{"train": (x, y), "test": (x, y)}} but got {got}.'
         )
     (support_x, support_y), (query_x, query_y) = batch["train"], batch["test"]
-    if support_y.is_floating_point():  # regression, whose targets are no class labels
+    if support_y.is_floating_point() or support_y.ndim > 2:  # no labels of classes
         return Episodes(support_x, support_y, query_x, query_y)
     labels = [relabelled(*of_task)[:2] for of_task in zip(support_y, query_y, strict=True)]
     return Episodes(

@@ -68,15 +68,17 @@ def splits_of(stage: str | None) -> Sequence[str]:
 class EpisodicDataModule(LightningDataModule):
     """Base class of the few-shot datamodules, which makes episodes of the images of classes.
 
-    A subclass defines :meth:`class_images` and, if it reads files, ``prepare_data``. It takes the
-    arguments below as ``**options`` and hands them to ``super().__init__(**options)``; then the
-    command ``lightning-maml`` knows them too.
+    A subclass defines :meth:`class_images` and, if it reads files, ``prepare_data``; and
+    :meth:`read_by`, if it has attributes that decide what these return. It takes the arguments
+    below as ``**options`` and hands them to ``super().__init__(**options)``; then the command
+    ``lightning-maml`` knows them too.
 
-    Batches are :class:`lightning_maml.Episodes` with float images ``[T, S, C, H, W]``. Bytes are
-    scaled to 0 .. 1, and then the images are transformed. In training with
-    ``regime="resampling"``, batches are :class:`lightning_maml.ResampledEpisodes`, with images
-    ``[T, N, S, C, H, W]``. Episodes depend only on the seed, the epoch and their number, not on the
-    number of workers or processes.
+    With a trainer, batches are :class:`lightning_maml.Episodes` with float images
+    ``[T, S, C, H, W]``: bytes are scaled to 0 .. 1, and then the images are transformed. Loaders
+    alone give the images as stored; in a loop of your own, :meth:`prepared` does the rest. In
+    training with ``regime="resampling"``, batches are :class:`lightning_maml.ResampledEpisodes`,
+    with images ``[T, N, S, C, H, W]``. Episodes depend only on the seed, the epoch and their
+    number, not on the number of workers or processes.
 
     While a trainer runs on CUDA, the images of a split are kept on the device if they take at most
     a quarter of its free memory (with rotations, all four of them), so that only the numbers of the
@@ -197,7 +199,8 @@ class EpisodicDataModule(LightningDataModule):
 
         They are fresh ones in every epoch; with the trainer's ``overfit_batches`` the same ones. In
         a loop of your own, make the loader once: each time it is gone through it gives fresh tasks,
-        while a new loader begins with the first epoch's.
+        while a new loader begins with the first epoch's. Images are as stored; :meth:`prepared`
+        makes of them what the model takes.
         """
         overfit = False
         if self.trainer is not None:
@@ -222,8 +225,7 @@ class EpisodicDataModule(LightningDataModule):
         """Draw tasks of the training split for another purpose than training.
 
         They are independent of the tasks that are trained on and of those for other purposes.
-        Their images are as stored, on the CPU; ``on_after_batch_transfer`` prepares them for the
-        model.
+        Their images are as stored, on the CPU; :meth:`prepared` makes of them what the model takes.
 
         Args:
             purpose: What they are for: ``"stepsize"``, ``"stationarity"``, ``"measure"`` or
@@ -258,6 +260,14 @@ class EpisodicDataModule(LightningDataModule):
         _, dataset = self._datasets.get(split, (None, None))
         return dataset.fingerprints() if isinstance(dataset, EpisodeDataset) else {}
 
+    def read_by(self) -> tuple[Any, ...]:
+        """Return the attributes that decide what :meth:`class_images` returns.
+
+        Where they change between two runs, the images are read again. A subclass with such
+        attributes returns them, ``(*super().read_by(), self.fold)``.
+        """
+        return ()
+
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
@@ -269,16 +279,29 @@ class EpisodicDataModule(LightningDataModule):
         return moved
 
     def on_after_batch_transfer(self, batch: AnyEpisodes, dataloader_idx: int) -> AnyEpisodes:
-        """Prepare a batch on the device: floats in 0 .. 1, transforms, the trainer's precision."""
+        """Prepare a batch on the device, in the trainer's precision."""
+        batch = self.prepared(batch, self.trainer is not None and self.trainer.training)
+        if self.trainer is not None:
+            batch = self.trainer.precision_plugin.convert_input(batch)
+        return batch
+
+    def prepared(self, batch: AnyEpisodes, training: bool) -> AnyEpisodes:
+        """Return a batch of a loader as a trainer would give it to the model.
+
+        It is for loops of your own.
+
+        Args:
+            batch: Tasks with images as stored, on any device.
+            training: Whether to transform the images as for training, or as for test.
+
+        Returns:
+            The tasks with bytes scaled to floats in 0 .. 1, and the images transformed.
+        """
         images = {}
         for name in batch._fields[::2]:  # images and labels take turns
             stored = getattr(batch, name)
             images[name] = stored.float() / 255 if stored.dtype == torch.uint8 else stored
-        training = self.trainer is not None and self.trainer.training
-        batch = self.transforms(batch._replace(**images), training=training)
-        if self.trainer is not None:
-            batch = self.trainer.precision_plugin.convert_input(batch)
-        return batch
+        return self.transforms(batch._replace(**images), training=training)
 
     def teardown(self, stage: str) -> None:
         """Free the memory of images that were kept on the device.
@@ -295,6 +318,10 @@ class EpisodicDataModule(LightningDataModule):
             exception: What ended it.
         """
         self._free_device()
+
+    def _forget_images(self) -> None:
+        """Let the next setup read the images again, as files may have changed since."""
+        self._datasets.clear()
 
     def _free_device(self) -> None:
         for _, images in self._on_device.values():
@@ -339,7 +366,7 @@ class EpisodicDataModule(LightningDataModule):
     def _dataset(self, split: str) -> TaskDataset:
         # attributes may be set between two runs
         sizes = self._task_sizes(split)
-        setting = sizes, self.rotations, self.seed, self.small_classes, self._read_by()
+        setting = sizes, self.rotations, self.seed, self.small_classes, self.read_by()
         made_for, dataset = self._datasets.get(split, (None, None))
         if dataset is None or made_for != setting:
             # images are read and drawn on the CPU, whatever torch's default device
@@ -347,10 +374,6 @@ class EpisodicDataModule(LightningDataModule):
                 dataset = self._task_dataset(split, sizes)
             self._datasets[split] = setting, dataset
         return dataset
-
-    def _read_by(self) -> tuple[Any, ...]:
-        """Return the settings by which a subclass reads images and divides classes."""
-        return ()
 
     def _task_sizes(self, split: str) -> TaskSizes:
         if split != "train":

@@ -84,7 +84,7 @@ class _CIFAR100DataModule(EpisodicDataModule):
         return self._read(self.root, lambda: read_cifar100(self.root))
 
     @override
-    def _read_by(self) -> tuple[Any, ...]:
+    def read_by(self) -> tuple[Any, ...]:
         return (self.root,)
 
 

@@ -74,6 +74,8 @@ class CUBDataModule(EpisodicDataModule):
 
     def prepare_data(self) -> None:
         """Decode the images, unless there is a cache of exactly these files."""
+        self._found.forget()
+        self._forget_images()
         self._find()[0].prepare()
 
     def setup(self, stage: str | None = None) -> None:
@@ -92,11 +94,11 @@ class CUBDataModule(EpisodicDataModule):
         return files.read(split_species(species)[split])
 
     @override
-    def _read_by(self) -> tuple[Any, ...]:
+    def read_by(self) -> tuple[Any, ...]:
         return self.root, self.image_size, self.on_corrupt
 
     def _find(self) -> tuple[CachedImageFiles, dict[str, list[Path]]]:
-        return self._found(self._read_by(), self._find_now)
+        return self._found(self.read_by(), self._find_now)
 
     def _find_now(self) -> tuple[CachedImageFiles, dict[str, list[Path]]]:
         folder = find_birds(self.root)

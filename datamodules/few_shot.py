@@ -21,6 +21,7 @@ from lightning_maml.datamodules.class_splits import (
     split_classes,
 )
 from lightning_maml.datamodules.images.files import UnsuitableImage, pixels
+from lightning_maml.datamodules.messages import first_five
 from lightning_maml.datamodules.origins import Label, Origin, Source, origins, source
 from lightning_maml.datamodules.remembered import Remembered
 from lightning_maml.datamodules.sampler import ClassImages, check_seed
@@ -39,7 +40,8 @@ class FewShotDataModule(EpisodicDataModule):
     The datasets of two splits must not share a class. Two classes are the same if they have the
     same name, or the same label in one dataset that both splits are subsets of (by
     ``torch.utils.data.Subset``, as ``random_split`` makes them). Labels 0, 1, ... of different
-    datasets are different classes.
+    datasets are different classes; if their names are such numbers too, a warning asks whether
+    they are.
 
     Args:
         train: Dataset of the training classes; without ``val`` and ``test``, of all classes, which
@@ -150,16 +152,23 @@ class FewShotDataModule(EpisodicDataModule):
         return splits[name].images
 
     @override
-    def _read_by(self) -> tuple[Any, ...]:
+    def read_by(self) -> tuple[Any, ...]:
         of_items = self.image_size, self.image_key, self.label_key
         return *of_items, *self.shares, self.split_seed
 
 
 class LabelledImages(NamedTuple):
-    """The images of a dataset, and the original datasets and labels of each of its classes."""
+    """The images of a dataset.
+
+    Attributes:
+        images: Its images, and its classes.
+        origins: The original datasets and labels of each class.
+        has_names: Whether the dataset itself names its classes.
+    """
 
     images: ClassImages
     origins: list[set[Origin]]
+    has_names: bool
 
 
 def _check_no_shared_class(splits: dict[str, LabelledImages]) -> None:
@@ -180,12 +189,26 @@ def _check_no_shared_class(splits: dict[str, LabelledImages]) -> None:
     # Classes are compared by name only across datasets, as one dataset may have two classes of a
     # name; and only if they have names, as each dataset may count its classes from 0.
     one_dataset = {dataset for dataset, _ in one} & {dataset for dataset, _ in other}
-    if not one_dataset:
-        named = {
-            name: [of_class for of_class in split.images.names if not of_class.isdigit()]
-            for name, split in splits.items()
-        }
-        check_disjoint(named, "the datasets", cure)
+    if one_dataset:
+        return
+    named = {
+        name: [of_class for of_class in split.images.names if not of_class.isdigit()]
+        for name, split in splits.items()
+    }
+    check_disjoint(named, "the datasets", cure)
+    if all(split.has_names for split in splits.values()):
+        _warn_of_shared_numbers({name: split.images.names for name, split in splits.items()})
+
+
+def _warn_of_shared_numbers(names: dict[str, Sequence[str]]) -> None:
+    first, second = names.values()
+    shared = [name for name in first if name in second]
+    if shared:
+        rank_zero_warn(
+            f"The datasets {' and '.join(names)} both have classes named {first_five(shared)}: if "
+            "these are the same classes, the accuracy is not one on new classes; give the whole "
+            "dataset as `train` alone, and its classes are shared out."
+        )
 
 
 def read_dataset(
@@ -223,8 +246,11 @@ def read_dataset(
 
     members_of_label = dict(zip(values, members, strict=True))
     names = _names(dataset, name, sources, members_of_label, label_key)
+    holders = [dataset, *(item.dataset for item in sources if item.as_it_is)]
     return LabelledImages(
-        ClassImages(images, members, names), origins(sources, labels, members, label_at)
+        ClassImages(images, members, names),
+        origins(sources, labels, members, label_at),
+        has_names=any(_class_names(holder, label_key) for holder in holders),
     )
 
 
@@ -284,6 +310,11 @@ def _read_items(
             )
         images[number] = tensor
         labels.append(_label(label, which))
+    if images.dtype == torch.uint8 and images.max() == 1:
+        rank_zero_warn(
+            f"The bytes of `{name}` are all 0 or 1, and become 0 or 1/255, because bytes are "
+            "taken for 0 .. 255; give floats instead."
+        )
     return images, labels
 
 
@@ -427,6 +458,10 @@ def _tensor(image: Any, image_size: int | None, which: str) -> Tensor:
         return image.float()
     if image.dtype != torch.uint8:
         raise _no_image(which, str(image.dtype))
+    if image.ndim < 2:
+        raise _no_image(
+            which, f"{image.ndim}-dimensional bytes; what is no image is given as floats"
+        )
     return image[None] if image.ndim == 2 else image  # gray: one channel
 
 

@@ -68,7 +68,7 @@ class GlyphsDataModule(EpisodicDataModule):
         self.glyph_seed = glyph_seed
 
     @override
-    def _read_by(self) -> tuple[Any, ...]:
+    def read_by(self) -> tuple[Any, ...]:
         return self.image_size, self.glyph_seed
 
     def class_images(self, split: str) -> ClassImages:

@@ -119,6 +119,8 @@ class ImageFolderDataModule(EpisodicDataModule):
 
     def prepare_data(self) -> None:
         """Decode the images, unless there is a cache of exactly these files."""
+        self._found.forget()
+        self._forget_images()
         self._find()[0].prepare()
 
     def setup(self, stage: str | None = None) -> None:
@@ -138,12 +140,12 @@ class ImageFolderDataModule(EpisodicDataModule):
         return files.read(tree.splits[split])
 
     @override
-    def _read_by(self) -> tuple[Any, ...]:
+    def read_by(self) -> tuple[Any, ...]:
         division = *self.shares, self.split_seed, self.class_level
         return self.root, self.image_size, self.on_corrupt, division
 
     def _find(self) -> tuple[CachedImageFiles, "Tree"]:
-        return self._found(self._read_by(), self._find_now)
+        return self._found(self.read_by(), self._find_now)
 
     def _find_now(self) -> tuple[CachedImageFiles, "Tree"]:
         tree = find_tree(self.root, self.shares, self.split_seed, self.class_level)
@@ -199,6 +201,8 @@ def find_tree(root: Path, shares: Shares, seed: int, class_level: int | None = N
         return _tree_with_splits(folder, places, class_level)
     left_out = LeftOut()
     classes = _classes(folder, class_level, left_out)
+    if not classes and class_level:  # all classes may be of one superclass
+        classes = _classes(root, class_level, left_out := LeftOut())
     if not classes:
         seen = in_words(left_out)
         raise UserFileNotFoundError(
@@ -217,7 +221,10 @@ def _tree_with_splits(folder: Path, places: dict[str, Path], class_level: int | 
     """Find the classes in the folders of the splits."""
     left_out = LeftOut()
     by_split = {
-        split: _classes(innermost(place), class_level, left_out) for split, place in places.items()
+        # a level is counted from the folder of the split, also where all images are of one
+        # superclass
+        split: _classes(place if class_level else innermost(place), class_level, left_out, place)
+        for split, place in places.items()
     }
     check_disjoint(by_split, str(folder))
     left_out["folders beside the splits"] += len(subfolders(folder)) - len(places)
@@ -246,8 +253,10 @@ def _check_links(classes: dict[str, list[Path]]) -> None:
                 )
 
 
-def _classes(folder: Path, class_level: int | None, left_out: LeftOut) -> dict[str, list[Path]]:
-    classes = list_class_folders(folder, class_level, left_out)
+def _classes(
+    folder: Path, class_level: int | None, left_out: LeftOut, counted_from: Path | None = None
+) -> dict[str, list[Path]]:
+    classes = list_class_folders(folder, class_level, left_out, counted_from)
     left_out["folders without images"] += sum(not files for files in classes.values())
     return {name: files for name, files in classes.items() if files}
 

@@ -132,7 +132,7 @@ class OmniglotDataModule(EpisodicDataModule):
         return ClassImages(decoded.images.unsqueeze(1), [rows[number] for number in classes])
 
     @override
-    def _read_by(self) -> tuple[Any, ...]:
+    def read_by(self) -> tuple[Any, ...]:
         return self.cache_file, self.split, self.split_seed
 
     def _read_decoded(self) -> DecodedImages:

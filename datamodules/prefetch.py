@@ -30,12 +30,12 @@ class PrefetchingLoader(DataLoader[Any]):
         [[0, 1], [2, 3]]
     """
 
-    _given = 0
+    _position: dict[str, int] | None = None
     _resumed: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # not torch's own iterator
         """Yield the batches."""
-        self._given = self._skip_what_was_given()
+        before = self._skip_what_was_given()
         # torch's iterator draws from the loader's generator, which is the CPU's whatever torch's
         # default device
         with torch.device("cpu"):
@@ -43,14 +43,18 @@ class PrefetchingLoader(DataLoader[Any]):
         if self.num_workers == 0:
             batches = _one_ahead(batches)
         source = self.dataset
-        for batch in batches:
-            self._given += 1
+        epoch = None
+        for given, batch in enumerate(batches, before + 1):
+            # Not from the sampler each time: a callback that goes through the loader beside the
+            # training moves it on.
+            epoch = getattr(self.sampler, "epoch", 0) if epoch is None else epoch
+            self._position = {"epoch": epoch, "batches": given}
             # not in the thread, whose work on the device would not wait for that of this one
             yield source.gather(batch) if isinstance(source, ImagesOnDevice) else batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, and how many of its batches were given out."""
-        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given}
+        return self._position or {"epoch": getattr(self.sampler, "epoch", 0), "batches": 0}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on with the recorded epoch after the batches that were given out before.

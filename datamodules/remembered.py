@@ -36,3 +36,7 @@ class Remembered(Generic[Value]):
             self._last = None  # lets go of what may be large, before there are two
             self._last = made_from, make()
         return self._last[1]
+
+    def forget(self) -> None:
+        """Let the next call make the value again."""
+        self._last = None

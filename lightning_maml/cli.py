@@ -96,7 +96,7 @@ class _Trainer(Trainer):
             check_accuracy(epsilon)
         self._prepare(model, datamodule, ckpt_path)
         episodes = _transferred(
-            self, datamodule.independent_episodes("measure", 0, tasks), model.train(), datamodule
+            self, datamodule.independent_episodes("measure", 0, tasks), model, datamodule
         )
         probe, alpha = model.probe(episodes, progress=True), model.check_for_theory()
         constants = probe.constants(alpha, model.train_steps)
@@ -145,7 +145,7 @@ class _Trainer(Trainer):
         model.trainer, self.datamodule = self, datamodule  # which knows its ways
         datamodule.setup("fit")
         batch = next(iter(datamodule.train_dataloader()))
-        episodes = parts_of(_transferred(self, batch, model, datamodule))[0]
+        episodes = parts_of(model.as_meta_batch(_transferred(self, batch, model, datamodule)))[0]
         with self.precision_plugin.train_step_context():
             # it refuses models without an inner loop
             report = check(model, episodes)  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ class _Trainer(Trainer):
             raise UserValueError(
                 "Expected `ckpt_path` to be the file of a step that broke a run but got none."
             )
-        episodes, epoch = load_step(model.to(self.strategy.root_device).train(), ckpt_path)
+        episodes, epoch = load_step(model.to(self.strategy.root_device), ckpt_path)
         model.trainer = self  # the model may depend on its epoch
         # Lightning declares a type without it
         self.fit_loop.epoch_progress.current.processed = epoch  # type: ignore[attr-defined]

@@ -70,6 +70,7 @@ class MiniImageNetDataModule(ImageNetSubset):
 
     dataset: ClassVar[str] = NAME
     classes: ClassVar[dict[str, int]] = {"train": 64, "val": 16, "test": 20}
+    images: ClassVar[dict[str, int]] = {"train": 38_400, "val": 9_600, "test": 12_000}
     authors: ClassVar[str] = "Ravi & Larochelle 2017"
     forms: ClassVar[Mapping[str, Form]] = {
         "cache pickles": Form(

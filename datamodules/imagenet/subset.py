@@ -34,8 +34,8 @@ class ImageNetSubset(EpisodicDataModule):
     """Name of the dataset, for messages and caches."""
     classes: ClassVar[dict[str, int]]
     """Number of classes in each split."""
-    images: ClassVar[dict[str, int] | None] = None
-    """Number of images in each split, if they are to be checked."""
+    images: ClassVar[dict[str, int]]
+    """Number of images in each split."""
     authors: ClassVar[str]
     """Whose split it is."""
     forms: ClassVar[Mapping[str, Form]]
@@ -58,6 +58,8 @@ class ImageNetSubset(EpisodicDataModule):
 
     def prepare_data(self) -> None:
         """Decode the images, unless the data are plain arrays or a cache is there."""
+        self._layout.forget()
+        self._forget_images()
         self._found().opened.prepare()
 
     def setup(self, stage: str | None = None) -> None:
@@ -74,10 +76,10 @@ class ImageNetSubset(EpisodicDataModule):
         return self._found().opened.splits[split].read()
 
     def _found(self) -> Layout:
-        return self._layout(self._read_by(), self._find)
+        return self._layout(self.read_by(), self._find)
 
     @override
-    def _read_by(self) -> tuple[Any, ...]:
+    def read_by(self) -> tuple[Any, ...]:
         return self.root, self.image_size, self.on_corrupt
 
     def _find(self) -> Layout:

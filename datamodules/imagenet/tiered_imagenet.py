@@ -71,7 +71,7 @@ class TieredImageNetDataModule(ImageNetSubset):
 
     dataset: ClassVar[str] = NAME
     classes: ClassVar[dict[str, int]] = {"train": 351, "val": 97, "test": 160}
-    images: ClassVar[dict[str, int] | None] = {"train": 448_695, "val": 124_261, "test": 206_209}
+    images: ClassVar[dict[str, int]] = {"train": 448_695, "val": 124_261, "test": 206_209}
     authors: ClassVar[str] = "Ren et al. 2018"
     forms: ClassVar[Mapping[str, Form]] = {
         "pickles of PNGs": Form(

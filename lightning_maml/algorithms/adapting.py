@@ -41,7 +41,7 @@ from lightning_maml.core.inner_rates import (
     rates_of_steps,
 )
 from lightning_maml.core.params import Params
-from lightning_maml.core.rng import is_random
+from lightning_maml.core.rng import is_random, unchanged_random_state
 from lightning_maml.errors import UserValueError, check_truth
 from lightning_maml.execution.auto import Attempt, Cures, Execution, Executor, TasksName
 from lightning_maml.execution.compilation import Compiler
@@ -250,7 +250,9 @@ class AdaptingModule(CheckedModule):
                 "Expected `inner_lr` to stay as the model was made, since its rates are learned, "
                 f"but got {rate}; write to `learned_rates`, or make another model."
             )
-        self._inner_lr = _plain_rate(rate)
+        rate = _plain_rate(rate)
+        _check_rates(self.network, self._adapting_parameters(), rate)
+        self._inner_lr = rate
 
     def _part_that_adapts(self, adapt: Part | None) -> Part:
         """Return what adapts, unless that would make this another algorithm without a word."""
@@ -498,9 +500,11 @@ class AdaptingModule(CheckedModule):
 
     @override
     def _figures_before(self, episodes: AnyEpisodes) -> dict[str, Tensor]:
-        for attempt in self._attempts(episodes):
-            with attempt:
-                curve = self._curve(self._plan(episodes), episodes, 0)
+        # what is logged is not to change what is trained
+        with unchanged_random_state(self.device):
+            for attempt in self._attempts(episodes):
+                with attempt:
+                    curve = self._curve(self._plan(episodes), episodes, 0)
         figures = with_accuracy(curve.loss, curve.aux, episodes, ignored_label(self.loss))
         return {f"{name}_before": values[:, 0] for name, values in figures.items()}
 

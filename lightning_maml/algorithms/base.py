@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -188,12 +188,12 @@ class EpisodicModule(CheckpointedModule):
             FloatingPointError: If the query loss or the meta-gradient is not finite.
         """
         computed = []
-        for part in parts_of(self._as_meta_batch(episodes)):
+        for part in parts_of(self.as_meta_batch(episodes)):
             check_episodes(part)
             computed.append(self._run_step(part))
         return _mean_loss([finish() for finish in computed])
 
-    def _as_meta_batch(self, batch: Any) -> Any:
+    def as_meta_batch(self, batch: Any) -> Any:
         """Return the meta-batch that a loader means.
 
         The trainer has moved and converted tensors, but not arrays.
@@ -220,16 +220,37 @@ class EpisodicModule(CheckpointedModule):
 
     def configure_optimizers(self) -> Any:
         """Build the meta-optimizer and its scheduler."""
-        optimizer = self._optimizer(self.parameters())
+        optimizer = self._optimizer(self._optimised())
         if self._lr_scheduler is None:
             return optimizer
         made: Any = self._lr_scheduler(optimizer)
         given = made if isinstance(made, Mapping) else {"scheduler": made}
+        if "scheduler" not in given:
+            raise UserValueError(
+                "Expected `lr_scheduler` to make a scheduler, or a dict with one as 'scheduler', "
+                f"but got a dict with {sorted(given)}; name it so."
+            )
+        scheduler = given["scheduler"]
         defaults = {
-            "monitor": getattr(given["scheduler"], "monitor", "val/loss"),
+            "monitor": getattr(scheduler, "monitor", "val/loss"),
             "interval": self._lr_scheduler_interval,
         }
-        return {"optimizer": optimizer, "lr_scheduler": {**defaults, **given}}
+        settings = {**defaults, **given}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            self._refuse_a_figure_of_one_process(settings["monitor"])
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def _refuse_a_figure_of_one_process(self, monitor: str) -> None:
+        if monitor.startswith("train/") and self._trainer and self._trainer.world_size > 1:
+            raise UserValueError(
+                f"Expected a figure of all processes for the rate to follow but got {monitor!r}, "
+                "which each process has its own of, so that their weights would drift apart; "
+                "monitor val/loss or val/accuracy."
+            )
+
+    def _optimised(self) -> Iterable[nn.Parameter]:
+        """Return the parameters that the meta-optimizer gets."""
+        return self.parameters()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Refuse parameters in the optimizer that have no gradient, before the first step.
@@ -305,7 +326,7 @@ class EpisodicModule(CheckpointedModule):
     def _train_on(self, batch: Any) -> Tensor | None:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_logged = bool(every) and (self.global_step + 1) % every == 0
-        parts = parts_of(self._as_meta_batch(batch))
+        parts = parts_of(self.as_meta_batch(batch))
         computed = []
         for part in parts:
             check_episodes(part)
@@ -330,6 +351,16 @@ class EpisodicModule(CheckpointedModule):
                 batch_size=len(values),
             )
         return _mean_loss(results)
+
+    def setup(self, stage: str) -> None:
+        """Do what a run needs beforehand, and warn of a precision that loses gradients."""
+        super().setup(stage)
+        if stage == "fit" and self.trainer.precision == "16-mixed":
+            rank_zero_warn(
+                "precision='16-mixed' scales the meta-gradient when it is finished, but not the "
+                "gradients of which it is computed, and float16 makes small ones 0; take "
+                "'bf16-mixed'."
+            )
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted validation left."""
@@ -371,12 +402,12 @@ class EpisodicModule(CheckpointedModule):
 
         Of tasks that differ in size it is a list of ``[Q, ...]``, in the order of the tasks.
         """
-        batch = self._as_meta_batch(batch)
+        batch = self.as_meta_batch(batch)
         of_parts = [self._evaluate_uncompiled(part) for part in parts_of(batch)]
         return _after_adaptation(batch, [curve.aux for curve in of_parts])
 
     def _judge(self, batch: Any, loader: int) -> dict[str, Any]:
-        batch = self._as_meta_batch(batch)
+        batch = self.as_meta_batch(batch)
         of_parts = []
         for part in parts_of(batch):
             curve = self._evaluate_uncompiled(part)

@@ -22,7 +22,12 @@ from lightning_maml.checks.broadcasting import check_broadcasting
 from lightning_maml.checks.findings import Kind
 from lightning_maml.checks.first_pass import first_outputs
 from lightning_maml.checks.inner_steps import check_inner_steps, fails_stacked, steps_share_state
-from lightning_maml.checks.label_checks import check_labels, check_targets, ignored_label
+from lightning_maml.checks.label_checks import (
+    check_labels,
+    check_targets,
+    ignored_label,
+    warn_of_a_dimension_too_many,
+)
 from lightning_maml.checks.loss_checks import check_loss_value
 from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
 from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo
@@ -90,6 +95,7 @@ class CheckedModule(EpisodicModule):
             )
 
         def check_losses() -> None:
+            warn_of_a_dimension_too_many(episodes)
             first = first_task(episodes)
             support_y, query_y = support_set(first)[1], first.query_y
             if of_outputs.support is of_outputs.query:

@@ -164,8 +164,13 @@ class CheckpointedModule(LightningModule):
         return {"loss": described(self.loss)}
 
     def on_train_start(self) -> None:
-        """Continue from where a checkpoint was written."""
+        """Continue from where a checkpoint was written.
+
+        Warns if an earlier run trained on classes that this one validates on, as happens where
+        classes were added to a folder, and so are shared out in another way.
+        """
         self._resume.restore(self)
+        self._trained_classes.warn_if_among(self.trainer, "val")
         self._trained_classes.add(self.trainer)
 
     def on_test_start(self) -> None:
@@ -176,12 +181,12 @@ class CheckpointedModule(LightningModule):
         """Remember the random numbers of training; outside of it, warn as for a test."""
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self._trained_classes.warn_if_among(self.trainer, "val")
-        if not self.trainer.sanity_checking:
+        elif not self.trainer.sanity_checking:
             self._resume.pause_random_numbers(self.device)
 
     def on_validation_end(self) -> None:
         """Continue the random numbers of training."""
-        if not self.trainer.sanity_checking:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._resume.continue_random_numbers(self.device)
 
 

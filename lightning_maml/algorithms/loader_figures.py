@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from lightning_maml.algorithms.metrics import Estimate, TaskMean
 from lightning_maml.algorithms.query_metrics import MetricsOver, QueryMetrics
+from lightning_maml.errors import UserRuntimeError
 
 
 class LoaderFigures:
@@ -40,7 +41,16 @@ class LoaderFigures:
             figures: Loss and accuracy after 0 .. K steps, each ``[T, K + 1]``.
             outputs: Query outputs, ``[T, K + 1, Q, ...]``.
             labels: Labels or targets, ``[T, Q, ...]``.
+
+        Raises:
+            RuntimeError: If :meth:`start` was not called.
         """
+        if loader >= len(self._of_loaders):
+            raise UserRuntimeError(
+                "Expected the model's own `on_validation_epoch_start` and `on_test_epoch_start` to "
+                "run before the first batch but they did not; let those of your subclass call "
+                "super()'s, or do what they do in a callback."
+            )
         mean, metrics = self._of_loaders[loader]
         mean.update(torch.stack([*figures.values()], -1))
         metrics.update(outputs, labels)
@@ -69,7 +79,7 @@ class LoaderFigures:
                 mean, ci95 = estimate.mean[:, number], estimate.ci95[:, number]
                 module.log(
                     f"{stage}/{name}{suffix}",
-                    mean[-1],
+                    mean[-1].to(module.device),
                     prog_bar=stage == "val",
                     sync_dist=True,
                     add_dataloader_idx=False,
@@ -83,7 +93,10 @@ class LoaderFigures:
                 beside |= {name: found.after, f"{name}_before": found.before}
                 if found.ci95 is not None:
                     beside[f"{name}_ci95"] = found.ci95
-            values = {f"{stage}/{name}{suffix}": value for name, value in beside.items()}
+            # to the device, because NCCL reduces nothing that is on the CPU
+            values = {
+                f"{stage}/{name}{suffix}": value.to(module.device) for name, value in beside.items()
+            }
             module.log_dict(values, sync_dist=True, add_dataloader_idx=False)
         self._of_loaders = []  # metrics may hold all outputs
         return adaptations[0] if adaptations else None

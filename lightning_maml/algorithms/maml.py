@@ -16,7 +16,7 @@ from lightning_maml.batches.episodes import AnyEpisodes, Episodes, check_episode
 from lightning_maml.batches.meta_batch import even_meta_batch
 from lightning_maml.batches.trees import Inputs, detached, map_tensors, tensors
 from lightning_maml.checks.findings import Kind
-from lightning_maml.checks.label_checks import ignored_label
+from lightning_maml.checks.label_checks import check_is_tensor, ignored_label
 from lightning_maml.checks.requirements import (
     Unwritten,
     refuse_differentiable,
@@ -25,7 +25,7 @@ from lightning_maml.checks.requirements import (
 from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_rates import rates_of_steps, tensor_rates
 from lightning_maml.core.params import Params
-from lightning_maml.errors import UserTypeError, UserValueError
+from lightning_maml.errors import UserValueError
 from lightning_maml.execution.auto import Execution
 from lightning_maml.execution.compilation import state_of
 from lightning_maml.execution.task_map import are_stacked
@@ -173,11 +173,7 @@ class MAML(AdaptingModule):
             called one by one; otherwise they are called as one, and adapted 32 (or ``chunk_size``)
             at once, or with ``"auto"`` on a CPU as many as in training.
         """
-        if not isinstance(support_y, Tensor):
-            raise UserTypeError(
-                f"Expected `support_y` to be a tensor but got {type(support_y).__name__}; make it "
-                "one, torch.tensor(...)."
-            )
+        check_is_tensor(support_y, "support_y")
         steps = self.test_steps if steps is None else whole_number(steps, "steps")
         is_guess = many is None and support_y.is_floating_point()
         if many is None:

@@ -67,7 +67,7 @@ class NonFinitePolicy:
         else:
             way = (
                 "make the model anew and run `from lightning_maml.io.replay import load_step; "
-                f"episodes, _ = load_step(model.train(), '{path}'); model.meta_loss(episodes)`"
+                f"episodes, _ = load_step(model, '{path}'); model.meta_loss(episodes)`"
             )
         raise UserFloatingPointError(f"{error} To repeat the step, {way}.") from None
 

@@ -29,7 +29,7 @@ from lightning_maml.batches.trees import Inputs, cat, detached, map_tensors
 from lightning_maml.checks.batch_norm_checks import check_policy
 from lightning_maml.checks.broadcasting import check_broadcasting
 from lightning_maml.checks.first_pass import first_outputs
-from lightning_maml.checks.label_checks import check_labels
+from lightning_maml.checks.label_checks import check_is_tensor, check_labels
 from lightning_maml.checks.logits_checks import check_logits
 from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
 from lightning_maml.checks.repeated_passes import check_writes
@@ -157,6 +157,7 @@ class ProtoNet(EpisodicModule):
         Returns:
             As :meth:`lightning_maml.MAML.adapt` does.
         """
+        check_is_tensor(support_y, "support_y")
         of_one = support_y.ndim == 1
         if of_one:
             support_x, support_y = map_tensors(lambda tensor: tensor[None], (support_x, support_y))

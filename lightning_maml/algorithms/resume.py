@@ -34,8 +34,10 @@ class ResumeState:
         trainer = module.trainer
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if batches % trainer.accumulate_grad_batches:
+            # after a fit the model is on the CPU, where NCCL reduces nothing
+            device = trainer.strategy.root_device
             checkpoint["gradients"] = {
-                name: trainer.strategy.reduce(p.grad.clone(), reduce_op="mean")
+                name: trainer.strategy.reduce(p.grad.to(device, copy=True), reduce_op="mean")
                 for name, p in module.named_parameters()
                 if p.grad is not None
             }

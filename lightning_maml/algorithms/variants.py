@@ -1,7 +1,7 @@
 """The named variants of MAML, for which a config only has to change ``class_path``."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -256,6 +256,13 @@ class Reptile(MAML):
     curvature = "none"
     learns_rates = False
     compiles = False
+
+    @override
+    def _optimised(self) -> Iterable[nn.Parameter]:
+        # weight decay would move the others
+        adapts = {*self._adapting_parameters().values()}
+        own = {*self.network.parameters()}
+        return (p for p in self.parameters() if p in adapts or p not in own)
 
     @override
     def _gradient_function(

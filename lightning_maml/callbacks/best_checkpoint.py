@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 _FIRST_LOADER = "/dataloader_idx_0"
@@ -66,21 +67,24 @@ class BestCheckpoint(ModelCheckpoint):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew for another model or trainer; a checkpoint is read after this."""
-        if stage == "fit":
-            fit_of = weakref.ref(trainer), weakref.ref(pl_module)
-            if not self._before_fits:
-                self._before_fits = self._state()
-            elif self._fit_of != fit_of:
-                last_folder = self.dirpath
-                # also the folder: the checkpoint of the other fit is to be left alone
-                vars(self).update(copy.deepcopy(self._before_fits))
-                self._last_folder = last_folder
-            self._fit_of = fit_of
+        if stage != "fit":
+            return  # nothing is saved, and the folder is to be that of the next fit
+        fit_of = weakref.ref(trainer), weakref.ref(pl_module)
+        if not self._before_fits:
+            self._before_fits = self._state()
+        elif self._fit_of != fit_of:
+            last_folder = self.dirpath
+            # also the folder: the checkpoint of the other fit is to be left alone
+            vars(self).update(copy.deepcopy(self._before_fits))
+            self._last_folder = last_folder
+        self._fit_of = fit_of
         super().setup(trainer, pl_module, stage)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose what to monitor at the first validation, and save."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         if self.monitor is None and not trainer.sanity_checking:
             self._choose(trainer.callback_metrics)
         if self.monitor is not None:

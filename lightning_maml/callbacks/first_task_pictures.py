@@ -59,9 +59,9 @@ class FirstTaskPictures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the first task."""
-        if batch_idx > 0 or dataloader_idx > 0:
+        if batch_idx > 0 or dataloader_idx > 0 or not isinstance(pl_module, MAML):
             return
-        first = parts_of(batch)[0]
+        first = parts_of(pl_module.as_meta_batch(batch))[0]
         if isinstance(first, Episodes):
             self._task = map_tensors(lambda tensor: tensor[:1], first)
 

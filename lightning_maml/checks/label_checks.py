@@ -6,17 +6,55 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes
+from lightning_maml.batches.episodes import AnyEpisodes, Episodes, ResampledEpisodes
 from lightning_maml.batches.losses import one_hot_mse
-from lightning_maml.errors import UserValueError
+from lightning_maml.errors import UserTypeError, UserValueError
 
 _PADDING = -100
 """The label that torch's losses ignore by default."""
 
 _UNLABELLED = 255
 """The label of pixels without one, in many datasets."""
+
+
+def check_is_tensor(labels: Any, name: str) -> None:
+    """Check that labels or targets are a tensor.
+
+    Raises:
+        TypeError: If they are not.
+    """
+    if not isinstance(labels, Tensor):
+        raise UserTypeError(
+            f"Expected `{name}` to be a tensor but got {type(labels).__name__}; make it one, "
+            "torch.tensor(...)."
+        )
+
+
+def warn_of_a_dimension_too_many(episodes: AnyEpisodes) -> None:
+    """Warn if a single task looks like a meta-batch that a loader put into one more dimension.
+
+    A network that takes one point at a time would fit the points of all tasks together. Sequences
+    with a target for each position look the same, so it cannot be refused.
+    """
+    if not isinstance(episodes, Episodes) or len(episodes.support_y) > 1:
+        return
+    sets = [episodes[:2], episodes[2:]]
+    if not all(isinstance(x, Tensor) for x, _ in sets):
+        return
+    have_points = all(
+        y.ndim > 2 and 3 < x.ndim <= y.ndim + 1 and x.shape[:3] == y.shape[:3] and y.shape[2] > 1
+        for x, y in sets
+    )
+    if have_points and episodes.support_y.shape[1] == episodes.query_y.shape[1]:
+        rank_zero_warn(
+            f"A meta-batch holds one task with targets {list(episodes.support_y.shape)}, that is "
+            f"{episodes.support_y.shape[1]} sequences: if these are tasks, the loader has added a "
+            "dimension; give DataLoader batch_size=None where each item is a meta-batch, and one "
+            "loader rather than a list."
+        )
 
 
 def ignored_label(loss: Any) -> int | None:

@@ -399,25 +399,24 @@ class EpisodicBatcher(LightningDataModule):
         self.epoch_length = epoch_length
 
     def train_dataloader(self) -> DataLoader[Task]:
-        """Return the training tasks.
+        """Return the training tasks."""
+        return self._loader(self.train_tasks)
 
-        Raises:
-            ValueError: If there are several processes, each of which would draw the same tasks.
-        """
+    def val_dataloader(self) -> DataLoader[Task]:
+        """Return the validation tasks."""
+        return self._loader(self.validation_tasks)
+
+    def test_dataloader(self) -> DataLoader[Task]:
+        """Return the test tasks."""
+        return self._loader(self.test_tasks)
+
+    def _loader(self, tasks: Any) -> DataLoader[Task]:
         if self.trainer is not None and self.trainer.world_size > 1:
             raise UserValueError(
                 f"Expected one process but got {self.trainer.world_size}: the tasks of a taskset "
                 "would be the same ones in each; use one device, or a datamodule of this library."
             )
-        return DataLoader(_Sampled(self.train_tasks, self.epoch_length), batch_size=None)
-
-    def val_dataloader(self) -> DataLoader[Task]:
-        """Return the validation tasks."""
-        return DataLoader(_Sampled(self.validation_tasks, self.epoch_length), batch_size=None)
-
-    def test_dataloader(self) -> DataLoader[Task]:
-        """Return the test tasks."""
-        return DataLoader(_Sampled(self.test_tasks, self.epoch_length), batch_size=None)
+        return DataLoader(_Sampled(tasks, self.epoch_length), batch_size=None)
 
 
 class _Sampled(Dataset[Task]):

@@ -98,6 +98,16 @@ def set_generator_states(states: dict[str, Any], device: torch.device) -> None:
         random.setstate(states["python"])
 
 
+@contextmanager
+def unchanged_random_state(device: torch.device) -> Iterator[None]:
+    """Put the generators back to where they are now."""
+    before = generator_states(device)
+    try:
+        yield
+    finally:
+        set_generator_states(before, device)
+
+
 def torch_random_state(device: torch.device) -> dict[str, Any]:
     """Return the states of the random generators of torch and of the device."""
     module = _generators_of(device)

@@ -16,7 +16,8 @@ def loss_with_gradient(
     """Return a scalar with the value of the mean query loss and the given gradients.
 
     In this way Lightning's own backward pass deposits the meta-gradient, and all that depends on it
-    (all-reduce, scaling, clipping, accumulation) works.
+    (all-reduce, clipping, accumulation) works. What scales the loss scales the meta-gradient, but
+    not the gradients of which it was computed.
 
     Args:
         points: The network's parameters, and its inner rates.

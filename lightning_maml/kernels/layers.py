@@ -4,8 +4,6 @@ Under ``vmap`` with autograd around it they compute all tasks at once, in one ca
 """
 
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -20,6 +18,7 @@ from lightning_maml.core.context import evaluation
 from lightning_maml.errors import UserValueError
 from lightning_maml.kernels.double_backward import BatchNorm, Convolution
 from lightning_maml.kernels.grouped_conv import as_groups, channels_last, in_one_format
+from lightning_maml.kernels.side_by_side import for_all_tasks
 
 # This is pooling to 1 x 1, which is cheap even if vmap loops over the tasks. The filter is never
 # taken back: warnings.catch_warnings around each call would not be safe where threads run tasks.
@@ -55,14 +54,10 @@ class TaskConvolution:
         layer = self._layer
         is_batch = x.ndim == len(layer.kernel_size) + 2  # torch also takes one image alone
         if is_batch and _is_side_by_side():
-            try:
-                y: Tensor = TaskBatchedLayer.apply(self._side_by_side, x, layer.weight, layer.bias)
-            except NothingIsStackedError:
-                y = self._convolved(x, layer.weight, layer.bias)
-        elif is_batch and not self._vectorised and not _in_a_transform():
-            y = self._convolved(x, layer.weight, layer.bias)
-        else:
-            y = type(layer).forward(layer, x)
+            return for_all_tasks(self._side_by_side, self._convolved, x, layer.weight, layer.bias)
+        if is_batch and not self._vectorised and not _in_a_transform():
+            return self._convolved(x, layer.weight, layer.bias)
+        y: Tensor = type(layer).forward(layer, x)
         return y
 
     def _side_by_side(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -148,11 +143,7 @@ class TaskNorm:
             )
         weight, bias, eps = self._layer.weight, self._layer.bias, self._layer.eps
         if _is_side_by_side() and not self.context:
-            try:
-                z: Tensor = TaskBatchedLayer.apply(self._side_by_side, x, weight, bias)
-            except NothingIsStackedError:
-                z = self._normalised(x, weight, bias)
-            return z
+            return for_all_tasks(self._side_by_side, self._normalised, x, weight, bias)
         if not self._vectorised and not self.context and not _in_a_transform():
             return self._normalised(x, weight, bias)
         rows = int(self.context * len(x)) if self.context else len(x)
@@ -214,9 +205,7 @@ class TaskPooling:
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the layer returns for ``x``, ``[B, C, H, W]``."""
         if x.ndim == 4 and _is_side_by_side():
-            with suppress(NothingIsStackedError):
-                y: Tensor = TaskBatchedLayer.apply(self._side_by_side, x)
-                return y
+            return for_all_tasks(self._side_by_side, self._pooled, x)
         return self._pooled(x)
 
     def _side_by_side(self, x: Tensor) -> Tensor:
@@ -254,79 +243,6 @@ class TaskEmbedding:
         rows = torch.arange(len(weight), device=weight.device)
         is_padding = rows.eq(self._layer.padding_idx or 0)
         return F.embedding(x, torch.where(is_padding[:, None], weight.detach(), weight))
-
-
-class NothingIsStackedError(Exception):
-    """No tensor of a layer has a task dimension, so it can be computed as without ``vmap``."""
-
-
-class TaskBatchedLayer(torch.autograd.Function):
-    """``TaskBatchedLayer.apply(layer, x, *parameters)`` runs a layer for all tasks of a stack.
-
-    It is called under ``vmap`` with the ``x``, ``[B, C, ...]``, and the parameters of one task. It
-    calls ``layer(x, *parameters)`` once, outside of ``vmap``, with ``x`` as ``[B, T, C, ...]`` and
-    parameters that are all ``[T, ...]`` or all shared. So ``layer`` may use operations that
-    ``vmap`` does not support.
-
-    Raises:
-        NothingIsStackedError: If no tensor has a task dimension.
-
-    Examples:
-        >>> import torch
-        >>> from lightning_maml.kernels.layers import TaskBatchedLayer
-        >>> def scaled(x, weight):
-        ...     print(list(x.shape), list(weight.shape))
-        ...     return x * weight[:, None]
-        >>> x, weight = torch.ones(5, 2, 3), torch.ones(5)  # five tasks, two examples each
-        >>> run = torch.func.vmap(lambda x, weight: TaskBatchedLayer.apply(scaled, x, weight))
-        >>> run(x, weight).shape
-        [2, 5, 3] [5]
-        torch.Size([5, 2, 3])
-    """
-
-    @staticmethod
-    def forward(layer: Callable[..., Tensor], x: Tensor, *parameters: Tensor | None) -> Tensor:
-        """Always raise: torch calls it only if no tensor has a task dimension."""
-        raise NothingIsStackedError
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """No context is saved; ``forward`` always raises."""
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        layer: Callable[..., Tensor],
-        x: Tensor,
-        *parameters: Tensor | None,
-    ) -> tuple[Tensor, int]:
-        """Return the layer's results for all tasks, and 1 for their task dimension.
-
-        Args:
-            info: Torch's information about the transform; has the number of tasks.
-            in_dims: The task dimension of each argument, None if it has none.
-            layer: The layer.
-            x: Its input.
-            *parameters: Its parameters.
-        """
-        _, dim_of_x, *dims = in_dims
-        tasks: int = info.batch_size
-        if dim_of_x is None:
-            x = x.unsqueeze(1).expand(-1, tasks, *x.shape[1:])
-        else:
-            x = x.movedim(dim_of_x, 1)
-        if all(dim is None for dim in dims):
-            return layer(x, *parameters), 1
-        stacked: list[Tensor | None] = []
-        for p, dim in zip(parameters, dims, strict=True):
-            if p is None:
-                stacked.append(None)
-            elif dim is None:
-                stacked.append(p.expand(tasks, *p.shape))
-            else:
-                stacked.append(p.movedim(dim, 0))
-        return layer(x, *stacked), 1
 
 
 def is_plain_convolution(module: nn.Module) -> bool:

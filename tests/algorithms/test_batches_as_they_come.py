@@ -1,5 +1,6 @@
 """Batches as loaders give them: four tensors, lists of tasks, tasks that differ in size."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -276,3 +277,29 @@ def test_callbacks_take_what_training_takes(monitor: str, form: str, tmp_path: P
     trainer_in_double(tmp_path, callbacks=callbacks, max_steps=2).fit(
         model, DataLoader(batches, batch_size=None)
     )
+
+
+def points(tasks: int = 3, examples: int = 4) -> Episodes:
+    x = torch.rand(tasks, examples, 1, dtype=torch.float64)
+    return Episodes(x, x.sin(), x, x.sin())
+
+
+@pytest.mark.parametrize(
+    ("data", "warns"),
+    [
+        (DataLoader([points()]), True),  # batch_size=None was forgotten
+        ([DataLoader([points()], batch_size=None)], True),
+        (DataLoader([points()], batch_size=None), False),
+        (DataLoader([points(tasks=1)], batch_size=None), False),
+    ],
+    ids=["batch_size", "list", "as it should be", "one task"],
+)
+def test_meta_batches_in_one_more_dimension_are_pointed_out(
+    data: Any, warns: bool, tmp_path: Path
+) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_in_double(tmp_path).fit(MAML(network, 0.01, loss=F.mse_loss), data)
+    said = [str(each.message) for each in caught if "has added a dimension" in str(each.message)]
+    assert len(said) == warns

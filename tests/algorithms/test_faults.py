@@ -56,7 +56,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_taken_again(
     broken = model()
     with pytest.raises(
         FloatingPointError,
-        match=r"in tasks \[1\] at step 2.*import load_step; .*load_step\(model.train\(\), "
+        match=r"in tasks \[1\] at step 2.*import load_step; .*load_step\(model, "
         r"'.*step_2.repro'\); model.meta_loss\(episodes\)`",
     ) as first:
         trainer(tmp_path, precision="32-true").fit(broken, Broken())

@@ -1,16 +1,22 @@
 """Means over tasks with their confidence intervals."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning import LightningModule
 from torch.utils.data import DataLoader
+from torchmetrics import MeanAbsoluteError
 
 from helpers.networks import build, make_episodes
 from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer_in_double
 from lightning_maml import MAML
+from lightning_maml.algorithms.loader_figures import LoaderFigures
 from lightning_maml.algorithms.metrics import TaskMean
 
 
@@ -55,3 +61,62 @@ def test_accuracies_beside_losses_that_are_not_finite_are_pointed_out(tmp_path: 
     model = MAML(build("mlp"), 1.7e308, test_steps=5)
     with pytest.warns(UserWarning, match="Losses of `test` tasks are not finite"):
         trainer_in_double(tmp_path).test(model, loader, verbose=False)
+
+
+class Elsewhere(LightningModule):
+    """A module on a device that has no numbers, which keeps what it is to log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: dict[str, torch.Tensor] = {}
+        self.to("meta")
+
+    def log(self, name: str, value: torch.Tensor, **_: Any) -> None:
+        self.logged[name] = value
+
+    def log_dict(self, values: dict[str, torch.Tensor], **_: Any) -> None:
+        self.logged |= values
+
+
+@pytest.mark.cpu_only
+def test_what_is_logged_is_on_the_modules_device() -> None:
+    # NCCL, which reduces it over processes, takes nothing else
+    figures = LoaderFigures({"error": MeanAbsoluteError()}, "tasks")
+    figures.start(1, torch.device("cpu"))
+    both = {"loss": torch.rand(2, 3), "accuracy": torch.rand(2, 3)}
+    figures.update(0, both, torch.rand(2, 3, 5, 1), torch.rand(2, 5, 1))
+    module = Elsewhere()
+    figures.log(module, "val")
+    assert {"val/loss", "val/accuracy_ci95", "val/error"} <= module.logged.keys()
+    assert {value.device.type for value in module.logged.values()} == {"meta"}
+
+
+class WithoutSuper(MAML):
+    def on_validation_epoch_start(self) -> None:
+        pass
+
+
+def test_a_hook_that_leaves_out_its_parents_is_pointed_out(tmp_path: Path) -> None:
+    loader = DataLoader([make_episodes(tasks=2)], batch_size=None)
+    with pytest.raises(RuntimeError, match=r"let those of your subclass call super\(\)'s"):
+        trainer_in_double(tmp_path).validate(WithoutSuper(build("mlp")), loader, verbose=False)
+
+
+class Drawn:
+    """Ten tasks, drawn with numpy's random numbers each time."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(10):
+            self.seeds.append(int(np.random.randint(10**9)))
+            yield make_episodes(tasks=2, seed=self.seeds[-1])
+
+
+@pytest.mark.cpu_only
+def test_each_validation_draws_tasks_of_its_own(tmp_path: Path) -> None:
+    model, run, drawn = MAML(build("mlp")), trainer_in_double(tmp_path), Drawn()
+    for _ in range(3):
+        run.validate(model, drawn, verbose=False)
+    assert len({*drawn.seeds}) == len(drawn.seeds) >= 30

@@ -195,3 +195,10 @@ def test_shared_parameters_have_one_rate(rates: dict[str, float]) -> None:
     named = {"": 0.1, "2": 0.3, "0.weight": 0.3}
     assert MAML(network, named)._rates()["0.weight"] == 0.3
     assert MAML(network, {"": 0.1})._rates()["0.weight"] == 0.1
+
+
+def test_rates_that_are_set_later_are_checked_too() -> None:
+    model = MAML(build("mlp"), RATES)
+    with pytest.raises(ValueError, match=r"but \['2'\] are none"):
+        model.inner_lr = {"": 0.1, "2": 0.1}
+    assert model.inner_lr == RATES

@@ -262,3 +262,8 @@ def test_tasks_over_which_vmap_would_loop_are_not_stacked() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*batching rule")
         ProtoNet(Attention()).meta_loss(Episodes(x, y, x, y))
+
+
+def test_labels_in_a_list_are_refused() -> None:
+    with pytest.raises(TypeError, match="`support_y` to be a tensor but got list; make it one"):
+        ProtoNet(build("mlp")).adapt(make_episodes().support_x[0], [0, 1, 2])

@@ -3,10 +3,12 @@
 Each does here what it does elsewhere.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     Timer,
 )
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
@@ -449,3 +452,47 @@ def test_the_interval_holds_for_a_dict_that_names_none() -> None:
         network(), lr_scheduler=made, lr_scheduler_interval="step"
     ).configure_optimizers()
     assert configured["lr_scheduler"]["interval"] == "step"
+
+
+def test_a_dict_without_a_scheduler_is_refused() -> None:
+    def as_configure_optimizers_has_it(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {"lr_scheduler": {"scheduler": StepLR(optimizer, step_size=1)}}
+
+    model = MAML(network(), lr_scheduler=as_configure_optimizers_has_it)
+    with pytest.raises(ValueError, match=r"a dict with one as 'scheduler', but got .*'lr_sched"):
+        model.configure_optimizers()
+
+
+@pytest.mark.parametrize("monitor", ["train/loss", "val/loss"])
+def test_a_plateau_of_one_process_is_refused(monitor: str) -> None:
+    def made(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {"scheduler": ReduceLROnPlateau(optimizer), "monitor": monitor}
+
+    model = MAML(network(), lr_scheduler=made)
+    model.trainer = SimpleNamespace(world_size=2)
+    is_own = monitor == "train/loss"
+    refusal = pytest.raises(ValueError, match="their weights would drift apart; monitor val/loss")
+    with refusal if is_own else nullcontext():
+        model.configure_optimizers()
+
+
+def test_logging_trains_nothing(tmp_path: Path) -> None:
+    weights = []
+    for every in (1, 50):
+        torch.manual_seed(0)
+        model = MAML(network(dropout=0.5), 0.1, 1)
+        run = trainer(tmp_path, precision="32-true", log_every_n_steps=every)
+        run.fit(model, Noise(train_batches=3))
+        weights.append(flat(dict(model.named_parameters())))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_half_precision_that_scales_the_meta_gradient_alone_is_warned_of(stage: str) -> None:
+    model = MAML(network())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.trainer = Trainer(plugins=[MixedPrecision("16-mixed", "cuda")], barebones=True)
+        model.setup(stage)
+    said = [str(each.message) for each in caught if "small ones 0" in str(each.message)]
+    assert len(said) == (stage == "fit")

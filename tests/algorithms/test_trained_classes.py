@@ -139,3 +139,16 @@ def test_blank_images_and_empty_classes(tmp_path: Path) -> None:
     found = model()
     trainer(tmp_path).fit(found, module)
     assert not classes_said(found, module, tmp_path)
+
+
+def test_a_run_that_validates_on_classes_of_an_earlier_one(
+    trained: tuple[MAML, Path], tmp_path: Path
+) -> None:
+    _, path = trained
+    for seed in (1, 0):
+        loaded = MAML.load_from_checkpoint(path, network=MLP(4, 2, hidden=(3,)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path).fit(loaded, data(split_seed=seed))
+        said = [str(each.message) for each in caught if "val classes" in str(each.message)]
+        assert len(said) == seed

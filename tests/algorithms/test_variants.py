@@ -227,3 +227,15 @@ def test_an_argument_that_a_variant_does_not_have_is_refused(
 def test_variants_that_cannot_be_compiled_say_so(variant: type[MAML]) -> None:
     with pytest.raises(ValueError, match=f"got {variant.__name__}, which cannot be compiled"):
         variant(build("mlp"), compiled=True)
+
+
+def test_reptile_leaves_what_does_not_adapt_to_no_weight_decay(tmp_path: Path) -> None:
+    network, before = build("mlp"), build("mlp")
+    model = Reptile(network, RATE, 1, adapt="head", optimizer=torch.optim.AdamW)
+    trainer(tmp_path).fit(model, DataLoader([make_episodes()], batch_size=None))
+    moved = [
+        name
+        for name, p in before.named_parameters()
+        if not torch.equal(p, network.get_parameter(name))
+    ]
+    assert moved == ["3.weight", "3.bias"]

@@ -235,3 +235,15 @@ def test_a_resumed_run_keeps_the_best_of_its_callback(tmp_path: Path) -> None:
     first = best.best_model_path
     fit("second", 2, tmp_path / "first" / "last.ckpt")
     assert best.best_model_path == first  # the second was no better
+
+
+def test_a_validation_before_the_fit_decides_nothing(tmp_path: Path) -> None:
+    loader = DataLoader([make_episodes(tasks=2)], batch_size=None)
+    callback = BestCheckpoint()
+    settings = {"enable_checkpointing": True, "callbacks": [callback]}
+    run, model = trainer(tmp_path / "first", **settings), MAML(build("mlp"))
+    run.validate(model, [loader, loader], verbose=False)
+    run.fit(model, loader, loader)
+    assert callback.monitor == "val/accuracy"
+    trainer(tmp_path / "second", **settings).fit(MAML(build("mlp")), loader, loader)
+    assert Path(callback.best_model_path).is_relative_to(tmp_path / "second")

@@ -314,3 +314,12 @@ def test_a_map_that_fails_does_not_end_the_test(network: Any, rate: float, tmp_p
     with pytest.warns(UserWarning, match="LossMapPicture draws nothing"):
         run.test(MAML(network(), rate, test_steps=3), loader, verbose=False)
     assert not [*tmp_path.rglob("loss_map.png")]
+
+
+def test_pictures_of_tasks_given_as_arrays(tmp_path: Path) -> None:
+    # of float32, for a trainer in float64
+    arrays = [tensor[0].numpy(force=True) for tensor in make_episodes(tasks=1)]
+    task = tuple(x.astype("float32") if x.dtype == "float64" else x for x in arrays)
+    run = trainer_in_double(tmp_path, callbacks=[EpisodePictures()])
+    run.test(MAML(build("mlp")), DataLoader([task, task], collate_fn=list), verbose=False)
+    assert (tmp_path / "episode.png").is_file()

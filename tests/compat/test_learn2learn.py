@@ -241,16 +241,12 @@ def test_a_taskset_that_runs_dry_is_reported(tmp_path: Path) -> None:
         )
 
 
-def test_mismatched_sizes_and_several_processes_are_refused() -> None:
+def test_mismatched_sizes_are_refused() -> None:
     with pytest.raises(
         ValueError,
         match=r"Expected `train_ways` and `test_ways` to be the same, .* but got 5 and 3",
     ):
         LightningMAML(whole(), train_ways=5, test_ways=3)
-    data = EpisodicBatcher(NoiseTaskset())
-    data.trainer = SimpleNamespace(world_size=2)
-    with pytest.raises(ValueError, match="Expected one process but got 2"):
-        data.train_dataloader()
     with pytest.raises(
         ValueError,
         match="Expected a task of 3 ways with 2 shots and 1 queries, 9 examples, but got 15",
@@ -392,3 +388,11 @@ def test_a_loss_that_cannot_be_copied_is_named() -> None:
     task = torch.rand(6, 4), torch.arange(3).repeat_interleave(2)
     with pytest.raises(TypeError, match=r"\['lock'\] of Scaled cannot be"):
         model.meta_learn(task, 0, 3, 1, 1)
+
+
+@pytest.mark.parametrize("stage", ["train", "val", "test"])
+def test_several_processes_are_refused_in_every_stage(stage: str) -> None:
+    data = EpisodicBatcher(NoiseTaskset())
+    data.trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(ValueError, match="Expected one process but got 2"):
+        getattr(data, f"{stage}_dataloader")()

@@ -409,3 +409,17 @@ def test_several_processes_are_refused(of: str) -> None:
     data.trainer = SimpleNamespace(world_size=2)
     with pytest.raises(ValueError, match="Expected one process but got 2"):
         getattr(data, f"{of}_dataloader")()
+
+
+@pytest.mark.parametrize(
+    "y", [torch.rand(6), torch.zeros(6, 4, 4, dtype=torch.long)], ids=["targets", "masks"]
+)
+def test_what_is_no_label_of_a_class_is_refused(y: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"Expected labels of classes, whole numbers \[examples\]"):
+        task_of_examples(torch.rand(6, 1, 4, 4), y, shots=1)
+
+
+def test_masks_of_torchmetas_form_stay_as_they_are() -> None:
+    part = torch.rand(2, 3, 1, 4, 4), torch.randint(9, (2, 3, 4, 4))
+    [batch] = TorchmetaDataModule([{"train": part, "test": part}]).train_dataloader()
+    assert torch.equal(batch.support_y, part[1])

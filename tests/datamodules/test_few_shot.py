@@ -1,6 +1,8 @@
 """Episodes of any dataset with labels."""
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,12 @@ from torchvision.transforms.v2 import Compose, Grayscale, PILToTensor, ToDtype, 
 
 from helpers.trainers import on_device
 from lightning_maml import MAML, MLP
-from lightning_maml.datamodules import FewShotDataModule
+from lightning_maml.datamodules import (
+    ClassImages,
+    EpisodeTransforms,
+    EpisodicDataModule,
+    FewShotDataModule,
+)
 from lightning_maml.datamodules.few_shot import read_dataset
 
 pytestmark = pytest.mark.cpu_only  # datasets are read
@@ -601,3 +608,54 @@ def test_settings_of_images_and_splits_that_are_set_between_runs_count() -> None
         data.image_size = size
         data.setup()
         assert next(iter(data.test_dataloader())).query_x.shape[-2:] == (size, size)
+
+
+def test_numbers_as_names_may_be_the_same_classes() -> None:
+    numbers = Named(["0", "1", "2"])
+    with pytest.warns(UserWarning, match="train and val both have classes named 0, 1, 2: if these"):
+        datamodule(numbers, Named(["0", "1", "2"]), numbers).setup("fit")
+    with warnings.catch_warnings():  # labels without names are counted in each dataset
+        warnings.simplefilter("error")
+        datamodule(tensors(), tensors(), tensors()).setup("fit")
+
+
+def test_bits_are_pointed_out() -> None:
+    bits = TensorDataset(torch.randint(2, (90, 1, 8, 8), dtype=torch.uint8), torch.arange(90) % 15)
+    with pytest.warns(UserWarning, match="bytes of `train` are all 0 or 1, and become 0 or 1/255"):
+        datamodule(bits, test_ways=2).setup("fit")
+
+
+def test_vectors_of_bytes_are_refused() -> None:
+    vectors = TensorDataset(torch.randint(2, (40, 9), dtype=torch.uint8), torch.arange(40) % 4)
+    with pytest.raises(TypeError, match="1-dimensional bytes; what is no image is given as floats"):
+        datamodule(vectors).setup("fit")
+
+
+class Folds(EpisodicDataModule):
+    """Images that tell the fold."""
+
+    fold = 0
+
+    def class_images(self, split: str) -> ClassImages:
+        images = torch.full((40, 1, 2, 2), float(self.fold))
+        return ClassImages(images, np.split(np.arange(40), 4))
+
+    def read_by(self) -> tuple[Any, ...]:
+        return *super().read_by(), self.fold
+
+
+def test_images_are_read_again_where_what_decides_them_changed() -> None:
+    data = Folds(ways=2, shots=1, queries=1)
+    for data.fold in range(3):
+        data.setup()
+        assert next(iter(data.train_dataloader())).support_x.unique().tolist() == [data.fold]
+
+
+def test_a_loop_of_ones_own_gets_what_a_trainer_gives() -> None:
+    transforms = EpisodeTransforms(train=[lambda x: x + 1], test=[lambda x: x - 1])
+    data = datamodule(tensors(), tensors(range(4, 8)), tensors(range(8, 12)), transforms=transforms)
+    data.setup()
+    stored = next(iter(data.train_dataloader()))
+    for training, added in ((True, 1), (False, -1)):
+        prepared = data.prepared(stored, training=training)
+        assert torch.equal(prepared.query_x, stored.query_x.float() / 255 + added)

@@ -754,3 +754,37 @@ def test_folders_named_sets_are_splits(tmp_path: Path) -> None:
     data.setup()
     assert all("test" in name for name in data.class_images("test").names)
     assert len(data.class_images("train").members) == 2
+
+
+def test_the_only_superclass_of_a_split_counts_as_a_level(tmp_path: Path) -> None:
+    for split, families in {"train": 2, "val": 1, "test": 1}.items():
+        for family in range(families):
+            for kind in range(3):
+                place = tmp_path / "animals" / split / f"{split} {family}" / f"kind {kind}"
+                write_class(place / "near", 4, 40 * family + kind)
+                write_class(place / "far", 4, 40 * family + kind)
+    module = prepared(tmp_path / "animals", class_level=2, ways=2, test_ways=2)
+    assert module.class_images("val").names == [f"val/val 0/kind {kind}" for kind in range(3)]
+    assert len(module.class_images("train").members) == 6
+
+
+def test_the_only_superclass_of_all_counts_as_a_level(tmp_path: Path) -> None:
+    for kind in range(9):
+        write_class(tmp_path / "animals" / "cats" / f"kind {kind}", 6, kind)
+    options = {"ways": 2, "test_ways": 2, "shares": (0.34, 0.33, 0.33)}
+    module = prepared(tmp_path / "animals", class_level=2, **options)
+    assert {name.split("/")[0] for name, _ in _classes(module)} == {"cats"}
+
+
+def test_files_that_were_added_are_read_by_the_next_run(tmp_path: Path) -> None:
+    for number in range(6):
+        write_class(tmp_path / "animals" / f"kind {number}", 6, number)
+    sizes = {"ways": 2, "test_ways": 2, "shares": (0.34, 0.33, 0.33)}
+    module = prepared(tmp_path / "animals", **sizes)
+    module.setup("fit")
+    for number in range(6, 12):
+        write_class(tmp_path / "animals" / f"kind {number}", 6, number)
+    module.prepare_data()
+    module.setup("fit")
+    assert len(_classes(module)) == 12
+    assert len(module.class_fingerprints("train")) == 4

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from helpers.networks import build
@@ -119,3 +121,24 @@ def test_the_trainer_keeps_the_loader_when_it_limits_batches(
     trainer.fit(MAML(build("mlp").float(), 0.1), data)
     assert type(trainer.train_dataloader) is PrefetchingLoader
     assert trainer.train_dataloader.pin_memory == (device.type == "cuda")
+
+
+class Peek(Callback):
+    """Goes through the training's loader beside the training, and saves a step later."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            next(iter(trainer.train_dataloader))
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/peeked.ckpt")
+
+
+def test_a_pass_beside_the_training_does_not_move_it_on(tmp_path: Path) -> None:
+    data = Noise(ways=3, shots=1, queries=1, meta_batch_size=2, train_batches=4)
+    settings = {"default_root_dir": tmp_path, "max_epochs": 1, "logger": False, **on_device()}
+    Trainer(**settings, callbacks=[Peek()], enable_checkpointing=False).fit(
+        MAML(build("mlp").float()), data
+    )
+    found = torch.load(tmp_path / "peeked.ckpt", weights_only=False)
+    [loader] = found["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert loader == {"epoch": 0, "batches": 2}

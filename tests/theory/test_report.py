@@ -1,5 +1,6 @@
 """The report: conditions hold and fail where they should, and the command prints them."""
 
+import importlib
 import math
 from pathlib import Path
 
@@ -362,3 +363,32 @@ def test_the_configured_batches_and_callback_are_judged(capsys: pytest.CaptureFi
     output = capsys.readouterr().out
     assert "B = 128 tasks per step" in output
     assert "B' = 4 tasks for the stepsize" in output
+
+
+FROZEN_NORM = """
+from torch import nn
+
+SEEN = set()
+
+
+class FrozenNorm(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 3), nn.Softplus())
+        self[1].eval()
+
+    def forward(self, x):
+        SEEN.add(self[1].training)
+        return super().forward(x)
+"""
+
+
+def test_layers_in_evaluation_mode_stay_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "frozen_norm.py").write_text(FROZEN_NORM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = ["--model.network=frozen_norm.FrozenNorm", "--model.batch_norm=running"]
+    data = ["--data.ways=3", "--data.shots=1", "--data.queries=2", "--tasks=2"]
+    main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", *network, *data])
+    assert {False} == importlib.import_module("frozen_norm").SEEN
+    assert "Conditions of the theorems" in capsys.readouterr().out
