@@ -32,7 +32,6 @@ from lightning_maml.callbacks import (
     KeepBestCheckpoints,
 )
 from lightning_maml.callbacks.meta_stepsize import is_plain_sgd
-from lightning_maml.checks.first_pass import find_kinks
 from lightning_maml.core.hvp import default_probe_radius
 from lightning_maml.core.params import norm, subtract
 from lightning_maml.datamodules import EpisodicDataModule
@@ -46,7 +45,6 @@ from lightning_maml.errors import (
 from lightning_maml.execution.allocator import keep_freed_memory
 from lightning_maml.io.checkpoints import read_checkpoint, read_trained
 from lightning_maml.io.replay import load_step
-from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.theory import paper_scale
 from lightning_maml.theory.report import Adaptive, Settings, report
 from lightning_maml.theory.sizes_report import check_accuracy, sizes_report
@@ -260,7 +258,7 @@ def _settings(
         probe_radius=model.probe_radius
         or default_probe_radius(p for p in model.network.parameters() if p.requires_grad),
         stepsize=_stepsize(trainer, model),
-        kinks=find_kinks(FunctionalNetwork(model.network, model.batch_norm), episodes),
+        kinks=model.kinks(episodes),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -30,7 +31,7 @@ from lightning_maml.checks.requirements import (
     refuse_without_gradient,
 )
 from lightning_maml.core.rng import random_state
-from lightning_maml.errors import UserValueError
+from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.functional.adaptation import AdaptationCurve
 from lightning_maml.networks.buffers import BufferUpdate
 from lightning_maml.networks.functional_network import BatchNormPolicy
@@ -355,12 +356,25 @@ class EpisodicModule(CheckpointedModule):
     def setup(self, stage: str) -> None:
         """Do what a run needs beforehand, and warn of a precision that loses gradients."""
         super().setup(stage)
+        self._refuse_hooks_that_are_not_called()
         if stage == "fit" and self.trainer.precision == "16-mixed":
             rank_zero_warn(
                 "precision='16-mixed' scales the meta-gradient when it is finished, but not the "
                 "gradients of which it is computed, and float16 makes small ones 0; take "
                 "'bf16-mixed'."
             )
+
+    def _refuse_hooks_that_are_not_called(self) -> None:
+        """Refuse hooks that the datamodule has too, because Lightning calls its alone."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+        for hook in hooks:
+            if data is not None and is_overridden(hook, data) and is_overridden(hook, self):
+                raise UserTypeError(
+                    f"Expected `{hook}` in the model or in the datamodule but both have it, of "
+                    "which Lightning calls the datamodule's alone; move the model's into a "
+                    f"subclass of {type(data).__name__}, and let it call super()'s first."
+                )
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted validation left."""

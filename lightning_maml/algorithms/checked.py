@@ -1,6 +1,6 @@
 """What is checked before a model adapts: network, losses, labels, inner steps and stacking."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from lightning_maml.batches.episodes import (
 )
 from lightning_maml.checks.broadcasting import check_broadcasting
 from lightning_maml.checks.findings import Kind
-from lightning_maml.checks.first_pass import first_outputs
+from lightning_maml.checks.first_pass import find_kinks, find_kinks_of_losses, first_outputs
 from lightning_maml.checks.inner_steps import check_inner_steps, fails_stacked, steps_share_state
 from lightning_maml.checks.label_checks import (
     check_labels,
@@ -85,14 +85,15 @@ class CheckedModule(EpisodicModule):
         of_outputs = self._loss_of_outputs()
 
         def check_network() -> NetworkInfo:
-            return NetworkChecks(self.adapted_part, self.head, self.logits)(
+            info = NetworkChecks(self.adapted_part, self.head, self.logits)(
                 self.network,
                 functional,
                 episodes,
                 of_outputs.each,
                 partial(self._check_labels, episodes),
-                self._inspect,
             )
+            self._inspect(episodes)
+            return info
 
         def check_losses() -> None:
             warn_of_a_dimension_too_many(episodes)
@@ -184,8 +185,24 @@ class CheckedModule(EpisodicModule):
             return OutputLosses(query, query)
         return OutputLosses(functional(self.support_loss, SUPPORT_LOSS_PREFIX), query)
 
-    def _inspect(self, run: Callable[[], Tensor]) -> None:
-        """Look at the network while it runs, once for each kind of batch."""
+    def kinks(self, episodes: AnyEpisodes) -> list[str]:
+        """Return what of the network and its losses is not twice differentiable.
+
+        Args:
+            episodes: A meta-batch; network and losses run on its first support set.
+
+        Returns:
+            The layers with kinks or, where there are none, the operations, by their names in ATen;
+            and such operations of the losses.
+        """
+        functional = FunctionalNetwork(self.network, self.batch_norm)
+        return [
+            *find_kinks(functional, episodes),
+            *find_kinks_of_losses(functional, episodes, self._loss_of_outputs().each),
+        ]
+
+    def _inspect(self, episodes: AnyEpisodes) -> None:
+        """Look at the network, once for each kind of batch."""
         if self.curvature != "exact" or self._warned_of_weight_norm:
             return
         if layers := weight_normed(self.network):

@@ -33,6 +33,11 @@ class OutputLosses(NamedTuple):
         """The trainable parameters of both."""
         return self.support.params | self.query.params
 
+    @property
+    def trained(self) -> list[str]:
+        """The names of these in their losses."""
+        return [name.removeprefix(loss.prefix) for loss in self.each for name in loss.params]
+
 
 class ModelLosses(NamedTuple):
     """The two losses of a model; both return ``(loss, logits)``.

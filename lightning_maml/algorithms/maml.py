@@ -451,8 +451,7 @@ class MAML(AdaptingModule):
                 "Expected inner steps of gradient descent, which the theory is about, but got "
                 f"{self.inner_optimizer}; leave `inner_optimizer` out."
             )
-        of_loss = self.loss.named_parameters() if isinstance(self.loss, nn.Module) else ()
-        if trained := [name for name, p in of_loss if p.requires_grad]:
+        if trained := self._loss_of_outputs().trained:
             raise UserValueError(
                 "Expected a loss without trainable parameters, as in the theory all parameters "
                 f"adapt, but got {trained}; freeze them with requires_grad_(False)."

@@ -29,6 +29,7 @@ from lightning_maml.batches.trees import Inputs, cat, detached, map_tensors
 from lightning_maml.checks.batch_norm_checks import check_policy
 from lightning_maml.checks.broadcasting import check_broadcasting
 from lightning_maml.checks.first_pass import first_outputs
+from lightning_maml.checks.hidden_layers import check_hides_no_layers
 from lightning_maml.checks.label_checks import check_is_tensor, check_labels
 from lightning_maml.checks.logits_checks import check_logits
 from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
@@ -261,6 +262,7 @@ class ProtoNet(EpisodicModule):
 
         def look() -> Verdict:
             check_writes(functional, episodes)
+            check_hides_no_layers(functional, episodes)
             check_policy(functional, episodes)
             embedded = self.logits(first_outputs(functional, episodes))
             check_logits(embedded, episodes.support_y[0])

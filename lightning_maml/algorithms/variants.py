@@ -20,7 +20,7 @@ from lightning_maml.functional.meta_gradient import MetaGradient
 from lightning_maml.functional.reptile import reptile_gradient
 from lightning_maml.io.plain import number, whole_number
 from lightning_maml.networks.functional_network import FunctionalNetwork
-from lightning_maml.networks.kinks import kinked_operations, kinks
+from lightning_maml.networks.kinks import kinks
 
 
 class FOMAML(MAML):
@@ -85,16 +85,16 @@ class HFMAML(MAML):
         self._warn_of_kinks(kinks(network))
 
     @override
-    def _inspect(self, run: Callable[[], Tensor]) -> None:
-        self._warn_of_kinks(kinked_operations(run))
+    def _inspect(self, episodes: AnyEpisodes) -> None:
+        self._warn_of_kinks(self.kinks(episodes))
 
     def _warn_of_kinks(self, found: list[str]) -> None:
         if found and not self._warned:
             warnings.warn(
-                "HFMAML needs a twice differentiable network but got kinks in "
+                "HFMAML needs a twice differentiable network and loss but got kinks in "
                 f"{', '.join(found)}: its finite differences are then worse than no curvature at "
-                "all. Use GELU, softplus or SiLU with strides or average pooling, or train with "
-                "MAML or FOMAML.",
+                "all. Use GELU, softplus or SiLU with strides or average pooling and a smooth "
+                "loss, or train with MAML or FOMAML.",
                 stacklevel=3,
             )
             self._warned = True
@@ -270,11 +270,7 @@ class Reptile(MAML):
     ) -> Callable[[], MetaGradient]:
         if curvature is not None:
             return super()._gradient_function(plan, episodes, curvature)
-        if trained := [
-            name.removeprefix(loss.prefix)
-            for loss in self._loss_of_outputs().each
-            for name in loss.params
-        ]:
+        if trained := self._loss_of_outputs().trained:
             raise UserValueError(
                 "Expected a loss without trainable parameters with Reptile, which trains only "
                 f"what adapts, but got {trained}; freeze them by requires_grad_(False), or train "

@@ -19,7 +19,9 @@ def mini_batches(
     Each task goes through its support set in random order, in a new one when fewer than ``size``
     examples are left, like a ``DataLoader`` with ``shuffle=True`` and ``drop_last=True``. The
     Hessian of a step is taken on its own batch, so that the exact meta-gradient is that of autograd
-    through such a loop. (In the papers' resampling case it is on another, independent batch.)
+    through such a loop. (In the papers' resampling case it is on another, independent batch.) The
+    example is for plain loaders; with a datamodule of this package, its hook is the one to
+    override.
 
     Args:
         batch: A meta-batch with support sets ``[T, S, ...]``, in any form that a model takes:

@@ -14,10 +14,8 @@ from typing_extensions import override
 from lightning_maml.algorithms.maml import MAML
 from lightning_maml.batches.episodes import AnyEpisodes, ResampledEpisodes
 from lightning_maml.callbacks.independent_tasks import IndependentTasks, as_maml
-from lightning_maml.checks.first_pass import find_kinks
 from lightning_maml.errors import UserFloatingPointError, UserValueError, check_truth
 from lightning_maml.io.plain import number, whole_number
-from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.theory import (
     Rule,
     largest_inner_lr,
@@ -63,7 +61,7 @@ class AdaptiveMetaStepsize(Callback):
             measured constants ``scale=1`` converges ten or more times faster, if alpha is at most 1
             / (8 N L). With far larger inner learning rates L-hat means little, and scale is a
             number to tune.
-        tasks: B', tasks drawn per step and process.
+        tasks: B', tasks drawn per step and process; of ``episodes`` those of a batch.
         every_n_steps: How often L, rho and b are measured, at the parameters of that step, on B'
             tasks.
         keep_largest: Use the largest L and rho measured so far, not the last.
@@ -329,12 +327,12 @@ def _not_covered(rule: Rule, module: MAML, episodes: AnyEpisodes) -> str:
 
 def _kinked(module: MAML, episodes: AnyEpisodes) -> str:
     """Return that no theorem covers a network with kinks; empty if it has none."""
-    found = find_kinks(FunctionalNetwork(module.network, module.batch_norm), episodes)
+    found = module.kinks(episodes)
     if not found:
         return ""
     return (
-        f"the theorems do not cover a network with kinks in {', '.join(found)}, whose rho does not "
-        "exist"
+        f"the theorems do not cover a network or loss with kinks in {', '.join(found)}, whose rho "
+        "does not exist"
     )
 
 

@@ -25,7 +25,7 @@ class Monitor(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
-        tasks: Tasks per meta-batch and process.
+        tasks: Tasks per meta-batch and process, where the datamodule draws them.
         episodes: Meta-batches like those trained on, drawn independently of them; by default the
             datamodule's, if it is one of this package.
 

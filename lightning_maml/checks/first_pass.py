@@ -1,8 +1,9 @@
 """Passes of a network on the first task of a meta-batch, for checks."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, set_generator_states
 from lightning_maml.core.tensors import is_out_of_memory
 from lightning_maml.errors import UserValueError
+from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import kinked_operations, kinks
 
@@ -139,6 +141,25 @@ def floats(outputs: Any) -> dict[str, Tensor]:
         for number, tensor in enumerate(tensors_in(outputs))
         if tensor.is_floating_point()
     }
+
+
+def find_kinks_of_losses(
+    functional: FunctionalNetwork, episodes: AnyEpisodes, losses: Sequence[FunctionalLoss]
+) -> list[str]:
+    """Return the operations of losses that have kinks, such as the mean absolute error's.
+
+    Args:
+        functional: The network.
+        episodes: A meta-batch; the losses are taken on the first task's support set.
+        losses: The losses.
+    """
+    outputs, y = first_outputs(functional, episodes), support_set(first_task(episodes))[1].detach()
+    found: list[str] = []
+    for loss in losses:
+        # where it fails on support labels, the checks of the loss say so
+        with suppress(Exception):
+            found += kinked_operations(partial(loss, {}, outputs, y))
+    return [f"{name} (of the loss)" for name in dict.fromkeys(found)]
 
 
 def find_kinks(functional: FunctionalNetwork, episodes: AnyEpisodes) -> list[str]:

@@ -1,7 +1,6 @@
 """Validate a network once per batch shape and dtype, before it is trained on such batches."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from lightning_maml.batches.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.checks.batch_norm_checks import check_policy
 from lightning_maml.checks.first_pass import first_outputs, first_support, shifted
+from lightning_maml.checks.hidden_layers import check_hides_no_layers
 from lightning_maml.checks.logits_checks import check_logits
 from lightning_maml.checks.repeated_passes import check_modes, check_writes, generators_of
 from lightning_maml.core.tensors import raise_if_out_of_memory
@@ -58,9 +58,7 @@ class NetworkChecks:
         >>> network, loss = MLP(4, 3), FunctionalLoss(F.cross_entropy, logits_in)
         >>> check = NetworkChecks("head", None, logits_in)
         >>> functional, episodes = FunctionalNetwork(network), Episodes(x, y, x, y)
-        >>> check(
-        ...     network, functional, episodes, [loss], lambda outputs: None, lambda run: None
-        ... )
+        >>> check(network, functional, episodes, [loss], lambda outputs: None)
         NetworkInfo(outputs=torch.Size([3]), ends_with_head=True, draws=())
     """
 
@@ -76,7 +74,6 @@ class NetworkChecks:
         episodes: AnyEpisodes,
         losses: Sequence[FunctionalLoss],
         check_labels: Callable[[torch.Size | None], None],
-        inspect: Callable[[Callable[[], Tensor]], None],
     ) -> NetworkInfo:
         """Check the network on a meta-batch, and return what was found.
 
@@ -87,7 +84,6 @@ class NetworkChecks:
             losses: The model's losses.
             check_labels: Called with the shape of an example's outputs before a loss is called:
                 labels that do not fit them would end all work on a GPU.
-            inspect: Called with a function that runs the network, to watch it.
 
         Raises:
             ValueError: If layers that adapt run again in the backward pass, the batch-norm policy
@@ -96,8 +92,6 @@ class NetworkChecks:
         """
         info = self._inspected(functional, episodes, losses, check_labels)
         check_modes(network, functional, episodes)
-        with first_support(functional, episodes) as x:
-            inspect(partial(functional, functional.params, x))
         return info
 
     def _inspected(
@@ -109,6 +103,7 @@ class NetworkChecks:
     ) -> NetworkInfo:
         # first, so that no other check changes the network
         check_writes(functional, episodes)
+        check_hides_no_layers(functional, episodes)
         check_policy(functional, episodes)
         with first_support(functional, episodes) as x:
             run_again = tuple(functional.names_read_in_backward(x))

@@ -15,6 +15,7 @@ from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.networks.attributes import trainable_besides_parameters
 from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
 
 
@@ -29,8 +30,8 @@ def check_network(network: nn.Module, batch_norm: BatchNormPolicy) -> None:
 
     Raises:
         TypeError: If it is no module.
-        ValueError: If it does not fit the batch-norm policy, or if its trainable tensors are not
-            all parameters that are leaves and have shapes.
+        ValueError: If it is spread over devices, does not fit the batch-norm policy, or if its
+            trainable tensors are not all parameters that are leaves and have shapes.
     """
     if not isinstance(network, nn.Module):
         is_class = isinstance(network, type)
@@ -38,6 +39,13 @@ def check_network(network: nn.Module, batch_norm: BatchNormPolicy) -> None:
         raise UserTypeError(
             f"Expected `network` to be a module but got {got}; give a made one, "
             f"{network.__name__ if is_class else 'Network'}()."
+        )
+    if parallel := [part for part in network.modules() if isinstance(part, _PARALLEL)]:
+        kind = type(parallel[0]).__name__
+        raise UserValueError(
+            f"Expected a network that runs on one device but got {kind}, whose copies on "
+            "other devices would not get a task's parameters; give its `.module`, and the trainer "
+            "strategy='ddp'."
         )
     # the constructor refuses a network that the policy does not fit
     FunctionalNetwork(network, batch_norm)

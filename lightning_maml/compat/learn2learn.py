@@ -204,7 +204,7 @@ class LightningEpisodicModule(LightningModule):
             if outputs and not episodes.support_y.is_floating_point():
                 check_labels(episodes, outputs[0], ignored_label(self.loss))
 
-        check(functional.network, functional, episodes, [loss], check_classes, lambda run: None)
+        check(functional.network, functional, episodes, [loss], check_classes)
         check_loss_reads_no_attributes(loss, whole.network, whole, of_inputs)
         if not loss.params:
             check_loss_value(loss, whole, of_inputs, self.parameters())

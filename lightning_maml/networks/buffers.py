@@ -1,7 +1,7 @@
 """Buffers that a network writes while it trains, updated once per meta-batch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from lightning_maml.networks.batch_norm import (
 from lightning_maml.networks.copies import deep_copy, structural_copy
 from lightning_maml.networks.facts import writes
 from lightning_maml.networks.functional_network import BatchNormPolicy
+
+Context = Callable[[], AbstractContextManager[None]]
 
 
 class BufferUpdate:
@@ -46,7 +48,9 @@ class BufferUpdate:
 
     def __init__(self, *, in_two_modes: bool = False) -> None:
         self._in_two_modes = in_two_modes
-        self._takes_all_at_once: bool | None = None
+        self._is_tried = False
+        self._at_once: Context | None = None
+        """In which context the network takes all sets as one batch, once that was tried."""
 
     def __call__(
         self, network: nn.Module, episodes: AnyEpisodes, batch_norm: BatchNormPolicy
@@ -61,22 +65,30 @@ class BufferUpdate:
             unused_averages = nullcontext() if batch_norm == "running" else averages_kept(network)
             # some layers write only where gradients are taken
             with torch.enable_grad(), unused_averages, _same_buffers(network):
-                for x in self._batches(network, episodes):
-                    call(network, x)
+                batches, context = self._batches(network, episodes)
+                with context():
+                    for x in batches:
+                        call(network, x)
 
-    def _batches(self, network: nn.Module, episodes: AnyEpisodes) -> list[Any]:
-        """Return the inputs of all tasks as one batch, or as sets if the network needs that."""
+    def _batches(self, network: nn.Module, episodes: AnyEpisodes) -> tuple[list[Any], Context]:
+        """Return the inputs of all tasks as one batch, or as sets if the network needs that.
+
+        Also return the context to run them in.
+        """
         # in the resampling case each inner step has a batch of its own
         step_dimensions = int(isinstance(episodes, ResampledEpisodes))
         sets = _sets(episodes.support_x, step_dimensions)
         if not self._in_two_modes:
             sets += _sets(episodes.query_x)
         if len({shapes(x) for x in sets}) > 1:
-            return sets
+            return sets, nullcontext
         whole = cat(sets)
-        if self._takes_all_at_once is None:
-            self._takes_all_at_once = _accepts(network, whole)
-        return [whole] if self._takes_all_at_once else sets
+        if not self._is_tried:
+            # a network that differentiates in its forward pass needs its graph
+            contexts: list[Context] = [_without_graph, nullcontext]
+            fitting = (context for context in contexts if _accepts(network, whole, context))
+            self._at_once, self._is_tried = next(fitting, None), True
+        return ([whole], self._at_once) if self._at_once else (sets, nullcontext)
 
 
 def statistics_in_training(
@@ -113,18 +125,30 @@ def _sets(x: Inputs, step_dimensions: int = 0) -> list[Any]:
     ]
 
 
-def _accepts(network: nn.Module, x: Inputs) -> bool:
+def _accepts(network: nn.Module, x: Inputs, context: Context) -> bool:
     """Return whether a copy of the network runs on ``x``, more examples than it usually gets."""
     device = tensors(x)[0].device
     before = generator_states(device)
     try:
-        call(deep_copy(network), x)
+        with context():
+            call(deep_copy(network), x)
     except Exception as error:  # noqa: BLE001 # made for a certain number, it may raise anything
         raise_if_out_of_memory(error)
         return False
     finally:
         set_generator_states(before, device)
     return True
+
+
+@contextmanager
+def _without_graph() -> Iterator[None]:
+    """Keep nothing for a backward pass: the graph of a whole meta-batch may fill the memory."""
+
+    def refuse(_: None) -> Tensor:
+        raise RuntimeError("Expected no derivative of a pass that only updates buffers.")
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse):
+        yield
 
 
 @contextmanager
@@ -153,7 +177,10 @@ def _same_buffers(network: nn.Module) -> Iterator[None]:
             if now is None:
                 continue
             if tensor is not None and now is not tensor and now.shape == tensor.shape:
-                buffers[name] = tensor.detach().copy_(now.detach())
+                # the same object, by which compiled programs and captured graphs are found again
+                kept = tensor if tensor.grad_fn is None else tensor.detach()
+                with torch.no_grad():
+                    buffers[name] = kept.copy_(now)
             elif now.grad_fn is not None:
                 # a graph would keep the activations of every step so far
                 buffers[name] = now.detach()

@@ -5,7 +5,7 @@ import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from types import CellType, FunctionType
@@ -292,35 +292,45 @@ def _rebound_value(value: Any, memo: dict[int, Any], depth: int = 4) -> Any:
 
 def _rebound(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
     """Return a function whose closure and defaults refer to copies, or itself if none do."""
+    if not _refers_to_copies(function, memo, set()):
+        return function
+    cells = [CellType() for _ in function.__closure__ or ()]
+    rebound = FunctionType(
+        function.__code__, function.__globals__, function.__name__, None, tuple(cells)
+    )
+    memo[id(function)] = rebound  # before what it refers to, which may refer back to it
 
     def copy_of(value: Any) -> Any:
-        if isinstance(value, FunctionType) and value is not function:
+        if isinstance(value, FunctionType) and id(value) not in memo:
             return _rebound(value, memo)
         return memo.get(id(value), value)
 
-    try:
-        closure = [cell.cell_contents for cell in function.__closure__ or ()]
-    except ValueError:  # a cell that is still empty
-        return function
-    defaults = function.__defaults__ or ()
-    named = function.__kwdefaults__ or {}
-    new_closure = [copy_of(value) for value in closure]
-    new_defaults = [copy_of(value) for value in defaults]
-    new_named = {name: copy_of(value) for name, value in named.items()}
-    before = [*closure, *defaults, *named.values()]
-    after = [*new_closure, *new_defaults, *new_named.values()]
-    if all(old is new for old, new in zip(before, after, strict=True)):
-        return function
-    rebound = FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        tuple(new_defaults),
-        tuple(map(CellType, new_closure)),
-    )
-    rebound.__kwdefaults__ = new_named or None
+    for cell, old in zip(cells, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # a cell that is still empty
+            cell.cell_contents = copy_of(old.cell_contents)
+    rebound.__defaults__ = function.__defaults__ and tuple(map(copy_of, function.__defaults__))
+    named = function.__kwdefaults__
+    rebound.__kwdefaults__ = named and {name: copy_of(value) for name, value in named.items()}
     rebound.__dict__.update(function.__dict__)
     return rebound
+
+
+def _refers_to_copies(function: FunctionType, memo: dict[int, Any], seen: set[int]) -> bool:
+    """Return whether something that a function, or a function in it, refers to was copied."""
+    seen.add(id(function))
+    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a cell that is still empty
+            values.append(cell.cell_contents)
+    return any(
+        memo.get(id(value), value) is not value
+        or (
+            isinstance(value, FunctionType)
+            and id(value) not in seen
+            and _refers_to_copies(value, memo, seen)
+        )
+        for value in values
+    )
 
 
 def _of_type(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

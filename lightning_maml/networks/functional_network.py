@@ -18,7 +18,7 @@ from lightning_maml.batches.outputs import logits_in, map_outputs, tensors_in
 from lightning_maml.batches.trees import Inputs, call, cat, count, differentiable
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, set_generator_states, torch_random_state
-from lightning_maml.core.tensors import is_out_of_memory, nodes_of
+from lightning_maml.core.tensors import nodes_of, raise_if_out_of_memory
 from lightning_maml.errors import UserValueError
 from lightning_maml.kernels.layers import (
     TaskConvolution,
@@ -29,6 +29,7 @@ from lightning_maml.kernels.layers import (
     is_plain_convolution,
     is_plain_pooling,
 )
+from lightning_maml.kernels.recurrence import TaskRecurrence
 from lightning_maml.networks.attributes import Kept, is_written, numbers_in
 from lightning_maml.networks.batch_norm import batch_norms, forget_running_averages
 from lightning_maml.networks.copies import copy_in_mode, structural_copy
@@ -416,9 +417,8 @@ class FunctionalNetwork:
         try:
             outputs = self._attempt(params, inputs, context, averages)
             facts.runs_channels_last = True
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+        except Exception as error:  # noqa: BLE001 # a network may say in any way what it does not take
+            raise_if_out_of_memory(error)
             set_generator_states(before, _CPU)
             for convolution in converting:
                 convolution.channels = "first"
@@ -514,6 +514,8 @@ class FunctionalNetwork:
             elif is_plain_convolution(module):
                 module.forward = TaskConvolution(module, channels, self._vectorised)
                 self._own.convolutions.append(module.forward)
+            elif isinstance(module, nn.RNNBase) and "forward" not in vars(module):
+                module.forward = TaskRecurrence(module)
             elif self._vectorised and is_plain_pooling(module):
                 module.forward = TaskPooling(module)  # type: ignore[method-assign, assignment]
             elif self._vectorised and is_padded_embedding(module):

@@ -40,6 +40,7 @@ _KINKED = {
         "fractional_max_pool3d",
     ),
     *("adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("multi_margin_loss", "multilabel_margin_loss_forward"),
 }
 """Operations with a kink, by their names in ATen, where pooling in 1D is pooling in 2D."""
 

@@ -159,7 +159,8 @@ def first_difference(right: Evaluations, found: Evaluations, relative: float = 1
         right: The right results.
         found: Those to compare; one that is missing or has another shape differs.
         relative: The largest relative error that is taken for rounding below float64, where
-            derivatives of large networks have few digits. In float64 it is 1e-6.
+            derivatives of large networks have few digits, or four roundings if these are more. In
+            float64 it is 1e-6.
     """
     for name, values in right.items():
         if name not in found or found[name].shape != values.shape:
@@ -168,10 +169,12 @@ def first_difference(right: Evaluations, found: Evaluations, relative: float = 1
         same = torch.isclose(found[name], values, rtol=0, atol=0, equal_nan=True)
         error = torch.where(same, 0.0, found[name] - values)
         size = torch.linalg.vector_norm(torch.where(values.isfinite(), values, 0.0))
-        rounding = 100 * torch.finfo(values.dtype).eps
-        tolerance = 1e-6 if values.dtype == torch.float64 else relative
+        digits = torch.finfo(values.dtype).eps
+        tolerance = 1e-6 if values.dtype == torch.float64 else max(relative, 4 * digits)
+        # for what is nearly zero; of half precision 100 roundings would be outputs of usual size
+        nothing = 100 * min(digits, torch.finfo(torch.float32).eps)
         # "not <=" rather than ">", so that an error of nan is a difference
-        if not torch.linalg.vector_norm(error) <= tolerance * size + rounding:
+        if not torch.linalg.vector_norm(error) <= tolerance * size + nothing:
             return name
     return None
 

@@ -66,7 +66,8 @@ class Spread(NamedTuple):
     Attributes:
         gradient_norm: Mean over tasks of ``|grad l_T|``, of the query loss.
         sigma: Standard deviation of that gradient over tasks, nan with one task; in the resampling
-            case without what sampling the batch adds to it.
+            case without what sampling the batch adds to it, as far as that is known: where all
+            query sets have one sample of each class it is not, and this is an upper bound.
         sample_sigma: sigma-tilde or sigma_g, its standard deviation over the samples of a task; nan
             where no task has two query samples. It is measured on halves of a query set: with batch
             norm, whose statistics are then the halves' own, it is only roughly that of single
@@ -134,6 +135,12 @@ class _Halves(NamedTuple):
     losses: tuple[Objective, Objective]
     size: int
     samples: int
+
+
+def _of_one_sample(between: Tensor, sizes: Tensor) -> float:
+    """Return the variance of one sample's gradient, from the distances of halves of some sizes."""
+    known = sizes > 0
+    return float((between.square() * sizes / 2)[known].mean())
 
 
 class Probe:
@@ -308,19 +315,29 @@ class Probe:
         """Return how the task gradients differ.
 
         Random halves D_1, D_2 of a query set give sigma-tilde:
-        ``E|g(D_1) - g(D_2)|^2 = 2 sigma-tilde^2 / |D_1|``.
+        ``E|g(D_1) - g(D_2)|^2 = 2 sigma-tilde^2 / |D_1|``. What sampling adds to sigma is given by
+        halves that are drawn as the query sets are: with as many samples of each class, if these
+        have so.
         """
+        is_resampled = isinstance(self._episodes, ResampledEpisodes)
+        by_class = is_resampled and self._have_equal_classes()
+
+        def apart(halves: _Halves, zero: Tensor) -> Tensor:
+            if not halves.size:
+                return zero
+            first, second = (part.gradient(self._params) for part in halves.losses)
+            return norm(subtract(second, first))
 
         def measure_task(task: AnyEpisodes, number: int) -> tuple[Params, Tensor]:
             support, query = (objective.gradient(self._params) for objective in self._losses(task))
+            distances = [norm(query), norm(subtract(query, support))]
+            zero = torch.zeros_like(distances[0])
             halves = self._halves(task, number)
-            between = torch.zeros_like(norm(query))
-            if halves.size:
-                first, second = (part.gradient(self._params) for part in halves.losses)
-                between = norm(subtract(second, first))
-            sizes = torch.tensor([halves.size, halves.samples]).to(between)
-            distances = torch.stack([norm(query), norm(subtract(query, support)), between])
-            return query, torch.cat([distances, sizes])
+            distances.append(apart(halves, zero))
+            drawn_alike = self._halves(task, number, by_class=True) if by_class else halves
+            distances.append(apart(drawn_alike, zero) if by_class else distances[-1])
+            sizes = torch.tensor([halves.size, drawn_alike.size, halves.samples]).to(zero)
+            return query, torch.cat([torch.stack(distances), sizes])
 
         first: Params = {}
         total = scale(0.0, self._params)
@@ -333,17 +350,18 @@ class Probe:
             total = add(total, from_first)
             rows.append(torch.cat([figures, norm(from_first)[None]]))
         # fetched together
-        norms, gaps, between, halves, samples, from_firsts = torch.stack(rows).cpu().double().T
+        columns = torch.stack(rows).cpu().double().T
+        norms, gaps, between, between_alike, size, size_alike, samples, from_firsts = columns
         count = len(norms)
 
-        known = halves > 0
-        sample_variance = float((between.square() * halves / 2)[known].mean())
+        sample_variance = _of_one_sample(between, size)
         variance = math.nan
         if count > 1:
             sum_of_squares = float(from_firsts.square().sum())
             variance = (sum_of_squares - float(norm(total)) ** 2 / count) / (count - 1)
-        if isinstance(self._episodes, ResampledEpisodes) and known.any():
-            variance -= sample_variance * float((1 / samples.clamp(min=1)).mean())
+        if is_resampled and (size_alike > 0).any():
+            by_sampling = _of_one_sample(between_alike, size_alike)
+            variance -= by_sampling * float((1 / samples.clamp(min=1)).mean())
         return Spread(
             gradient_norm=float(norms.mean()),
             # what sampling adds is an estimate too, and may exceed the variance of a few tasks
@@ -351,7 +369,9 @@ class Probe:
             sample_sigma=math.sqrt(sample_variance),
             b=float(gaps.mean()),
             mean_square_b=float(gaps.square().mean()),
-            gradient_evaluations=2 * count + 2 * int(known.sum()),
+            gradient_evaluations=2 * count
+            + 2 * int((size > 0).sum())
+            + 2 * by_class * int((size_alike > 0).sum()),
         )
 
     @_differentiating()
@@ -392,20 +412,40 @@ class Probe:
         losses = self._functions.of_task(task, 1)
         return losses.support[0], losses.query[0]
 
-    def _halves(self, task: AnyEpisodes, number: int) -> _Halves:
+    def _halves(self, task: AnyEpisodes, number: int, *, by_class: bool = False) -> _Halves:
         """Return two random halves of a task's query set; of an odd number, one is left out.
 
         Each task has other halves: query sets come with their classes in the same order.
+
+        Args:
+            task: The task.
+            number: Its number.
+            by_class: Whether each half has as many samples of each class.
         """
         rows = self._samples(task.query_y)
-        half = len(rows) // 2
+        strata = [rows]
+        if by_class:
+            labels = task.query_y[rows]
+            strata = [rows[labels == label] for label in torch.unique(labels)]
         random = torch.Generator().manual_seed(
             (self._seed * len(self._episodes.query_y) + number) % 2**63
         )
-        order = rows[torch.randperm(len(rows), generator=random, device="cpu").to(rows.device)]
-        first, second = order[:half], order[half : 2 * half]
-        losses = self._query_loss(task, first), self._query_loss(task, second)
-        return _Halves(losses, half, len(rows))
+        first, second = [], []
+        for stratum in strata:
+            half = len(stratum) // 2
+            order = torch.randperm(len(stratum), generator=random, device="cpu").to(rows.device)
+            first.append(stratum[order[:half]])
+            second.append(stratum[order[half : 2 * half]])
+        losses = self._query_loss(task, torch.cat(first)), self._query_loss(task, torch.cat(second))
+        return _Halves(losses, sum(map(len, first)), len(rows))
+
+    def _have_equal_classes(self) -> bool:
+        """Return whether each query set has as many samples of each of its classes."""
+        labels = self._episodes.query_y
+        if labels.ndim > 2 or labels.is_floating_point():
+            return False
+        counts = (torch.unique(y[self._samples(y)], return_counts=True)[1] for y in labels)
+        return all(bool((of_task == of_task[0]).all()) for of_task in counts)
 
     def _samples(self, labels: Tensor) -> Tensor:
         """Return the rows of the samples whose labels, or some of them, the losses count."""

@@ -150,8 +150,8 @@ def conditions(constants: Constants, settings: Settings) -> list[Condition]:
         ...         print(source, "|", text)
         Fallah, Theorem 4.12 | B = 16 tasks per step, at least 20 needed
     """
-    kinks = f"; it has kinks in {', '.join(settings.kinks)}" if settings.kinks else ""
-    smooth = f"the network is twice differentiable{kinks}"
+    kinks = f"; there are kinks in {', '.join(settings.kinks)}" if settings.kinks else ""
+    smooth = f"network and loss are twice differentiable{kinks}"
     everywhere = (
         "one L, rho, sigma and so on for all parameters, and losses bounded below; a measurement "
         "cannot tell, and networks of several layers usually have no such L"
@@ -232,7 +232,7 @@ def _ji_conditions(judged_by: Theorem, constants: Constants, settings: Settings)
     found = [
         _below(theorem, "alpha", alpha, theory.largest_inner_lr(L, steps), "(2^(1/2N) - 1) / L"),
         _at_most(corollary, "alpha", alpha, theory.recommended_inner_lr(L, steps), "1 / (8 N L)"),
-        _theta_condition(theorem, constants, settings),
+        _theta_condition(judged_by, constants, settings),
     ]
     if settings.resampling is not None:
         found += _resampling_batch_conditions(corollary, constants, settings.resampling)
@@ -262,9 +262,11 @@ def _resampling_batch_conditions(
     ]
 
 
-def _theta_condition(theorem: str, constants: Constants, settings: Settings) -> Condition:
+def _theta_condition(judged_by: Theorem, constants: Constants, settings: Settings) -> Condition:
     """Return the condition that theta is positive: otherwise Ji's theorem bounds nothing."""
+    theorem = judged_by.name
     arguments = (constants.L, constants.rho, settings.inner_lr, settings.steps)
+    c_beta = _c_beta(judged_by.rule, settings)
     # the cases in which theta has no value come first: its formula refuses them
     if settings.inner_lr >= theory.largest_inner_lr(constants.L, settings.steps):
         text = "theta > 0 needed; there is none while (1 + alpha L)^(2N) is 2 or more"
@@ -282,6 +284,7 @@ def _theta_condition(theorem: str, constants: Constants, settings: Settings) -> 
             b=constants.b,
             mean_square_b=constants.mean_square_b,
             tasks=settings.tasks,
+            c_beta=c_beta,
         )
     else:
         support, hessian = settings.resampling
@@ -294,10 +297,19 @@ def _theta_condition(theorem: str, constants: Constants, settings: Settings) -> 
             support=support,
             hessian=max(hessian, 1),
             query=settings.query,
+            c_beta=c_beta,
         )
     theta = convergence.theta
-    text = f"theta = {theta:.3g} with B = {settings.tasks}, above 0 needed"
-    return Condition(theorem, text, theta > 0)
+    with_these = f"B = {settings.tasks} and C_beta = {c_beta:.3g}"
+    return Condition(theorem, f"theta = {theta:.3g} with {with_these}, above 0 needed", theta > 0)
+
+
+def _c_beta(rule: Rule, settings: Settings) -> float:
+    """Return C_beta of the run's stepsize; the papers' where that is not an adaptive one."""
+    adaptive = settings.stepsize
+    if isinstance(adaptive, Adaptive) and adaptive.rule == rule:
+        return 1 / adaptive.scale
+    return 1 / theory.paper_scale(rule)
 
 
 def _stepsize_conditions(constants: Constants, settings: Settings) -> list[Condition]:
@@ -331,8 +343,11 @@ def _adaptive_conditions(
         return [Condition(source, text, False)]
     paper_scale = theory.paper_scale(rule, judged_as(settings))
     needed = _stepsize_batches(rule, constants, settings)
+    theorem = next(each for each in judged_by(settings) if each.rule == rule)
+    # Ji's theorems take any scale with which theta is positive, Fallah's this one alone
+    of_constant = theorem.name if rule == "one_step" else theorem.corollary
     found = [
-        _at_most(source, "scale", scale, paper_scale, "the papers' constant"),
+        _at_most(of_constant, "scale", scale, paper_scale, "the papers' constant"),
         _at_least(source, "B'", tasks, needed.tasks, "the theorem's", "tasks for the stepsize"),
     ]
     if rule == "finite_sum":

@@ -177,11 +177,13 @@ def _of_gradients(case: Case, draws: tuple[str, ...]) -> Iterator[Look]:
     at, own_at = "exact meta-gradient", f"{type(case.model).__name__}'s gradient"
     reason = _not_unrolled(case)
     double, exact, problem = _exact(case)
-    if exact is None or reason:
-        yield Look(at, f"not compared: {problem or reason}", "note")
-    else:
-        yield from _against_autograd(at, case, double, exact, draws)
     own = type(case.model)._gradient_function is MAML._gradient_function
+    if exact is None or reason:
+        looks = iter([Look(at, f"not compared: {problem or reason}", "note")])
+    else:
+        looks = _against_autograd(at, case, double, exact, draws)
+    trains_with_it = own and case.model.curvature == "exact"
+    yield from (look._replace(is_own=trains_with_it) for look in looks)
     if case.model.curvature == "none" and own and not reason:
         yield _compared(
             f"{own_at}, {double.name()}",
@@ -189,18 +191,19 @@ def _of_gradients(case: Case, draws: tuple[str, ...]) -> Iterator[Look]:
             double.optimizer_gradients,
             partial(double.unrolled, curved=False),
             draws,
-        )
+        )._replace(is_own=True)
     if isinstance(case.model, MAMLPlusPlus):
         yield Look(
             own_at,
             "not compared: it anneals over the epochs of a training; the exact meta-gradient is "
             "what it ends with",
             "note",
+            is_own=True,
         )
     if isinstance(case.model, Reptile) and not reason:
         yield _compared(
             f"{own_at}, {double.name()}", double, double.gradient, double.way_back, draws
-        )
+        )._replace(is_own=True)
     if exact is not None:
         yield from _approximations(case, double, exact)
 
@@ -297,7 +300,10 @@ def _approximations(case: Case, double: Case, exact: Params) -> Iterator[Look]:
         if case.model.curvature == "finite_difference" and not error <= _FAR:
             close = "wrong"
         yield Look(
-            f"Hessian-free, {case.name()}", f"{error:.1g} from the exact one; {smooth}", close
+            f"Hessian-free, {case.name()}",
+            f"{error:.1g} from the exact one; {smooth}",
+            close,
+            is_own=case.model.curvature == "finite_difference",
         )
     first_order = double.gradient("none")
     exact = {name: exact[name] for name in first_order}

@@ -8,7 +8,7 @@ from lightning_maml.batches.episodes import first_task, support_set
 from lightning_maml.batches.trees import call, cat
 from lightning_maml.batches.trees import count as count_of
 from lightning_maml.checks.batch_norm_checks import sees_others
-from lightning_maml.checks.first_pass import find_kinks, first_support
+from lightning_maml.checks.first_pass import first_support
 from lightning_maml.networks.batch_norm import batch_norms
 from lightning_maml.networks.copies import deep_copy
 from lightning_maml.networks.functional_network import FunctionalNetwork
@@ -85,5 +85,4 @@ def _sees_others(case: Case) -> bool:
 
 def kinks_of(case: Case) -> list[str]:
     """Return the layers with kinks, or where there are none, the functions with kinks."""
-    functional = FunctionalNetwork(case.model.network, case.model.batch_norm)
-    return find_kinks(functional, case.episodes)
+    return case.model.kinks(case.episodes)

@@ -15,11 +15,13 @@ class Look(NamedTuple):
         found: What was found.
         verdict: ``"right"``, ``"wrong"``, or ``"note"`` for what is no mistake, or was not
             compared.
+        is_own: Whether it is the gradient that the algorithm trains with.
     """
 
     at: str
     found: str
     verdict: Verdict
+    is_own: bool = False
 
 
 class CheckReport(NamedTuple):
@@ -56,10 +58,15 @@ class CheckReport(NamedTuple):
         if self.ok:
             counts = f"{count['right']} checks, none wrong; {count['note']} notes"
             where = "on this network, loss and batch"
-            if not any("gradient" in row.at and row.verdict == "right" for row in self.rows):
+            own = [row for row in self.rows if row.is_own]
+            unsure = [row.at for row in own if row.verdict != "right"]
+            if unsure or not own:
+                why = (
+                    f"found to be right, see '{unsure[0]}'" if unsure else "compared with autograd"
+                )
                 return (
                     f"Nothing was found wrong with {self.algorithm} {where} ({counts}), but its "
-                    "gradient was not compared with autograd."
+                    f"gradient was not {why}."
                 )
             return f"The gradients of {self.algorithm} are right {where} ({counts})."
         first = next(row for row in self.rows if row.verdict == "wrong")

@@ -1,11 +1,14 @@
 """The named variants: MAML++ and Reptile under real trainers, and the arguments of all."""
 
 import inspect
+import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from torch.utils.data import DataLoader
 
@@ -16,6 +19,7 @@ from lightning_maml import (
     HFMAML,
     IMAML,
     MAML,
+    Episodes,
     MAMLPlusPlus,
     Reptile,
     ResampledEpisodes,
@@ -239,3 +243,19 @@ def test_reptile_leaves_what_does_not_adapt_to_no_weight_decay(tmp_path: Path) -
         if not torch.equal(p, network.get_parameter(name))
     ]
     assert moved == ["3.weight", "3.bias"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "kink"),
+    [(F.l1_loss, "abs (of the loss)"), (F.multi_margin_loss, "multi_margin_loss (of the loss)")],
+)
+def test_kinks_of_the_loss_are_warned_of(loss: Any, kink: str) -> None:
+    network, episodes = build("mlp"), make_episodes()
+    if loss is F.l1_loss:
+        x, _, query_x, _ = episodes
+        episodes = Episodes(x, x[..., 0, 0, :3], query_x, query_x[..., 0, 0, :3])
+    model = HFMAML(network, 0.1, loss=loss)
+    with pytest.warns(
+        UserWarning, match=re.escape(f"differentiable network and loss but got kinks in {kink}")
+    ):
+        model.meta_loss(episodes)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from helpers.networks import build, leaves, make_episodes, plain_loss, relative_error
-from helpers.trainers import trainer_in_double
-from lightning_maml import MAML, Episodes, InnerSGD, mini_batches
+from helpers.runs import Noise, network
+from helpers.trainers import trainer, trainer_in_double
+from lightning_maml import FOMAML, MAML, Episodes, InnerSGD, mini_batches
 
 STEPS, RATE = 5, 0.2
 
@@ -92,3 +93,12 @@ def test_they_are_drawn_from_every_form_of_a_meta_batch() -> None:
     assert [part.support_y.shape for part in drawn.parts] == [(2, 4, 2), (1, 4, 2)]
     OnMiniBatches(build("mlp"), RATE, 4).meta_loss(drawn)
     assert mini_batches(episodes, 2, 0) is episodes
+
+
+def test_a_hook_that_the_datamodule_has_too_is_refused(tmp_path: Path) -> None:
+    class OnMiniBatches(FOMAML):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return mini_batches(batch, size=1, steps=1)
+
+    with pytest.raises(TypeError, match="but both have it, of which Lightning calls the datamod"):
+        trainer(tmp_path).fit(OnMiniBatches(network()), Noise())

@@ -496,7 +496,7 @@ def test_a_warning_names_what_the_theorems_do_not_cover(
 def test_a_warning_names_kinks_if_rho_is_measured(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3)).double()
     with pytest.warns(
-        UserWarning, match=r"a network with kinks in 2 \(ReLU\), whose rho does not exist"
+        UserWarning, match=r"a network or loss with kinks in 2 \(ReLU\), whose rho does not exist"
     ):
         trainer(
             tmp_path, AdaptiveMetaStepsize(episodes=[make_episodes()]), precision="64-true"
@@ -521,7 +521,7 @@ def test_a_warning_names_kinks_that_are_functions(tmp_path: Path) -> None:
         )
     said = [str(w.message) for w in caught if "kinks in" in str(w.message)]
     assert len(said) == 1
-    assert "the theorems do not cover a network with kinks in relu, whose rho" in said[0]
+    assert "the theorems do not cover a network or loss with kinks in relu, whose rho" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from helpers.networks import relative_error
+from helpers.networks import make_episodes, relative_error
 from helpers.points import RATE, STEPS, WAYS, Plain, points, seeded, unrolled
 from lightning_maml import ANIL
+from lightning_maml.batches.trees import map_tensors
 
 
 def test_features_that_depend_on_the_head_are_not_computed_once() -> None:
@@ -127,3 +128,24 @@ def test_features_are_computed_once_only_if_the_head_alone_gives_the_outputs(
     expected = unrolled(seeded(network), names=["head.weight", "head.bias"])
     assert relative_error(model.meta_gradient(points()), expected) < 1e-10
     assert (model._plan(points()).head is None) == (network is not Plain)
+
+
+class Shrunk(nn.Module):
+    """A head whose outputs are changed in place, by more than its digits but less than one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 6), nn.Linear(6, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.head(torch.tanh(self.body(x.flatten(1))))
+        z /= 1.5
+        return z
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_follows_the_head_is_seen_in_half_precision_too(autocast: bool) -> None:
+    episodes = map_tensors(lambda x: x.float() if x.is_floating_point() else x, make_episodes())
+    device = episodes.support_x.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        assert ANIL(Shrunk(), 0.4, 2, head="head")._plan(episodes).head is None

@@ -1,6 +1,7 @@
 """What the looks at a network find on its first batch, and between steps."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from helpers.networks import relative_error
+from helpers.networks import build, make_episodes, relative_error
 from helpers.points import (
     RATE,
     STEPS,
@@ -26,6 +27,7 @@ from helpers.points import (
 from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import QUIET, on_device
 from lightning_maml import FOMAML, MAML, Episodes, ProtoNet
+from lightning_maml.batches.trees import map_tensors
 
 
 def test_views_of_parameters_are_refused() -> None:
@@ -345,3 +347,69 @@ def test_words_that_change_in_every_step_are_forgotten() -> None:
         network.phase = f"step {step}"
         model.meta_loss(points())
     assert len(model._findings) < 4 * 70
+
+
+class InAList(nn.Module):
+    """Keeps a layer, or a tensor, where torch does not look for it."""
+
+    def __init__(self, hides: str) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, WAYS)
+        self.hidden = [nn.Linear(64, 64) if hides == "layer" else torch.ones(64).requires_grad_()]
+        if hides == "frozen":
+            self.hidden = [nn.Linear(64, 64).requires_grad_(False)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, [hidden] = x.flatten(1).to(self.head.weight.dtype), self.hidden
+        return self.head(x * hidden if isinstance(hidden, Tensor) else hidden(x))
+
+
+@pytest.mark.parametrize("model", [MAML, ProtoNet])
+@pytest.mark.parametrize("hides", ["layer", "tensor", "frozen"])
+def test_layers_that_modules_do_not_know_are_refused(hides: str, model: Any) -> None:
+    episodes = map_tensors(lambda x: x.float() if x.is_floating_point() else x, make_episodes())
+    network = InAList(hides)
+    network.hidden = [
+        each.to(network.head.weight.device) if isinstance(each, nn.Module) else each
+        for each in network.hidden
+    ]
+    refusal = pytest.raises(ValueError, match="to be parameters of its modules but its outputs")
+    with nullcontext() if hides == "frozen" else refusal:
+        model(network).meta_loss(episodes)
+
+
+class OfAnEnergy(nn.Sequential):
+    """Outputs that are derivatives by an input that becomes a leaf in each pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.flatten(1).detach().requires_grad_()
+            energy = super().forward(x).sum()
+            (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return force[:, :WAYS] + x[:, :WAYS]
+
+
+def test_a_leaf_that_a_pass_makes_is_no_hidden_layer() -> None:
+    network = OfAnEnergy(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    MAML(network, 0.1).meta_loss(make_episodes())
+
+
+def test_networks_on_several_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got DataParallel, .* give its `.module`, and the tr"):
+        MAML(nn.DataParallel(build("mlp")))
+
+
+class Contiguous(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.is_contiguous(), "as its kernel needs"
+        return x.relu()
+
+
+@pytest.mark.cpu_only
+def test_a_layer_may_assert_the_memory_format() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 3, 3), Contiguous(), nn.Flatten(), nn.Linear(108, WAYS)
+    ).double()
+    plain = nn.Sequential(network[0], nn.ReLU(), *network[2:])
+    found, expected = (MAML(each, 0.1).meta_gradient(make_episodes()) for each in (network, plain))
+    assert relative_error(found, expected) < 1e-12

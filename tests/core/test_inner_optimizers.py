@@ -503,3 +503,5 @@ def test_the_theory_is_not_about_a_loss_that_is_trained() -> None:
     with pytest.raises(ValueError, match="Expected a loss without trainable parameters, as in the"):
         MAML(build("mlp"), loss=Scaled()).check_for_theory()
     assert MAML(build("mlp"), 0.1, loss=Scaled().requires_grad_(False)).check_for_theory() == 0.1
+    with pytest.raises(ValueError, match=r"without trainable parameters, .* but got \['scale'\]"):
+        MAML(build("mlp"), support_loss=Scaled()).check_for_theory()

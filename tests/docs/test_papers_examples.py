@@ -90,8 +90,9 @@ def test_measure_finds_every_condition_met_but_the_scale(
     main(["measure", "--config=given.yaml", "--tasks=4", "--epsilon=0.1", *where])
     printed = capsys.readouterr().out
     failed = [line for line in printed.splitlines() if line.startswith("  does not hold")]
-    assert len(failed) == 1
-    assert "scale = 1, at most the papers' constant" in failed[0]
+    assert len(failed) == 2
+    assert "and C_beta = 1, above 0 needed" in failed[0]
+    assert "scale = 1, at most the papers' constant" in failed[1]
     assert "Sizes for E|grad F| <= 0.1 by Ji, Corollary 10" in printed
 
 

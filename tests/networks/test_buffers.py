@@ -2,6 +2,7 @@
 would, and from no other pass."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from helpers.networks import WAYS, build, make_episodes, relative_error, unrolle
 from helpers.trainers import trainer
 from lightning_maml import ANIL, FOMAML, IMAML, MAML, Episodes, ProtoNet, Reptile
 from lightning_maml.core.params import Params
+from lightning_maml.networks.buffers import BufferUpdate
+from lightning_maml.networks.facts import Written, facts_of
 
 RATE, STEPS = 0.3, 2
 
@@ -384,3 +387,48 @@ def test_what_a_network_keeps_of_its_parameters_is_of_no_other_parameters(
     assert (layer.kept, layer.box, layer.rows, hasattr(layer, "late")) == (None, {}, [], False), (
         "the network itself keeps nothing"
     )
+
+
+def test_a_replaced_buffer_stays_the_object_that_it_was() -> None:
+    # compiled programs and captured graphs are found by it
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), OwnNorm(replaces=True)).double()
+    model, mean = MAML(network, RATE, 1), network[2].mean
+    model.meta_loss(make_episodes())
+    first = mean.clone()
+    model.meta_loss(make_episodes())
+    assert network[2].mean is mean
+    assert not torch.equal(mean, first)
+
+
+class Kept(nn.Module):
+    """Tells whether a graph keeps what an earlier layer computed; it may differentiate itself."""
+
+    def __init__(self, *, differentiates: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+        self.register_buffer("passes", torch.zeros(()))
+        self.differentiates = differentiates
+        self.kept: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.detach().numpy() * 2
+        outputs = torch.from_numpy(values) * self.weight  # whose gradient needs the values
+        if self.differentiates:
+            torch.autograd.grad(outputs.sum(), self.weight, retain_graph=True)
+        self.passes += 1
+        still_there = weakref.ref(values)
+        del values
+        self.kept.append(still_there() is not None)
+        return outputs
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("differentiates", [False, True])
+def test_a_pass_that_updates_buffers_keeps_no_graph(differentiates: bool) -> None:
+    layer = Kept(differentiates=differentiates)
+    network = nn.Sequential(nn.Flatten(), layer, nn.Linear(64, WAYS)).double()
+    update, episodes = BufferUpdate(), make_episodes(tasks=2)
+    facts_of(network).written = Written({"1.passes"})
+    update(network, episodes, "batch")
+    assert layer.passes == 1, "all tasks are one batch"
+    assert layer.kept == [differentiates]

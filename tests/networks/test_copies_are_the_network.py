@@ -16,6 +16,7 @@ from helpers.points import RATE, STEPS, WAYS, points, seeded
 from lightning_maml import ANIL, HFMAML, MAML, ProtoNet
 from lightning_maml.core.params import Params
 from lightning_maml.errors import UserValueError
+from lightning_maml.networks.copies import structural_copy
 
 
 def unrolled_on_itself(network: nn.Module, adapting: list[str] | None = None) -> Params:
@@ -321,3 +322,26 @@ def test_batch_norm_that_changes_its_mode_in_a_pass_is_refused() -> None:
     with pytest.raises(UserValueError, match=r"changes that of \['norm'\]"):
         MAML(FreezingItsNorm().double(), RATE, batch_norm="running").meta_loss(points())
     MAML(FreezingItsNorm().double(), RATE).meta_loss(points())  # always the batch's own statistics
+
+
+def test_functions_that_call_each_other_refer_to_the_copy() -> None:
+    layer = nn.Linear(4, 4)
+
+    def made() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        def outer(x: Tensor, deep: int = 2) -> Tensor:
+            return inner(x, deep - 1) if deep else x
+
+        def inner(x: Tensor, deep: int) -> Tensor:
+            return outer(layer(x), deep)
+
+        return outer, inner
+
+    network = nn.Sequential(layer)
+    network.act, _ = made()
+    copied = structural_copy(network)
+    copied[0].weight, copied[0].bias = (
+        nn.Parameter(torch.zeros_like(p)) for p in layer.parameters()
+    )
+    x = torch.rand(2, 4)
+    assert not copied.act(x).any()
+    assert network.act(x).any()

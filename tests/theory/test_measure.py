@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from helpers.networks import build, flat, make_episodes, plain_loss
+from helpers.random_numbers import drawn_on_cpu
 from lightning_maml import MAML, Conv4, Episodes, ResampledEpisodes
 from lightning_maml.core.params import Params
 from lightning_maml.datamodules import GlyphsDataModule
@@ -564,3 +565,39 @@ def test_gradient_norms_are_those_of_autograd(tasks: str, inference: bool) -> No
             tasks=tasks,
         ).gradient_norms()
     torch.testing.assert_close(actual, torch.stack(expected))
+
+
+def balanced(samples: int, spread: float, within: float, tasks: int = 400) -> ResampledEpisodes:
+    """Tasks whose gradients are their centres; query sets of two classes, 10 apart."""
+    random = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return drawn_on_cpu(torch.randn, *shape, dtype=torch.float64, generator=random)
+
+    y = torch.arange(2).repeat_interleave(samples).repeat(tasks, 1)
+    x = spread * noise(tasks, 1) + 10.0 * y + within * noise(tasks, 2 * samples)
+    s, s_y = x[:, None, :, None], y[:, None]
+    return ResampledEpisodes(s, s_y, s, s_y, x[..., None], y)
+
+
+def mean_of(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """A loss whose gradient at a sample is the sample."""
+    return (params["w"] * x).mean()
+
+
+@pytest.mark.parametrize("samples", [2, 3, 8])
+def test_sigma_of_balanced_query_sets_leaves_out_what_sampling_adds(samples: int) -> None:
+    tasks = balanced(samples, spread=1.0, within=2.0)
+    found = Probe(mean_of, {"w": torch.zeros(1).double()}, tasks).spread()
+    assert found.sigma == pytest.approx(1.0, rel=0.15)
+    # of a sample drawn from all classes
+    assert found.sample_sigma == pytest.approx(
+        math.sqrt(25 * 2 * samples / (2 * samples - 1) + 4), rel=0.1
+    )
+    assert found.gradient_evaluations == 400 * 6
+
+
+def test_sigma_is_an_upper_bound_where_each_class_has_one_sample() -> None:
+    tasks = balanced(1, spread=1.0, within=2.0)
+    found = Probe(mean_of, {"w": torch.zeros(1).double()}, tasks).spread()
+    assert found.sigma == pytest.approx(math.sqrt(1 + 4 / 2), rel=0.1)

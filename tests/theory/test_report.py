@@ -108,7 +108,7 @@ ADAPTIVE = Adaptive("one_step", 1 / 12, 4)
         (
             {"kinks": ["2 (ReLU)"]},
             {},
-            ["both papers: the network is twice differentiable; it has kinks in 2 (ReLU)"],
+            ["both papers: network and loss are twice differentiable; there are kinks in 2 (ReLU)"],
         ),
         ({"stepsize": 1.0}, {}, ["Fallah eq. 17: fixed beta", "Ji eq. 14: fixed beta"]),
         ({"stepsize": None}, {}, ["both papers: meta-steps must be those of plain SGD"]),
@@ -118,7 +118,7 @@ ADAPTIVE = Adaptive("one_step", 1 / 12, 4)
             {},
             ["Ji, Corollary 6: D = 0 Hessian", "Fallah, Theorem 4.12: D_h = 0 Hessian"],
         ),
-        ({"stepsize": ADAPTIVE._replace(scale=1.0)}, {}, ["Fallah eq. 17: scale = 1"]),
+        ({"stepsize": ADAPTIVE._replace(scale=1.0)}, {}, ["Fallah, Theorem 4.12: scale = 1"]),
         ({"stepsize": ADAPTIVE}, {"sigma": 150.0}, ["Fallah eq. 17: B' = 4 tasks"]),
         (
             {"stepsize": ADAPTIVE, "query": 3},
@@ -253,7 +253,7 @@ def test_kinks_in_functional_activations_are_reported(
 ) -> None:
     monkeypatch.setattr(torch.nn.GELU, "forward", lambda self, x: torch.relu(x))
     main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", f"--data.regime={regime}", *SMALL])
-    assert "it has kinks in relu" in capsys.readouterr().out
+    assert "there are kinks in relu" in capsys.readouterr().out
 
 
 TWO_RATES = """
@@ -392,3 +392,16 @@ def test_layers_in_evaluation_mode_stay_so(
     main(["measure", f"--config={CONFIGS / 'glyphs_maml.yaml'}", *network, *data])
     assert {False} == importlib.import_module("frozen_norm").SEEN
     assert "Conditions of the theorems" in capsys.readouterr().out
+
+
+def test_theta_is_that_of_the_runs_scale() -> None:
+    # Theorem 9 needs C_beta = 1 / scale above A_1 / B + 1; Corollary 10 takes 1 / 80
+    of_task = GOOD._replace(resampling=None, inner_lr=1 / 16)
+    a_1, _ = theory.finite_sum_moments(2.0, 1 / 16, 1, sigma=1.0, b=0.5, mean_square_b=0.3)
+    least = a_1 / of_task.tasks + 1
+    for c_beta, theorem, corollary in ((0.9 * least, False, False), (1.1 * least, True, False)):
+        stepsize = Adaptive("finite_sum", 1 / c_beta, 10**9)
+        failed = failing(of_task._replace(stepsize=stepsize))
+        assert any(text.startswith("Ji, Theorem 9: theta") for text in failed) != theorem
+        assert any(text.startswith("Ji, Corollary 10: scale") for text in failed) != corollary
+    assert not failing(of_task._replace(stepsize=Adaptive("finite_sum", 1 / 80, 10**9)))

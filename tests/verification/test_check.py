@@ -366,7 +366,7 @@ def test_parameters_that_nothing_moves_are_named() -> None:
             self.idle = nn.Parameter(torch.ones(2))
 
     report = check(MAML(Idle(), inner_lr=0.1), tasks())
-    assert row(report, "a training step") == (
+    assert row(report, "a training step")[:3] == (
         "a training step",
         "no gradient for network.idle: not used, detached, or behind what is zero on this batch",
         "note",
@@ -793,3 +793,17 @@ def test_the_command_ends_with_status_1_if_something_is_wrong(
         "Expected `network` to have 3 outputs, one per way of the episode, but got 4"
         in " ".join(capsys.readouterr().out.split())
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "at"),
+    [
+        (lambda: HFMAML(network(), 0.1, probe_radius=3.0), "Hessian-free"),
+        (lambda: MAMLPlusPlus(network(), 0.1, 2), "MAMLPlusPlus's gradient"),
+    ],
+    ids=["a large radius", "annealed"],
+)
+def test_a_gradient_that_may_be_another_is_not_called_right(model: Any, at: str) -> None:
+    report = check(model(), tasks())
+    assert report.ok, report
+    assert f"gradient was not found to be right, see '{at}" in report.verdict
