@@ -12,15 +12,9 @@ from zoo import row
 
 QUICK = (
     "torchvision mobilenet_v3_small",
-    "torchvision shufflenet_v2_x0_5",
-    "torchvision squeezenet1_1",
     "timm convmixer",
-    "timm regnetx_002",
     "timm vit_tiny_patch16_224",
     "transformers BertForSequenceClassification",
-    "transformers ResNetForImageClassification",
-    "transformers ViTForImageClassification",
-    "transformers Wav2Vec2ForSequenceClassification",
 )
 
 

@@ -89,7 +89,8 @@ def _hashable(labels: Labels) -> list[Any]:
     Raises:
         ValueError: If they are no labels of classes, but targets or labels of positions.
     """
-    if isinstance(labels, Tensor) and (labels.is_floating_point() or labels.ndim > 1):
+    is_dense = isinstance(labels, Tensor) and labels.numel() > len(labels)
+    if isinstance(labels, Tensor) and (labels.is_floating_point() or is_dense):
         raise UserValueError(
             "Expected labels of classes, whole numbers [examples], but got "
             f"{labels.dtype} {list(labels.shape)}; for targets of a regression or labels of "
@@ -191,7 +192,8 @@ def episodes_of_torchmeta(batch: Mapping[str, Sequence[Tensor]]) -> Episodes:
             f'Expected torchmeta\'s {{"train": (x, y), "test": (x, y)}} but got {got}.'
         )
     (support_x, support_y), (query_x, query_y) = batch["train"], batch["test"]
-    if support_y.is_floating_point() or support_y.ndim > 2:  # no labels of classes
+    is_dense = support_y.shape[2:].numel() > 1
+    if support_y.is_floating_point() or is_dense:  # no labels of classes
         return Episodes(support_x, support_y, query_x, query_y)
     labels = [relabelled(*of_task)[:2] for of_task in zip(support_y, query_y, strict=True)]
     return Episodes(

@@ -319,10 +319,6 @@ class EpisodicDataModule(LightningDataModule):
         """
         self._free_device()
 
-    def _forget_images(self) -> None:
-        """Let the next setup read the images again, as files may have changed since."""
-        self._datasets.clear()
-
     def _free_device(self) -> None:
         for _, images in self._on_device.values():
             images.release()

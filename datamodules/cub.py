@@ -74,9 +74,8 @@ class CUBDataModule(EpisodicDataModule):
 
     def prepare_data(self) -> None:
         """Decode the images, unless there is a cache of exactly these files."""
-        self._found.forget()
-        self._forget_images()
-        self._find()[0].prepare()
+        with self._found.forgotten_on_error():
+            self._find()[0].prepare()
 
     def setup(self, stage: str | None = None) -> None:
         """Say what was found, and read the splits that ``stage`` needs."""

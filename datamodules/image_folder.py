@@ -55,8 +55,9 @@ class ImageFolderDataModule(EpisodicDataModule):
         on_corrupt: ``"raise"`` on an image file that cannot be read, or ``"skip"`` it with a
             warning.
         class_level: How many levels below ``root``, or below the folder of its split, the folder of
-            a class lies: 1, or 2 for ``SUPERCLASS/CLASS/*``, and so on. By default 1; it must be
-            given if a folder holds no images of its own but several folders of images.
+            a class lies: 1, or 2 for ``SUPERCLASS/CLASS/*``, and so on. A folder that holds all
+            images, in each split if there are any, does not count. By default 1; it must be given
+            if a folder holds no images of its own but several folders of images.
         **options: Arguments of :class:`EpisodicDataModule`, such as ``ways``, ``shots``,
             ``test_tasks``, ``regime``, ``transforms`` and ``seed``.
 
@@ -119,9 +120,8 @@ class ImageFolderDataModule(EpisodicDataModule):
 
     def prepare_data(self) -> None:
         """Decode the images, unless there is a cache of exactly these files."""
-        self._found.forget()
-        self._forget_images()
-        self._find()[0].prepare()
+        with self._found.forgotten_on_error():
+            self._find()[0].prepare()
 
     def setup(self, stage: str | None = None) -> None:
         """Say what was found, and read the splits that ``stage`` needs."""
@@ -202,7 +202,8 @@ def find_tree(root: Path, shares: Shares, seed: int, class_level: int | None = N
     left_out = LeftOut()
     classes = _classes(folder, class_level, left_out)
     if not classes and class_level:  # all classes may be of one superclass
-        classes = _classes(root, class_level, left_out := LeftOut())
+        left_out = LeftOut()
+        classes = _classes(root, class_level, left_out)
     if not classes:
         seen = in_words(left_out)
         raise UserFileNotFoundError(
@@ -221,10 +222,8 @@ def _tree_with_splits(folder: Path, places: dict[str, Path], class_level: int | 
     """Find the classes in the folders of the splits."""
     left_out = LeftOut()
     by_split = {
-        # a level is counted from the folder of the split, also where all images are of one
-        # superclass
-        split: _classes(place if class_level else innermost(place), class_level, left_out, place)
-        for split, place in places.items()
+        split: _classes(inner, class_level, left_out)
+        for split, inner in _alike(places, class_level).items()
     }
     check_disjoint(by_split, str(folder))
     left_out["folders beside the splits"] += len(subfolders(folder)) - len(places)
@@ -253,10 +252,21 @@ def _check_links(classes: dict[str, list[Path]]) -> None:
                 )
 
 
-def _classes(
-    folder: Path, class_level: int | None, left_out: LeftOut, counted_from: Path | None = None
-) -> dict[str, list[Path]]:
-    classes = list_class_folders(folder, class_level, left_out, counted_from)
+def _alike(places: dict[str, Path], class_level: int | None) -> dict[str, Path]:
+    """Return the innermost folder of each split, with a level equally deep below all of them.
+
+    A split with one superclass alone has its images in one folder, too, which is to count.
+    """
+    inner = {split: innermost(place) for split, place in places.items()}
+    if class_level is None:
+        return inner
+    below = {split: inner[split].relative_to(place).parts for split, place in places.items()}
+    depth = min(map(len, below.values()))
+    return {split: place.joinpath(*below[split][:depth]) for split, place in places.items()}
+
+
+def _classes(folder: Path, class_level: int | None, left_out: LeftOut) -> dict[str, list[Path]]:
+    classes = list_class_folders(folder, class_level, left_out)
     left_out["folders without images"] += sum(not files for files in classes.values())
     return {name: files for name, files in classes.items() if files}
 

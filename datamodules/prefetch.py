@@ -36,6 +36,9 @@ class PrefetchingLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # not torch's own iterator
         """Yield the batches."""
         before = self._skip_what_was_given()
+        # Under a trainer, which sets the epoch beforehand; not where a callback goes through the
+        # loader beside the training.
+        is_recorded = not isinstance(self.sampler, TaskSampler) or self.sampler.is_announced
         # torch's iterator draws from the loader's generator, which is the CPU's whatever torch's
         # default device
         with torch.device("cpu"):
@@ -45,10 +48,10 @@ class PrefetchingLoader(DataLoader[Any]):
         source = self.dataset
         epoch = None
         for given, batch in enumerate(batches, before + 1):
-            # Not from the sampler each time: a callback that goes through the loader beside the
-            # training moves it on.
+            # not from the sampler each time, which another pass moves on
             epoch = getattr(self.sampler, "epoch", 0) if epoch is None else epoch
-            self._position = {"epoch": epoch, "batches": given}
+            if is_recorded:
+                self._position = {"epoch": epoch, "batches": given}
             # not in the thread, whose work on the device would not wait for that of this one
             yield source.gather(batch) if isinstance(source, ImagesOnDevice) else batch
 
@@ -66,7 +69,7 @@ class PrefetchingLoader(DataLoader[Any]):
         """
         self._resumed = state_dict
         if isinstance(self.sampler, TaskSampler):
-            self.sampler.set_epoch(state_dict["epoch"])
+            self.sampler.begin_with(state_dict["epoch"])
 
     def _skip_what_was_given(self) -> int:
         resumed, self._resumed = self._resumed, None

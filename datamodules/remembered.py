@@ -1,6 +1,7 @@
 """Values that are made once, and again where what they were made from has changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -37,6 +38,11 @@ class Remembered(Generic[Value]):
             self._last = made_from, make()
         return self._last[1]
 
-    def forget(self) -> None:
-        """Let the next call make the value again."""
-        self._last = None
+    @contextmanager
+    def forgotten_on_error(self) -> Iterator[None]:
+        """Make the value again after what fails with it, because what is wrong may be mended."""
+        try:
+            yield
+        except Exception:
+            self._last = None
+            raise

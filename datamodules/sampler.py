@@ -391,6 +391,7 @@ class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
         self._tasks, self._fresh = tasks, fresh
         self.num_replicas, self.rank, self.epoch = num_replicas, rank, 0
         self._begun: int | None = None  # the epoch of the last pass, if none was set since
+        self._is_set_by_others = False
         self.given = 0
         """Tasks of this process that the next iterator skips, as they were given out before."""
 
@@ -401,7 +402,17 @@ class TaskSampler(DistributedSampler[TaskKey], SequentialSampler):
         Args:
             epoch: Its number, from 0.
         """
+        self._is_set_by_others = True
+        self.begin_with(epoch)
+
+    def begin_with(self, epoch: int) -> None:
+        """Do so in a loop without a trainer, too, which sets no epoch later."""
         self.epoch, self._begun = epoch, None
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether the next pass is that of an epoch that was set, where a trainer sets them."""
+        return self._begun is None or not self._is_set_by_others
 
     def __iter__(self) -> Iterator[TaskKey]:  # type: ignore[override]  # not plain numbers
         """Yield the keys, without those that were given out before.

@@ -58,9 +58,8 @@ class ImageNetSubset(EpisodicDataModule):
 
     def prepare_data(self) -> None:
         """Decode the images, unless the data are plain arrays or a cache is there."""
-        self._layout.forget()
-        self._forget_images()
-        self._found().opened.prepare()
+        with self._layout.forgotten_on_error():
+            self._found().opened.prepare()
 
     def setup(self, stage: str | None = None) -> None:
         """Say what was found, and read the splits that ``stage`` needs."""

@@ -94,10 +94,7 @@ def split_of(folder: Path) -> str | None:
 
 
 def list_class_folders(
-    folder: Path,
-    level: int | None = 1,
-    left_out: LeftOut | None = None,
-    counted_from: Path | None = None,
+    folder: Path, level: int | None = 1, left_out: LeftOut | None = None
 ) -> dict[str, list[Path]]:
     """List the image files of each class, at any depth below the class's folder.
 
@@ -106,7 +103,6 @@ def list_class_folders(
         level: How many levels below ``folder`` the folder of a class lies. None for 1, with an
             error if folders below those may be the classes.
         left_out: Counts what is not taken.
-        counted_from: The folder from which the error counts levels; by default ``folder``.
 
     Returns:
         The sorted files of each class, by the path of the class below ``folder``.
@@ -122,7 +118,7 @@ def list_class_folders(
     }
     if level is None:
         for name, files in classes.items():
-            _check_is_one_class(folder / name, files, counted_from or folder)
+            _check_is_one_class(folder / name, files)
     return classes
 
 
@@ -139,18 +135,17 @@ def _folders_at(folder: Path, level: int, left_out: LeftOut) -> Iterator[Path]:
             yield place
 
 
-def _check_is_one_class(place: Path, files: list[Path], counted_from: Path) -> None:
+def _check_is_one_class(place: Path, files: list[Path]) -> None:
     """Check that a folder is one class: it holds images itself, or in one folder only."""
     parents = sorted({file.parent for file in files})
     if len(parents) < 2 or place in parents:
         return
-    above = len(place.relative_to(counted_from).parts)
-    level = max(len(parent.relative_to(counted_from).parts) for parent in parents)
+    level = 1 + max(len(parent.relative_to(place).parts) for parent in parents)
     names = first_five([parent.relative_to(place).as_posix() for parent in parents])
     raise UserValueError(
         f"Expected the images of a class to lie in its folder but {place} holds none, and "
         f"{len(parents)} folders of images ({names}): give class_level={level} if each of these "
-        f"is a class, or class_level={above} if {place.name} is one class."
+        f"is a class, or class_level=1 if {place.name} is one class."
     )
 
 

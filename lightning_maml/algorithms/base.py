@@ -22,7 +22,7 @@ from lightning_maml.batches.meta_batch import UnevenEpisodes, as_meta_batch, par
 from lightning_maml.batches.outputs import logits_in
 from lightning_maml.batches.trees import map_tensors, unstacked
 from lightning_maml.checks.findings import Findings, Found, Kind, kind_of_batch
-from lightning_maml.checks.label_checks import ignored_label
+from lightning_maml.checks.label_checks import ignored_label, warn_of_a_dimension_too_many
 from lightning_maml.checks.requirements import (
     Unwritten,
     check_factory,
@@ -119,6 +119,7 @@ class EpisodicModule(CheckpointedModule):
         self.network = network
         self.loss = loss
         self._batch_norm: BatchNormPolicy = batch_norm
+        self._looked_at_dimensions = False
         self.adaptation: Estimate | None = None
         """Accuracy (for regression: loss) on the tasks of the last validation or test (its first
         loader) after 0 .. K steps, ``[K + 1]``."""
@@ -241,8 +242,9 @@ class EpisodicModule(CheckpointedModule):
             self._refuse_a_figure_of_one_process(settings["monitor"])
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
-    def _refuse_a_figure_of_one_process(self, monitor: str) -> None:
-        if monitor.startswith("train/") and self._trainer and self._trainer.world_size > 1:
+    def _refuse_a_figure_of_one_process(self, monitor: str | None) -> None:
+        own = [f"train/{name}{when}" for name in ("loss", "accuracy") for when in ("", "_before")]
+        if monitor in own and self._trainer and self._trainer.world_size > 1:
             raise UserValueError(
                 f"Expected a figure of all processes for the rate to follow but got {monitor!r}, "
                 "which each process has its own of, so that their weights would drift apart; "
@@ -331,6 +333,9 @@ class EpisodicModule(CheckpointedModule):
         computed = []
         for part in parts:
             check_episodes(part)
+            if not self._looked_at_dimensions:
+                warn_of_a_dimension_too_many(part)
+                self._looked_at_dimensions = True
             before_it = random_state(self.device)
             try:
                 computed.append(self._run_step(part))
@@ -366,7 +371,9 @@ class EpisodicModule(CheckpointedModule):
 
     def _refuse_hooks_that_are_not_called(self) -> None:
         """Refuse hooks that the datamodule has too, because Lightning calls its alone."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        # not `trainer.datamodule`, which stays that of an earlier run
+        selector = self.trainer._data_connector._datahook_selector
+        data = selector and selector.datamodule
         hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
         for hook in hooks:
             if data is not None and is_overridden(hook, data) and is_overridden(hook, self):

@@ -26,7 +26,6 @@ from lightning_maml.checks.label_checks import (
     check_labels,
     check_targets,
     ignored_label,
-    warn_of_a_dimension_too_many,
 )
 from lightning_maml.checks.loss_checks import check_loss_value
 from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
@@ -96,7 +95,6 @@ class CheckedModule(EpisodicModule):
             return info
 
         def check_losses() -> None:
-            warn_of_a_dimension_too_many(episodes)
             first = first_task(episodes)
             support_y, query_y = support_set(first)[1], first.query_y
             if of_outputs.support is of_outputs.query:

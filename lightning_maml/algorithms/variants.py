@@ -259,10 +259,10 @@ class Reptile(MAML):
 
     @override
     def _optimised(self) -> Iterable[nn.Parameter]:
-        # weight decay would move the others
+        # weight decay would move those that do not adapt; frozen ones may be thawed later
         adapts = {*self._adapting_parameters().values()}
-        own = {*self.network.parameters()}
-        return (p for p in self.parameters() if p in adapts or p not in own)
+        kept = {p for p in self.network.parameters() if p.requires_grad and p not in adapts}
+        return (p for p in self.parameters() if p not in kept)
 
     @override
     def _gradient_function(

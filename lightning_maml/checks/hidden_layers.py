@@ -1,6 +1,7 @@
 """Check that all that a network could train is among its parameters."""
 
 import torch
+from torch import Tensor
 
 from lightning_maml.batches.episodes import AnyEpisodes
 from lightning_maml.batches.outputs import tensors_in
@@ -24,21 +25,20 @@ def check_hides_no_layers(functional: FunctionalNetwork, episodes: AnyEpisodes) 
         ValueError: If the outputs depend on a trainable tensor that is no parameter.
     """
     params = {name: differentiable(p).requires_grad_() for name, p in functional.params.items()}
-    with first_support(functional, episodes) as x, torch.enable_grad():
-        # both are kept: a tensor that a pass makes and differentiates by is another one in each
-        passes = [functional(params, x) for _ in range(2)]
-        once, again = (
-            {
-                id(node.variable): tuple(node.variable.shape)
-                for output in tensors_in(outputs)
-                for node in nodes_of(output)
-                if hasattr(node, "variable")
-            }
-            for outputs in passes
-        )
+
+    def leaves() -> dict[int, Tensor]:
+        """Return the leaves of a pass, whose ids nothing else has as long as they are kept."""
+        # with inputs of its own, which it may make trainable
+        with first_support(functional, episodes) as x, torch.enable_grad():
+            outputs = tensors_in(functional(params, x))
+        nodes = (node for output in outputs for node in nodes_of(output))
+        return {id(node.variable): node.variable for node in nodes if hasattr(node, "variable")}
+
+    # what a pass makes and differentiates by is another tensor in each
+    once, again = leaves(), leaves()
     hidden = once.keys() & again.keys() - {id(p) for p in params.values()}
     if hidden:
-        shapes = sorted(once[each] for each in hidden)
+        shapes = sorted(tuple(once[each].shape) for each in hidden)
         raise UserValueError(
             "Expected all trainable tensors of a network to be parameters of its modules but its "
             f"outputs depend on others, of the shapes {shapes}, which would neither adapt nor be "

@@ -1,13 +1,17 @@
 """The forward pass of recurrent layers in functional networks."""
 
+import threading
 from typing import Any
 
 import torch
 from torch import nn
 
+# cuDNN is switched off for the whole process
+_SWITCH = threading.Lock()
+
 
 class TaskRecurrence:
-    """The forward pass of an LSTM, a GRU or an RNN, which on a GPU leaves cuDNN out.
+    """The forward pass of an LSTM, a GRU or an RNN, without cuDNN where derivatives are taken.
 
     cuDNN's recurrent kernels have no second derivative, and no derivative at all in evaluation
     mode, in which networks are adapted too; torch's own kernels have both.
@@ -28,9 +32,9 @@ class TaskRecurrence:
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Return what the layer returns."""
-        x = inputs[0] if inputs else named["input"]  # a tensor, or a PackedSequence
-        # the flag is that of the process, and on a CPU tasks may run in several threads
-        if not x.is_cuda:
-            return type(self._layer).forward(self._layer, *inputs, **named)
-        with torch.backends.cudnn.flags(enabled=False):
-            return type(self._layer).forward(self._layer, *inputs, **named)
+        layer = self._layer
+        is_cuda = any(getattr(given, "is_cuda", False) for given in (*inputs, *named.values()))
+        if not is_cuda or not torch.is_grad_enabled():
+            return type(layer).forward(layer, *inputs, **named)
+        with _SWITCH, torch.backends.cudnn.flags(enabled=False):
+            return type(layer).forward(layer, *inputs, **named)

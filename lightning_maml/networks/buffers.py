@@ -12,6 +12,7 @@ from lightning_maml.batches.trees import Inputs, call, cat, count, map_tensors, 
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, set_generator_states
 from lightning_maml.core.tensors import raise_if_out_of_memory
+from lightning_maml.errors import UserRuntimeError
 from lightning_maml.networks.batch_norm import (
     averages_kept,
     batch_norm_input_stats,
@@ -145,7 +146,10 @@ def _without_graph() -> Iterator[None]:
     """Keep nothing for a backward pass: the graph of a whole meta-batch may fill the memory."""
 
     def refuse(_: None) -> Tensor:
-        raise RuntimeError("Expected no derivative of a pass that only updates buffers.")
+        raise UserRuntimeError(
+            "Expected a pass that updates buffers to take no derivative, as the first one did, but "
+            "it takes one; let the network differentiate in each pass or in none."
+        )
 
     with torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse):
         yield

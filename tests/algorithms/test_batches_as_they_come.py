@@ -303,3 +303,11 @@ def test_meta_batches_in_one_more_dimension_are_pointed_out(
         trainer_in_double(tmp_path).fit(MAML(network, 0.01, loss=F.mse_loss), data)
     said = [str(each.message) for each in caught if "has added a dimension" in str(each.message)]
     assert len(said) == warns
+
+
+def test_adaptation_to_one_sequence_says_nothing_of_loaders() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    x, y = torch.rand(5, 7, 2), torch.rand(5, 7, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MAML(network, 0.1, loss=F.mse_loss).adapt(x, y, many=False)

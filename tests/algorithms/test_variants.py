@@ -259,3 +259,28 @@ def test_kinks_of_the_loss_are_warned_of(loss: Any, kink: str) -> None:
         UserWarning, match=re.escape(f"differentiable network and loss but got kinks in {kink}")
     ):
         model.meta_loss(episodes)
+
+
+def test_reptile_gives_the_optimizer_what_may_be_thawed() -> None:
+    network = build("mlp")
+    network[1].requires_grad_(False)
+    frozen_later = Reptile(network, RATE, 1, optimizer=torch.optim.AdamW).configure_optimizers()
+    assert len(frozen_later.param_groups[0]["params"]) == 4
+
+
+class DrawingLoss(torch.nn.Module):
+    """Cross-entropy with noise on the logits, written with a maximum that gives no gradient."""
+
+    def forward(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits = logits + 0.01 * torch.randn_like(logits)
+        shifted = logits - logits.max(-1, keepdim=True).values.detach()
+        return (shifted.logsumexp(-1) - shifted.gather(-1, y[:, None])[:, 0]).mean()
+
+
+def test_a_maximum_that_gives_no_gradient_is_no_kink_of_the_loss() -> None:
+    model = HFMAML(build("mlp"), 0.1, loss=DrawingLoss())
+    torch.manual_seed(0)
+    assert model.kinks(make_episodes()) == []
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), drawn), "looking draws nothing"

@@ -102,3 +102,36 @@ def test_a_hook_that_the_datamodule_has_too_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match="but both have it, of which Lightning calls the datamod"):
         trainer(tmp_path).fit(OnMiniBatches(network()), Noise())
+
+
+class InMiniBatches(Noise):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
+        batch = mini_batches(batch, size=2, steps=3 if self.trainer.training else 2)
+        self.drawn.add((self.trainer.training, batch.support_y.shape[1]))
+        return batch
+
+
+def test_a_datamodule_may_draw_them(tmp_path: Path) -> None:
+    data = InMiniBatches()
+    data.drawn = set()
+    trainer(tmp_path).fit(FOMAML(network(), train_steps=3, test_steps=2), data)
+    assert data.drawn == {(True, 3), (False, 2)}
+
+
+def test_a_hook_beside_the_datamodule_of_an_earlier_run_is_called(tmp_path: Path) -> None:
+    calls = []
+
+    class Counting(FOMAML):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            calls.append(batch)
+            return batch
+
+    run = trainer(tmp_path)
+    run.fit(FOMAML(network()), Noise())
+    data = Noise()
+    data.setup()
+    batch = data.prepared(next(iter(data.train_dataloader())), training=True)
+    run.fit_loop.max_epochs = 2
+    run.fit(Counting(network()), DataLoader([batch], batch_size=None))
+    assert calls

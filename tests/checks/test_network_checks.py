@@ -379,19 +379,25 @@ def test_layers_that_modules_do_not_know_are_refused(hides: str, model: Any) -> 
 
 
 class OfAnEnergy(nn.Sequential):
-    """Outputs that are derivatives by an input that becomes a leaf in each pass."""
+    """Outputs that are derivatives by an input, or by a copy of it that each pass makes."""
+
+    def __init__(self, *layers: nn.Module, copies: bool) -> None:
+        super().__init__(*layers)
+        self.copies = copies
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
-            x = x.flatten(1).detach().requires_grad_()
+            x = x.flatten(1).detach() if self.copies else x
+            x.requires_grad_()
             energy = super().forward(x).sum()
             (force,) = torch.autograd.grad(energy, x, create_graph=True)
-        return force[:, :WAYS] + x[:, :WAYS]
+        return (force + x).flatten(1)[:, :WAYS]
 
 
-def test_a_leaf_that_a_pass_makes_is_no_hidden_layer() -> None:
-    network = OfAnEnergy(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-    MAML(network, 0.1).meta_loss(make_episodes())
+@pytest.mark.parametrize("copies", [False, True])
+def test_a_leaf_that_a_pass_makes_is_no_hidden_layer(copies: bool) -> None:
+    layers = nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 1)
+    MAML(OfAnEnergy(*layers, copies=copies).double(), 0.1).meta_loss(make_episodes())
 
 
 def test_networks_on_several_devices_are_refused() -> None:

@@ -423,3 +423,11 @@ def test_masks_of_torchmetas_form_stay_as_they_are() -> None:
     part = torch.rand(2, 3, 1, 4, 4), torch.randint(9, (2, 3, 4, 4))
     [batch] = TorchmetaDataModule([{"train": part, "test": part}]).train_dataloader()
     assert torch.equal(batch.support_y, part[1])
+
+
+def test_labels_in_a_column_are_labels() -> None:
+    y = torch.tensor([[4], [9], [4], [9]])
+    assert sorted(task_of_examples(torch.rand(4, 2), y, shots=1).query_y.tolist()) == [0, 1]
+    part = torch.rand(1, 4, 2), y[None]
+    [batch] = TorchmetaDataModule([{"train": part, "test": part}]).train_dataloader()
+    assert batch.support_y.shape == (1, 4)

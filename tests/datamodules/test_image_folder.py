@@ -776,15 +776,25 @@ def test_the_only_superclass_of_all_counts_as_a_level(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name, _ in _classes(module)} == {"cats"}
 
 
-def test_files_that_were_added_are_read_by_the_next_run(tmp_path: Path) -> None:
+def test_a_damaged_file_that_was_removed_is_not_looked_for_again(tmp_path: Path) -> None:
     for number in range(6):
-        write_class(tmp_path / "animals" / f"kind {number}", 6, number)
+        write_class(tmp_path / "animals" / f"kind {number}", 7, number)
+    damaged = sorted((tmp_path / "animals" / "kind 2").iterdir())[3]
+    damaged.write_bytes(b"damaged")
     sizes = {"ways": 2, "test_ways": 2, "shares": (0.34, 0.33, 0.33)}
-    module = prepared(tmp_path / "animals", **sizes)
-    module.setup("fit")
-    for number in range(6, 12):
-        write_class(tmp_path / "animals" / f"kind {number}", 6, number)
+    module = datamodule(tmp_path / "animals", **sizes)
+    with pytest.raises(OSError, match="cannot be read"):
+        module.prepare_data()
+    damaged.unlink()
     module.prepare_data()
-    module.setup("fit")
-    assert len(_classes(module)) == 12
-    assert len(module.class_fingerprints("train")) == 4
+    module.setup()
+    assert sum(len(rows) for _, rows in _classes(module)) == 6 * 7 - 1
+
+
+def test_a_folder_with_all_images_of_each_split_does_not_count_as_a_level(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        superclasses(tmp_path / "animals" / split / "photos")
+        for place in (tmp_path / "animals" / split / "photos").iterdir():
+            place.rename(place.with_name(f"{split} {place.name}"))
+    module = prepared(tmp_path / "animals", class_level=2)
+    assert len(module.class_images("train").members) == 18

@@ -124,21 +124,34 @@ def test_the_trainer_keeps_the_loader_when_it_limits_batches(
 
 
 class Peek(Callback):
-    """Goes through the training's loader beside the training, and saves a step later."""
+    """Goes through the training's loader beside the training, and saves then and a step later."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step == 1:
-            next(iter(trainer.train_dataloader))
-        if trainer.global_step == 2:
-            trainer.save_checkpoint(f"{trainer.default_root_dir}/peeked.ckpt")
+            self._look(trainer)
+        if trainer.global_step <= 2:
+            self._save(trainer, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._look(trainer)
+        self._save(trainer, trainer.global_step)
+
+    @staticmethod
+    def _look(trainer: Trainer) -> None:
+        assert len([*trainer.train_dataloader]) == 4
+
+    @staticmethod
+    def _save(trainer: Trainer, batches: int) -> None:
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/{batches}.ckpt")
 
 
 def test_a_pass_beside_the_training_does_not_move_it_on(tmp_path: Path) -> None:
     data = Noise(ways=3, shots=1, queries=1, meta_batch_size=2, train_batches=4)
-    settings = {"default_root_dir": tmp_path, "max_epochs": 1, "logger": False, **on_device()}
+    settings = {"default_root_dir": tmp_path, "max_epochs": 2, "logger": False, **on_device()}
     Trainer(**settings, callbacks=[Peek()], enable_checkpointing=False).fit(
         MAML(build("mlp").float()), data
     )
-    found = torch.load(tmp_path / "peeked.ckpt", weights_only=False)
-    [loader] = found["loops"]["fit_loop"]["state_dict"]["combined_loader"]
-    assert loader == {"epoch": 0, "batches": 2}
+    for batches in (1, 2, 4, 8):
+        found = torch.load(tmp_path / f"{batches}.ckpt", weights_only=False)
+        [loader] = found["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+        assert loader == {"epoch": (batches - 1) // 4, "batches": 4 if batches == 8 else batches}

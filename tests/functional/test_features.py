@@ -90,8 +90,9 @@ def test_the_body_is_called_once_for_each_set(keep_graphs: str, evaluations: int
     calls = counted(network)
     model = ANIL(network, RATE, STEPS, tasks="loop", keep_graphs=keep_graphs)
     model.meta_loss(make_episodes(tasks))
-    # written, policy, backward pass, outputs; twice loss and modes; thrice random numbers and end
-    looks = 14
+    # written, policy, backward pass, outputs; twice loss, modes and hidden layers; thrice random
+    # numbers and end
+    looks = 16
     assert calls["body"] == looks + 2 * tasks
     assert calls["head"] == calls["body"] + 1 + tasks * (evaluations + 1), (
         "one look, N gradients, N products where no graph is kept, and the query loss"
@@ -279,7 +280,7 @@ def test_dropout_in_the_body_is_drawn_in_each_step() -> None:
     assert calls["body"] > 2 * STEPS
     calls.clear()
     ANIL(network.eval(), RATE, STEPS, tasks="loop").meta_loss(make_episodes(1))
-    assert calls["body"] == 2 + 14, "fourteen of them to look at the network"
+    assert calls["body"] == 2 + 16, "sixteen of them to look at the network"
 
 
 def test_a_head_that_is_called_with_more_than_features_is_called_so() -> None:
