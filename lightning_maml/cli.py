@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -262,10 +263,12 @@ def _settings(
     )
 
 
-class _SaveConfig(SaveConfigCallback):
-    """Saves the config of a training, without the checkpoint that it went on from.
+class SaveConfig(SaveConfigCallback):
+    """Saves the config of a run, of a training without the checkpoint that it went on from.
 
-    With it the config would test the weights from before that run.
+    With it the config would test the weights from before that run. No file is overwritten: the
+    folder may be that of the user's own config, as it is with some loggers and without any. If
+    there is a ``config.yaml``, the name is ``config_1.yaml``, and so on.
     """
 
     @override
@@ -273,16 +276,30 @@ class _SaveConfig(SaveConfigCallback):
         if stage == "fit":
             self.config = self.config.clone()
             self.config.ckpt_path = None
+        folder = Path(trainer.log_dir or "")
+        later = (f"config_{number}.yaml" for number in count(1))
+        names = chain(["config.yaml"], later)
+        self.config_filename = next(name for name in names if not (folder / name).exists())
         super().setup(trainer, pl_module, stage)
 
 
-class _CLI(LightningCLI):
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's subcommands plus ``check``, ``measure`` and ``replay``."""
-        return LightningCLI.subcommands() | {
-            name: {"model", "datamodule"} for name in ("check", "measure", "replay")
-        }
+class FewShotCLI(LightningCLI):
+    """A ``LightningCLI`` for models of this package, in projects of one's own.
+
+    ``--ckpt_path last`` takes the last checkpoint of the last run. Arguments that are given count,
+    and not those that the checkpoint was trained with, of which a warning lists those that differ.
+    Saving the config overwrites no file.
+
+    Args:
+        *args: As for ``LightningCLI``, the model and the datamodule first.
+        **kwargs: Likewise.
+    """
+
+    runs = "lightning_logs"
+    """Where runs are if the trainer has no ``default_root_dir``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"save_config_callback": SaveConfig, **kwargs})
 
     def _parse_ckpt_path(self) -> None:
         """Let command-line values override the checkpoint's, unlike Lightning."""
@@ -291,7 +308,7 @@ class _CLI(LightningCLI):
         """Find the checkpoint; warn if there is none, or it was trained with other arguments."""
         command = self.config[self.config.subcommand]
         if command.get("ckpt_path") == "last":
-            folder = Path(command.trainer.default_root_dir or "runs")
+            folder = Path(command.trainer.default_root_dir or self.runs)
             if (last := last_checkpoint(folder)) is None:
                 raise UserFileNotFoundError(
                     f"Expected `ckpt_path` 'last' to be the last checkpoint of a run in {folder} "
@@ -316,7 +333,7 @@ class _CLI(LightningCLI):
         if Path(path).is_file():
             only_weights = command.get("weights_only") is not False
             saved = read_checkpoint(path, weights_only=only_weights).get("hyper_parameters", {})
-            given = command.model.get("init_args") or {}
+            given = command.model.get("init_args") or command.model
             differing = [
                 f"{name}={value} ({given[name]} now)"
                 for name, value in saved.items()
@@ -328,6 +345,17 @@ class _CLI(LightningCLI):
                     f"are used: {', '.join(differing)}."
                 )
 
+
+class _CLI(FewShotCLI):
+    runs = "runs"
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's subcommands plus ``check``, ``measure`` and ``replay``."""
+        return LightningCLI.subcommands() | {
+            name: {"model", "datamodule"} for name in ("check", "measure", "replay")
+        }
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add loggers and checkpoints, unless the config has its own or wants none."""
         if not self._of_trainer("barebones"):
@@ -338,7 +366,7 @@ class _CLI(LightningCLI):
         """Log to TensorBoard and CSV in ``default_root_dir``."""
         if self._of_trainer("logger") is not None:
             return {}
-        folder = Path(self._of_trainer("default_root_dir") or "runs")
+        folder = Path(self._of_trainer("default_root_dir") or self.runs)
         tensorboard = TensorBoardLogger(folder, name="")
         # the two share it on purpose
         warnings.filterwarnings("ignore", "Experiment logs directory")
@@ -359,13 +387,16 @@ class _CLI(LightningCLI):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest last or interrupted checkpoint in a folder.
+    """Return the newest last or interrupted checkpoint of the runs in a folder.
 
-    Lightning would only look in the new run's own.
+    Lightning would only look in the new run's own. Runs of other experiments, in folders of the
+    folder, count only if it has none itself.
     """
     # -v1 and so on: of later runs that share a folder
     names = ("last.ckpt", "last-v*.ckpt", "interrupted.ckpt")
-    found = [path for name in names for path in folder.rglob(name)]
+    own = [f"{place}/{name}" for place in ("version_*/**", "checkpoints") for name in names]
+    found = [path for pattern in own for path in folder.glob(pattern)]
+    found = found or [path for name in names for path in folder.rglob(name)]
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
@@ -387,8 +418,6 @@ def run(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> LightningC
         trainer_class=_Trainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        save_config_callback=_SaveConfig,
-        save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={
             "callbacks": [*callbacks, CheckpointOnInterrupt(), KeepBestCheckpoints()]

@@ -1,6 +1,8 @@
 """The command in a folder of one's own: own network, own datamodule, and nothing else configured."""
 
 import csv
+import importlib
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,8 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_maml import InnerSGD
-from lightning_maml.cli import main, run
+from lightning_maml import MAML, InnerSGD
+from lightning_maml.cli import FewShotCLI, last_checkpoint, main, run
 
 PROJECT = """
 import torch
@@ -249,3 +251,43 @@ def test_measuring_needs_a_datamodule_that_draws_tasks(project: Path) -> None:
         SystemExit, match=r"Expected a datamodule of lightning_maml, .*but got MyData"
     ):
         main(["measure", "--config=config.yaml"])
+
+
+def test_the_config_of_a_run_overwrites_no_file(project: Path) -> None:
+    before = Path("config.yaml").read_text()
+    arguments = ["--config=config.yaml", "--trainer.logger=false", "--model.inner_lr=0.05"]
+    for _ in range(2):
+        main(["fit", *arguments, "--trainer.max_epochs=1"])
+    assert Path("config.yaml").read_text() == before
+    saved = yaml.safe_load(Path("config_2.yaml").read_text())
+    assert saved["model"]["init_args"]["inner_lr"] == 0.05
+
+
+def test_the_last_checkpoint_is_of_a_run_in_the_folder_itself(project: Path) -> None:
+    main(["fit", "--config=config.yaml", "--trainer.max_epochs=1"])
+    other = ["--model=FOMAML", "--trainer.default_root_dir=runs/other", "--trainer.max_epochs=1"]
+    main(["fit", "--config=config.yaml", *other])
+    assert last_checkpoint(Path("runs")) == Path("runs/version_0/checkpoints/last.ckpt")
+    shutil.rmtree("runs/version_0")
+    assert last_checkpoint(Path("runs")) == Path("runs/other/version_0/checkpoints/last.ckpt")
+
+
+def test_a_command_of_ones_own_takes_arguments_and_the_last_checkpoint(project: Path) -> None:
+    sys.path.insert(0, str(project))
+    own = importlib.import_module("my_project")
+
+    def command(name: str, *arguments: str) -> FewShotCLI:
+        quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+        network = ["--model.network=my_project.MyNetwork", "--trainer.max_epochs=1"]
+        return FewShotCLI(
+            MAML,
+            own.MyData,
+            trainer_defaults={"callbacks": [ModelCheckpoint(filename="last")]},
+            args=[name, *quiet, *network, *arguments],
+        )
+
+    command("fit", "--model.inner_lr=0.1")
+    with pytest.warns(UserWarning, match=r"trained with other arguments .* inner_lr=0.1 .0.2 now"):
+        tested = command("test", "--ckpt_path=last", "--model.inner_lr=0.2", "--model.test_steps=3")
+    assert (tested.model.inner_lr, tested.model.test_steps) == (0.2, 3)
+    assert tested.trainer.ckpt_path.endswith("version_0/checkpoints/last.ckpt")

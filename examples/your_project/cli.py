@@ -1,8 +1,9 @@
 """The command of the project: python cli.py fit --config config.yaml."""
 
 from data import ToneData
-from lightning.pytorch.cli import LightningCLI
 from model import MyMAML
 
+from lightning_maml.cli import FewShotCLI
+
 if __name__ == "__main__":
-    LightningCLI(MyMAML, ToneData, save_config_kwargs={"overwrite": True})
+    FewShotCLI(MyMAML, ToneData)

@@ -330,12 +330,16 @@ class AdaptingModule(CheckedModule):
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
-        """Adapt to each task in ``test_steps`` steps.
+        """Adapt to each task in ``test_steps`` steps, in the mode in which the network is.
+
+        Call ``model.eval()`` beforehand for what validation and test give; a warning reminds of it
+        where layers act differently in training mode.
 
         Returns:
             The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs
             ``[T, K + 1, Q, ...]`` after 0 .. K steps.
         """
+        self._warn_of_training_mode()
         episodes = even_meta_batch(episodes)
         # the checks differentiate, which tensors made in inference mode rule out
         with torch.inference_mode(False), torch.no_grad():

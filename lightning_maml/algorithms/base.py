@@ -30,9 +30,10 @@ from lightning_maml.checks.requirements import (
     check_network,
     refuse_without_gradient,
 )
-from lightning_maml.core.rng import random_state
+from lightning_maml.core.rng import is_random, random_state
 from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.functional.adaptation import AdaptationCurve
+from lightning_maml.networks.batch_norm import batch_norms
 from lightning_maml.networks.buffers import BufferUpdate
 from lightning_maml.networks.functional_network import BatchNormPolicy
 from lightning_maml.networks.stacking_trial import Verdict
@@ -194,6 +195,17 @@ class EpisodicModule(CheckpointedModule):
             check_episodes(part)
             computed.append(self._run_step(part))
         return _mean_loss([finish() for finish in computed])
+
+    def _warn_of_training_mode(self) -> None:
+        """Warn if an evaluation would be another one than that of ``Trainer.test``."""
+        norms = batch_norms(self.network).values()
+        averages = self.batch_norm in ("running", "per_step") and any(n.training for n in norms)
+        if averages or is_random(self.network):
+            what = "batch norm normalises by each batch" if averages else "dropout is active"
+            rank_zero_warn(
+                f"The network is evaluated in training mode, in which {what}; call model.eval() "
+                "beforehand for the accuracy that validation and test give."
+            )
 
     def as_meta_batch(self, batch: Any) -> Any:
         """Return the meta-batch that a loader means.

@@ -135,6 +135,7 @@ class ProtoNet(EpisodicModule):
 
     @override
     def evaluate(self, episodes: AnyEpisodes) -> AdaptationCurve:
+        self._warn_of_training_mode()
         episodes = even_meta_batch(episodes)
         with torch.inference_mode(False), torch.no_grad():
             loss, outputs = self._classify(detached(episodes))

@@ -7,6 +7,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 _FIRST_LOADER = "/dataloader_idx_0"
@@ -53,6 +54,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._fit_of: tuple[weakref.ref[Trainer], weakref.ref[LightningModule]] | None = None
         self._before_fits: dict[str, Any] = {}
         self._last_folder: Any = None
+        self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be sent to other processes."""
@@ -122,6 +124,12 @@ class BestCheckpoint(ModelCheckpoint):
         ]
         if found:
             self._monitor(found[0])
+        elif not self._has_warned:
+            rank_zero_warn(
+                "BestCheckpoint saves nothing, as the validation logged neither val/accuracy nor "
+                f"val/loss but {sorted(logged)}; use Lightning's ModelCheckpoint(monitor=...)."
+            )
+            self._has_warned = True
 
     def _monitor(self, name: str) -> None:
         self.monitor = name

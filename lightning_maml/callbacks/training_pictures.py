@@ -163,8 +163,8 @@ class TrainingPictures(Callback):
 def _as_episodic(module: LightningModule) -> EpisodicModule:
     if not isinstance(module, EpisodicModule):
         raise UserTypeError(
-            "Expected a module of lightning_maml for TrainingPictures but got "
-            f"{type(module).__name__}."
+            "Expected MAML, one of its variants or ProtoNet for TrainingPictures but got "
+            f"{type(module).__name__}; leave the callback out."
         )
     return module
 

@@ -1,6 +1,7 @@
 """Means over tasks with their confidence intervals."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torchmetrics import MeanAbsoluteError
 from helpers.networks import build, make_episodes
 from helpers.random_numbers import drawn_on_cpu
 from helpers.trainers import trainer_in_double
-from lightning_maml import MAML
+from lightning_maml import MAML, ProtoNet
 from lightning_maml.algorithms.loader_figures import LoaderFigures
 from lightning_maml.algorithms.metrics import TaskMean
 
@@ -120,3 +121,18 @@ def test_each_validation_draws_tasks_of_its_own(tmp_path: Path) -> None:
     for _ in range(3):
         run.validate(model, drawn, verbose=False)
     assert len({*drawn.seeds}) == len(drawn.seeds) >= 30
+
+
+@pytest.mark.parametrize("model", [MAML, ProtoNet])
+def test_an_evaluation_in_training_mode_is_pointed_out(model: Any) -> None:
+    with_dropout = torch.nn.Sequential(build("conv_batch_norm"), torch.nn.Dropout(0.5))
+    for network, policy, what in (
+        (with_dropout, "batch", "dropout is active"),
+        (build("conv_batch_norm"), "running", "batch norm normalises by each batch"),
+    ):
+        made = model(network, batch_norm=policy)
+        with pytest.warns(UserWarning, match=f"{what}; call model.eval"):
+            made.evaluate(make_episodes())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "The network is evaluated in training mode")
+            made.eval().evaluate(make_episodes())

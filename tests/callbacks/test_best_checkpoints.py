@@ -247,3 +247,15 @@ def test_a_validation_before_the_fit_decides_nothing(tmp_path: Path) -> None:
     assert callback.monitor == "val/accuracy"
     trainer(tmp_path / "second", **settings).fit(MAML(build("mlp")), loader, loader)
     assert Path(callback.best_model_path).is_relative_to(tmp_path / "second")
+
+
+class OtherNames(MAML):
+    def on_validation_epoch_end(self) -> None:
+        self.log("valid_loss", 1.0)
+
+
+def test_a_validation_without_the_figures_that_it_knows_is_pointed_out(tmp_path: Path) -> None:
+    loader = DataLoader([make_episodes(tasks=2)], batch_size=None)
+    settings = {"enable_checkpointing": True, "callbacks": [BestCheckpoint()]}
+    with pytest.warns(UserWarning, match=r"neither val/accuracy nor val/loss but \[.*'valid_loss'"):
+        trainer(tmp_path, **settings).fit(OtherNames(build("mlp")), loader, loader)

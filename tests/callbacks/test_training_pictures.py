@@ -199,7 +199,7 @@ def test_nothing_is_drawn_for_a_subclass_with_other_validation_figures(tmp_path:
 def test_other_modules_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         TypeError,
-        match="Expected a module of lightning_maml for TrainingPictures but got BoringModel",
+        match="Expected MAML, one of its variants or ProtoNet for TrainingPictures but got Boring",
     ):
         fit(tmp_path, BoringModel(), TrainingPictures())
 
