@@ -43,6 +43,6 @@ class Remembered(Generic[Value]):
         """Make the value again after what fails with it, because what is wrong may be mended."""
         try:
             yield
-        except Exception:
+        except Exception:  # raised again, whatever it is
             self._last = None
             raise

@@ -293,6 +293,20 @@ class FewShotCLI(LightningCLI):
     Args:
         *args: As for ``LightningCLI``, the model and the datamodule first.
         **kwargs: Likewise.
+
+    Raises:
+        FileNotFoundError: If ``--ckpt_path`` is no checkpoint.
+
+    Examples:
+        >>> from lightning_maml import MAML
+        >>> from lightning_maml.cli import FewShotCLI
+        >>> from lightning_maml.datamodules import GlyphsDataModule
+        >>> network = {"class_path": "lightning_maml.Conv4", "init_args": {"ways": 5}}
+        >>> network["init_args"] |= {"in_channels": 1, "image_size": 28}
+        >>> arguments = {"model": {"network": network, "inner_lr": 0.4}}
+        >>> cli = FewShotCLI(MAML, GlyphsDataModule, run=False, args=arguments)
+        >>> cli.model.inner_lr
+        0.4
     """
 
     runs = "lightning_logs"
@@ -306,6 +320,8 @@ class FewShotCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint; warn if there is none, or it was trained with other arguments."""
+        if self.subcommand is None:  # run=False
+            return
         command = self.config[self.config.subcommand]
         if command.get("ckpt_path") == "last":
             folder = Path(command.trainer.default_root_dir or self.runs)

@@ -339,7 +339,8 @@ class AdaptingModule(CheckedModule):
             The query losses ``[T, K + 1]`` and, as ``aux``, the query outputs
             ``[T, K + 1, Q, ...]`` after 0 .. K steps.
         """
-        self._warn_of_training_mode()
+        if not self._query_in_eval:  # with which both modes are the same
+            self._warn_of_training_mode()
         episodes = even_meta_batch(episodes)
         # the checks differentiate, which tensors made in inference mode rule out
         with torch.inference_mode(False), torch.no_grad():

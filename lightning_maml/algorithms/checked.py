@@ -20,14 +20,10 @@ from lightning_maml.batches.episodes import (
 )
 from lightning_maml.checks.broadcasting import check_broadcasting
 from lightning_maml.checks.findings import Kind
-from lightning_maml.checks.first_pass import find_kinks, find_kinks_of_losses, first_outputs
+from lightning_maml.checks.first_pass import find_kinks, first_outputs
 from lightning_maml.checks.inner_steps import check_inner_steps, fails_stacked, steps_share_state
-from lightning_maml.checks.label_checks import (
-    check_labels,
-    check_targets,
-    ignored_label,
-)
-from lightning_maml.checks.loss_checks import check_loss_value
+from lightning_maml.checks.label_checks import check_labels, check_targets, ignored_label
+from lightning_maml.checks.loss_checks import check_loss_value, find_kinks_of_losses
 from lightning_maml.checks.loss_reads import check_loss_reads_no_attributes
 from lightning_maml.checks.network_checks import NetworkChecks, NetworkInfo
 from lightning_maml.checks.stacking_check import StackingCheck

@@ -1,22 +1,20 @@
 """Passes of a network on the first task of a meta-batch, for checks."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_maml.batches.episodes import AnyEpisodes, first_task, support_set
-from lightning_maml.batches.outputs import map_outputs, tensors_in
+from lightning_maml.batches.outputs import tensors_in
 from lightning_maml.batches.trees import Inputs, detached, map_tensors, tensors
 from lightning_maml.core.params import Params
 from lightning_maml.core.rng import generator_states, set_generator_states
-from lightning_maml.core.tensors import is_out_of_memory, nodes_of
+from lightning_maml.core.tensors import is_out_of_memory
 from lightning_maml.errors import UserValueError
-from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import kinked_operations, kinks
 
@@ -141,42 +139,6 @@ def floats(outputs: Any) -> dict[str, Tensor]:
         for number, tensor in enumerate(tensors_in(outputs))
         if tensor.is_floating_point()
     }
-
-
-def find_kinks_of_losses(
-    functional: FunctionalNetwork, episodes: AnyEpisodes, losses: Sequence[FunctionalLoss]
-) -> list[str]:
-    """Return the operations of losses that have kinks, such as the mean absolute error's.
-
-    Those that give no gradient do not count, such as a maximum that is detached.
-
-    Args:
-        functional: The network.
-        episodes: A meta-batch; the losses are taken on the first task's support set.
-        losses: The losses.
-    """
-    found: list[str] = []
-    y = detached(support_set(first_task(episodes))[1])
-    with first_support(functional, episodes) as x, torch.inference_mode(False):
-        with torch.no_grad():
-            outputs = functional(functional.params, x)
-        leaves = map_outputs(_leaf, outputs)
-        for loss in losses:
-            # where it fails on support labels, the checks of the loss say so
-            with suppress(Exception), torch.enable_grad():
-                value = loss({}, leaves, y)
-                nodes = [node.name().lower() for node in nodes_of(value)]
-                kinked = kinked_operations(partial(loss, {}, outputs, y))
-                found += [
-                    name
-                    for name in kinked
-                    if any(node.startswith(f"{name.replace('_', '')}backward") for node in nodes)
-                ]
-    return [f"{name} (of the loss)" for name in dict.fromkeys(found)]
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
 
 
 def find_kinks(functional: FunctionalNetwork, episodes: AnyEpisodes) -> list[str]:

@@ -1,7 +1,10 @@
-"""Check that a loss is one number that depends on the outputs, and only on what is trained."""
+"""Check that a loss is one number that depends on the outputs, and only on what is trained.
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+Also find where it is not twice differentiable.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -12,11 +15,12 @@ from lightning_maml.batches.episodes import AnyEpisodes, first_task, support_set
 from lightning_maml.batches.outputs import map_outputs, tensors_in
 from lightning_maml.batches.trees import detached
 from lightning_maml.checks.first_pass import first_support
-from lightning_maml.core.tensors import is_out_of_memory, leaves_of
+from lightning_maml.core.tensors import is_out_of_memory, leaves_of, nodes_of
 from lightning_maml.errors import UserValueError
 from lightning_maml.networks.attributes import held_tensors, put_back
 from lightning_maml.networks.functional_loss import FunctionalLoss
 from lightning_maml.networks.functional_network import FunctionalNetwork
+from lightning_maml.networks.kinks import kinked_operations
 from lightning_maml.networks.watching import reading
 
 
@@ -111,6 +115,42 @@ def takes(loss: Callable[[Any, Tensor], Tensor], outputs: Any, targets: Tensor) 
     except Exception:  # noqa: BLE001 # a loss may raise anything
         return False
     return True
+
+
+def find_kinks_of_losses(
+    functional: FunctionalNetwork, episodes: AnyEpisodes, losses: Sequence[FunctionalLoss]
+) -> list[str]:
+    """Return the operations of losses that have kinks, such as the mean absolute error's.
+
+    Those that give no gradient do not count, such as a maximum that is detached.
+
+    Args:
+        functional: The network.
+        episodes: A meta-batch; the losses are taken on the first task's support set.
+        losses: The losses.
+    """
+    found: list[str] = []
+    y = detached(support_set(first_task(episodes))[1])
+    with first_support(functional, episodes) as x, torch.inference_mode(False):
+        with torch.no_grad():
+            outputs = functional(functional.params, x)
+        for loss in losses:
+            # where it fails on support labels, the checks of the loss say so
+            with suppress(Exception):
+                found += _kinks_of_loss(loss, outputs, y)
+    return [f"{name} (of the loss)" for name in dict.fromkeys(found)]
+
+
+def _kinks_of_loss(loss: FunctionalLoss, outputs: Any, y: Tensor) -> list[str]:
+    with torch.enable_grad():
+        value = loss({}, map_outputs(_leaf, outputs), y)
+    differentiated = [node.name().lower() for node in nodes_of(value)]
+
+    def gives_a_gradient(name: str) -> bool:
+        start = f"{name.replace('_', '')}backward"
+        return any(node.startswith(start) for node in differentiated)
+
+    return [*filter(gives_a_gradient, kinked_operations(partial(loss, {}, outputs, y)))]
 
 
 def _leaf(output: Tensor) -> Tensor:

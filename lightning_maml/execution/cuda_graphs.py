@@ -291,7 +291,7 @@ def _captured(function: partial[Any], changing: list[Any], structure: TreeSpec) 
         _run_aside(run, device)
         if drawn := generators_drawn_from(before, device):
             raise UserRuntimeError(f"network or loss draw random numbers ({', '.join(drawn)})")
-    except Exception:
+    except Exception:  # raised again, whatever the network raised
         set_generator_states(before, device)
         raise
     with drawing_nothing():

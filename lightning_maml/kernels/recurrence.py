@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# cuDNN is switched off for the whole process
-_SWITCH = threading.Lock()
+# cuDNN is switched off for the whole process; a layer of one's own may call another one
+_SWITCH = threading.RLock()
 
 
 class TaskRecurrence:

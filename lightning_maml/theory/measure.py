@@ -8,6 +8,7 @@ on them. They change during training, so measure again, and allow for a factor o
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -321,24 +322,7 @@ class Probe:
         """
         is_resampled = isinstance(self._episodes, ResampledEpisodes)
         by_class = is_resampled and self._have_equal_classes()
-
-        def apart(halves: _Halves, zero: Tensor) -> Tensor:
-            if not halves.size:
-                return zero
-            first, second = (part.gradient(self._params) for part in halves.losses)
-            return norm(subtract(second, first))
-
-        def measure_task(task: AnyEpisodes, number: int) -> tuple[Params, Tensor]:
-            support, query = (objective.gradient(self._params) for objective in self._losses(task))
-            distances = [norm(query), norm(subtract(query, support))]
-            zero = torch.zeros_like(distances[0])
-            halves = self._halves(task, number)
-            distances.append(apart(halves, zero))
-            drawn_alike = self._halves(task, number, by_class=True) if by_class else halves
-            distances.append(apart(drawn_alike, zero) if by_class else distances[-1])
-            sizes = torch.tensor([halves.size, drawn_alike.size, halves.samples]).to(zero)
-            return query, torch.cat([torch.stack(distances), sizes])
-
+        measure_task = partial(self._distances, by_class=by_class)
         first: Params = {}
         total = scale(0.0, self._params)
         rows = []
@@ -373,6 +357,31 @@ class Probe:
             + 2 * int((size > 0).sum())
             + 2 * by_class * int((size_alike > 0).sum()),
         )
+
+    def _distances(
+        self, task: AnyEpisodes, number: int, *, by_class: bool
+    ) -> tuple[Params, Tensor]:
+        """Return a task's query gradient, and the figures of :meth:`spread`.
+
+        The figures are its norm, its distance from the support gradient, those of two halves and of
+        two halves that are drawn like the query set, the sizes of both kinds of halves, and the
+        number of samples.
+        """
+        support, query = (objective.gradient(self._params) for objective in self._losses(task))
+        distances = [norm(query), norm(subtract(query, support))]
+        halves = self._halves(task, number)
+        drawn_alike = self._halves(task, number, by_class=True) if by_class else halves
+        distances.append(self._apart(halves, distances[0]))
+        distances.append(self._apart(drawn_alike, distances[0]) if by_class else distances[-1])
+        sizes = torch.tensor([halves.size, drawn_alike.size, halves.samples]).to(distances[0])
+        return query, torch.cat([torch.stack(distances), sizes])
+
+    def _apart(self, halves: _Halves, like: Tensor) -> Tensor:
+        """Return the distance of the gradients of two halves; 0 where there are none."""
+        if not halves.size:
+            return torch.zeros_like(like)
+        first, second = (part.gradient(self._params) for part in halves.losses)
+        return norm(subtract(second, first))
 
     @_differentiating()
     def hessian_deviation(self) -> tuple[float, int]:

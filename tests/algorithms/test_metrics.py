@@ -136,3 +136,15 @@ def test_an_evaluation_in_training_mode_is_pointed_out(model: Any) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "The network is evaluated in training mode")
             made.eval().evaluate(make_episodes())
+
+
+def test_with_query_in_eval_both_modes_are_one_evaluation() -> None:
+    network = torch.nn.Sequential(build("conv_batch_norm"), torch.nn.Dropout(0.5))
+    model = MAML(network, query_in_eval=True)
+    losses = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The network is evaluated in training mode")
+        for mode in (True, False):
+            torch.manual_seed(0)
+            losses.append(model.train(mode).evaluate(make_episodes()).loss)
+    assert torch.equal(*losses)
