@@ -287,7 +287,11 @@ def test_a_command_of_ones_own_takes_arguments_and_the_last_checkpoint(project: 
         )
 
     command("fit", "--model.inner_lr=0.1")
+    last = "lightning_logs/version_0/checkpoints/last.ckpt"
+    tested = command("test", "--ckpt_path=last")
+    assert Path(tested.trainer.ckpt_path) == Path(last)
+    # given by its path, Lightning's own command would take the checkpoint's arguments
+    given = ["--model.inner_lr=0.2", "--model.test_steps=3"]
     with pytest.warns(UserWarning, match=r"trained with other arguments .* inner_lr=0.1 .0.2 now"):
-        tested = command("test", "--ckpt_path=last", "--model.inner_lr=0.2", "--model.test_steps=3")
+        tested = command("test", f"--ckpt_path={last}", *given)
     assert (tested.model.inner_lr, tested.model.test_steps) == (0.2, 3)
-    assert tested.trainer.ckpt_path.endswith("version_0/checkpoints/last.ckpt")

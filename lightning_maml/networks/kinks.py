@@ -78,7 +78,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = args[0].clone() if name.startswith("clamp") else None
         result = func(*args, **(kwargs or {}))
         cuts = before is not None and not torch.equal(before, result)
-        if (name in _KINKED or cuts or _is_kinked_elu(name, args)) and name not in self.found:
+        is_kinked = name in _KINKED or _is_kinked_elu(name, args) or _is_kinked_norm(name, args)
+        if (is_kinked or cuts) and name not in self.found:
             self.found.append(name)
         return result
 
@@ -93,6 +94,11 @@ def _is_kinked_elu(name: str, args: tuple[Any, ...]) -> bool:
         return False
     input_scale = args[3] if len(args) > 3 else 1
     return bool(args[1] * input_scale != 1)
+
+
+def _is_kinked_norm(name: str, args: tuple[Any, ...]) -> bool:
+    """Return whether an operation is a sum or a maximum of absolute values."""
+    return name == "linalg_vector_norm" and len(args) > 1 and args[1] in (1, float("inf"))
 
 
 def weight_normed(network: nn.Module) -> list[str]:

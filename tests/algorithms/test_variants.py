@@ -247,7 +247,11 @@ def test_reptile_leaves_what_does_not_adapt_to_no_weight_decay(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("loss", "kink"),
-    [(F.l1_loss, "abs (of the loss)"), (F.multi_margin_loss, "multi_margin_loss (of the loss)")],
+    [
+        (F.l1_loss, "abs (of the loss)"),
+        (lambda z, y: (z - F.one_hot(y, 3)).norm(p=1), "linalg_vector_norm (of the loss)"),
+        (F.multi_margin_loss, "multi_margin_loss (of the loss)"),
+    ],
 )
 def test_kinks_of_the_loss_are_warned_of(loss: Any, kink: str) -> None:
     network, episodes = build("mlp"), make_episodes()
