@@ -54,6 +54,12 @@ def _runs_in_threads(request: pytest.FixtureRequest) -> bool:
     return of_test is not None and "'threads'" in repr(of_test.params)
 
 
+@pytest.fixture(autouse=True)
+def random_numbers() -> None:
+    """Let a test draw the same random numbers whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """Give a test two threads: ``make test`` leaves each one, and runs two at a time."""

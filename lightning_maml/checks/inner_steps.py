@@ -11,6 +11,7 @@ from lightning_maml.core.inner_optimizers import InnerOptimizer
 from lightning_maml.core.rng import generator_states, generators_drawn_from, set_generator_states
 from lightning_maml.core.tensors import memory, raise_if_out_of_memory
 from lightning_maml.errors import UserError, UserTypeError, UserValueError
+from lightning_maml.networks.versions import Versions
 
 
 def check_inner_steps(optimizer: InnerOptimizer, w: Tensor, rate: float, *, curved: bool) -> None:
@@ -105,8 +106,7 @@ def _stepped(
     slots: tuple[Tensor, ...],
     number: int,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    given = (w, gradient, *slots)
-    versions = [tensor._version for tensor in given]
+    arguments = Versions(enumerate((w, gradient, *slots)))
     try:
         found: Any = optimizer.step(w, gradient, rate, slots, number)
     except UserError:
@@ -115,7 +115,7 @@ def _stepped(
         raise UserValueError(
             f"Expected the `step` of {_name(optimizer)} to run but step {number} fails: {error}"
         ) from error
-    if [tensor._version for tensor in given] != versions:
+    if arguments.changed():
         raise UserValueError(
             f"Expected the `step` of {_name(optimizer)} to leave its arguments as they are but it "
             "writes to them; return new tensors."

@@ -14,6 +14,7 @@ from lightning_maml.batches.trees import tensors
 from lightning_maml.errors import UserTypeError, UserValueError
 from lightning_maml.networks.attributes import trainable_besides_parameters
 from lightning_maml.networks.functional_network import BatchNormPolicy, FunctionalNetwork
+from lightning_maml.networks.versions import Versions
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _BATCH_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
@@ -172,9 +173,7 @@ class Unwritten:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        # inference tensors count no versions
-        self._tensors = {name: x for name, x in tensors.items() if not x.is_inference()}
-        self._versions = {name: x._version for name, x in self._tensors.items()}
+        self._versions = Versions(tensors.items())
 
     def check(self) -> None:
         """Check that no tensor was written to since this was made.
@@ -182,12 +181,7 @@ class Unwritten:
         Raises:
             ValueError: If one was.
         """
-        written = [
-            name
-            for name, tensor in self._tensors.items()
-            if tensor._version != self._versions[name]
-        ]
-        if written:
+        if written := self._versions.changed():
             raise UserValueError(
                 "Expected a network and a loss that leave parameters and inputs as they are but "
                 f"they wrote to {written}, which are no longer what they were; let them work on "

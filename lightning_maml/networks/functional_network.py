@@ -35,6 +35,7 @@ from lightning_maml.networks.batch_norm import batch_norms, forget_running_avera
 from lightning_maml.networks.copies import copy_in_mode, structural_copy
 from lightning_maml.networks.facts import Written, facts_of
 from lightning_maml.networks.places import holding, places
+from lightning_maml.networks.versions import Versions
 from lightning_maml.networks.watching import Reading, Watching, reading
 
 _CPU = torch.device("cpu")
@@ -254,13 +255,13 @@ class FunctionalNetwork:
         """
         network = self._copy_of_this_thread()
         params = self._trainable_clones()
-        inputs = _Versions(enumerate(tensors_in(x)))
+        inputs = Versions(enumerate(tensors_in(x)))
         device = tensors_in(x)[0].device
         states = generator_states(device)
         numbers, kept = numbers_in(network), Kept(network)
         modes = {name: norm.training for name, norm in batch_norms(network).items()}
         lies_at = {name: p.data_ptr() for name, p in params.items() if _is_in_one_place(p)}
-        originals = _Versions([*self.network.named_buffers(), *self.network.named_parameters()])
+        originals = Versions([*self.network.named_buffers(), *self.network.named_parameters()])
         written, read_elsewhere = self._watch_a_pass(params, x)
         if inputs.changed():
             raise UserValueError(
@@ -567,17 +568,6 @@ class FunctionalHead(FunctionalNetwork):
     ) -> Any:
         own = {name: params[full] for full, name in self._names.items()}
         return super()._run(own, inputs, context, averages)
-
-
-class _Versions:
-    """Tells which of some tensors are written to in place; inference tensors cannot be watched."""
-
-    def __init__(self, tensors: Iterable[tuple[Any, Tensor]]) -> None:
-        self._tensors = {name: x for name, x in tensors if not x.is_inference()}
-        self._before = {name: x._version for name, x in self._tensors.items()}
-
-    def changed(self) -> list[Any]:
-        return [name for name, x in self._tensors.items() if x._version != self._before[name]]
 
 
 def _with_context(x: Inputs, statistics_of: Inputs | None) -> tuple[Inputs, int]:

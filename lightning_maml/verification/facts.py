@@ -13,6 +13,7 @@ from lightning_maml.networks.batch_norm import batch_norms
 from lightning_maml.networks.copies import deep_copy
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import weight_normed
+from lightning_maml.networks.versions import Versions
 from lightning_maml.verification.agreement import named
 from lightning_maml.verification.case import Case
 from lightning_maml.verification.report import Look
@@ -64,15 +65,14 @@ def _written(case: Case) -> list[str]:
         for layer, module in batch_norms(network).items()
         for name, _ in module.named_buffers()
     }
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    before = dict(network.named_buffers())
+    versions = Versions(before.items())
     with torch.no_grad():
         call(network, support_set(first_task(case.episodes))[0])
     now = dict(network.named_buffers())
-    return [
-        name
-        for name, buffer in before.items()
-        if name not in of_norms and not torch.equal(buffer, now[name])
-    ]
+    replaced = {name for name, buffer in before.items() if now.get(name) is not buffer}
+    written = replaced.union(versions.changed()) - of_norms
+    return [name for name in before if name in written]
 
 
 def _sees_others(case: Case) -> bool:

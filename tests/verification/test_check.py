@@ -327,14 +327,27 @@ def test_random_numbers_that_are_others_in_the_library_are_not_compared() -> Non
     )
 
 
+class Marking(nn.Module):
+    """Writes to a buffer what it had from the beginning."""
+
+    mark: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mark", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mark.fill_(1.0)
+        return x
+
+
 def test_buffers_that_a_forward_pass_writes_are_named() -> None:
-    report = check(
-        MAML(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, WAYS))), inner_lr=0.1),
-        tasks(),
-    )
+    normed = parametrizations.spectral_norm(nn.Linear(6, WAYS))
+    network = nn.Sequential(normed, Marking())
+    report = check(MAML(network, inner_lr=0.1), tasks())
     assert (
         row(report, "buffers written").found
-        == "0.parametrizations.weight.0._u, 0.parametrizations.weight.0._v"
+        == "0.parametrizations.weight.0._u, 0.parametrizations.weight.0._v, 1.mark"
     )
     assert row(report, "exact meta-gradient, float64").verdict == "right", report
 
