@@ -390,13 +390,15 @@ class AdaptingModule(CheckedModule):
         return self._executor.attempts(len(episodes.query_y), self.device, cures)
 
     def _drop_graphs(self) -> bool:
-        captured, kept = self._drop_captured(), self._graphs.drop()
+        """Free the CUDA graphs; if there are none, keep no graphs of inner steps any more."""
+        if self._drop_captured():
+            return True
         self._findings.forget("graphs")
-        return captured or kept
+        return self._graphs.drop()
 
     def _compute_features_in_every_step(self) -> bool:
-        self._head_ends = False
-        return True
+        did_not, self._head_ends = self._head_ends, False
+        return did_not
 
     def _plan(self, episodes: AnyEpisodes) -> Plan:
         """Check a meta-batch and decide how its tasks are run.

@@ -29,8 +29,9 @@ def check_writes(functional: FunctionalNetwork, episodes: AnyEpisodes) -> None:
     # some layers write in training with gradients only
     with first_support(functional, episodes) as x, torch.enable_grad():
         once, twice = functional.find_writes(x)
-    before = {name: tensor.double() for name, tensor in once.items()}
-    after = {name: tensor.double() for name, tensor in twice.items()}
+    # on the CPU: MPS has no float64
+    before = {name: tensor.cpu().double() for name, tensor in once.items()}
+    after = {name: tensor.cpu().double() for name, tensor in twice.items()}
     # a tensor that is computed anew in each pass is the same again; one that remembers is not
     attribute = first_difference(before, after)
     if attribute is not None:

@@ -31,7 +31,8 @@ from lightning_maml.networks.stacking_trial import Verdict
 TasksName = Literal["auto"] | TaskExecution
 
 Cures = Mapping[type[Exception], Callable[[], bool]]
-"""What to do about an error before the next attempt; returns whether that changed anything."""
+"""What to do about an error before the next attempt; returns whether that changed anything, as it
+cannot do for ever."""
 
 STACKED_INPUTS = 2**16
 """Most numbers in the inputs of tasks stacked together on a CPU: with more, layers outgrow its
@@ -253,7 +254,9 @@ class Executor:
         On a CPU this is decided as in training, but from the support sets alone.
         """
         if self.tasks != "auto" or self.chunk_size is not None or device.type != "cpu":
-            return Execution("vmap", self.chunk_size or ADAPTED_AT_ONCE)
+            fitting = min(ADAPTED_AT_ONCE, self._fitting or ADAPTED_AT_ONCE)
+            self._last = Execution("vmap", self.chunk_size or fitting)
+            return self._last
         if draws or _keeps_out_threads(network):
             return Execution("loop", None)
         alone = support._replace(query_x=map_tensors(lambda tensor: tensor[:, :0], support.query_x))
@@ -283,9 +286,7 @@ class Executor:
             torch.OutOfMemoryError: On a CPU, if the number is not left open, or if one task is too
                 many.
         """
-        cures = dict(cures or {})
-        if self.tasks == "auto":
-            cures[RandomInThreadsError] = self._stay_out_of_threads
+        cures = {RandomInThreadsError: self._stay_out_of_threads, **(cures or {})}
         while True:
             before = generator_states(device)
             attempt = Attempt((*cures,))
@@ -296,14 +297,11 @@ class Executor:
             out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
             found = torch.OutOfMemoryError if out_of_memory else type(error)
             set_generator_states(before, device)
-            kinds = [kind for kind in cures if issubclass(found, kind)]
-            cured = next((kind for kind in kinds if cures[kind]()), None)
-            if cured is not None:
-                del cures[cured]  # each works once
-            elif out_of_memory:
+            fitting = [cure for kind, cure in cures.items() if issubclass(found, kind)]
+            if not any(cure() for cure in fitting):  # the first that changes something is enough
+                if not out_of_memory:
+                    raise error
                 self._stack_fewer(count, device, error)
-            else:
-                raise error
             # the error's traceback holds the attempt's tensors, and the attempt is still a variable
             # of whoever made it
             attempt.error = error = None
@@ -311,11 +309,13 @@ class Executor:
                 torch.get_device_module(device).empty_cache()
 
     def _stay_out_of_threads(self) -> bool:
-        self._drew_in_threads = True
-        return True
+        changes = self.tasks == "auto" and not self._drew_in_threads
+        self._drew_in_threads |= changes
+        return changes
 
     def _stack_fewer(self, count: int, device: torch.device, error: BaseException) -> None:
-        stacked = min(self._fitting or count, count)
+        at_once = None if self._last is None else self._last.chunk_size
+        stacked = min(at_once or count, count)
         is_left_open = self.tasks == "auto" and self.chunk_size is None
         is_one_by_one = self._last is not None and not are_stacked(*self._last)
         if not is_left_open or is_one_by_one or stacked == 1 or device.type == "cpu":

@@ -775,3 +775,34 @@ def test_finite_differences_have_graphs_of_their_precision() -> None:
         full = precision()
     assert {*seen} == {full}
     assert precision() != full, "which is put back"
+
+
+def test_captured_graphs_go_before_those_of_inner_steps(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both may fill the memory; without CUDA graphs a step is slower, and needs no more of it."""
+    monkeypatch.setattr("lightning_maml.execution.graphs.free_bytes", lambda device: 2**40)
+    model = model_of(MAML, True)
+    trained(model)
+    assert model._cuda_graphs._captured
+    kept: list[bool] = []
+    fitting = [False, True]
+
+    class Full(MAML):
+        def _gradient_function(self, plan, episodes, curvature=None):
+            function = super()._gradient_function(plan, episodes, curvature)
+            kept.append(function.keywords["keep_graphs"])
+            if not fitting.pop(0):
+                raise torch.OutOfMemoryError("full")
+            return function
+
+    model.__class__ = Full
+    with caplog.at_level("INFO"):
+        model.meta_loss(episodes(0, tasks=5))
+        assert not model._cuda_graphs._captured
+        assert kept == [True, True]
+        assert "no memory for the graphs" not in caplog.text
+        fitting += [False, True]
+        model.meta_loss(episodes(0, tasks=5))
+    assert kept == [True, True, True, False]
+    assert caplog.text.count("no memory for the graphs") == 1
