@@ -56,7 +56,7 @@ def _runs_in_threads(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(autouse=True)
 def random_numbers() -> None:
-    """Let a test draw the same random numbers whichever tests ran before it."""
+    """Let a test draw the same numbers of torch whichever tests ran before it."""
     torch.manual_seed(0)
 
 

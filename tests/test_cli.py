@@ -137,7 +137,30 @@ def root_of(
     return find
 
 
-@pytest.mark.parametrize("name", NAMES)
+def like_a_quicker_one(name: str) -> bool:
+    """Return whether a config is one for 1 shot, with data that another one trains MAML on."""
+    return "5s_" in name and not name.endswith("_maml")
+
+
+@pytest.mark.parametrize("name", filter(like_a_quicker_one, NAMES))
+def test_more_shots_change_nothing_but_data_and_length(name: str) -> None:
+    more, one = (
+        yaml.safe_load((CONFIGS / f"{of}.yaml").read_text())
+        for of in (name, name.replace("5s_", "1s_"))
+    )
+    for settings in (more, one):
+        del (
+            settings["data"],
+            settings["trainer"]["default_root_dir"],
+            settings["trainer"]["max_epochs"],
+        )
+    assert more == one
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * like_a_quicker_one(name)) for name in NAMES],
+)
 def test_every_shipped_config_runs(
     name: str, in_tmp_path: Path, root_of: Callable[[str], Path | None]
 ) -> None:
@@ -411,7 +434,17 @@ def test_predict_returns_outputs_for_every_query(in_tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["FOMAML", "HFMAML", "ANIL", "BOIL", "LSLR", "MetaSGD", "MAMLPlusPlus", "Reptile"]
+    "algorithm",
+    [
+        "FOMAML",
+        "HFMAML",
+        "MAMLPlusPlus",
+        "Reptile",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("ANIL", "BOIL", "LSLR", "MetaSGD")
+        ),
+    ],
 )
 def test_swapping_the_class_is_the_whole_change(algorithm: str, in_tmp_path: Path) -> None:
     cli = run(

@@ -11,7 +11,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from typing_extensions import override
 
 from lightning_maml.algorithms.checkpointed import CheckpointedModule
 from lightning_maml.algorithms.loader_figures import LoaderFigures
@@ -138,13 +137,6 @@ class EpisodicModule(CheckpointedModule):
         self.known_labels = KnownLabels()
         self._update_buffers = BufferUpdate()
         self._gradients_arrive = False  # whether this was checked
-
-    @property
-    @override
-    def device(self) -> torch.device:
-        """Where the network is, also if it was moved there without this module."""
-        of_network = (parameter.device for parameter in self.network.parameters())
-        return next(of_network, super().device)
 
     @property
     def batch_norm(self) -> BatchNormPolicy:

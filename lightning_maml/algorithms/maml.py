@@ -26,7 +26,7 @@ from lightning_maml.core.hvp import CurvatureName
 from lightning_maml.core.inner_rates import rates_of_steps, tensor_rates
 from lightning_maml.core.params import Params
 from lightning_maml.errors import UserValueError
-from lightning_maml.execution.auto import Cures, Execution
+from lightning_maml.execution.auto import Execution
 from lightning_maml.execution.compilation import state_of
 from lightning_maml.execution.task_map import are_stacked
 from lightning_maml.functional.adaptation import adaptation_curve, adapted_parameters
@@ -200,42 +200,19 @@ class MAML(AdaptingModule):
         network = copy_in_mode(self.network, training=self._query_in_eval)
         kind = self._kind(network, support)
         info = self._check(FunctionalNetwork(network, self.batch_norm), support, kind)
-        if of_one or not self._adapts_as_one(support, network, kind):
-            alone = self._adapted_by(Execution("loop", None), support, network, steps)
-            with torch.no_grad():
-                return alone.network(0) if of_one else alone
-        sharing = partial(self._tasks_share_state, support, network, kind)
-        cures: Cures = {torch.OutOfMemoryError: self._drop_captured}
-        for attempt in self._executor.attempts(len(support_y), self.device, cures):
-            with attempt:
-                execution = self._executor.of_adaptation(
-                    self.network, self.device, support, info.draws, sharing
-                )
-                networks = self._adapted_by(execution, support, network, steps, as_one=True)
-        with torch.no_grad():
-            verdict = networks.compare_stacked(support_x)
-        if verdict.wrong:
-            if self._executor.tasks == "vmap":
-                self._executor.check_stacking(verdict)
-            networks.stacked = False
-        return networks
-
-    def _adapted_by(
-        self,
-        execution: Execution,
-        support: Episodes,
-        network: nn.Module,
-        steps: int,
-        *,
-        as_one: bool = False,
-    ) -> AdaptedNetworks:
-        """Adapt a network to the support sets of some tasks."""
+        as_one = not of_one and self._adapts_as_one(support, network, kind)
+        execution = Execution("loop", None)
+        if as_one:
+            sharing = partial(self._tasks_share_state, support, network, kind)
+            execution = self._executor.of_adaptation(
+                self.network, self.device, support, info.draws, sharing
+            )
         functional = FunctionalNetwork(network, self.batch_norm, vectorised=are_stacked(*execution))
         adapted = adapted_parameters(
             [self._losses(functional, self._averages(j)).support for j in range(steps + 1)],
             functional.params,
-            support.support_x,
-            support.support_y,
+            support_x,
+            support_y,
             **self._inner_steps(steps),
             has_aux=True,
             may_draw=execution.tasks != "threads",  # networks that draw are run in a loop
@@ -243,8 +220,13 @@ class MAML(AdaptingModule):
         )
         with torch.no_grad():
             for name, average in self._averages(steps).items():
-                adapted[name] = average.repeat(len(support.support_y), 1)
-            return AdaptedNetworks(network, adapted, self.batch_norm, support.support_x, as_one)
+                adapted[name] = average.repeat(len(support_y), 1)
+            networks = AdaptedNetworks(network, adapted, self.batch_norm, support_x, as_one)
+            if as_one and (verdict := networks.compare_stacked(support_x)).wrong:
+                if self._executor.tasks == "vmap":
+                    self._executor.check_stacking(verdict)
+                networks.stacked = False
+            return networks.network(0) if of_one else networks
 
     def _adapts_as_one(self, support: Episodes, network: nn.Module, kind: Kind) -> bool:
         """Return whether the tasks are adapted to, and their networks called, as one."""

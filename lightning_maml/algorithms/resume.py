@@ -21,19 +21,18 @@ class ResumeState:
 
     def __init__(self) -> None:
         self._random_state: dict[str, Any] | None = None
-        self._loaded: list[dict[str, Any]] = []
         self._gradients: Params = {}
 
     def forget(self) -> None:
         """Forget what an aborted run may have left."""
-        self._random_state, self._loaded, self._gradients = None, [], {}
+        self._random_state, self._gradients = None, {}
 
     def save(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the state to a checkpoint."""
         trainer = module.trainer
         device = trainer.strategy.root_device  # after a fit the model is on the CPU
         now = random_state(device) if self._random_state is None else self._random_state
-        checkpoint["random_states"] = _of_all_processes(now)
+        checkpoint["random_state"] = now
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         if batches % trainer.accumulate_grad_batches:
             checkpoint["gradients"] = {  # on the device: NCCL reduces nothing on a CPU
@@ -44,15 +43,12 @@ class ResumeState:
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Read the state from a checkpoint."""
-        in_0_1 = [checkpoint["random_state"]] if "random_state" in checkpoint else []
-        self._loaded = checkpoint.get("random_states", in_0_1)
+        self._random_state = checkpoint.get("random_state")
         self._gradients = checkpoint.get("gradients", {})
 
     def restore(self, module: LightningModule) -> None:
         """Continue random numbers and sums of gradients from where the checkpoint has them."""
-        if module.global_rank < len(self._loaded):
-            set_random_state(self._loaded[module.global_rank], module.device)
-        self._loaded = []
+        self.continue_random_numbers(module.device)
         for name, gradient in self._gradients.items():
             module.get_parameter(name).grad = gradient.to(module.device)
         self._gradients = {}
@@ -66,16 +62,6 @@ class ResumeState:
         if self._random_state is not None:
             set_random_state(self._random_state, device)
             self._random_state = None
-
-
-def _of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the states of all processes, each of which has to call this, in their order."""
-    processes = torch.distributed
-    if not processes.is_available() or not processes.is_initialized():
-        return [state]
-    states: list[Any] = [None] * processes.get_world_size()
-    processes.all_gather_object(states, state)
-    return states
 
 
 def warn_of_other_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> None:

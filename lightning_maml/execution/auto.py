@@ -254,9 +254,7 @@ class Executor:
         On a CPU this is decided as in training, but from the support sets alone.
         """
         if self.tasks != "auto" or self.chunk_size is not None or device.type != "cpu":
-            fitting = min(ADAPTED_AT_ONCE, self._fitting or ADAPTED_AT_ONCE)
-            self._last = Execution("vmap", self.chunk_size or fitting)
-            return self._last
+            return Execution("vmap", self.chunk_size or ADAPTED_AT_ONCE)
         if draws or _keeps_out_threads(network):
             return Execution("loop", None)
         alone = support._replace(query_x=map_tensors(lambda tensor: tensor[:, :0], support.query_x))
@@ -314,8 +312,7 @@ class Executor:
         return changes
 
     def _stack_fewer(self, count: int, device: torch.device, error: BaseException) -> None:
-        at_once = None if self._last is None else self._last.chunk_size
-        stacked = min(at_once or count, count)
+        stacked = min(self._fitting or count, count)
         is_left_open = self.tasks == "auto" and self.chunk_size is None
         is_one_by_one = self._last is not None and not are_stacked(*self._last)
         if not is_left_open or is_one_by_one or stacked == 1 or device.type == "cpu":

@@ -67,11 +67,13 @@ def _written(case: Case) -> list[str]:
     }
     before = dict(network.named_buffers())
     versions = Versions(before.items())
+    values = {name: buffer.clone() for name, buffer in before.items()}
     with torch.no_grad():
         call(network, support_set(first_task(case.episodes))[0])
     now = dict(network.named_buffers())
-    replaced = {name for name, buffer in before.items() if now.get(name) is not buffer}
-    written = replaced.union(versions.changed()) - of_norms
+    # some writes count no version: those to `.data`, and batch norm's as a function
+    changed = {name for name, value in values.items() if not torch.equal(value, now[name])}
+    written = changed.union(versions.changed()) - of_norms
     return [name for name in before if name in written]
 
 

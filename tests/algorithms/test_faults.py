@@ -397,8 +397,11 @@ torch.save(model.state_dict(), folder / "end.pt")
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "at",
-    ["step 3", "validation after 6", "validation after 12"],
-    ids=["step", "validation", "last validation"],
+    [
+        pytest.param("step 3", id="step"),
+        pytest.param("validation after 6", id="validation"),
+        pytest.param("validation after 12", id="last validation", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_from(tmp_path: Path, at: str) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

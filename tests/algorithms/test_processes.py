@@ -105,7 +105,6 @@ import sys, torch
 from functools import partial
 from pathlib import Path
 from lightning import Callback, Trainer
-from torch import nn
 from helpers.networks import flat
 from helpers.runs import Noise, network
 from lightning_maml import MAML
@@ -122,26 +121,20 @@ class End(Callback):
     def on_train_end(self, trainer, module):
         torch.save(flat(dict(module.named_parameters())), folder / f"{self.name}_{trainer.global_rank}.pt")
 
-class OwnSeeds(Callback):
-    def on_fit_start(self, trainer, module):
-        torch.manual_seed(1 + trainer.global_rank)
-
 def fit(callbacks, path=None):
     torch.manual_seed(0)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision="64-true")
-    model = MAML(nn.Sequential(network(), nn.Dropout(0.3)), 0.1, optimizer=partial(torch.optim.SGD, lr=0.1))
+    model = MAML(network(), 0.1, optimizer=partial(torch.optim.SGD, lr=0.1))
     run = Trainer(accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, accumulate_grad_batches=2, callbacks=callbacks, **quiet)
     run.fit(model, Noise(), ckpt_path=path)
 
 folder = Path(sys.argv[1])
-fit([OwnSeeds(), Save(), End("whole")])
+fit([Save(), End("whole")])
 fit([End("resumed")], folder / "middle.ckpt")
 """
 
 
-def test_a_run_that_goes_on_amid_an_accumulation_has_gradients_and_random_numbers_of_all(
-    tmp_path: Path,
-) -> None:
+def test_a_run_that_goes_on_amid_an_accumulation_has_the_gradients_of_all(tmp_path: Path) -> None:
     another_process.output(ACCUMULATING, tmp_path)
     expected = torch.load(tmp_path / "whole_0.pt")
     for end in ("whole_1", "resumed_0", "resumed_1"):

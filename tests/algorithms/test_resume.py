@@ -13,6 +13,7 @@ from lightning import Callback, Trainer
 from helpers.runs import MODELS, Noise, is_same
 from helpers.trainers import trainer_in_double as trainer
 from lightning_maml import MAML, AdaptiveMetaStepsize
+from lightning_maml.algorithms import resume
 
 EPOCHS = 2
 LATER = ("FO-MAML", "LSLR", "Reptile", "ANIL", "BOIL", "MetaSGD", "iMAML")
@@ -96,13 +97,13 @@ def test_every_algorithm_goes_on_from_every_checkpoint(tmp_path: Path, name: str
     [
         {"workers": 2},
         {"noise": 0.1},
-        {"precision": "64-true"},
+        pytest.param({"precision": "64-true"}, marks=pytest.mark.slow),
         {"precision": "bf16-mixed"},
         {"accumulate_grad_batches": 3},
         {"limit_train_batches": 3, "max_epochs": 3, "val_check_interval": 1.0},
-        {"val_check_interval": 1.0},
+        pytest.param({"val_check_interval": 1.0}, marks=pytest.mark.slow),
         {"check_val_every_n_epoch": 2, "val_check_interval": 1.0},
-        {"reload_dataloaders_every_n_epochs": 1},
+        pytest.param({"reload_dataloaders_every_n_epochs": 1}, marks=pytest.mark.slow),
         {"gradient_clip_val": 0.01},
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
@@ -128,3 +129,17 @@ def test_a_validation_that_was_broken_off_leaves_no_random_numbers(tmp_path: Pat
     with pytest.raises(ZeroDivisionError):
         trainer(tmp_path, precision="32-true", callbacks=[BrokenOff()]).validate(models[1], Noise())
     assert is_same(*map(fitted, models))
+
+
+def test_a_checkpoint_after_a_fit_has_the_random_numbers_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning has moved the model to the CPU by then; no test machine has a GPU."""
+    model = MODELS["MAML with dropout"]()
+    run = trainer(tmp_path, precision="32-true", max_epochs=1)
+    run.fit(model, Noise())
+    monkeypatch.setattr(type(run.strategy), "root_device", torch.device("cuda"))
+    monkeypatch.setattr(resume, "random_state", lambda device: {"of": str(device)})
+    checkpoint: dict[str, Any] = {}
+    model.on_save_checkpoint(checkpoint)
+    assert checkpoint["random_state"] == {"of": "cuda"}

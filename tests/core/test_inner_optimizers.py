@@ -175,15 +175,26 @@ def test_rates_can_be_learned_through_them(name: str, tasks: str) -> None:
         assert abs(found - slope) < 1e-6 * max(1, abs(slope))
 
 
+def check_finds_nothing_wrong(algorithm: type[MAML], name: str) -> None:
+    network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    model = algorithm(network, RATE, STEPS, inner_optimizer=CHOICES[name][0])
+    x = torch.rand(3, 6, 4, dtype=torch.float64)
+    y = torch.arange(3).repeat(2).expand(3, 6)
+    report = check(model, Episodes(x, y, x.flip(0), y))
+    assert report.ok, str(report)
+
+
 @EACH
 def test_the_check_finds_nothing_wrong(name: str) -> None:
-    for algorithm in (MAML, FOMAML, HFMAML, MetaSGD, ANIL):
-        network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-        model = algorithm(network, RATE, STEPS, inner_optimizer=CHOICES[name][0])
-        x = torch.rand(3, 6, 4, dtype=torch.float64)
-        y = torch.arange(3).repeat(2).expand(3, 6)
-        report = check(model, Episodes(x, y, x.flip(0), y))
-        assert report.ok, str(report)
+    check_finds_nothing_wrong(MAML, name)
+
+
+@pytest.mark.parametrize("algorithm", [FOMAML, HFMAML, MetaSGD, ANIL])
+@pytest.mark.parametrize("name", ["momentum", pytest.param("Adam", marks=pytest.mark.slow)])
+def test_the_check_finds_nothing_wrong_with_other_algorithms(
+    algorithm: type[MAML], name: str
+) -> None:
+    check_finds_nothing_wrong(algorithm, name)
 
 
 def test_the_minimum_of_imaml_is_the_same() -> None:

@@ -49,6 +49,7 @@ def within_five_standard_errors(samples: Tensor, expected: Tensor) -> bool:
     return bool(((samples.mean(0) - expected).abs() < 5 * error).all())
 
 
+@pytest.mark.slow
 def test_gradient_and_hessian_are_unbiased() -> None:
     policy, random = Drift(), torch.Generator().manual_seed(0)
     task, params = example.Navigation(policy), {"drift": policy.drift.detach()}

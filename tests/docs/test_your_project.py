@@ -58,6 +58,7 @@ def test_the_commands_of_the_page_run(project: Path) -> None:
     assert "train/gradient_norm" in metrics[0]
 
 
+@pytest.mark.slow
 def test_the_logger_that_the_config_mentions_works(project: Path) -> None:
     pytest.importorskip("wandb")
     config = project / "config.yaml"

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from helpers.networks import build, make_episodes
 from lightning_maml import HFMAML, MAML, MLP, Conv4, Episodes, ResampledEpisodes, ResNet12
-from lightning_maml.algorithms import maml
 from lightning_maml.core.params import Params, norm, subtract
 from lightning_maml.execution.auto import FEWEST_STACKED, Execution, Executor, for_cpu
 from lightning_maml.execution.task_map import are_stacked
-from lightning_maml.functional.adaptation import adapted_parameters
 from lightning_maml.networks import stacking_trial
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.stacking_trial import Verdict, compare_losses
@@ -285,42 +283,6 @@ def test_stacked_tasks_are_halved_until_memory_suffices(
         assert str(full) in str(raised.value)
         if type(full) is not RuntimeError:
             assert is_oom_error(raised.value), "the batch-size finder takes a smaller batch then"
-
-
-def test_fewer_tasks_are_adapted_to_at_once_if_memory_runs_out(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Accelerated(MAML):
-        """Runs as on an accelerator; no test machine has one that small."""
-
-        device = torch.device("cuda")
-
-    def full_beyond_nine(*arguments: Any, chunk_size: int, **options: Any) -> Any:
-        tried.append(chunk_size)
-        if chunk_size > 9:
-            raise torch.OutOfMemoryError("full")
-        return adapted_parameters(*arguments, chunk_size=chunk_size, **options)
-
-    tried: list[int] = []
-    network, episodes = build("mlp"), make_episodes(tasks=70)
-    expected = MAML(network, 0.1).adapt(episodes.support_x, episodes.support_y)
-    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
-    monkeypatch.setattr(maml, "adapted_parameters", full_beyond_nine)
-    with caplog.at_level(logging.INFO):
-        found = Accelerated(network, 0.1).adapt(episodes.support_x, episodes.support_y)
-    assert tried == [32, 16, 8]
-    assert caplog.text.count("memory") == 2
-    torch.testing.assert_close(found(episodes.query_x), expected(episodes.query_x))
-    with pytest.raises(torch.OutOfMemoryError, match="Expected memory for 70 tasks"):
-        Accelerated(network, 0.1, chunk_size=10).adapt(episodes.support_x, episodes.support_y)
-
-
-def test_the_network_says_where_a_model_is() -> None:
-    network = build("mlp")
-    model = MAML(network, 0.1)
-    assert model.device == torch.device("cpu")
-    network.to("meta")  # as cuda(), not by way of the model
-    assert model.device == torch.device("meta")
 
 
 def test_stacking_is_tried_in_the_networks_own_type_if_there_is_no_memory_for_float64(

@@ -328,16 +328,19 @@ def test_random_numbers_that_are_others_in_the_library_are_not_compared() -> Non
 
 
 class Marking(nn.Module):
-    """Writes to a buffer what it had from the beginning."""
+    """Writes to a buffer what it had from the beginning, and to another one past autograd."""
 
     mark: Tensor
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mark", torch.ones(()))
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         self.mark.fill_(1.0)
+        self.calls.data.add_(1.0)
         return x
 
 
@@ -347,7 +350,7 @@ def test_buffers_that_a_forward_pass_writes_are_named() -> None:
     report = check(MAML(network, inner_lr=0.1), tasks())
     assert (
         row(report, "buffers written").found
-        == "0.parametrizations.weight.0._u, 0.parametrizations.weight.0._v, 1.mark"
+        == "0.parametrizations.weight.0._u, 0.parametrizations.weight.0._v, 1.mark, 1.calls"
     )
     assert row(report, "exact meta-gradient, float64").verdict == "right", report
 
