@@ -4,16 +4,15 @@ from collections.abc import Iterator
 
 import torch
 
-from lightning_maml.batches.episodes import first_task, support_set
-from lightning_maml.batches.trees import call, cat
+from lightning_maml.batches.episodes import first_task
+from lightning_maml.batches.trees import cat
 from lightning_maml.batches.trees import count as count_of
 from lightning_maml.checks.batch_norm_checks import sees_others
 from lightning_maml.checks.first_pass import first_support
 from lightning_maml.networks.batch_norm import batch_norms
-from lightning_maml.networks.copies import deep_copy
+from lightning_maml.networks.facts import Written, facts_of
 from lightning_maml.networks.functional_network import FunctionalNetwork
 from lightning_maml.networks.kinks import weight_normed
-from lightning_maml.networks.versions import Versions
 from lightning_maml.verification.agreement import named
 from lightning_maml.verification.case import Case
 from lightning_maml.verification.report import Look
@@ -58,23 +57,15 @@ def of_network(case: Case, draws: tuple[str, ...]) -> Iterator[Look]:
 
 
 def _written(case: Case) -> list[str]:
-    """Return the names of the buffers that a forward pass writes, without those of batch norm."""
-    network = deep_copy(case.model.network)
+    """Return the buffers that the checks saw a pass write to, without those of batch norm."""
+    network = case.model.network
     of_norms = {
         f"{layer}.{name}"
         for layer, module in batch_norms(network).items()
         for name, _ in module.named_buffers()
     }
-    before = dict(network.named_buffers())
-    versions = Versions(before.items())
-    values = {name: buffer.clone() for name, buffer in before.items()}
-    with torch.no_grad():
-        call(network, support_set(first_task(case.episodes))[0])
-    now = dict(network.named_buffers())
-    # some writes count no version: those to `.data`, and batch norm's as a function
-    changed = {name for name, value in values.items() if not torch.equal(value, now[name])}
-    written = changed.union(versions.changed()) - of_norms
-    return [name for name in before if name in written]
+    written = (facts_of(network).written or Written()).tensors - of_norms
+    return [name for name, _ in network.named_buffers() if name in written]
 
 
 def _sees_others(case: Case) -> bool:
