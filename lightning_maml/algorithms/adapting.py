@@ -397,8 +397,8 @@ class AdaptingModule(CheckedModule):
         return self._graphs.drop()
 
     def _compute_features_in_every_step(self) -> bool:
-        did_not, self._head_ends = self._head_ends, False
-        return did_not
+        changes, self._head_ends = self._head_ends, False
+        return changes
 
     def _plan(self, episodes: AnyEpisodes) -> Plan:
         """Check a meta-batch and decide how its tasks are run.

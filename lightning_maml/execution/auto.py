@@ -31,8 +31,8 @@ from lightning_maml.networks.stacking_trial import Verdict
 TasksName = Literal["auto"] | TaskExecution
 
 Cures = Mapping[type[Exception], Callable[[], bool]]
-"""What to do about an error before the next attempt; returns whether that changed anything, as it
-cannot do for ever."""
+"""What to do about an error before the next attempt. It returns whether it changed anything, and
+must run out of changes, as attempts go on until then."""
 
 STACKED_INPUTS = 2**16
 """Most numbers in the inputs of tasks stacked together on a CPU: with more, layers outgrow its

@@ -17,12 +17,12 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor, nn
 
 from helpers.networks import build, make_episodes
-from lightning_maml import HFMAML, MAML, MLP, Conv4, Episodes, ResampledEpisodes, ResNet12
+from lightning_maml import ANIL, HFMAML, MAML, MLP, Conv4, Episodes, ResampledEpisodes, ResNet12
 from lightning_maml.core.params import Params, norm, subtract
 from lightning_maml.execution.auto import FEWEST_STACKED, Execution, Executor, for_cpu
-from lightning_maml.execution.task_map import are_stacked
+from lightning_maml.execution.task_map import RandomInThreadsError, are_stacked
 from lightning_maml.networks import stacking_trial
-from lightning_maml.networks.functional_network import FunctionalNetwork
+from lightning_maml.networks.functional_network import FunctionalNetwork, HeadDoesNotEndError
 from lightning_maml.networks.stacking_trial import Verdict, compare_losses
 
 PARAMETERS = 113_000
@@ -430,3 +430,16 @@ def test_the_tensors_of_a_failed_attempt_are_gone_when_the_devices_cache_is_empt
     finally:
         gc.enable()
     assert emptied == [True]
+
+
+@pytest.mark.parametrize("error", [RandomInThreadsError, HeadDoesNotEndError])
+def test_an_error_that_its_cure_does_not_end_is_raised(error: type[Exception]) -> None:
+    class Failing(ANIL):
+        def _gradient_function(self, plan, episodes, curvature=None):
+            tried.append(plan.execution.tasks)
+            raise error("again")
+
+    tried: list[str] = []
+    with pytest.raises(error, match="again"):
+        Failing(build("mlp"), 0.1, head="3").meta_loss(make_episodes())
+    assert len(tried) == 2

@@ -328,7 +328,7 @@ def test_random_numbers_that_are_others_in_the_library_are_not_compared() -> Non
 
 
 class Marking(nn.Module):
-    """Writes to a buffer what it had from the beginning, and to another one past autograd."""
+    """Writes to a buffer what it had from the beginning, to another one past autograd; not to NaN."""
 
     mark: Tensor
     calls: Tensor
@@ -337,6 +337,7 @@ class Marking(nn.Module):
         super().__init__()
         self.register_buffer("mark", torch.ones(()))
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("unknown", torch.tensor(float("nan")))
 
     def forward(self, x: Tensor) -> Tensor:
         self.mark.fill_(1.0)
