@@ -50,6 +50,15 @@ class TorchBatchNorm:
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
 
 
+class TorchMaxPooling:
+    """In place of the max pooling whose second derivative is written out: torch's own."""
+
+    @staticmethod
+    def apply(x: Tensor, windows: Any) -> Tensor:
+        """Return the largest number of each window."""
+        return F.max_pool2d(x, *windows)
+
+
 def no(*_: Any) -> None:
     """Stand for a function that answers no, or that finds nothing."""
 
@@ -61,6 +70,7 @@ WITHOUT: dict[str, tuple[Any, str, Any]] = {
         TorchConvolution,
     ),
     "batch norm twice differentiated (`double_backward.py`)": (layers, "BatchNorm", TorchBatchNorm),
+    "max pooling twice differentiated (`max_pooling.py`)": (layers, "MaxPooling", TorchMaxPooling),
     "one weight for all tasks (`grouped_conv.py`)": (grouped_conv, "_without_groups", no),
     "tasks side by side in a layer (`layers.py`)": (layers, "_is_side_by_side", no),
     "channels last (`layers.py`)": (layers.TaskConvolution, "_wants_channels_last", no),

@@ -18,6 +18,7 @@ from lightning_maml.core.context import evaluation
 from lightning_maml.errors import UserValueError
 from lightning_maml.kernels.double_backward import BatchNorm, Convolution
 from lightning_maml.kernels.grouped_conv import as_groups, channels_last, in_one_format
+from lightning_maml.kernels.max_pooling import MaxPooling, Windows
 from lightning_maml.kernels.side_by_side import for_all_tasks
 
 # This is pooling to 1 x 1, which is cheap even if vmap loops over the tasks. The filter is never
@@ -183,11 +184,11 @@ class TaskNorm:
 
 
 class TaskPooling:
-    """The forward pass of a pooling layer, for all tasks of a stack.
+    """The forward pass of a pooling layer, for one task or for all tasks of a stack.
 
     It pools the channels of all tasks side by side, and so leaves images in the memory format of
     the layers around it; in ``vmap``'s own they would be copied, and pooled several times as
-    slowly.
+    slowly. The second derivative of max pooling leaves them in that format too.
 
     Args:
         layer: The layer; :func:`is_plain_pooling` must be true for it.
@@ -213,7 +214,13 @@ class TaskPooling:
         return _unflattened(self._pooled(x.flatten(1, 2)), 1, x.shape[1])
 
     def _pooled(self, x: Tensor) -> Tensor:
-        pooled: Tensor = type(self._layer).forward(self._layer, x)  # type: ignore[arg-type]
+        layer = self._layer
+        # on a CPU, as images have their channels last only there
+        is_batch_on_cpu = x.ndim == 4 and x.device.type == "cpu"
+        if isinstance(layer, nn.MaxPool2d) and is_batch_on_cpu and _uses_own_derivatives(x):
+            pooled: Tensor = MaxPooling.apply(x, Windows.of(layer))
+        else:
+            pooled = type(layer).forward(layer, x)  # type: ignore[arg-type]
         return pooled
 
 

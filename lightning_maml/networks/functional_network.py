@@ -517,7 +517,7 @@ class FunctionalNetwork:
                 self._own.convolutions.append(module.forward)
             elif isinstance(module, nn.RNNBase) and "forward" not in vars(module):
                 module.forward = TaskRecurrence(module)
-            elif self._vectorised and is_plain_pooling(module):
+            elif is_plain_pooling(module):
                 module.forward = TaskPooling(module)  # type: ignore[method-assign, assignment]
             elif self._vectorised and is_padded_embedding(module):
                 module.forward = TaskEmbedding(module)  # type: ignore[method-assign, assignment]
